@@ -1,0 +1,71 @@
+"""Orthogonal and 1-Lipschitz layers for PyTorch, with constants that are proved.
+
+The names below are the ones most programs need; the rest lives in the sub-packages `layers`,
+`reparametrizers`, `linalg`, `losses`, `certify`, `convert`, `models`, `recipes` and `testing`.
+"""
+
+from importlib.metadata import version
+
+from orthonet import functional, layers, linalg, losses, reparametrizers
+from orthonet.convert import to_plain
+from orthonet.errors import (
+    NotOnManifoldError,
+    OrthonetError,
+    ProjectionWarning,
+    UncertifiableError,
+)
+from orthonet.layers import (
+    Abs,
+    AdaptiveOrthoConv2d,
+    GroupSort,
+    MaxMin,
+    OrthoConv1d,
+    OrthoConv2d,
+    OrthoConv3d,
+    OrthoLinear,
+    UnitNormLinear,
+)
+from orthonet.reparametrizers import (
+    BJORCK_PASS_THROUGH_ORTHO_PARAMS,
+    CHOLESKY_ORTHO_PARAMS,
+    CHOLESKY_STABLE_ORTHO_PARAMS,
+    DEFAULT_ORTHO_PARAMS,
+    DEFAULT_TEST_ORTHO_PARAMS,
+    EXP_ORTHO_PARAMS,
+    QR_ORTHO_PARAMS,
+    ClassParam,
+    OrthoParams,
+)
+
+__version__ = version("orthonet")
+
+__all__ = [
+    "BJORCK_PASS_THROUGH_ORTHO_PARAMS",
+    "CHOLESKY_ORTHO_PARAMS",
+    "CHOLESKY_STABLE_ORTHO_PARAMS",
+    "DEFAULT_ORTHO_PARAMS",
+    "DEFAULT_TEST_ORTHO_PARAMS",
+    "EXP_ORTHO_PARAMS",
+    "QR_ORTHO_PARAMS",
+    "Abs",
+    "AdaptiveOrthoConv2d",
+    "ClassParam",
+    "GroupSort",
+    "MaxMin",
+    "NotOnManifoldError",
+    "OrthoConv1d",
+    "OrthoConv2d",
+    "OrthoConv3d",
+    "OrthoLinear",
+    "OrthoParams",
+    "OrthonetError",
+    "ProjectionWarning",
+    "UncertifiableError",
+    "UnitNormLinear",
+    "functional",
+    "layers",
+    "linalg",
+    "losses",
+    "reparametrizers",
+    "to_plain",
+]

@@ -1,0 +1,124 @@
+"""What all layers with a constrained weight share: reading, assigning, loading, exporting it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from orthonet import _checks
+from orthonet.errors import ProjectionWarning
+
+__all__ = ["ConstrainedWeight"]
+
+
+class ConstrainedWeight:
+    """Mixin before an `nn` class: `weight` becomes a property computed by a sub-module.
+
+    The sub-module `parametrization` owns the raw parameters, returns the weight when called, and
+    has `assign_`, `project_` and `reset_parameters`. The layer is an ordinary class, so pickle,
+    deepcopy, `state_dict`, the meta device, compile and export work as for the `nn` twin.
+    """
+
+    parametrization: nn.Module
+    bias: Tensor | None
+    _plain_class: ClassVar[type[nn.Module]]
+
+    @property
+    def weight(self) -> Tensor:
+        """The constrained weight, computed from the parameters and differentiable in them.
+
+        Assigning a tensor that satisfies the constraint sets the parameters; another one raises
+        [`NotOnManifoldError`][orthonet.errors.NotOnManifoldError] and changes nothing.
+        """
+        return self.parametrization()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "weight":
+            super().__setattr__(name, value)
+            return
+        _checks.require(
+            isinstance(value, Tensor),
+            self,
+            "weight must be a tensor",
+            "Assign a tensor",
+            weight=type(value),
+        )
+        self.parametrization.assign_(value.detach(), self)  # type: ignore[operator]
+
+    def project_(self, weight: Tensor) -> float:
+        r"""Set the weight to the constrained one nearest to `weight` that the layer finds.
+
+        Returns:
+            The relative distance \(\|W_{new} - W\|_F / \|W\|_F\) that the projection moved it.
+        """
+        return self.parametrization.project_(weight.detach(), self)  # type: ignore[operator]
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew and set the bias to zero; nothing happens on the meta device."""
+        self.parametrization.reset_parameters()  # type: ignore[operator]
+        if self.bias is not None and not self.bias.is_meta:
+            nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def to_plain(self) -> nn.Module:
+        """Return a new stock `nn` module with the present weight, independent of this layer."""
+        plain = self._plain_class.__new__(self._plain_class)
+        nn.Module.__init__(plain)
+        for name, value in vars(self).items():
+            if name not in vars(plain):
+                setattr(plain, name, copy.deepcopy(value))
+        plain.weight = nn.Parameter(self.weight.detach().clone())
+        bias = self.bias
+        bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        plain.register_parameter("bias", bias)
+        plain.train(self.training)  # type: ignore[attr-defined]
+        return plain
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Also accept the `weight` of a plain `nn` layer: it is projected, with a warning."""
+        plain, own = f"{prefix}weight", f"{prefix}parametrization."
+        if plain in state_dict and not any(key.startswith(own) for key in state_dict):
+            weight = state_dict.pop(plain)
+            try:
+                parametrization = self._projected(weight)
+            except ValueError as error:
+                error_msgs.append(f"{plain}: {error}")
+            else:
+                entries = parametrization.state_dict(prefix=own)
+                state_dict.update(entries)
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _projected(self, weight: Tensor) -> nn.Module:
+        """A copy of the parametrization that holds the projection of `weight`."""
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        parametrization = copy.deepcopy(self.parametrization)
+        if any(t.is_meta for t in self.parametrization.state_dict().values()):
+            parametrization = parametrization.to_empty(device=device)
+            parametrization.reset_parameters()  # type: ignore[operator]
+        moved = parametrization.project_(weight.detach(), self)  # type: ignore[operator]
+        if moved > torch.finfo(weight.dtype).eps ** 0.5:
+            name = type(self).__name__
+            sentence = _checks.message(
+                name,
+                "a plain weight was loaded and projected onto the constraint",
+                "Fine-tune, or load a checkpoint of this class to keep its weights exactly",
+                relative_distance=round(moved, 6),
+                shape=tuple(weight.shape),
+            )
+            warnings.warn(sentence, ProjectionWarning, stacklevel=2)
+        return parametrization

@@ -1,0 +1,235 @@
+"""Orthogonal convolutions with the arguments of `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from orthonet import _checks
+from orthonet.layers._base import ConstrainedWeight
+from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoKernel, OrthoParams
+
+__all__ = ["AdaptiveOrthoConv2d", "OrthoConv1d", "OrthoConv2d", "OrthoConv3d"]
+
+
+class _OrthoConvNd(ConstrainedWeight):
+    """What the three orthogonal convolutions share: construction, checks, forward."""
+
+    _plain_class: ClassVar[type[_ConvNd]]
+    method: ClassVar[str] = "aoc"
+
+    if TYPE_CHECKING:
+        in_channels: int
+        out_channels: int
+        kernel_size: tuple[int, ...]
+        stride: tuple[int, ...]
+        dilation: tuple[int, ...]
+        groups: int
+        padding: tuple[int, ...] | str
+        padding_mode: str
+        _reversed_padding_repeated_twice: list[int]
+        _conv_forward: Any
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: str | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+    ) -> None:
+        nn.Module.__init__(self)  # type: ignore[arg-type]
+        owner = type(self)
+        _checks.positive_int(
+            owner, in_channels=in_channels, out_channels=out_channels, groups=groups
+        )
+        _checks.one_of(owner, ("zeros", "circular"), padding_mode=padding_mode)
+        _checks.require(
+            in_channels % groups == 0 and out_channels % groups == 0,
+            owner,
+            "groups must divide in_channels and out_channels",
+            "Choose a common divisor",
+            in_channels=in_channels,
+            out_channels=out_channels,
+            groups=groups,
+        )
+        # The twin on the meta device brings every attribute that this version of torch has.
+        twin = self._plain_class(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,  # type: ignore[arg-type]
+            bias=False,
+            padding_mode=padding_mode,
+            device="meta",  # type: ignore[arg-type]
+        )
+        for name, value in vars(twin).items():
+            if name not in vars(self):
+                setattr(self, name, value)
+        self._check_configuration()
+        self.parametrization = OrthoKernel(
+            out_channels,
+            in_channels,
+            self.kernel_size,
+            self.stride,
+            groups,
+            ortho_params,
+            device,
+            dtype,
+        )
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)  # type: ignore[attr-defined]
+
+    def _check_configuration(self) -> None:
+        owner = type(self)
+        kernel, stride = self.kernel_size, self.stride
+        _checks.require(
+            all(k >= s for k, s in zip(kernel, stride, strict=True)),
+            owner,
+            "kernel_size must be >= stride in every dim",
+            "Use a larger kernel, or stride=1 followed by a space-to-depth layer",
+            kernel_size=kernel,
+            stride=stride,
+        )
+        _checks.require(
+            all(math.gcd(d, s) == 1 for d, s in zip(self.dilation, stride, strict=True)),
+            owner,
+            "dilation and stride must have no common divisor in any dim, "
+            "for otherwise some inputs are never read",
+            "Change one of them",
+            dilation=self.dilation,
+            stride=stride,
+        )
+        single = self.in_channels == self.out_channels == self.groups and math.prod(stride) == 1
+        _checks.require(
+            not single,
+            owner,
+            "a group must have more than one channel in or out, for a single-channel orthogonal "
+            "convolution is plus or minus a shift and has nothing to train",
+            "Use fewer groups or more channels",
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            groups=self.groups,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve `input` with the present weight."""
+        if self.padding_mode == "circular":
+            self._check_circular(input)
+        return self._conv_forward(input, self.weight, self.bias)
+
+    def _check_circular(self, input: Tensor) -> None:
+        """Refuse sizes on which wrapping around would repeat or mix outputs."""
+        dims = len(self.kernel_size)
+        sizes, pads = input.shape[-dims:], self._reversed_padding_repeated_twice
+        for i, (size, k, s, d) in enumerate(
+            zip(sizes, self.kernel_size, self.stride, self.dilation, strict=True)
+        ):
+            low, high = pads[2 * (dims - 1 - i) : 2 * (dims - i)]
+            outputs = (size + low + high - d * (k - 1) - 1) // s + 1
+            good = low == high == 0 or (
+                size % s == 0 and outputs * s <= size and max(low, high) <= size
+            )
+            if not good:
+                _checks.fail(
+                    self,
+                    "with circular padding every input size must be a multiple of the stride, at "
+                    "least the padding, and give at most size / stride outputs",
+                    "Resize the input, lower the padding, or use padding_mode='zeros'",
+                    input_size=tuple(sizes),
+                    stride=self.stride,
+                    padding=self.padding,
+                    kernel_size=self.kernel_size,
+                )
+
+
+class OrthoConv1d(_OrthoConvNd, nn.Conv1d):
+    """`nn.Conv1d` with an orthogonal kernel.
+
+    Arguments, guarantee and errors are those of [`OrthoConv2d`][orthonet.layers.OrthoConv2d].
+
+    Shape:
+        Input (N, C_in, L) or (C_in, L), output as `nn.Conv1d`.
+    """
+
+    _plain_class = nn.Conv1d
+
+
+class OrthoConv2d(_OrthoConvNd, nn.Conv2d):
+    r"""`nn.Conv2d` with an orthogonal kernel: change the name, keep the arguments.
+
+    The kernel is composed from orthogonal matrices (the AOC construction, see
+    [`OrthoKernel`][orthonet.reparametrizers.OrthoKernel]): paraunitary factors of k - s + 1 taps,
+    then a reshaped matrix of s taps at stride s.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Taps, odd or even, at least the stride in every dimension.
+        stride: Stride.
+        padding: Zeros or wrapped values added on both sides, "same" or "valid".
+        dilation: Spacing of the taps, without a common divisor with the stride.
+        groups: Number of groups.
+        bias: Whether to add a learnable bias, zero at first.
+        padding_mode: "zeros" or "circular".
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters; the kernel is computed in float32 at least.
+        ortho_params: Which normalizer and orthogonalizer make the factors.
+
+    Shape:
+        As `nn.Conv2d`, unbatched input included.
+
+    Guarantee:
+        With \(S\) the product of the strides, l2 -> l2, in train and eval mode and for every
+        preset:
+
+        - `padding_mode="circular"` with "same"-sized padding: all
+          \(\min(c_i n, c_o n / S)\) singular values are 1 to \(10^{-5}\) (float32) or \(10^{-12}\)
+          (float64).
+        - no padding ("valid"): all are 1 when \(c_o \le c_i S\); at most 1 otherwise.
+        - zero padding: at most 1.
+
+        Circular padding on sizes that the stride does not divide is refused.
+
+    Raises:
+        ValueError: kernel_size < stride, another padding mode (reflected or repeated borders raise
+            the norm above 1), a common divisor of dilation and stride, groups of a single channel.
+
+    References:
+        Boissin et al., *An adaptive orthogonal convolution scheme for efficient and flexible CNN
+        architectures*, ICML 2025; Li et al., NeurIPS 2019; Xiao et al., ICML 2018.
+    """
+
+    _plain_class = nn.Conv2d
+
+
+class OrthoConv3d(_OrthoConvNd, nn.Conv3d):
+    """`nn.Conv3d` with an orthogonal kernel.
+
+    Arguments, guarantee and errors are those of [`OrthoConv2d`][orthonet.layers.OrthoConv2d].
+
+    Shape:
+        Input (N, C_in, D, H, W) or (C_in, D, H, W), output as `nn.Conv3d`.
+    """
+
+    _plain_class = nn.Conv3d
+
+
+AdaptiveOrthoConv2d = OrthoConv2d

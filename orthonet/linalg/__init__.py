@@ -1,0 +1,25 @@
+"""Pure functions on the last two dimensions of a tensor: the mathematics of the library."""
+
+from orthonet.linalg.convolution import apply_projectors, block_convolution
+from orthonet.linalg.exponential import cayley, matrix_exponential, rotate_base, skew
+from orthonet.linalg.factorization import cholesky_qr, qr
+from orthonet.linalg.polar import bjorck, polar, polar_svd
+from orthonet.linalg.sampling import haar
+from orthonet.linalg.spectral import gram_iteration, power_iteration
+
+__all__ = [
+    "apply_projectors",
+    "bjorck",
+    "block_convolution",
+    "cayley",
+    "cholesky_qr",
+    "gram_iteration",
+    "haar",
+    "matrix_exponential",
+    "polar",
+    "polar_svd",
+    "power_iteration",
+    "qr",
+    "rotate_base",
+    "skew",
+]

@@ -1,0 +1,93 @@
+r"""Algebra of convolution kernels: their product, and factors that keep them orthogonal.
+
+A kernel of shape (*batch, c_out, c_in, *taps) stands for the matrix polynomial
+\(K(z) = \sum_t K_t z^t\); composing two convolutions multiplies the polynomials.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from orthonet import _checks
+
+__all__ = ["apply_projectors", "block_convolution"]
+
+
+def block_convolution(outer: Tensor, inner: Tensor, *, spatial_dims: int) -> Tensor:
+    r"""Kernel of the composition `outer` after `inner`, both with stride 1.
+
+    \((K L)_t = \sum_{r + s = t} K_r L_s\), matrix products over the channels.
+
+    Args:
+        outer: Kernel that acts last.
+        inner: Kernel that acts first.
+        spatial_dims: Number of trailing tap dimensions.
+
+    Shape:
+        `outer`: (*batch, a, b, *k), `inner`: (*batch, b, c, *l). Output: (*batch, a, c, *(k + l -
+        1)).
+
+    References:
+        Li, Haque, Anil, Lucas, Grosse & Jacobsen, *Preventing gradient attenuation in Lipschitz
+        constrained convolutional networks*, NeurIPS 2019, definition of the block convolution.
+    """
+    first = outer.ndim - spatial_dims
+    _checks.require(
+        outer.ndim == inner.ndim and outer.shape[first - 1] == inner.shape[first - 2],
+        "block_convolution",
+        "the inner channels of both kernels must agree",
+        "Pass (*batch, a, b, *k) and (*batch, b, c, *l)",
+        outer=outer,
+        inner=inner,
+    )
+    taps = [range(size) for size in outer.shape[first:]]
+    sizes = [k + m - 1 for k, m in zip(outer.shape[first:], inner.shape[first:], strict=True)]
+    batch = torch.broadcast_shapes(outer.shape[: first - 2], inner.shape[: first - 2])
+    out = outer.new_zeros(*batch, outer.shape[first - 2], inner.shape[first - 1], *sizes)
+    flat_inner = inner.flatten(first - 1)
+    for tap in product(*taps):
+        block = outer[(..., *tap)] @ flat_inner
+        block = block.unflatten(-1, inner.shape[first - 1 :])
+        pad = [
+            amount
+            for t, m, size in reversed(list(zip(tap, inner.shape[first:], sizes, strict=True)))
+            for amount in (t, size - m - t)
+        ]
+        out = out + F.pad(block, pad)
+    return out
+
+
+def apply_projectors(kernel: Tensor, bases: Tensor, *, taps: int, dim: int) -> Tensor:
+    r"""Multiply a kernel on the left by the paraunitary factors \(V V^\top + (I - V V^\top) z_d\).
+
+    One factor per matrix of `bases` lengthens the tap dimension `dim` by one. For orthonormal
+    columns V each factor is orthogonal on every torus, whatever the rank of V, so the product of
+    `kernel` with all of them has the singular values of `kernel`. The projectors are applied
+    through V, without forming them.
+
+    Args:
+        kernel: Matrix polynomial with the channels first and any columns last.
+        bases: Orthonormal columns, one matrix per factor.
+        taps: Number of tap dimensions, between channels and columns.
+        dim: Which of them grows, from 0.
+
+    Shape:
+        `kernel`: (*batch, c, *k, n), `bases`: (*batch, f, c, r). Output: `kernel` with `k[dim]`
+        larger by f.
+
+    References:
+        Li et al., NeurIPS 2019 (BCOP); the factors go back to Xiao, Bahri, Sohl-Dickstein,
+        Schoenholz & Pennington, ICML 2018 (delta-orthogonal) and to paraunitary filter banks.
+    """
+    channel = kernel.ndim - taps - 2
+    grow = channel + 1 + dim
+    for base in bases.unbind(channel):
+        flat = kernel.flatten(channel + 1)
+        inside = (base @ (base.mT @ flat)).view(kernel.shape)
+        before = [0, 0] * (kernel.ndim - 1 - grow)
+        kernel = F.pad(inside, [*before, 0, 1]) + F.pad(kernel - inside, [*before, 1, 0])
+    return kernel

@@ -1,0 +1,44 @@
+"""Random points on the spaces of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from orthonet import _checks
+from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg.factorization import qr
+
+__all__ = ["haar"]
+
+
+def haar(
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Semi-orthogonal matrices drawn from the Haar (uniform) distribution.
+
+    The orthogonal factor of a Gaussian matrix whose \(R\) has a positive diagonal.
+
+    Args:
+        shape: (*batch, m, n).
+        dtype: Floating-point dtype; the default is PyTorch's.
+        device: Device of the result.
+        generator: Source of randomness.
+
+    Shape:
+        Output: `shape`.
+
+    References:
+        Mezzadri, *How to generate random matrices from the classical compact groups*, Notices of
+        the AMS 54 (2007).
+    """
+    sizes = _checks.weight_shape("haar", shape)
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    gaussian = torch.randn(sizes, dtype=compute_dtype(dtype), device=device, generator=generator)
+    return qr(gaussian).to(dtype)

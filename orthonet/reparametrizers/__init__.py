@@ -1,0 +1,49 @@
+"""Modules that constrain one weight, by the protocol of `torch.nn.utils.parametrize`."""
+
+from orthonet.reparametrizers._kernel import OrthoKernel
+from orthonet.reparametrizers._normalizers import (
+    BatchedIdentity,
+    BatchedPowerIteration,
+    L2Normalize,
+)
+from orthonet.reparametrizers._orthogonalizers import (
+    BatchedBjorckOrthogonalization,
+    BatchedCholeskyOrthogonalization,
+    BatchedExponentialOrthogonalization,
+    BatchedQROrthogonalization,
+    Orthogonalizer,
+)
+from orthonet.reparametrizers._params import (
+    BJORCK_PASS_THROUGH_ORTHO_PARAMS,
+    CHOLESKY_ORTHO_PARAMS,
+    CHOLESKY_STABLE_ORTHO_PARAMS,
+    DEFAULT_ORTHO_PARAMS,
+    DEFAULT_TEST_ORTHO_PARAMS,
+    EXP_ORTHO_PARAMS,
+    QR_ORTHO_PARAMS,
+    ClassParam,
+    OrthoParams,
+)
+from orthonet.reparametrizers._weight import OrthoWeight
+
+__all__ = [
+    "BJORCK_PASS_THROUGH_ORTHO_PARAMS",
+    "CHOLESKY_ORTHO_PARAMS",
+    "CHOLESKY_STABLE_ORTHO_PARAMS",
+    "DEFAULT_ORTHO_PARAMS",
+    "DEFAULT_TEST_ORTHO_PARAMS",
+    "EXP_ORTHO_PARAMS",
+    "QR_ORTHO_PARAMS",
+    "BatchedBjorckOrthogonalization",
+    "BatchedCholeskyOrthogonalization",
+    "BatchedExponentialOrthogonalization",
+    "BatchedIdentity",
+    "BatchedPowerIteration",
+    "BatchedQROrthogonalization",
+    "ClassParam",
+    "L2Normalize",
+    "OrthoKernel",
+    "OrthoParams",
+    "OrthoWeight",
+    "Orthogonalizer",
+]

@@ -1,0 +1,185 @@
+"""Spectral normalizers: the first half of an `OrthoParams`, bringing a matrix to unit scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from orthonet import _checks
+from orthonet.errors import NotOnManifoldError
+from orthonet.linalg import power_iteration
+from orthonet.linalg._matrix import compute_dtype, in_transform
+
+__all__ = ["BatchedIdentity", "BatchedPowerIteration", "L2Normalize"]
+
+
+class BatchedIdentity(nn.Module):
+    """No normalization: for orthogonalizers that bear any scale.
+
+    Args:
+        weight_shape: Shape (*batch, m, n) of the weights.
+
+    Shape:
+        Input and output: `weight_shape`.
+    """
+
+    def __init__(self, weight_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.weight_shape = _checks.weight_shape(self, weight_shape)
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return `w`."""
+        return w
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        """Return `w`."""
+        return w
+
+    def extra_repr(self) -> str:
+        return f"weight_shape={self.weight_shape}"
+
+
+class BatchedPowerIteration(nn.Module):
+    r"""Divide each matrix by a power-iteration estimate of its spectral norm.
+
+    \(W / (\sigma + \mathrm{eps}\,s)\) with \(\sigma = u^\top W v\) after `power_it_niter` rounds
+    that start from the buffer `u`, and \(s\) the root mean square singular value (so that `eps` is
+    relative to the scale of W). The vectors are constants for autograd; \(\sigma\) is not.
+
+    State: `u` moves in training mode only, by a copy after it has been used, and never to a zero or
+    non-finite vector. In eval mode and inside `torch.func` transforms the rounds start from the
+    stored `u` and nothing is written.
+
+    Args:
+        weight_shape: Shape (*batch, m, n) of the weights.
+        power_it_niter: Rounds per call, at least 1.
+        eps: Relative guard against division by zero.
+
+    Shape:
+        Input and output: `weight_shape`.
+
+    Guarantee:
+        The estimate is from below, so the result may have a norm above 1; zero stays zero. The
+        orthogonalizers of this library accept any scale and do not rely on it.
+
+    Raises:
+        ValueError: `weight_shape`, `power_it_niter` or `eps` is out of range.
+
+    References:
+        Miyato, Kataoka, Koyama & Yoshida, *Spectral normalization for GANs*, ICLR 2018.
+    """
+
+    u: Tensor
+
+    def __init__(
+        self, weight_shape: Sequence[int], power_it_niter: int = 3, eps: float = 1e-12
+    ) -> None:
+        super().__init__()
+        self.weight_shape = _checks.weight_shape(self, weight_shape)
+        _checks.positive_int(self, power_it_niter=power_it_niter)
+        _checks.in_range(self, 0.0, 1.0, eps=eps)
+        self.power_it_niter = power_it_niter
+        self.eps = eps
+        self.register_buffer("u", torch.empty(self.weight_shape[:-1]))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw a random unit vector for each matrix."""
+        if not self.u.is_meta:
+            self.u.normal_()
+            self.u.div_(torch.linalg.vector_norm(self.u, dim=-1, keepdim=True).clamp_min(1e-30))
+
+    def forward(self, w: Tensor) -> Tensor:
+        r"""Return `w` divided by its estimated norm."""
+        start = self.u.to(w.dtype)
+        sigma, u, _ = power_iteration(w, start, niters=self.power_it_niter)
+        if self.training and not in_transform():
+            with torch.no_grad():
+                self.u.copy_(u)
+        size = min(self.weight_shape[-2:])
+        scale = torch.linalg.matrix_norm(w.detach()) * max(size, 1) ** -0.5
+        floor = torch.finfo(w.dtype).tiny ** 0.5
+        return w / (sigma + self.eps * scale).clamp_min(floor)[..., None, None]
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        """Return `w`: exact for weights of unit norm."""
+        return w
+
+    def extra_repr(self) -> str:
+        return (
+            f"weight_shape={self.weight_shape}, power_it_niter={self.power_it_niter}, "
+            f"eps={self.eps}"
+        )
+
+
+class L2Normalize(nn.Module):
+    r"""Divide by the Euclidean norm, over one dimension or over all: \(w / \|w\|_2\).
+
+    A zero vector has no direction: it maps to the constant vector of unit norm.
+
+    Args:
+        dtype: Least precision of the computation; the norm is taken in the wider of `dtype`,
+            float32 and the dtype of the input.
+        dim: Dimension of the vectors; None takes the whole tensor as one vector.
+
+    Shape:
+        Any; the output has the shape and dtype of the input.
+
+    Guarantee:
+        Unit norm to rounding in the dtype of the input.
+
+    Raises:
+        ValueError: `dtype` is not a floating-point dtype.
+        NotOnManifoldError: `right_inverse` of a tensor whose vectors do not have unit norm.
+    """
+
+    def __init__(self, dtype: torch.dtype, dim: int | None = None) -> None:
+        super().__init__()
+        _checks.require(
+            isinstance(dtype, torch.dtype) and dtype.is_floating_point,
+            self,
+            "dtype must be a floating-point torch.dtype",
+            "Pass e.g. torch.float32",
+            dtype=dtype,
+        )
+        self.dtype = dtype
+        self.dim = dim
+
+    def _norm(self, w: Tensor) -> Tensor:
+        if self.dim is None:
+            return torch.linalg.vector_norm(w).expand((1,) * w.ndim)
+        return torch.linalg.vector_norm(w, dim=self.dim, keepdim=True)
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the normalized tensor."""
+        if w.numel() == 0:
+            return w
+        work = w.to(torch.promote_types(compute_dtype(w.dtype), self.dtype))
+        largest = work.detach().abs().amax(() if self.dim is None else self.dim, keepdim=True)
+        largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+        work = work / largest
+        norm = self._norm(work)
+        count = work.numel() if self.dim is None else work.shape[self.dim]
+        unit = torch.full_like(work, count**-0.5)
+        safe = torch.where(norm > 0, norm, torch.ones_like(norm))
+        return torch.where(norm > 0, work / safe, unit + work).to(w.dtype)
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        """Return `w` if its vectors have unit norm."""
+        distance = float((self._norm(w.double()) - 1.0).abs().amax()) if w.numel() else 0.0
+        allowed = 1e3 * torch.finfo(w.dtype).eps
+        _checks.require(
+            distance <= allowed,
+            self,
+            f"vectors must have unit norm (to {allowed:.1e})",
+            "Normalize it first, e.g. torch.nn.functional.normalize",
+            NotOnManifoldError,
+            distance=distance,
+        )
+        return w
+
+    def extra_repr(self) -> str:
+        return f"dtype={self.dtype}, dim={self.dim}"
