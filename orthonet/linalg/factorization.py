@@ -108,11 +108,14 @@ def _factorize(w: Tensor, method: int) -> tuple[Tensor, Tensor]:
     scale = rms_scale(w)
     shift = 11.0 * w.shape[-1] ** 0.5 * torch.finfo(w.dtype).eps if method == _SHIFTED else 0.0
     q, r = _round(w / scale, shift)
-    for _ in range(2 if method == _SHIFTED else 1):
+    failed = torch.ones(w.shape[:-2], dtype=torch.bool, device=w.device)
+    for _ in range(3):
+        if not bool(failed.any()):
+            break
         q, outer = _round(q)
         r = outer @ r
-    # eps-level when the rounds worked; NaN or large when a Cholesky factorization broke down
-    failed = ~(gram_defect(q.mT @ q) <= 1e2 * torch.finfo(w.dtype).eps * w.shape[-1] ** 0.5)
+        # NaN when a Cholesky factorization broke down, eps-level when the rounds have worked
+        failed = ~(gram_defect(q.mT @ q) <= 8.0 * torch.finfo(w.dtype).eps * w.shape[-1] ** 0.5)
     r = r * scale
     if bool(failed.any()):
         again = _SHIFTED if method == _CHOLESKY else _HOUSEHOLDER

@@ -169,7 +169,7 @@ class L2Normalize(nn.Module):
 
     def right_inverse(self, w: Tensor) -> Tensor:
         """Return `w` if its vectors have unit norm."""
-        distance = float((self._norm(w.double()) - 1.0).abs().amax()) if w.numel() else 0.0
+        distance = float((self._norm(w.detach().double()) - 1.0).abs().amax()) if w.numel() else 0.0
         allowed = 1e3 * torch.finfo(w.dtype).eps
         _checks.require(
             distance <= allowed,

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from orthonet import linalg
+from orthonet.testing import orthogonality_error
+from tests.references import rotation_reference
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 7, 12, 18])
+@pytest.mark.parametrize("scale", [0.0, 1e-8, 0.3, 3.0, 40.0])
+def test_matrix_exponential(degree, scale, dtype):
+    a = scale * linalg.skew(torch.randn(3, 7, 7, dtype=torch.float64)).to(dtype)
+    # the more squarings, the more rounding; observed per degree, in float32 and float64:
+    # 1.4e-2, 4.8e-4, 1.9e-4, 8.2e-6 (7 and more) and 6.3e-7, 1.2e-9, 3.9e-11, 2.2e-13
+    low = {1: (1e-1, 5e-6), 2: (5e-3, 1e-8), 3: (2e-3, 5e-10)}.get(degree, (1e-4, 5e-12))
+    allowed = low[dtype == torch.float64]
+    error = linalg.matrix_exponential(a, degree=degree) - torch.matrix_exp(a.double())
+    assert float(error.abs().max()) <= allowed
+
+
+def test_exponential_of_any_matrix():
+    a = torch.randn(6, 6, dtype=torch.float64)
+    torch.testing.assert_close(linalg.matrix_exponential(a), torch.matrix_exp(a))
+
+
+def test_matrix_exponential_gradcheck():
+    a = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(linalg.matrix_exponential, (a.requires_grad_(),))
+
+
+def test_cayley_is_a_rotation_and_inverts():
+    a = linalg.skew(torch.randn(5, 6, 6, dtype=torch.float64))
+    q = linalg.cayley(a)
+    assert orthogonality_error(q) <= 1e-12  # observed 7e-16
+    eye = torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(torch.linalg.solve(q + eye, q - eye), a)
+    torch.testing.assert_close(torch.linalg.det(q), torch.ones(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 5), (6, 4), (4, 6), (12, 3), (3, 12), (2, 9, 3)])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 20.0])
+def test_rotate_base(shape, scale, dtype):
+    w = scale * torch.randn(shape, dtype=dtype)
+    base = linalg.haar(shape, dtype=dtype)
+    q = linalg.rotate_base(w, base)
+    # observed 1.1e-7 and 5e-16
+    assert orthogonality_error(q) <= {torch.float32: 2e-6, torch.float64: 1e-12}[dtype]
+    error = float((q - rotation_reference(w, base)).abs().max())
+    # observed 1.8e-4 and 6.1e-13 at scale 20, where the exponent has norm up to about 200
+    assert error <= {torch.float32: 2e-3, torch.float64: 1e-11}[dtype]
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (9, 2), (2, 9)])
+def test_rotate_base_reaches_the_tangent_space_at_the_base(shape):
+    base = linalg.haar(shape, dtype=torch.float64)
+    torch.testing.assert_close(linalg.rotate_base(base, base), base)
+    jacobian = torch.func.jacrev(lambda w: linalg.rotate_base(w, base))(base)
+    rank = torch.linalg.matrix_rank(jacobian.reshape(base.numel(), -1), rtol=1e-8)
+    small = min(shape)
+    assert int(rank) == base.numel() - small * (small + 1) // 2  # dimension of the manifold
+
+
+def test_rotate_base_gradcheck():
+    for shape in ((4, 4), (7, 2)):
+        base = linalg.haar(shape, dtype=torch.float64)
+        w = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda w, base=base: linalg.rotate_base(w, base), (w,))
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="matrix_exponential: the matrix must be square"):
+        linalg.matrix_exponential(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="the matrix must be finite, got norm=nan"):
+        linalg.matrix_exponential(torch.full((2, 2), torch.nan))
+    with pytest.raises(ValueError, match="w and base must have one shape"):
+        linalg.rotate_base(torch.ones(2, 3), torch.ones(3, 2))

@@ -1,0 +1,158 @@
+import importlib
+
+import pytest
+import torch
+
+from orthonet import linalg
+from orthonet.linalg.polar import _polar_forward
+from orthonet.testing import MATRIX_CASES, MATRIX_SHAPES, hard_matrix, orthogonality_error
+from tests.references import polar_gradient_reference, polar_reference
+
+# observed over all cases and shapes: 2.2e-7 and 7e-16
+RESIDUAL = {torch.float32: 2e-6, torch.float64: 1e-12}
+
+
+@pytest.mark.parametrize("shape", MATRIX_SHAPES.values(), ids=MATRIX_SHAPES)
+@pytest.mark.parametrize("case", MATRIX_CASES)
+def test_result_is_orthogonal_and_gradient_finite(case, shape, dtype):
+    w = hard_matrix(case, shape, dtype).requires_grad_()
+    u = linalg.polar(w)
+    assert u.shape == w.shape
+    assert u.dtype == dtype
+    assert orthogonality_error(u) <= RESIDUAL[dtype]
+    (grad,) = torch.autograd.grad(u, w, torch.randn_like(u))
+    # the derivative of a "tiny" matrix is of order 1e20, still finite
+    assert bool(torch.isfinite(grad).all())
+
+
+@pytest.mark.parametrize("shape", MATRIX_SHAPES.values(), ids=MATRIX_SHAPES)
+@pytest.mark.parametrize("case", ["identity", "gaussian", "orthogonal", "repeated", "kappa_1e3"])
+def test_is_the_polar_factor(case, shape):
+    w = hard_matrix(case, shape, torch.float64)
+    # observed 5.1e-14 (condition 1e3 times rounding)
+    torch.testing.assert_close(linalg.polar(w), polar_reference(w), atol=1e-11, rtol=0)
+    torch.testing.assert_close(linalg.polar_svd(w), polar_reference(w), atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["rank_deficient", "zero", "kappa_1e8"])
+def test_deficient_rank_keeps_the_product_semi_definite(case):
+    w = hard_matrix(case, (12, 7), torch.float64)
+    h = linalg.polar(w).mT @ w
+    assert float((h - h.mT).abs().max()) <= 1e-12  # observed 4e-16
+    assert float(torch.linalg.eigvalsh(h).min()) >= -1e-12  # observed -2e-16
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.3, 0.5, 1.0])
+def test_every_beta_and_budget_arrive(beta):
+    w = hard_matrix("gaussian", (10, 6), torch.float64)
+    for niters in (0, 1, 40):
+        u = linalg.polar(w, beta=beta, niters=niters)
+        torch.testing.assert_close(u, polar_reference(w), atol=1e-11, rtol=0)  # observed 8e-16
+
+
+def test_budget_and_step_size_are_read(monkeypatch):
+    steps = []
+    module = importlib.import_module("orthonet.linalg.polar")  # the package has the function there
+    original = module._step
+
+    def counting(x, gram, beta):
+        steps.append(beta)
+        return original(x, gram, beta)
+
+    monkeypatch.setattr(module, "_step", counting)
+    w = hard_matrix("kappa_1e3", (8, 8), torch.float64)
+    linalg.polar(w, beta=0.25, niters=3)
+    assert steps[:3] == [0.25] * 3
+    assert 0.25 not in steps[3:]
+
+
+def test_bjorck_runs_exactly_its_steps():
+    w = 0.5 * hard_matrix("orthogonal", (5, 9), torch.float64)
+    one = 1.25 * w - 0.25 * w @ w.mT @ w
+    torch.testing.assert_close(linalg.bjorck(w, beta=0.25, niters=1), one)
+    torch.testing.assert_close(linalg.bjorck(w, beta=0.25, niters=0), w)
+    error = [orthogonality_error(linalg.bjorck(w, niters=n)) for n in (1, 3, 8)]
+    assert error[0] > error[1] > 1e-6 > 1e-12 > error[2]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 4), (6, 3), (3, 6), (2, 4, 3), (5, 1)])
+def test_gradcheck_twice(shape):
+    w = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(linalg.polar, (w,))
+    assert torch.autograd.gradgradcheck(linalg.polar, (w,))
+
+
+def test_gradient_at_repeated_singular_values():
+    w = (3.0 * hard_matrix("orthogonal", (7, 4), torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(linalg.polar, (w,))
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 12), (12, 40)])
+# observed relative errors in float32: 5.9e-7, 3.9e-6, 2.1e-5
+@pytest.mark.parametrize(
+    ("case", "allowed"), [("orthogonal", 1e-5), ("gaussian", 1e-4), ("kappa_1e3", 5e-4)]
+)
+def test_float32_gradient_against_closed_form(case, allowed, shape):
+    w = hard_matrix(case, shape).requires_grad_()
+    grad = torch.randn(shape)
+    (ours,) = torch.autograd.grad(linalg.polar(w), w, grad)
+    truth = polar_gradient_reference(w.detach(), grad)
+    assert float((ours.double() - truth).norm() / truth.norm()) <= allowed
+
+
+def test_backward_keeps_two_matrices():
+    saved = 0
+
+    def pack(tensor):
+        nonlocal saved
+        saved += tensor.numel()
+        return tensor
+
+    w = torch.randn(32, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        linalg.polar(w)
+    assert saved == 2 * w.numel()  # the parameter itself and the result
+
+
+def test_batch_equals_loop():
+    w = torch.stack([hard_matrix(c, (6, 4), torch.float64) for c in MATRIX_CASES])
+    loop = torch.stack([_polar_forward(one, 0.5, 12) for one in w])
+    regular = [i for i, c in enumerate(MATRIX_CASES) if c not in ("zero", "rank_deficient")]
+    # observed 6e-11 for condition 1e8, where the factor itself is that sensitive
+    torch.testing.assert_close(linalg.polar(w)[regular], loop[regular], atol=1e-7, rtol=0)
+
+
+def test_transforms_and_compile():
+    w = torch.randn(3, 5, 4, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.vmap(linalg.polar)(w), linalg.polar(w))
+
+    def loss(x):
+        return linalg.polar(x).square().sum() + linalg.polar(x)[0, 0]
+
+    per_sample = torch.func.vmap(torch.func.grad(loss))(w)
+    loop = torch.stack([torch.func.grad(loss)(one) for one in w])
+    torch.testing.assert_close(per_sample, loop)
+
+
+def test_bad_input_is_refused():
+    w = torch.full((3, 3), torch.nan)
+    with pytest.raises(ValueError, match=r"polar_svd: w must be finite.*learning rate"):
+        linalg.polar(w)
+    with pytest.raises(ValueError, match=r"polar: w must be a matrix .* got shape=\(3,\)"):
+        linalg.polar(torch.ones(3))
+    with pytest.raises(ValueError, match="real floating-point"):
+        linalg.polar(torch.ones(3, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"beta must be in \(0, 1\], got beta=0.0"):
+        linalg.polar(torch.eye(3), beta=0.0)
+
+
+def test_empty_matrices():
+    assert linalg.polar(torch.empty(0, 3)).shape == (0, 3)
+    assert linalg.polar(torch.empty(2, 4, 0)).shape == (2, 4, 0)
+
+
+def test_half_precision_is_computed_in_float32():
+    w = torch.randn(8, 8, dtype=torch.bfloat16)
+    expected = polar_reference(w).to(torch.bfloat16)
+    # the only rounding is the last cast: half a unit in the last place of entries below 1
+    torch.testing.assert_close(linalg.polar(w), expected, atol=2**-8, rtol=0)

@@ -1,0 +1,81 @@
+"""Obviously correct and slow float64 twins of the fast code; nothing here is shipped."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# --- matrices ------------------------------------------------------------------------------
+
+
+def polar_reference(w: Tensor) -> Tensor:
+    """Polar factor by SVD in float64."""
+    u, _, vh = torch.linalg.svd(w.double(), full_matrices=False)
+    return u @ vh
+
+
+def polar_gradient_reference(w: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of <grad, polar(w)> for full rank, entry by entry in the singular bases."""
+    w, grad = w.double(), grad.double()
+    if w.shape[-2] < w.shape[-1]:
+        return polar_gradient_reference(w.mT, grad.mT).mT
+    u, s, vh = torch.linalg.svd(w, full_matrices=True)
+    n = w.shape[-1]
+    inner = u.mT @ grad @ vh.mT  # rows beyond n are normal to the range of w
+    top = (inner[..., :n, :] - inner[..., :n, :].mT) / (s[..., :, None] + s[..., None, :])
+    bottom = inner[..., n:, :] / s[..., None, :]
+    return u @ torch.cat([top, bottom], -2) @ vh
+
+
+def qr_reference(w: Tensor) -> Tensor:
+    """Orthogonal factor by modified Gram-Schmidt with a second pass, in float64."""
+    w = w.double()
+    if w.shape[-2] < w.shape[-1]:
+        return qr_reference(w.mT).mT
+    columns: list[Tensor] = []
+    for column in w.unbind(-1):
+        for _ in range(2):
+            for q in columns:
+                column = column - (q * column).sum(-1, keepdim=True) * q
+        columns.append(column / column.norm(dim=-1, keepdim=True))
+    return torch.stack(columns, -1)
+
+
+def rotation_reference(w: Tensor, base: Tensor) -> Tensor:
+    """exp(W B^T - B W^T) B with the full exponential in float64."""
+    if w.shape[-2] < w.shape[-1]:
+        return rotation_reference(w.mT, base.mT).mT
+    product = w.double() @ base.double().mT
+    return torch.matrix_exp(product - product.mT) @ base.double()
+
+
+# --- operators -----------------------------------------------------------------------------
+
+
+def convolution_by_unit_vectors(
+    kernel: Tensor,
+    input_size: tuple[int, ...],
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """The float64 matrix (out, in) of a convolution, one column for each unit vector."""
+    dims = kernel.ndim - 2
+    channels = kernel.shape[1] * groups
+    shape = (channels, *input_size)
+    unit = torch.eye(math.prod(shape), dtype=torch.float64).reshape(-1, *shape)
+    if padding_mode != "zeros":
+        each = (padding,) * dims if isinstance(padding, int) else tuple(padding)
+        amounts = [p for side in reversed(each) for p in (side, side)]
+        unit, padding = F.pad(unit, amounts, mode=padding_mode), 0
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    return convolve(unit, kernel.double(), None, stride, padding, dilation, groups).flatten(1).T
+
+
+def jacobian_reference(f, x: Tensor) -> Tensor:
+    """The Jacobian (out, in) of `f` at one sample x, by autograd; `f` takes a batch."""
+    jacobian = torch.autograd.functional.jacobian(lambda z: f(z[None])[0], x)
+    return jacobian.reshape(-1, x.numel())
