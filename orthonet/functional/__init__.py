@@ -1,0 +1,34 @@
+"""Stateless 1-Lipschitz maps: sorting activations, reflections, pooling, down-sampling.
+
+Every function here is 1-Lipschitz in the l2 norm. Those called *gradient-norm preserving* have
+a Jacobian whose singular values are all 1 at every point: autograd is made to return one
+consistent piece of the map at a tie, where `torch.maximum` or `torch.abs` would return an
+average of two pieces (singular values 1 and 0) or 0.
+
+`dim` is the channel dimension and may be negative; nothing else is assumed of the shape.
+"""
+
+from orthonet.functional._activations import absolute, group_sort, householder, max_min
+from orthonet.functional._pooling import (
+    depth_to_space,
+    global_l2_norm_pool,
+    global_scaled_avg_pool,
+    l2_norm_pool,
+    safe_sqrt,
+    scaled_avg_pool,
+    space_to_depth,
+)
+
+__all__ = [
+    "absolute",
+    "depth_to_space",
+    "global_l2_norm_pool",
+    "global_scaled_avg_pool",
+    "group_sort",
+    "householder",
+    "l2_norm_pool",
+    "max_min",
+    "safe_sqrt",
+    "scaled_avg_pool",
+    "space_to_depth",
+]

@@ -1,0 +1,270 @@
+"""Pooling and invertible down-sampling in 1 to 3 dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from orthonet._checks import non_negative_int, positive_int, require
+
+__all__ = [
+    "depth_to_space",
+    "global_l2_norm_pool",
+    "global_scaled_avg_pool",
+    "l2_norm_pool",
+    "safe_sqrt",
+    "scaled_avg_pool",
+    "space_to_depth",
+]
+
+_AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_TO_DEPTH = {
+    1: "... c (h i) -> ... (c i) h",
+    2: "... c (h i) (w j) -> ... (c i j) h w",
+    3: "... c (d i) (h j) (w k) -> ... (c i j k) d h w",
+}
+
+
+def safe_sqrt(square: Tensor) -> Tensor:
+    """Square root of non-negative numbers, with derivative 0 (not infinite) at 0.
+
+    It makes norms differentiable in the sense of subgradients: the gradient of
+    `safe_sqrt((x * x).sum())` is the unit vector along `x`, and 0 at 0.
+
+    Shape:
+        Any shape; the output has the same.
+    """
+    positive = square > 0
+    return torch.where(positive, square, 1).sqrt() * positive
+
+
+def _window(
+    owner: str,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] | None,
+    padding: Sequence[int] | None,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The three tuples of a pooling window, checked and of one length."""
+    require(
+        len(kernel_size) in _AVG_POOL,
+        owner,
+        "kernel_size must have 1, 2 or 3 entries, one for each spatial dimension",
+        "Write (2, 2) for images",
+        kernel_size=kernel_size,
+    )
+    stride = kernel_size if stride is None else stride
+    padding = (0,) * len(kernel_size) if padding is None else padding
+    require(
+        len(stride) == len(padding) == len(kernel_size),
+        owner,
+        "kernel_size, stride and padding must have the same length",
+        "Give one entry for each spatial dimension",
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=padding,
+    )
+    for k, s, p in zip(kernel_size, stride, padding, strict=True):
+        positive_int(owner, kernel_size=k, stride=s)
+        non_negative_int(owner, padding=p)
+    return tuple(kernel_size), tuple(stride), tuple(padding)
+
+
+def _has_spatial(owner: str, x: Tensor, spatial: int) -> None:
+    require(
+        x.ndim in (spatial + 1, spatial + 2),
+        owner,
+        f"the input must have {spatial} spatial dimensions, (N, C, ...) or (C, ...)",
+        "Reshape it, or use the twin for another number of dimensions",
+        shape=tuple(x.shape),
+    )
+
+
+def l2_norm_pool(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] | None = None,
+    padding: Sequence[int] | None = None,
+) -> Tensor:
+    r"""Euclidean norm of every window of every channel.
+
+    \(y_W = c^{-1} \|x_W\|_2\) with \(c^2 = \prod_d \lceil k_d / s_d \rceil\), the number of windows
+    that share a pixel: 1 unless the windows overlap. From
+    \(|\,\|x_W\| - \|x'_W\|\,| \le \|(x - x')_W\|\), the squares sum to
+    \(\|y - y'\|^2 \le c^{-2} \sum_i m_i (x_i - x'_i)^2\) with \(m_i \le c^2\), and \(m_i = c^2\) is
+    reached: the factor is the best one that holds for every input size.
+
+    Args:
+        x: input.
+        kernel_size: window, one entry for each of the 1 to 3 spatial dimensions.
+        stride: default `kernel_size`.
+        padding: zeros on both sides, at most half of the window; default 0.
+
+    Shape:
+        (N, C, *spatial) or (C, *spatial), to the same with the sizes of `F.avg_pool2d`.
+
+    Guarantee:
+        Lipschitz constant exactly 1; the gradient is finite everywhere and 0 for a zero window.
+        Squares are accumulated in float32 at least.
+
+    Raises:
+        ValueError: sizes that are not positive or not of one length, wrong number of dimensions.
+
+    Examples:
+        >>> l2_norm_pool(torch.tensor([[[3.0, 4.0, 0.0, 0.0]]]), (2,))
+        tensor([[[5., 0.]]])
+    """
+    kernel_size, stride, padding = _window("l2_norm_pool", kernel_size, stride, padding)
+    _has_spatial("l2_norm_pool", x, len(kernel_size))
+    shared = math.prod([-(-k // s) for k, s in zip(kernel_size, stride, strict=True)])
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = _AVG_POOL[len(kernel_size)](wide * wide, kernel_size, stride, padding)
+    square = mean * (math.prod(kernel_size) / shared)
+    return safe_sqrt(square).to(x.dtype)
+
+
+def scaled_avg_pool(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] | None = None,
+    padding: Sequence[int] | None = None,
+) -> Tensor:
+    r"""Average pooling, scaled so that its Lipschitz constant is 1.
+
+    \(y_W = c^{-1} |W|^{-1/2} \sum_{i \in W} x_i\). The rows \(1_W / \sqrt{|W|}\) have unit norm and
+    are orthogonal when the windows do not overlap (\(c = 1\)). In one dimension the Gram matrix
+    of the rows is Toeplitz with the non-negative entries \(\max(0, k - |j|s)/k\), so its norm
+    tends to their sum from below as the input grows:
+    \(c^2 = \prod_d (1 + 2q_d - s_d q_d (q_d + 1) / k_d)\) with
+    \(q_d = \lceil k_d / s_d \rceil - 1\).
+
+    Args:
+        x: input.
+        kernel_size: window, one entry for each of the 1 to 3 spatial dimensions.
+        stride: default `kernel_size`.
+        padding: zeros on both sides, at most half of the window; default 0.
+
+    Shape:
+        (N, C, *spatial) or (C, *spatial), to the same with the sizes of `F.avg_pool2d`.
+
+    Guarantee:
+        Without overlap and padding all singular values are 1. Else the constant is at most 1,
+        and 1 is the supremum over the input sizes.
+
+    Raises:
+        ValueError: sizes that are not positive or not of one length, wrong number of dimensions.
+
+    Examples:
+        >>> scaled_avg_pool(torch.ones(1, 1, 4, 4), (2, 2))
+        tensor([[[[2., 2.],
+                  [2., 2.]]]])
+    """
+    kernel_size, stride, padding = _window("scaled_avg_pool", kernel_size, stride, padding)
+    _has_spatial("scaled_avg_pool", x, len(kernel_size))
+    square = 1.0
+    for k, s in zip(kernel_size, stride, strict=True):
+        q = -(-k // s) - 1
+        square *= 1 + 2 * q - s * q * (q + 1) / k
+    scale = math.sqrt(math.prod(kernel_size) / square)
+    return _AVG_POOL[len(kernel_size)](x, kernel_size, stride, padding) * scale
+
+
+def global_l2_norm_pool(x: Tensor, spatial: int, keepdim: bool = False) -> Tensor:
+    """Euclidean norm of every channel over its `spatial` last dimensions.
+
+    Guarantee:
+        Lipschitz constant exactly 1 (each norm is 1-Lipschitz and the channels are disjoint);
+        the gradient is 0 at a zero channel.
+
+    Examples:
+        >>> global_l2_norm_pool(torch.ones(1, 3, 4, 4), spatial=2)
+        tensor([[4., 4., 4.]])
+    """
+    _has_spatial("global_l2_norm_pool", x, spatial)
+    return torch.linalg.vector_norm(x, dim=tuple(range(-spatial, 0)), keepdim=keepdim)
+
+
+def global_scaled_avg_pool(x: Tensor, spatial: int, keepdim: bool = False) -> Tensor:
+    r"""Sum of every channel over its `spatial` last dimensions, divided by \(\sqrt{|W|}\).
+
+    Guarantee:
+        All singular values are 1: the rows are unit vectors with disjoint supports.
+
+    Examples:
+        >>> global_scaled_avg_pool(torch.ones(1, 3, 4, 4), spatial=2)
+        tensor([[4., 4., 4.]])
+    """
+    _has_spatial("global_scaled_avg_pool", x, spatial)
+    scale = math.sqrt(math.prod(x.shape[-spatial:]))
+    return x.mean(dim=tuple(range(-spatial, 0)), keepdim=keepdim) * scale
+
+
+def space_to_depth(x: Tensor, downscale_factor: int, spatial: int) -> Tensor:
+    """Move each block of `downscale_factor` pixels a side into the channels.
+
+    Channel `c` becomes the channels `c r^n` to `(c + 1) r^n - 1`, one for each pixel of a block
+    in row-major order; with two spatial dimensions it is `F.pixel_unshuffle`.
+
+    Args:
+        x: input whose spatial sizes are multiples of the factor.
+        downscale_factor: side `r` of a block.
+        spatial: number `n` of spatial dimensions, 1 to 3.
+
+    Shape:
+        (*, C, L1, ..., Ln) to (*, C r^n, L1 / r, ..., Ln / r).
+
+    Guarantee:
+        A permutation: orthogonal, exact, inverted by `depth_to_space`.
+
+    Raises:
+        ValueError: a spatial size is not a multiple of the factor.
+    """
+    _check_blocks("space_to_depth", x, downscale_factor, spatial)
+    sizes = x.shape[-spatial:]
+    require(
+        all(size % downscale_factor == 0 for size in sizes),
+        "space_to_depth",
+        "every spatial size must be a multiple of downscale_factor",
+        "Pad the input to a multiple, e.g. with torch.nn.functional.pad",
+        spatial_sizes=tuple(sizes),
+        downscale_factor=downscale_factor,
+    )
+    axes = dict.fromkeys("ijk"[:spatial], downscale_factor)
+    return rearrange(x, _TO_DEPTH[spatial], **axes)
+
+
+def depth_to_space(y: Tensor, upscale_factor: int, spatial: int) -> Tensor:
+    """Inverse of `space_to_depth`; with two spatial dimensions it is `F.pixel_shuffle`.
+
+    Raises:
+        ValueError: the number of channels is not a multiple of `upscale_factor ** spatial`.
+    """
+    _check_blocks("depth_to_space", y, upscale_factor, spatial)
+    channels = y.shape[-spatial - 1]
+    require(
+        channels % upscale_factor**spatial == 0,
+        "depth_to_space",
+        f"the number of channels must be a multiple of {upscale_factor**spatial}",
+        "Choose another factor",
+        channels=channels,
+        upscale_factor=upscale_factor,
+    )
+    depth, space = reversed(_TO_DEPTH[spatial].split(" -> "))
+    axes = dict.fromkeys("ijk"[:spatial], upscale_factor)
+    return rearrange(y, f"{depth} -> {space}", **axes)
+
+
+def _check_blocks(owner: str, x: Tensor, factor: int, spatial: int) -> None:
+    positive_int(owner, factor=factor)
+    require(
+        spatial in _TO_DEPTH and x.ndim > spatial,
+        owner,
+        "the input must have a channel dimension before its 1 to 3 spatial ones",
+        "Reshape it to (N, C, ...) or (C, ...)",
+        shape=tuple(x.shape),
+        spatial=spatial,
+    )

@@ -1,0 +1,251 @@
+"""Input normalization and centering."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from orthonet._checks import in_range, positive_int, require
+
+__all__ = [
+    "BatchCentering1d",
+    "BatchCentering2d",
+    "BatchCentering3d",
+    "LayerCentering",
+    "Normalize",
+]
+
+
+class Normalize(nn.Module):
+    r"""\((x - \mathrm{mean}) / \mathrm{std}\), channel by channel, as part of the model.
+
+    Normalizing inside the model keeps every radius in the units of the input: the constant
+    \(1 / \min(\mathrm{std})\) is a factor of the certificate like that of any layer.
+
+    Args:
+        mean: one number for all channels, or one for each.
+        std: one positive number for all channels, or one for each.
+        dim: channel dimension.
+
+    Shape:
+        Any shape; the output has the same.
+
+    Guarantee:
+        Lipschitz constant exactly `lipschitz`, read from the buffers (so that it is right after
+        a change of dtype or the loading of a checkpoint).
+
+    Raises:
+        ValueError: lengths that differ, or a `std` that is not positive and finite; when
+            called: another number of channels.
+
+    Examples:
+        >>> Normalize(mean=0.5, std=0.25).lipschitz
+        4.0
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        mean: float | Sequence[float] | Tensor,
+        std: float | Sequence[float] | Tensor,
+        dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self._initial = tuple(
+            tuple(torch.as_tensor(value, device="cpu").double().reshape(-1).tolist())
+            for value in (mean, std)
+        )
+        means, stds = self._initial
+        sizes = {len(means), len(stds)} - {1}
+        require(
+            len(sizes) <= 1 and min(len(means), len(stds)) > 0,
+            self,
+            "mean and std must have one entry, or one for each channel",
+            "Give both the same length",
+            mean=mean,
+            std=std,
+        )
+        require(
+            all(0 < value < float("inf") for value in stds),
+            self,
+            "std must be positive and finite",
+            "Use 1.0 for a channel that is constant",
+            std=std,
+        )
+        self.dim = dim
+        channels = max(len(means), len(stds))
+        self.register_buffer("mean", torch.empty(channels, device=device, dtype=dtype))
+        self.register_buffer("std", torch.empty(channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Write the constructor's `mean` and `std` into the buffers."""
+        with torch.no_grad():
+            for buffer, values in zip((self.mean, self.std), self._initial, strict=True):
+                buffer.copy_(torch.tensor(values, dtype=torch.float64))
+
+    @property
+    def lipschitz(self) -> float:
+        """The l2 Lipschitz constant, 1 / min(std)."""
+        return 1 / self.std.min().item()
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = self.mean.numel()
+        require(
+            -x.ndim <= self.dim < x.ndim and channels in (1, x.shape[self.dim]),
+            self,
+            f"the input must have {channels} channels in dimension {self.dim}",
+            "Give one mean and std for each channel, or a single one for all",
+            shape=tuple(x.shape),
+        )
+        shape = (-1, *[1] * (x.ndim - self.dim % x.ndim - 1))
+        return (x - self.mean.view(shape)) / self.std.view(shape)
+
+    def extra_repr(self) -> str:
+        return f"mean={self.mean.tolist()}, std={self.std.tolist()}, dim={self.dim}"
+
+
+class LayerCentering(nn.Module):
+    r"""Subtract the mean of each sample over the given dimensions.
+
+    Args:
+        dim: dimensions of the mean. The default, the two last, centers each channel of an
+            image; `(-3, -2, -1)` centers over channels and space, `-1` over features.
+
+    Shape:
+        Any shape with these dimensions; the output has the same.
+
+    Guarantee:
+        The orthogonal projection \(I - \mathbf{1}\mathbf{1}^T / n\): constant exactly 1 for
+        \(n > 1\) (singular values 1, and one 0 for each mean), in train and eval. It has no state.
+
+    Raises:
+        ValueError: when called: the input has no such dimension.
+
+    Examples:
+        >>> LayerCentering(dim=-1)(torch.tensor([[1.0, 2.0, 6.0]]))
+        tensor([[-2., -1.,  3.]])
+    """
+
+    def __init__(self, dim: int | Sequence[int] = (-2, -1)) -> None:
+        super().__init__()
+        self.dim = (dim,) if isinstance(dim, int) else tuple(dim)
+        require(len(self.dim) > 0, self, "dim must not be empty", "Use dim=-1", dim=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        require(
+            all(-x.ndim <= dim < x.ndim for dim in self.dim),
+            self,
+            "every dim must be a dimension of the input",
+            "Use dim=-1 for features and dim=(-2, -1) for images",
+            dim=self.dim,
+            shape=tuple(x.shape),
+        )
+        return x - x.mean(self.dim, keepdim=True)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class _BatchCentering(nn.Module):
+    """Batch normalization without the division."""
+
+    _ndims: tuple[int, ...]
+    running_mean: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        momentum: float = 0.1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        positive_int(self, num_features=num_features)
+        in_range(self, 0.0, 1.0, momentum=momentum)
+        self.num_features = num_features
+        self.momentum = momentum
+        if bias:
+            self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.register_buffer("running_mean", torch.empty(num_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the running mean and the bias to 0."""
+        nn.init.zeros_(self.running_mean)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        require(
+            x.ndim in self._ndims and x.shape[1] == self.num_features,
+            self,
+            f"the input must have a batch dimension, then {self.num_features} channels, and "
+            f"{' or '.join(str(n) for n in self._ndims)} dimensions in all",
+            "Add the batch dimension with x.unsqueeze(0), or change num_features",
+            shape=tuple(x.shape),
+        )
+        if self.training:
+            mean = x.mean((0, *range(2, x.ndim)))
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        else:
+            mean = self.running_mean
+        shift = mean if self.bias is None else mean - self.bias
+        return x - shift.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, momentum={self.momentum}, bias={self.bias is not None}"
+
+
+class BatchCentering1d(_BatchCentering):
+    """Twin of `BatchCentering2d` for (N, C) and (N, C, L)."""
+
+    _ndims = (2, 3)
+
+
+class BatchCentering2d(_BatchCentering):
+    r"""Subtract the mean of each channel over the batch and space, and add a bias.
+
+    In train mode the mean is that of the batch, and a running mean is kept; in eval mode the
+    running mean is subtracted and nothing is written.
+
+    Args:
+        num_features: number of channels.
+        momentum: weight of a new batch in the running mean.
+        bias: add a learnable bias to each channel.
+
+    Shape:
+        (N, C, H, W); the output has the same.
+
+    Guarantee:
+        Eval: a constant shift, its Jacobian is the identity. Train: the orthogonal projection
+        \(I - \mathbf{1}\mathbf{1}^T / n\) of the *batch*, of norm 1; it mixes the samples, so the
+        bound concerns all of them together.
+
+    Raises:
+        ValueError: `num_features` < 1, `momentum` outside [0, 1]; when called: wrong number of
+            dimensions or channels.
+
+    Examples:
+        >>> layer = BatchCentering2d(3).eval()
+        >>> layer(torch.ones(1, 3, 1, 1)).flatten()
+        tensor([1., 1., 1.], grad_fn=<...>)
+    """
+
+    _ndims = (4,)
+
+
+class BatchCentering3d(_BatchCentering):
+    """Twin of `BatchCentering2d` for (N, C, D, H, W)."""
+
+    _ndims = (5,)

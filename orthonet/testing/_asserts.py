@@ -1,0 +1,152 @@
+"""Assertions on the promise of a layer: how its constant is measured, from below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from orthonet._checks import positive_int
+from orthonet.testing._operator import Map, factory_kwargs, jacobian, preserved, singular_values
+from orthonet.testing.tolerances import ROUNDING
+
+__all__ = ["assert_lipschitz", "assert_orthogonal", "lipschitz_estimate"]
+
+_JACOBIAN_ENTRIES = 2**20  # larger Jacobians are not formed
+
+
+def assert_orthogonal(
+    fn: Map,
+    input_shape: Sequence[int],
+    atol: float | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    train: bool = False,
+) -> None:
+    """Check that an affine map is semi-orthogonal: all singular values of its matrix are 1.
+
+    Args:
+        fn: a function or module that maps (N, *input_shape) to (N, ...).
+        input_shape: shape of one sample, without the batch dimension.
+        atol: largest accepted |sigma - 1|; default by dtype, `tolerances.ROUNDING`.
+        dtype: dtype of the inputs; default that of the module.
+        train: evaluate a module in train mode instead of eval mode.
+
+    Raises:
+        AssertionError: with the extreme singular values.
+        ValueError: the map is not affine.
+
+    Examples:
+        >>> assert_orthogonal(torch.nn.PixelUnshuffle(2), (1, 4, 4))
+    """
+    atol = ROUNDING[factory_kwargs(fn, dtype)["dtype"]].allowed if atol is None else atol
+    sigma = singular_values(fn, input_shape, dtype=dtype, train=train)
+    low, high = sigma.min().item(), sigma.max().item()
+    if not max(1 - low, high - 1) <= atol:
+        raise AssertionError(
+            f"not orthogonal on {tuple(input_shape)}: singular values in "
+            f"[1 - {1 - low:.3e}, 1 + {high - 1:.3e}], allowed 1 +- {atol:.1e}"
+        )
+
+
+def lipschitz_estimate(
+    fn: Map,
+    input_shape: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    samples: int = 8,
+    seed: int = 0,
+    train: bool = False,
+) -> float:
+    r"""An estimate from below of the l2 Lipschitz constant.
+
+    The largest of \(\|f(x) - f(y)\| / \|x - y\|\) over random pairs near and far, and of the
+    spectral norm of the Jacobian at random points when it is small enough to be formed.
+
+    Args:
+        fn: a function or module that maps (N, *input_shape) to (N, ...), sample by sample.
+        input_shape: shape of one sample, without the batch dimension.
+        dtype: dtype of the inputs; default that of the module.
+        samples: random points at each of four scales.
+        seed: seed of its own generator; the global one is not touched.
+        train: evaluate a module in train mode instead of eval mode.
+
+    Examples:
+        >>> lipschitz_estimate(torch.nn.Upsample(scale_factor=4), (1, 3))
+        2.0
+    """
+    positive_int("lipschitz_estimate", samples=samples)
+    kwargs = factory_kwargs(fn, dtype)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(scale: float) -> Tensor:
+        return (scale * torch.randn(samples, *input_shape, generator=generator)).to(**kwargs)
+
+    best = 0.0
+    with preserved(fn, train), torch.no_grad():
+        for scale in (0.0, 0.1, 1.0, 10.0):
+            x = draw(scale)
+            for step in (1.0, 0.1):
+                y = x + draw(step * max(scale, 1.0))
+                best = max(best, _norms(fn(x) - fn(y)).div(_norms(x - y)).max().item())
+        numel = x[0].numel() * fn(x[:1]).numel()
+    if numel <= _JACOBIAN_ENTRIES:
+        for x in draw(1.0):
+            matrix = jacobian(fn, x, train=train).double()
+            best = max(best, torch.linalg.matrix_norm(matrix, 2).item())
+    return best
+
+
+def _norms(x: Tensor) -> Tensor:
+    return x.double().flatten(1).norm(dim=1)
+
+
+def assert_lipschitz(
+    fn: Map,
+    input_shape: Sequence[int],
+    constant: float = 1.0,
+    atol: float | None = None,
+    *,
+    attained: bool = False,
+    dtype: torch.dtype | None = None,
+    samples: int = 8,
+    seed: int = 0,
+    train: bool = False,
+) -> None:
+    """Check that no Lipschitz constant above `constant` is found.
+
+    A failure is a proof that the promise is broken; a success is evidence, not a proof: use
+    `orthonet.certify` for a bound.
+
+    Args:
+        fn: a function or module that maps (N, *input_shape) to (N, ...), sample by sample.
+        input_shape: shape of one sample, without the batch dimension.
+        constant: the promised constant.
+        atol: accepted excess, relative to `constant`; default by dtype, `tolerances.ROUNDING`.
+        attained: also check that the estimate comes as near to `constant` from below.
+        dtype: dtype of the inputs; default that of the module.
+        samples: random points at each of four scales.
+        seed: seed of the random points.
+        train: evaluate a module in train mode instead of eval mode.
+
+    Raises:
+        AssertionError: with the estimate.
+
+    Examples:
+        >>> assert_lipschitz(torch.nn.ReLU(), (5,))
+    """
+    atol = ROUNDING[factory_kwargs(fn, dtype)["dtype"]].allowed if atol is None else atol
+    estimate = lipschitz_estimate(
+        fn, input_shape, dtype=dtype, samples=samples, seed=seed, train=train
+    )
+    if not estimate <= constant * (1 + atol):
+        raise AssertionError(
+            f"not {constant}-Lipschitz on {tuple(input_shape)}: found {estimate:.9g}, "
+            f"allowed {constant} * (1 + {atol:.1e})"
+        )
+    if attained and not estimate >= constant * (1 - atol):
+        raise AssertionError(
+            f"the constant {constant} is not attained on {tuple(input_shape)}: found "
+            f"{estimate:.9g}, allowed {constant} * (1 - {atol:.1e})"
+        )

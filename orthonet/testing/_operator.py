@@ -1,0 +1,188 @@
+"""Dense matrices of layers: the ground truth that every promise is tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from orthonet._checks import positive_int, require
+
+__all__ = ["dense_operator", "jacobian", "orthogonality_error", "singular_values"]
+
+Map = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def preserved(fn: Map, train: bool = False) -> Iterator[None]:
+    """Put a module in train or eval mode; afterwards restore modes and buffers, bit for bit."""
+    if not isinstance(fn, nn.Module):
+        yield
+        return
+    modes = [(module, module.training) for module in fn.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in fn.buffers()]
+    fn.train(train)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def factory_kwargs(fn: Map, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Device and dtype of the first floating tensor of a module, or the defaults of torch."""
+    tensors = [*fn.parameters(), *fn.buffers()] if isinstance(fn, nn.Module) else []
+    found = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+    return {"device": found.device, "dtype": found.dtype if dtype is None else dtype}
+
+
+@torch.no_grad()
+def dense_operator(
+    fn: Map,
+    input_shape: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    batch: int = 256,
+    train: bool = False,
+) -> Tensor:
+    r"""The matrix of the linear map \(x \mapsto f(x) - f(0)\).
+
+    Column j is the image of the j-th unit vector. An affine map is recognized as such by one
+    more evaluation; for another one use `jacobian`.
+
+    Args:
+        fn: a function or module that maps (N, *input_shape) to (N, ...).
+        input_shape: shape of one sample, without the batch dimension.
+        dtype: dtype of the unit vectors; default that of the module. The module itself is not
+            converted.
+        batch: unit vectors that are sent through `fn` at once.
+        train: evaluate a module in train mode instead of eval mode. Modes and buffers are
+            restored afterwards either way.
+
+    Returns:
+        The matrix, of shape (output numel, input numel).
+
+    Raises:
+        ValueError: `fn` is not affine, or does not keep the batch dimension.
+
+    Examples:
+        >>> dense_operator(torch.nn.AvgPool1d(2), (1, 4))
+        tensor([[0.5000, 0.5000, 0.0000, 0.0000],
+                [0.0000, 0.0000, 0.5000, 0.5000]])
+    """
+    positive_int("dense_operator", batch=batch)
+    kwargs = factory_kwargs(fn, dtype)
+    numel = torch.Size(input_shape).numel()
+    with preserved(fn, train):
+        zero = _rows(fn, torch.zeros(1, *input_shape, **kwargs))
+        identity = torch.eye(numel, **kwargs).view(numel, *input_shape)
+        images = torch.cat([_rows(fn, chunk) - zero for chunk in identity.split(batch)])
+        probe = torch.cos(1.7 * torch.arange(numel, **kwargs)).view(1, *input_shape)
+        observed = _rows(fn, probe) - zero
+    predicted = probe.view(1, -1).to(images.dtype) @ images
+    scale = (observed.norm() + zero.norm()).item()
+    deviation = (observed - predicted).norm().item()
+    eps, tiny = torch.finfo(images.dtype).eps, torch.finfo(images.dtype).tiny
+    require(
+        not deviation > eps**0.5 * max(scale, tiny),  # a map that is not finite passes
+        "dense_operator",
+        "the map must be affine",
+        "Use orthonet.testing.jacobian at a point for a map that is not",
+        deviation=deviation,
+    )
+    return images.T.contiguous()
+
+
+def _rows(fn: Map, x: Tensor) -> Tensor:
+    y = fn(x)
+    require(
+        y.ndim >= 1 and len(y) == len(x),
+        "dense_operator",
+        "the map must keep the batch dimension",
+        "Wrap it so that it maps (N, *input_shape) to (N, ...)",
+        input=tuple(x.shape),
+        output=tuple(y.shape),
+    )
+    return y.reshape(len(x), -1)
+
+
+def jacobian(
+    fn: Map,
+    x: Tensor,  # (*input_shape)
+    *,
+    train: bool = False,
+) -> Tensor:
+    """The Jacobian matrix at one sample `x`, given without its batch dimension.
+
+    Args:
+        fn: a function or module that maps (N, *input_shape) to (N, ...).
+        x: the point.
+        train: evaluate a module in train mode instead of eval mode; modes and buffers are
+            restored afterwards either way.
+
+    Returns:
+        The matrix, of shape (output numel, input numel).
+
+    Examples:
+        >>> jacobian(torch.square, torch.tensor([1.0, 2.0]))
+        tensor([[2., 0.],
+                [0., 4.]])
+    """
+    with preserved(fn, train), torch.enable_grad():
+        matrix = torch.autograd.functional.jacobian(
+            lambda row: fn(row.unsqueeze(0)).reshape(-1), x.detach()
+        )
+    return cast(Tensor, matrix).reshape(-1, x.numel())
+
+
+def singular_values(
+    fn: Map,
+    input_shape: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    batch: int = 256,
+    train: bool = False,
+) -> Tensor:
+    """Singular values of `dense_operator`, in descending order, computed in float64.
+
+    Args:
+        fn: a function or module that maps (N, *input_shape) to (N, ...).
+        input_shape: shape of one sample, without the batch dimension.
+        dtype: dtype of the unit vectors; default that of the module.
+        batch: unit vectors that are sent through `fn` at once.
+        train: evaluate a module in train mode instead of eval mode.
+
+    Returns:
+        The min(output numel, input numel) singular values; NaN if an entry is not finite.
+
+    Examples:
+        >>> singular_values(torch.nn.Upsample(scale_factor=4), (1, 2)).tolist()
+        [2.0, 2.0]
+    """
+    matrix = dense_operator(fn, input_shape, dtype=dtype, batch=batch, train=train)
+    if not torch.isfinite(matrix).all():
+        return matrix.new_full((min(matrix.shape),), float("nan"), dtype=torch.float64)
+    return torch.linalg.svdvals(matrix.double())
+
+
+def orthogonality_error(
+    w: Tensor,  # (*batch, m, n)
+) -> float:
+    r"""Largest \(|\sigma - 1|\) over the singular values of a batch of matrices, in float64.
+
+    0 for semi-orthogonal matrices and infinite if an entry is not finite.
+
+    Examples:
+        >>> orthogonality_error(torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+        1.0
+    """
+    if not torch.isfinite(w).all():
+        return float("inf")
+    return (torch.linalg.svdvals(w.detach().double()) - 1).abs().max().item()

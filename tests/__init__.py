@@ -1,0 +1,1 @@
+"""The tests; a package, so that a file of one directory may import the truths of another."""

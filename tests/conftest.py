@@ -1,0 +1,36 @@
+"""What every test gets: its share of the cores, the same seed, a matplotlib without a screen."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed every generator, so that a test does not depend on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (libraries under test may draw from the global generator)
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def _clean_defaults():
+    """Fail a test that leaves torch's global state changed for the tests after it."""
+    state = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+    yield
+    left = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+    assert left == state, f"the test left torch's global state at {left}, it was {state}"
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def dtype(request) -> torch.dtype:
+    """Both precisions that the library promises."""
+    return request.param

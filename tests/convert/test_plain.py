@@ -1,0 +1,54 @@
+import pytest
+import torch
+from torch import nn
+
+from orthonet.convert import to_plain
+from orthonet.layers import MaxMin, OrthoConv2d, OrthoLinear, UnitNormLinear
+
+
+class Net(nn.Module):
+    """A network with a shared layer, a nested one and a module that stays as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(OrthoConv2d(1, 4, 3, padding=1), MaxMin())
+        self.mix = OrthoLinear(16, 16)
+        self.again = self.mix
+        self.head = UnitNormLinear(16, 3)
+
+    def forward(self, x):
+        x = self.mix(self.stem(x).flatten(1)[:, :16])
+        return self.head(self.again(x))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_outputs_are_equal_and_the_model_is_left_alone(train):
+    model = Net().train(train)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plain = to_plain(model)
+    x = torch.randn(5, 1, 4, 4)
+    torch.testing.assert_close(plain(x), model(x), atol=1e-6, rtol=0)  # observed 1.2e-7
+    assert type(plain) is Net
+    assert type(plain.stem[0]) is nn.Conv2d
+    assert type(plain.stem[1]) is MaxMin
+    assert plain.again is plain.mix
+    assert type(plain.mix) is nn.Linear
+    assert plain.training is train
+    assert plain.stem[0].training is train
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    after = model.state_dict()
+    parameters = [k for k in before if not k.endswith(".u")]  # moved by the forward in train mode
+    assert all(torch.equal(before[k], after[k]) for k in parameters)
+
+
+def test_a_single_layer_and_a_model_without_any():
+    layer = OrthoLinear(3, 2)
+    assert type(to_plain(layer)) is nn.Linear
+    stock = nn.Sequential(nn.Linear(2, 2))
+    copy = to_plain(stock)
+    assert copy is not stock
+    assert copy[0].weight is not stock[0].weight
+    with pytest.raises(ValueError, match="to_plain: model must be a torch.nn.Module"):
+        to_plain(torch.ones(1))

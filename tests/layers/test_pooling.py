@@ -1,0 +1,148 @@
+"""Pooling and down-sampling: the constant on the dense operator, the laws of a layer."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from orthonet import functional, layers
+from orthonet.testing import (
+    LAYER_LAWS,
+    assert_lipschitz,
+    assert_orthogonal,
+    jacobian,
+    singular_values,
+)
+
+LINEAR = {
+    "ScaledAvgPool2d": partial(layers.ScaledAvgPool2d, 2),
+    "ScaledAvgPool2d_rectangle": partial(layers.ScaledAvgPool2d, (2, 3)),
+    "AdaptiveScaledAvgPool2d": partial(layers.AdaptiveScaledAvgPool2d, (2, 3)),
+    "GlobalScaledAvgPool2d": layers.GlobalScaledAvgPool2d,
+    "SpaceToDepth2d": partial(layers.SpaceToDepth2d, 2),
+}
+NORMS = {
+    "L2NormPool2d": partial(layers.L2NormPool2d, 2),
+    "L2NormPool2d_gaps": partial(layers.L2NormPool2d, 2, 3),
+    "AdaptiveL2NormPool2d": partial(layers.AdaptiveL2NormPool2d, (2, 3)),
+    "GlobalL2NormPool2d": layers.GlobalL2NormPool2d,
+}
+OVERLAPPING = {
+    "L2NormPool2d": partial(layers.L2NormPool2d, 3, 2, 1),
+    "L2NormPool2d_dense": partial(layers.L2NormPool2d, (3, 2), 1),
+    "ScaledAvgPool2d": partial(layers.ScaledAvgPool2d, 3, 2, 1),
+}
+SHAPE = (2, 4, 6)
+
+
+@pytest.mark.parametrize("law", LAYER_LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize(
+    "factory",
+    [LINEAR["ScaledAvgPool2d"], LINEAR["SpaceToDepth2d"], *NORMS.values()],
+    ids=["ScaledAvgPool2d", "SpaceToDepth2d", *NORMS],
+)
+def test_laws(factory, law):
+    law(factory, SHAPE)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_pools_without_overlap_are_orthogonal(name):
+    assert_orthogonal(LINEAR[name](), SHAPE, atol=1e-14, dtype=torch.float64)  # observed 5.6e-16
+    assert_orthogonal(LINEAR[name](), SHAPE)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_have_constant_one(name):
+    layer = NORMS[name]()
+    assert_lipschitz(layer, SHAPE, attained=True)
+    for x in torch.randn(5, *SHAPE, dtype=torch.float64):
+        sigma = torch.linalg.svdvals(jacobian(layer, x))
+        # one gradient of norm 1 for each window: observed |sigma - 1| <= 4.5e-16
+        assert (sigma - 1).abs().max() <= 1e-14
+
+
+@pytest.mark.parametrize("name", OVERLAPPING)
+def test_overlapping_windows_stay_below_one(name):
+    assert_lipschitz(OVERLAPPING[name](), (2, 7, 8))
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+@pytest.mark.parametrize(
+    "name",
+    ["L2NormPool", "ScaledAvgPool", "AdaptiveL2NormPool", "AdaptiveScaledAvgPool"],
+)
+def test_every_dimension_batched_and_unbatched(name, spatial):
+    layer = getattr(layers, f"{name}{spatial}d")(2)
+    x = torch.randn(3, 2, *(4,) * spatial)
+    y = layer(x)
+    assert y.shape == (3, 2, *(2,) * spatial)
+    torch.testing.assert_close(layer(x[0]), y[0])
+    function = functional.l2_norm_pool if "L2" in name else functional.scaled_avg_pool
+    torch.testing.assert_close(y, function(x, (2,) * spatial))
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+def test_global_pools(spatial):
+    x = torch.randn(3, 2, *(4,) * spatial)
+    norm = getattr(layers, f"GlobalL2NormPool{spatial}d")
+    mean = getattr(layers, f"GlobalScaledAvgPool{spatial}d")
+    torch.testing.assert_close(norm()(x), x.flatten(2).norm(dim=2))
+    torch.testing.assert_close(mean()(x), x.flatten(2).sum(2) / 2**spatial)
+    assert norm(keepdim=True)(x).shape == mean(keepdim=True)(x).shape == (3, 2, *(1,) * spatial)
+    torch.testing.assert_close(norm()(x[0]), norm()(x)[0])
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_gradient_at_zero_is_zero(name):
+    x = torch.zeros(1, *SHAPE, requires_grad=True)
+    NORMS[name]()(x).sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+def test_space_to_depth_is_inverted_exactly(spatial):
+    layer = getattr(layers, f"SpaceToDepth{spatial}d")(2)
+    x = torch.randn(3, 2, *(4,) * spatial)
+    y = layer(x)
+    assert y.shape == (3, 2 * 2**spatial, *(2,) * spatial)
+    assert torch.equal(layer.inverse(y), x)
+    assert torch.equal(layer.inverse(y[0]), x[0])
+    assert torch.equal(singular_values(layer, x.shape[1:]), torch.ones(x[0].numel()).double())
+
+
+def test_space_to_depth_2d_is_pixel_unshuffle():
+    x = torch.randn(2, 3, 6, 9)
+    layer = layers.SpaceToDepth2d(3)
+    assert isinstance(layer, nn.PixelUnshuffle)
+    assert torch.equal(layer(x), nn.PixelUnshuffle(3)(x))
+    assert torch.equal(layer.inverse(layer(x)), nn.PixelShuffle(3)(nn.PixelUnshuffle(3)(x)))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: layers.L2NormPool2d(0), "L2NormPool2d: kernel_size must be an integer >= 1"),
+        (lambda: layers.L2NormPool2d((2, 2, 2)), "an integer or 2 of them, got kernel_size"),
+        (lambda: layers.ScaledAvgPool1d(2, padding=2), "padding must be at most half"),
+        (lambda: layers.ScaledAvgPool1d(2, padding=-1), "padding must be an integer >= 0"),
+        (lambda: layers.L2NormPool2d(2)(torch.ones(4, 4)), "2 spatial dimensions"),
+        (lambda: layers.AdaptiveL2NormPool2d(2)(torch.ones(1, 1, 5, 4)), "multiple of output_size"),
+        (lambda: layers.AdaptiveL2NormPool2d(0), "output_size must be an integer >= 1"),
+        (lambda: layers.GlobalL2NormPool3d()(torch.ones(1, 1, 5)), "3 spatial dimensions"),
+        (lambda: layers.SpaceToDepth2d(2)(torch.ones(1, 1, 5, 4)), "multiple of downscale_factor"),
+        (lambda: layers.SpaceToDepth1d(0), "downscale_factor must be an integer >= 1"),
+        (lambda: layers.SpaceToDepth1d(2).inverse(torch.ones(1, 3, 4)), "number of channels must"),
+    ],
+)
+def test_errors_say_what_is_required(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_representations_are_one_line():
+    window = "kernel_size=(2, 2), stride=(2, 2), padding=(0, 0)"
+    assert repr(layers.L2NormPool2d(2)) == f"L2NormPool2d({window})"
+    assert repr(layers.AdaptiveL2NormPool1d(2)) == "AdaptiveL2NormPool1d(output_size=(2,))"
+    assert repr(layers.GlobalL2NormPool1d()) == "GlobalL2NormPool1d(keepdim=False)"
+    assert repr(layers.SpaceToDepth3d(2)) == "SpaceToDepth3d(downscale_factor=2)"

@@ -1,0 +1,37 @@
+"""The tables of tolerances: neither too tight nor too loose, and true of the presets."""
+
+import pytest
+import torch
+
+from orthonet import reparametrizers
+from orthonet.layers import OrthoLinear
+from orthonet.testing import MATRIX_CASES, Tolerance, hard_matrix, orthogonality_error, tolerances
+
+PRESETS = [name for name in reparametrizers.__all__ if name.endswith("_ORTHO_PARAMS")]
+
+
+@pytest.mark.parametrize("table", [tolerances.ROUNDING, tolerances.PRESETS, tolerances.OUTPUT])
+def test_allowed_is_above_observed_but_not_far(table):
+    for key, tolerance in table.items():
+        assert 1 < tolerance.headroom <= 30, key
+    assert Tolerance(1.0, 0.0).headroom == float("inf")
+
+
+def test_every_preset_is_in_the_table():
+    names = {name.removesuffix("_ORTHO_PARAMS") for name in PRESETS}
+    assert {name for _, name in tolerances.PRESETS} == names
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("shape", [(32, 32), (8, 40), (40, 8), (1, 16)], ids=str)
+def test_presets_hold_their_tolerance_on_every_hard_matrix(preset, shape, dtype):
+    allowed = tolerances.PRESETS[dtype, preset.removesuffix("_ORTHO_PARAMS")].allowed
+    layer = OrthoLinear(
+        shape[1], shape[0], dtype=dtype, ortho_params=getattr(reparametrizers, preset)
+    )
+    for mode in (True, False):
+        layer.train(mode)
+        for name in MATRIX_CASES:
+            with torch.no_grad():
+                layer.parametrization.original.copy_(hard_matrix(name, shape, dtype))
+                assert orthogonality_error(layer.weight) <= allowed, name
