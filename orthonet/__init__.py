@@ -1,12 +1,14 @@
 """Orthogonal and 1-Lipschitz layers for PyTorch, with constants that are proved.
 
 The names below are the ones most programs need; the rest lives in the sub-packages `layers`,
-`reparametrizers`, `linalg`, `losses`, `certify`, `convert`, `models`, `recipes` and `testing`.
+`functional`, `reparametrizers`, `linalg`, `losses`, `certify`, `convert`, `models`, `recipes` and
+`testing`.
 """
 
 from importlib.metadata import version
 
-from orthonet import functional, layers, linalg, losses, reparametrizers
+from orthonet import certify, convert, functional, layers, linalg, losses, reparametrizers
+from orthonet.certify import LipschitzCertificate
 from orthonet.convert import to_plain
 from orthonet.errors import (
     NotOnManifoldError,
@@ -51,6 +53,7 @@ __all__ = [
     "AdaptiveOrthoConv2d",
     "ClassParam",
     "GroupSort",
+    "LipschitzCertificate",
     "MaxMin",
     "NotOnManifoldError",
     "OrthoConv1d",
@@ -62,6 +65,8 @@ __all__ = [
     "ProjectionWarning",
     "UncertifiableError",
     "UnitNormLinear",
+    "certify",
+    "convert",
     "functional",
     "layers",
     "linalg",

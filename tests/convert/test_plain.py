@@ -50,5 +50,5 @@ def test_a_single_layer_and_a_model_without_any():
     copy = to_plain(stock)
     assert copy is not stock
     assert copy[0].weight is not stock[0].weight
-    with pytest.raises(ValueError, match="to_plain: model must be a torch.nn.Module"):
+    with pytest.raises(ValueError, match=r"to_plain: model must be a torch\.nn\.Module"):
         to_plain(torch.ones(1))

@@ -55,8 +55,8 @@ def test_normalize_reads_its_constant_from_the_buffers():
 def test_layer_centering_is_an_orthogonal_projection(dim):
     layer, shape = LayerCentering(dim), (2, 3, 4)
     matrix = dense_operator(layer, shape, dtype=torch.float64)
-    assert (matrix - matrix.T).abs().max() <= 1e-15  # observed OBS
-    assert (matrix @ matrix - matrix).abs().max() <= 1e-14  # observed OBS
+    assert (matrix - matrix.T).abs().max() <= 1e-15  # observed 0
+    assert (matrix @ matrix - matrix).abs().max() <= 1e-14  # observed 1.3e-15
     sigma = singular_values(layer, shape, dtype=torch.float64)
     assert sigma[0].item() == pytest.approx(1, abs=1e-14)
     assert layer(torch.randn(5, *shape)).mean(dim).abs().max() <= 1e-6  # observed 6.7e-8
@@ -86,7 +86,7 @@ def test_batch_centering_in_eval_is_a_shift_and_in_train_a_projection_of_the_bat
     layer = BatchCentering2d(2, dtype=torch.float64)
     layer(torch.randn(8, 2, 3, 3, dtype=torch.float64))
     identity = dense_operator(layer, (2, 3, 3))
-    assert (identity - torch.eye(18)).abs().max() <= 1e-15  # observed OBS
+    assert (identity - torch.eye(18)).abs().max() <= 1e-15  # observed 0
 
     def whole_batch(flat):
         return torch.stack([layer(x.view(4, 2, 3, 3)).flatten() for x in flat])

@@ -33,7 +33,7 @@ def test_power_iteration_converges_and_keeps_a_bad_start():
 def test_gradients():
     w = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w: linalg.gram_iteration(w, niters=4), (w,))
-    u, s, vh = torch.linalg.svd(w.detach(), full_matrices=False)
+    u, _s, vh = torch.linalg.svd(w.detach(), full_matrices=False)
     (grad,) = torch.autograd.grad(linalg.power_iteration(w, u[:, 0])[0], w)
     torch.testing.assert_close(grad, torch.outer(u[:, 0], vh[0]))
     zero = torch.zeros(3, 3, requires_grad=True)

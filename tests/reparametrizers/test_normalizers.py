@@ -100,5 +100,5 @@ def test_l2_normalize_reads_its_dtype():
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(L2Normalize(torch.float64, dim=1), (x,))
     assert torch.autograd.gradcheck(L2Normalize(torch.float64), (x,))
-    with pytest.raises(ValueError, match="dtype must be a floating-point torch.dtype"):
+    with pytest.raises(ValueError, match=r"dtype must be a floating-point torch\.dtype"):
         L2Normalize(torch.int64)

@@ -202,7 +202,7 @@ def test_exponential_alone_bears_gaussian_input():
 def test_arguments_are_read():
     shape = (6, 4)
     w = 0.7 * torch.randn(shape, dtype=torch.float64)
-    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    _u, s, _vh = torch.linalg.svd(w, full_matrices=False)
     few = BatchedPowerIteration(shape, power_it_niter=1).double().eval()
     many = BatchedPowerIteration(shape, power_it_niter=60).double().eval()
     many.load_state_dict(few.state_dict())

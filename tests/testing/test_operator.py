@@ -18,7 +18,7 @@ from orthonet.testing import (
 
 def test_dense_operator_of_a_linear_layer_is_its_weight(dtype):
     layer = nn.Linear(5, 3, dtype=dtype)
-    # the bias is added and subtracted: observed 5.9e-8 in float32, 1.1e-16 in float64
+    # the bias is added and subtracted: observed 3.0e-8 in float32, 5.6e-17 in float64
     atol = 4 * torch.finfo(dtype).eps
     assert (dense_operator(layer, (5,)) - layer.weight).abs().max() <= atol
 
