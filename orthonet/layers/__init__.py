@@ -2,6 +2,11 @@
 
 from orthonet.layers._activations import Abs, GroupSort, HouseholderActivation, MaxMin
 from orthonet.layers._conv import AdaptiveOrthoConv2d, OrthoConv1d, OrthoConv2d, OrthoConv3d
+from orthonet.layers._conv_transpose import (
+    OrthoConvTranspose1d,
+    OrthoConvTranspose2d,
+    OrthoConvTranspose3d,
+)
 from orthonet.layers._downsampling import SpaceToDepth1d, SpaceToDepth2d, SpaceToDepth3d
 from orthonet.layers._linear import OrthoLinear, UnitNormLinear
 from orthonet.layers._normalize import (
@@ -71,6 +76,9 @@ __all__ = [
     "OrthoConv1d",
     "OrthoConv2d",
     "OrthoConv3d",
+    "OrthoConvTranspose1d",
+    "OrthoConvTranspose2d",
+    "OrthoConvTranspose3d",
     "OrthoLinear",
     "ScaledAvgPool1d",
     "ScaledAvgPool2d",

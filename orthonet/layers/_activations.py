@@ -126,8 +126,8 @@ class HouseholderActivation(nn.Module):
         ValueError: `channels` is not even and positive; when called: another number of channels.
 
     Examples:
-        >>> HouseholderActivation(4)(torch.tensor([[1.0, 4.0, 3.0, 2.0]]))
-        tensor([[3., 4., 1., 2.]], grad_fn=<CatBackward0>)
+        >>> HouseholderActivation(4)(torch.tensor([[1.0, 4.0, 3.0, 2.0]])).detach()
+        tensor([[3.0000, 4.0000, 1.0000, 2.0000]])
 
     References:
         Singla, Singla, Feizi, ICLR 2022, equation 3, https://arxiv.org/abs/2108.04062

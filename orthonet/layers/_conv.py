@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any, ClassVar
-
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from orthonet import _checks
-from orthonet.layers._base import ConstrainedWeight
-from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoKernel, OrthoParams
+from orthonet.layers._conv_base import OrthoConvNd
+from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
 __all__ = ["AdaptiveOrthoConv2d", "OrthoConv1d", "OrthoConv2d", "OrthoConv3d"]
 
 
-class _OrthoConvNd(ConstrainedWeight):
-    """What the three orthogonal convolutions share: construction, checks, forward."""
-
-    _plain_class: ClassVar[type[_ConvNd]]
-    method: ClassVar[str] = "aoc"
-
-    if TYPE_CHECKING:
-        in_channels: int
-        out_channels: int
-        kernel_size: tuple[int, ...]
-        stride: tuple[int, ...]
-        dilation: tuple[int, ...]
-        groups: int
-        padding: tuple[int, ...] | str
-        padding_mode: str
-        _reversed_padding_repeated_twice: list[int]
-        _conv_forward: Any
+class _OrthoConv(OrthoConvNd):
+    """Constructor and forward of the three convolutions."""
 
     def __init__(
         self,
@@ -50,90 +31,17 @@ class _OrthoConvNd(ConstrainedWeight):
         *,
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
     ) -> None:
-        nn.Module.__init__(self)  # type: ignore[arg-type]
-        owner = type(self)
-        _checks.positive_int(
-            owner, in_channels=in_channels, out_channels=out_channels, groups=groups
-        )
-        _checks.one_of(owner, ("zeros", "circular"), padding_mode=padding_mode)
-        _checks.require(
-            in_channels % groups == 0 and out_channels % groups == 0,
-            owner,
-            "groups must divide in_channels and out_channels",
-            "Choose a common divisor",
-            in_channels=in_channels,
-            out_channels=out_channels,
-            groups=groups,
-        )
-        # The twin on the meta device brings every attribute that this version of torch has.
-        twin = self._plain_class(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,  # type: ignore[arg-type]
-            bias=False,
-            padding_mode=padding_mode,
-            device="meta",  # type: ignore[arg-type]
-        )
-        for name, value in vars(twin).items():
-            if name not in vars(self):
-                setattr(self, name, value)
-        self._check_configuration()
-        self.parametrization = OrthoKernel(
-            out_channels,
-            in_channels,
-            self.kernel_size,
-            self.stride,
-            groups,
-            ortho_params,
-            device,
-            dtype,
-        )
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)  # type: ignore[attr-defined]
-
-    def _check_configuration(self) -> None:
-        owner = type(self)
-        kernel, stride = self.kernel_size, self.stride
-        _checks.require(
-            all(k >= s for k, s in zip(kernel, stride, strict=True)),
-            owner,
-            "kernel_size must be >= stride in every dim",
-            "Use a larger kernel, or stride=1 followed by a space-to-depth layer",
-            kernel_size=kernel,
-            stride=stride,
-        )
-        _checks.require(
-            all(math.gcd(d, s) == 1 for d, s in zip(self.dilation, stride, strict=True)),
-            owner,
-            "dilation and stride must have no common divisor in any dim, "
-            "for otherwise some inputs are never read",
-            "Change one of them",
-            dilation=self.dilation,
-            stride=stride,
-        )
-        single = self.in_channels == self.out_channels == self.groups and math.prod(stride) == 1
-        _checks.require(
-            not single,
-            owner,
-            "a group must have more than one channel in or out, for a single-channel orthogonal "
-            "convolution is plus or minus a shift and has nothing to train",
-            "Use fewer groups or more channels",
-            in_channels=self.in_channels,
-            out_channels=self.out_channels,
-            groups=self.groups,
-        )
+        self._build(
+            in_channels, out_channels, groups=groups, bias=bias, padding_mode=padding_mode,
+            device=device, dtype=dtype, ortho_params=ortho_params, kernel_size=kernel_size,
+            stride=stride, padding=padding, dilation=dilation,
+        )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `input` with the present weight."""
         if self.padding_mode == "circular":
             self._check_circular(input)
-        return self._conv_forward(input, self.weight, self.bias)
+        return self._apply_weight(input, self.weight, self.bias)
 
     def _check_circular(self, input: Tensor) -> None:
         """Refuse sizes on which wrapping around would repeat or mix outputs."""
@@ -160,7 +68,7 @@ class _OrthoConvNd(ConstrainedWeight):
                 )
 
 
-class OrthoConv1d(_OrthoConvNd, nn.Conv1d):
+class OrthoConv1d(_OrthoConv, nn.Conv1d):
     """`nn.Conv1d` with an orthogonal kernel.
 
     Arguments, guarantee and errors are those of [`OrthoConv2d`][orthonet.layers.OrthoConv2d].
@@ -172,7 +80,7 @@ class OrthoConv1d(_OrthoConvNd, nn.Conv1d):
     _plain_class = nn.Conv1d
 
 
-class OrthoConv2d(_OrthoConvNd, nn.Conv2d):
+class OrthoConv2d(_OrthoConv, nn.Conv2d):
     r"""`nn.Conv2d` with an orthogonal kernel: change the name, keep the arguments.
 
     The kernel is composed from orthogonal matrices (the AOC construction, see
@@ -220,7 +128,7 @@ class OrthoConv2d(_OrthoConvNd, nn.Conv2d):
     _plain_class = nn.Conv2d
 
 
-class OrthoConv3d(_OrthoConvNd, nn.Conv3d):
+class OrthoConv3d(_OrthoConv, nn.Conv3d):
     """`nn.Conv3d` with an orthogonal kernel.
 
     Arguments, guarantee and errors are those of [`OrthoConv2d`][orthonet.layers.OrthoConv2d].

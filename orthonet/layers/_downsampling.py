@@ -44,7 +44,7 @@ class SpaceToDepth2d(nn.PixelUnshuffle):
         downscale_factor: side r of the blocks of pixels that become channels.
 
     Shape:
-        (*, C, H, W) to (*, C r^2, H / r, W / r).
+        `(*, C, H, W)` to `(*, C r^2, H / r, W / r)`.
 
     Guarantee:
         A permutation: orthogonal and exact, in train and eval; `inverse(forward(x))` is `x`.

@@ -96,9 +96,9 @@ def test_dimensions_and_rectangular_kernels(cls, kernel, shape, out, dtype):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_after_training(name, dtype):
-    for args in ((6, 4, 3, 1, 1), (4, 6, 3, 1, 1), (3, 16, 3, 2, 1)):
+    for args in ((6, 4, 3, 1, 1), (3, 16, 3, 2, 1)):
         layer = OrthoConv2d(*args, padding_mode="circular", dtype=dtype, ortho_params=PRESETS[name])
-        train_steps(layer, (args[0], 6, 6), 50)
+        train_steps(layer, (args[0], 6, 6), 20)
         sigma = singular_values(layer, (args[0], 6, 6))
         assert float((sigma - 1).abs().max()) <= ALLOWED[dtype], args
 

@@ -1,0 +1,199 @@
+"""What all orthogonal convolutions share: construction, checks, adjoint, inverse."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from orthonet import _checks
+from orthonet.layers._base import ConstrainedWeight
+from orthonet.reparametrizers import OrthoKernel, OrthoParams
+
+__all__ = ["OrthoConvNd"]
+
+
+class OrthoConvNd(ConstrainedWeight):
+    """Mixin before an `nn` convolution; `_build` takes the place of its `__init__`."""
+
+    _plain_class: ClassVar[type[_ConvNd]]
+    method: ClassVar[str] = "aoc"
+
+    if TYPE_CHECKING:
+        in_channels: int
+        out_channels: int
+        kernel_size: tuple[int, ...]
+        stride: tuple[int, ...]
+        dilation: tuple[int, ...]
+        groups: int
+        padding: tuple[int, ...] | str
+        output_padding: tuple[int, ...]
+        padding_mode: str
+        training: bool
+        transposed: bool
+        _reversed_padding_repeated_twice: list[int]
+        _conv_forward: Any
+        _output_padding: Any
+
+    def _build(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int,
+        bias: bool,
+        padding_mode: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        ortho_params: OrthoParams,
+        **arguments: Any,
+    ) -> None:
+        nn.Module.__init__(self)  # type: ignore[arg-type]
+        owner = type(self)
+        _checks.positive_int(
+            owner, in_channels=in_channels, out_channels=out_channels, groups=groups
+        )
+        _checks.one_of(owner, ("zeros", "circular"), padding_mode=padding_mode)
+        _checks.require(
+            in_channels % groups == 0 and out_channels % groups == 0,
+            owner,
+            "groups must divide in_channels and out_channels",
+            "Choose a common divisor",
+            in_channels=in_channels,
+            out_channels=out_channels,
+            groups=groups,
+        )
+        # The twin on the meta device brings every attribute that this version of torch has.
+        mode: Any = "zeros" if "output_padding" in arguments else padding_mode
+        twin = self._plain_class(
+            in_channels, out_channels, groups=groups, bias=False, padding_mode=mode,
+            device="meta", **arguments,
+        )  # fmt: skip
+        for name, value in vars(twin).items():
+            if name not in vars(self):
+                setattr(self, name, value)
+        self.padding_mode = padding_mode
+        self._check_configuration()
+        # A transposed convolution is the adjoint of the convolution with the same kernel.
+        rows = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
+        self.parametrization = OrthoKernel(
+            *rows, self.kernel_size, self.stride, groups, ortho_params, device, dtype
+        )
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)  # type: ignore[attr-defined]
+
+    def _check_configuration(self) -> None:
+        owner = type(self)
+        kernel, stride = self.kernel_size, self.stride
+        _checks.require(
+            all(k >= s for k, s in zip(kernel, stride, strict=True)),
+            owner,
+            "kernel_size must be >= stride in every dim",
+            "Use a larger kernel, or stride=1 followed by a space-to-depth layer",
+            kernel_size=kernel,
+            stride=stride,
+        )
+        _checks.require(
+            all(math.gcd(d, s) == 1 for d, s in zip(self.dilation, stride, strict=True)),
+            owner,
+            "dilation and stride must have no common divisor in any dim, "
+            "for otherwise some inputs are never read",
+            "Change one of them",
+            dilation=self.dilation,
+            stride=stride,
+        )
+        single = self.in_channels == self.out_channels == self.groups and math.prod(stride) == 1
+        _checks.require(
+            not single,
+            owner,
+            "a group must have more than one channel in or out, for a single-channel orthogonal "
+            "convolution is plus or minus a shift and has nothing to train",
+            "Use fewer groups or more channels",
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            groups=self.groups,
+        )
+
+    def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The map of the layer with a given weight and bias."""
+        return self._conv_forward(input, weight, bias)
+
+    def _input_size(self, output_size: tuple[int, ...]) -> tuple[int, ...]:
+        """The smallest spatial input size that the layer maps to `output_size`."""
+        pads = self._reversed_padding_repeated_twice
+        dims = len(self.kernel_size)
+        return tuple(
+            (size - 1) * s + d * (k - 1) + 1 - sum(pads[2 * (dims - 1 - i) : 2 * (dims - i)])
+            for i, (size, k, s, d) in enumerate(
+                zip(output_size, self.kernel_size, self.stride, self.dilation, strict=True)
+            )
+        )
+
+    def adjoint(self, y: Tensor, input_size: tuple[int, ...] | None = None) -> Tensor:
+        r"""Apply the transpose of the linear part, \(A^\top y\), with all padding honoured.
+
+        Args:
+            y: What the layer returns, batched or not.
+            input_size: Spatial size of the result; the default is the output size times the
+                stride (divided by it for a transposed layer) for circular padding, and the
+                smallest input that gives the output otherwise.
+
+        Shape:
+            `y`: (N, C_out, *output_size); result: (N, C_in, *input_size).
+        """
+        dims = len(self.kernel_size)
+        sizes = tuple(y.shape[-dims:])
+        if input_size is None and self.padding_mode == "circular":
+            scale = zip(sizes, self.stride, strict=True)
+            input_size = tuple(n // s if self.transposed else n * s for n, s in scale)
+        shape = (*y.shape[: -dims - 1], self.in_channels, *(input_size or self._input_size(sizes)))
+        weight = self.weight
+        output, pull_back, *_ = torch.func.vjp(
+            lambda x: self._apply_weight(x, weight, None), y.new_zeros(shape)
+        )
+        _checks.require(
+            output.shape == y.shape,
+            self,
+            "y must have the shape that the layer returns for the input size",
+            "Pass input_size, the spatial size of the layer's input",
+            y=y,
+            input_size=shape[-dims:],
+        )
+        return pull_back(y)[0]
+
+    def inverse(self, y: Tensor) -> Tensor:
+        r"""Return the x that the layer maps to `y`, when the layer is orthogonal and square.
+
+        That is \(A^\top (y - b)\): exact, since \(A^\top A = A A^\top = I\).
+
+        Shape:
+            `y`: (N, C_out, *output_size); result: (N, C_in, *input_size).
+
+        Raises:
+            ValueError: The layer is not square (as many channels out as channels in times the
+                strides), or its padding is not circular and cuts something off.
+        """
+        rows, columns = self.out_channels, self.in_channels
+        if self.transposed:
+            rows, columns = columns, rows
+        cut = any(self._reversed_padding_repeated_twice) or any(self.output_padding)
+        fits = self.kernel_size == self.stride and max(self.dilation) == 1 and not cut
+        _checks.require(
+            rows == columns * math.prod(self.stride) and (self.padding_mode == "circular" or fits),
+            self,
+            "only a layer with circular padding (or kernel_size equal to stride and no padding) "
+            "that keeps the number of values can be inverted",
+            "Use padding_mode='circular' and out_channels = in_channels * prod(stride)",
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            stride=self.stride,
+            padding_mode=self.padding_mode,
+        )
+        if self.bias is not None:
+            y = y - self.bias.view(-1, *(1,) * len(self.kernel_size))
+        return self.adjoint(y)
