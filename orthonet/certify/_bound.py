@@ -1,0 +1,91 @@
+"""A number with its meaning: what it bounds, in which norm, and how far it can be trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from orthonet import _checks
+from orthonet.errors import UncertifiableError
+from orthonet.linalg._rounding import add_up, hypot_up, mul_up
+
+__all__ = ["Bound", "Kind"]
+
+Kind = Literal["exact", "upper", "estimate"]
+
+
+@dataclass(frozen=True)
+class Bound:
+    r"""A Lipschitz constant, a proved bound of it, or an estimate.
+
+    `a * b` bounds a composition, `a + b` a sum of maps, and `Bound.hypot(a, b, ...)` a
+    concatenation. All round outward, so that the result holds in exact arithmetic, and it is of
+    kind `"upper"`: the worst cases of two maps need not meet.
+
+    Args:
+        value: The number, non-negative; infinity is a (useless) upper bound.
+        norm: The norms of input and output.
+        kind: `"exact"`: the constant, attained up to rounding (and rounded upward).
+            `"upper"`: proved from above. `"estimate"`: found from below, no proof of anything
+            above it; it cannot enter any arithmetic.
+
+    Raises:
+        ValueError: `value` is negative or NaN, or `kind` is unknown.
+        UncertifiableError: An estimate, or a bound in another norm, enters a composition.
+
+    Examples:
+        >>> Bound(2.0) * Bound(3.0, kind="exact")
+        Bound(value=6.000000000000001, norm='l2', kind='upper')
+        >>> Bound.hypot(Bound(3.0), Bound(4.0)).value >= 5.0
+        True
+    """
+
+    value: float
+    norm: str = "l2"
+    kind: Kind = "upper"
+
+    def __post_init__(self) -> None:
+        _checks.one_of("Bound", ("exact", "upper", "estimate"), kind=self.kind)
+        good = isinstance(self.value, (int, float)) and self.value >= 0.0
+        _checks.require(
+            good, "Bound", "value must be a non-negative number", "Take the absolute value",
+            value=self.value,
+        )  # fmt: skip
+        object.__setattr__(self, "value", float(self.value))
+
+    @classmethod
+    def hypot(cls, *bounds: Bound) -> Bound:
+        """The root of the sum of squares: of maps whose outputs are put side by side."""
+        return cls(hypot_up(*_values(bounds)), bounds[0].norm)
+
+    def __mul__(self, other: Bound) -> Bound:
+        return Bound(mul_up(*_values((self, other))), self.norm)
+
+    def __add__(self, other: Bound) -> Bound:
+        return Bound(add_up(*_values((self, other))), self.norm)
+
+    def __float__(self) -> float:
+        return self.value
+
+
+def _values(bounds: tuple[Bound, ...]) -> list[float]:
+    """The values, if these bounds may be composed."""
+    for bound in bounds:
+        _checks.require(
+            bound.kind != "estimate",
+            "Bound",
+            "only proved bounds can be composed into a certificate",
+            "An estimate holds from below: use spectral_norm_bound or another proof instead",
+            UncertifiableError,
+            bound=bound,
+        )
+        _checks.require(
+            bound.norm == bounds[0].norm,
+            "Bound",
+            "composed bounds must be in the same norm",
+            "Convert one of them",
+            UncertifiableError,
+            bound=bound,
+            other=bounds[0],
+        )
+    return [bound.value for bound in bounds]

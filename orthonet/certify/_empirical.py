@@ -1,0 +1,324 @@
+"""Attacks and estimates: what a certificate is tried against. Nothing here proves anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from orthonet import _checks
+from orthonet.certify._bound import Bound
+from orthonet.certify._certificate import LipschitzCertificate
+
+__all__ = ["AttackReport", "attack_certificate", "lipschitz_estimate", "pgd_l2"]
+
+_TINY = 1e-30
+
+
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    """One number a sample, (N,), shaped to multiply `like`."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _lengths(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / _rows(_lengths(x).clamp_min(_TINY), x)
+
+
+def _noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = generator.device if generator is not None else torch.device("cpu")
+    return torch.randn(x.shape, generator=generator, device=device).to(x.device, x.dtype)
+
+
+def _predicted(logits: Tensor) -> Tensor:
+    """The class; of a binary classifier with one output, 1 where it is positive."""
+    if logits.ndim == 1 or logits.shape[1] == 1:
+        return (logits.reshape(len(logits)) > 0).long()
+    return logits.argmax(1)
+
+
+def _rivals(logits: Tensor, y: Tensor) -> Tensor:
+    """The logits with that of `y` at minus infinity, (N, classes)."""
+    return logits.scatter(1, y[:, None], -torch.inf)
+
+
+def _gain(logits: Tensor, y: Tensor, rival: Tensor | None = None) -> Tensor:
+    """Rival logit, by default the best one, minus the logit of `y`: positive for a new class."""
+    if logits.ndim == 1 or logits.shape[1] == 1:
+        return torch.where(y > 0, -1.0, 1.0) * logits.reshape(len(logits))
+    true = logits.gather(1, y[:, None])[:, 0]
+    if rival is None:
+        return _rivals(logits, y).amax(1) - true
+    return logits.gather(1, rival[:, None])[:, 0] - true
+
+
+def _check_attack(owner: str, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    _checks.require(
+        not model.training, owner, "the model must be in eval mode", "Call model.eval() first"
+    )
+    _checks.floating(owner, x=x)
+    _checks.require(
+        len(x) == len(y.reshape(-1)), owner, "there must be one label for each sample",
+        "Pass class indices", x=x, y=y,
+    )  # fmt: skip
+
+
+def pgd_l2(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    radius: float | Tensor,
+    *,
+    steps: int = 40,
+    restarts: int = 2,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Projected gradient ascent on the margin, within an l2 ball of its own for each sample.
+
+    The objective is the largest rival logit minus the one of `y`. The first start is the sample
+    itself; restart k begins at a random point and pursues the k-th rival. The point with the
+    largest objective of all steps is returned.
+
+    Args:
+        model: A classifier in eval mode.
+        x: The samples, inside `bounds`.
+        y: The classes to leave, (N,); of a binary classifier with one output 0 or 1.
+        radius: The radius, or one for each sample.
+        steps: Steps of each start.
+        restarts: Number of starts.
+        bounds: The box of valid inputs, or None.
+        generator: Source of the random starts.
+
+    Shape:
+        x: (N, *), returned with the same shape and dtype
+
+    Guarantee:
+        Every returned point lies in the box, and its distance to x, computed in float64 from the
+        rounded points, is at most `radius`.
+
+    Raises:
+        ValueError: The model is in train mode, x lies outside the box, or a radius is negative or
+            not finite.
+
+    References:
+        A. Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018.
+    """
+    _check_attack("pgd_l2", model, x, y)
+    _checks.positive_int("pgd_l2", steps=steps, restarts=restarts)
+    x, y = x.detach(), y.detach().reshape(-1).to(x.device)
+    size = torch.as_tensor(radius, dtype=torch.float64, device=x.device).expand(len(x))
+    _checks.require(
+        bool((size.isfinite() & (size >= 0)).all()),
+        "pgd_l2",
+        "every radius must be finite and non-negative",
+        "Leave out the samples that need no attack",
+        radius=radius,
+    )
+    low, high = bounds if bounds is not None else (-torch.inf, torch.inf)
+    _checks.require(
+        bool(((x >= low) & (x <= high)).all()),
+        "pgd_l2",
+        "x must lie inside the box of valid inputs",
+        "Pass raw pixels and normalize inside the model, or use bounds=None",
+        bounds=bounds,
+    )
+    ball = _rows(size.to(x.dtype), x)
+
+    def project(delta: Tensor) -> Tensor:
+        delta = (x + delta).clamp(low, high) - x
+        return delta * (ball / _rows(_lengths(delta).clamp_min(_TINY), x)).clamp(max=1.0)
+
+    best = torch.zeros_like(x)
+    with torch.no_grad():
+        clean = model(x)
+        best_gain = _gain(clean, y)
+    for restart in range(restarts):
+        delta, rival = torch.zeros_like(x), None
+        if restart:
+            delta = project(_unit(_noise(x, generator)) * ball)
+        if restart and clean.ndim > 1 and clean.shape[1] > 1:
+            rank = (restart - 1) % (clean.shape[1] - 1)
+            rival = _rivals(clean, y).argsort(1, descending=True)[:, rank]
+        for step in range(steps + 1):
+            point = (x + delta).clamp(low, high).requires_grad_()
+            with torch.enable_grad():
+                logits = model(point)
+                (gradient,) = torch.autograd.grad(_gain(logits, y, rival).sum(), point)
+            found = _gain(logits.detach(), y)
+            better = found > best_gain
+            best_gain = torch.where(better, found, best_gain)
+            best = torch.where(_rows(better, x), delta, best)
+            # From half the diameter down, so that the last steps settle on the sphere.
+            length = 2.0 * (1.0 - step / (steps + 1)) ** 2
+            delta = project(delta + length * ball * _unit(gradient))
+    return _inside(x, best, size, low, high)
+
+
+def _inside(x: Tensor, delta: Tensor, radius: Tensor, low: float, high: float) -> Tensor:
+    """The point x + delta, shortened until the rounded point lies within the radius in float64."""
+    result, done = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    for factor in (1.0, 1.0 - 1e-7, 1.0 - 1e-6, 1.0 - 1e-5, 1.0 - 1e-4, 0.99, 0.9, 0.5):
+        point = (x + factor * delta).clamp(low, high)
+        good = (_lengths(point.double() - x.double()) <= radius) & ~done
+        result = torch.where(_rows(good, x), point, result)
+        done |= good
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class AttackReport:
+    """What an attack inside the certified radii found.
+
+    Attributes:
+        attacked: How many samples had a positive finite radius.
+        broken: How many of them changed their class inside it; a proof allows none.
+        radii: The radii that were attacked, (N,); 0 where there was nothing to attack.
+        distances: How far the returned points are from the samples, in float64, (N,).
+        changed: Which samples changed their class, (N,).
+        clean_accuracy: Share of right predictions before the attack.
+        attacked_accuracy: Share of right predictions after it.
+    """
+
+    attacked: int
+    broken: int
+    radii: Tensor
+    distances: Tensor
+    changed: Tensor
+    clean_accuracy: float
+    attacked_accuracy: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.broken} of {self.attacked} certificates broken; accuracy "
+            f"{self.clean_accuracy:.4f} clean, {self.attacked_accuracy:.4f} attacked"
+        )
+
+
+def attack_certificate(
+    model: nn.Module,
+    certificate: LipschitzCertificate,
+    x: Tensor,
+    y: Tensor,
+    *,
+    steps: int = 40,
+    restarts: int = 2,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> AttackReport:
+    """Try to change the predicted class of each sample inside its own certified radius.
+
+    Args:
+        model: The certified model, in eval mode.
+        certificate: What `certify` returned for it.
+        x: The samples, inside `bounds`.
+        y: The true classes, (N,), for the two accuracies.
+        steps: See `pgd_l2`.
+        restarts: See `pgd_l2`.
+        bounds: See `pgd_l2`.
+        generator: See `pgd_l2`.
+
+    Returns:
+        A report; if `broken` is not 0, the certificate or the rounding of the forward pass is to
+        blame.
+    """
+    _check_attack("attack_certificate", model, x, y)
+    with torch.no_grad():
+        logits = model(x)
+    before = _predicted(logits)
+    radii = certificate.radius(logits)
+    radii = torch.where(radii.isfinite(), radii, 0.0).to(x.device)
+    points = pgd_l2(
+        model,
+        x,
+        before,
+        radii,
+        steps=steps,
+        restarts=restarts,
+        bounds=bounds,
+        generator=generator,
+    )
+    with torch.no_grad():
+        after = _predicted(model(points))
+    labels = y.detach().reshape(-1).to(x.device)
+    changed = after != before
+    total = max(1, len(x))
+    return AttackReport(
+        attacked=int((radii > 0).sum()),
+        broken=int((changed & (radii > 0)).sum()),
+        radii=radii,
+        distances=_lengths(points.double() - x.detach().double()),
+        changed=changed,
+        clean_accuracy=int((before == labels).sum()) / total,
+        attacked_accuracy=int((after == labels).sum()) / total,
+    )
+
+
+def lipschitz_estimate(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    steps: int = 60,
+    step_size: float = 0.2,
+    generator: torch.Generator | None = None,
+) -> Bound:
+    r"""Estimate the l2 Lipschitz constant from below, by ascent on secants.
+
+    For pairs of near points $a, b$ the ratio $\|f(b) - f(a)\| / \|b - a\|$ is a finite difference
+    of the Jacobian in the direction $b - a$. The direction turns as in a power iteration on
+    $J^T J$, and the pair moves uphill, with some noise, where that helps. The largest ratio is
+    returned, less the rounding of the outputs: secants, unlike Jacobians, are bounded by the
+    constant for any code.
+
+    Args:
+        model: A module in eval mode.
+        x: The points to start from.
+        steps: Number of steps.
+        step_size: Length of a move, relative to the root mean square length of the samples.
+        generator: Source of the directions and of the noise.
+
+    Shape:
+        x: (N, *)
+
+    Guarantee:
+        None from above: `kind="estimate"`, which no certificate accepts.
+    """
+    _check_attack("lipschitz_estimate", model, x, torch.zeros(len(x)))
+    _checks.positive_int("lipschitz_estimate", steps=steps)
+    eps = torch.finfo(x.dtype).eps
+    point, direction = x.detach(), _unit(_noise(x, generator))
+    scale = max(1.0, float(_lengths(point).square().mean().sqrt()))
+    length = scale * eps**0.33
+    reached = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    uphill = torch.zeros_like(x)
+    for step in range(steps):
+        moved = step % 3 == 2  # two turns of the direction, then a move that is kept if it helps
+        trial = point
+        if moved:
+            trial = point + step_size * scale * _unit(uphill + _unit(_noise(x, generator)))
+        a = trial.clone().requires_grad_()
+        b = (trial + length * direction).detach().requires_grad_()
+        with torch.enable_grad():
+            fa, fb = model(a), model(b)
+            change = _lengths(fb - fa).sum()
+            if not change.requires_grad:  # the output does not depend on the input
+                return Bound(0.0, kind="estimate")
+            to_a, to_b = torch.autograd.grad(change, (a, b))
+        a, b, fa, fb = (t.detach().double() for t in (a, b, fa, fb))
+        distance = _lengths(b - a).clamp_min(_TINY)
+        slope = _lengths(fb - fa) / distance
+        inner = slope * (_lengths(a) + _lengths(b))  # what lengths inside the model may be
+        rounding = 8 * eps * (_lengths(fa) + _lengths(fb) + inner)
+        ratio = slope - rounding / distance
+        keep = _rows(
+            (ratio >= 0.999 * reached) | torch.full_like(ratio, not moved, dtype=torch.bool), x
+        )
+        point = torch.where(keep, trial, point)
+        direction = torch.where(keep, _unit(to_b - to_a), direction)
+        uphill = torch.where(keep, _unit(to_a + to_b), uphill)
+        reached = torch.maximum(reached, ratio)
+    return Bound(max(0.0, float(reached.max())), kind="estimate")

@@ -1,0 +1,296 @@
+"""The registry: one Lipschitz rule for each operation, open to users.
+
+A rule is written against a `Call` (what is called, its constants, the shapes), not against the
+graph that the call was found in.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orthonet import _checks
+from orthonet.certify._bound import Bound
+from orthonet.errors import UncertifiableError
+
+__all__ = [
+    "REARRANGEMENT",
+    "Call",
+    "Operand",
+    "Step",
+    "as_step",
+    "canonical",
+    "exact",
+    "function_rule",
+    "module_rule",
+    "register_rule",
+    "upper",
+]
+
+Rule = TypeVar("Rule", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A tensor that depends on the input of the model; `shape` is that of one sample."""
+
+    shape: tuple[int, ...]
+    bound: Bound
+
+
+class Step(NamedTuple):
+    """What a rule returns: one gain for each operand and how the gains add up.
+
+    With operands of constants L_i, the output has the constant sum_i gain_i L_i
+    (`combine="sum"`), or the root of the sum of the squares of these terms (`"hypot"`), for
+    outputs that lie side by side.
+    """
+
+    gains: tuple[Bound, ...]
+    method: str
+    combine: Literal["sum", "hypot"] = "sum"
+    rows: Tensor | None = None
+    """The float64 matrix (out, in) of an affine map of vectors, for margins of pairs of outputs."""
+
+
+REARRANGEMENT = "rearrangement"
+"""The method of a step that only moves entries: it leaves the bound as it is."""
+
+
+def exact(value: float, method: str) -> Step:
+    """The constant of a map of one operand, attained up to rounding."""
+    return Step((Bound(value, kind="exact"),), method)
+
+
+def upper(value: float, method: str) -> Step:
+    """A proved bound of the constant of a map of one operand."""
+    return Step((Bound(value),), method)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One operation of the model on its way from input to output.
+
+    Attributes:
+        op: The name of the operation.
+        path: The module it was called in.
+        args: The positional arguments; an `Operand` stands for each tensor that depends on the
+            input, everything else is a constant.
+        kwargs: The keyword arguments, likewise.
+        output_shape: The shape of one sample of the output.
+    """
+
+    op: str
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output_shape: tuple[int, ...]
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """Every operand, in the order of the arguments; one that is used twice counts twice."""
+        found: list[Operand] = []
+
+        def visit(value: Any) -> None:
+            if isinstance(value, Operand):
+                found.append(value)
+            elif isinstance(value, (tuple, list)):
+                for item in value:
+                    visit(item)
+
+        visit((*self.args, *self.kwargs.values()))
+        return tuple(found)
+
+    @property
+    def operand(self) -> Operand:
+        """The only operand, the first argument; more are refused."""
+        first = self.get(0, "input", None)
+        if len(self.operands) != 1 or not isinstance(first, Operand):
+            self.refuse(
+                "this operation is certified for one tensor that depends on the input, in the "
+                "first place, and constants",
+                "A product or quotient of two such tensors has no Lipschitz constant; a rule of "
+                "your own may be registered for the module around it with @register_rule",
+            )
+        return first
+
+    def get(self, position: int, name: str, default: Any) -> Any:
+        """The argument at a position or of a name."""
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+    def constant(self, position: int, name: str) -> Tensor:
+        """A constant argument as a float64 tensor on the CPU; finite, or it is refused."""
+        value = self.get(position, name, None)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = torch.tensor(float(value), dtype=torch.float64)
+        if not isinstance(value, Tensor) or value.is_complex():
+            self.refuse(
+                f"argument {name!r} must be a constant of the model",
+                "Values that depend on the input or on the batch size cannot scale it",
+            )
+        value = value.detach().to("cpu", torch.float64)
+        if not bool(value.isfinite().all()):
+            self.refuse(f"argument {name!r} must be finite", "Look for a NaN or an infinity")
+        return value
+
+    def feature_dims(self, dims: Any) -> tuple[int, ...]:
+        """`dims` of the operand, counted from 0 and without the batch: 0 is its first feature."""
+        rank = len(self.operands[0].shape) + 1
+        dims = (dims,) if isinstance(dims, int) else tuple(dims or range(rank))
+        places = tuple(dim % rank for dim in dims)
+        if 0 in places:
+            self.refuse(
+                "an operation must not act along the batch dimension",
+                "A certificate is given for each sample on its own; use another dim",
+            )
+        return tuple(place - 1 for place in places)
+
+    def refuse(self, requirement: str, advice: str) -> NoReturn:
+        """Raise an `UncertifiableError` that names this operation and its path."""
+        _checks.fail(
+            "certify", requirement, advice, UncertifiableError, operation=self.op, path=self.path
+        )
+
+
+class _Entry(NamedTuple):
+    rule: Callable[..., Any]
+    nested: bool
+
+
+_MODULES: dict[type[nn.Module], _Entry] = {}
+_FUNCTIONS: dict[Any, Callable[[Call], Any]] = {}
+
+_NAMESPACES = (torch, F, torch._C._nn, operator, torch.special, torch.linalg)  # type: ignore[attr-defined]
+_SPELLINGS = {
+    "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div",
+    "concat": "cat", "concatenate": "cat", "subtract": "sub", "multiply": "mul", "divide": "div",
+    "true_divide": "div", "negative": "neg", "absolute": "abs", "arctan": "atan", "clip": "clamp",
+    "expit": "sigmoid", "swapaxes": "transpose", "swapdims": "transpose", "moveaxis": "movedim",
+}  # fmt: skip
+# What a subclass may change without changing the map.
+_HARMLESS = {
+    "__init__", "__repr__", "__setattr__", "__setstate__", "__getstate__", "__deepcopy__",
+    "__reduce_ex__", "_load_from_state_dict", "_save_to_state_dict", "extra_repr",
+    "reset_parameters", "to_plain", "inverse",
+}  # fmt: skip
+
+
+def register_rule(*targets: Any, nested: bool = False) -> Callable[[Rule], Rule]:
+    """Register a Lipschitz rule for modules or functions; a later one replaces an earlier one.
+
+    The rule returns a `Bound`, a pair (`Bound`, method text), or a `Step`. What it says enters the
+    certificate: it is for the author of the rule to prove.
+
+    Args:
+        *targets: Classes of modules: the rule is called as `rule(module, input_shape)`, with the
+            shape of one sample, and the module is not looked into. Or functions, and names of
+            tensor methods: the rule is called as `rule(call)` with a `Call`. A name stands for the
+            function, the method and the in-place variant of torch alike.
+        nested: For classes: the rule is called as `rule(module, input_shape, bound_of)`, and
+            `bound_of(child, shape)` certifies a child of the module.
+
+    Examples:
+        >>> class Shrink(nn.Module):
+        ...     def forward(self, x):
+        ...         return x / (1 + x.square().sum(1, keepdim=True).sqrt())
+        >>> @register_rule(Shrink)
+        ... def shrink(module, input_shape):
+        ...     return Bound(1.0), "the gradient of a convex function with Hessian at most 1"
+    """
+    for target in targets:
+        _checks.require(
+            isinstance(target, str) or (callable(target) and not isinstance(target, nn.Module)),
+            "register_rule",
+            "a target must be a subclass of torch.nn.Module, a function or a name",
+            "Pass the class, not an instance",
+            target=target,
+        )
+
+    def decorate(rule: Rule) -> Rule:
+        for target in targets:
+            if isinstance(target, type) and issubclass(target, nn.Module):
+                _MODULES[target] = _Entry(rule, nested)
+            else:
+                _FUNCTIONS[canonical(target)] = rule
+        return rule
+
+    return decorate
+
+
+def canonical(target: Any) -> Any:
+    """One name for all spellings of an operation of torch; any other function is its own name."""
+    if not isinstance(target, str):
+        name = getattr(target, "__name__", "")
+        if isinstance(target, torch._ops.OpOverload):
+            name = target._schema.name.split("::")[-1]
+        name = name.removeprefix("linalg_").removeprefix("special_")
+        known = any(getattr(space, name, None) is target for space in _NAMESPACES)
+        if not known and not isinstance(target, torch._ops.OpOverload):
+            return _DISPATCHED.get(target, target)
+        target = name
+    name = target.rstrip("_") if not target.endswith("__") else target.strip("_")
+    return _SPELLINGS.get(name, name)
+
+
+# Functions that torch builds at import time have no name of their own.
+_DISPATCHED = {
+    getattr(F, name): name
+    for name in (f"{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in (1, 2, 3))
+}
+
+
+def function_rule(target: Any) -> Callable[[Call], Any] | None:
+    """The rule of a function or method, if there is one."""
+    return _FUNCTIONS.get(canonical(target))
+
+
+def module_rule(module: nn.Module) -> _Entry | None:
+    """The rule of the class of a module, or of a base whose map the class does not change.
+
+    Hooks and an own `forward` of the instance change the map, too; such a module has no rule and
+    is looked into instead.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    hooks = hooks or any(callable(getattr(type(module), name, None)) for name in vars(module))
+    for base in type(module).__mro__:
+        if base in _MODULES and not hooks and _same_map(type(module), base):
+            return _MODULES[base]
+        if base in _MODULES:
+            return None
+    return None
+
+
+def _same_map(cls: type, base: type) -> bool:
+    names = {
+        name
+        for ancestor in base.__mro__
+        if ancestor is not object
+        for name, value in vars(ancestor).items()
+        if callable(value) and name not in _HARMLESS
+    }
+    return all(getattr(cls, name) is getattr(base, name) for name in names)
+
+
+def as_step(result: Any, call: Call) -> Step:
+    """What a rule returned, as a `Step` with one gain for each operand."""
+    if isinstance(result, Bound):
+        result = Step((result,), "registered rule")
+    elif isinstance(result, tuple) and not isinstance(result, Step) and len(result) == 2:
+        result = Step((result[0],), str(result[1]))
+    proved = isinstance(result, Step) and all(
+        isinstance(gain, Bound) and gain.kind != "estimate" for gain in result.gains
+    )
+    if not isinstance(result, Step) or not proved or len(result.gains) != len(call.operands):
+        call.refuse(
+            "its rule must return a proved Bound, (Bound, text), or a Step of one for each operand",
+            "Correct the function that was given to register_rule; an estimate proves nothing",
+        )
+    return result

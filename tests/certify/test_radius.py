@@ -1,0 +1,124 @@
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+
+from orthonet import layers
+from orthonet.certify import Bound, LipschitzCertificate, certified_accuracy, certify
+
+
+def certificate(constant=2.0, pairs=None) -> LipschitzCertificate:
+    return LipschitzCertificate(Bound(constant), (), (4,), pairs)
+
+
+def test_radius_without_pairs_is_the_margin_over_root_two():
+    logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 0.5, 0.25]])
+    radius = certificate().radius(logits)
+    assert radius.dtype == torch.float64
+    # rounded downward by a few units in the last place
+    assert radius.tolist() == pytest.approx([2 / math.sqrt(8), 0.25 / math.sqrt(8)], rel=1e-14)
+    assert Fraction(radius[0].item()) ** 2 * 8 <= 4
+
+
+def test_ties_have_radius_zero():
+    logits = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    assert certificate().radius(logits).tolist() == [0.0, 0.0]
+    assert certificate(0.0).radius(logits).tolist() == [0.0, 0.0]
+    assert certificate(0.0).radius(torch.tensor([[1.0, 0.0]])).tolist() == [math.inf]
+
+
+def test_binary_classifiers():
+    for logits in (torch.tensor([4.0, -1.0, 0.0]), torch.tensor([[4.0], [-1.0], [0.0]])):
+        assert certificate().radius(logits).tolist() == pytest.approx([2.0, 0.5, 0.0], rel=1e-15)
+        share = certificate().certified_accuracy(logits, torch.tensor([1, 0, 0]), [0.0, 1.0])
+        assert share == [1.0, pytest.approx(1 / 3)]
+
+
+def test_linear_classifier_has_the_exact_distance():
+    model = nn.Linear(5, 4).double().eval()
+    x = torch.randn(50, 5, dtype=torch.float64)
+    logits = model(x).detach()
+    radius = certify(model, x).radius(logits)
+    weight = model.weight.detach()
+    top, y = logits.max(1)
+    for i in range(50):
+        truth = min(
+            float((top[i] - logits[i, j]) / (weight[y[i]] - weight[j]).norm())
+            for j in range(4)
+            if j != y[i]
+        )
+        # never above the distance; allowed 1e-12 below, observed 2e-14
+        assert truth * (1 - 1e-12) <= radius[i] <= truth
+
+
+def test_pairs_are_outward_and_below_the_generic_constant():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double().eval()
+    found = certify(model, torch.zeros(1, 6, dtype=torch.float64))
+    features = Fraction(found.rows[-2].cumulative)
+    rows = [[Fraction(v) for v in row] for row in model[2].weight.tolist()]
+    for i in range(3):
+        for j in range(3):
+            square = sum((a - b) ** 2 for a, b in zip(rows[i], rows[j], strict=True))
+            assert Fraction(found.pairs[i, j].item()) ** 2 >= square * features**2
+    assert found.pairs.max() <= math.sqrt(2) * found.constant.value * (1 + 1e-15)
+    logits = torch.randn(40, 3)
+    generic = LipschitzCertificate(found.constant, (), (6,))
+    assert bool((found.radius(logits) >= generic.radius(logits)).all())
+
+
+def test_equal_rows_cannot_swap():
+    model = nn.Linear(3, 3, bias=False).double().eval()
+    with torch.no_grad():
+        model.weight[1] = model.weight[0]
+    pairs = certify(model, torch.zeros(1, 3, dtype=torch.float64)).pairs
+    assert pairs[0, 1] == 0.0
+    assert pairs[0, 2] > 0.0
+
+
+def test_the_class_does_not_change_inside_the_radius():
+    model = nn.Sequential(
+        layers.OrthoLinear(6, 16), layers.MaxMin(), layers.UnitNormLinear(16, 4)
+    ).eval()
+    x = torch.randn(300, 6)
+    found = certify(model, x)
+    with torch.no_grad():
+        logits = model(x)
+        radius = found.radius(logits)
+        for _ in range(20):
+            step = torch.randn(300, 6, dtype=torch.float64)
+            step *= 0.999 * (radius / step.norm(dim=1))[:, None]
+            moved = model((x + step).float())
+            assert torch.equal(moved.argmax(1), logits.argmax(1))
+
+
+def test_certified_accuracy_counts():
+    model = nn.Sequential(layers.OrthoLinear(2, 2)).eval()
+    with torch.no_grad():
+        model[0].weight = torch.eye(2)
+    x = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
+    y = torch.tensor([0, 0, 0, 1])
+    found = certify(model, x)
+    loader = [(x[:3], y[:3]), (x[3:], y[3:])]
+    radii = [0.0, 0.5, 1.0, 2.0, 3.0]
+    expected = [0.75, 0.75, 0.5, 0.25, 0.0]  # distances 1.41, 0.71, wrong, 2.12
+    assert certified_accuracy(model, found, loader, radii) == expected
+    assert found.certified_accuracy(model(x), y, radii) == expected
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="logits must be finite"):
+        certificate().radius(torch.tensor([[math.nan, 0.0]]))
+    with pytest.raises(ValueError, match="logits must be finite"):
+        certificate().radius(torch.tensor([[math.inf, 0.0]]))
+    with pytest.raises(ValueError, match="must be \\(N, classes\\)"):
+        certificate().radius(torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match="logits must have 3 classes"):
+        certificate(pairs=torch.ones(3, 3)).radius(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="one label for each sample"):
+        certificate().certified_accuracy(torch.zeros(2, 3), torch.zeros(3), [0.0])
+    with pytest.raises(ValueError, match="the loader must not be empty"):
+        certified_accuracy(nn.Identity().eval(), certificate(), [], [0.0])
+    with pytest.raises(ValueError, match="eval mode"):
+        certified_accuracy(nn.Identity(), certificate(), [], [0.0])

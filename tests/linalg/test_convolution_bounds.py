@@ -1,0 +1,139 @@
+"""Bounds of convolutions against the norm of the dense operator."""
+
+import math
+import random
+import statistics
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from orthonet.linalg.convolution_bounds import convolution_norm_bound
+from tests.references import convolution_by_unit_vectors
+
+
+def random_convolution(circular: bool):
+    """Kernel and arguments of a small convolution with at least one output."""
+    while True:
+        dims = random.choice([1, 1, 2, 2, 3])
+        size = tuple(
+            random.randint(5, 9) if dims < 3 else random.randint(3, 5) for _ in range(dims)
+        )
+        taps = [random.randint(1, 4) for _ in range(dims)]
+        dilation = tuple(random.randint(1, 2) for _ in range(dims))
+        padding = tuple(random.randint(0, d * (k - 1)) for d, k in zip(dilation, taps, strict=True))
+        reach = [
+            n + 2 * p - d * (k - 1)
+            for n, p, d, k in zip(size, padding, dilation, taps, strict=True)
+        ]
+        if min(reach) >= 1 and all(p <= n for p, n in zip(padding, size, strict=True)):
+            break
+    groups = random.choice([1, 1, 2])
+    channels_in, channels_out = 2 * random.randint(1, 2), 2 * random.randint(1, 2)
+    kernel = torch.randn(channels_out, channels_in // groups, *taps, dtype=torch.float64)
+    keywords = {
+        "stride": tuple(random.randint(1, 3) for _ in range(dims)),
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "padding_mode": "circular" if circular else "zeros",
+    }
+    return kernel, size, keywords
+
+
+@pytest.mark.parametrize("circular", [False, True], ids=["zeros", "circular"])
+def test_bound_exceeds_the_dense_norm(circular):
+    ratios = {"auto": [], "dense": [], "fourier": []}
+    for _ in range(60):
+        kernel, size, keywords = random_convolution(circular)
+        dense = convolution_by_unit_vectors(kernel, size, **keywords)
+        truth = float(torch.linalg.matrix_norm(dense, 2))
+        for method, found in ratios.items():
+            bound = convolution_norm_bound(kernel, size, method=method, **keywords)
+            found.append(bound.value / truth)
+            # 1e-12 is what the SVD of the truth may be off; observed 1 + 3e-15 at the least
+            assert found[-1] >= 1 - 1e-12, (method, tuple(kernel.shape), size, keywords)
+            if bound.tight:
+                assert found[-1] <= 1 + 1e-9  # observed 4e-12
+    assert statistics.median(ratios["auto"]) <= 1.05
+    assert max(ratios["dense"]) <= 1 + 1e-9
+    if not circular:  # observed 1.053 on maps of 3 to 9 pixels, where the torus is much larger
+        assert statistics.median(ratios["fourier"]) <= 1.1
+
+
+@pytest.mark.parametrize(
+    ("out_channels", "stride"), [(32, 1), (48, 2)], ids=["stride 1", "stride 2"]
+)
+def test_torus_embedding_is_within_one_percent(out_channels, stride):
+    kernel = torch.randn(out_channels, 32, 3, 3, dtype=torch.float64)
+    bound = convolution_norm_bound(kernel, (24, 24), stride=stride, padding=1)
+    assert bound.method == "torus embedding"
+    x = torch.randn(1, 32, 24, 24, dtype=torch.float64)
+    below = 0.0
+    for _ in range(150):
+        x = x / x.norm()
+        y = F.conv2d(x, kernel, stride=stride, padding=1)
+        below = float(y.norm())
+        x = F.conv_transpose2d(y, kernel, stride=stride, padding=1, output_padding=stride - 1)
+    assert below <= bound.value <= 1.01 * below  # observed 1.004 and 1.004
+
+
+def test_transform_at_the_input_size_is_no_bound():
+    """What many libraries compute: it can lie below the norm under zero padding."""
+    lower = 0
+    for _ in range(60):
+        kernel = torch.randn(1, 1, 3, dtype=torch.float64)
+        dense = convolution_by_unit_vectors(kernel, (5,), padding=1)
+        truth = float(torch.linalg.matrix_norm(dense, 2))
+        naive = float(torch.fft.fft(kernel, 5).abs().max())
+        lower += naive < truth * (1 - 1e-9)
+        assert convolution_norm_bound(kernel, (5,), padding=1, method="fourier").value >= truth
+    assert lower > 0  # observed 12 of 60
+
+
+def test_circular_convolution_is_exact_in_the_blocks():
+    kernel = torch.randn(4, 6, 3, 3, dtype=torch.float64)
+    keywords = {"stride": 2, "padding": 1, "padding_mode": "circular"}
+    bound = convolution_norm_bound(kernel, (8, 6), **keywords)
+    assert bound.tight
+    assert bound.method == "Fourier blocks"
+    truth = float(
+        torch.linalg.matrix_norm(convolution_by_unit_vectors(kernel, (8, 6), **keywords), 2)
+    )
+    assert bound.value == pytest.approx(truth, rel=1e-9)  # observed 1e-12
+
+
+@pytest.mark.parametrize("scale", [1e-310, 1e-150, 1e150, 1e300])
+def test_scales(scale):
+    kernel = torch.randn(3, 2, 3, 3, dtype=torch.float64).clamp(-2, 2)
+    for method in ("dense", "fourier"):
+        unit = convolution_norm_bound(kernel, (6, 6), padding=1, method=method).value
+        scaled = convolution_norm_bound(kernel * scale, (6, 6), padding=1, method=method).value
+        # at 1e-310 the weights themselves keep only 13 digits
+        assert scaled / scale == pytest.approx(unit, rel=1e-11)
+
+
+def test_same_padding_of_an_even_kernel():
+    kernel = torch.randn(3, 3, 4, 2, dtype=torch.float64)
+    unit = torch.eye(3 * 35, dtype=torch.float64).reshape(-1, 3, 7, 5)
+    padded = F.pad(unit, (0, 1, 1, 2))  # what "same" adds: the larger part at the end
+    truth = float(torch.linalg.matrix_norm(F.conv2d(padded, kernel).flatten(1), 2))
+    for method in ("dense", "fourier"):
+        bound = convolution_norm_bound(kernel, (7, 5), padding="same", method=method)
+        assert truth * (1 - 1e-12) <= bound.value <= truth * 1.2  # observed 1.07
+    valid = convolution_norm_bound(kernel, (7, 5), padding="valid")
+    assert valid == convolution_norm_bound(kernel, (7, 5), padding=0)
+
+
+def test_zero_kernel_and_errors():
+    assert convolution_norm_bound(torch.zeros(2, 2, 3), (8,)).value == 0.0
+    with pytest.raises(ValueError, match="finite"):
+        convolution_norm_bound(torch.full((1, 1, 3), math.nan), (8,))
+    with pytest.raises(ValueError, match="must fit into the padded input"):
+        convolution_norm_bound(torch.ones(1, 1, 9), (4,))
+    with pytest.raises(ValueError, match="one spatial dim per input size"):
+        convolution_norm_bound(torch.ones(1, 1, 3, 3), (4,))
+    with pytest.raises(ValueError, match="groups must divide"):
+        convolution_norm_bound(torch.ones(3, 1, 3), (4,), groups=2)
+    with pytest.raises(ValueError, match="padding_mode must be one of"):
+        convolution_norm_bound(torch.ones(1, 1, 3), (4,), padding_mode="reflect")
