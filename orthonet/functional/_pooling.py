@@ -105,7 +105,7 @@ def l2_norm_pool(
         padding: zeros on both sides, at most half of the window; default 0.
 
     Shape:
-        (N, C, *spatial) or (C, *spatial), to the same with the sizes of `F.avg_pool2d`.
+        `(N, C, *spatial)` or `(C, *spatial)`, to the same with the sizes of `F.avg_pool2d`.
 
     Guarantee:
         Lipschitz constant exactly 1; the gradient is finite everywhere and 0 for a zero window.
@@ -149,7 +149,7 @@ def scaled_avg_pool(
         padding: zeros on both sides, at most half of the window; default 0.
 
     Shape:
-        (N, C, *spatial) or (C, *spatial), to the same with the sizes of `F.avg_pool2d`.
+        `(N, C, *spatial)` or `(C, *spatial)`, to the same with the sizes of `F.avg_pool2d`.
 
     Guarantee:
         Without overlap and padding all singular values are 1. Else the constant is at most 1,
@@ -215,7 +215,7 @@ def space_to_depth(x: Tensor, downscale_factor: int, spatial: int) -> Tensor:
         spatial: number `n` of spatial dimensions, 1 to 3.
 
     Shape:
-        (*, C, L1, ..., Ln) to (*, C r^n, L1 / r, ..., Ln / r).
+        `(*, C, L1, ..., Ln)` to `(*, C r^n, L1 / r, ..., Ln / r)`.
 
     Guarantee:
         A permutation: orthogonal, exact, inverted by `depth_to_space`.

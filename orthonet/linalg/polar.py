@@ -181,22 +181,24 @@ def _polar_adjoint(h: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 # torch.compile(fullgraph=True) and torch.export see one node and no data-dependent branch.
 @torch.library.custom_op("orthonet::polar", mutates_args=())
 def _polar_op(w: Tensor, beta: float, niters: int) -> Tensor:
-    return _polar_forward(w, beta, niters)
+    return _polar_forward(w, beta, niters).contiguous()
 
 
 @_polar_op.register_fake
 def _(w: Tensor, beta: float, niters: int) -> Tensor:
-    return torch.empty_like(w)
+    return torch.empty_like(w, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("orthonet::polar_adjoint", mutates_args=())
 def _polar_adjoint_op(h: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return _polar_adjoint(h, c, y)
+    k, z = _polar_adjoint(h, c, y)
+    return k.contiguous(), z.contiguous()
 
 
 @_polar_adjoint_op.register_fake
 def _(h: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(c), torch.empty_like(y)
+    layout = torch.contiguous_format
+    return torch.empty_like(c, memory_format=layout), torch.empty_like(y, memory_format=layout)
 
 
 class _Polar(torch.autograd.Function):

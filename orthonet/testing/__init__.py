@@ -4,7 +4,7 @@ For users as much as for this library; nothing here imports a test framework.
 """
 
 from orthonet.testing import cases, laws, tolerances
-from orthonet.testing._asserts import assert_lipschitz, assert_orthogonal, lipschitz_estimate
+from orthonet.testing._asserts import assert_lipschitz, assert_orthogonal
 from orthonet.testing._operator import (
     dense_operator,
     jacobian,
@@ -27,7 +27,6 @@ __all__ = [
     "hard_matrix",
     "jacobian",
     "laws",
-    "lipschitz_estimate",
     "orthogonality_error",
     "singular_values",
     "tolerances",

@@ -1,4 +1,4 @@
-"""Assertions on the promise of a layer: how its constant is measured, from below."""
+"""Assertions on the promise of a layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orthonet._checks import positive_int
 from orthonet.testing._operator import Map, factory_kwargs, jacobian, preserved, singular_values
 from orthonet.testing.tolerances import ROUNDING
 
-__all__ = ["assert_lipschitz", "assert_orthogonal", "lipschitz_estimate"]
+__all__ = ["assert_lipschitz", "assert_orthogonal"]
 
 _JACOBIAN_ENTRIES = 2**20  # larger Jacobians are not formed
 
@@ -27,7 +27,7 @@ def assert_orthogonal(
     """Check that an affine map is semi-orthogonal: all singular values of its matrix are 1.
 
     Args:
-        fn: a function or module that maps (N, *input_shape) to (N, ...).
+        fn: a function or module that maps `(N, *input_shape)` to `(N, ...)`.
         input_shape: shape of one sample, without the batch dimension.
         atol: largest accepted |sigma - 1|; default by dtype, `tolerances.ROUNDING`.
         dtype: dtype of the inputs; default that of the module.
@@ -50,33 +50,66 @@ def assert_orthogonal(
         )
 
 
-def lipschitz_estimate(
+def assert_lipschitz(
     fn: Map,
     input_shape: Sequence[int],
+    constant: float = 1.0,
+    atol: float | None = None,
     *,
+    attained: bool = False,
     dtype: torch.dtype | None = None,
     samples: int = 8,
     seed: int = 0,
     train: bool = False,
-) -> float:
-    r"""An estimate from below of the l2 Lipschitz constant.
+) -> None:
+    r"""Check that no Lipschitz constant above `constant` is found.
 
-    The largest of \(\|f(x) - f(y)\| / \|x - y\|\) over random pairs near and far, and of the
-    spectral norm of the Jacobian at random points when it is small enough to be formed.
+    The ratios \(\|f(x) - f(y)\| / \|x - y\|\) of random pairs near and far are compared with it,
+    and the spectral norm of the Jacobian at random points where it is small enough to be formed.
+    A failure is a proof that the promise is broken; a success is evidence, not a proof: use
+    `orthonet.certify.certify` for a bound, `orthonet.certify.lipschitz_estimate` for a search.
 
     Args:
-        fn: a function or module that maps (N, *input_shape) to (N, ...), sample by sample.
+        fn: a function or module that maps `(N, *input_shape)` to `(N, ...)`, sample by sample.
         input_shape: shape of one sample, without the batch dimension.
+        constant: the promised constant.
+        atol: accepted excess, relative to `constant`; default by dtype, `tolerances.ROUNDING`.
+        attained: also check that the largest ratio comes as near to `constant` from below.
         dtype: dtype of the inputs; default that of the module.
         samples: random points at each of four scales.
-        seed: seed of its own generator; the global one is not touched.
+        seed: seed of the random points.
         train: evaluate a module in train mode instead of eval mode.
 
+    Raises:
+        AssertionError: with the ratio that was found.
+
     Examples:
-        >>> lipschitz_estimate(torch.nn.Upsample(scale_factor=4), (1, 3))
-        2.0
+        >>> assert_lipschitz(torch.nn.ReLU(), (5,))
     """
-    positive_int("lipschitz_estimate", samples=samples)
+    positive_int("assert_lipschitz", samples=samples)
+    atol = ROUNDING[factory_kwargs(fn, dtype)["dtype"]].allowed if atol is None else atol
+    found = _observed_constant(fn, input_shape, dtype, samples, seed, train)
+    if not found <= constant * (1 + atol):
+        raise AssertionError(
+            f"not {constant}-Lipschitz on {tuple(input_shape)}: found {found:.9g}, "
+            f"allowed {constant} * (1 + {atol:.1e})"
+        )
+    if attained and not found >= constant * (1 - atol):
+        raise AssertionError(
+            f"the constant {constant} is not attained on {tuple(input_shape)}: found "
+            f"{found:.9g}, allowed {constant} * (1 - {atol:.1e})"
+        )
+
+
+def _observed_constant(
+    fn: Map,
+    input_shape: Sequence[int],
+    dtype: torch.dtype | None,
+    samples: int,
+    seed: int,
+    train: bool,
+) -> float:
+    """Largest secant of random pairs near and far, and norm of Jacobians at random points."""
     kwargs = factory_kwargs(fn, dtype)
     generator = torch.Generator().manual_seed(seed)
 
@@ -100,53 +133,3 @@ def lipschitz_estimate(
 
 def _norms(x: Tensor) -> Tensor:
     return x.double().flatten(1).norm(dim=1)
-
-
-def assert_lipschitz(
-    fn: Map,
-    input_shape: Sequence[int],
-    constant: float = 1.0,
-    atol: float | None = None,
-    *,
-    attained: bool = False,
-    dtype: torch.dtype | None = None,
-    samples: int = 8,
-    seed: int = 0,
-    train: bool = False,
-) -> None:
-    """Check that no Lipschitz constant above `constant` is found.
-
-    A failure is a proof that the promise is broken; a success is evidence, not a proof: use
-    `orthonet.certify` for a bound.
-
-    Args:
-        fn: a function or module that maps (N, *input_shape) to (N, ...), sample by sample.
-        input_shape: shape of one sample, without the batch dimension.
-        constant: the promised constant.
-        atol: accepted excess, relative to `constant`; default by dtype, `tolerances.ROUNDING`.
-        attained: also check that the estimate comes as near to `constant` from below.
-        dtype: dtype of the inputs; default that of the module.
-        samples: random points at each of four scales.
-        seed: seed of the random points.
-        train: evaluate a module in train mode instead of eval mode.
-
-    Raises:
-        AssertionError: with the estimate.
-
-    Examples:
-        >>> assert_lipschitz(torch.nn.ReLU(), (5,))
-    """
-    atol = ROUNDING[factory_kwargs(fn, dtype)["dtype"]].allowed if atol is None else atol
-    estimate = lipschitz_estimate(
-        fn, input_shape, dtype=dtype, samples=samples, seed=seed, train=train
-    )
-    if not estimate <= constant * (1 + atol):
-        raise AssertionError(
-            f"not {constant}-Lipschitz on {tuple(input_shape)}: found {estimate:.9g}, "
-            f"allowed {constant} * (1 + {atol:.1e})"
-        )
-    if attained and not estimate >= constant * (1 - atol):
-        raise AssertionError(
-            f"the constant {constant} is not attained on {tuple(input_shape)}: found "
-            f"{estimate:.9g}, allowed {constant} * (1 - {atol:.1e})"
-        )

@@ -58,7 +58,7 @@ def dense_operator(
     more evaluation; for another one use `jacobian`.
 
     Args:
-        fn: a function or module that maps (N, *input_shape) to (N, ...).
+        fn: a function or module that maps `(N, *input_shape)` to `(N, ...)`.
         input_shape: shape of one sample, without the batch dimension.
         dtype: dtype of the unit vectors; default that of the module. The module itself is not
             converted.
@@ -122,7 +122,7 @@ def jacobian(
     """The Jacobian matrix at one sample `x`, given without its batch dimension.
 
     Args:
-        fn: a function or module that maps (N, *input_shape) to (N, ...).
+        fn: a function or module that maps `(N, *input_shape)` to `(N, ...)`.
         x: the point.
         train: evaluate a module in train mode instead of eval mode; modes and buffers are
             restored afterwards either way.
@@ -153,7 +153,7 @@ def singular_values(
     """Singular values of `dense_operator`, in descending order, computed in float64.
 
     Args:
-        fn: a function or module that maps (N, *input_shape) to (N, ...).
+        fn: a function or module that maps `(N, *input_shape)` to `(N, ...)`.
         input_shape: shape of one sample, without the batch dimension.
         dtype: dtype of the unit vectors; default that of the module.
         batch: unit vectors that are sent through `fn` at once.

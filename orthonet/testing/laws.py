@@ -192,7 +192,18 @@ def assert_gradients_are_finite(factory: Factory, input_shape: Sequence[int]) ->
 def assert_compiles(
     factory: Factory, input_shape: Sequence[int], backend: str = "aot_eager"
 ) -> None:
-    """`torch.compile(fullgraph=True)` gives the same values, in eval and with a backward."""
+    """`torch.compile(fullgraph=True)` gives the same values, in eval and with a backward.
+
+    Args:
+        factory: makes a layer.
+        input_shape: shape of one sample.
+        backend: of `torch.compile`; the default traces forward and backward without generating
+            code, which takes a second instead of many. `"inductor"` also tests the generated code.
+
+    Raises:
+        AssertionError: other values, or no gradient.
+        RuntimeError: from torch.compile, at a graph break.
+    """
     layer = factory()
     x = _input(layer, input_shape)
     expected = _evaluate(layer, x)

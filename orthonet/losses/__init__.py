@@ -1,0 +1,33 @@
+"""Losses that reward a margin: what a 1-Lipschitz classifier is trained with.
+
+A network of constant 1 cannot raise its logits at will, so the loss has to say how large a margin
+is wanted: every loss here has a parameter in the units of the certified radius.
+"""
+
+from orthonet.losses._functional import (
+    hinge_kr,
+    hinge_kr_multiclass,
+    kr,
+    offset_cross_entropy,
+    soft_hinge_kr_multiclass,
+)
+from orthonet.losses._modules import (
+    HKRLoss,
+    HKRMulticlassLoss,
+    KRLoss,
+    OffsetCrossEntropyLoss,
+    SoftHKRMulticlassLoss,
+)
+
+__all__ = [
+    "HKRLoss",
+    "HKRMulticlassLoss",
+    "KRLoss",
+    "OffsetCrossEntropyLoss",
+    "SoftHKRMulticlassLoss",
+    "hinge_kr",
+    "hinge_kr_multiclass",
+    "kr",
+    "offset_cross_entropy",
+    "soft_hinge_kr_multiclass",
+]

@@ -1,0 +1,309 @@
+"""The losses as functions of logits and targets."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orthonet import _checks
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def offset_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    offset: float,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Cross-entropy after taking `offset` away from the logit of the true class.
+
+    \(\ell(s, y) = t \cdot \mathrm{CE}\big((s - u\, e_y) / t,\; y\big)
+    = t \log\big(1 + \sum_{j \ne y} e^{(u - (s_y - s_j)) / t}\big)\), offset \(u\), temperature
+    \(t\). For \(t \to 0\) it is the hinge \(\max(0, u - (s_y - \max_{j \ne y} s_j))\): the loss
+    ends where the margin of the logits reaches \(u\). A 1-Lipschitz network whose margin is
+    \(u\) has the certified l2 radius \(u / \sqrt 2\), so `offset = math.sqrt(2) * radius` asks for
+    `radius`.
+
+    Args:
+        logits: Scores of the classes.
+        target: Index of the true class.
+        offset: The margin asked for, in units of the logits; 0 is the plain cross-entropy.
+        temperature: Softness of the maximum; small values look only at the runner-up.
+        reduction: "none", "mean" or "sum".
+
+    Shape:
+        `logits`: (batch, classes), `target`: (batch,) of integers. Output: a scalar, or (batch,)
+        with `reduction="none"`.
+
+    Raises:
+        ValueError: An argument out of range, or shapes that do not match.
+
+    Examples:
+        >>> logits = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+        >>> offset_cross_entropy(logits, torch.tensor([0, 1]), offset=2.0, temperature=0.01)
+        tensor(0.5000)
+
+    References:
+        Prach & Lampert, *Almost-Orthogonal Layers for Efficient General-Purpose Lipschitz
+        Networks*, ECCV 2022, section 5 (there \(u = \sqrt 2, t = 1/4\)), arXiv:2208.03160.
+    """
+    owner = "offset_cross_entropy"
+    check_offset(owner, offset, temperature, reduction)
+    _check_classes(owner, logits, target)
+    wanted = F.one_hot(target.long(), logits.shape[1]).to(logits.dtype)
+    scaled = (logits - offset * wanted) / temperature
+    return temperature * F.cross_entropy(scaled, target.long(), reduction=reduction)
+
+
+def kr(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
+    r"""Kantorovich-Rubinstein loss: minus the distance of the mean scores of two classes.
+
+    \(-\big(\mathbb E_{x \sim P_+} f(x) - \mathbb E_{x \sim P_-} f(x)\big)\). Its infimum over the
+    1-Lipschitz functions is \(-W_1(P_+, P_-)\), the Wasserstein distance. The terms of
+    `reduction="none"` are weighted so that their mean is the loss; a class without a sample in the
+    batch contributes nothing.
+
+    Args:
+        input: Scores of a binary classifier.
+        target: Labels in {0, 1} or {-1, 1}, or booleans: positive means class +.
+        reduction: "none", "mean" or "sum".
+
+    Shape:
+        `input`: (batch,) or (batch, 1), or (batch, k) for k classifiers, whose losses are averaged.
+        `target`: the same. Output: a scalar, or (batch,) with `reduction="none"`.
+
+    Raises:
+        ValueError: An argument out of range, or shapes that do not match.
+
+    References:
+        Serrurier et al., *Achieving robustness in classification using optimal transport with
+        hinge regularization*, CVPR 2021, arXiv:2006.06520; Villani, *Optimal Transport*, 2009,
+        theorem 5.10.
+    """
+    _checks.one_of("kr", REDUCTIONS, reduction=reduction)
+    _check_binary("kr", input, target)
+    return _reduce(_per_sample(_kr_terms(input, target > 0)), reduction)
+
+
+def hinge_kr(
+    input: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.9,
+    margin: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Binary hinge-Kantorovich-Rubinstein (HKR) loss.
+
+    \((1 - \alpha)\, \mathrm{KR}(f) + \alpha\, \mathbb E \max(0, m - y f(x))\) with
+    \(y = \pm 1\); `alpha = 0` is [`kr`][orthonet.losses.kr], `alpha = 1` the hinge alone. For a
+    1-Lipschitz f that decides by its sign, \(|f(x)|\) is a certified radius: `margin` is the radius
+    that the hinge asks for. (The paper weighs the hinge by \(\lambda\):
+    \(\alpha = \lambda / (1 + \lambda)\). deel-torchlip's `min_margin` is twice our `margin`.)
+
+    Args:
+        input: Scores of a binary classifier.
+        target: Labels in {0, 1} or {-1, 1}, or booleans: positive means class +.
+        alpha: Weight of the hinge, in [0, 1].
+        margin: Radius asked for by the hinge, > 0.
+        reduction: "none", "mean" or "sum".
+
+    Shape:
+        As [`kr`][orthonet.losses.kr].
+
+    Raises:
+        ValueError: An argument out of range, or shapes that do not match.
+
+    References:
+        Serrurier et al., CVPR 2021, arXiv:2006.06520.
+    """
+    check_hinge_kr("hinge_kr", alpha, margin, reduction)
+    _check_binary("hinge_kr", input, target)
+    positive = target > 0
+    hinge = F.relu(margin - torch.where(positive, input, -input))
+    terms = (1 - alpha) * _kr_terms(input, positive) + alpha * hinge
+    return _reduce(_per_sample(terms), reduction)
+
+
+def hinge_kr_multiclass(
+    input: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.9,
+    margin: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""HKR loss of q classes: one binary classifier against the rest for every class.
+
+    \((1 - \alpha)\, \frac1q \sum_k \mathrm{KR}_k(f_k) + \alpha\, \mathbb E \Big[\max(0, m - f_y) +
+    \frac{1}{q - 1} \sum_{k \ne y} \max(0, m + f_k)\Big]\), where \(\mathrm{KR}_k\) sets class k
+    against all others. Where the hinge is 0 the logits have margin \(2 m\): the certified radius of
+    a 1-Lipschitz network is then \(\sqrt 2\, m\).
+
+    Args:
+        input: Scores of the classes.
+        target: Index of the true class.
+        alpha: Weight of the hinge, in [0, 1].
+        margin: Distance from 0 that the hinge asks of every score, > 0.
+        reduction: "none", "mean" or "sum".
+
+    Shape:
+        `input`: (batch, classes), `target`: (batch,) of integers. Output: a scalar, or (batch,)
+        with `reduction="none"`.
+
+    Raises:
+        ValueError: An argument out of range, or shapes that do not match.
+
+    References:
+        Serrurier et al., CVPR 2021, arXiv:2006.06520 (the section on multiclass problems).
+    """
+    owner = "hinge_kr_multiclass"
+    check_hinge_kr(owner, alpha, margin, reduction)
+    _check_classes(owner, input, target)
+    true = F.one_hot(target.long(), input.shape[1]).bool()
+    hinge = F.relu(margin - torch.where(true, input, -input))
+    hinge = torch.where(true, hinge, hinge / (input.shape[1] - 1)).sum(1)
+    return _reduce((1 - alpha) * _kr_terms(input, true).mean(1) + alpha * hinge, reduction)
+
+
+def soft_hinge_kr_multiclass(
+    input: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.9,
+    margin: float = 1.0,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""HKR loss of q classes in which the likeliest wrong classes weigh most.
+
+    \((1 - \alpha) \big[-f_y + \sum_{k \ne y} p_k f_k\big] + \alpha \big[\max(0, m - f_y) +
+    \sum_{k \ne y} p_k \max(0, m + f_k)\big]\) with \(p = \mathrm{softmax}(f_{k \ne y} / t)\).
+    Every sample stands for itself, no class frequency of the batch enters; the function has no
+    state. For \(t \to 0\) only the runner-up counts.
+
+    Args:
+        input: Scores of the classes.
+        target: Index of the true class.
+        alpha: Weight of the hinge, in [0, 1].
+        margin: Distance from 0 that the hinge asks of every score, > 0.
+        temperature: Softness of the choice of wrong classes, > 0.
+        reduction: "none", "mean" or "sum".
+
+    Shape:
+        As [`hinge_kr_multiclass`][orthonet.losses.hinge_kr_multiclass].
+
+    Raises:
+        ValueError: An argument out of range, or shapes that do not match.
+
+    References:
+        Serrurier et al., *On the explainable properties of 1-Lipschitz neural networks: an optimal
+        transport perspective*, NeurIPS 2023, arXiv:2206.06854.
+    """
+    owner = "soft_hinge_kr_multiclass"
+    check_hinge_kr(owner, alpha, margin, reduction, temperature)
+    _check_classes(owner, input, target)
+    true = F.one_hot(target.long(), input.shape[1]).bool()
+    wrong = torch.softmax((input / temperature).masked_fill(true, -math.inf), 1)
+    weight = torch.where(true, torch.ones_like(wrong), wrong)
+    signed = torch.where(true, input, -input)
+    terms = alpha * F.relu(margin - signed) - (1 - alpha) * signed
+    return _reduce((weight * terms).sum(1), reduction)
+
+
+def check_offset(owner: object, offset: float, temperature: float, reduction: str) -> None:
+    """The arguments of the offset cross-entropy."""
+    _checks.require(
+        _is_number(offset) and 0 <= offset < math.inf,
+        owner,
+        "offset must be a finite number >= 0",
+        "Pass math.sqrt(2) * radius for a certified radius",
+        offset=offset,
+    )
+    _positive(owner, temperature=temperature)
+    _checks.one_of(owner, REDUCTIONS, reduction=reduction)
+
+
+def check_hinge_kr(
+    owner: object, alpha: float, margin: float, reduction: str, temperature: float = 1.0
+) -> None:
+    """The arguments of the HKR losses."""
+    _checks.in_range(owner, 0.0, 1.0, alpha=alpha)
+    _positive(owner, margin=margin, temperature=temperature)
+    _checks.one_of(owner, REDUCTIONS, reduction=reduction)
+
+
+def _positive(owner: object, /, **values: float) -> None:
+    for name, value in values.items():
+        good = _is_number(value) and 0 < value < math.inf
+        advice = f"Pass a positive {name}"
+        _checks.require(good, owner, f"{name} must be a finite number > 0", advice, **{name: value})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_classes(owner: str, logits: Tensor, target: Tensor) -> None:
+    _checks.floating(owner, logits=logits)
+    _checks.require(
+        logits.dim() == 2 and logits.shape[1] >= 2,
+        owner,
+        "logits must be (batch, classes) with at least two classes",
+        "Use the binary loss for a single score, flatten other dimensions into the batch",
+        logits=logits,
+    )
+    integral = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    _checks.require(
+        integral and target.shape == logits.shape[:1],
+        owner,
+        "target must hold one class index for each row of logits",
+        "Pass integers of shape (batch,); of one-hot targets, pass target.argmax(1)",
+        target=target,
+        logits=logits,
+    )
+    # On an accelerator the look at the values would wait for the device, whose kernels check them.
+    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+        low, high = int(target.min()), int(target.max())
+        _checks.require(
+            low >= 0 and high < logits.shape[1],
+            owner,
+            f"class indices must lie in 0 ... {logits.shape[1] - 1}",
+            "Count the classes from 0, or give the model more outputs",
+            smallest=low,
+            largest=high,
+        )
+
+
+def _check_binary(owner: str, input: Tensor, target: Tensor) -> None:
+    _checks.floating(owner, input=input)
+    _checks.require(
+        input.shape == target.shape and input.dim() in (1, 2),
+        owner,
+        "input and target must have the same shape, (batch,) or (batch, k)",
+        "Reshape one of them, e.g. target.view_as(input)",
+        input=input,
+        target=target,
+    )
+
+
+def _kr_terms(input: Tensor, positive: Tensor) -> Tensor:
+    """Terms whose mean over the batch is -(mean over the positive - mean over the negative)."""
+    number = positive.sum(0).to(input.dtype)
+    size = input.shape[0]
+    up, down = size / number.clamp(min=1), size / (size - number).clamp(min=1)
+    return torch.where(positive, -up, down) * input
+
+
+def _per_sample(terms: Tensor) -> Tensor:
+    return terms.flatten(1).mean(1) if terms.dim() > 1 else terms
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()

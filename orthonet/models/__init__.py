@@ -1,0 +1,16 @@
+"""Small 1-Lipschitz classifiers, plain `nn.Sequential` of the library's layers, by name."""
+
+from orthonet.models._convnet import convnet, convnet_digits, convnet_mnist
+from orthonet.models._mlp import mlp, mlp_digits
+from orthonet.models._registry import create, list_models, register
+
+__all__ = [
+    "convnet",
+    "convnet_digits",
+    "convnet_mnist",
+    "create",
+    "list_models",
+    "mlp",
+    "mlp_digits",
+    "register",
+]

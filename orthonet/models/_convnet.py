@@ -1,0 +1,112 @@
+"""Convolutional networks of orthogonal layers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch  # noqa: F401 (for the example)
+from torch import nn
+
+from orthonet import _checks
+from orthonet.layers import OrthoConv2d
+from orthonet.models._parts import activation_of, dense_layers, widths_of
+from orthonet.models._registry import register
+from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
+
+
+@register
+def convnet(
+    in_shape: Sequence[int],
+    num_classes: int,
+    *,
+    channels: Sequence[int] = (16, 32, 32),
+    kernel_sizes: Sequence[int] = (2, 4, 3),
+    strides: Sequence[int] = (2, 2, 1),
+    hidden: Sequence[int] = (128,),
+    activation: str = "max_min",
+    head: str = "ortho",
+    ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+) -> nn.Sequential:
+    """Orthogonal convolutions, some with a stride, then orthogonal linear layers.
+
+    Zero padding of `(kernel_size - stride) // 2` (rounded up) on each side, so that a stride s
+    divides the size by s. It keeps the constant at 1 or less; where the digits end before the
+    border, it costs nothing. No layer normalizes its input: the radius is in the units of the
+    pixels.
+
+    Args:
+        in_shape: Channels, height and width of an input.
+        num_classes: Number of logits.
+        channels: Output channels of every convolution; even, unless the activation is "abs".
+        kernel_sizes: Kernel size of every convolution, at least its stride.
+        strides: Stride of every convolution.
+        hidden: Widths of the hidden linear layers; even, unless the activation is "abs".
+        activation: "max_min", "group_sort" or "abs".
+        head: "ortho" (the logits together are 1-Lipschitz) or "unit_norm" (each of them is).
+        ortho_params: How the weights are made orthogonal.
+
+    Shape:
+        Input (batch, *in_shape), output (batch, num_classes).
+
+    Guarantee:
+        l2 constant at most 1 up to rounding with `head="ortho"`; every single logit with
+        `head="unit_norm"`. The certificate says how much the rounding is.
+
+    Raises:
+        ValueError: An argument out of range, or an image too small for the strides.
+
+    Examples:
+        >>> net = convnet((3, 32, 32), 10, channels=(16, 32), kernel_sizes=(4, 3), strides=(4, 1))
+        >>> net(torch.zeros(5, 3, 32, 32)).shape
+        torch.Size([5, 10])
+    """
+    owner = "convnet"
+    shape, widths = tuple(in_shape), tuple(channels)
+    _checks.require(
+        len(shape) == 3, owner, "in_shape must be (channels, height, width)",
+        "Give all three", in_shape=in_shape,
+    )  # fmt: skip
+    _checks.require(
+        len(widths) == len(kernel_sizes) == len(strides) > 0,
+        owner,
+        "channels, kernel_sizes and strides must have one entry for every convolution",
+        "Give all three the same length",
+        channels=channels,
+        kernel_sizes=kernel_sizes,
+        strides=strides,
+    )
+    widths_of(owner, activation, channels=widths, hidden=tuple(hidden))
+    layers: dict[str, nn.Module] = {}
+    depth, height, width = shape
+    for i, (out, kernel, stride) in enumerate(zip(widths, kernel_sizes, strides, strict=True), 1):
+        padding = max(0, kernel - stride + 1) // 2
+        layers[f"conv{i}"] = OrthoConv2d(
+            depth, out, kernel, stride, padding, ortho_params=ortho_params
+        )
+        layers[f"activation_conv{i}"] = activation_of(owner, activation)
+        depth = out
+        height, width = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
+        _checks.require(
+            min(height, width) >= 1, owner, f"the image must survive convolution {i}",
+            "Use larger images or fewer strides", in_shape=in_shape, strides=strides,
+        )  # fmt: skip
+    features = depth * height * width
+    dense = dense_layers(
+        owner, features, tuple(hidden), num_classes, activation, head, ortho_params
+    )
+    return nn.Sequential(OrderedDict(**layers, flatten=nn.Flatten(), **dense))
+
+
+@register
+def convnet_digits(**arguments: Any) -> nn.Sequential:
+    """[`convnet`][orthonet.models.convnet] for the 8x8 digits of scikit-learn; same keywords."""
+    small = {"channels": (16, 32), "kernel_sizes": (3, 2), "strides": (1, 2), "hidden": (128,)}
+    return convnet((1, 8, 8), 10, **{**small, **arguments})
+
+
+@register
+def convnet_mnist(**arguments: Any) -> nn.Sequential:
+    """[`convnet`][orthonet.models.convnet] for the 28x28 digits of MNIST; same keywords."""
+    return convnet((1, 28, 28), 10, **arguments)

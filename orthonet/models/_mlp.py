@@ -1,0 +1,60 @@
+"""Multi-layer perceptrons of orthogonal layers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch  # noqa: F401 (for the example)
+from torch import nn
+
+from orthonet.models._parts import dense_layers, widths_of
+from orthonet.models._registry import register
+from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
+
+
+@register
+def mlp(
+    in_features: int,
+    num_classes: int,
+    *,
+    hidden: Sequence[int] = (256, 256),
+    activation: str = "max_min",
+    head: str = "ortho",
+    ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+) -> nn.Sequential:
+    """Flatten, then orthogonal linear layers with a gradient-norm preserving activation.
+
+    Args:
+        in_features: Number of entries of an input.
+        num_classes: Number of logits.
+        hidden: Widths of the hidden layers; even, unless the activation is "abs".
+        activation: "max_min", "group_sort" or "abs".
+        head: "ortho" (the logits together are 1-Lipschitz) or "unit_norm" (each of them is).
+        ortho_params: How the weights are made orthogonal.
+
+    Shape:
+        Input (batch, *) with `in_features` entries after the batch, output (batch, num_classes).
+
+    Guarantee:
+        l2 constant at most 1 up to rounding with `head="ortho"`; every single logit with
+        `head="unit_norm"`. The certificate says how much the rounding is.
+
+    Raises:
+        ValueError: An argument out of range.
+
+    Examples:
+        >>> mlp(64, 10, hidden=(32,))(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+    owner, widths = "mlp", tuple(hidden)
+    widths_of(owner, activation, hidden=widths)
+    layers = dense_layers(owner, in_features, widths, num_classes, activation, head, ortho_params)
+    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), **layers))
+
+
+@register
+def mlp_digits(**arguments: Any) -> nn.Sequential:
+    """[`mlp`][orthonet.models.mlp] for the 8x8 digits of scikit-learn; same keywords."""
+    return mlp(64, 10, **{"hidden": (128, 128), **arguments})

@@ -1,0 +1,57 @@
+"""What the models have in common: the activation by name, and the classifying end."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from orthonet import _checks
+from orthonet.layers import Abs, GroupSort, MaxMin, OrthoLinear, UnitNormLinear
+from orthonet.reparametrizers import OrthoParams
+
+ACTIVATIONS = {"max_min": MaxMin, "group_sort": GroupSort, "abs": Abs}
+HEADS = ("ortho", "unit_norm")
+
+
+def activation_of(owner: str, name: str) -> nn.Module:
+    """A new 1-Lipschitz activation."""
+    _checks.one_of(owner, tuple(ACTIVATIONS), activation=name)
+    return ACTIVATIONS[name]()
+
+
+def widths_of(owner: str, activation: str, **widths: tuple[int, ...]) -> None:
+    """Every width must be a positive integer that the activation can split into pairs."""
+    for name, values in widths.items():
+        for value in values:
+            _checks.positive_int(owner, **{name: value})
+            _checks.require(
+                activation == "abs" or value % 2 == 0,
+                owner,
+                f"{name} must be even, {activation} works on pairs",
+                "Add one, or choose activation='abs'",
+                **{name: value},
+            )
+
+
+def dense_layers(
+    owner: str,
+    in_features: int,
+    hidden: tuple[int, ...],
+    num_classes: int,
+    activation: str,
+    head: str,
+    ortho_params: OrthoParams,
+) -> dict[str, nn.Module]:
+    """Hidden orthogonal layers with their activations, then the layer of the logits."""
+    _checks.positive_int(owner, in_features=in_features, num_classes=num_classes)
+    _checks.one_of(owner, HEADS, head=head)
+    layers: dict[str, nn.Module] = {}
+    for i, width in enumerate(hidden, 1):
+        layers[f"linear{i}"] = OrthoLinear(in_features, width, ortho_params=ortho_params)
+        layers[f"activation_linear{i}"] = activation_of(owner, activation)
+        in_features = width
+    layers["head"] = (
+        OrthoLinear(in_features, num_classes, ortho_params=ortho_params)
+        if head == "ortho"
+        else UnitNormLinear(in_features, num_classes)
+    )
+    return layers

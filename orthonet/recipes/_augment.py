@@ -1,0 +1,43 @@
+"""Random affine maps of images, reproducible from a generator."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def random_affine(
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    shift: float,
+    rotation: float,
+    zoom: float,
+    shear: float,
+) -> Tensor:
+    r"""Move, turn, stretch and shear every image by its own random amount, with bilinear sampling.
+
+    Args:
+        x: Images.
+        generator: Source of the randomness, on the CPU.
+        shift: Largest translation in pixels, in each direction.
+        rotation: Largest angle in degrees.
+        zoom: Largest relative change of the width, and of the height.
+        shear: Largest horizontal shear.
+
+    Shape:
+        `x`: (batch, channels, height, width). Output: the same; outside is 0.
+    """
+    if shift == rotation == zoom == shear == 0:
+        return x
+    draw = (torch.rand(6, x.shape[0], generator=generator) * 2 - 1).to(x)
+    angle, slope = draw[0] * math.radians(rotation), draw[1] * shear
+    wide, high = 1 + draw[2] * zoom, 1 + draw[3] * zoom
+    right, down = draw[4] * shift * 2 / x.shape[-1], draw[5] * shift * 2 / x.shape[-2]
+    cos, sin = angle.cos(), angle.sin()
+    rows = [wide * cos, wide * (slope - sin), right, high * sin, high * cos, down]
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)

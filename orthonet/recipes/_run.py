@@ -1,0 +1,178 @@
+"""A whole run: data, training, certificate, attack, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from orthonet.convert import to_plain
+from orthonet.recipes._checkpoint import load_checkpoint, save_checkpoint, write_json
+from orthonet.recipes._config import TrainConfig
+from orthonet.recipes._data import Split, load, require_package
+from orthonet.recipes._evaluate import Evaluation, evaluate
+from orthonet.recipes._figures import radius_figure, spectra_figure, training_figure
+from orthonet.recipes._spectra import layer_spectra
+from orthonet.recipes._train import fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What came out of a run.
+
+    Attributes:
+        config: What was run.
+        evaluation: Accuracy, certificate and attack on the test images.
+        history: A row for every epoch; empty where nothing was trained.
+        seconds: Duration of every part.
+        files: What was written.
+    """
+
+    config: TrainConfig
+    evaluation: Evaluation
+    history: list[dict[str, float]]
+    seconds: dict[str, float]
+    files: tuple[Path, ...] = ()
+
+    def summary(self) -> str:
+        """The outcome in a few lines of text."""
+        lines = [
+            f"{self.config.dataset}, {self.config.model}, seed {self.config.seed}: "
+            + ", ".join(f"{part} {value:.1f} s" for part, value in self.seconds.items()),
+            *self.evaluation.lines(),
+        ]
+        if self.files:
+            lines += ["written:", *(f"  {path}" for path in self.files)]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the file names, as JSON can hold it."""
+        return {
+            "config": self.config.to_dict(),
+            "evaluation": self.evaluation.to_dict(),
+            "history": self.history,
+            "seconds": {part: round(value, 3) for part, value in self.seconds.items()},
+            "versions": _versions(),
+        }
+
+
+def train(config: TrainConfig, out: str | os.PathLike[str], *, progress: bool = False) -> Report:
+    """Train, certify and attack a model, and write what came out.
+
+    Into the folder `out` go `checkpoint.pt` (right after training), `metrics.json` and the pictures
+    `training.png`, `certified_accuracy.png` and `singular_values.png`.
+
+    Args:
+        config: What to run: `digits()` or `mnist5k()`, changed as you like.
+        out: A folder, made if it is missing.
+        progress: Whether to show progress bars on the standard error stream.
+
+    Returns:
+        The report.
+
+    Raises:
+        ModuleNotFoundError: A package of the extra `demo` is missing.
+        ValueError: A value of `config` that training cannot work with.
+        OSError: `out` cannot be written.
+    """
+    require_package("matplotlib", "matplotlib")  # better now than after the training
+    folder, data = Path(out), load(config.dataset)
+    start = time.perf_counter()
+    model, history = fit(config, data, progress=progress)
+    seconds = {"training": time.perf_counter() - start}
+    checkpoint = save_checkpoint(folder / "checkpoint.pt", model, config)
+    report = _certified(model, config, data, history, seconds, progress)
+    return _written(report, model, data, folder, (checkpoint,))
+
+
+def certify_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    **changes: Any,
+) -> Report:
+    """Certify and attack a trained model again, on its test images.
+
+    Args:
+        checkpoint: A file that [`train`][orthonet.recipes.train] wrote.
+        out: A folder for `metrics.json` and the pictures; nothing is written without it.
+        progress: Whether to show progress bars on the standard error stream.
+        changes: Fields of the configuration to set differently, e.g. `radii` or `attack_steps`.
+
+    Returns:
+        The report, without a history.
+
+    Raises:
+        ModuleNotFoundError: A package of the extra `demo` is missing.
+        ValueError: The file is not a checkpoint, or a value is out of range.
+        OSError: The file cannot be read, or `out` not written.
+    """
+    model, config = load_checkpoint(checkpoint)
+    config = dataclasses.replace(config, **changes)
+    data = load(config.dataset)
+    report = _certified(model.to(config.device), config, data, [], {}, progress)
+    return report if out is None else _written(report, model, data, Path(out), ())
+
+
+def _certified(
+    model: nn.Module,
+    config: TrainConfig,
+    data: Split,
+    history: list[dict[str, float]],
+    seconds: Mapping[str, float],
+    progress: bool,
+) -> Report:
+    start = time.perf_counter()
+    evaluation = evaluate(
+        model, data.test, radii=config.radii, attack_steps=config.attack_steps,
+        seed=config.seed, progress=progress,
+    )  # fmt: skip
+    spent = {**seconds, "certificate and attack": time.perf_counter() - start}
+    return Report(config, evaluation, history, spent)
+
+
+def _written(
+    report: Report, model: nn.Module, data: Split, folder: Path, files: tuple[Path, ...]
+) -> Report:
+    start = time.perf_counter()
+    evaluation, config = report.evaluation, report.config
+    title = f"{config.dataset}, {config.model}"
+    pictures = [
+        radius_figure(
+            folder / "certified_accuracy.png",
+            evaluation.radii,
+            evaluation.attacked,
+            evaluation.certified,
+            f"{title}: certified accuracy (constant {evaluation.constant:.6f})",
+        ),
+        spectra_figure(
+            folder / "singular_values.png",
+            layer_spectra(to_plain(model), data.test.x[:1].to(config.device)),
+            f"{title}: singular values of every layer on its input\n(zero padding can only shrink)",
+        ),
+    ]
+    if report.history:
+        pictures.insert(0, training_figure(folder / "training.png", report.history, title))
+    seconds = {**report.seconds, "figures": time.perf_counter() - start}
+    report = dataclasses.replace(report, seconds=seconds)
+    metrics = write_json(folder / "metrics.json", report.to_dict())
+    return dataclasses.replace(report, files=(*files, metrics, *pictures))
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "orthonet": version("orthonet"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+    }
