@@ -155,12 +155,15 @@ class OrthoKernel(nn.Module):
     def assign_(self, w: Tensor, owner: object = None) -> None:
         r"""Make `w` the value of the kernel, by finding factors; errors name `owner`.
 
+        Kernels that this construction composed are found, except now and then when it is expanding
+        and strided at once, where the search is local.
+
         Raises:
             ValueError: `w` has another shape or is not finite.
             NotOnManifoldError: no factors were found that compose `w` to relative accuracy
                 \(\sqrt{\mathrm{eps}}\); nothing has been changed.
         """
-        fitted, distance = self._fit(w, owner or self)
+        fitted, distance = self._fit(w, owner or self, restarts=4)
         allowed = torch.finfo(w.dtype).eps ** 0.5
         _checks.require(
             distance <= allowed,
@@ -186,11 +189,11 @@ class OrthoKernel(nn.Module):
         Raises:
             ValueError: `w` has another shape or is not finite; nothing has been changed.
         """
-        fitted, distance = self._fit(w, owner or self)
+        fitted, distance = self._fit(w, owner or self, restarts=0)
         self._set(fitted)
         return distance
 
-    def _fit(self, w: Tensor, owner: object) -> tuple[KernelFactors, float]:
+    def _fit(self, w: Tensor, owner: object, restarts: int) -> tuple[KernelFactors, float]:
         good = isinstance(w, Tensor) and w.shape == self.shape
         _checks.require(
             good and bool(torch.isfinite(w).all()),
@@ -199,12 +202,9 @@ class OrthoKernel(nn.Module):
             "Transpose or clean it",
             weight=w,
         )
-        target = w.detach().double()
-        fitted = fit_factors(self, target.reshape(self.groups, -1, *self.shape[1:]))
-        kernel = self.compose(fitted)
-        norm = float(torch.linalg.vector_norm(target))
-        distance = float(torch.linalg.vector_norm(kernel - target))
-        return fitted, distance / norm if norm > 0 else math.inf
+        target = w.detach().double().reshape(self.groups, -1, *self.shape[1:])
+        enough = torch.finfo(w.dtype).eps ** 0.5
+        return fit_factors(self, target, restarts=restarts, enough=enough)
 
     def _set(self, factors: KernelFactors) -> None:
         parts = (self.outer, self.embedding, self.bases)

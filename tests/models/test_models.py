@@ -1,0 +1,144 @@
+"""Every model: its shape, its constant, its registry entry and its errors."""
+
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from orthonet import models
+from orthonet.convert import to_plain
+from orthonet.layers import OrthoLinear, UnitNormLinear
+from orthonet.reparametrizers import QR_ORTHO_PARAMS
+
+MODELS = {
+    "mlp": ({"in_features": 64, "num_classes": 10, "hidden": (16,)}, (1, 8, 8)),
+    "mlp_digits": ({}, (1, 8, 8)),
+    "convnet": (
+        {
+            "in_shape": (2, 9, 7),
+            "num_classes": 3,
+            "channels": (8, 8),
+            "kernel_sizes": (3, 3),
+            "strides": (2, 1),
+            "hidden": (6,),
+        },
+        (2, 9, 7),
+    ),
+    "convnet_digits": ({}, (1, 8, 8)),
+    "convnet_mnist": ({"channels": (8, 8, 8), "hidden": (16,)}, (1, 28, 28)),
+}
+CASES = [(name, arguments, shape) for name, (arguments, shape) in MODELS.items()]
+
+
+def test_every_model_is_in_the_table():
+    assert models.list_models() == sorted(MODELS)
+    assert set(MODELS) <= set(models.__all__)
+
+
+@pytest.mark.parametrize(("name", "arguments", "shape"), CASES)
+def test_model_is_1_lipschitz(name, arguments, shape):
+    """The singular values of the Jacobian at random points, in float64."""
+    model = models.create(name, **arguments).double().eval()
+    for x in (torch.rand(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)):
+        jacobian = torch.autograd.functional.jacobian(lambda x: model(x[None])[0], x)
+        largest = torch.linalg.matrix_norm(jacobian.flatten(1), ord=2).item()
+        assert largest <= 1 + 1e-12  # observed 1 + 9e-16
+        # A random projection from many features to few classes loses most of it; observed .25 to 1.
+        assert largest > 0.1
+
+
+@pytest.mark.parametrize(("name", "arguments", "shape"), CASES)
+def test_model_trains_pickles_and_becomes_plain(name, arguments, shape):
+    model = models.create(name, **arguments, ortho_params=QR_ORTHO_PARAMS)
+    x = torch.rand(4, *shape)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    y = model(x)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), y)
+    plain = to_plain(model)
+    # The same weights in the same operations; observed difference 0.
+    torch.testing.assert_close(plain(x), y, rtol=0, atol=1e-6)
+    assert {type(m) for m in plain.modules() if hasattr(m, "weight")} <= {nn.Linear, nn.Conv2d}
+
+
+def test_head_may_have_rows_of_unit_norm():
+    model = models.create("mlp_digits", head="unit_norm")
+    assert isinstance(model.get_submodule("head"), UnitNormLinear)
+    assert isinstance(models.create("mlp_digits").get_submodule("head"), OrthoLinear)
+
+
+@pytest.mark.parametrize("activation", ["max_min", "group_sort", "abs"])
+def test_activation_by_name(activation):
+    model = models.create("convnet_digits", activation=activation)
+    kind = type(model.get_submodule("activation_conv1")).__name__
+    assert kind.lower() == activation.replace("_", "")
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_ortho_params_reach_every_layer():
+    model = models.create("convnet_digits", ortho_params=QR_ORTHO_PARAMS)
+    names = [type(m).__name__ for m in model.modules() if "Orthogonalization" in type(m).__name__]
+    assert len(names) >= 4
+    assert set(names) == {"BatchedQROrthogonalization"}
+
+
+def test_stride_divides_the_image():
+    for kernel in (2, 3, 4, 5):
+        model = models.create(
+            "convnet",
+            in_shape=(1, 8, 8),
+            num_classes=2,
+            channels=(8,),
+            kernel_sizes=(kernel,),
+            strides=(2,),
+            hidden=(),
+        )
+        assert model.get_submodule("head").in_features == 8 * 4 * 4
+
+
+def test_register_makes_a_model_known(monkeypatch):
+    from orthonet.models import _registry
+
+    monkeypatch.setattr(_registry, "_MODELS", dict(_registry._MODELS))
+
+    @models.register
+    def halves(scale: float = 0.5) -> nn.Module:
+        layer = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(layer.weight, scale)
+        return layer
+
+    assert models.create("halves", scale=0.25)(torch.ones(1, 1)).item() == 0.25
+    assert models.register(halves) is halves
+    with pytest.raises(ValueError, match="every model needs its own name"):
+        models.register(type("Other", (), {"__name__": "halves"})())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("resnet", {}, "create: name must be one of 'convnet'"),
+        ("mlp_digits", {"head": "soft"}, "head must be one of 'ortho', 'unit_norm'"),
+        ("mlp_digits", {"activation": "relu"}, "activation must be one of"),
+        ("mlp_digits", {"hidden": (3,)}, "hidden must be even"),
+        ("mlp_digits", {"hidden": (0,)}, "hidden must be an integer >= 1"),
+        ("convnet_digits", {"strides": (1,)}, "one entry for every convolution"),
+        ("convnet_digits", {"channels": (3, 4)}, "channels must be even"),
+        ("convnet", {"in_shape": (8, 8), "num_classes": 2}, "in_shape must be"),
+        (
+            "convnet",
+            {"in_shape": (1, 2, 2), "num_classes": 2},
+            "the image must survive convolution 2",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        models.create(name, **arguments)
+
+
+def test_odd_widths_are_fine_without_pairs():
+    model = models.create("mlp_digits", hidden=(5,), activation="abs")
+    assert math.isfinite(model(torch.rand(1, 64)).sum().item())

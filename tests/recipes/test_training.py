@@ -1,0 +1,204 @@
+"""Configurations, the training loop and the checkpoints."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from orthonet.layers import OrthoConv2d
+from orthonet.recipes import (
+    ORTHO_PARAMS,
+    RECIPES,
+    Images,
+    Split,
+    TrainConfig,
+    digits,
+    fit,
+    load,
+    load_checkpoint,
+    mnist5k,
+    save_checkpoint,
+)
+from orthonet.recipes._checkpoint import write_atomically
+
+SMALL = {"model_arguments": {"channels": (4, 8), "hidden": (16,)}, "epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def images() -> Split:
+    data = load("digits")
+    return Split(Images(*(t[:300] for t in data.train)), Images(*(t[:100] for t in data.test)))
+
+
+@pytest.fixture(scope="module")
+def few(images) -> Split:
+    return Split(Images(*(t[:80] for t in images.train)), Images(*(t[:20] for t in images.test)))
+
+
+@pytest.fixture(scope="module")
+def reference(few) -> list[dict[str, float]]:
+    return fit(digits(**SMALL), few)[1]
+
+
+def states(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def equal(first, second):
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values())
+def test_recipe_is_frozen_and_survives_json(recipe):
+    config = recipe(seed=3, epochs=7, model_arguments={"hidden": (8,)})
+    assert (config.seed, config.epochs) == (3, 7)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 4
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_offset_is_that_of_the_radius():
+    assert digits(radius=0.5).offset == pytest.approx(math.sqrt(2) / 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "cifar10"}, "TrainConfig: dataset must be one of"),
+        ({"model": "resnet50"}, "model must be one of"),
+        ({"ortho_params": "svd"}, "ortho_params must be one of 'default'"),
+        ({"epochs": 0}, "epochs must be an integer >= 1"),
+        ({"batch_size": 1.5}, "batch_size"),
+        ({"attack_steps": -1}, "attack_steps"),
+        ({"lr": 0.0}, "lr must be a number in"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"warmup": 1.5}, "warmup"),
+        ({"radius": -1.0}, "radius"),
+        ({"shift": -1.0}, "shift"),
+        ({"rotation": 200.0}, "rotation"),
+        ({"zoom": 2.0}, "zoom"),
+        ({"shear": -0.1}, "shear"),
+        ({"seed": -1}, "seed"),
+        ({"radii": (0.5, -1.0)}, "radii"),
+    ],
+)
+def test_bad_configurations_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        mnist5k(**changes)
+
+
+def test_unknown_field_is_refused():
+    with pytest.raises(ValueError, match=r"unknown=\['colour'\]"):
+        TrainConfig.from_dict({**digits().to_dict(), "colour": "red"})
+
+
+@pytest.mark.parametrize("name", ORTHO_PARAMS)
+def test_preset_reaches_the_model_and_trains(few, name):
+    model, history = fit(digits(ortho_params=name, **{**SMALL, "epochs": 1}), few)
+    conv = next(m for m in model.modules() if isinstance(m, OrthoConv2d))
+    expected = ORTHO_PARAMS[name].build((1, 4, 4))
+    kinds = {type(m) for m in conv.modules()}
+    assert {type(m) for m in expected} <= kinds
+    assert math.isfinite(history[0]["loss"])
+
+
+def test_training_learns(images):
+    model, history = fit(digits(**{**SMALL, "epochs": 4}), images)
+    assert not model.training
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    assert history[-1]["test_accuracy"] > 0.7
+    assert history[-1]["test_accuracy"] >= history[-1]["test_margin_accuracy"]
+    rates = [row["lr"] for row in history]
+    assert max(rates) <= digits().lr
+    assert rates[0] < max(rates)
+    with torch.no_grad():
+        right = model(images.test.x).argmax(1) == images.test.y
+    assert right.float().mean().item() == pytest.approx(history[-1]["test_accuracy"])
+
+
+def test_same_seed_gives_the_same_weights(few):
+    state = torch.get_rng_state()
+    model, history = fit(digits(**SMALL), few)
+    assert torch.equal(torch.get_rng_state(), state), "training must not use the global generator"
+    torch.rand(5)
+    again, history_again = fit(digits(**SMALL), few)
+    assert history == history_again
+    assert equal(states(model), states(again))
+    other, _ = fit(digits(seed=1, **SMALL), few)
+    assert not equal(states(model), states(other))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr": 0.01},
+        {"batch_size": 100},
+        {"warmup": 0.5},
+        {"radius": 0.1},
+        {"temperature": 1.0},
+        {"shift": 1.0},
+        {"rotation": 0.0},
+        {"zoom": 0.0},
+        {"shear": 0.0},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_field_of_the_training_is_read(few, reference, change):
+    _, changed = fit(digits(**SMALL, **change), few)
+    assert [row["loss"] for row in reference] != [row["loss"] for row in changed]
+
+
+def test_a_diverging_loss_is_an_error(images):
+    broken = Split(Images(images.train.x * math.nan, images.train.y), images.test)
+    with pytest.raises(ValueError, match=r"fit: the loss must stay finite.*epoch=1"):
+        fit(digits(**SMALL), broken)
+
+
+def test_progress_goes_to_stderr(few, capsys):
+    fit(digits(**SMALL), few, progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "2/2" in captured.err
+    assert "test=" in captured.err
+
+
+def test_checkpoint_round_trip(few, tmp_path):
+    config = digits(**SMALL)
+    model, _ = fit(config, few)
+    path = save_checkpoint(tmp_path / "new" / "model.pt", model, config)
+    loaded, config_loaded = load_checkpoint(path)
+    assert config_loaded == config
+    assert not loaded.training
+    assert equal(states(model), states(loaded))
+    with torch.no_grad():
+        assert torch.equal(loaded(few.test.x), model(few.test.x))
+    assert [p.name for p in path.parent.iterdir()] == ["model.pt"]
+    assert isinstance(torch.load(path, weights_only=True), dict)
+
+
+def test_other_files_are_not_checkpoints(tmp_path):
+    text, other = tmp_path / "text", tmp_path / "other"
+    text.write_text("not a checkpoint")
+    torch.save({"state_dict": {}}, other)
+    for path in (text, other):
+        with pytest.raises(ValueError, match="must be a checkpoint of orthonet train"):
+            load_checkpoint(path)
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(tmp_path / "absent")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = write_atomically(tmp_path / "file", lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half of the n")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
