@@ -56,7 +56,7 @@ class OrthoLinear(_ConstrainedLinear):
         ortho_params: Which normalizer and orthogonalizer make the weight.
 
     Shape:
-        Input (*, in_features), output (*, out_features).
+        Input `(*, in_features)`, output `(*, out_features)`.
 
     Guarantee:
         l2 -> l2 constant 1, exact up to rounding: \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) in
@@ -149,7 +149,7 @@ class UnitNormLinear(_ConstrainedLinear):
         dtype: Floating-point dtype of the parameters.
 
     Shape:
-        Input (*, in_features), output (*, out_features).
+        Input `(*, in_features)`, output `(*, out_features)`.
 
     Guarantee:
         Every row has norm 1 to rounding; a zero row of the parameter becomes the constant unit row.

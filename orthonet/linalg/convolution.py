@@ -28,8 +28,8 @@ def block_convolution(outer: Tensor, inner: Tensor, *, spatial_dims: int) -> Ten
         spatial_dims: Number of trailing tap dimensions.
 
     Shape:
-        `outer`: (*batch, a, b, *k), `inner`: (*batch, b, c, *l). Output: (*batch, a, c, *(k + l -
-        1)).
+        `outer`: `(*batch, a, b, *k)`, `inner`: `(*batch, b, c, *l)`. Output:
+        `(*batch, a, c, *(k + l - 1))`.
 
     References:
         Li, Haque, Anil, Lucas, Grosse & Jacobsen, *Preventing gradient attenuation in Lipschitz
@@ -76,7 +76,7 @@ def apply_projectors(kernel: Tensor, bases: Tensor, *, taps: int, dim: int) -> T
         dim: Which of them grows, from 0.
 
     Shape:
-        `kernel`: (*batch, c, *k, n), `bases`: (*batch, f, c, r). Output: `kernel` with `k[dim]`
+        `kernel`: `(*batch, c, *k, n)`, `bases`: `(*batch, f, c, r)`. Output: `kernel` with `k[dim]`
         larger by f.
 
     References:

@@ -29,8 +29,8 @@ def power_iteration(w: Tensor, u: Tensor, *, niters: int = 3) -> tuple[Tensor, T
         niters: Number of rounds, at least 1.
 
     Shape:
-        `w`: (*batch, m, n), `u`: (*batch, m). Output: sigma (*batch,), u (*batch, m), v (*batch,
-        n).
+        `w`: `(*batch, m, n)`, `u`: `(*batch, m)`. Output: sigma `(*batch,)`, u `(*batch, m)`,
+        v `(*batch, n)`.
 
     Guarantee:
         An estimate: at most \(\|W\|_2\) up to rounding, by an unknown amount.
@@ -59,7 +59,7 @@ def gram_iteration(w: Tensor, *, niters: int = 6) -> Tensor:
         niters: Number K of Gram products; 0 gives the Frobenius norm.
 
     Shape:
-        `w`: (*batch, m, n). Output: (*batch,).
+        `w`: `(*batch, m, n)`. Output: `(*batch,)`.
 
     Guarantee:
         Upper bound in exact arithmetic, at most \(r^{2^{-K-1}}\) times the norm for rank r; in

@@ -1,0 +1,62 @@
+# Every target does all its set-up in .venv; a machine needs Python >= 3.10 and make, no more.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+RECIPE ?= mnist5k
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.NOTPARALLEL:
+.PHONY: demo test test-slow lint format docs bench clean
+
+demo: $(VENV)/.demo          ## train, certify and attack a network on real digits
+	$(BIN)/orthonet train $(RECIPE)
+
+test: $(VENV)/.test          ## the tests, and the documentation with warnings as errors
+	$(PYTEST)
+
+test-slow: $(VENV)/.test     ## the tests that take minutes
+	$(PYTEST) -m "slow and not gpu"
+
+lint: $(VENV)/.lint          ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.lint        ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.test          ## the documentation, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.bench        ## every preset against its peers, and the pages that show it
+	$(BIN)/python -m benchmarks.presets
+	$(BIN)/python -m benchmarks.page
+
+clean:                       ## everything that the targets above made
+	rm -rf $(VENV) site runs
+
+# One stamp a kind of set-up: it is redone only when pyproject.toml changes.
+$(VENV)/.pip:
+	@echo "Setting up $(VENV), once: PyTorch is large, this takes some minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "pip>=25.1"
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.pip pyproject.toml
+	$(PIP) -e ".[demo]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.pip pyproject.toml
+	$(PIP) -e . --group test
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.pip pyproject.toml
+	$(PIP) -e . --group dev
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.pip pyproject.toml
+	$(PIP) -e . --group test --group bench
+	touch $@

@@ -1,0 +1,193 @@
+"""Measuring beside a baseline on a noisy machine.
+
+Repetitions of all candidates are interleaved and shuffled, so that a slow second of the machine
+falls on all of them; the figure is the median over the rounds of the ratio to the baseline in the
+same round. Time never stands alone: memory and the residual max |sigma - 1| stand beside it.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports a missing GPU otherwise
+
+import torch
+from torch import Tensor, nn
+
+RESULTS = Path(__file__).parent / "results"
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One candidate beside the baseline: medians over the rounds, quartiles of the ratio."""
+
+    seconds: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    rounds: int
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def _time(step: Step, loops: int, device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(loops):
+        step()
+    _synchronize(device)
+    return (time.perf_counter() - start) / loops
+
+
+def interleaved(
+    steps: Mapping[str, Step],
+    baseline: str,
+    *,
+    seconds: float = 6.0,
+    rounds: tuple[int, int] = (5, 40),
+    device: torch.device | str = "cpu",
+) -> dict[str, Timing]:
+    """Time every step in shuffled rounds; `seconds` bounds the whole, within `rounds`."""
+    device = torch.device(device)
+    loops = {}
+    for name, step in steps.items():
+        _time(step, 1, device)  # warm-up: allocations, lazily built state
+        once = _time(step, 1, device)
+        loops[name] = max(1, min(200, int(4e-3 / max(once, 1e-6))))
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    order, shuffle = list(steps), random.Random(0).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        start, done = time.perf_counter(), 0
+        while done < rounds[0] or (done < rounds[1] and time.perf_counter() - start < seconds):
+            shuffle(order)
+            for name in order:
+                taken[name].append(_time(steps[name], loops[name], device))
+            done += 1
+    finally:
+        gc.enable()
+    timings = {}
+    for name, samples in taken.items():
+        ratios = [mine / base for mine, base in zip(samples, taken[baseline], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        timings[name] = Timing(statistics.median(samples), middle, low, high, done)
+    return timings
+
+
+def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
+    """Bytes that one forward keeps for its backward, the module's own tensors left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output
+    return sum(kept.values())
+
+
+def peak_bytes(step: Step, device: torch.device | str = "cpu") -> int:
+    """Most memory that one step holds at a time, beyond what was allocated before it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:  # fmt: skip
+        step()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def circular_operator(kernel: Tensor, stride: int = 1, size: int = 4) -> Tensor:
+    """Dense matrix, in float64, of the circular convolution by `kernel` on a size x size map."""
+    kernel = kernel.detach().to("cpu", torch.float64)
+    channels, k = kernel.shape[1], kernel.shape[-1]
+    basis = torch.eye(channels * size**2, dtype=torch.float64)
+    maps = basis.reshape(-1, channels, size, size)
+    left, right = k // 2, k - 1 - k // 2
+    maps = nn.functional.pad(maps, (left, right, left, right), mode="circular")
+    return nn.functional.conv2d(maps, kernel, stride=stride).flatten(1).T
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def environment(device: torch.device | str = "cpu", packages: Iterable[str] = ()) -> dict[str, Any]:
+    """The machine and the versions that a result belongs to."""
+    kind = torch.device(device).type
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if kind == "cuda" else kind,
+        "python": platform.python_version(),
+        **{name: version(name) or "not installed" for name in ("torch", "orthonet", *packages)},
+    }
+
+
+def write(name: str, result: Mapping[str, Any], directory: Path = RESULTS) -> Path:
+    """Write a result as JSON; a number that is not finite becomes null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: clean(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(item) for item in value]
+        if isinstance(value, float):
+            return float(f"{value:.4g}") if abs(value) < float("inf") else None
+        return value
+
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
+    path.write_text(json.dumps(clean(result), indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table, numbers flush right."""
+    header = list(header)
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)

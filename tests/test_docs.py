@@ -1,0 +1,129 @@
+"""The documentation builds without a warning, asks no other host, and its code runs."""
+
+import contextlib
+import doctest
+import importlib
+import io
+import os
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_architecture import SEES
+from tests.test_public_api import NAMES, public_modules
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# A fenced block of Python; `<!-- skip: the reason -->` on the line above leaves it out.
+BLOCK = re.compile(
+    r"(?:^<!-- skip: (?P<skip>.+?) -->\n)?^```python\n(?P<code>.*?)^```", re.M | re.S
+)
+# What a browser fetches on its own: scripts, style sheets, images, fonts (a link is not).
+FETCHED = re.compile(
+    r"""<(?:script|img|iframe|source)[^>]*\ssrc=["']?(?P<src>[^"'\s>]+)"""
+    r"""|<link[^>]*rel=["']?(?:stylesheet|preconnect|icon|preload)[^>]*>"""
+    r"""|url\(["']?(?P<url>https?:[^)]*)|@import\s+["'](?P<at>[^"']+)"""
+)
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+one_worker = pytest.mark.xdist_group("site")  # so that the site is built once
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert "WARNING" not in built.stderr
+    return out
+
+
+@one_worker
+def test_site_fetches_nothing_from_another_host(site):
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) >= len(PAGES) - 1
+    for file in [*pages, *site.rglob("*.css")]:
+        for match in FETCHED.finditer(file.read_text()):
+            text = match.group(0)
+            assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//|url\(["']?http""", text), text
+
+
+@one_worker
+def test_every_page_of_the_site_sets_its_mathematics(site):
+    home = (site / "index.html").read_text()
+    assert "assets/javascripts/mathjax-tex-svg.js" in home
+
+
+@one_worker
+def test_every_public_class_and_function_has_its_place_in_the_api(site):
+    inventory = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    listed = {line.split()[0] for line in zlib.decompress(inventory).decode().splitlines()}
+    rooms = {f"orthonet.{room}" for room in SEES if not room.startswith("_")}
+    missing = [
+        f"{module}.{name}"
+        for module, name in NAMES
+        if module in rooms and callable(getattr(importlib.import_module(module), name))
+        if f"{module}.{name}" not in listed
+    ]
+    assert not missing
+
+
+@one_worker
+def test_no_shape_was_taken_for_an_emphasis(site):
+    """`(*, n), (*, m)` in a docstring needs backticks, or Markdown eats the asterisks."""
+    eaten = re.compile(r"<em>[^<]*\)[^<]*\(</em>")
+    for file in sorted((site / "api").rglob("*.html")):
+        assert not eaten.findall(file.read_text()), file
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_code_of_the_page_runs(page, tmp_path, monkeypatch):
+    blocks = list(BLOCK.finditer(page.read_text()))
+    assert page.read_text().count("```python") == len(blocks)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {"__name__": "__main__"}
+    for block in blocks:
+        if block["skip"] is None:
+            line = page.read_text()[: block.start("code")].count("\n")
+            code = compile("\n" * line + block["code"], str(page), "exec")
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(code, namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_make_targets_that_the_page_names_exist(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"`make ([\w-]+)`|^make ([\w-]+)", page.read_text(), re.M))
+    assert {a or b for a, b in named} <= targets
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_to_files_of_the_repository_lead_somewhere(name):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text())
+    lost = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert not lost
+
+
+@pytest.mark.parametrize("module", public_modules())
+def test_examples_of_the_docstrings_run(module):
+    loaded = importlib.import_module(module)
+    for name in loaded.__all__:
+        value, known = getattr(loaded, name), {"torch": torch, "nn": torch.nn}
+        for example in doctest.DocTestFinder().find(value, name, extraglobs=known):
+            report = io.StringIO()
+            runner = doctest.DocTestRunner(
+                optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+            )
+            failed = runner.run(example, out=report.write).failed
+            assert failed == 0, report.getvalue()

@@ -1,0 +1,74 @@
+"""Every public name exists, is documented, and has the keywords of its torch twin."""
+
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+
+import pytest
+from torch import nn
+
+import orthonet
+
+
+def public_modules() -> list[str]:
+    """The modules that no part of their dotted name marks as private."""
+    walked = pkgutil.walk_packages(orthonet.__path__, "orthonet.")
+    names = [info.name for info in walked if "._" not in info.name]
+    return ["orthonet", *names]
+
+
+MODULES = public_modules()
+NAMES = [(module, name) for module in MODULES for name in importlib.import_module(module).__all__]
+# `OrthoLinear` -> `Linear`, `AdaptiveOrthoConv2d` -> `Conv2d`: the torch class it stands in for.
+PREFIXES = ("AdaptiveOrtho", "Ortho", "UnitNorm")
+TWINS = [
+    (name, name.removeprefix(prefix))
+    for name in importlib.import_module("orthonet.layers").__all__
+    for prefix in PREFIXES
+    if name.startswith(prefix) and hasattr(nn, name.removeprefix(prefix))
+]
+
+
+def test_version_is_that_of_the_package():
+    assert orthonet.__version__ == importlib.metadata.version("orthonet")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_all_lists_each_name_once(module):
+    names = importlib.import_module(module).__all__
+    assert len(names) == len(set(names))
+    assert all(name == "__version__" or not name.startswith("_") for name in names)
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_name_exists_and_is_documented(module, name):
+    value = getattr(importlib.import_module(module), name)
+    if inspect.isclass(value) or inspect.isroutine(value):
+        doc = inspect.getdoc(value) if not inspect.isclass(value) else value.__doc__
+        assert doc, f"{module}.{name} has no docstring"
+        first = inspect.cleandoc(doc).split("\n\n")[0]
+        assert first.rstrip().endswith((".", ":")), f"{module}.{name}: begin with a sentence"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_is_documented(module):
+    assert importlib.import_module(module).__doc__, f"{module} has no docstring"
+
+
+@pytest.mark.parametrize(("name", "twin"), TWINS)
+def test_layer_takes_the_arguments_of_its_torch_twin(name, twin):
+    layer = getattr(importlib.import_module("orthonet.layers"), name)
+    ours = list(inspect.signature(layer).parameters.values())
+    theirs = list(inspect.signature(getattr(nn, twin)).parameters.values())
+    assert issubclass(layer, getattr(nn, twin))
+    for mine, its in zip(ours, theirs, strict=False):
+        assert (mine.name, mine.kind, mine.default) == (its.name, its.kind, its.default)
+    extra = ours[len(theirs) :]
+    assert len(ours) >= len(theirs)
+    assert all(argument.kind is argument.KEYWORD_ONLY for argument in extra)
+
+
+def test_layers_have_twins():
+    assert ("OrthoLinear", "Linear") in TWINS
+    assert ("OrthoConv2d", "Conv2d") in TWINS
