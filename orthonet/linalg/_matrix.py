@@ -26,7 +26,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def in_transform() -> bool:
-    """Whether a `torch.func` transform (vmap, grad, ...) is running, which forbids side effects."""
+    """Whether a `torch.func` transform (vmap, grad, ...) is running, which forbids side effects.
+
+    Never under `torch.compile`, which traces transforms itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
 
 

@@ -70,7 +70,7 @@ LAMBDAS = {
     "sum": lambda x: x.view(x.shape[0], 2, 3).sum((1, 2)),
     "cat": lambda x: torch.cat([x, 2 * x], dim=1),
     "stack": lambda x: torch.stack((x, -x), -1),
-    "chunk": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
+    "chunk": lambda x: torch.cat([x.chunk(2, 1)[1], x.chunk(2, 1)[0]], 1),
     "select": lambda x: x[:, 2:5],
     "last": lambda x: x[..., -1:],
     "matmul": lambda x: x @ torch.arange(12.0).reshape(6, 2).double(),
