@@ -6,6 +6,7 @@ A kernel of shape (*batch, c_out, c_in, *taps) stands for the matrix polynomial
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import torch
@@ -85,9 +86,15 @@ def apply_projectors(kernel: Tensor, bases: Tensor, *, taps: int, dim: int) -> T
     """
     channel = kernel.ndim - taps - 2
     grow = channel + 1 + dim
+    kernel = kernel.contiguous()
     for base in bases.unbind(channel):
+        shape = kernel.shape
         flat = kernel.flatten(channel + 1)
-        inside = (base @ (base.mT @ flat)).view(kernel.shape)
-        before = [0, 0] * (kernel.ndim - 1 - grow)
-        kernel = F.pad(inside, [*before, 0, 1]) + F.pad(kernel - inside, [*before, 1, 0])
+        inside = base @ (base.mT @ flat)
+        # three dims around the tap that grows: (everything before, taps, everything behind)
+        three = (-1, shape[grow], math.prod(shape[grow + 1 :]))
+        now, later = inside.reshape(three), (flat - inside).reshape(three)
+        none = torch.zeros_like(now[:, :1])
+        kernel = torch.cat([now, none], 1) + torch.cat([none, later], 1)
+        kernel = kernel.view(*shape[:grow], shape[grow] + 1, *shape[grow + 1 :])
     return kernel
