@@ -11,7 +11,7 @@ from orthonet.errors import NotOnManifoldError, ProjectionWarning
 from orthonet.layers import AdaptiveOrthoConv2d, OrthoConv1d, OrthoConv2d, OrthoConv3d
 from orthonet.testing import LAYER_LAWS, MATRIX_CASES, hard_matrix, singular_values
 
-# Factor errors of 4e-7 add up through the composition; observed 1.7e-6 and 3.6e-15.
+# Factor errors of 4e-7 add up through the composition; observed 8.5e-7 and 2.2e-15.
 ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-12}
 PRESETS = {
     name.removesuffix("_ORTHO_PARAMS").lower(): getattr(orthonet, name)
@@ -123,7 +123,7 @@ def test_square_strided_case_stays_orthogonal():
     for steps in (0, 100):
         train_steps(layer, (16, 8, 8), steps)
         sigma = singular_values(layer, (16, 8, 8))
-        assert float((sigma - 1).abs().max()) <= ALLOWED[torch.float32]  # observed 1.2e-6
+        assert float((sigma - 1).abs().max()) <= ALLOWED[torch.float32]  # observed 5.6e-7
 
 
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
@@ -199,13 +199,13 @@ def test_kernels_of_the_family_can_be_assigned(arguments):
     target = OrthoConv2d(*arguments, dtype=torch.float64).weight.detach()
     layer = OrthoConv2d(*arguments, dtype=torch.float64)
     layer.weight = target
-    torch.testing.assert_close(layer.weight.detach(), target, atol=1e-10, rtol=0)  # observed 3e-15
+    torch.testing.assert_close(layer.weight.detach(), target, atol=1e-10, rtol=0)  # observed 6.5e-13
     with pytest.raises(NotOnManifoldError, match=r"OrthoConv2d: the kernel must be one that"):
         layer.weight = 0.5 * target
     torch.testing.assert_close(layer.weight.detach(), target, atol=1e-10, rtol=0)
     single = OrthoConv2d(*arguments)
     single.weight = target.float()
-    torch.testing.assert_close(single.weight, target.float(), atol=1e-5, rtol=0)  # observed 8e-7
+    torch.testing.assert_close(single.weight, target.float(), atol=1e-5, rtol=0)  # observed 1.6e-7
 
 
 @pytest.mark.parametrize("arguments", [(4, 6, 3), (6, 4, 2), (4, 6, 3, 2), (3, 16, 4, 2)], ids=str)
@@ -217,7 +217,7 @@ def test_plain_checkpoint_is_projected_with_a_message(arguments):
         layer.load_state_dict(plain.state_dict())
     inner = torch.nn.functional.cosine_similarity
     weight = plain.weight.detach().flatten()
-    # nearer than a random kernel of the family is; observed .43 to .52 against .0 to .2
+    # nearer than a random kernel of the family is; observed .54 to .79 against .00 to .18
     assert float(inner(layer.weight.detach().flatten(), weight, dim=0)) > 0.3
     assert float(inner(random.flatten(), weight, dim=0)) < 0.3
     assert torch.equal(layer.bias, plain.bias)

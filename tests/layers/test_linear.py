@@ -33,7 +33,7 @@ FACTORIES = {
     ),
     "unit_norm": functools.partial(UnitNormLinear, 6, 5),
 }
-# observed: 4.2e-7 and 9e-16
+# observed: 4.6e-7 and 9e-16
 RESIDUAL = {torch.float32: 2e-6, torch.float64: 1e-12}
 
 
@@ -72,7 +72,7 @@ def test_rows_have_unit_norm(case, dtype):
     norms = layer.weight.double().norm(dim=1)
     torch.testing.assert_close(
         norms, torch.ones_like(norms), atol=RESIDUAL[dtype], rtol=0
-    )  # observed 1.2e-7 and 2e-16
+    )  # observed 9.2e-8 and 2e-16
     (grad,) = torch.autograd.grad(layer.weight.sum(), layer.parametrization.original)
     assert bool(torch.isfinite(grad).all())
 
@@ -124,7 +124,7 @@ def test_plain_checkpoint_is_projected_with_a_message(factory):
 def test_loading_what_was_exported_is_silent_and_exact():
     layer, other = OrthoLinear(6, 5), OrthoLinear(6, 5)
     other.load_state_dict(layer.to_plain().state_dict())  # a warning would be an error
-    torch.testing.assert_close(other.weight, layer.weight, atol=1e-6, rtol=0)  # observed 1.8e-7
+    torch.testing.assert_close(other.weight, layer.weight, atol=1e-6, rtol=0)  # observed 6e-8
 
 
 def test_a_plain_checkpoint_of_another_shape_changes_nothing():
@@ -140,7 +140,7 @@ def test_plain_checkpoint_into_a_meta_layer():
     state = nn.Linear(6, 5).state_dict()
     with pytest.warns(ProjectionWarning):
         layer.load_state_dict(state, assign=True)
-    assert orthogonality_error(layer.weight) <= 2e-6  # observed 2e-7
+    assert orthogonality_error(layer.weight) <= 2e-6  # observed 7e-8
 
 
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)

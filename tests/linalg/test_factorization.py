@@ -55,9 +55,9 @@ def test_gradcheck_twice(method, shape):
 def test_cholesky_falls_back_for_the_failing_matrix(case):
     good, bad = hard_matrix("gaussian", (9, 5)), hard_matrix(case, (9, 5))
     q = linalg.cholesky_qr(torch.stack([good, bad]))
-    # observed 1.2e-7: the good matrix only sees one more round
+    # observed 3e-8: the good matrix only sees one more round
     torch.testing.assert_close(q[0], linalg.cholesky_qr(good), atol=1e-6, rtol=0)
-    assert orthogonality_error(q) <= 2e-6  # observed 3e-7
+    assert orthogonality_error(q) <= 2e-6  # observed 4e-7
 
 
 def test_only_factors_are_kept_for_backward():

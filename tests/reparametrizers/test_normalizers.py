@@ -39,7 +39,7 @@ def test_power_iteration_reaches_unit_norm():
     for _ in range(40):
         normalized = module(w)
     norm = torch.linalg.matrix_norm(normalized, 2)
-    torch.testing.assert_close(norm, torch.ones_like(norm), atol=1e-6, rtol=0)  # observed 7e-9
+    torch.testing.assert_close(norm, torch.ones_like(norm), atol=1e-6, rtol=0)  # observed 8e-13
 
 
 @pytest.mark.parametrize("bad", [0.0, torch.nan, torch.inf])
@@ -63,12 +63,12 @@ def test_state_follows_dtype_and_weight_is_read_at_full_precision():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         w = weight()
     assert w.dtype == torch.float32
-    assert orthogonality_error(w) <= 2e-6  # observed 2e-7
+    assert orthogonality_error(w) <= 2e-6  # observed 8e-8
     assert weight.double().normalizer.u.dtype == torch.float64
     assert weight().dtype == torch.float64
     half = OrthoWeight((8, 8), dtype=torch.bfloat16)
     assert half().dtype == torch.bfloat16
-    # the rounding of the storage alone: observed 3.2e-3
+    # the rounding of the storage alone: observed 1.9e-3
     assert orthogonality_error(half()) <= 2e-2
     assert orthogonality_error(half.compute()) <= 2e-6
 
