@@ -28,12 +28,15 @@ from orthonet.layers import (
     UnitNormLinear,
 )
 from orthonet.reparametrizers import (
+    AUTO_ORTHO_PARAMS,
     BJORCK_PASS_THROUGH_ORTHO_PARAMS,
     CHOLESKY_ORTHO_PARAMS,
     CHOLESKY_STABLE_ORTHO_PARAMS,
     DEFAULT_ORTHO_PARAMS,
     DEFAULT_TEST_ORTHO_PARAMS,
     EXP_ORTHO_PARAMS,
+    POLAR_ORTHO_PARAMS,
+    POLAR_WARM_ORTHO_PARAMS,
     QR_ORTHO_PARAMS,
     ClassParam,
     OrthoParams,
@@ -42,12 +45,15 @@ from orthonet.reparametrizers import (
 __version__ = version("orthonet")
 
 __all__ = [
+    "AUTO_ORTHO_PARAMS",
     "BJORCK_PASS_THROUGH_ORTHO_PARAMS",
     "CHOLESKY_ORTHO_PARAMS",
     "CHOLESKY_STABLE_ORTHO_PARAMS",
     "DEFAULT_ORTHO_PARAMS",
     "DEFAULT_TEST_ORTHO_PARAMS",
     "EXP_ORTHO_PARAMS",
+    "POLAR_ORTHO_PARAMS",
+    "POLAR_WARM_ORTHO_PARAMS",
     "QR_ORTHO_PARAMS",
     "Abs",
     "AdaptiveOrthoConv2d",

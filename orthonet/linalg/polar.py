@@ -8,16 +8,28 @@ works on the small side.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._matrix import add_identity, gram_defect, on_tall, rms_scale
+from orthonet.linalg._matrix import in_transform, on_tall
+from orthonet.linalg._polar_gradient import (
+    centred_gradient,
+    differentiable_gradient,
+    eigen_gradient,
+    gradient,
+)
+from orthonet.linalg._polar_steps import (
+    Factors,
+    bjorck_polar,
+    gram_polar,
+    polar_from_svd,
+    recentred_polar,
+)
 
-__all__ = ["bjorck", "polar", "polar_svd"]
+__all__ = ["bjorck", "polar", "polar_svd", "recentring_polar_"]
 
 
 @on_tall
@@ -64,29 +76,35 @@ def polar_svd(w: Tensor) -> Tensor:
     Raises:
         ValueError: `w` has a NaN or infinite entry.
     """
-    _require_finite("polar_svd", w)
-    u, _, vh = torch.linalg.svd(w / rms_scale(w), full_matrices=False)
-    return u @ vh
+    return polar_from_svd(w, "polar_svd")
 
 
 @on_tall
-def polar(w: Tensor, *, beta: float = 0.5, niters: int = 12) -> Tensor:
+def polar(w: Tensor, *, beta: float | None = None, niters: int | None = None) -> Tensor:
     r"""Nearest semi-orthogonal matrix, to working precision, whatever the input.
 
-    `niters` Björck steps at most, ended early once the measured \(\|U^\top U - I\|_F\) is small
-    enough for one last step to reach working precision. Matrices that have not arrived then
-    (ill-conditioned, rank-deficient, zero) are finished by further steps while these make progress,
-    and by an SVD otherwise. The gradient is implicit: with \(W = U H\) and an incoming gradient
-    \(G\),
+    By default the way there is chosen from the Gram matrix, per call: a polynomial in
+    \(E = W^\top W / c^2 - I\) of certified degree where a bound of \(\|E\|\) is at most 0.35 (2 to
+    8 matrix products), its eigendecomposition where the measured residual confirms that to
+    rounding (condition numbers up to about 12 to 40), and beyond that scaled Newton-Schulz steps,
+    which end in an SVD where they make no progress (rank-deficient, zero).
+
+    With `beta` or `niters`, Björck steps instead: `niters` at most, ended early once the measured
+    \(\|U^\top U - I\|_F\) is small enough for one last step to reach working precision. Matrices
+    that have not arrived then are finished by further steps while these make progress, and by an
+    SVD otherwise.
+
+    The gradient is implicit: with \(W = U H\) and an incoming gradient \(G\),
 
     \[ \nabla_W = U K + (I - U U^\top)\, G H^{-1}, \qquad H K + K H = U^\top G - G^\top U, \]
 
-    so that nothing but `w` and the result is kept for backward. It can be differentiated again.
+    so that nothing but `w` and one matrix of its size (the result, or the eigenvectors of H) is
+    kept for backward. It can be differentiated again.
 
     Args:
         w: Matrices of any scale and rank.
-        beta: Björck step size, in (0, 1].
-        niters: Björck steps before the further measures.
+        beta: Björck step size, in (0, 1]; 0.5 if only `niters` is given.
+        niters: Björck steps before the further measures; 12 if only `beta` is given.
 
     Shape:
         `w`: (*batch, m, n). Output: the same.
@@ -102,158 +120,117 @@ def polar(w: Tensor, *, beta: float = 0.5, niters: int = 12) -> Tensor:
         ValueError: `beta` or `niters` is out of range, or `w` has a NaN or infinite entry.
 
     References:
-        Higham (2008), chapter 8; gradient: differentiate \(W = U H\), e.g. Kenney & Laub, *Polar
-        decomposition and matrix sign function condition estimates*, SIAM J. Sci. Stat. Comput. 12
-        (1991).
+        Higham (2008), chapter 8; Chen & Chow, *A stable scaling of Newton-Schulz for improving the
+        sign function computation of a Hermitian matrix*, 2014; gradient: differentiate
+        \(W = U H\), e.g. Kenney & Laub, *Polar decomposition and matrix sign function condition
+        estimates*, SIAM J. Sci. Stat. Comput. 12 (1991).
     """
-    _checks.require(
-        0.0 < beta <= 1.0,
-        "polar",
-        "beta must be in (0, 1]",
-        "Use 0.5 unless you compare",
-        beta=beta,
-    )
-    _checks.non_negative_int("polar", niters=niters)
-    return _Polar.apply(w, float(beta), int(niters))  # type: ignore[no-any-return]
+    if beta is not None or niters is not None:
+        beta, niters = 0.5 if beta is None else beta, 12 if niters is None else niters
+        _checks.require(
+            0.0 < beta <= 1.0,
+            "polar",
+            "beta must be in (0, 1]",
+            "Use 0.5 unless you compare",
+            beta=beta,
+        )
+        _checks.non_negative_int("polar", niters=niters)
+        return _Polar.apply(w, float(beta), int(niters))[0]  # type: ignore[index]
+    return _Polar.apply(w, None, None)[0]  # type: ignore[index]
 
 
-def _require_finite(name: str, w: Tensor) -> None:
-    _checks.require(
-        bool(torch.isfinite(w).all()),
-        name,
-        "w must be finite",
-        "Lower the learning rate or clip gradients; the weight holds NaN or Inf",
-        shape=tuple(w.shape),
-    )
+@on_tall
+def recentring_polar_(w: Tensor) -> Tensor:
+    r"""Polar factor U of `w`, and `w` itself overwritten by \(c\,U\), \(c = \|w\|_F / \sqrt n\).
+
+    The point on the manifold and the norm of `w` stay; \(H = c I\) afterwards, so the gradient at
+    the new `w` is \((G - U\,\mathrm{sym}(U^\top G)) / c\) exactly, and the next call starts near
+    its end if `w` has moved little since. Nothing is written where `w` is centred to rounding
+    already, or is zero. Eager mode only.
+
+    Shape:
+        `w`: (*batch, m, n), a leaf of float32 or float64. Output: the same.
+
+    Guarantee:
+        As for [`polar`][orthonet.linalg.polar].
+
+    Raises:
+        ValueError: `w` has a NaN or infinite entry.
+    """
+    return _RecentringPolar.apply(w)  # type: ignore[return-value]
 
 
-def _step(x: Tensor, gram: Tensor, beta: float) -> Tensor:
-    return x @ add_identity(gram * -beta, 1.0 + beta)
-
-
-def _polar_forward(w: Tensor, beta: float, niters: int) -> Tensor:
-    if 0 in w.shape:
-        return w.clone()
-    arrived = math.sqrt(torch.finfo(w.dtype).eps)  # one more quadratic step reaches eps
-    x = w / rms_scale(w)
-    gram = x.mT @ x
-    # sigma_max^2 <= the smaller of two norms of the Gram matrix; the iteration keeps signs (and
-    # contracts) below (1 + beta) / beta, so scale down only what might lie above.
-    row_sum = gram.abs().sum(-1).amax(-1)
-    bound = torch.minimum(row_sum, torch.linalg.matrix_norm(gram))[..., None, None]
-    shrink = (0.95 * (1.0 + beta) / beta / bound).clamp(max=1.0)
-    x, gram = x * shrink.sqrt(), gram * shrink
-    defect = previous = math.inf
-    for step in range(niters + 40):
-        defect = float(gram_defect(gram).amax())
-        if defect <= arrived:
-            return _step(x, gram, 0.5)
-        late = step >= niters
-        if not defect < math.inf or (late and defect > 0.75 * previous and defect > 0.5):
-            break
-        previous = defect
-        x = _step(x, gram, 0.5 if late else beta)
-        gram = x.mT @ x
-    return _finish_by_svd(w, x, gram, arrived)
-
-
-def _finish_by_svd(w: Tensor, x: Tensor, gram: Tensor, arrived: float) -> Tensor:
-    """Replace the matrices of the batch that have not arrived by their SVD polar factor."""
-    failed = ~(gram_defect(gram).reshape(-1) <= arrived)
-    shape, w = w.shape, w.reshape(-1, *w.shape[-2:])
-    x = x.reshape(w.shape).clone()
-    x[failed] = polar_svd(w[failed])
-    return _step(x, x.mT @ x, 0.5).reshape(shape)
-
-
-def _polar_adjoint(h: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    eigenvalues, v = torch.linalg.eigh(h)
-    largest = eigenvalues.abs().amax(-1, keepdim=True)
-    floor = 8.0 * torch.finfo(h.dtype).eps * largest
-    positive = torch.where(largest > 0, eigenvalues.clamp_min(0.0), torch.ones_like(eigenvalues))
-    positive = torch.maximum(positive, floor)
-    k = v @ ((v.mT @ c @ v) / (positive[..., :, None] + positive[..., None, :])) @ v.mT
-    z = ((y @ v) / positive[..., None, :]) @ v.mT
-    return k, z
-
-
-# The loop and the eigendecomposition are opaque operators to the compiler, so that
-# torch.compile(fullgraph=True) and torch.export see one node and no data-dependent branch.
-@torch.library.custom_op("orthonet::polar", mutates_args=())
-def _polar_op(w: Tensor, beta: float, niters: int) -> Tensor:
-    return _polar_forward(w, beta, niters).contiguous()
+# The data-dependent choices are an opaque operator to the compiler, so that
+# torch.compile(fullgraph=True) and torch.export see one node.
+@torch.library.custom_op(
+    "orthonet::polar",
+    mutates_args=(),
+    schema="(Tensor w, float? beta, int? niters) -> Tensor",
+)
+def _polar_op(w: Tensor, beta: float | None, niters: int | None) -> Tensor:
+    return _polar_forward(w, beta, niters).u.contiguous()
 
 
 @_polar_op.register_fake
-def _(w: Tensor, beta: float, niters: int) -> Tensor:
+def _(w: Tensor, beta: float | None, niters: int | None) -> Tensor:
     return torch.empty_like(w, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("orthonet::polar_adjoint", mutates_args=())
-def _polar_adjoint_op(h: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    k, z = _polar_adjoint(h, c, y)
-    return k.contiguous(), z.contiguous()
-
-
-@_polar_adjoint_op.register_fake
-def _(h: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    layout = torch.contiguous_format
-    return torch.empty_like(c, memory_format=layout), torch.empty_like(y, memory_format=layout)
+def _polar_forward(w: Tensor, beta: float | None, niters: int | None) -> Factors:
+    if beta is None or niters is None:
+        return gram_polar(w)
+    return Factors.bare(bjorck_polar(w, beta, niters))
 
 
 class _Polar(torch.autograd.Function):
-    """The polar factor of tall matrices, with its implicit gradient."""
+    """The polar factor of tall matrices, with its implicit gradient; see `Factors`."""
 
     @staticmethod
-    def forward(w: Tensor, beta: float, niters: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        compiling = torch.compiler.is_compiling()
-        return (_polar_op if compiling else _polar_forward)(w, beta, niters)
+    def forward(w: Tensor, beta: float | None, niters: int | None) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.compiler.is_compiling():
+            return tuple(Factors.bare(_polar_op(w, beta, niters)))
+        return tuple(_polar_forward(w, beta, niters))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], output)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        u, *eigen = output
+        ctx.mark_non_differentiable(*eigen)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs[0], *(eigen if eigen[0].numel() else (u,)))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        w, u = ctx.saved_tensors
-        h, s = u.mT @ w, u.mT @ grad
-        h = 0.5 * (h + h.mT)
-        square = w.shape[-2] == w.shape[-1]
-        normal = grad[..., :0, :] if square else grad - u @ s
-        k, z = _PolarAdjoint.apply(h, s - s.mT, normal)
-        return (u @ k if square else z + u @ k), None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, w: Tensor, beta: float, niters: int) -> tuple[Tensor, int]:
-        return _Polar.apply(w.movedim(in_dims[0], 0), beta, niters), 0  # type: ignore[return-value]
-
-
-class _PolarAdjoint(torch.autograd.Function):
-    """K and Z with H K + K H = C and Z H = Y, for H symmetric positive semi-definite."""
-
-    @staticmethod
-    def forward(h: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        compiling = torch.compiler.is_compiling()
-        return (_polar_adjoint_op if compiling else _polar_adjoint)(h, c, y)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(inputs[0], *output)
-
-    @staticmethod
-    def backward(ctx: Any, grad_k: Tensor, grad_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        h, k, z = ctx.saved_tensors
-        # H is symmetric, so both solution operators are their own adjoints.
-        grad_c, grad_y = _PolarAdjoint.apply(h, grad_k, grad_z)
-        grad_h = -(grad_c @ k.mT + k.mT @ grad_c) - z.mT @ grad_y
-        return grad_h, grad_c, grad_y
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (w, *rest), grad = ctx.saved_tensors, grads[0]
+        if grad is None:
+            return None, None, None
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or in_transform():
+            u = rest[0] if len(rest) == 1 else _Polar.apply(w, None, None)[0]  # type: ignore[index]
+            return differentiable_gradient(w, u, grad), None, None
+        if len(rest) == 1:
+            return gradient(w, rest[0], grad), None, None
+        return eigen_gradient(w, rest[0], rest[1], grad), None, None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Any, h: Tensor, c: Tensor, y: Tensor
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        tensors = [
-            t.movedim(d, 0) if d is not None else t.expand(info.batch_size, *t.shape)
-            for t, d in zip((h, c, y), in_dims, strict=True)
-        ]
-        return _PolarAdjoint.apply(*tensors), (0, 0)  # type: ignore[return-value]
+        info: Any, in_dims: Any, w: Tensor, beta: float | None, niters: int | None
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _Polar.apply(w.movedim(in_dims[0], 0), beta, niters), (0, 0, 0)  # type: ignore[return-value]
+
+
+class _RecentringPolar(torch.autograd.Function):
+    """The polar factor of a leaf that becomes a multiple of it on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        u, scale, centred = recentred_polar(w)
+        if scale is not None and not centred:
+            torch.mul(u, scale, out=w)
+        ctx.save_for_backward(w, u, *(() if scale is None else (scale,)))
+        return u
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        w, u, *scale = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_gradient(w, _Polar.apply(w, None, None)[0], grad)  # type: ignore[index]
+        return centred_gradient(u, scale[0], grad) if scale else gradient(w, u, grad)

@@ -14,30 +14,42 @@ from orthonet.reparametrizers._orthogonalizers import (
     Orthogonalizer,
 )
 from orthonet.reparametrizers._params import (
+    AUTO_ORTHO_PARAMS,
     BJORCK_PASS_THROUGH_ORTHO_PARAMS,
     CHOLESKY_ORTHO_PARAMS,
     CHOLESKY_STABLE_ORTHO_PARAMS,
     DEFAULT_ORTHO_PARAMS,
     DEFAULT_TEST_ORTHO_PARAMS,
     EXP_ORTHO_PARAMS,
+    POLAR_ORTHO_PARAMS,
+    POLAR_WARM_ORTHO_PARAMS,
     QR_ORTHO_PARAMS,
     ClassParam,
     OrthoParams,
 )
+from orthonet.reparametrizers._polar import (
+    BatchedAutoOrthogonalization,
+    BatchedPolarOrthogonalization,
+)
 from orthonet.reparametrizers._weight import OrthoWeight
 
 __all__ = [
+    "AUTO_ORTHO_PARAMS",
     "BJORCK_PASS_THROUGH_ORTHO_PARAMS",
     "CHOLESKY_ORTHO_PARAMS",
     "CHOLESKY_STABLE_ORTHO_PARAMS",
     "DEFAULT_ORTHO_PARAMS",
     "DEFAULT_TEST_ORTHO_PARAMS",
     "EXP_ORTHO_PARAMS",
+    "POLAR_ORTHO_PARAMS",
+    "POLAR_WARM_ORTHO_PARAMS",
     "QR_ORTHO_PARAMS",
+    "BatchedAutoOrthogonalization",
     "BatchedBjorckOrthogonalization",
     "BatchedCholeskyOrthogonalization",
     "BatchedExponentialOrthogonalization",
     "BatchedIdentity",
+    "BatchedPolarOrthogonalization",
     "BatchedPowerIteration",
     "BatchedQROrthogonalization",
     "ClassParam",

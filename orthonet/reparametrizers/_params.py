@@ -17,14 +17,21 @@ from orthonet.reparametrizers._orthogonalizers import (
     BatchedExponentialOrthogonalization,
     BatchedQROrthogonalization,
 )
+from orthonet.reparametrizers._polar import (
+    BatchedAutoOrthogonalization,
+    BatchedPolarOrthogonalization,
+)
 
 __all__ = [
+    "AUTO_ORTHO_PARAMS",
     "BJORCK_PASS_THROUGH_ORTHO_PARAMS",
     "CHOLESKY_ORTHO_PARAMS",
     "CHOLESKY_STABLE_ORTHO_PARAMS",
     "DEFAULT_ORTHO_PARAMS",
     "DEFAULT_TEST_ORTHO_PARAMS",
     "EXP_ORTHO_PARAMS",
+    "POLAR_ORTHO_PARAMS",
+    "POLAR_WARM_ORTHO_PARAMS",
     "QR_ORTHO_PARAMS",
     "ClassParam",
     "OrthoParams",
@@ -130,4 +137,19 @@ CHOLESKY_ORTHO_PARAMS = OrthoParams(
 CHOLESKY_STABLE_ORTHO_PARAMS = OrthoParams(
     spectral_normalizer=BatchedIdentity,
     orthogonalizer=ClassParam(BatchedCholeskyOrthogonalization, stable=True),
+)
+
+POLAR_ORTHO_PARAMS = OrthoParams(
+    spectral_normalizer=BatchedIdentity,
+    orthogonalizer=BatchedPolarOrthogonalization,
+)
+
+POLAR_WARM_ORTHO_PARAMS = OrthoParams(
+    spectral_normalizer=BatchedIdentity,
+    orthogonalizer=ClassParam(BatchedPolarOrthogonalization, warm=True),
+)
+
+AUTO_ORTHO_PARAMS = OrthoParams(
+    spectral_normalizer=BatchedIdentity,
+    orthogonalizer=BatchedAutoOrthogonalization,
 )

@@ -45,6 +45,9 @@ PRESETS: dict[tuple[torch.dtype, str], Tolerance] = {
     (torch.float64, "QR"): Tolerance(2e-14, 2.0e-15),
     (torch.float64, "CHOLESKY"): Tolerance(1e-12, 1.1e-13),
     (torch.float64, "CHOLESKY_STABLE"): Tolerance(1e-12, 1.1e-13),
+    (torch.float64, "POLAR"): Tolerance(2e-14, 1.8e-15),
+    (torch.float64, "POLAR_WARM"): Tolerance(2e-14, 1.6e-15),
+    (torch.float64, "AUTO"): Tolerance(2e-14, 1.4e-15),
     (torch.float32, "DEFAULT"): Tolerance(2e-6, 4.9e-7),
     (torch.float32, "DEFAULT_TEST"): Tolerance(2e-6, 3.9e-7),
     (torch.float32, "BJORCK_PASS_THROUGH"): Tolerance(2e-6, 3.9e-7),
@@ -52,6 +55,9 @@ PRESETS: dict[tuple[torch.dtype, str], Tolerance] = {
     (torch.float32, "QR"): Tolerance(2e-6, 8.2e-7),
     (torch.float32, "CHOLESKY"): Tolerance(2e-6, 8.3e-7),
     (torch.float32, "CHOLESKY_STABLE"): Tolerance(2e-6, 8.3e-7),
+    (torch.float32, "POLAR"): Tolerance(2e-6, 4.6e-7),
+    (torch.float32, "POLAR_WARM"): Tolerance(2e-6, 4.6e-7),
+    (torch.float32, "AUTO"): Tolerance(2e-6, 8.4e-7),
 }
 """|sigma - 1| of the weight that a preset makes of any matrix of `orthonet.testing.cases`.
 

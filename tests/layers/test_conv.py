@@ -199,7 +199,9 @@ def test_kernels_of_the_family_can_be_assigned(arguments):
     target = OrthoConv2d(*arguments, dtype=torch.float64).weight.detach()
     layer = OrthoConv2d(*arguments, dtype=torch.float64)
     layer.weight = target
-    torch.testing.assert_close(layer.weight.detach(), target, atol=1e-10, rtol=0)  # observed 6.5e-13
+    torch.testing.assert_close(
+        layer.weight.detach(), target, atol=1e-10, rtol=0
+    )  # observed 6.5e-13
     with pytest.raises(NotOnManifoldError, match=r"OrthoConv2d: the kernel must be one that"):
         layer.weight = 0.5 * target
     torch.testing.assert_close(layer.weight.detach(), target, atol=1e-10, rtol=0)

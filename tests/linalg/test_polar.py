@@ -1,10 +1,8 @@
-import importlib
-
 import pytest
 import torch
 
 from orthonet import linalg
-from orthonet.linalg.polar import _polar_forward
+from orthonet.linalg import _polar_steps
 from orthonet.testing import MATRIX_CASES, MATRIX_SHAPES, hard_matrix, orthogonality_error
 from tests.references import polar_gradient_reference, polar_reference
 
@@ -52,14 +50,13 @@ def test_every_beta_and_budget_arrive(beta):
 
 def test_budget_and_step_size_are_read(monkeypatch):
     steps = []
-    module = importlib.import_module("orthonet.linalg.polar")  # the package has the function there
-    original = module._step
+    original = _polar_steps.newton_schulz
 
     def counting(x, gram, beta):
         steps.append(beta)
         return original(x, gram, beta)
 
-    monkeypatch.setattr(module, "_step", counting)
+    monkeypatch.setattr(_polar_steps, "newton_schulz", counting)
     w = hard_matrix("kappa_1e3", (8, 8), torch.float64)
     linalg.polar(w, beta=0.25, niters=3)
     assert steps[:3] == [0.25] * 3
@@ -80,6 +77,46 @@ def test_gradcheck_twice(shape):
     w = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(linalg.polar, (w,))
     assert torch.autograd.gradgradcheck(linalg.polar, (w,))
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (7, 4), (3, 6), (2, 4, 3)])
+@pytest.mark.parametrize("moved", [0.0, 1e-6, 3e-3, 0.05, 0.2])
+def test_gradcheck_twice_near_the_manifold(moved, shape):
+    w = 3.0 * (linalg.haar(shape, dtype=torch.float64) + moved * torch.randn(shape))
+    w.requires_grad_()
+    assert torch.autograd.gradcheck(linalg.polar, (w,))
+    assert torch.autograd.gradgradcheck(linalg.polar, (w,))
+
+
+@pytest.mark.parametrize("kappa", [1.0, 2.0, 8.0, 30.0, 1e2, 1e4])
+@pytest.mark.parametrize("shape", [(48, 48), (64, 20)])
+def test_every_way_leads_to_the_polar_factor(kappa, shape, dtype):
+    w = hard_matrix("gaussian", shape, torch.float64, seed=1)  # not that of `direction`
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    s = kappa ** -torch.linspace(0, 1, s.shape[-1], dtype=torch.float64)
+    w = ((u * s) @ vh).to(dtype).requires_grad_()
+    result, direction = linalg.polar(w), torch.randn(shape, dtype=dtype)
+    (grad,) = torch.autograd.grad(result, w, direction)
+    eps = torch.finfo(dtype).eps
+    distance = (result.detach().double() - polar_reference(w.detach())).abs().max()
+    assert float(distance) <= 5 * eps * max(kappa, 10.0)  # observed 0.51
+    truth = polar_gradient_reference(w.detach(), direction)
+    error = float((grad.double() - truth).norm() / truth.norm())
+    assert error <= 20 * eps * max(kappa, 10.0)  # observed 2.75
+
+
+def test_vectorized_jacobian_and_operator():
+    w = hard_matrix("gaussian", (5, 4), torch.float64)
+    jacobian = torch.autograd.functional.jacobian
+    torch.testing.assert_close(
+        jacobian(linalg.polar, w, vectorize=True), jacobian(linalg.polar, w), atol=1e-13, rtol=0
+    )  # observed 0
+    for arguments in ((w, None, None), (w.mT.contiguous().mT, 0.5, 3)):
+        torch.library.opcheck(
+            torch.ops.orthonet.polar.default,
+            arguments,
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 def test_gradient_at_repeated_singular_values():
@@ -116,7 +153,7 @@ def test_backward_keeps_two_matrices():
 
 def test_batch_equals_loop():
     w = torch.stack([hard_matrix(c, (6, 4), torch.float64) for c in MATRIX_CASES])
-    loop = torch.stack([_polar_forward(one, 0.5, 12) for one in w])
+    loop = torch.stack([linalg.polar(one) for one in w])
     regular = [i for i, c in enumerate(MATRIX_CASES) if c not in ("zero", "rank_deficient")]
     # observed 6e-11 for condition 1e8, where the factor itself is that sensitive
     torch.testing.assert_close(linalg.polar(w)[regular], loop[regular], atol=1e-7, rtol=0)
@@ -136,7 +173,7 @@ def test_transforms_and_compile():
 
 def test_bad_input_is_refused():
     w = torch.full((3, 3), torch.nan)
-    with pytest.raises(ValueError, match=r"polar_svd: w must be finite.*learning rate"):
+    with pytest.raises(ValueError, match=r"polar: w must be finite.*learning rate"):
         linalg.polar(w)
     with pytest.raises(ValueError, match=r"polar: w must be a matrix .* got shape=\(3,\)"):
         linalg.polar(torch.ones(3))

@@ -1,0 +1,143 @@
+"""The nearest semi-orthogonal matrix as an orthogonalizer, and the choice that is made by shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from orthonet import _checks
+from orthonet.linalg import cholesky_qr, polar, qr
+from orthonet.linalg._matrix import compute_dtype, in_transform
+from orthonet.linalg.polar import recentring_polar_
+from orthonet.reparametrizers._orthogonalizers import Orthogonalizer
+
+__all__ = ["BatchedAutoOrthogonalization", "BatchedPolarOrthogonalization"]
+
+
+class BatchedPolarOrthogonalization(Orthogonalizer):
+    r"""Nearest semi-orthogonal matrix, by the cheapest way the parameter allows.
+
+    See [`polar`][orthonet.linalg.polar]: a few matrix products near the manifold, an
+    eigendecomposition of the Gram matrix farther away, always ended by a measured residual. The
+    result is the same as that of
+    [`BatchedBjorckOrthogonalization`][orthonet.reparametrizers.BatchedBjorckOrthogonalization].
+
+    **Warm start** (`warm=True`). The forward pass in training mode overwrites the parameter M by
+    \(c\,U\) with \(c = \|M\|_F / \sqrt n\): the same point of the manifold and the same norm, so
+    the scale of the gradient and what weight decay does to it stay. As an optimizer step moves it
+    little, the next forward takes 2 to 4 products, and backward takes 2, since then \(H = c I\).
+    After a jump (checkpoint, assignment, huge step) the measured residual leads back to the cold
+    way; nothing is assumed about the parameter. The gradient is the exact one at the parameter as
+    it then stands. A second forward before the optimizer steps, or the recomputation of a
+    checkpointed one, finds it centred and writes nothing.
+
+    Written is only an `nn.Parameter` itself (hence no normalizer before this module), in float32
+    or float64, requiring gradient with gradients enabled; never in eval mode, under autocast,
+    `torch.compile`, `torch.func` transforms, or for plain tensors and subclasses
+    (`functional_call`, DTensor): there `warm` changes nothing. It is off by default because a
+    parameter that changes in forward is not what everybody expects: leave it off with FSDP (which
+    hands a temporary copy to the forward), with LBFGS and SAM (which restore the parameter after
+    forwards of their own), with parameters that an earlier penalty has saved for backward (autograd
+    reports it), or when passing an `nn.Parameter` of another model to `functional_call`.
+
+    Args:
+        weight_shape: Shape (*batch, m, n) of the weights.
+        warm: Re-centre the parameter in training.
+
+    Shape:
+        Input and output: `weight_shape`.
+
+    Guarantee:
+        \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) (float32), \(10^{-12}\) (float64) for every finite
+        input, in train and eval mode, at every step; finite gradients; no state of its own.
+
+    Raises:
+        ValueError: `weight_shape` is not a matrix shape, or the weight is not finite.
+
+    Examples:
+        >>> BatchedPolarOrthogonalization((3, 3))
+        BatchedPolarOrthogonalization(weight_shape=(3, 3), warm=False)
+
+    References:
+        Higham, *Functions of Matrices*, 2008, chapter 8; Absil & Malick, *Projection-like
+        retractions on matrix manifolds*, SIAM J. Optim. 22 (2012): re-centring is the polar
+        retraction, applied when the weight is read.
+    """
+
+    def __init__(self, weight_shape: Sequence[int], warm: bool = False) -> None:
+        super().__init__(weight_shape)
+        _checks.one_of(self, (False, True), warm=warm)
+        self.warm = warm
+
+    def _orthogonalize(self, w: Tensor) -> Tensor:
+        return recentring_polar_(w) if self.warm and self._may_write(w) else polar(w)
+
+    def _may_write(self, w: Tensor) -> bool:
+        return (
+            self.training
+            and not torch.compiler.is_compiling()
+            and type(w) is nn.Parameter
+            and w.requires_grad
+            and w.dtype == compute_dtype(w.dtype)
+            and torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(w.device.type)
+            and not in_transform()
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, warm={self.warm}"
+
+
+class BatchedAutoOrthogonalization(BatchedPolarOrthogonalization):
+    r"""The fastest orthogonalizer for a shape and a device; `method(device)` tells which.
+
+    | | CPU | accelerator |
+    |---|---|---|
+    | `warm=True`, min(m, n) <= 512 | polar, re-centring | polar, re-centring |
+    | otherwise | QR (Householder) | shifted Cholesky-QR |
+
+    The CPU column follows `benchmarks/orthogonalizers.py`. On accelerators, where a Householder
+    factorization is many small kernels, the methods made of matrix products are taken on these
+    grounds alone. Both entries of a row are the same map of the parameter, so a model that moves
+    between devices keeps its weights.
+
+    Args:
+        weight_shape: Shape (*batch, m, n) of the weights.
+        warm: Allow the re-centring of the parameter in training, see
+            [`BatchedPolarOrthogonalization`][orthonet.reparametrizers.BatchedPolarOrthogonalization].
+
+    Shape:
+        Input and output: `weight_shape`.
+
+    Guarantee:
+        \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) (float32), \(10^{-12}\) (float64) for every finite
+        input; finite gradients; no state of its own.
+
+    Raises:
+        ValueError: `weight_shape` is not a matrix shape, or the weight is not finite.
+
+    Examples:
+        >>> BatchedAutoOrthogonalization((64, 32)).method("cpu")
+        'qr'
+        >>> BatchedAutoOrthogonalization((64, 32), warm=True).method("cpu")
+        'polar'
+    """
+
+    def method(self, device: torch.device | str) -> str:
+        """The choice on `device`: 'polar', 'qr' or 'cholesky'."""
+        if self.warm and min(self.weight_shape[-2:]) <= 512:
+            return "polar"
+        return "qr" if torch.device(device).type == "cpu" else "cholesky"
+
+    def _orthogonalize(self, w: Tensor) -> Tensor:
+        method = self.method(w.device)
+        if method == "polar":
+            return super()._orthogonalize(w)
+        return qr(w) if method == "qr" else cholesky_qr(w, shifted=True)
+
+    def extra_repr(self) -> str:
+        choices = {kind: self.method(kind) for kind in ("cpu", "cuda")}
+        chosen = ", ".join(f"{kind}: {method}" for kind, method in choices.items())
+        return f"{super().extra_repr()}, method=({chosen})"

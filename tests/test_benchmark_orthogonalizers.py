@@ -1,0 +1,22 @@
+"""The benchmark of the orthogonalizers runs at tiny sizes and prints every preset."""
+
+import json
+
+from benchmarks import _harness as harness
+from benchmarks import orthogonalizers
+from benchmarks._candidates import OURS
+
+
+def test_every_orthogonalizer_is_measured_and_orthogonal(tmp_path):
+    result = orthogonalizers.run(orthogonalizers.QUICK)
+    path = harness.write("orthogonalizers", result, tmp_path)
+    rows = json.loads(path.read_text())["rows"]
+    ours = [row for row in rows if row["library"] == OURS]
+    assert {row["preset"] for row in ours} == set(orthogonalizers.OUR_PRESETS)
+    assert {row["shape"] for row in ours} == {"8x8", "2x6x4"}
+    for row in ours:
+        assert row["step"] > 0
+        assert row["forward"] > 0
+        assert row["residual"] <= 2e-6  # observed 3e-7
+    text = orthogonalizers.summary(result)
+    assert all(f"{OURS} {preset} |" in text for preset in orthogonalizers.OUR_PRESETS)
