@@ -20,6 +20,9 @@ ORTHO_PARAMS = {
     "exp": reparametrizers.EXP_ORTHO_PARAMS,
     "cholesky": reparametrizers.CHOLESKY_ORTHO_PARAMS,
     "cholesky_stable": reparametrizers.CHOLESKY_STABLE_ORTHO_PARAMS,
+    "polar": reparametrizers.POLAR_ORTHO_PARAMS,
+    "polar_warm": reparametrizers.POLAR_WARM_ORTHO_PARAMS,
+    "auto": reparametrizers.AUTO_ORTHO_PARAMS,
 }
 RADII = (0.141, 0.5, 1.0, 1.58)
 
