@@ -10,14 +10,10 @@ import orthonet
 from orthonet.errors import NotOnManifoldError, ProjectionWarning
 from orthonet.layers import AdaptiveOrthoConv2d, OrthoConv1d, OrthoConv2d, OrthoConv3d
 from orthonet.testing import LAYER_LAWS, MATRIX_CASES, hard_matrix, singular_values
+from tests.presets import PRESETS
 
 # Factor errors of 4e-7 add up through the composition; observed 8.5e-7 and 2.2e-15.
 ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-12}
-PRESETS = {
-    name.removesuffix("_ORTHO_PARAMS").lower(): getattr(orthonet, name)
-    for name in orthonet.__all__
-    if name.endswith("_ORTHO_PARAMS")
-}
 FACTORIES = {
     "same": functools.partial(OrthoConv2d, 4, 6, 3, padding=1, padding_mode="circular"),
     "strided": functools.partial(OrthoConv2d, 4, 6, (3, 2), 2, padding=(1, 0), groups=2),

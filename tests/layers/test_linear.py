@@ -17,12 +17,8 @@ from orthonet.testing import (
     hard_matrix,
     orthogonality_error,
 )
+from tests.presets import PRESETS
 
-PRESETS = {
-    name.removesuffix("_ORTHO_PARAMS").lower(): getattr(orthonet, name)
-    for name in orthonet.__all__
-    if name.endswith("_ORTHO_PARAMS")
-}
 FACTORIES = {
     "ortho": functools.partial(OrthoLinear, 6, 5),
     "ortho_wide": functools.partial(OrthoLinear, 6, 9, bias=False),

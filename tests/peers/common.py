@@ -6,15 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orthonet import reparametrizers
 from orthonet.layers import OrthoConv2d, OrthoLinear
 from orthonet.testing import singular_values
+from tests.presets import PRESETS
 
-PRESETS = {
-    name.removesuffix("_ORTHO_PARAMS"): getattr(reparametrizers, name)
-    for name in reparametrizers.__all__
-    if name.endswith("_ORTHO_PARAMS")
-}
 FACTORIES = {
     "linear": (partial(OrthoLinear, 8, 6), (8,)),
     "conv": (partial(OrthoConv2d, 4, 6, 3, padding=1), (4, 6, 6)),
