@@ -16,6 +16,7 @@ __all__ = [
     "gram_defect",
     "in_transform",
     "on_tall",
+    "require_finite",
     "rms_scale",
 ]
 
@@ -64,6 +65,17 @@ def add_identity(a: Tensor, scale: float = 1.0) -> Tensor:
     """Add `scale` times the identity to `a` in place and return it."""
     a.diagonal(dim1=-2, dim2=-1).add_(scale)
     return a
+
+
+def require_finite(owner: str, w: Tensor) -> None:
+    """Raise unless every entry is finite; the error names `owner`."""
+    _checks.require(
+        bool(torch.isfinite(w).all()),
+        owner,
+        "w must be finite",
+        "Lower the learning rate or clip gradients; the weight holds NaN or Inf",
+        shape=tuple(w.shape),
+    )
 
 
 def rms_scale(x: Tensor) -> Tensor:

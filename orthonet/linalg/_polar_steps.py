@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orthonet import _checks
-from orthonet.linalg._matrix import add_identity, gram_defect, rms_scale
+from orthonet.linalg._matrix import add_identity, gram_defect, require_finite, rms_scale
 
 __all__ = [
     "Factors",
@@ -49,19 +48,9 @@ def _largest_norm(a: Tensor) -> float:
     return float(torch.linalg.matrix_norm(a).amax())
 
 
-def _require_finite(owner: str, w: Tensor) -> None:
-    _checks.require(
-        bool(torch.isfinite(w).all()),
-        owner,
-        "w must be finite",
-        "Lower the learning rate or clip gradients; the weight holds NaN or Inf",
-        shape=tuple(w.shape),
-    )
-
-
 def polar_from_svd(w: Tensor, owner: str = "polar") -> Tensor:
     """U V^T of the singular value decomposition, for any finite input."""
-    _require_finite(owner, w)
+    require_finite(owner, w)
     u, _, vh = torch.linalg.svd(w / rms_scale(w), full_matrices=False)
     return u @ vh
 
@@ -99,7 +88,7 @@ def _normal_equations(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]
     limits = torch.finfo(w.dtype)
     if bool(((mean > limits.tiny**0.5) & (mean < limits.max**0.5)).all()):
         return w, gram, mean, None
-    _require_finite("polar", w)
+    require_finite("polar", w)
     scale = rms_scale(w)
     x = w / scale
     return x, x.mT @ x, torch.ones_like(scale), scale

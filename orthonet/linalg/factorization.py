@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthonet import _checks
-from orthonet.linalg._matrix import gram_defect, on_tall, rms_scale
+from orthonet.linalg._matrix import gram_defect, on_tall, require_finite, rms_scale
 
 __all__ = ["cholesky_qr", "qr"]
 
@@ -77,13 +76,7 @@ def cholesky_qr(w: Tensor, *, shifted: bool = False) -> Tensor:
 
 
 def _householder(x: Tensor) -> tuple[Tensor, Tensor]:
-    _checks.require(
-        bool(torch.isfinite(x).all()),
-        "qr",
-        "w must be finite",
-        "Lower the learning rate or clip gradients; the weight holds NaN or Inf",
-        shape=tuple(x.shape),
-    )
+    require_finite("qr", x)
     q, r = torch.linalg.qr(x)
     diagonal = r.diagonal(dim1=-2, dim2=-1)
     signs = torch.where(diagonal < 0, -torch.ones_like(diagonal), torch.ones_like(diagonal))
