@@ -20,6 +20,7 @@ from orthonet.linalg._polar_gradient import (
     differentiable_gradient,
     eigen_gradient,
     gradient,
+    inverse_gradient,
 )
 from orthonet.linalg._polar_steps import (
     Factors,
@@ -193,22 +194,25 @@ class _Polar(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        u, *eigen = output
-        ctx.mark_non_differentiable(*eigen)
+        u, basis, values = output
+        ctx.mark_non_differentiable(basis, values)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[0], *(eigen if eigen[0].numel() else (u,)))
+        ctx.of_values, ctx.of_basis = values.numel() > 0, basis.numel() > 0
+        kept = [basis, values][: ctx.of_basis + ctx.of_values]
+        ctx.save_for_backward(inputs[0], *(kept or [u]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (w, *rest), grad = ctx.saved_tensors, grads[0]
         if grad is None:
             return None, None, None
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or in_transform():
-            u = rest[0] if len(rest) == 1 else _Polar.apply(w, None, None)[0]  # type: ignore[index]
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or in_transform(grad):
+            u = _Polar.apply(w, None, None)[0] if ctx.of_basis else rest[0]  # type: ignore[index]
             return differentiable_gradient(w, u, grad), None, None
-        if len(rest) == 1:
-            return gradient(w, rest[0], grad), None, None
-        return eigen_gradient(w, rest[0], rest[1], grad), None, None
+        if ctx.of_values:
+            return eigen_gradient(w, *rest, grad), None, None
+        pull_back = inverse_gradient if ctx.of_basis else gradient
+        return pull_back(w, rest[0], grad), None, None
 
     @staticmethod
     def vmap(

@@ -62,8 +62,14 @@ class OrthoWeight(nn.Module):
     def compute(self) -> Tensor:
         """Return the constrained matrix in the dtype of the computation, float32 at least."""
         stored = self.original
-        with torch.autocast(stored.device.type, enabled=False):
-            return self.orthogonalizer(self.normalizer(stored.to(compute_dtype(stored.dtype))))
+        kind = stored.device.type
+        if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(kind):
+            return self._constrain(stored)  # the context below costs as much as a small matrix
+        with torch.autocast(kind, enabled=False):
+            return self._constrain(stored)
+
+    def _constrain(self, stored: Tensor) -> Tensor:
+        return self.orthogonalizer(self.normalizer(stored.to(compute_dtype(stored.dtype))))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
