@@ -24,9 +24,12 @@ from orthonet.linalg._matrix import (
 
 __all__ = [
     "Factors",
+    "Measured",
     "bjorck_polar",
+    "finish",
     "gram_polar",
     "largest_norm",
+    "measure",
     "near_pass",
     "polar_from_svd",
     "recentred_polar",
@@ -87,17 +90,56 @@ def gram_polar(w: Tensor) -> Factors:
     return factors if scale is None else factors._replace(values=factors.values * scale[..., 0])
 
 
-def recentred_polar(w: Tensor) -> tuple[Tensor, Tensor | None, bool]:
-    """Polar factor U, the scale c = ||W||_F / sqrt(n), and whether W is c U to rounding already.
-
-    The scale is None where it cannot be squared in this precision (zero, huge, tiny).
-    """
+def recentred_polar(w: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Polar factor U, the scale c = ||W||_F / sqrt(n) (1 for zero), and whether W is c U already."""
     if 0 in w.shape:
-        return w.clone(), None, False
+        return w.clone(), w.new_ones(*w.shape[:-2], 1, 1), True
     found = _by_polynomials(w)
     centred = found.defect <= 16.0 * torch.finfo(w.dtype).eps * w.shape[-1] ** 0.5
     u = _by_eigenvectors(found.x).u if found.u is None else found.u
-    return u, found.mean.sqrt() if found.scale is None else None, centred
+    return u, found.mean.sqrt() if found.scale is None else found.scale, centred
+
+
+class Measured(NamedTuple):
+    """What decides about the passes of a nearly centred matrix, without a word to the host."""
+
+    e: Tensor
+    square: Tensor
+    mean: Tensor
+    bound: Tensor  # of ||E||_2, the largest of the batch; a scalar
+
+
+def measure(w: Tensor) -> Measured:
+    """The defect E of W, its square, and a bound of its norm. Nothing is read."""
+    e, mean = _defect(w)
+    square = symmetric_product(e, e)
+    norms = torch.linalg.vector_norm(torch.stack([e, square]), dim=(-2, -1))
+    norms = norms.reshape(2, -1).amax(-1)
+    return Measured(e, square, mean, torch.minimum(norms[0], norms[1].sqrt()))
+
+
+def finish(w: Tensor, measured: Measured, bound: float) -> tuple[Tensor, Tensor] | None:
+    """Polar factor and scale by passes that `bound` alone decides; nothing is read.
+
+    None where the bound is too large for that (or NaN). The error of each pass bounds the defect
+    that the next one meets, so the last one is within `series.tolerance` of orthogonal.
+    """
+    if not bound <= _NEAR:
+        return None
+    tolerance = series.tolerance(w.dtype)
+    e, square, mean, _ = measured
+    x, scale = w, mean.rsqrt()
+    while True:
+        degree = next((q for q in (1, 2, 4) if bound <= series.reach(q, tolerance)), 0)
+        reach = series.reach(degree, tolerance) if degree else _rounded_up(bound)
+        c, error = series.near(degree or 4, reach)
+        p, _ = near_pass(e, square, degree or 4, c)
+        x = x @ p.mul_(scale)
+        if degree:
+            return x, mean.sqrt()
+        e, scale = _defect(x)
+        square, scale = symmetric_product(e, e), scale.rsqrt()
+        bound = 1.1 * error * (2.0 + error) + 16.0 * torch.finfo(w.dtype).eps * w.shape[-1] ** 0.5
 
 
 def _defect(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,11 +24,15 @@ from orthonet.linalg._polar_gradient import (
 )
 from orthonet.linalg._polar_steps import (
     Factors,
+    Measured,
     bjorck_polar,
+    finish,
     gram_polar,
     polar_from_svd,
     recentred_polar,
 )
+
+Decision = tuple[Measured, float]
 
 __all__ = ["bjorck", "polar", "polar_svd", "recentring_polar_"]
 
@@ -140,17 +144,21 @@ def polar(w: Tensor, *, beta: float | None = None, niters: int | None = None) ->
     return _Polar.apply(w, None, None)[0]  # type: ignore[index]
 
 
-@on_tall
-def recentring_polar_(w: Tensor) -> Tensor:
+def recentring_polar_(w: Tensor, decision: Decision | None = None) -> Tensor:
     r"""Polar factor U of `w`, and `w` itself overwritten by \(c\,U\), \(c = \|w\|_F / \sqrt n\).
 
     The point on the manifold and the norm of `w` stay; \(H = c I\) afterwards, so the gradient at
     the new `w` is \((G - U\,\mathrm{sym}(U^\top G)) / c\) exactly, and the next call starts near
     its end if `w` has moved little since. Nothing is written where `w` is centred to rounding
-    already, or is zero. Eager mode only.
+    already, or is zero.
+
+    Args:
+        w: A leaf of float32 or float64.
+        decision: What `measure` of `w` (transposed, if wide) gave, and its bound as the number
+            that the host has read: nothing else is read then, unless the bound is large.
 
     Shape:
-        `w`: (*batch, m, n), a leaf of float32 or float64. Output: the same.
+        `w`: (*batch, m, n). Output: the same.
 
     Guarantee:
         As for [`polar`][orthonet.linalg.polar].
@@ -158,7 +166,42 @@ def recentring_polar_(w: Tensor) -> Tensor:
     Raises:
         ValueError: `w` has a NaN or infinite entry.
     """
-    return _RecentringPolar.apply(w)  # type: ignore[return-value]
+    u, scale = recentre_(w, decision)
+    return AtCentre.apply(w, u, scale)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def recentre_(w: Tensor, decision: Decision | None = None) -> tuple[Tensor, Tensor]:
+    """Overwrite `w` by c U; return U and c, (*batch, 1, 1)."""
+    x = w.detach()
+    x = x if x.shape[-2] >= x.shape[-1] else x.mT
+    if torch.compiler.is_compiling():
+        u, scale = _recentre_op(x)
+    else:
+        u, scale = _recentre(x, decision)
+    return (u if x.shape == w.shape and w.shape[-2] >= w.shape[-1] else u.mT), scale
+
+
+def _recentre(x: Tensor, decision: Decision | None) -> tuple[Tensor, Tensor]:
+    found = None if decision is None else finish(x, *decision)
+    u, scale, centred = recentred_polar(x) if found is None else (*found, False)
+    if not centred:
+        # a zero matrix stays: its scale is 1 for the gradient only
+        written = scale if found is not None else scale * (x != 0).any(-1).any(-1)[..., None, None]
+        torch.mul(u, written, out=x)
+    return u, scale
+
+
+@torch.library.custom_op("orthonet::recentre_", mutates_args=("x",))
+def _recentre_op(x: Tensor) -> tuple[Tensor, Tensor]:
+    u, scale = _recentre(x, None)
+    return u.contiguous(), scale.clone()
+
+
+@_recentre_op.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-2], 1, 1)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(shape)
 
 
 # The data-dependent choices are an opaque operator to the compiler, so that
@@ -221,20 +264,23 @@ class _Polar(torch.autograd.Function):
         return _Polar.apply(w.movedim(in_dims[0], 0), beta, niters), (0, 0, 0)  # type: ignore[return-value]
 
 
-class _RecentringPolar(torch.autograd.Function):
-    """The polar factor of a leaf that becomes a multiple of it on the way."""
+class AtCentre(torch.autograd.Function):
+    r"""U as a function of W = c U, where its gradient is \((G - U\,\mathrm{sym}(U^\top G)) / c\)."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor) -> Tensor:
-        u, scale, centred = recentred_polar(w)
-        if scale is not None and not centred:
-            torch.mul(u, scale, out=w)
-        ctx.save_for_backward(w, u, *(() if scale is None else (scale,)))
-        return u
+    def forward(ctx: Any, w: Tensor, u: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(w, u, scale)
+        return u.view_as(u)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        w, u, *scale = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return differentiable_gradient(w, _Polar.apply(w, None, None)[0], grad)  # type: ignore[index]
-        return centred_gradient(u, scale[0], grad) if scale else gradient(w, u, grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        w, u, scale = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            u = polar(w)
+            again = differentiable_gradient
+            if w.shape[-2] >= w.shape[-1]:
+                return again(w, u, grad), None, None
+            return again(w.mT, u.mT, grad.mT).mT, None, None
+        if w.shape[-2] >= w.shape[-1]:
+            return centred_gradient(u, scale, grad), None, None
+        return centred_gradient(u.mT, scale, grad.mT).mT, None, None

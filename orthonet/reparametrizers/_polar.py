@@ -10,10 +10,20 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.linalg import cholesky_qr, polar, qr
 from orthonet.linalg._matrix import compute_dtype, in_transform
-from orthonet.linalg.polar import recentring_polar_
+from orthonet.linalg.polar import Decision, recentring_polar_
 from orthonet.reparametrizers._orthogonalizers import Orthogonalizer
+from orthonet.reparametrizers._rounds import Rounds
 
 __all__ = ["BatchedAutoOrthogonalization", "BatchedPolarOrthogonalization"]
+
+
+_ROUNDS = Rounds()
+_ROUNDS_ON_CPU = False  # for tests: take the accelerator's form everywhere
+
+
+def _exporting() -> bool:
+    """Whether `torch.export` is at work, whose programs do not write parameters."""
+    return getattr(torch.compiler, "is_exporting", bool)()
 
 
 class BatchedPolarOrthogonalization(Orthogonalizer):
@@ -72,12 +82,20 @@ class BatchedPolarOrthogonalization(Orthogonalizer):
         self.warm = warm
 
     def _orthogonalize(self, w: Tensor) -> Tensor:
-        return recentring_polar_(w) if self.warm and self._may_write(w) else polar(w)
+        if not (self.warm and self._may_write(w)):
+            return polar(w)
+        return recentring_polar_(w, self._decision(w))
+
+    def _decision(self, w: Tensor) -> Decision | None:
+        """On an accelerator, what has been measured and read for all such modules at once."""
+        if torch.compiler.is_compiling() or not (_ROUNDS_ON_CPU or not w.is_cpu):
+            return None
+        return _ROUNDS.decide(self, w)
 
     def _may_write(self, w: Tensor) -> bool:
         return (
             self.training
-            and not torch.compiler.is_compiling()
+            and not _exporting()
             and type(w) is nn.Parameter
             and w.requires_grad
             and w.dtype == compute_dtype(w.dtype)
