@@ -222,6 +222,12 @@ class _PolarAdjoint(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(inputs[0], *output)
+        ctx.save_for_forward(inputs[0], *output)
+
+    @staticmethod
+    def jvp(ctx: Any, dh: Tensor, dc: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        h, k, z = ctx.saved_tensors
+        return _PolarAdjoint.apply(h, dc - dh @ k - k @ dh, dy - z @ dh)  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, grad_k: Tensor, grad_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]

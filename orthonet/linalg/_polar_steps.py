@@ -26,6 +26,7 @@ __all__ = [
     "Factors",
     "Measured",
     "bjorck_polar",
+    "centred_below",
     "finish",
     "gram_polar",
     "largest_norm",
@@ -95,9 +96,14 @@ def recentred_polar(w: Tensor) -> tuple[Tensor, Tensor, bool]:
     if 0 in w.shape:
         return w.clone(), w.new_ones(*w.shape[:-2], 1, 1), True
     found = _by_polynomials(w)
-    centred = found.defect <= 16.0 * torch.finfo(w.dtype).eps * w.shape[-1] ** 0.5
+    centred = found.defect <= centred_below(w)
     u = _by_eigenvectors(found.x).u if found.u is None else found.u
     return u, found.mean.sqrt() if found.scale is None else found.scale, centred
+
+
+def centred_below(w: Tensor) -> float:
+    """The Frobenius norm of the defect that the last pass and rounding leave at most."""
+    return 24.0 * torch.finfo(w.dtype).eps * w.shape[-1] ** 0.5
 
 
 class Measured(NamedTuple):

@@ -26,6 +26,7 @@ from orthonet.linalg._polar_steps import (
     Factors,
     Measured,
     bjorck_polar,
+    centred_below,
     finish,
     gram_polar,
     polar_from_svd,
@@ -34,7 +35,7 @@ from orthonet.linalg._polar_steps import (
 
 Decision = tuple[Measured, float]
 
-__all__ = ["bjorck", "polar", "polar_svd", "recentring_polar_"]
+__all__ = ["bjorck", "polar", "polar_svd"]
 
 
 @on_tall
@@ -144,21 +145,22 @@ def polar(w: Tensor, *, beta: float | None = None, niters: int | None = None) ->
     return _Polar.apply(w, None, None)[0]  # type: ignore[index]
 
 
-def recentring_polar_(w: Tensor, decision: Decision | None = None) -> Tensor:
+@torch.no_grad()
+def recentre_(w: Tensor, decision: Decision | None = None) -> tuple[Tensor, Tensor]:
     r"""Polar factor U of `w`, and `w` itself overwritten by \(c\,U\), \(c = \|w\|_F / \sqrt n\).
 
     The point on the manifold and the norm of `w` stay; \(H = c I\) afterwards, so the gradient at
-    the new `w` is \((G - U\,\mathrm{sym}(U^\top G)) / c\) exactly, and the next call starts near
-    its end if `w` has moved little since. Nothing is written where `w` is centred to rounding
-    already, or is zero.
+    the new `w` is \((G - U\,\mathrm{sym}(U^\top G)) / c\) exactly (`AtCentre`), and the next call
+    starts near its end if `w` has moved little since. Nothing is written where `w` is centred to
+    rounding already, or is zero.
 
     Args:
-        w: A leaf of float32 or float64.
+        w: A leaf of float32 or float64, (*batch, m, n).
         decision: What `measure` of `w` (transposed, if wide) gave, and its bound as the number
             that the host has read: nothing else is read then, unless the bound is large.
 
     Shape:
-        `w`: (*batch, m, n). Output: the same.
+        Output: U like `w`, and c, (*batch, 1, 1); 1 for zero.
 
     Guarantee:
         As for [`polar`][orthonet.linalg.polar].
@@ -166,13 +168,6 @@ def recentring_polar_(w: Tensor, decision: Decision | None = None) -> Tensor:
     Raises:
         ValueError: `w` has a NaN or infinite entry.
     """
-    u, scale = recentre_(w, decision)
-    return AtCentre.apply(w, u, scale)  # type: ignore[return-value]
-
-
-@torch.no_grad()
-def recentre_(w: Tensor, decision: Decision | None = None) -> tuple[Tensor, Tensor]:
-    """Overwrite `w` by c U; return U and c, (*batch, 1, 1)."""
     x = w.detach()
     x = x if x.shape[-2] >= x.shape[-1] else x.mT
     if torch.compiler.is_compiling():
@@ -184,7 +179,11 @@ def recentre_(w: Tensor, decision: Decision | None = None) -> tuple[Tensor, Tens
 
 def _recentre(x: Tensor, decision: Decision | None) -> tuple[Tensor, Tensor]:
     found = None if decision is None else finish(x, *decision)
-    u, scale, centred = recentred_polar(x) if found is None else (*found, False)
+    if decision is not None and found is not None:
+        u, scale = found
+        centred = decision[1] <= centred_below(x)
+    else:
+        u, scale, centred = recentred_polar(x)
     if not centred:
         # a zero matrix stays: its scale is 1 for the gradient only
         written = scale if found is not None else scale * (x != 0).any(-1).any(-1)[..., None, None]
@@ -243,6 +242,7 @@ class _Polar(torch.autograd.Function):
         ctx.of_values, ctx.of_basis = values.numel() > 0, basis.numel() > 0
         kept = [basis, values][: ctx.of_basis + ctx.of_values]
         ctx.save_for_backward(inputs[0], *(kept or [u]))
+        ctx.save_for_forward(inputs[0], u)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -256,6 +256,13 @@ class _Polar(torch.autograd.Function):
             return eigen_gradient(w, *rest, grad), None, None
         pull_back = inverse_gradient if ctx.of_basis else gradient
         return pull_back(w, rest[0], grad), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        w, u = ctx.saved_tensors
+        # The differential is its own adjoint: U K + (I - U U^T) dW H^-1, H K + K H skew.
+        du = differentiable_gradient(w, u, tangent)
+        return du, None, None
 
     @staticmethod
     def vmap(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.linalg import cholesky_qr, polar, qr
 from orthonet.linalg._matrix import compute_dtype, in_transform
-from orthonet.linalg.polar import Decision, recentring_polar_
+from orthonet.linalg.polar import AtCentre, Decision, recentre_
 from orthonet.reparametrizers._orthogonalizers import Orthogonalizer
 from orthonet.reparametrizers._rounds import Rounds
 
@@ -82,9 +82,16 @@ class BatchedPolarOrthogonalization(Orthogonalizer):
         self.warm = warm
 
     def _orthogonalize(self, w: Tensor) -> Tensor:
+        centred = self.recentre_(w)
+        return polar(w) if centred is None else AtCentre.apply(w, *centred)  # type: ignore[return-value]
+
+    def recentre_(self, w: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Overwrite `w` by c U and return U and c, (*batch, 1, 1); None where it must not be."""
         if not (self.warm and self._may_write(w)):
-            return polar(w)
-        return recentring_polar_(w, self._decision(w))
+            return None
+        if self._fresh:
+            self._fresh = False
+        return recentre_(w, self._decision(w))
 
     def _decision(self, w: Tensor) -> Decision | None:
         """On an accelerator, what has been measured and read for all such modules at once."""
@@ -142,6 +149,10 @@ class BatchedAutoOrthogonalization(BatchedPolarOrthogonalization):
         >>> BatchedAutoOrthogonalization((64, 32), warm=True).method("cpu")
         'polar'
     """
+
+    def recentre_(self, w: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As in the base class, where the choice is the polar factor."""
+        return super().recentre_(w) if self.method(w.device) == "polar" else None
 
     def method(self, device: torch.device | str) -> str:
         """The choice on `device`: 'polar', 'qr' or 'cholesky'."""

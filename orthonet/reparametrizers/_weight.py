@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.linalg import haar, polar_svd
 from orthonet.linalg._matrix import compute_dtype
+from orthonet.reparametrizers._normalizers import BatchedIdentity
 from orthonet.reparametrizers._orthogonalizers import require_semi_orthogonal
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
 
@@ -70,6 +71,13 @@ class OrthoWeight(nn.Module):
 
     def _constrain(self, stored: Tensor) -> Tensor:
         return self.orthogonalizer(self.normalizer(stored.to(compute_dtype(stored.dtype))))
+
+    def recentre_(self) -> tuple[Tensor, Tensor] | None:
+        """Re-centre `original` to c U and return U and c; None unless a forward pass would do so."""
+        method = getattr(self.orthogonalizer, "recentre_", None)
+        if method is None or type(self.normalizer) is not BatchedIdentity:
+            return None
+        return method(self.original)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
