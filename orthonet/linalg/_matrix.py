@@ -95,7 +95,7 @@ def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def minus_transpose(s: Tensor) -> Tensor:
-    """s - s^T for square s; the transpose is copied first where that is faster."""
+    """S - s^T for square s; the transpose is copied first where that is faster."""
     if s.ndim > 2 or s.shape[-1] <= 128 or not s.is_cpu:
         return s - s.mT
     transposed = s.T.contiguous()

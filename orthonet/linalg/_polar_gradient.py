@@ -79,7 +79,7 @@ def centred_gradient(u: Tensor, scale: Tensor, grad: Tensor) -> Tensor:
 def differentiable_gradient(w: Tensor, u: Tensor, grad: Tensor) -> Tensor:
     """From W and U, built of operations that autograd and `torch.func` see through."""
     h, c, normal = _parts(w, u, grad)
-    k, z = _PolarAdjoint.apply(h, c, normal)  # type: ignore[misc]
+    k, z = _adjoint(h, c, normal)
     return u @ k if _square(w) else z + u @ k
 
 
@@ -138,7 +138,10 @@ def _series(h: Tensor, c: Tensor) -> Tensor | None:
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     f = add_identity(h * (-0.5 / mean), 0.5)
     term = c * (0.5 / mean)
-    k, limit = term.clone(), 4.0 * torch.finfo(h.dtype).eps * torch.linalg.vector_norm(term, dim=(-2, -1))
+    k, limit = (
+        term.clone(),
+        4.0 * torch.finfo(h.dtype).eps * torch.linalg.vector_norm(term, dim=(-2, -1)),
+    )
     for _ in range(_ITERATIONS):
         term = minus_transpose(f @ term)
         k.add_(term)
@@ -165,7 +168,7 @@ def _quotient(a: Any, b: Any) -> Any:
 
 
 def _add(k: Tensor, d: Tensor, factor: Any) -> Tensor:
-    """k += factor * d."""
+    """K += factor * d."""
     return k.addcmul_(d, factor) if isinstance(factor, Tensor) else k.add_(d, alpha=factor)
 
 
@@ -225,15 +228,10 @@ class _PolarAdjoint(torch.autograd.Function):
         ctx.save_for_forward(inputs[0], *output)
 
     @staticmethod
-    def jvp(ctx: Any, dh: Tensor, dc: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        h, k, z = ctx.saved_tensors
-        return _PolarAdjoint.apply(h, dc - dh @ k - k @ dh, dy - z @ dh)  # type: ignore[return-value]
-
-    @staticmethod
     def backward(ctx: Any, grad_k: Tensor, grad_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         h, k, z = ctx.saved_tensors
         # H is symmetric, so both solution operators are their own adjoints.
-        grad_c, grad_y = _PolarAdjoint.apply(h, grad_k, grad_z)
+        grad_c, grad_y = _adjoint(h, grad_k, grad_z)
         grad_h = -(grad_c @ k.mT + k.mT @ grad_c) - z.mT @ grad_y
         return grad_h, grad_c, grad_y
 
@@ -245,4 +243,18 @@ class _PolarAdjoint(torch.autograd.Function):
             t.movedim(d, 0) if d is not None else t.expand(info.batch_size, *t.shape)
             for t, d in zip((h, c, y), in_dims, strict=True)
         ]
-        return _PolarAdjoint.apply(*tensors), (0, 0)  # type: ignore[return-value]
+        return _adjoint(*tensors), (0, 0)
+
+
+class _PolarAdjointForward(_PolarAdjoint):
+    """With forward mode, which Dynamo does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, dh: Tensor, dc: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        h, k, z = ctx.saved_tensors
+        return _adjoint(h, dc - dh @ k - k @ dh, dy - z @ dh)
+
+
+def _adjoint(h: Tensor, c: Tensor, y: Tensor) -> Any:
+    function = _PolarAdjoint if torch.compiler.is_compiling() else _PolarAdjointForward
+    return function.apply(h, c, y)

@@ -44,7 +44,9 @@ class Factors(NamedTuple):
     """The polar factor U of W = U H, and what the way there tells about H, if anything."""
 
     u: Tensor  # (*batch, m, n)
-    basis: Tensor  # H^-1 or, with `values`, the eigenvectors of H: (*batch, n, n), or (*batch, 0, 0)
+    basis: (
+        Tensor  # H^-1 or, with `values`, the eigenvectors of H: (*batch, n, n), or (*batch, 0, 0)
+    )
     values: Tensor  # eigenvalues of H, (*batch, n), or (*batch, 0)
 
     @staticmethod
@@ -92,7 +94,7 @@ def gram_polar(w: Tensor) -> Factors:
 
 
 def recentred_polar(w: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Polar factor U, the scale c = ||W||_F / sqrt(n) (1 for zero), and whether W is c U already."""
+    """U, the scale c = ||W||_F / sqrt(n) (1 for zero), and whether W is c U to rounding already."""
     if 0 in w.shape:
         return w.clone(), w.new_ones(*w.shape[:-2], 1, 1), True
     found = _by_polynomials(w)
@@ -156,7 +158,7 @@ def _defect(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _start(w: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """x = W, or W / scale where W cannot be squared in this precision; the scale; its defect."""
+    """X = W, or W / scale where W cannot be squared in this precision; the scale; its defect."""
     e, mean = _defect(w)
     low, high = torch.aminmax(mean) if w.ndim > 2 else (mean, mean)
     limits = torch.finfo(w.dtype)
@@ -182,7 +184,9 @@ def near_pass(
 
 def _guess(e: Tensor, square: Tensor) -> float:
     """The largest |e|, about, for eigenvalues that are spread: 1.65 times ||E^2||_F / ||E||_F."""
-    ratio = torch.linalg.vector_norm(square, dim=(-2, -1)) / torch.linalg.vector_norm(e, dim=(-2, -1))
+    ratio = torch.linalg.vector_norm(square, dim=(-2, -1)) / torch.linalg.vector_norm(
+        e, dim=(-2, -1)
+    )
     return 1.65 * float(ratio if e.ndim == 2 else ratio.nan_to_num().amax())
 
 

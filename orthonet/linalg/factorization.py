@@ -47,7 +47,7 @@ def qr(w: Tensor) -> Tensor:
         Walter & Lehmann, *Algorithmic differentiation of linear algebra functions*, 2010, for the
         gradient.
     """
-    return _OrthogonalFactor.apply(w, _HOUSEHOLDER)  # type: ignore[return-value]
+    return _apply(w, _HOUSEHOLDER)
 
 
 @on_tall
@@ -78,7 +78,7 @@ def cholesky_qr(w: Tensor, *, shifted: bool = False) -> Tensor:
         Fukaya, Kannan, Nakatsukasa, Yamamoto & Yanagisawa, *Shifted Cholesky QR for computing the
         QR factorization of ill-conditioned matrices*, SIAM J. Sci. Comput. 42 (2020).
     """
-    return _OrthogonalFactor.apply(w, _SHIFTED if shifted else _CHOLESKY)  # type: ignore[return-value]
+    return _apply(w, _SHIFTED if shifted else _CHOLESKY)
 
 
 def _householder(x: Tensor) -> Tensor:
@@ -171,14 +171,6 @@ class _OrthogonalFactor(torch.autograd.Function):
         ctx.save_for_forward(inputs[0], output)
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        w, q = ctx.saved_tensors
-        moved = _divide(tangent, _bounded_diagonal((q.mT @ w).triu()))
-        inner = q.mT @ moved
-        lower = inner.tril(-1)
-        return moved - q @ (inner - lower + lower.mT)
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         w, q = ctx.saved_tensors
         r = (q.mT @ w).triu()
@@ -190,4 +182,21 @@ class _OrthogonalFactor(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, w: Tensor, method: int) -> tuple[Tensor, int]:
-        return _OrthogonalFactor.apply(w.movedim(in_dims[0], 0), method), 0  # type: ignore[return-value]
+        return _apply(w.movedim(in_dims[0], 0), method), 0
+
+
+class _OrthogonalFactorForward(_OrthogonalFactor):
+    """With forward mode, which Dynamo does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        w, q = ctx.saved_tensors
+        moved = _divide(tangent, _bounded_diagonal((q.mT @ w).triu()))
+        inner = q.mT @ moved
+        lower = inner.tril(-1)
+        return moved - q @ (inner - lower + lower.mT)
+
+
+def _apply(w: Tensor, method: int) -> Any:
+    function = _OrthogonalFactor if torch.compiler.is_compiling() else _OrthogonalFactorForward
+    return function.apply(w, method)

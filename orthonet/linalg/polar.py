@@ -141,8 +141,8 @@ def polar(w: Tensor, *, beta: float | None = None, niters: int | None = None) ->
             beta=beta,
         )
         _checks.non_negative_int("polar", niters=niters)
-        return _Polar.apply(w, float(beta), int(niters))[0]  # type: ignore[index]
-    return _Polar.apply(w, None, None)[0]  # type: ignore[index]
+        return _apply(w, float(beta), int(niters))[0]
+    return _apply(w, None, None)[0]
 
 
 @torch.no_grad()
@@ -225,6 +225,11 @@ def _polar_forward(w: Tensor, beta: float | None, niters: int | None) -> Factors
     return Factors.bare(bjorck_polar(w, beta, niters))
 
 
+def _apply(w: Tensor, beta: float | None, niters: int | None) -> Any:
+    function = _Polar if torch.compiler.is_compiling() else _PolarForward
+    return function.apply(w, beta, niters)
+
+
 class _Polar(torch.autograd.Function):
     """The polar factor of tall matrices, with its implicit gradient; see `Factors`."""
 
@@ -250,12 +255,22 @@ class _Polar(torch.autograd.Function):
         if grad is None:
             return None, None, None
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or in_transform(grad):
-            u = _Polar.apply(w, None, None)[0] if ctx.of_basis else rest[0]  # type: ignore[index]
+            u = _apply(w, None, None)[0] if ctx.of_basis else rest[0]
             return differentiable_gradient(w, u, grad), None, None
         if ctx.of_values:
             return eigen_gradient(w, *rest, grad), None, None
         pull_back = inverse_gradient if ctx.of_basis else gradient
         return pull_back(w, rest[0], grad), None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, w: Tensor, beta: float | None, niters: int | None
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _apply(w.movedim(in_dims[0], 0), beta, niters), (0, 0, 0)
+
+
+class _PolarForward(_Polar):
+    """With forward mode, which Dynamo does not trace."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -264,15 +279,9 @@ class _Polar(torch.autograd.Function):
         du = differentiable_gradient(w, u, tangent)
         return du, None, None
 
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, w: Tensor, beta: float | None, niters: int | None
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _Polar.apply(w.movedim(in_dims[0], 0), beta, niters), (0, 0, 0)  # type: ignore[return-value]
-
 
 class AtCentre(torch.autograd.Function):
-    r"""U as a function of W = c U, where its gradient is \((G - U\,\mathrm{sym}(U^\top G)) / c\)."""
+    r"""U as a function of W = c U; its gradient is \((G - U\,\mathrm{sym}(U^\top G)) / c\)."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, u: Tensor, scale: Tensor) -> Tensor:

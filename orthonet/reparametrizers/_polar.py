@@ -45,12 +45,21 @@ class BatchedPolarOrthogonalization(Orthogonalizer):
 
     Written is only an `nn.Parameter` itself (hence no normalizer before this module), in float32
     or float64, requiring gradient with gradients enabled; never in eval mode, under autocast,
-    `torch.compile`, `torch.func` transforms, or for plain tensors and subclasses
-    (`functional_call`, DTensor): there `warm` changes nothing. It is off by default because a
-    parameter that changes in forward is not what everybody expects: leave it off with FSDP (which
-    hands a temporary copy to the forward), with LBFGS and SAM (which restore the parameter after
-    forwards of their own), with parameters that an earlier penalty has saved for backward (autograd
-    reports it), or when passing an `nn.Parameter` of another model to `functional_call`.
+    `torch.export`, `torch.func` transforms, or for plain tensors and subclasses
+    (`functional_call`, DTensor): there `warm` changes nothing. `torch.compile` re-centres too,
+    without a graph break. On an accelerator the number of passes of all such modules is read in one
+    go, by the first of them that runs after an optimizer step; the others wait for nothing, unless
+    a weight has jumped. Square [`OrthoLinear`][orthonet.layers.OrthoLinear] layers take their
+    gradient from that of their input then.
+
+    It is off by default because a parameter that changes in forward is not what everybody expects:
+    leave it off with FSDP2, which hands a temporary parameter to the forward, so that what is
+    written is lost; with an optimizer that computes with a parameter of before the forward (LBFGS
+    builds its curvature pairs so; SAM must restore a copy, not subtract its step); with parameters
+    that an earlier penalty has saved for backward (autograd reports it); or when passing an
+    `nn.Parameter` of another model to `functional_call`. No other start is kept for these cases: a
+    factor of an earlier parameter does not commute with the present Gram matrix, so an iteration
+    from it ends at another orthogonal matrix than the polar factor.
 
     Args:
         weight_shape: Shape (*batch, m, n) of the weights.

@@ -73,7 +73,7 @@ class OrthoWeight(nn.Module):
         return self.orthogonalizer(self.normalizer(stored.to(compute_dtype(stored.dtype))))
 
     def recentre_(self) -> tuple[Tensor, Tensor] | None:
-        """Re-centre `original` to c U and return U and c; None unless a forward pass would do so."""
+        """Re-centre `original` to c U and return U, c; None unless a forward pass would do so."""
         method = getattr(self.orthogonalizer, "recentre_", None)
         if method is None or type(self.normalizer) is not BatchedIdentity:
             return None
