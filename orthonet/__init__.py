@@ -1,8 +1,8 @@
 """Orthogonal and 1-Lipschitz layers for PyTorch, with constants that are proved.
 
 The names below are the ones most programs need; the rest lives in the sub-packages `layers`,
-`functional`, `reparametrizers`, `linalg`, `losses`, `certify`, `convert`, `models`, `recipes` and
-`testing`.
+`constraints`, `manifolds`, `functional`, `reparametrizers`, `linalg`, `losses`, `certify`,
+`convert`, `models`, `recipes` and `testing`.
 """
 
 from importlib.metadata import version
@@ -19,7 +19,25 @@ from orthonet import (
     reparametrizers,
 )
 from orthonet.certify import LipschitzCertificate
-from orthonet.constraints import orthogonal, rebase_every, skew, sphere, symmetric, update_base
+from orthonet.constraints import (
+    almost_orthogonal,
+    fixed_rank,
+    grassmannian,
+    invertible,
+    low_rank,
+    oblique,
+    orthogonal,
+    positive_definite,
+    positive_semidefinite,
+    positive_semidefinite_fixed_rank,
+    positive_semidefinite_low_rank,
+    rebase_every,
+    skew,
+    sln,
+    sphere,
+    symmetric,
+    update_base,
+)
 from orthonet.convert import to_plain
 from orthonet.errors import (
     NotOnManifoldError,
@@ -82,18 +100,29 @@ __all__ = [
     "ProjectionWarning",
     "UncertifiableError",
     "UnitNormLinear",
+    "almost_orthogonal",
     "certify",
     "constraints",
     "convert",
+    "fixed_rank",
     "functional",
+    "grassmannian",
+    "invertible",
     "layers",
     "linalg",
     "losses",
+    "low_rank",
     "manifolds",
+    "oblique",
     "orthogonal",
+    "positive_definite",
+    "positive_semidefinite",
+    "positive_semidefinite_fixed_rank",
+    "positive_semidefinite_low_rank",
     "rebase_every",
     "reparametrizers",
     "skew",
+    "sln",
     "sphere",
     "symmetric",
     "to_plain",
