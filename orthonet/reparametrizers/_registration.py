@@ -17,11 +17,12 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from orthonet import _checks
+from orthonet.reparametrizers._cache import Cached
 
 __all__ = ["CachedParametrizationList", "register", "remove"]
 
 
-class CachedParametrizationList(ParametrizationList):
+class CachedParametrizationList(Cached, ParametrizationList):
     """The parametrizations of one tensor, which is computed once per optimizer step.
 
     What torch calls `module.parametrizations[tensor_name]`, with the same parameters and keys.
@@ -31,11 +32,7 @@ class CachedParametrizationList(ParametrizationList):
         """Compute the tensor from the originals, in full precision also under autocast."""
         first = self.original if self.is_tensor else self.original0
         with torch.autocast(first.device.type, enabled=False):
-            return super().forward()
-
-    def forward(self) -> Tensor:
-        """Return the constrained tensor."""
-        return self.evaluate()
+            return ParametrizationList.forward(self)
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> None:
