@@ -39,12 +39,14 @@ from orthonet.constraints._rank import (
     sln,
     spectral_ball,
 )
-from orthonet.constraints._registration import assign, constrain, register, remove
+from orthonet.constraints._registration import assign, cached, constrain
+from orthonet.reparametrizers import remove
 
 __all__ = [
     "almost_orthogonal",
     "assign",
     "bounded",
+    "cached",
     "constrain",
     "correlation",
     "doubly_stochastic",
@@ -63,7 +65,6 @@ __all__ = [
     "positive_semidefinite_low_rank",
     "product",
     "rebase_every",
-    "register",
     "remove",
     "simplex",
     "skew",

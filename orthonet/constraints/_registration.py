@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from orthonet import _checks
+from orthonet import _checks, reparametrizers
 from orthonet.constraints._list import ConstrainedList
 from orthonet.manifolds import Manifold, Parametrization
 from orthonet.manifolds._maps import ProjectedParametrization
 
-__all__ = ["Init", "M", "assign", "constrain", "parametrizations_of", "register", "remove"]
+__all__ = ["Init", "M", "assign", "constrain", "cached", "parametrizations_of", "register"]
 
 M = TypeVar("M", bound=nn.Module)
 Init = Literal["keep", "project", "sample"] | str | Tensor | None
@@ -79,34 +80,22 @@ def constrain(
 
 
 def register(module: M, tensor_name: str, parametrization: nn.Module) -> M:
-    """Register any parametrization, with the assignment of this library.
-
-    The difference to `torch.nn.utils.parametrize.register_parametrization` is that assigning
-    to the tensor writes in place, and changes nothing where it raises.
-
-    Args:
-        module: Any module.
-        tensor_name: Name of a parameter or buffer of it.
-        parametrization: A module with `forward` and, to allow assignment, `right_inverse`.
-    """
-    parametrize.register_parametrization(module, tensor_name, parametrization)
-    module.parametrizations[tensor_name].__class__ = ConstrainedList  # type: ignore[index]
+    """Register a parametrization by `orthonet.reparametrizers.register`, with our list."""
+    reparametrizers.register(module, tensor_name, parametrization)
+    entry = module.parametrizations[tensor_name]  # type: ignore[index]
+    if not isinstance(entry, ConstrainedList):
+        entry.__class__ = ConstrainedList
+        entry.remember()  # type: ignore[operator]
     return module
 
 
-def remove(module: M, tensor_name: str) -> M:
-    """Take all constraints off a tensor, which keeps its value and becomes a plain parameter.
+def cached() -> AbstractContextManager[None]:
+    """The context manager `torch.nn.utils.parametrize.cached`, for tensors that torch registered.
 
-    Args:
-        module: The module.
-        tensor_name: Name of the constrained tensor.
-
-    Raises:
-        ValueError: the tensor is not constrained.
+    Tensors constrained by this library need none: they are computed once per optimizer step, and
+    inside of the block too they follow every assignment, step and edit.
     """
-    _require_constrained(module, tensor_name)
-    parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=True)
-    return module
+    return parametrize.cached()
 
 
 def assign(module: nn.Module, tensor_name: str, value: Tensor, *, project: bool = False) -> None:

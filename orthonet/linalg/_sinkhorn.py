@@ -18,10 +18,9 @@ def sinkhorn(logits: Tensor, niters: int = 1000) -> Tensor:
     r"""The doubly stochastic matrix \(\operatorname{diag}(u)\,e^L \operatorname{diag}(v)\).
 
     Alternating normalization of rows and columns in the logarithm, ended when the sums are right to
-    rounding; at most `niters` rounds (100 where code is traced), after which rows are exact and columns as near
-    as it got. The
-    gradient is implicit: a solve with \(I - P P^\top\), independent of the number of rounds, of
-    first order only.
+    rounding; at most `niters` rounds (100 where code is traced), after which rows are
+    exact and columns as near as it got. The gradient is implicit: a solve with
+    \(I - P P^\top\), independent of the number of rounds, of first order only.
 
     Shape:
         `logits`: (*batch, n, n). Output: the same.

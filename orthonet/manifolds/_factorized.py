@@ -14,12 +14,22 @@ from orthonet.manifolds._scalar import log_derivative
 from orthonet.manifolds._stiefel import Stiefel
 from orthonet.manifolds._trivialization import FrameTrivialization, Triv
 
-__all__ = ["EigenParametrization", "SingularParametrization", "high"]
+__all__ = ["EigenParametrization", "SingularParametrization", "high", "raised"]
 
 
 def high(x: Tensor) -> Tensor:
     """In float64 (where the device has it), for what happens at assignment only."""
     return x if x.device.type == "mps" else x.to(torch.promote_types(x.dtype, torch.float64))
+
+
+def raised(values: Tensor, eps: float) -> Tensor:
+    """Nonnegative `values`, those at rounding level or below raised to a thousandth of the largest.
+
+    An open set has no nearest point for what lies outside of it; this one is clearly inside.
+    """
+    largest = values.amax(-1, keepdim=True) if values.shape[-1] else values
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return torch.where(values > 8.0 * eps * largest, values, 1e-3 * largest)
 
 
 class _Factorized(Parametrization):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from orthonet.manifolds._base import Manifold
-from orthonet.manifolds._factorized import SingularParametrization, high
+from orthonet.manifolds._factorized import SingularParametrization, high, raised
 from orthonet.manifolds._linear import square_problem
 from orthonet.manifolds._low_rank import fill
 from orthonet.manifolds._parametrization import Parametrization
@@ -36,14 +36,13 @@ class GLp(Manifold):
         yield reason, torch.where(sign > 0, 0.0, torch.inf)
 
     def project(self, x: Tensor) -> Tensor:
-        """The nearest matrix of the same singular values, zero ones raised to rounding level.
+        """A near matrix of the same singular values, zero ones raised to 0.001 of the largest.
 
         A matrix of negative determinant has no nearest point in this open set; here the singular
         direction of the smallest singular value is reversed.
         """
         u, sigma, vh = torch.linalg.svd(high(x))
-        largest = torch.where(sigma[..., :1] > 0, sigma[..., :1], 1.0)
-        sigma = torch.maximum(sigma, 8.0 * torch.finfo(x.dtype).eps * largest)
+        sigma = raised(sigma, torch.finfo(x.dtype).eps)
         signs = torch.ones_like(sigma)
         if x.shape[-1]:
             signs[..., -1] = (torch.linalg.det(u) * torch.linalg.det(vh)).sign()
@@ -88,11 +87,12 @@ class SL(GLp):
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield from super()._violations(x)
-        yield "the determinant must be 1 (its logarithm 0)", torch.linalg.slogdet(x)[1].abs()
-
-    def tolerance(self, x: Tensor) -> float:
-        """Rounding of the entries moves the logarithm of the determinant by up to n times it."""
-        return super().tolerance(x) * max(x.shape[-1], 1) ** 0.5
+        # Rounding of the entries moves the logarithm by up to this many units roundoff.
+        condition = torch.linalg.matrix_norm(torch.linalg.inv_ex(x)[0]) * torch.linalg.matrix_norm(
+            x
+        )
+        reason = "the determinant must be 1 (its logarithm 0, relative to the condition number)"
+        yield reason, torch.linalg.slogdet(x)[1].abs() / condition
 
     def project(self, x: Tensor) -> Tensor:
         """A matrix of positive determinant, see `GLp`, divided by the n-th root of that."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from orthonet import _checks
 from orthonet.linalg import polar
 from orthonet.manifolds._base import Manifold
-from orthonet.manifolds._factorized import SingularParametrization, high
+from orthonet.manifolds._factorized import SingularParametrization, high, raised
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds._scalar import Scalar, bounded_map, positive_map
 from orthonet.manifolds._stiefel import Stiefel
@@ -131,10 +131,9 @@ class FixedRank(LowRank):
         yield reason, torch.where(smallest > 0, 0.0, torch.inf)
 
     def project(self, x: Tensor) -> Tensor:
-        """The truncated decomposition; singular values at rounding level are raised to it."""
+        """The truncated decomposition, singular values near 0 raised to 0.001 of the largest."""
         u, sigma, vh = self._truncated(x)
-        largest = torch.where(sigma[..., :1] > 0, sigma[..., :1], 1.0)
-        sigma = torch.maximum(sigma, 8.0 * torch.finfo(x.dtype).eps * largest)
+        sigma = raised(sigma, torch.finfo(x.dtype).eps)
         return ((u * sigma[..., None, :]) @ vh).to(x.dtype)
 
     def parametrization(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.manifolds._base import Manifold
-from orthonet.manifolds._factorized import EigenParametrization, high
+from orthonet.manifolds._factorized import EigenParametrization, high, raised
 from orthonet.manifolds._linear import Symmetric, square_problem
 from orthonet.manifolds._low_rank import fill
 from orthonet.manifolds._parametrization import Parametrization
@@ -59,15 +59,14 @@ class _Semidefinite(Manifold):
     def project(self, x: Tensor) -> Tensor:
         """Eigenvalues of the symmetric part: negative ones set to 0, the largest r kept.
 
-        Where the rank must be full, eigenvalues at rounding level are raised to that.
+        Where they must not be 0, eigenvalues near it are raised to 0.001 of the largest.
         """
         values, q = torch.linalg.eigh(high(0.5 * (x + x.mT)))
         r = self._rank(x.shape)
         kept = slice(x.shape[-1] - r, None)
         values, q = values[..., kept].clamp_min(0.0), q[..., kept]
         if self._strict() and r:
-            largest = torch.where(values[..., -1:] > 0, values[..., -1:], 1.0)
-            values = torch.maximum(values, 8.0 * torch.finfo(x.dtype).eps * largest)
+            values = raised(values, torch.finfo(x.dtype).eps)
         result = (q * values[..., None, :]) @ q.mT
         return (0.5 * (result + result.mT)).to(x.dtype)
 

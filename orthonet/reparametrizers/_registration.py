@@ -31,7 +31,9 @@ class CachedParametrizationList(Cached, ParametrizationList):
     def evaluate(self) -> Tensor:
         """Compute the tensor from the originals, in full precision also under autocast."""
         first = self.original if self.is_tensor else self.original0
-        with torch.autocast(first.device.type, enabled=False):
+        kind = first.device.type
+        kind = kind if torch.amp.is_autocast_available(kind) else "cpu"  # meta has no autocast
+        with torch.autocast(kind, enabled=False):
             return ParametrizationList.forward(self)
 
     @torch.no_grad()
