@@ -39,12 +39,12 @@ class _Memory:
 
 
 class ConstrainedList(CachedParametrizationList):
-    """As the list of `orthonet.reparametrizers.register`, and beyond it
+    """As the list of `orthonet.reparametrizers.register`, with a stricter assignment.
 
-    - an assignment changes all or nothing, bases included;
-    - assigning the very tensor that was read before the last assignment undoes that assignment, bit
-      for bit: `torch.func.functional_call(module, {"weight": X})` does so when it leaves;
-    - an edit of the tensor in place, which cannot reach the coordinates, is warned about.
+    - An assignment changes all or nothing, bases included.
+    - Assigning the very tensor that was read before the last assignment undoes that assignment, bit
+      for bit: `torch.func.functional_call(module, {"weight": X})` does so when it leaves.
+    - An edit of the tensor in place, which cannot reach the coordinates, is warned about.
     """
 
     _memory: _Memory

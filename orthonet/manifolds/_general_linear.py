@@ -118,7 +118,7 @@ class SL(GLp):
     ) -> Parametrization:
         r"""\(U \operatorname{diag}(\sigma) V^\top\), \(\sigma\) divided by its geometric mean.
 
-        Before that, the first singular value is f(0) and the others are f(s): any ratios, each
+        Before that, the first singular value is f(1) and the others are f(s): any ratios, each
         in one way, with n² - 1 coordinates.
 
         Args:
@@ -136,7 +136,7 @@ class _UnitProduct:
     f: Callable[[Tensor], Tensor]
 
     def __call__(self, s: Tensor) -> Tensor:
-        logarithm = self.f(torch.cat([torch.zeros_like(s[..., :1]), s[..., 1:]], -1)).log()
+        logarithm = self.f(torch.cat([torch.ones_like(s[..., :1]), s[..., 1:]], -1)).log()
         return (logarithm - logarithm.mean(-1, keepdim=True)).exp()
 
 
@@ -145,7 +145,7 @@ class _UnitProductInverse:
     f: object
 
     def __call__(self, sigma: Tensor) -> Tensor:
-        first = self.f(sigma.new_zeros(()))  # type: ignore[operator]
+        first = self.f(sigma.new_ones(()))  # type: ignore[operator]
         s = self.f.inverse(sigma / sigma[..., :1] * first)  # type: ignore[attr-defined]
         return torch.cat([torch.zeros_like(s[..., :1]), s[..., 1:]], -1)
 

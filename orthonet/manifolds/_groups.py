@@ -163,8 +163,8 @@ class SymplecticTrivialization(Trivialization):
     Args:
         space: `Symplectic`.
         shape: (*batch, 2m, 2m).
-        triv: "exponential", "cayley" (undefined where J S has the eigenvalue 2, so good near the base
-            only), or a map of Hamiltonian matrices to symplectic ones that takes 0 to I.
+        triv: "exponential", "cayley" (undefined where J S has the eigenvalue 2), or a map of
+            Hamiltonian matrices to symplectic ones that takes 0 to I.
     """
 
     def __init__(self, space: Symplectic, shape: Sequence[int], triv: Triv = "exponential") -> None:

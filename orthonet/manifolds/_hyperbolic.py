@@ -71,7 +71,7 @@ class Hyperbolic(Manifold):
         return self._lift(x[..., 1:])
 
     def _lift(self, c: Tensor) -> Tensor:
-        radius = torch.full_like(c[..., :1], self.radius)
+        radius = c.new_full((*c.shape[:-1], 1), self.radius)
         first = torch.linalg.vector_norm(torch.cat([radius, c], -1), dim=-1, keepdim=True)
         return torch.cat([first, c], -1)
 

@@ -3,6 +3,7 @@ r"""Scalar functions that singular values and eigenvalues go through, with their
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -60,12 +61,15 @@ def fold(s: Tensor) -> Tensor:
     return torch.where(t <= 2.0, t - 1.0, 3.0 - t)
 
 
-def _within(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def inverse(y: Tensor) -> Tensor:
-        inside = 1.0 - torch.finfo(y.dtype).eps
-        return function(y.clamp(-inside, inside))
+@dataclass(frozen=True)
+class _Within:
+    """A function of the open interval (-1, 1), kept off its ends."""
 
-    return inverse
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, y: Tensor) -> Tensor:
+        inside = 1.0 - torch.finfo(y.dtype).eps
+        return self.function(y.clamp(-inside, inside))
 
 
 def _half_tanh(s: Tensor) -> Tensor:
@@ -87,9 +91,9 @@ _POSITIVE = {
 }
 _BOUNDED = {
     "fold": (fold, _clamp),
-    "sin": (torch.sin, _within(torch.asin)),
-    "tanh": (torch.tanh, _within(torch.atanh)),
-    "scaled_sigmoid": (_half_tanh, _within(_half_tanh_inverse)),
+    "sin": (torch.sin, _Within(torch.asin)),
+    "tanh": (torch.tanh, _Within(torch.atanh)),
+    "scaled_sigmoid": (_half_tanh, _Within(_half_tanh_inverse)),
 }
 
 

@@ -120,11 +120,11 @@ class DoublyStochastic(Manifold):
         yield "all columns must sum to 1", (x.sum(-2) - 1.0).abs().amax(-1)
 
     def project(self, x: Tensor) -> Tensor:
-        """Rows and columns of max(x, 0.001 / n) scaled until they sum to 1 (Sinkhorn).
+        """Rows and columns scaled until they sum to 1 (Sinkhorn), entries <= 0 taken as 0.001 / n.
 
         This is the nearest point in relative entropy to that matrix, not in the Frobenius norm.
         """
-        return sinkhorn(x.clamp_min(1e-3 / x.shape[-1]).log())
+        return sinkhorn(torch.where(x > 0, x, 1e-3 / x.shape[-1]).log())
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
         """`v` less its row and column means: all sums zero."""
