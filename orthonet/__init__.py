@@ -7,6 +7,8 @@ The names below are the ones most programs need; the rest lives in the sub-packa
 
 from importlib.metadata import version
 
+from torch.nn.utils.parametrize import cached
+
 from orthonet import certify, convert, functional, layers, linalg, losses, reparametrizers
 from orthonet.certify import LipschitzCertificate
 from orthonet.convert import to_plain
@@ -40,6 +42,9 @@ from orthonet.reparametrizers import (
     QR_ORTHO_PARAMS,
     ClassParam,
     OrthoParams,
+    caching,
+    defer_pullback,
+    invalidate,
 )
 
 __version__ = version("orthonet")
@@ -71,9 +76,13 @@ __all__ = [
     "ProjectionWarning",
     "UncertifiableError",
     "UnitNormLinear",
+    "cached",
+    "caching",
     "certify",
     "convert",
+    "defer_pullback",
     "functional",
+    "invalidate",
     "layers",
     "linalg",
     "losses",

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
-from operator import is_
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,39 +116,59 @@ def slot_of(module: nn.Module) -> Slot:
     return vars(module).setdefault(_STATE, Slot())
 
 
+# What every module has: its hooks, which do not enter a value, and what is looked at below.
+_INTERNAL = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
+
+
 class _Record:
     """What a value of one module was computed from, and whether it is all the same still."""
 
     __slots__ = (
-        "alive",
         "attributes",
-        "contents",
-        "own",
-        "places",
+        "count",
+        "names",
+        "parts",
         "requires_grad",
         "size",
+        "sized",
         "stamps",
     )
 
     def __init__(self, module: nn.Module) -> None:
-        attributes = vars(module)
-        # By identity; what is compared is kept alive, so that no identity is used twice. The slot
-        # leads back here, so it is not held.
-        self.attributes = tuple(map(id, attributes.values()))
-        self.alive = [v for k, v in attributes.items() if k != _STATE]
-        self.places = [*_places(module)]
-        self.contents = [*chain.from_iterable(map(dict.values, self.places))]
-        self.size = len(self.contents)
-        self.own = [*_unique(v for v in self.alive + self.contents if isinstance(v, Tensor))]
-        self.stamps = [_stamp(t) for t in self.own]
-        self.requires_grad = any(t.requires_grad for t in self.own)
+        # Everything is compared by identity, and kept alive for that. Of the module itself only
+        # values are held, not its dictionary, which leads back here.
+        own = vars(module)
+        names = [name for name in own if name not in _INTERNAL and name != _STATE]
+        self.count, self.names = len(own), itemgetter(*names)
+        self.attributes = self.names(own)
+        held = list(self.attributes)
+        self.parts = []  # the same of the sub-modules
+        self.sized = []  # dictionaries that must not grow
+        for part in module.modules():
+            contents = [part._parameters, part._buffers, part._modules]
+            self.sized += contents
+            self.parts += [_values(d, tuple(d)) for d in contents if d]
+            held += [value for d in contents for value in d.values()]
+            if part is not module:
+                values = vars(part)
+                self.sized.append(values)
+                self.parts.append(_values(values, tuple(n for n in values if n not in _INTERNAL)))
+                held += self.parts[-1][2]
+        self.size = sum(map(len, self.sized))
+        self.stamps = [_stamp(t) for t in unique(v for v in held if isinstance(v, Tensor))]
+        self.requires_grad = any(t.requires_grad for t, *_ in self.stamps)
 
     def fits(self, module: nn.Module) -> bool:
-        if tuple(map(id, vars(module).values())) != self.attributes:
+        own = vars(module)
+        if len(own) != self.count or sum(map(len, self.sized)) != self.size:
             return False
-        if sum(map(len, self.places)) != self.size:
-            return False
-        if not all(map(is_, chain.from_iterable(map(dict.values, self.places)), self.contents)):
+        try:
+            if not all(map(is_, self.names(own), self.attributes)):
+                return False
+            for values, names, saved in self.parts:
+                if not all(map(is_, names(values), saved)):
+                    return False
+        except KeyError:  # one attribute has gone and another come
             return False
         for tensor, version, pointer, requires_grad, dtype, strides, probe, value in self.stamps:
             if (
@@ -162,6 +181,16 @@ class _Record:
             ):
                 return False
         return True
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the module and its sub-modules, each once."""
+        return [tensor for tensor, *_ in self.stamps]
+
+
+def _values(values: dict[str, Any], names: tuple[str, ...]) -> tuple[dict[str, Any], Any, Any]:
+    """A dictionary, a function of it that returns the values of `names`, and these now."""
+    get: Any = itemgetter(*names, names[0])  # the repetition has it return a tuple always
+    return values, get, get(values)
 
 
 class Kept:
@@ -203,16 +232,8 @@ class Kept:
         return self.graphed[index]
 
 
-def _places(module: nn.Module) -> Iterator[dict[str, Any]]:
-    for part in module.modules():
-        if part is not module:
-            yield vars(part)
-        yield part._parameters
-        yield part._buffers
-        yield part._modules
-
-
-def _unique(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
+def unique(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
+    """Each tensor once, in order."""
     return {id(t): t for t in tensors}.values()
 
 
@@ -308,7 +329,7 @@ def _compute(module: Cached) -> Tensor:
         if value is not None:
             return value
         slot.current = None  # free what is out of date first
-        tensors = [t for t, *_ in _Record(module).stamps]
+        tensors = _Record(module).tensors()
         if not keepable(module, tensors):
             return module.evaluate()
         _local.computing = True

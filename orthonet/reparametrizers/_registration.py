@@ -31,6 +31,8 @@ class CachedParametrizationList(Cached, ParametrizationList):
     def evaluate(self) -> Tensor:
         """Compute the tensor from the originals, in full precision also under autocast."""
         first = self.original if self.is_tensor else self.original0
+        if first.is_meta:  # which autocast does not know
+            return ParametrizationList.forward(self)
         with torch.autocast(first.device.type, enabled=False):
             return ParametrizationList.forward(self)
 
