@@ -44,7 +44,9 @@ from orthonet.reparametrizers import (
     OrthoParams,
     caching,
     defer_pullback,
+    fuse,
     invalidate,
+    unfuse,
 )
 
 __version__ = version("orthonet")
@@ -82,10 +84,12 @@ __all__ = [
     "convert",
     "defer_pullback",
     "functional",
+    "fuse",
     "invalidate",
     "layers",
     "linalg",
     "losses",
     "reparametrizers",
     "to_plain",
+    "unfuse",
 ]

@@ -1,7 +1,7 @@
 """A computed weight, kept until something that it was computed from changes.
 
 `read(module)` returns what `module.evaluate()` computes. The value is kept in a slot of the module,
-with a `_Record` of all that it depends on: the tensors of the module and its sub-modules (their
+with a `Record` of all that it depends on: the tensors of the module and its sub-modules (their
 versions and storages), their attributes, and the number of optimizer steps that the process has
 taken, since fused optimizers do not count up the version of a tensor. Where a value cannot be kept
 (torch.compile, torch.func, tracing, tensor subclasses, ...) it is computed as if nothing were here.
@@ -10,8 +10,7 @@ taken, since fused optimizers do not count up the version of a tensor. Where a v
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import is_, itemgetter
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +19,27 @@ from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
 
+from orthonet.reparametrizers._cache_record import STATE, Record, probe
 from orthonet.reparametrizers._pullback import Computation, attach, defer_if_asked, own_graph
 
-__all__ = ["Cached", "CachedWeight", "caching", "hit", "invalidate", "keepable", "slot_of"]
+__all__ = [
+    "GIVEN",
+    "GROUP",
+    "Cached",
+    "CachedWeight",
+    "Kept",
+    "caching",
+    "generation",
+    "hit",
+    "invalidate",
+    "keepable",
+    "slot_of",
+    "usable",
+]
 
-_STATE = "_cached"  # the attribute of a module that holds its slot
+GROUP = "_group"  # the attribute of a module whose value is computed together with others'
+GIVEN = "_given"  # ... and that of its value while something made of it is computed
+
 _generation = 0  # optimizer steps of this process
 _enabled = True
 _local = threading.local()  # .computing: this thread is inside of `evaluate`
@@ -88,7 +103,7 @@ def invalidate(module: nn.Module | None = None) -> None:
         _after_step()
         return
     for part in module.modules():
-        slot = vars(part).get(_STATE)
+        slot = vars(part).get(STATE)
         if slot is not None:
             slot.current = None
 
@@ -99,7 +114,7 @@ class Slot:
     __slots__ = ("audited", "current", "lock", "off")
 
     def __init__(self) -> None:
-        self.current: tuple[_Record, Kept, int] | None = None
+        self.current: tuple[Record, Kept, int] | None = None
         self.lock = threading.RLock()
         self.audited: set[tuple[Any, ...]] = set()
         self.off = False  # for good: what the module computes depends on more than can be seen
@@ -113,84 +128,7 @@ class Slot:
 
 def slot_of(module: nn.Module) -> Slot:
     """The slot of `module`, made when it is first asked for."""
-    return vars(module).setdefault(_STATE, Slot())
-
-
-# What every module has: its hooks, which do not enter a value, and what is looked at below.
-_INTERNAL = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
-
-
-class _Record:
-    """What a value of one module was computed from, and whether it is all the same still."""
-
-    __slots__ = (
-        "attributes",
-        "count",
-        "names",
-        "parts",
-        "requires_grad",
-        "size",
-        "sized",
-        "stamps",
-    )
-
-    def __init__(self, module: nn.Module) -> None:
-        # Everything is compared by identity, and kept alive for that. Of the module itself only
-        # values are held, not its dictionary, which leads back here.
-        own = vars(module)
-        names = [name for name in own if name not in _INTERNAL and name != _STATE]
-        self.count, self.names = len(own), itemgetter(*names)
-        self.attributes = self.names(own)
-        held = list(self.attributes)
-        self.parts = []  # the same of the sub-modules
-        self.sized = []  # dictionaries that must not grow
-        for part in module.modules():
-            contents = [part._parameters, part._buffers, part._modules]
-            self.sized += contents
-            self.parts += [_values(d, tuple(d)) for d in contents if d]
-            held += [value for d in contents for value in d.values()]
-            if part is not module:
-                values = vars(part)
-                self.sized.append(values)
-                self.parts.append(_values(values, tuple(n for n in values if n not in _INTERNAL)))
-                held += self.parts[-1][2]
-        self.size = sum(map(len, self.sized))
-        self.stamps = [_stamp(t) for t in unique(v for v in held if isinstance(v, Tensor))]
-        self.requires_grad = any(t.requires_grad for t, *_ in self.stamps)
-
-    def fits(self, module: nn.Module) -> bool:
-        own = vars(module)
-        if len(own) != self.count or sum(map(len, self.sized)) != self.size:
-            return False
-        try:
-            if not all(map(is_, self.names(own), self.attributes)):
-                return False
-            for values, names, saved in self.parts:
-                if not all(map(is_, names(values), saved)):
-                    return False
-        except KeyError:  # one attribute has gone and another come
-            return False
-        for tensor, version, pointer, requires_grad, dtype, strides, probe, value in self.stamps:
-            if (
-                tensor._version != version
-                or tensor.data_ptr() != pointer
-                or tensor.requires_grad is not requires_grad
-                or tensor.dtype is not dtype
-                or tensor.stride() != strides
-                or (probe is not None and probe.item() != value)
-            ):
-                return False
-        return True
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors of the module and its sub-modules, each once."""
-        return [tensor for tensor, *_ in self.stamps]
-
-
-def _values(values: dict[str, Any], names: tuple[str, ...]) -> tuple[dict[str, Any], Any, Any]:
-    """A dictionary, a function of it that returns the values of `names`, and these now."""
-    get: Any = itemgetter(*names, names[0])  # the repetition has it return a tuple always
-    return values, get, get(values)
+    return vars(module).setdefault(STATE, Slot())
 
 
 class Kept:
@@ -204,16 +142,16 @@ class Kept:
         self.recorded = recorded  # whether it was computed with a graph
         self.constants = [output.detach() for output in computation.outputs]
         self.graphed: tuple[Tensor, ...] | None = None
-        self.state = [(t, t._version, *_probe(t)) for t in self.constants]
+        self.state = [(t, t._version, *probe(t)) for t in self.constants]
         self.stream = _stream(self.constants[0])
 
     def current(self, index: int) -> bool:
         """Whether optimizers and readers have left it alone."""
-        constant, version, probe, value = self.state[index]
+        constant, version, entry, value = self.state[index]
         return (
             self.generation == _generation
             and constant._version == version
-            and (probe is None or probe.item() == value)
+            and (entry is None or entry.item() == value)
             and (self.stream is None or self.stream == _stream(constant))
         )
 
@@ -230,34 +168,6 @@ class Kept:
             self.graphed = attach(self.computation)
         defer_if_asked(self.computation)
         return self.graphed[index]
-
-
-def unique(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
-    """Each tensor once, in order."""
-    return {id(t): t for t in tensors}.values()
-
-
-def _probe(tensor: Tensor) -> tuple[Tensor | None, float]:
-    """An entry of a tensor in main memory: writes that leave no trace change it, mostly."""
-    if tensor.device.type != "cpu" or tensor.numel() == 0:
-        return None, 0.0
-    flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach().flatten()[:0]
-    if flat.numel() == 0:
-        return None, 0.0
-    probe = flat[int(flat[:4096].abs().argmax())]
-    return probe, probe.item()
-
-
-def _stamp(tensor: Tensor) -> tuple[Any, ...]:
-    return (
-        tensor,
-        tensor._version,
-        tensor.data_ptr(),
-        tensor.requires_grad,
-        tensor.dtype,
-        tensor.stride(),
-        *_probe(tensor),
-    )
 
 
 def _stream(tensor: Tensor) -> object:
@@ -280,9 +190,19 @@ def _only_default_device() -> bool:
     return all(type(mode) is DeviceContext for mode in modes)
 
 
+def usable(module: nn.Module) -> bool:
+    """Whether values are kept here and now, as far as the switches and surroundings go."""
+    return _enabled and module.caching and _eager()  # type: ignore[return-value]
+
+
+def generation() -> int:
+    """A number that changes with every optimizer step of the process."""
+    return _generation
+
+
 def keepable(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
     """Whether a value computed by `module`, which depends on `tensors`, may be kept at all."""
-    if any(slot.off for part in module.modules() if (slot := vars(part).get(_STATE)) is not None):
+    if any(slot.off for part in module.modules() if (slot := vars(part).get(STATE)) is not None):
         return False
     registered = {id(p) for part in module.modules() for p in part._parameters.values()}
     buffers = {id(b) for part in module.modules() for b in part._buffers.values()}
@@ -302,9 +222,9 @@ def keepable(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
 
 def hit(module: nn.Module) -> Tensor | None:
     """The kept value of `module`, if there is one and it is that of now."""
-    slot = vars(module).get(_STATE)
+    slot = vars(module).get(STATE)
     current = None if slot is None else slot.current
-    if current is None or not (_enabled and module.caching and _eager()):
+    if current is None or not usable(module):
         return None
     record, kept, index = current
     if not (kept.current(index) and record.fits(module)):
@@ -323,13 +243,13 @@ def read(module: Cached) -> Tensor:
 def _compute(module: Cached) -> Tensor:
     slot = slot_of(module)
     with slot.lock:  # while another thread computes, the module holds aliases of its parameters
-        if not (_enabled and module.caching and _eager()) or getattr(_local, "computing", False):
+        if not usable(module) or getattr(_local, "computing", False):
             return module.evaluate()
         value = hit(module)  # another thread may have been faster
         if value is not None:
             return value
         slot.current = None  # free what is out of date first
-        tensors = _Record(module).tensors()
+        tensors = Record(module).tensors()
         if not keepable(module, tensors):
             return module.evaluate()
         _local.computing = True
@@ -341,69 +261,79 @@ def _compute(module: Cached) -> Tensor:
 
 def _keep(module: Cached, slot: Slot, tensors: Sequence[Tensor]) -> Tensor:
     """Compute the value, keep it if that is safe, and return it."""
-    generation, versions = _generation, [t._version for t in tensors]
+    now, versions = _generation, [t._version for t in tensors]
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     audit = (recorded, module.training, *map(id, module.modules()))
     random = None if audit in slot.audited else _random_states(tensors)
     if recorded:
-        computation = with_aliases(module, module.evaluate, tensors)
+        computation = _compute_on_aliases(module, tensors)
     else:
         with torch.inference_mode(False), torch.no_grad():
             computation = Computation((), (), (module.evaluate(),))
-    kept = Kept(computation, generation, recorded)
+    kept = Kept(computation, now, recorded)
+    settled = True
     if random is not None:
-        slot.off = random != _random_states(tensors)
+        settled = random == _random_states(tensors)
         if recorded and _foreign(computation):
             slot.off = True
             return module.evaluate()
-        slot.audited.add(audit)
+        if settled:
+            slot.audited.add(audit)
     # In eval mode the module writes nothing, so another thread has.
     disturbed = not module.training and versions != [t._version for t in tensors]
-    if not (slot.off or disturbed):
-        slot.current = (_Record(module), kept, 0)
+    if settled and not disturbed:
+        slot.current = (Record(module), kept, 0)
     value = kept.get(0, recorded)
     return module.evaluate() if value is None else value
 
 
-def with_aliases(
-    module: nn.Module, function: Callable[[], Tensor], tensors: Sequence[Tensor]
-) -> Computation:
-    """Run `function` with an alias in place of every tensor of `module` that requires a gradient.
+def _compute_on_aliases(module: Cached, tensors: Sequence[Tensor]) -> Computation:
+    """Evaluate with an alias in place of every tensor of `module` that requires a gradient.
 
     The aliases share memory and version counter with what they stand for, so the module may write
-    to its parameters; gradients stop at them, so no hook of a parameter runs too early.
+    to its parameters; gradients stop at them, so no hook of a parameter runs too early. A part that
+    belongs to a group is replaced as a whole, by an alias of its value.
     """
     aliases: dict[int, Tensor] = {}
-    swapped: list[tuple[dict[str, Any], str, Tensor]] = []
     inputs: list[Tensor] = []
-    with torch.inference_mode(False):
-        for place in _tensor_places(module):
-            for name, tensor in place.items():
-                if tensor is None or not tensor.requires_grad:
-                    continue
-                if id(tensor) not in aliases:
-                    alias = tensor.detach()
-                    parameter = isinstance(tensor, nn.Parameter)
-                    alias = nn.Parameter(alias) if parameter else alias.requires_grad_()
-                    aliases[id(tensor)] = alias
-                    inputs.append(tensor)
-                swapped.append((place, name, tensor))
+    swapped: list[tuple[dict[str, Any], str, Tensor | None]] = []
+    skipped: set[nn.Module] = set()
+
+    def swap(place: dict[str, Any], name: str, tensor: Tensor) -> None:
+        if id(tensor) not in aliases:
+            own = tensor.detach()
+            parameter = isinstance(tensor, nn.Parameter)
+            aliases[id(tensor)] = nn.Parameter(own) if parameter else own.requires_grad_()
+            inputs.append(tensor)
+        swapped.append((place, name, place.get(name)))
+        place[name] = aliases[id(tensor)]
+
     try:
-        for place, name, tensor in swapped:
-            place[name] = aliases[id(tensor)]
+        with torch.inference_mode(False):
+            for part in module.modules():
+                if part in skipped:
+                    continue
+                group = vars(part).get(GROUP)
+                value = None if group is None else group.value(part)
+                if value is not None:
+                    skipped.update(part.modules())
+                    if value.requires_grad:
+                        swap(vars(part), GIVEN, value)
+                    continue
+                for place in (part._parameters, part._buffers):
+                    for name, tensor in tuple(place.items()):
+                        if tensor is not None and tensor.requires_grad:
+                            swap(place, name, tensor)
         with own_graph() as hooked:
-            output = function()
+            output = module.evaluate()
     finally:
-        for place, name, tensor in swapped:
-            place[name] = tensor
+        for place, name, before in reversed(swapped):
+            if before is None:
+                del place[name]
+            else:
+                place[name] = before
     watched = [t for t in tensors if isinstance(t, nn.Parameter)]
     return Computation(inputs, list(aliases.values()), (output,), watched, hooked)
-
-
-def _tensor_places(module: nn.Module) -> Iterator[dict[str, Any]]:
-    for part in module.modules():
-        yield part._parameters
-        yield part._buffers
 
 
 def _random_states(tensors: Sequence[Tensor]) -> list[bytes]:

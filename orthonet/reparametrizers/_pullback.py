@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,13 @@ from orthonet import _checks
 
 __all__ = ["Computation", "attach", "defer_if_asked", "defer_pullback", "own_graph"]
 
+Gradients = tuple[Tensor | None, ...]
+
 
 class Computation:
     """Outputs computed from `leaves`, which are aliases of the `inputs` of the outer graph."""
 
-    __slots__ = ("deferral", "hooked", "inputs", "leaves", "outputs", "rank", "versions")
+    __slots__ = ("deferral", "hooked", "inputs", "leaves", "outputs", "rank", "spread", "versions")
 
     def __init__(
         self,
@@ -35,6 +37,7 @@ class Computation:
         watched: Sequence[Tensor] = (),
         hooked: bool = False,
         rank: int = 0,
+        spread: Callable[[Gradients], Gradients] | None = None,
     ) -> None:
         self.inputs = tuple(inputs)
         self.leaves = tuple(leaves)
@@ -44,6 +47,8 @@ class Computation:
         self.versions = [(t, t._version) for t in watched]
         self.hooked = hooked
         self.rank = rank  # those that others are computed from have the greater one
+        # of a batch: from the gradient of its one leaf to those of the inputs, one for each output
+        self.spread = spread
         self.deferral: _Deferral | None = None
 
     def pull_back(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -55,9 +60,13 @@ class Computation:
             return (None,) * len(self.inputs)
         outputs, given = zip(*pairs, strict=True)
         with torch.autocast(self.leaves[0].device.type, enabled=False):
-            return torch.autograd.grad(
+            pulled = torch.autograd.grad(
                 outputs, self.leaves, given, retain_graph=True, allow_unused=True
             )
+        if self.spread is None:
+            return pulled
+        pieces = self.spread(pulled)
+        return tuple(p if g is not None else None for p, g in zip(pieces, grads, strict=True))
 
     def pull_back_differentiably(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """As `pull_back`, as a node of the outer graph, of which the gradients are inputs too."""
@@ -66,11 +75,14 @@ class Computation:
         if not pairs:
             return result
         outputs, given = zip(*pairs, strict=True)
+        spread, count = self.spread, len(self.leaves)
         with own_graph() as hooked, torch.autocast(given[0].device.type, enabled=False):
             aliases = [g.detach().requires_grad_() for g in given]
             pulled = torch.autograd.grad(
                 outputs, self.leaves, aliases, create_graph=True, allow_unused=True
             )
+            if spread is not None:
+                pulled = spread(pulled)
         found = [i for i, g in enumerate(pulled) if g is not None]
         if not found:
             return result
@@ -80,6 +92,7 @@ class Computation:
             [pulled[i] for i in found],
             [t for t, _ in self.versions],
             hooked or self.hooked,
+            spread=spread and (lambda pulled: (*spread(pulled[:count]), *pulled[count:])),
         )
         for i, g in zip(found, attach(computation), strict=True):
             result[i] = g
