@@ -1,6 +1,7 @@
 """Modules that constrain one weight, by the protocol of `torch.nn.utils.parametrize`."""
 
-from orthonet.reparametrizers._cache import CachedWeight, caching, invalidate
+from orthonet.reparametrizers._cache import CachedWeight, invalidate
+from orthonet.reparametrizers._cache_state import caching
 from orthonet.reparametrizers._fuse import fuse, unfuse
 from orthonet.reparametrizers._kernel import OrthoKernel
 from orthonet.reparametrizers._normalizers import (

@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._device import DeviceContext
 
-from orthonet.reparametrizers._cache_record import STATE, Record, probe
+from orthonet.reparametrizers._cache_record import STATE, Stamps, Structure, probe
+from orthonet.reparametrizers._cache_state import count_step, steps, usable
 from orthonet.reparametrizers._pullback import Computation, attach, defer_if_asked, own_graph
 
 __all__ = [
@@ -28,65 +26,17 @@ __all__ = [
     "Cached",
     "CachedWeight",
     "Kept",
-    "caching",
-    "generation",
     "hit",
     "invalidate",
+    "keep",
     "keepable",
     "slot_of",
-    "usable",
 ]
 
 GROUP = "_group"  # the attribute of a module whose value is computed together with others'
 GIVEN = "_given"  # ... and that of its value while something made of it is computed
 
-_generation = 0  # optimizer steps of this process
-_enabled = True
 _local = threading.local()  # .computing: this thread is inside of `evaluate`
-
-_C: Any = torch._C
-_tracing_state = _C._get_tracing_state
-_func_interpreter = _C._functorch.peek_interpreter_stack
-_dispatch_modes = _C._len_torch_dispatch_stack
-_function_modes = _C._len_torch_function_stack
-
-
-def _after_step(*_: Any) -> None:
-    global _generation
-    _generation += 1
-
-
-register_optimizer_step_post_hook(_after_step)
-
-
-class caching:  # noqa: N801 (spelled as torch.no_grad and torch.set_grad_enabled)
-    """Switch the cache of constrained weights on or off, for the process or for a block.
-
-    It is on at first. Then a constrained weight is computed when it is first read and kept until an
-    optimizer steps, one of its parameters or buffers changes, or the module changes between
-    training and evaluation; a backward pass leaves it intact. With the cache off, and for a module
-    whose attribute `caching` is false, every read computes it anew.
-
-    Args:
-        enabled: Whether weights are kept.
-
-    Examples:
-        >>> with caching(False):
-        ...     pass  # every read computes
-        >>> _ = caching(True)  # from here on, as a function
-    """
-
-    def __init__(self, enabled: bool) -> None:
-        global _enabled
-        self._before, self.enabled = _enabled, enabled
-        _enabled = enabled
-
-    def __enter__(self) -> caching:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        global _enabled
-        _enabled = self._before
 
 
 def invalidate(module: nn.Module | None = None) -> None:
@@ -100,7 +50,7 @@ def invalidate(module: nn.Module | None = None) -> None:
         module: The module whose weights, and those of its sub-modules, are forgotten.
     """
     if module is None:
-        _after_step()
+        count_step()
         return
     for part in module.modules():
         slot = vars(part).get(STATE)
@@ -111,12 +61,12 @@ def invalidate(module: nn.Module | None = None) -> None:
 class Slot:
     """What a module keeps; a copy or a pickled one is empty."""
 
-    __slots__ = ("audited", "current", "lock", "off")
+    __slots__ = ("current", "lock", "off", "structure")
 
     def __init__(self) -> None:
-        self.current: tuple[Record, Kept, int] | None = None
+        self.current: tuple[Structure, Stamps, Kept, int] | None = None
+        self.structure: Structure | None = None  # one for which values may be kept
         self.lock = threading.RLock()
-        self.audited: set[tuple[Any, ...]] = set()
         self.off = False  # for good: what the module computes depends on more than can be seen
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
@@ -128,7 +78,8 @@ class Slot:
 
 def slot_of(module: nn.Module) -> Slot:
     """The slot of `module`, made when it is first asked for."""
-    return vars(module).setdefault(STATE, Slot())
+    slot = vars(module).get(STATE)
+    return vars(module).setdefault(STATE, Slot()) if slot is None else slot
 
 
 class Kept:
@@ -142,18 +93,22 @@ class Kept:
         self.recorded = recorded  # whether it was computed with a graph
         self.constants = [output.detach() for output in computation.outputs]
         self.graphed: tuple[Tensor, ...] | None = None
-        self.state = [(t, t._version, *probe(t)) for t in self.constants]
+        self.state = [(t, t._version, *_look(t)) for t in self.constants]
         self.stream = _stream(self.constants[0])
 
     def current(self, index: int) -> bool:
         """Whether optimizers and readers have left it alone."""
         constant, version, entry, value = self.state[index]
         return (
-            self.generation == _generation
+            self.generation == steps()
             and constant._version == version
             and (entry is None or entry.item() == value)
-            and (self.stream is None or self.stream == _stream(constant))
+            and (self.stream is None or self._same_stream(constant))
         )
+
+    def _same_stream(self, tensor: Tensor) -> bool:
+        """Neither work of another stream nor, in a CUDA graph, of an earlier time."""
+        return self.stream == _stream(tensor) and not torch.cuda.is_current_stream_capturing()
 
     def get(self, index: int, grad: bool) -> Tensor | None:
         """The value; None if it is to be differentiable (`grad`) and has been computed without."""
@@ -170,43 +125,34 @@ class Kept:
         return self.graphed[index]
 
 
+def _look(tensor: Tensor) -> tuple[Tensor | None, object]:
+    entry = probe(tensor)
+    return entry, None if entry is None else entry.item()
+
+
 def _stream(tensor: Tensor) -> object:
     return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
 
 
-def _eager() -> bool:
-    """Whether nothing watches or transforms what is executed."""
-    return (
-        _tracing_state() is None
-        and _func_interpreter() is None
-        and forward_ad._current_level < 0
-        and _dispatch_modes() == 0
-        and (_function_modes() == 0 or _only_default_device())
-    )
+def keepable(module: nn.Module) -> Structure | None:
+    """What `module` is made of, if a value that is computed from it may be kept."""
+    slot = slot_of(module)
+    structure = slot.structure
+    if structure is not None and structure.fits(module) and structure.settled() and not slot.off:
+        return structure
+    structure = Structure(module)
+    slot.structure = structure if _all_seen(module, structure) else None
+    return slot.structure
 
 
-def _only_default_device() -> bool:
-    modes = (_C._get_function_stack_at(i) for i in range(_function_modes()))
-    return all(type(mode) is DeviceContext for mode in modes)
-
-
-def usable(module: nn.Module) -> bool:
-    """Whether values are kept here and now, as far as the switches and surroundings go."""
-    return _enabled and module.caching and _eager()  # type: ignore[return-value]
-
-
-def generation() -> int:
-    """A number that changes with every optimizer step of the process."""
-    return _generation
-
-
-def keepable(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
-    """Whether a value computed by `module`, which depends on `tensors`, may be kept at all."""
-    if any(slot.off for part in module.modules() if (slot := vars(part).get(STATE)) is not None):
+def _all_seen(module: nn.Module, structure: Structure) -> bool:
+    """Whether a change of any tensor of `module` would be seen."""
+    parts = list(module.modules())
+    if any(slot.off for part in parts if (slot := vars(part).get(STATE)) is not None):
         return False
-    registered = {id(p) for part in module.modules() for p in part._parameters.values()}
-    buffers = {id(b) for part in module.modules() for b in part._buffers.values()}
-    for t in tensors:
+    registered = {id(p) for part in parts for p in part._parameters.values()}
+    buffers = {id(b) for part in parts for b in part._buffers.values()}
+    for t in structure.tensors:
         if type(t) is not (nn.Parameter if id(t) in registered else Tensor):
             return False
         if t.is_meta or t.is_inference() or t.layout is not torch.strided:
@@ -215,9 +161,10 @@ def keepable(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
             return False
         if t.device.type == "cpu" and t.is_shared():  # other processes may write
             return False
-        if t.is_cuda and torch.cuda.is_current_stream_capturing():
+        if t.is_cuda and torch.cuda.is_current_stream_capturing():  # its replay must compute
             return False
-    return bool(tensors)
+    structure.settle()
+    return bool(structure.tensors)
 
 
 def hit(module: nn.Module) -> Tensor | None:
@@ -226,10 +173,21 @@ def hit(module: nn.Module) -> Tensor | None:
     current = None if slot is None else slot.current
     if current is None or not usable(module):
         return None
-    record, kept, index = current
-    if not (kept.current(index) and record.fits(module)):
+    structure, stamps, kept, index = current
+    if not (kept.current(index) and structure.fits(module) and stamps.hold()):
         return None
-    return kept.get(index, record.requires_grad and torch.is_grad_enabled())
+    return kept.get(index, stamps.requires_grad and torch.is_grad_enabled())
+
+
+def keep(module: nn.Module, structure: Structure, kept: Kept, index: int) -> None:
+    """Keep a value that has just been computed; `module` may have written to itself meanwhile."""
+    slot = slot_of(module)
+    if not structure.fits(module):
+        audited, structure = structure.audited, Structure(module)
+        structure.settle()
+        structure.audited = audited
+        slot.structure = structure
+    slot.current = (structure, Stamps(structure), kept, index)
 
 
 def read(module: Cached) -> Tensor:
@@ -249,40 +207,38 @@ def _compute(module: Cached) -> Tensor:
         if value is not None:
             return value
         slot.current = None  # free what is out of date first
-        tensors = Record(module).tensors()
-        if not keepable(module, tensors):
+        structure = keepable(module)
+        if structure is None:
             return module.evaluate()
         _local.computing = True
         try:
-            return _keep(module, slot, tensors)
+            return _keep(module, structure)
         finally:
             _local.computing = False
 
 
-def _keep(module: Cached, slot: Slot, tensors: Sequence[Tensor]) -> Tensor:
+def _keep(module: Cached, structure: Structure) -> Tensor:
     """Compute the value, keep it if that is safe, and return it."""
-    now, versions = _generation, [t._version for t in tensors]
+    tensors = structure.tensors
+    now, versions = steps(), [t._version for t in tensors]
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    audit = (recorded, module.training, *map(id, module.modules()))
-    random = None if audit in slot.audited else _random_states(tensors)
+    random = None if recorded in structure.audited else _random_states(tensors)
     if recorded:
         computation = _compute_on_aliases(module, tensors)
     else:
         with torch.inference_mode(False), torch.no_grad():
             computation = Computation((), (), (module.evaluate(),))
     kept = Kept(computation, now, recorded)
-    settled = True
     if random is not None:
-        settled = random == _random_states(tensors)
         if recorded and _foreign(computation):
-            slot.off = True
+            slot_of(module).off = True
             return module.evaluate()
-        if settled:
-            slot.audited.add(audit)
+        if random == _random_states(tensors):
+            structure.audited.add(recorded)
     # In eval mode the module writes nothing, so another thread has.
     disturbed = not module.training and versions != [t._version for t in tensors]
-    if settled and not disturbed:
-        slot.current = (Record(module), kept, 0)
+    if recorded in structure.audited and not disturbed:
+        keep(module, structure, kept, 0)
     value = kept.get(0, recorded)
     return module.evaluate() if value is None else value
 

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from operator import is_, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["INTERNAL", "STATE", "Record", "probe", "unique"]
+__all__ = ["INTERNAL", "STATE", "Stamps", "Structure", "probe"]
 
 STATE = "_cached"  # the attribute of a module that holds its slot
 # What every module has: its hooks, which do not enter a value, and what is looked at below.
 INTERNAL = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 
 
-class Record:
-    """What a value of one module was computed from, and whether it is all the same still."""
+class Structure:
+    """Which tensors, attributes and sub-modules a module has, compared by identity.
+
+    What is compared is kept alive, so that no identity is used twice. Of the module itself the
+    values are held, not its dictionary, which leads back here.
+    """
 
     __slots__ = (
         "attributes",
+        "audited",
         "count",
         "names",
         "parts",
-        "requires_grad",
+        "probes",
         "size",
         "sized",
-        "stamps",
+        "tensors",
+        "where",
     )
 
     def __init__(self, module: nn.Module) -> None:
-        # Everything is compared by identity, and kept alive for that. Of the module itself only
-        # values are held, not its dictionary, which leads back here.
         own = vars(module)
         names = [name for name in own if name not in INTERNAL and name != STATE]
         self.count, self.names = len(own), itemgetter(*names)
@@ -50,10 +53,13 @@ class Record:
                 self.parts.append(_values(values, tuple(n for n in values if n not in INTERNAL)))
                 held += self.parts[-1][2]
         self.size = sum(map(len, self.sized))
-        self.stamps = [_stamp(t) for t in unique(v for v in held if isinstance(v, Tensor))]
-        self.requires_grad = any(t.requires_grad for t, *_ in self.stamps)
+        self.tensors = list({id(v): v for v in held if isinstance(v, Tensor)}.values())
+        self.where: list[int] = []
+        self.probes: list[Tensor | None] = []
+        self.audited: set[bool] = set()
 
     def fits(self, module: nn.Module) -> bool:
+        """Whether `module` is as it was."""
         own = vars(module)
         if len(own) != self.count or sum(map(len, self.sized)) != self.size:
             return False
@@ -65,7 +71,50 @@ class Record:
                     return False
         except KeyError:  # one attribute has gone and another come
             return False
-        for tensor, version, pointer, requires_grad, dtype, strides, entry, value in self.stamps:
+        return True
+
+    def settle(self) -> None:
+        """Remember where the tensors lie; called once it is known that they lie somewhere."""
+        self.where = [t.data_ptr() for t in self.tensors]
+        self.probes = [probe(t) for t in self.tensors]
+
+    def settled(self) -> bool:
+        """Whether the tensors lie where they lay."""
+        return len(self.where) == len(self.tensors) and all(
+            t.data_ptr() == place for t, place in zip(self.tensors, self.where, strict=True)
+        )
+
+
+def _values(values: dict[str, Any], names: tuple[str, ...]) -> tuple[dict[str, Any], Any, Any]:
+    """A dictionary, a function of it that returns the values of `names`, and these now."""
+    get: Any = itemgetter(*names, names[0])  # the repetition has it return a tuple always
+    return values, get, get(values)
+
+
+class Stamps:
+    """The state of some tensors at one time."""
+
+    __slots__ = ("entries", "requires_grad")
+
+    def __init__(self, structure: Structure) -> None:
+        self.entries = [
+            (
+                t,
+                t._version,
+                t.data_ptr(),
+                t.requires_grad,
+                t.dtype,
+                t.stride(),
+                entry,
+                None if entry is None else entry.item(),
+            )
+            for t, entry in zip(structure.tensors, structure.probes, strict=True)
+        ]
+        self.requires_grad = any(entry[3] for entry in self.entries)
+
+    def hold(self) -> bool:
+        """Whether it is their state still."""
+        for tensor, version, pointer, requires_grad, dtype, strides, entry, value in self.entries:
             if (
                 tensor._version != version
                 or tensor.data_ptr() != pointer
@@ -77,45 +126,16 @@ class Record:
                 return False
         return True
 
-    def tensors(self) -> list[Tensor]:
-        """The tensors of the module and its sub-modules, each once."""
-        return [tensor for tensor, *_ in self.stamps]
 
-
-def _values(values: dict[str, Any], names: tuple[str, ...]) -> tuple[dict[str, Any], Any, Any]:
-    """A dictionary, a function of it that returns the values of `names`, and these now."""
-    get: Any = itemgetter(*names, names[0])  # the repetition has it return a tuple always
-    return values, get, get(values)
-
-
-def unique(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
-    """Each tensor once, in order."""
-    return {id(t): t for t in tensors}.values()
-
-
-def probe(tensor: Tensor) -> tuple[Tensor | None, float]:
-    """One entry of a tensor in main memory, and its value now.
+def probe(tensor: Tensor) -> Tensor | None:
+    """One entry of a tensor in main memory.
 
     A write that leaves no trace (through `.data`, NumPy) to the whole tensor changes it, most
     likely. On an accelerator, to look would be to wait.
     """
     if tensor.device.type != "cpu" or tensor.numel() == 0:
-        return None, 0.0
-    flat = tensor.detach()
+        return None
     start = tensor.storage_offset()
     if tensor.is_contiguous():
         start += tensor.numel() * 5 // 8
-    entry = flat.as_strided((), (), start)
-    return entry, entry.item()
-
-
-def _stamp(tensor: Tensor) -> tuple[Any, ...]:
-    return (
-        tensor,
-        tensor._version,
-        tensor.data_ptr(),
-        tensor.requires_grad,
-        tensor.dtype,
-        tensor.stride(),
-        *probe(tensor),
-    )
+    return tensor.detach().as_strided((), (), start)

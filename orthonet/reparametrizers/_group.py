@@ -7,6 +7,7 @@ import math
 import threading
 import weakref
 from collections.abc import Sequence
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,13 +17,13 @@ from orthonet.linalg._matrix import compute_dtype
 from orthonet.reparametrizers._cache import (
     GIVEN,
     Kept,
-    generation,
     hit,
+    keep,
     keepable,
     slot_of,
-    usable,
 )
-from orthonet.reparametrizers._cache_record import INTERNAL, Record
+from orthonet.reparametrizers._cache_record import INTERNAL, Structure
+from orthonet.reparametrizers._cache_state import steps, usable
 from orthonet.reparametrizers._pullback import Computation, own_graph
 
 if TYPE_CHECKING:
@@ -49,9 +50,11 @@ def kind(weight: OrthoWeight, *, mode: bool = False) -> list[Any]:
 class Batch:
     """The normalizer and the orthogonalizer of several weights, for all matrices at once."""
 
-    def __init__(self, members: Sequence[OrthoWeight]) -> None:
+    def __init__(
+        self, members: Sequence[OrthoWeight], structures: Sequence[Structure | None] = ()
+    ) -> None:
         self.members = [weakref.ref(m) for m in members]
-        self.kind = kind(members[0], mode=True)
+        self.structures = tuple(structures)  # of all that might have been taken
         self.shapes = [m.original.shape for m in members]
         self.counts = [math.prod(shape[:-2]) for shape in self.shapes]
         self.steps = [copy.deepcopy(s) for s in (members[0].normalizer, members[0].orthogonalizer)]
@@ -61,35 +64,39 @@ class Batch:
                 if "weight_shape" in vars(part):
                     part.weight_shape = size
 
-    def holds(self, members: Sequence[OrthoWeight]) -> bool:
-        """Whether it has been made for these, as they are."""
+    def alive(self) -> list[OrthoWeight]:
+        """The weights it has been made for."""
+        return [m for ref in self.members if (m := ref()) is not None]
+
+    def serves(self, weight: OrthoWeight, structures: Sequence[Structure | None]) -> bool:
+        """Whether `weight` is among its members, and all are as they were."""
         return (
-            len(members) == len(self.members)
-            and all(ref() is m for ref, m in zip(self.members, members, strict=True))
-            and self.shapes == [m.original.shape for m in members]
-            and self.kind == kind(members[0], mode=True)
+            len(structures) == len(self.structures)
+            and all(map(is_, structures, self.structures))
+            and any(ref() is weight for ref in self.members)
         )
 
     def compute(self, members: Sequence[OrthoWeight], recorded: bool) -> Computation:
         """The values of `members`, each of the shape of its own."""
-        dtype = members[0].original.dtype
+        originals = [m.original for m in members]
+        dtype = originals[0].dtype
         work = compute_dtype(dtype)
         with torch.inference_mode(False), torch.no_grad():
             state = self._gather(members)
-            leaf = torch.cat([m.original.flatten(0, -3) if m.original.ndim > 2 else m.original[None]
-                              for m in members]).to(work)  # fmt: skip
+            pieces = [t.view(n, *t.shape[-2:]) for t, n in zip(originals, self.counts, strict=True)]
+            leaf = torch.cat(pieces).to(work)
         if recorded:
             # A parameter where the modules get one without the batch: they may write to it.
             leaf = nn.Parameter(leaf) if dtype == work else leaf.requires_grad_()
+            before = leaf._version
             with own_graph() as hooked:
                 outputs = self._run(leaf)
         else:
-            hooked = False
+            hooked, before = False, leaf._version
             with torch.inference_mode(False), torch.no_grad():
                 outputs = self._run(leaf)
         with torch.inference_mode(False), torch.no_grad():
-            self._scatter(members, leaf if leaf._version else None, state)
-        originals = [m.original for m in members]
+            self._scatter(originals, None if leaf._version == before else leaf, state)
 
         def spread(pulled: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
             grad = pulled[0]
@@ -109,42 +116,39 @@ class Batch:
         pieces = zip(matrices.split(self.counts), self.shapes, strict=True)
         return [piece.view(shape) for piece, shape in pieces]
 
-    def _buffers(self, members: Sequence[OrthoWeight]) -> list[tuple[nn.Module, str, list[Tensor]]]:
-        """Each buffer of the batch: where it is, and what stands for it in the members."""
-        found = []
-        for index, name in enumerate(("normalizer", "orthogonalizer")):
-            own = self.steps[index].modules()
-            theirs = zip(*(getattr(m, name).modules() for m in members), strict=True)
-            for part, parts in zip(own, theirs, strict=True):
-                for buffer, value in part._buffers.items():
-                    if value is not None:
-                        found.append((part, buffer, [p._buffers[buffer] for p in parts]))
-        return found
-
-    def _gather(self, members: Sequence[OrthoWeight]) -> list[tuple[Tensor, list[Tensor]]]:
+    def _gather(self, members: Sequence[OrthoWeight]) -> list[tuple[Tensor, int, list[Tensor]]]:
+        """Fill the buffers of the batch from those of the members: (batch, version, theirs)."""
         state = []
-        for part, name, values in self._buffers(members):
-            shapes = zip(values, self.shapes, self.counts, strict=True)
-            batch = torch.cat([v.reshape(n, *v.shape[len(s) - 2 :]) for v, s, n in shapes])
-            part._buffers[name] = batch
-            state.append((batch, values))
+        for step, name in zip(self.steps, ("normalizer", "orthogonalizer"), strict=True):
+            if next(step.buffers(), None) is None:
+                continue
+            theirs = zip(*(getattr(m, name).modules() for m in members), strict=True)
+            for part, parts in zip(step.modules(), theirs, strict=True):
+                for buffer, value in part._buffers.items():
+                    if value is None:
+                        continue
+                    values = [p._buffers[buffer] for p in parts]
+                    sizes = zip(values, self.shapes, self.counts, strict=True)
+                    batch = torch.cat([v.reshape(n, *v.shape[len(s) - 2 :]) for v, s, n in sizes])
+                    part._buffers[buffer] = batch
+                    state.append((batch, batch._version, values))
         return state
 
     def _scatter(
         self,
-        members: Sequence[OrthoWeight],
+        originals: Sequence[Tensor],
         written: Tensor | None,
-        state: list[tuple[Tensor, list[Tensor]]],
+        state: Sequence[tuple[Tensor, int, list[Tensor]]],
     ) -> None:
         """Give the members what the modules have written."""
-        for batch, values in state:
-            if batch._version:
+        for batch, version, values in state:
+            if batch._version != version:
                 for value, piece in zip(values, batch.split(self.counts), strict=True):
                     value.copy_(piece.view_as(value))
         if written is not None:
-            for member, piece in zip(members, written.split(self.counts), strict=True):
-                if member.original.requires_grad:
-                    member.original.copy_(piece.view_as(member.original))
+            for original, piece in zip(originals, written.split(self.counts), strict=True):
+                if original.requires_grad:
+                    original.copy_(piece.view_as(original))
 
 
 class Group:
@@ -183,28 +187,30 @@ class Group:
     def _compute(self, weight: OrthoWeight) -> Tensor | None:
         self.join(weight)
         self.members = [ref for ref in self.members if ref() is not None]
-        wanted = kind(weight, mode=True)
-        members = [
-            m
-            for ref in self.members
-            if (m := ref()) is not None
-            and m._group is self
-            and m.caching
-            and (m is weight or kind(m, mode=True) == wanted)
-            and keepable(m, [*m.parameters(), *m.buffers()])
-        ]
-        if not any(m is weight for m in members):
-            return None
-        if self.batch is None or not self.batch.holds(members):
-            self.batch = Batch(members)
+        alive = [m for ref in self.members if (m := ref()) is not None and m._group is self]
+        structures = [keepable(m) for m in alive]
+        batch = self.batch
+        if batch is None or not batch.serves(weight, structures):
+            wanted = kind(weight, mode=True)
+            members = [
+                m
+                for m, structure in zip(alive, structures, strict=True)
+                if structure is not None and m.caching and kind(m, mode=True) == wanted
+            ]
+            if not any(m is weight for m in members):
+                return None
+            batch = self.batch = Batch(members, structures)
+        members = batch.alive()
         for m in members:
             slot_of(m).current = None  # free what is out of date first
-        now, versions = generation(), [m.original._version for m in members]
-        recorded = torch.is_grad_enabled() and any(m.original.requires_grad for m in members)
-        kept = Kept(self.batch.compute(members, recorded), now, recorded)
+        originals = [m.original for m in members]
+        now, versions = steps(), [t._version for t in originals]
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in originals)
+        kept = Kept(batch.compute(members, recorded), now, recorded)
         # In eval mode nothing is written here, so another thread has changed what was read.
-        if weight.training or versions == [m.original._version for m in members]:
+        if weight.training or versions == [t._version for t in originals]:
+            known = {id(m): s for m, s in zip(alive, structures, strict=True) if s is not None}
             for index, m in enumerate(members):
-                slot_of(m).current = (Record(m), kept, index)
+                keep(m, known[id(m)], kept, index)
         index = next(i for i, m in enumerate(members) if m is weight)
-        return kept.get(index, torch.is_grad_enabled() and weight.original.requires_grad)
+        return kept.get(index, recorded and weight.original.requires_grad)
