@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from orthonet.reparametrizers._cache_record import STATE, Stamps, Structure, probe
 from orthonet.reparametrizers._cache_state import count_step, steps, usable
-from orthonet.reparametrizers._pullback import Computation, attach, defer_if_asked, own_graph
+from orthonet.reparametrizers._defer import deferred, undeferred
+from orthonet.reparametrizers._pullback import Computation, attach, own_graph
 
 __all__ = [
     "GIVEN",
@@ -119,9 +120,11 @@ class Kept:
             if constant.requires_grad:  # a reader has changed it
                 constant = self.constants[index] = constant.detach()
             return constant
+        waiting = deferred(self.computation)
+        if waiting is not None:
+            return waiting[index]
         if self.graphed is None:
             self.graphed = attach(self.computation)
-        defer_if_asked(self.computation)
         return self.graphed[index]
 
 
@@ -265,7 +268,7 @@ def _compute_on_aliases(module: Cached, tensors: Sequence[Tensor]) -> Computatio
         place[name] = aliases[id(tensor)]
 
     try:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), undeferred():
             for part in module.modules():
                 if part in skipped:
                     continue

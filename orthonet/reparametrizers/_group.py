@@ -24,7 +24,7 @@ from orthonet.reparametrizers._cache import (
 )
 from orthonet.reparametrizers._cache_record import INTERNAL, Structure
 from orthonet.reparametrizers._cache_state import steps, usable
-from orthonet.reparametrizers._pullback import Computation, own_graph
+from orthonet.reparametrizers._pullback import Computation, Gradients, own_graph
 
 if TYPE_CHECKING:
     from orthonet.reparametrizers._weight import OrthoWeight
@@ -98,16 +98,22 @@ class Batch:
         with torch.inference_mode(False), torch.no_grad():
             self._scatter(originals, None if leaf._version == before else leaf, state)
 
-        def spread(pulled: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        def spread(pulled: Gradients, grads: Sequence[Tensor | None]) -> Gradients:
             grad = pulled[0]
             if grad is None:
                 return (None,) * len(self.shapes)
-            pieces = zip(grad.split(self.counts), self.shapes, strict=True)
-            return tuple(piece.reshape(shape).to(dtype) for piece, shape in pieces)
+            pieces = [
+                piece.reshape(shape).to(dtype)
+                for piece, shape in zip(grad.split(self.counts), self.shapes, strict=True)
+            ]
+            if not grads:
+                return tuple(pieces)
+            # what is not used gets no gradient, as without the batch
+            return tuple(p if g is not None else None for p, g in zip(pieces, grads, strict=True))
 
         if not recorded:
             return Computation((), (), outputs, originals)
-        return Computation(originals, (leaf,), outputs, originals, hooked, rank=1, spread=spread)
+        return Computation(originals, (leaf,), outputs, originals, hooked, spread)
 
     def _run(self, matrices: Tensor) -> list[Tensor]:
         with torch.autocast(matrices.device.type, enabled=False):

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from orthonet import _checks
 from orthonet.reparametrizers._cache import Cached
 
-__all__ = ["CachedParametrizationList", "register", "remove"]
+__all__ = ["CachedParametrizationList", "adopt", "register", "remove"]
 
 
 class CachedParametrizationList(Cached, ParametrizationList):
@@ -147,6 +147,31 @@ def _adopt(module: nn.Module) -> None:
     module.__class__ = _shared_class(type(module).__bases__[0], lists)
 
 
+def adopt(module: nn.Module) -> nn.Module:
+    """Take over what `torch.nn.utils.parametrize` has registered, in `module` and its sub-modules.
+
+    From then on it is as if it had been registered by
+    [`register`][orthonet.reparametrizers.register]: computed once per step, pickled, copied.
+    Parameters and `state_dict` stay.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        `module`.
+
+    Examples:
+        >>> from torch.nn.utils.parametrizations import orthogonal
+        >>> layer = adopt(orthogonal(torch.nn.Linear(3, 3)))
+        >>> layer.weight is layer.weight
+        True
+    """
+    for part in module.modules():
+        if is_parametrized(part):
+            _adopt(part)
+    return module
+
+
 def register(
     module: nn.Module, tensor_name: str, parametrization: nn.Module, *, unsafe: bool = False
 ) -> nn.Module:
@@ -217,11 +242,9 @@ def register(
     delattr(module, tensor_name)
     if not is_parametrized(module):
         module.parametrizations = nn.ModuleDict()
+        module.__class__ = _shared_class(base, ())
     module.parametrizations[tensor_name] = entry  # type: ignore[index, operator]
-    for other in module.parametrizations.values():  # type: ignore[union-attr, operator]
-        if type(other) is ParametrizationList:
-            other.__class__ = CachedParametrizationList
-    module.__class__ = _shared_class(base, module.parametrizations)  # type: ignore[arg-type]
+    _adopt(module)
     return module
 
 
@@ -247,6 +270,8 @@ def remove(module: nn.Module, tensor_name: str, *, keep_value: bool = True) -> n
         "See module.parametrizations",
         tensor_name=tensor_name,
     )
+    entry: Any = module.parametrizations[tensor_name]  # type: ignore[index]
+    entry.caching = False  # or the parameter would share the memory of a weight that others hold
     parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=keep_value)
     if is_parametrized(module):
         _adopt(module)
