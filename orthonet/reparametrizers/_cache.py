@@ -10,12 +10,13 @@ taken, since fused optimizers do not count up the version of a tensor. Where a v
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from orthonet import _checks
 from orthonet.reparametrizers._cache_record import STATE, Stamps, Structure, probe
 from orthonet.reparametrizers._cache_state import count_step, steps, usable
 from orthonet.reparametrizers._defer import deferred, undeferred
@@ -24,7 +25,6 @@ from orthonet.reparametrizers._pullback import Computation, attach, own_graph
 __all__ = [
     "GIVEN",
     "GROUP",
-    "Cached",
     "CachedWeight",
     "Kept",
     "hit",
@@ -193,7 +193,7 @@ def keep(module: nn.Module, structure: Structure, kept: Kept, index: int) -> Non
     slot.current = (structure, Stamps(structure), kept, index)
 
 
-def read(module: Cached) -> Tensor:
+def read(module: CachedWeight) -> Tensor:
     """The value of `module.evaluate()`, from the slot where possible."""
     if torch.compiler.is_compiling():
         return module.evaluate()
@@ -201,7 +201,7 @@ def read(module: Cached) -> Tensor:
     return _compute(module) if value is None else value
 
 
-def _compute(module: Cached) -> Tensor:
+def _compute(module: CachedWeight) -> Tensor:
     slot = slot_of(module)
     with slot.lock:  # while another thread computes, the module holds aliases of its parameters
         if not usable(module) or getattr(_local, "computing", False):
@@ -220,7 +220,7 @@ def _compute(module: Cached) -> Tensor:
             _local.computing = False
 
 
-def _keep(module: Cached, structure: Structure) -> Tensor:
+def _keep(module: CachedWeight, structure: Structure) -> Tensor:
     """Compute the value, keep it if that is safe, and return it."""
     tensors = structure.tensors
     now, versions = steps(), [t._version for t in tensors]
@@ -246,7 +246,7 @@ def _keep(module: Cached, structure: Structure) -> Tensor:
     return module.evaluate() if value is None else value
 
 
-def _compute_on_aliases(module: Cached, tensors: Sequence[Tensor]) -> Computation:
+def _compute_on_aliases(module: CachedWeight, tensors: Sequence[Tensor]) -> Computation:
     """Evaluate with an alias in place of every tensor of `module` that requires a gradient.
 
     The aliases share memory and version counter with what they stand for, so the module may write
@@ -319,12 +319,13 @@ def _foreign(computation: Computation) -> bool:
     return False
 
 
-class Cached:
-    """Mixin before an `nn.Module` class: calling it returns `evaluate()`, which is kept.
+class CachedWeight(nn.Module):
+    """Base class of modules that own the raw parameters of one weight and return it when called.
 
-    `evaluate` must be a function of the parameters, buffers and attributes of the module and its
-    sub-modules. What it writes to them in training mode it writes when it is computed, which is
-    once per optimizer step.
+    A subclass defines `evaluate`, which computes the weight from the parameters, buffers and
+    attributes of the module and its sub-modules. Calling the module returns it, computed when
+    something that it depends on has changed. What `evaluate` writes to its parameters and buffers
+    in training mode it writes when it runs, which is once per optimizer step.
 
     Attributes:
         caching: Set it to False on an instance to have its value computed at every call.
@@ -332,14 +333,11 @@ class Cached:
 
     caching: bool = True
 
-    if TYPE_CHECKING:
-        training: bool
-
-        def modules(self) -> Iterator[nn.Module]: ...
-
     def evaluate(self) -> Tensor:
         """Compute the value."""
-        raise TypeError(f"{type(self).__name__} must define evaluate()")
+        _checks.fail(
+            self, "a subclass must define evaluate()", "Let it return the weight", TypeError
+        )
 
     def forward(self) -> Tensor:
         """Return the value of `evaluate()`, computed once per optimizer step."""
@@ -349,8 +347,4 @@ class Cached:
         super().__setattr__(name, value)
         if isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter):
             # FSDP2 sets its shards so, before it lends full tensors whose changes leave no trace.
-            slot_of(self).off = True  # type: ignore[arg-type]
-
-
-class CachedWeight(Cached, nn.Module):
-    """Base class of the modules that own the raw parameters of one weight."""
+            slot_of(self).off = True

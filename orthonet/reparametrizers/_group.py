@@ -62,7 +62,7 @@ class Batch:
         for step in self.steps:
             for part in step.modules():
                 if "weight_shape" in vars(part):
-                    part.weight_shape = size
+                    part.weight_shape = size  # type: ignore[assignment]
 
     def alive(self) -> list[OrthoWeight]:
         """The weights it has been made for."""

@@ -18,6 +18,7 @@ from orthonet import _checks
 
 __all__ = ["Computation", "Gradients", "attach", "own_graph"]
 
+_autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -74,18 +75,18 @@ class Computation:
             )
             if spread is not None:
                 pulled = spread(pulled, grads)
-        found = [i for i, g in enumerate(pulled) if g is not None]
+        found = [(i, g) for i, g in enumerate(pulled) if g is not None]
         if not found:
             return result
         computation = Computation(
             (*self.inputs, *given),
             (*self.leaves, *aliases),
-            [pulled[i] for i in found],
+            [g for _, g in found],
             [t for t, _ in self.versions],
             hooked or self.hooked,
             spread=spread and (lambda p, _: (*spread(p[:count], ()), *p[count:])),
         )
-        for i, g in zip(found, attach(computation), strict=True):
+        for (i, _), g in zip(found, attach(computation), strict=True):
             result[i] = g
         return result
 
@@ -123,7 +124,7 @@ def own_graph() -> Iterator[bool]:
 
 
 def _saving_hooks() -> Any:
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
     return () if top is None else top(True)
 
 

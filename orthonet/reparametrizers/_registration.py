@@ -17,12 +17,12 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from orthonet import _checks
-from orthonet.reparametrizers._cache import Cached
+from orthonet.reparametrizers._cache import CachedWeight
 
 __all__ = ["CachedParametrizationList", "adopt", "register", "remove"]
 
 
-class CachedParametrizationList(Cached, ParametrizationList):
+class CachedParametrizationList(CachedWeight, ParametrizationList):
     """The parametrizations of one tensor, which is computed once per optimizer step.
 
     What torch calls `module.parametrizations[tensor_name]`, with the same parameters and keys.
@@ -30,7 +30,7 @@ class CachedParametrizationList(Cached, ParametrizationList):
 
     def evaluate(self) -> Tensor:
         """Compute the tensor from the originals, in full precision also under autocast."""
-        first = self.original if self.is_tensor else self.original0
+        first: Any = self.original if self.is_tensor else self.original0
         if first.is_meta:  # which autocast does not know
             return ParametrizationList.forward(self)
         with torch.autocast(first.device.type, enabled=False):
@@ -110,7 +110,7 @@ def _rebuild(base: type[nn.Module], names: tuple[str, ...], args: tuple[Any, ...
 def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """For pickle and deepcopy: the class is found or made again, from the one it extends."""
     base, names = type(self).__bases__[0], tuple(self.parametrizations)  # type: ignore[arg-type]
-    _, (_, *args), state, *rest = base.__reduce_ex__(self, max(protocol, 2))
+    _, (_, *args), state, *rest = base.__reduce_ex__(self, max(protocol, 2))  # type: ignore[call-arg, misc]
     weights = state.get("_flat_weights") if isinstance(state, dict) else None
     if weights is not None:  # of an RNN: what it has read last, which it compares before use
         own = [None, *self._parameters.values(), *self._buffers.values()]
