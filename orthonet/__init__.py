@@ -7,6 +7,8 @@ The names below are the ones most programs need; the rest lives in the sub-packa
 
 from importlib.metadata import version
 
+from torch.nn.utils.parametrize import cached
+
 from orthonet import (
     certify,
     constraints,
@@ -69,6 +71,11 @@ from orthonet.reparametrizers import (
     QR_ORTHO_PARAMS,
     ClassParam,
     OrthoParams,
+    caching,
+    defer_pullback,
+    fuse,
+    invalidate,
+    unfuse,
 )
 
 __version__ = version("orthonet")
@@ -101,6 +108,8 @@ __all__ = [
     "UncertifiableError",
     "UnitNormLinear",
     "almost_orthogonal",
+    "cached",
+    "caching",
     "certify",
     "constraints",
     "convert",
@@ -108,6 +117,9 @@ __all__ = [
     "functional",
     "grassmannian",
     "invertible",
+    "defer_pullback",
+    "fuse",
+    "invalidate",
     "layers",
     "linalg",
     "losses",
@@ -127,4 +139,5 @@ __all__ = [
     "symmetric",
     "to_plain",
     "update_base",
+    "unfuse",
 ]

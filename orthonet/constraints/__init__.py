@@ -39,14 +39,13 @@ from orthonet.constraints._rank import (
     sln,
     spectral_ball,
 )
-from orthonet.constraints._registration import assign, cached, constrain
+from orthonet.constraints._registration import assign, constrain
 from orthonet.reparametrizers import remove
 
 __all__ = [
     "almost_orthogonal",
     "assign",
     "bounded",
-    "cached",
     "constrain",
     "correlation",
     "doubly_stochastic",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -15,7 +14,7 @@ from orthonet.constraints._list import ConstrainedList
 from orthonet.manifolds import Manifold, Parametrization
 from orthonet.manifolds._maps import ProjectedParametrization
 
-__all__ = ["Init", "M", "assign", "constrain", "cached", "parametrizations_of", "register"]
+__all__ = ["Init", "M", "assign", "constrain", "parametrizations_of", "register"]
 
 M = TypeVar("M", bound=nn.Module)
 Init = Literal["keep", "project", "sample"] | str | Tensor | None
@@ -87,15 +86,6 @@ def register(module: M, tensor_name: str, parametrization: nn.Module) -> M:
         entry.__class__ = ConstrainedList
         entry.remember()  # type: ignore[operator]
     return module
-
-
-def cached() -> AbstractContextManager[None]:
-    """The context manager `torch.nn.utils.parametrize.cached`, for tensors that torch registered.
-
-    Tensors constrained by this library need none: they are computed once per optimizer step, and
-    inside of the block too they follow every assignment, step and edit.
-    """
-    return parametrize.cached()
 
 
 def assign(module: nn.Module, tensor_name: str, value: Tensor, *, project: bool = False) -> None:
