@@ -2,9 +2,9 @@
 
 python -m benchmarks.manifolds [--quick] [--threads N] [--steps N] [--out DIR]
 
-The error is max |sigma - 1| after Adam steps of 1e-3 towards a random linear functional. Time is CPU
-time of the process for forward + backward, interleaved, the minimum over the rounds, as a ratio to
-geotorch with the same map. Ours is measured without its cache: every read computes.
+The error is max |sigma - 1| after Adam steps of 1e-3 towards a random linear functional. Time is
+the CPU time of forward + backward, interleaved, the minimum over the rounds, as a ratio to geotorch
+with the same map. Ours is measured without its cache: every read computes.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ def orthogonal(
         init: See [`constrain`][orthonet.constraints.constrain].
 
     Examples:
+        >>> import orthonet
         >>> layer = orthonet.orthogonal(nn.Linear(64, 128), "weight")
         >>> torch.dist(layer.weight.T @ layer.weight, torch.eye(64)).item() < 1e-5
         True
@@ -137,6 +138,7 @@ def product(
         **options: Options of all blocks' parametrizations.
 
     Examples:
+        >>> import orthonet
         >>> from orthonet.manifolds import Stiefel
         >>> lstm = nn.LSTM(3, 5)
         >>> _ = orthonet.constraints.product(lstm, "weight_hh_l0", [Stiefel()] * 4)

@@ -81,10 +81,10 @@ def constrain(
 def register(module: M, tensor_name: str, parametrization: nn.Module) -> M:
     """Register a parametrization by `orthonet.reparametrizers.register`, with our list."""
     reparametrizers.register(module, tensor_name, parametrization)
-    entry = module.parametrizations[tensor_name]  # type: ignore[index]
+    entry: Any = module.parametrizations[tensor_name]  # type: ignore[index]
     if not isinstance(entry, ConstrainedList):
         entry.__class__ = ConstrainedList
-        entry.remember()  # type: ignore[operator]
+        entry.remember()
     return module
 
 

@@ -30,7 +30,7 @@ from tests.manifolds.common import CASES, SPACES, fits, name, relative
 
 every_case = pytest.mark.parametrize("case", CASES, ids=name)
 EXACT = {torch.float64: 1e-10, torch.float32: 2e-6}
-# Observed over all cases: 2.0e-13 and 8.9e-7.
+# Observed over all cases: 6.1e-15 and 4.1e-7.
 OVERCOMPLETE = (Simplex, DoublyStochastic, Correlation)
 KINKED = (Nonnegative, Bounded, NormBall, SpectralBall, Simplex)
 
@@ -77,7 +77,7 @@ def test_the_base_moves_without_moving_the_point(case, dtype):
     for _ in range(3):
         c, v = p.update_base(c, torch.randn_like(c))
         assert torch.isfinite(v).all()
-        assert relative(p(c), x) <= 2 * EXACT[dtype]
+        assert relative(p(c), x) <= 2 * EXACT[dtype]  # observed 1.7e-15 and 3.7e-6
     if isinstance(p, Trivialization) and not hasattr(p, "start"):
         assert not c.any()
 
@@ -155,11 +155,11 @@ def test_projection_arrives_and_leaves_points_alone(space, dtype):
     scale = 1e-3 if isinstance(space, Symplectic) else 1.0
     y = space.project(x + scale * torch.randn(shape, dtype=dtype))
     assert space.contains(y), space.contains(y)
-    assert relative(space.project(y), y) <= 4 * EXACT[dtype]  # observed 2.2e-6 (Sinkhorn, float32)
+    assert relative(space.project(y), y) <= 4 * EXACT[dtype]  # Sinkhorn has the largest
     v = torch.randn(shape, dtype=dtype)
     if not isinstance(space, Simplex):
         once = space.tangent(y, v)
-        # observed 4e-7, and 3e-5 for the low-rank ones, which decompose y
+        # the low-rank ones, which decompose y, have the largest
         assert relative(space.tangent(y, once), once) <= 1e4 * torch.finfo(dtype).eps
 
 
@@ -176,10 +176,11 @@ def test_tolerances_are_relative(space, scale):
     open_or_inside = isinstance(space, (NormBall, SpectralBall)) and scale < 1
     inside = isinstance(space, Bounded) and scale < 1
     assert bool(space.contains(scale * x)) == (scalable or open_or_inside or inside)
-    if not isinstance(space, (GLp := type(space),)) or GLp.__name__ != "GLp":
+    kind = type(space).__name__
+    if kind != "GLp":
         noise = scale * (x + 0.1 * torch.randn(shape))
         full = {"Rn", "GLp", "FixedRank", "NormBall", "SpectralBall", "Bounded"}
-        if GLp.__name__ not in full or (GLp.__name__ == "FixedRank" and space.rank < 4):
+        if kind not in full or (kind == "FixedRank" and space.rank < 4):
             assert not space.contains(noise - 0.2 * scale)
 
 

@@ -77,7 +77,7 @@ def test_03_the_base_does_not_drift(triv):
         opt.zero_grad()
         (layer.weight - target).square().sum().backward()
         opt.step()
-    assert off(layer.weight) <= 2e-6  # observed 2e-7
+    assert off(layer.weight) <= 2e-6
     assert not layer.parametrizations.weight.original.any()
 
 
@@ -114,9 +114,9 @@ def test_06_complex_half_and_small_tensors():
     module.weight = nn.Parameter(torch.randn(5, 3, dtype=torch.complex64))
     constraints.unitary(module)
     steps(module, lambda m: m.weight.real.sum(), 30)
-    assert off(module.weight) <= 2e-6  # observed 2e-7
+    assert off(module.weight) <= 2e-6
     half = orthonet.orthogonal(nn.Linear(6, 6, dtype=torch.bfloat16))
-    assert off(half.weight) <= 2e-2  # storage rounding; observed 3e-3
+    assert off(half.weight) <= 2e-2  # storage rounding; observed 2.3e-3
     layer = orthonet.orthogonal(nn.Linear(6, 6))
     with torch.autocast("cpu", torch.bfloat16):
         inside = layer.weight
@@ -147,7 +147,7 @@ def test_08_boundaries_are_accepted_and_alive():
         u, v = (Stiefel().sample((4, 4)) for _ in range(2))
         layer.weight = (u * torch.tensor([1.3, 1.3, 0.7, 0.7])) @ v
     steps(layer, lambda m: (m.weight - u @ v).square().sum(), 300, lr=0.02)
-    assert (layer.weight - u @ v).abs().max() < 1e-2  # observed 2e-4
+    assert (layer.weight - u @ v).abs().max() < 1e-2
     assert AlmostOrthogonal(0.3).contains(layer.weight)
     layer = orthonet.positive_semidefinite(nn.Linear(4, 4))
     layer.weight = torch.zeros(4, 4)
@@ -194,7 +194,7 @@ def test_11_tall_frames_take_linear_memory():
         held = sum(t.numel() for t in (*layer.parameters(), *layer.buffers()))
         assert held <= 3 * 16 * 20000
         layer.weight.sum().backward()
-        assert off(layer.weight) <= 2e-6  # observed 5e-7
+        assert off(layer.weight) <= 2e-6
 
 
 def test_12_a_kernel_can_be_one_matrix():
@@ -229,7 +229,7 @@ def test_14_rounding_does_not_add_up(n, triv):
     layer = orthonet.orthogonal(nn.Linear(n, n, bias=False), triv=triv)
     target = torch.randn(n, n)
     steps(layer, lambda m: (m.weight * target).sum(), 200 if n < 1024 else 60, lr=1e-2)
-    assert off(layer.weight) <= 2e-6  # observed 5e-7 (exponential), 9e-7 (Cayley) at 256
+    assert off(layer.weight) <= 2e-6  # observed 2.2e-7 at 32, 6.1e-7 at 256
 
 
 def test_15_coordinates_are_packed_and_momentum_follows_the_base():
