@@ -2,14 +2,17 @@
 
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import LipschitzCertificate, certified_accuracy, certify
+from orthonet.certify._chain import Affine
 from orthonet.certify._empirical import (
     AttackReport,
     attack_certificate,
     lipschitz_estimate,
     pgd_l2,
 )
+from orthonet.certify._mlp import MLPBound, mlp_bound
 from orthonet.certify._propagate import Row
 from orthonet.certify._rules import Call, Operand, Step, register_rule
+from orthonet.certify._slopes import Activation
 
 __all__ = [
     "certify",
@@ -20,6 +23,10 @@ __all__ = [
     "Call",
     "Operand",
     "Step",
+    "mlp_bound",
+    "MLPBound",
+    "Affine",
+    "Activation",
     "certified_accuracy",
     "pgd_l2",
     "attack_certificate",
