@@ -9,6 +9,7 @@ from orthonet.certify._empirical import (
     lipschitz_estimate,
     pgd_l2,
 )
+from orthonet.certify._local import local_bound, local_radius
 from orthonet.certify._mlp import MLPBound, mlp_bound
 from orthonet.certify._propagate import Row
 from orthonet.certify._rules import Call, Operand, Step, register_rule
@@ -24,6 +25,8 @@ __all__ = [
     "Operand",
     "Step",
     "mlp_bound",
+    "local_bound",
+    "local_radius",
     "MLPBound",
     "Affine",
     "Activation",

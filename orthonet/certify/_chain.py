@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from orthonet.linalg._rounding import (
     squared_norm_up,
 )
 
-__all__ = ["Affine", "Chain", "frobenius_up", "read_layers"]
+__all__ = ["Affine", "Chain", "Layer", "frobenius_up", "read_layers", "rotated"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +122,7 @@ class Chain:
                 error = add_up(error, sqrt_up(weight.numel()) * UNDERFLOW)
             for act, side in ((activations[i - 1] if i else None, 1), (_at(activations, i), 0)):
                 if act is not None and act.basis is not None:
-                    weight, error = _rotated(weight, error, act, side)
+                    weight, error = rotated(weight, error, act, side)
             if i:
                 weight = weight[:, alive[i - 1]]
             if i < len(alive):
@@ -142,15 +142,12 @@ class Chain:
         """Whether no difference reaches the output."""
         return any(0 in weight.shape for weight in self.weights)
 
-    def prefix(self, count: int) -> Chain:
-        """The first `count` matrices with what lies between them; the scale is set to 1."""
-        return Chain(
-            self.weights[:count],
-            self.errors[:count],
-            self.lower[: count - 1],
-            self.upper[: count - 1],
-            self.groups[: count - 1],
-            1.0,
+    @property
+    def open_ended(self) -> Chain:
+        """The same without the last slopes, where there are as many as matrices."""
+        count = len(self.weights) - 1
+        return replace(
+            self, lower=self.lower[:count], upper=self.upper[:count], groups=self.groups[:count]
         )
 
 
@@ -158,7 +155,7 @@ def _at(activations: Sequence[Activation], i: int) -> Activation | None:
     return activations[i] if i < len(activations) else None
 
 
-def _rotated(weight: Tensor, error: float, act: Activation, side: int) -> tuple[Tensor, float]:
+def rotated(weight: Tensor, error: float, act: Activation, side: int) -> tuple[Tensor, float]:
     """Q W (side 0) or W Q^T (side 1), with the error of the result."""
     basis = act.basis
     terms = int((basis != 0).sum(1).max())  # type: ignore[union-attr]

@@ -1,14 +1,16 @@
 r"""Multipliers of LipSDP-neuron: a closed form, and a descent without a solver.
 
-For differences of a chain $z_i = \Theta_i W_i z_{i-1}$ with slopes in $[\alpha, \beta]$ and
-multipliers $\Lambda_i = \mathrm{diag}(\lambda_i) > 0$, let $a = \alpha\beta$,
-$m = (\alpha + \beta) / 2$, $X_i = \Lambda_i m_i W_i$ and
+For differences of a chain $z_i = \Theta_i W_i z_{i-1}$ with slopes in $[m - r, m + r]$ and
+multipliers $\lambda = 1 / \mu$ of the units with $r > 0$ (U selects their rows), let
 
-$$S_0 = I + W_1^T \Lambda_1 a_1 W_1, \quad
-S_i = \Lambda_i + W_{i+1}^T \Lambda_{i+1} a_{i+1} W_{i+1} - X_i S_{i-1}^{-1} X_i^T.$$
+$$\Sigma_0 = I, \quad H_i = W_i \Sigma_{i-1} W_i^T, \quad
+T_i = \mathrm{diag}(\mu / r^2) - U H_i U^T, \quad \Sigma_i = U^T \mathrm{diag}(\mu)\,U
+    + \mathrm{diag}(m)\,(H_i + H_i U^T T_i^{-1} U H_i)\,\mathrm{diag}(m).$$
 
-If all $S_i$ are positive definite, $\|C z_k\|^2 \le \lambda_{\max}(C S_k^{-1} C^T) \|z_0\|^2$ for
-every $C$. What is found here is a proposal; `_proof` proves it.
+If all $T_i$ are positive definite, $\|C z_k\|^2 \le \lambda_{\max}(C \Sigma_k C^T) \|z_0\|^2$ for
+every C. These are the Schur complements of the matrix inequality of LipSDP, inverted: so units
+whose slope is known need no multiplier, and any signs of slopes are alike. What is found here is
+a proposal; `_proof` proves it.
 """
 
 from __future__ import annotations
@@ -23,81 +25,82 @@ from orthonet.certify._chain import Chain
 
 __all__ = ["closed_form", "descend"]
 
-_LINEAR = 1e-2  # least half-width of an interval of slopes, relative to the largest slope
 _WORK = 2e11  # floating-point operations that a descent may take
 _STAGES = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 _MEMORY = 40
+_WALL = 0.01  # weight of the barrier where the optimum need not touch it
 
 
 class _Layer(NamedTuple):
-    """One layer of multipliers: a = lower * upper, m their mean, which group a unit belongs to."""
+    """One layer: its matrix, and the slopes as means and half-widths."""
 
     weight: Tensor
-    product: Tensor
     mean: Tensor
-    sharp: bool  # whether `product` has an entry that is not zero
-    walled: bool  # whether it has a negative one: then the optimum lies where S is singular
+    half: Tensor
+    free: Tensor  # the indices of the units whose slope is not known
+    walled: bool  # whether slopes may have either sign: the optimum lies where T is singular
 
 
 def _layers(chain: Chain) -> list[_Layer]:
     found = []
     for weight, low, high in zip(chain.weights[:-1], chain.lower, chain.upper, strict=True):
-        product = low * high
-        sharp, walled = bool((product != 0).any()), bool((product < 0).any())
-        found.append(_Layer(weight, product, (low + high) / 2, sharp, walled))
+        half = (high - low) / 2
+        walled = bool((low * high < 0).any())
+        found.append(_Layer(weight, (low + high) / 2, half, half.nonzero()[:, 0], walled))
     return found
 
 
-def closed_form(chain: Chain, margin: float = 1e-4) -> list[Tensor] | None:
+def closed_form(chain: Chain, margin: float = 1e-3) -> list[Tensor] | None:
     r"""ECLipsE-Fast, for any slopes: one pass, always feasible in exact arithmetic.
 
-    With $p = \lambda_{\max}(W S^{-1} W^T)$, $W (S + W^T \Lambda a W)^{-1} W^T \preceq
-    (1/p + \Lambda a)^{-1}$, so that the next S is at least diagonal with the entries
-    $\lambda (1 - r^2 p \lambda) / (1 + a p \lambda)$, $r = (\beta - \alpha) / 2$. Their maximum
-    $1 / (L^2 p)$, $L = \max(|\alpha|, |\beta|)$, is at $\lambda = 1 / (p\,r\,L)$: the bound is
-    never above the product of the norms. Where a < 0 the maximum may lie on the border of what
-    is feasible; there `margin` is kept.
+    With $p = \lambda_{\max}(H)$ the next matrix is at most diagonal with the entries
+    $\mu + m^2 p / (1 - r^2 p / \mu)$. Their minimum $L^2 p$, $L = |m| + r$, is at
+    $\mu = p\,r\,L$: the bound is never above the product of the norms. Where slopes of either sign
+    are allowed the minimum may lie on the border of what is feasible; there `margin` is kept.
+
+    Returns:
+        The $\mu$ of every layer (1 where it is not used), or None if rounding got in the way.
 
     References:
         Y. Xu, S. Sivaranjani, ECLipsE, NeurIPS 2024 (slopes in [0, beta], one number a layer).
     """
-    multipliers: list[Tensor] = []
-    layers = _layers(chain)
-    current = torch.eye(chain.weights[0].shape[1], dtype=torch.float64)
-    for layer, low, high in zip(layers, chain.lower, chain.upper, strict=True):
-        root, info = torch.linalg.cholesky_ex(current)
-        if int(info):
-            return None
-        half = torch.linalg.solve_triangular(root, layer.weight.mT, upper=False)
-        largest = float(torch.linalg.matrix_norm(half, 2)) ** 2
+    found: list[Tensor] = []
+    current: Tensor | None = None
+    for layer, low, high in zip(_layers(chain), chain.lower, chain.upper, strict=True):
+        gram = _gram(layer.weight, current)
+        largest = float(torch.linalg.eigvalsh(gram)[-1]) if bool(gram.isfinite().all()) else 0.0
         if not largest > 0.0 or not math.isfinite(largest):
             return None
-        size = torch.maximum(low.abs(), high.abs())
-        radius = torch.maximum((high - low) / 2, _LINEAR * size)
-        step = torch.where(layer.product < 0, 1.0 - margin, 1.0)
-        multiplier = step / (largest * radius * size)
-        multipliers.append(multiplier)
-        following = _next(current, layer, multiplier)
+        step = torch.where(low * high < 0, 1.0 + margin, 1.0)
+        mu = largest * step * layer.half * torch.maximum(low.abs(), high.abs())
+        found.append(torch.where(layer.half > 0, mu, 1.0))
+        following = _next(gram, layer, found[-1])
         if following is None:
             return None
         current = following[0]
-    return multipliers
+    return found
 
 
-def _next(current: Tensor, layer: _Layer, multiplier: Tensor) -> tuple[Tensor, Tensor] | None:
-    """From S_(i-1), without the term of layer i, to S_i without that of layer i + 1.
+def _gram(weight: Tensor, current: Tensor | None) -> Tensor:
+    gram = weight @ weight.mT if current is None else weight @ current @ weight.mT
+    return (gram + gram.mT) / 2
 
-    Also the log-determinant of S_(i-1) with that term.
-    """
-    if layer.sharp:
-        weight = layer.weight
-        current = current + weight.mT @ ((multiplier * layer.product)[:, None] * weight)
-    root, info = torch.linalg.cholesky_ex(current)
-    if int(info):
-        return None
-    scaled = (multiplier * layer.mean)[:, None] * layer.weight
-    half = torch.linalg.solve_triangular(root, scaled.mT, upper=False)
-    return torch.diag(multiplier) - half.mT @ half, 2.0 * root.diagonal().log().sum()
+
+def _next(gram: Tensor, layer: _Layer, mu: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The next matrix, and minus the log-determinant of T, scaled to unit diagonal without H."""
+    free = layer.free
+    core, wall = gram, gram.new_zeros(())
+    shift = torch.zeros_like(mu)
+    if len(free):
+        limit = mu[free] / layer.half[free].square()
+        root, info = torch.linalg.cholesky_ex(torch.diag(limit) - gram[free][:, free])
+        if int(info):
+            return None
+        rows = torch.linalg.solve_triangular(root, gram[free], upper=False)
+        core = core + rows.mT @ rows
+        wall = (limit.log() - 2.0 * root.diagonal().log()).mean()
+        shift = shift.index_add(0, free, mu[free])
+    return torch.diag(shift) + layer.mean[:, None] * core * layer.mean, wall
 
 
 def _value(
@@ -107,45 +110,38 @@ def _value(
 
     None where the multipliers are not feasible.
     """
-    size = layers[0].weight.shape[1]
-    current, volume = torch.eye(size, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    current: Tensor | None = None
     wall = torch.zeros((), dtype=torch.float64)
-    for layer, multiplier in zip(layers, multipliers, strict=True):
-        if layer.walled and layer is not layers[0]:
-            root, info = torch.linalg.cholesky_ex(current)
-            volume = 2.0 * root.diagonal().log().sum()
-        following = _next(current, layer, multiplier)
+    for layer, mu in zip(layers, multipliers, strict=True):
+        following = _next(_gram(layer.weight, current), layer, mu)
         if following is None:
             return None
-        current, inside = following
-        if layer.walled:
-            wall = wall + (volume - inside) / layer.weight.shape[1]
-    root, info = torch.linalg.cholesky_ex(current)
-    if int(info):
+        current = following[0]
+        wall = wall + (1.0 if layer.walled else _WALL) * following[1]
+    gram = _gram(chain.weights[-1], current)
+    if not bool(gram.isfinite().all()):
         return None
-    half = torch.linalg.solve_triangular(root, chain.weights[-1].mT, upper=False)
-    gram = half.mT @ half if half.shape[0] >= half.shape[1] else half @ half.mT
     values = torch.linalg.eigvalsh(gram).clamp_min(1e-300)
-    top = values[-1]
-    scaled = values / top.detach()
-    smooth = top.detach().log() + (scaled**power).sum().log() / power
-    return smooth + wall / power, float(top.detach())
+    top = values[-1].detach()
+    smooth = top.log() + ((values / top) ** power).sum().log() / power
+    return smooth + wall / power, float(top)
 
 
 def descend(chain: Chain, start: list[Tensor]) -> list[Tensor]:
     """Better multipliers than `start`, by L-BFGS on their logarithms, at a bounded cost."""
-    layers = _reduced(_layers(chain))
+    layers = _layers(chain)
     if any(layer.walled for layer in layers):
         start = closed_form(chain, 0.5) or start
-    ids = [_ids(multiplier, group) for multiplier, group in zip(start, chain.groups, strict=True)]
-    counts = [int(i.max()) + 1 for i in ids]
+    ids = [_ids(layer.free, group) for layer, group in zip(layers, chain.groups, strict=True)]
+    counts = [int(i.max()) + 1 if len(i) else 0 for i in ids]
+    if not sum(counts):
+        return start
     search = _Search(chain, layers, ids, counts)
     x = torch.cat([
-        torch.zeros(n, dtype=torch.float64).scatter(0, i, s.log())
-        for n, i, s in zip(counts, ids, start, strict=True)
+        torch.zeros(n, dtype=torch.float64).scatter(0, i, s[layer.free].log())
+        for n, i, s, layer in zip(counts, ids, start, layers, strict=True)
     ])  # fmt: skip
-    widths = [layers[0].weight.shape[1], *(len(s) for s in start)]
-    evaluations = int(min(600, max(30, _WORK / (30 * sum(w**3 for w in widths)))))
+    evaluations = int(min(400, max(30, _WORK / (30 * sum(len(s) ** 3 for s in start)))))
     stages = _STAGES if evaluations >= 300 else _STAGES[1::2]
     if chain.weights[-1].shape[0] == 1 and not any(layer.walled for layer in layers):
         stages = (1.0,)
@@ -156,21 +152,14 @@ def descend(chain: Chain, start: list[Tensor]) -> list[Tensor]:
     return search.multipliers(search.best_x)
 
 
-def _ids(multiplier: Tensor, group: Tensor | None) -> Tensor:
-    """Which variable each multiplier is: units of a group share one."""
-    if group is None:
-        return torch.arange(len(multiplier))
-    own = int(group.max()) + 1 + torch.arange(len(multiplier))
-    return torch.unique(torch.where(group >= 0, group, own), return_inverse=True)[1]
-
-
-def _reduced(layers: list[_Layer]) -> list[_Layer]:
-    """The first weight as a square matrix with the same W W^T, if it is wide."""
-    first = layers[0]
-    if first.weight.shape[1] <= first.weight.shape[0]:
-        return layers
-    square = torch.linalg.qr(first.weight.mT, mode="r")[1].mT.contiguous()
-    return [first._replace(weight=square), *layers[1:]]
+def _ids(free: Tensor, group: Tensor | None) -> Tensor:
+    """Which variable the multiplier of each free unit is: units of a group share one."""
+    own = torch.arange(len(free))
+    if group is None or not len(free):
+        return own
+    mine = group[free]
+    own = own + int(mine.max()) + 1
+    return torch.unique(torch.where(mine >= 0, mine, own), return_inverse=True)[1]
 
 
 class _Search:
@@ -183,8 +172,11 @@ class _Search:
         self.best, self.best_x, self.evaluations = math.inf, torch.empty(0), 0
 
     def multipliers(self, x: Tensor) -> list[Tensor]:
-        parts = x.split(self.counts)
-        return [part.exp()[i] for part, i in zip(parts, self.ids, strict=True)]
+        found = []
+        for part, i, layer in zip(x.split(self.counts), self.ids, self.layers, strict=True):
+            ones = torch.ones_like(layer.half)
+            found.append(ones.index_copy(0, layer.free, part.exp()[i]))
+        return found
 
     def evaluate(self, x: Tensor, power: float) -> tuple[float, Tensor]:
         self.evaluations += 1

@@ -15,12 +15,12 @@ from orthonet.certify._chain import Chain, Layer, read_layers
 from orthonet.certify._lipsdp import closed_form, descend
 from orthonet.certify._proof import Proof, prove
 from orthonet.certify._radius import pairwise_constants
-from orthonet.linalg._rounding import add_up, mul_up, up
+from orthonet.linalg._rounding import UNIT_ROUNDOFF, add_up, mul_up, up
 from orthonet.linalg.enclosure import spectral_norm_bound
 
-__all__ = ["MLPBound", "chain_bound", "mlp_bound"]
+__all__ = ["EFFORTS", "MLPBound", "chain_bound", "mlp_bound"]
 
-_EFFORTS = ("fast", "default", "tight")
+EFFORTS = ("fast", "default", "tight")
 _BLENDS = (1e-9, 1e-6, 1e-4, 1e-2, 0.1, 0.5)
 _MOST_PAIRS = 4096
 
@@ -89,7 +89,7 @@ def mlp_bound(layers: Layer | Iterable[Layer], *, effort: str = "tight") -> MLPB
         Novel quadratic constraints for extending LipSDP beyond slope-restricted activations,
         ICLR 2024.
     """
-    _checks.one_of("mlp_bound", _EFFORTS, effort=effort)
+    _checks.one_of("mlp_bound", EFFORTS, effort=effort)
     start = time.perf_counter()
     affine, activations = read_layers(layers, "mlp_bound")
     chain = Chain.build(affine, activations)
@@ -138,10 +138,12 @@ def chain_bound(chain: Chain, effort: str, start: float | None = None) -> MLPBou
 
 
 def _pairs(proof: Proof) -> Tensor:
-    """The bounds of all differences of two rows, without the scale of the chain."""
-    slack = mul_up(2.0, proof.row_error, proof.factor)
-    found = pairwise_constants(proof.rows, proof.factor, proof.constant)
-    return torch.full((1, 1), torch.inf) if found is None else (found + slack) * (1.0 + 2.0**-51)
+    """The bounds of all differences of two outputs, without the scale of the chain."""
+    diagonal = proof.gram.diagonal()
+    squares = diagonal[:, None] + diagonal - 2.0 * proof.gram
+    # |e_y - e_j|^2 = 2; then the roundings of three sums, of the root, and of this.
+    slack = 2.0 * proof.error + 8 * UNIT_ROUNDOFF * (diagonal[:, None] + diagonal)
+    return (squares.clamp_min(0.0) + slack).sqrt() * (1.0 + 2.0**-50)
 
 
 def _product(chain: Chain) -> tuple[float, float]:
@@ -168,10 +170,14 @@ def _best(chain: Chain, effort: str) -> tuple[str, Proof | None]:
     found = descend(chain, start)
     proof = prove(chain, found)
     for share in _BLENDS:
-        # The multipliers that prove some bound are a convex set, jointly with its square's inverse.
+        # The 1 / mu that prove some bound are a convex set, jointly with 1 / the squared bound.
         if proof is not None or closed is None:
             break
-        proof = prove(chain, [x.lerp(y, share) for x, y in zip(found, start, strict=True)])
+        proof = prove(chain, [_blend(x, y, share) for x, y in zip(found, start, strict=True)])
     if proof is None or (closed is not None and closed.constant <= proof.constant):
         return method, closed
     return "LipSDP-neuron, proved", proof
+
+
+def _blend(first: Tensor, second: Tensor, share: float) -> Tensor:
+    return first.reciprocal().lerp(second.reciprocal(), share).reciprocal()

@@ -122,21 +122,21 @@ def test_never_below_any_choice_of_slopes(slopes, seed):
 
 
 def exact_bound(chain, multipliers):
-    """The bound that the multipliers prove, in 60 digits, by the recursion of the paper."""
+    """The bound that the multipliers prove, in 60 digits, by the inequality of the paper."""
     with mpmath.workdps(60):
         matrix = lambda t: mpmath.matrix(t.tolist())  # noqa: E731
         diagonal = lambda v: mpmath.diag([mpmath.mpf(x) for x in v])  # noqa: E731
         current = mpmath.eye(chain.weights[0].shape[1])
-        for w, lam, low, high in zip(
+        for w, mu, low, high in zip(
             chain.weights[:-1], multipliers, chain.lower, chain.upper, strict=True
         ):
             weight = matrix(w)
-            low, high, lam = (list(map(mpmath.mpf, t.tolist())) for t in (low, high, lam))
-            product = [x * a * b for x, a, b in zip(lam, low, high, strict=True)]
-            mean = [x * (a + b) / 2 for x, a, b in zip(lam, low, high, strict=True)]
+            low, high, mu = (list(map(mpmath.mpf, t.tolist())) for t in (low, high, mu))
+            product = [a * b / x for x, a, b in zip(mu, low, high, strict=True)]
+            mean = [(a + b) / 2 / x for x, a, b in zip(mu, low, high, strict=True)]
             current += weight.T * diagonal(product) * weight
             scaled = diagonal(mean) * weight
-            current = diagonal(lam) - scaled * current**-1 * scaled.T
+            current = diagonal([1 / x for x in mu]) - scaled * current**-1 * scaled.T
         assert min(mpmath.eigsy(current, eigvals_only=True)) > 0
         last = matrix(chain.weights[-1])
         values = mpmath.eigsy(last * current**-1 * last.T, eigvals_only=True)
@@ -168,14 +168,14 @@ def test_multipliers_that_prove_nothing_are_refused():
     good = prove(chain, start)
     assert good is not None
     for spoil in (
-        lambda x: 1e3 * x,
+        lambda x: 1e-3 * x,
         lambda x: x * torch.nan,
         lambda x: torch.zeros_like(x),
         lambda x: -x,
         lambda x: x * 1e300,
     ):
         assert prove(chain, [spoil(start[0]), *start[1:]]) is None
-    assert prove(chain, [start[0], 1e-3 * start[1]]).constant > good.constant
+    assert prove(chain, [start[0], 1e3 * start[1]]).constant > good.constant
 
 
 @pytest.mark.parametrize(
