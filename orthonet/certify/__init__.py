@@ -1,7 +1,12 @@
 """Certificates of Lipschitz constants and of robustness: proofs, and attacks that try them."""
 
 from orthonet.certify._bound import Bound
-from orthonet.certify._certificate import LipschitzCertificate, certified_accuracy, certify
+from orthonet.certify._certificate import (
+    LipschitzCertificate,
+    certified_accuracy,
+    certified_curve,
+    certify,
+)
 from orthonet.certify._chain import Affine
 from orthonet.certify._empirical import (
     AttackReport,
@@ -12,6 +17,8 @@ from orthonet.certify._empirical import (
 from orthonet.certify._local import local_bound, local_radius
 from orthonet.certify._mlp import MLPBound, mlp_bound
 from orthonet.certify._propagate import Row
+from orthonet.certify._radius import RadiusCurve
+from orthonet.certify._report import report_html
 from orthonet.certify._rules import Call, Operand, Step, register_rule
 from orthonet.certify._slopes import Activation
 
@@ -31,6 +38,9 @@ __all__ = [
     "Affine",
     "Activation",
     "certified_accuracy",
+    "certified_curve",
+    "RadiusCurve",
+    "report_html",
     "pgd_l2",
     "attack_certificate",
     "AttackReport",
