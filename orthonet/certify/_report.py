@@ -110,7 +110,7 @@ def _facts(
 ) -> str:
     constant = certificate.constant
     name = "exact constant" if constant.kind == "exact" else "proved upper bound"
-    facts = [(f"{name} ({constant.norm})", f"{constant.value:.6g}")]
+    facts = [(f"{name} ({constant.norm})", f"{constant.value:.9g}")]
     if estimate is not None:
         facts.append(("found from below", f"{estimate.value:.6g}"))
         if estimate.value > 0:
@@ -128,7 +128,7 @@ def _table(certificate: LipschitzCertificate) -> str:
     logs = [
         math.log(row.constant) if 0 < row.constant < math.inf else 0.0 for row in certificate.rows
     ]
-    largest = max((abs(value) for value in logs), default=0.0) or 1.0
+    largest = max([0.05, *map(abs, logs)])  # rounding alone fills no bar
     lines = []
     for row, value in zip(certificate.rows, logs, strict=True):
         width = 100 * abs(value) / largest
@@ -184,7 +184,7 @@ def _accuracy(curve: RadiusCurve, attacked: Mapping[float, float]) -> str:
         key += ' · <span class="key-a">╌ right under attack</span>'
     svg = _svg(shapes, limit, f"radius ({curve.norm}, units of the input)", 1.0, percent=True,
                label="Certified and attacked accuracy against the radius")  # fmt: skip
-    return f"<h2>Accuracy</h2><figure>{svg}<figcaption>{key}</figcaption></figure>"
+    return f'<h2>Accuracy</h2><figure style="max-width: 44rem">{svg}<figcaption>{key}</figcaption></figure>'
 
 
 def _spectrum(layer: str, operator: str, values: Sequence[float]) -> str:
