@@ -184,7 +184,8 @@ def _accuracy(curve: RadiusCurve, attacked: Mapping[float, float]) -> str:
         key += ' · <span class="key-a">╌ right under attack</span>'
     svg = _svg(shapes, limit, f"radius ({curve.norm}, units of the input)", 1.0, percent=True,
                label="Certified and attacked accuracy against the radius")  # fmt: skip
-    return f'<h2>Accuracy</h2><figure style="max-width: 44rem">{svg}<figcaption>{key}</figcaption></figure>'
+    figure = f'<figure style="max-width: 44rem">{svg}<figcaption>{key}</figcaption></figure>'
+    return f"<h2>Accuracy</h2>{figure}"
 
 
 def _spectrum(layer: str, operator: str, values: Sequence[float]) -> str:
