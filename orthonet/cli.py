@@ -71,8 +71,15 @@ def _parser() -> argparse.ArgumentParser:
 
     certify = commands.add_parser("certify", help="certify and attack a trained network again")
     certify.set_defaults(command=recipes.certify_checkpoint)
-    certify.add_argument("checkpoint", type=Path, help="a checkpoint.pt of orthonet train")
+    certify.add_argument(
+        "checkpoint", type=Path, help="checkpoint of orthonet train, .pt or .safetensors"
+    )
     certify.add_argument("--radii", type=float, nargs="+", metavar="R", help="l2 radii")
+    certify.add_argument(
+        "--input-shape", type=int, nargs="+", metavar="N",
+        help="shape of one sample: certify for it, without data",
+    )  # fmt: skip
+    certify.add_argument("--report", type=Path, help="file for the report, one HTML page")
     certify.add_argument("--out", type=Path, help="folder for metrics and pictures")
 
     for command in (train, certify):
