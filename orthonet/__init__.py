@@ -7,8 +7,19 @@ The names below are the ones most programs need; the rest lives in the sub-packa
 
 from importlib.metadata import version
 
-from orthonet import certify, convert, functional, layers, linalg, losses, reparametrizers
+from orthonet import (
+    certify,
+    constraints,
+    convert,
+    functional,
+    layers,
+    linalg,
+    losses,
+    manifolds,
+    reparametrizers,
+)
 from orthonet.certify import LipschitzCertificate
+from orthonet.constraints import orthogonal, rebase_every, skew, sphere, symmetric, update_base
 from orthonet.convert import to_plain
 from orthonet.errors import (
     NotOnManifoldError,
@@ -72,11 +83,19 @@ __all__ = [
     "UncertifiableError",
     "UnitNormLinear",
     "certify",
+    "constraints",
     "convert",
     "functional",
     "layers",
     "linalg",
     "losses",
+    "manifolds",
+    "orthogonal",
+    "rebase_every",
     "reparametrizers",
+    "skew",
+    "sphere",
+    "symmetric",
     "to_plain",
+    "update_base",
 ]

@@ -5,6 +5,7 @@ from orthonet.linalg.convolution_bounds import NormBound, convolution_norm_bound
 from orthonet.linalg.enclosure import spectral_norm_bound
 from orthonet.linalg.exponential import cayley, matrix_exponential, rotate_base, skew
 from orthonet.linalg.factorization import cholesky_qr, qr
+from orthonet.linalg.logarithm import rotation_logarithm
 from orthonet.linalg.polar import bjorck, polar, polar_svd
 from orthonet.linalg.sampling import haar
 from orthonet.linalg.spectral import gram_iteration, power_iteration
@@ -25,6 +26,7 @@ __all__ = [
     "power_iteration",
     "qr",
     "rotate_base",
+    "rotation_logarithm",
     "skew",
     "spectral_norm_bound",
 ]
