@@ -10,6 +10,7 @@ from orthonet.certify._empirical import (
 )
 from orthonet.certify._propagate import Row
 from orthonet.certify._rules import Call, Operand, Step, register_rule
+from orthonet.certify._sequence import recurrent_bound, sequence_bound
 
 __all__ = [
     "certify",
@@ -21,6 +22,8 @@ __all__ = [
     "Operand",
     "Step",
     "certified_accuracy",
+    "sequence_bound",
+    "recurrent_bound",
     "pgd_l2",
     "attack_certificate",
     "AttackReport",

@@ -42,7 +42,7 @@ from orthonet.layers._residual import (
     ConvexResidual,
     L2NormResidual,
 )
-from orthonet.layers._rnn import OrthoRNN, OrthoRNNCell
+from orthonet.layers._rnn import FinalState, OrthoRNN, OrthoRNNCell
 from orthonet.layers._rnn_contractive import ContractiveRNN, ContractiveRNNCell
 from orthonet.layers._rnn_gated import OrthoGRU, OrthoGRUCell, OrthoLSTM, OrthoLSTMCell
 
@@ -63,6 +63,7 @@ __all__ = [
     "ContractiveRNN",
     "ContractiveRNNCell",
     "ConvexResidual",
+    "FinalState",
     "GlobalL2NormPool1d",
     "GlobalL2NormPool2d",
     "GlobalL2NormPool3d",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,9 +13,10 @@ from orthonet.functional._recurrence import _ACTIVATIONS, NONLINEARITIES, mod_re
 from orthonet.layers._rnn_base import RecurrentLayer, State, at_last
 from orthonet.layers._rnn_cells import RecurrentCell
 from orthonet.layers._rnn_kernels import check_nonlinearity, uniform_
+from orthonet.manifolds._trivialization import Triv
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
-__all__ = ["OrthoRNN", "OrthoRNNCell"]
+__all__ = ["FinalState", "OrthoRNN", "OrthoRNNCell"]
 
 _THRESHOLD = 0.01  # the first shifts of modReLU are uniform in (-0.01, 0.01)
 
@@ -42,6 +45,8 @@ class OrthoRNN(RecurrentLayer):
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters; computed is in float32 at least.
         ortho_params: How the recurrent kernels are made orthogonal.
+        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
+            matrices, for dynamic trivialization around a base, see `update_base`.
         init: Where they start: `"haar"`; `"henaff"`, 2x2 rotations by angles uniform in
             \((-\pi, \pi)\); `"cayley"`, in \((0, \pi/2)\); `"identity"`.
 
@@ -88,6 +93,7 @@ class OrthoRNN(RecurrentLayer):
         dtype: torch.dtype | None = None,
         *,
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        triv: Triv | None = None,
         init: str = "haar",
     ) -> None:
         _checks.positive_int(type(self), hidden_size=hidden_size)
@@ -96,11 +102,11 @@ class OrthoRNN(RecurrentLayer):
         mode = f"RNN_{nonlinearity.upper()}"
         super().__init__(
             mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            0, device, dtype, ortho_params, init,
+            0, device, dtype, ortho_params, triv, init,
         )  # fmt: skip
 
-    def _build(self, suffix, inputs, ortho_params, factory) -> None:
-        super()._build(suffix, inputs, ortho_params, factory)
+    def _build(self, suffix: str, inputs: int, factory: dict[str, Any]) -> None:
+        super()._build(suffix, inputs, factory)
         if self.nonlinearity == "modrelu":
             threshold = nn.Parameter(torch.empty(self.hidden_size, **factory))
             self.register_parameter(f"threshold{suffix}", threshold)
@@ -156,6 +162,8 @@ class OrthoRNNCell(RecurrentCell, nn.RNNCell):
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters; computed is in float32 at least.
         ortho_params: How the recurrent kernel is made orthogonal.
+        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
+            matrices, for dynamic trivialization around a base, see `update_base`.
         init: Where it starts: `"haar"`, `"henaff"`, `"cayley"` or `"identity"`, see `OrthoRNN`.
 
     Shape:
@@ -184,11 +192,12 @@ class OrthoRNNCell(RecurrentCell, nn.RNNCell):
         dtype: torch.dtype | None = None,
         *,
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        triv: Triv | None = None,
         init: str = "haar",
     ) -> None:
         _checks.positive_int(type(self), hidden_size=hidden_size)
         check_nonlinearity(type(self), NONLINEARITIES, nonlinearity, hidden_size)
-        self._start(input_size, hidden_size, bias, device, dtype, ortho_params, init)
+        self._start(input_size, hidden_size, bias, device, dtype, ortho_params, triv, init)
         self.nonlinearity = nonlinearity
         if nonlinearity == "modrelu":
             self.threshold = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
@@ -228,3 +237,32 @@ class OrthoRNNCell(RecurrentCell, nn.RNNCell):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, init={self.init}"
+
+
+class FinalState(nn.Module):
+    """A recurrent layer as a map from sequences to the last state of its last layer.
+
+    For classifiers and for certificates: the constant of this map grows with the root of the number
+    of steps, that of the whole output with the number itself.
+
+    Args:
+        rnn: `OrthoRNN`, `OrthoGRU`, `OrthoLSTM`, `ContractiveRNN`, or a stock layer.
+
+    Shape:
+        Input as that of `rnn`; output (batch, directions * hidden_size), for an LSTM its h.
+
+    Examples:
+        >>> model = nn.Sequential(FinalState(OrthoRNN(3, 8, batch_first=True)), nn.Linear(8, 2))
+        >>> model(torch.zeros(4, 5, 3)).shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(self, rnn: nn.Module) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, input: Any) -> Tensor:
+        """Return the last state after a sequence."""
+        _, state = self.rnn(input)
+        state = state[0] if isinstance(state, tuple) else state
+        return torch.cat((state[-2], state[-1]), -1) if self.rnn.bidirectional else state[-1]

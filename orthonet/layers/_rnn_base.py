@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from orthonet import _checks
-from orthonet.layers._rnn_kernels import INITIALIZATIONS, RecurrentKernels, uniform_
+from orthonet.layers._rnn_kernels import RecurrentKernels, uniform_
 from orthonet.linalg._matrix import compute_dtype
+from orthonet.manifolds._trivialization import Triv
 from orthonet.reparametrizers import OrthoParams
 
 __all__ = ["RecurrentLayer"]
@@ -46,6 +47,7 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         ortho_params: OrthoParams,
+        triv: Triv | None,
         init: str,
     ) -> None:
         nn.Module.__init__(self)
@@ -54,7 +56,7 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
         )
         _checks.in_range(self, 0.0, 1.0, dropout=dropout)
         _checks.in_range(self, 0, hidden_size - 1, proj_size=proj_size)
-        _checks.one_of(self, INITIALIZATIONS, init=init)
+        self._kernel_options(ortho_params, triv, init)
         if dropout > 0 and num_layers == 1:
             sentence = _checks.message(
                 self, "dropout acts between layers, so it needs num_layers > 1",
@@ -64,7 +66,7 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
         self.mode = mode
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
-        self.bidirectional, self.proj_size, self.init = bidirectional, proj_size, init
+        self.bidirectional, self.proj_size = bidirectional, proj_size
         # What nn.RNNBase keeps for cuDNN; the kernels here are not its parameters.
         self._flat_weights_names, self._flat_weights, self._flat_weight_refs = [], [], []
         self._all_weights: list[list[str]] = []
@@ -72,7 +74,7 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
         for layer in range(num_layers):
             inputs = self.input_size if layer == 0 else self._outputs
             for suffix in self._suffixes(layer):
-                self._build(suffix, inputs, ortho_params, {"device": device, "dtype": dtype})
+                self._build(suffix, inputs, {"device": device, "dtype": dtype})
         self.reset_parameters()
 
     @property
@@ -87,9 +89,7 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
     def _suffixes(self, layer: int) -> list[str]:
         return [f"_l{layer}", f"_l{layer}_reverse"][: self._directions]
 
-    def _build(
-        self, suffix: str, inputs: int, ortho_params: OrthoParams, factory: dict[str, Any]
-    ) -> None:
+    def _build(self, suffix: str, inputs: int, factory: dict[str, Any]) -> None:
         """Make the parameters of one layer in one direction."""
         rows, size = self._gates * self.hidden_size, self.proj_size or self.hidden_size
         names = [f"weight_ih{suffix}", f"weight_hh{suffix}"]
@@ -97,14 +97,14 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
         shape = (
             (self.hidden_size, size) if self._gates == 1 else (self._gates, self.hidden_size, size)
         )
-        self._add_kernel(names[1], shape, ortho_params, **factory)
+        self._add_kernel(names[1], shape, **factory)
         if self.bias:
             for name in (f"bias_ih{suffix}", f"bias_hh{suffix}"):
                 names.append(name)
                 self.register_parameter(name, nn.Parameter(torch.empty(rows, **factory)))
         if self.proj_size:
             names.append(f"weight_hr{suffix}")
-            self._add_kernel(names[-1], (size, self.hidden_size), ortho_params, **factory)
+            self._add_kernel(names[-1], (size, self.hidden_size), **factory)
         self._all_weights.append(names)
 
     def reset_parameters(self) -> None:
@@ -125,7 +125,8 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
         first = next(self.parameters())
         with warnings.catch_warnings():  # the layer said it when it was made
             warnings.simplefilter("ignore", UserWarning)
-            plain = plain_class(
+            make: Any = plain_class
+            plain = make(
                 self.input_size, self.hidden_size, self.num_layers, bias=self.bias,
                 batch_first=self.batch_first, dropout=self.dropout,
                 bidirectional=self.bidirectional, device="meta", dtype=first.dtype, **options,

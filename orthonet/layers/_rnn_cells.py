@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.layers._rnn_kernels import INITIALIZATIONS, RecurrentKernels, uniform_
+from orthonet.layers._rnn_kernels import RecurrentKernels, uniform_
 from orthonet.linalg._matrix import compute_dtype
+from orthonet.manifolds._trivialization import Triv
 from orthonet.reparametrizers import OrthoParams
 
 __all__ = ["RecurrentCell"]
@@ -38,22 +39,21 @@ class RecurrentCell(RecurrentKernels):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         ortho_params: OrthoParams,
+        triv: Triv | None,
         init: str,
     ) -> None:
         """Make everything but the values of the parameters."""
         _checks.positive_int(type(self), input_size=input_size, hidden_size=hidden_size)
-        _checks.one_of(type(self), INITIALIZATIONS, init=init)
         module: Any = self
         nn.Module.__init__(module)
-        self.input_size, self.hidden_size, self.bias, self.init = (
-            input_size, hidden_size, bias, init,
-        )  # fmt: skip
+        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
+        self._kernel_options(ortho_params, triv, init)
         self.recurrent = nn.ModuleDict()
         rows, factory = self._gates * hidden_size, {"device": device, "dtype": dtype}
         module.weight_ih = nn.Parameter(torch.empty(rows, input_size, **factory))
         shape = (hidden_size, hidden_size)
         shape = shape if self._gates == 1 else (self._gates, *shape)
-        self._add_kernel("weight_hh", shape, ortho_params, device, dtype)
+        self._add_kernel("weight_hh", shape, device, dtype)
         for name in ("bias_ih", "bias_hh"):
             value = nn.Parameter(torch.empty(rows, **factory)) if bias else None
             module.register_parameter(name, value)

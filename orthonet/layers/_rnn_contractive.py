@@ -12,6 +12,7 @@ from orthonet import _checks
 from orthonet.functional._recurrence import _ACTIVATIONS, recurrence
 from orthonet.layers._rnn_base import RecurrentLayer, State, at_last
 from orthonet.layers._rnn_kernels import check_nonlinearity
+from orthonet.manifolds._trivialization import Triv
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
 __all__ = ["ContractiveRNN", "ContractiveRNNCell"]
@@ -65,6 +66,8 @@ class ContractiveRNN(RecurrentLayer):
         leak: \(\alpha\) in (0, 1], the share of the state that is renewed in a step.
         contraction: \(\rho\) in \([1 - \alpha, 1]\), the constant of a step in the state.
         ortho_params: How the kernels are made orthogonal.
+        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
+            matrices, for dynamic trivialization around a base, see `update_base`.
         init: Where Q and R start: `"haar"`, `"henaff"`, `"cayley"` or `"identity"`, see `OrthoRNN`.
 
     Shape:
@@ -105,6 +108,7 @@ class ContractiveRNN(RecurrentLayer):
         leak: float = 1.0,
         contraction: float = 0.95,
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        triv: Triv | None = None,
         init: str = "haar",
     ) -> None:
         owner = type(self)
@@ -114,34 +118,38 @@ class ContractiveRNN(RecurrentLayer):
         self.leak, self.contraction, self.nonlinearity = leak, contraction, nonlinearity
         super().__init__(
             "CONTRACTIVE", input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, 0, device, dtype, ortho_params, init,
+            bidirectional, 0, device, dtype, ortho_params, triv, init,
         )  # fmt: skip
 
-    def _build(
-        self, suffix: str, inputs: int, ortho_params: OrthoParams, factory: dict[str, Any]
-    ) -> None:
+    def _build(self, suffix: str, inputs: int, factory: dict[str, Any]) -> None:
         size = self.hidden_size
         names = [f"weight_ih{suffix}", f"weight_hh{suffix}"]
-        self._add_kernel(names[0], (size, inputs), ortho_params, **factory)
-        self._add_kernel(names[1], (size, size), ortho_params, **factory)
+        self._add_kernel(names[0], (size, inputs), **factory)
+        self._add_kernel(names[1], (size, size), **factory)
         if self.leak < 1.0:
             names.append(f"weight_hh_linear{suffix}")
-            self._add_kernel(names[-1], (size, size), ortho_params, **factory)
+            self._add_kernel(names[-1], (size, size), **factory)
         if self.bias:
             names.append(f"bias_ih{suffix}")
             self.register_parameter(names[-1], nn.Parameter(torch.empty(size, **factory)))
         self._all_weights.append(names)
 
+    def step_weights(self, suffix: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        r"""The matrices \(U\), \(\kappa Q\) and, if there is a leak, \((1 - \alpha) R\)."""
+        kernel = self.kappa * self._kernel(f"weight_hh{suffix}")
+        linear = None
+        if self.leak < 1.0:
+            linear = (1.0 - self.leak) * self._kernel(f"weight_hh_linear{suffix}")
+        return self._kernel(f"weight_ih{suffix}"), kernel, linear
+
     def _scan(
         self, suffix: str, x: Tensor, states: State, last: Tensor | None
     ) -> tuple[Tensor, State]:
         bias = getattr(self, f"bias_ih{suffix}").to(x.dtype) if self.bias else None
-        weight_ih = self._kernel(f"weight_ih{suffix}")
-        kernel = self.kappa * self._kernel(f"weight_hh{suffix}")
-        if self.leak == 1.0:
+        weight_ih, kernel, linear = self.step_weights(suffix)
+        if linear is None:
             y, final = recurrence(x, states[0], weight_ih, kernel, bias, self.nonlinearity)
             return y, (final if last is None else at_last(y, last),)
-        linear = (1.0 - self.leak) * self._kernel(f"weight_hh_linear{suffix}")
         both, h, outputs = torch.cat((linear, kernel)).mT, states[0], []
         activation = _ACTIVATIONS[self.nonlinearity]
         for u in F.linear(x, weight_ih, bias).unbind(0):
@@ -171,6 +179,8 @@ class ContractiveRNNCell(nn.Module):
         leak: \(\alpha\) in (0, 1].
         contraction: \(\rho\) in \([1 - \alpha, 1]\).
         ortho_params: How the kernels are made orthogonal.
+        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
+            matrices, for dynamic trivialization around a base, see `update_base`.
         init: Where Q and R start, see `OrthoRNN`.
 
     Shape:
@@ -200,12 +210,13 @@ class ContractiveRNNCell(nn.Module):
         leak: float = 1.0,
         contraction: float = 0.95,
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        triv: Triv | None = None,
         init: str = "haar",
     ) -> None:
         super().__init__()
         self.layer = ContractiveRNN(
             input_size, hidden_size, 1, nonlinearity, bias, device=device, dtype=dtype,
-            leak=leak, contraction=contraction, ortho_params=ortho_params, init=init,
+            leak=leak, contraction=contraction, ortho_params=ortho_params, triv=triv, init=init,
         )  # fmt: skip
 
     def reset_parameters(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from orthonet.layers._rnn_base import RecurrentLayer, State, at_last
 from orthonet.layers._rnn_cells import RecurrentCell
 from orthonet.linalg._matrix import in_transform
+from orthonet.manifolds._trivialization import Triv
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
 __all__ = ["OrthoGRU", "OrthoGRUCell", "OrthoLSTM", "OrthoLSTMCell"]
@@ -72,6 +73,8 @@ class OrthoGRU(_GatedLayer):
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters; computed is in float32 at least.
         ortho_params: How the recurrent kernels are made orthogonal.
+        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
+            matrices, for dynamic trivialization around a base, see `update_base`.
         init: Where they start: `"haar"`, `"henaff"`, `"cayley"` or `"identity"`, see `OrthoRNN`.
 
     Shape:
@@ -110,11 +113,12 @@ class OrthoGRU(_GatedLayer):
         dtype: torch.dtype | None = None,
         *,
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        triv: Triv | None = None,
         init: str = "haar",
     ) -> None:
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            0, device, dtype, ortho_params, init,
+            0, device, dtype, ortho_params, triv, init,
         )  # fmt: skip
 
     def _scan(
@@ -157,6 +161,8 @@ class OrthoLSTM(_GatedLayer):
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters; computed is in float32 at least.
         ortho_params: How the recurrent kernels are made orthogonal.
+        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
+            matrices, for dynamic trivialization around a base, see `update_base`.
         init: Where they start: `"haar"`, `"henaff"`, `"cayley"` or `"identity"`, see `OrthoRNN`.
 
     Shape:
@@ -196,11 +202,12 @@ class OrthoLSTM(_GatedLayer):
         dtype: torch.dtype | None = None,
         *,
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        triv: Triv | None = None,
         init: str = "haar",
     ) -> None:
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            proj_size, device, dtype, ortho_params, init,
+            proj_size, device, dtype, ortho_params, triv, init,
         )  # fmt: skip
 
     def _scan(
@@ -235,6 +242,8 @@ class OrthoGRUCell(RecurrentCell, nn.GRUCell):
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters; computed is in float32 at least.
         ortho_params: How the recurrent kernels are made orthogonal.
+        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
+            matrices, for dynamic trivialization around a base, see `update_base`.
         init: Where they start: `"haar"`, `"henaff"`, `"cayley"` or `"identity"`, see `OrthoRNN`.
 
     Shape:
@@ -262,9 +271,10 @@ class OrthoGRUCell(RecurrentCell, nn.GRUCell):
         dtype: torch.dtype | None = None,
         *,
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        triv: Triv | None = None,
         init: str = "haar",
     ) -> None:
-        self._start(input_size, hidden_size, bias, device, dtype, ortho_params, init)
+        self._start(input_size, hidden_size, bias, device, dtype, ortho_params, triv, init)
         self.reset_parameters()
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -292,6 +302,8 @@ class OrthoLSTMCell(RecurrentCell, nn.LSTMCell):
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters; computed is in float32 at least.
         ortho_params: How the recurrent kernels are made orthogonal.
+        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
+            matrices, for dynamic trivialization around a base, see `update_base`.
         init: Where they start: `"haar"`, `"henaff"`, `"cayley"` or `"identity"`, see `OrthoRNN`.
 
     Shape:
@@ -321,9 +333,10 @@ class OrthoLSTMCell(RecurrentCell, nn.LSTMCell):
         dtype: torch.dtype | None = None,
         *,
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        triv: Triv | None = None,
         init: str = "haar",
     ) -> None:
-        self._start(input_size, hidden_size, bias, device, dtype, ortho_params, init)
+        self._start(input_size, hidden_size, bias, device, dtype, ortho_params, triv, init)
         self.reset_parameters()
 
     def forward(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -13,48 +12,86 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.errors import ProjectionWarning
-from orthonet.linalg import haar
+from orthonet.linalg import polar_svd
 from orthonet.linalg._matrix import compute_dtype
-from orthonet.reparametrizers import OrthoParams, OrthoWeight
+from orthonet.manifolds import Stiefel
+from orthonet.manifolds._trivialization import Triv
+from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams, OrthoWeight
+from orthonet.reparametrizers._orthogonalizers import require_semi_orthogonal
 
-__all__ = ["INITIALIZATIONS", "RecurrentKernels", "initial_kernel"]
+__all__ = [
+    "INITIALIZATIONS",
+    "RecurrentKernels",
+    "TrivializedWeight",
+    "check_nonlinearity",
+    "uniform_",
+]
 
-INITIALIZATIONS = ("haar", "henaff", "cayley", "identity")
+INITIALIZATIONS = ("haar", "henaff", "torus", "cayley", "identity")
 
 
-def initial_kernel(
-    shape: Sequence[int],
-    init: str,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    r"""An orthogonal matrix (or batch) to start a recurrent kernel from.
+class TrivializedWeight(nn.Module):
+    """An orthogonal matrix (or stack) by a map from the skew-symmetric ones, around a base.
 
-    `"henaff"` and `"cayley"` are block diagonal with 2x2 rotations by independent angles, uniform
-    in \((-\pi, \pi)\) and in \((0, \pi/2)\); the last entry of an odd size is 1. A rectangular
-    matrix gets the leading rows or columns.
-
-    References:
-        Henaff, Szlam & LeCun, *Recurrent orthogonal networks and long-memory tasks*, ICML 2016;
-        Helfrich, Willmott & Ye, *Orthogonal recurrent neural networks with scaled Cayley
-        transform*, ICML 2018, for the angles of `"cayley"`.
+    Args:
+        shape: (*batch, m, n).
+        triv: "exponential", "cayley" or a map of skew-symmetric matrices.
+        device: Device of the parameter.
+        dtype: Floating-point dtype of the parameter.
     """
-    *batch, m, n = shape
-    if init == "haar":
-        return haar(shape, dtype=dtype, device=device, generator=generator)
-    size = max(m, n)
-    matrix = torch.eye(size, dtype=dtype, device=device).repeat(*batch, 1, 1)
-    if init != "identity":
-        draw = torch.rand(*batch, size // 2, dtype=dtype, device=device, generator=generator)
-        angle = (2 * draw - 1) * math.pi if init == "henaff" else draw * (math.pi / 2)
-        even = torch.arange(0, size - 1, 2, device=device)
-        odd = even + 1
-        matrix[..., even, even] = matrix[..., odd, odd] = angle.cos()
-        matrix[..., even, odd] = -angle.sin()
-        matrix[..., odd, even] = angle.sin()
-    return matrix[..., :m, :n].contiguous()
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        triv: Triv,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.trivialization = Stiefel().parametrization(tuple(shape), triv=triv)
+        coordinates = torch.zeros(self.trivialization.coordinate_shape, device=device, dtype=dtype)
+        self.original = nn.Parameter(coordinates)
+        self.trivialization.to(device=device, dtype=self.original.dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (*batch, m, n) of the matrix."""
+        return torch.Size(self.trivialization.shape)
+
+    def forward(self) -> Tensor:
+        """Return the matrix, in the dtype of `original`."""
+        return self.trivialization(self.original)
+
+    def reset_parameters(self) -> None:
+        """Draw a matrix from the Haar distribution; nothing happens on the meta device."""
+        if not self.original.is_meta:
+            self.assign_(self.trivialization.sample(device=self.original.device))
+
+    @torch.no_grad()
+    def assign_(self, w: Tensor, owner: object = None) -> None:
+        """Make `w` the base, with zero coordinates; refused if it is not orthogonal."""
+        _checks.require(
+            w.shape == self.shape, owner or self,
+            f"the weight must have shape {tuple(self.shape)}", "Transpose or reshape it", weight=w,
+        )  # fmt: skip
+        require_semi_orthogonal(owner or self, w)
+        value = w.to(device=self.original.device, dtype=compute_dtype(self.original.dtype))
+        self.original.copy_(self.trivialization.right_inverse(value, project=True))
+
+    @torch.no_grad()
+    def project_(self, w: Tensor, owner: object = None) -> float:
+        """Make the polar factor of `w` the base; return the relative distance it was moved."""
+        work = w.double()
+        u = polar_svd(work)
+        self.assign_(u, owner)
+        norm = float(torch.linalg.vector_norm(work))
+        return float(torch.linalg.vector_norm(u - work)) / norm if norm > 0 else float("inf")
+
+    @torch.no_grad()
+    def update_base(self) -> None:
+        """Move the base to the present matrix."""
+        coordinates, *_ = self.trivialization.update_base(self.original)
+        self.original.copy_(coordinates)
 
 
 class RecurrentKernels:
@@ -68,17 +105,31 @@ class RecurrentKernels:
     recurrent: nn.ModuleDict
     init: str
 
+    def _kernel_options(self, ortho_params: OrthoParams, triv: Triv | None, init: str) -> None:
+        """Check and keep how the kernels are made and where they start."""
+        _checks.one_of(self, INITIALIZATIONS, init=init)
+        _checks.require(
+            triv is None or ortho_params == DEFAULT_ORTHO_PARAMS,
+            self,
+            "a kernel must be made either by ortho_params or by triv",
+            "Pass one of the two",
+            triv=triv,
+        )
+        self.init, self._made_by = init, ortho_params if triv is None else triv
+
     def _add_kernel(
         self,
         name: str,
         shape: Sequence[int],
-        ortho_params: OrthoParams,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         """Register an orthogonal matrix, or a stack of one for each gate."""
-        sizes = tuple(shape)
-        self.recurrent[name] = OrthoWeight(sizes, ortho_params, device, dtype)
+        made_by = self._made_by
+        if isinstance(made_by, OrthoParams):
+            self.recurrent[name] = OrthoWeight(tuple(shape), made_by, device, dtype)
+        else:
+            self.recurrent[name] = TrivializedWeight(shape, made_by, device, dtype)
 
     def _kernel(self, name: str) -> Tensor:
         """The matrix, gates one below the other, in the dtype of the computation."""
@@ -139,7 +190,12 @@ class RecurrentKernels:
             original = next(module.parameters())
             if self.init != "haar" and not original.is_meta and name.startswith("weight_hh"):
                 dtype = compute_dtype(original.dtype)
-                start = initial_kernel(kernel.shape, self.init, device=original.device, dtype=dtype)
+                options: Any = {
+                    "distribution": self.init,
+                    "dtype": dtype,
+                    "device": original.device,
+                }
+                start = Stiefel().sample(tuple(kernel.shape), **options)
                 kernel.assign_(start, self)
 
     @torch.no_grad()
@@ -153,7 +209,11 @@ class RecurrentKernels:
         """
         for module in self.recurrent.values():
             kernel: Any = module
-            kernel.assign_(kernel.compute(), self)
+            move = getattr(kernel, "update_base", None)
+            if move is not None:
+                move()
+            else:
+                kernel.assign_(kernel.compute(), self)
 
     def _load_from_state_dict(
         self,

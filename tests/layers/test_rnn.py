@@ -12,7 +12,7 @@ import orthonet
 from orthonet import layers, linalg
 from orthonet.errors import NotOnManifoldError, ProjectionWarning
 from orthonet.layers import _rnn_gated
-from orthonet.layers._rnn_kernels import INITIALIZATIONS, initial_kernel
+from orthonet.layers._rnn_kernels import INITIALIZATIONS
 from orthonet.testing import LAYER_LAWS, orthogonality_error
 from tests.presets import PRESETS
 
@@ -38,9 +38,10 @@ def rnn(cls="OrthoRNN", *args, **kwargs):
 LAYERS = {
     "tanh": rnn(),
     "modrelu, 2 layers, both directions": rnn("OrthoRNN", 2, "modrelu", bidirectional=True),
+    "exponential": rnn(triv="exponential"),
     "max_min": rnn("OrthoRNN", 1, "max_min", bias=False, init="henaff"),
     "GRU": rnn("OrthoGRU", 2, init="cayley"),
-    "LSTM": rnn("OrthoLSTM", 2, bidirectional=True, proj_size=2),
+    "LSTM": rnn("OrthoLSTM", 2, bidirectional=True, proj_size=2, triv="cayley"),
     "contractive": rnn("ContractiveRNN", 2, "abs"),
     "leaky": rnn("ContractiveRNN", leak=0.5, init="identity"),
 }
@@ -215,11 +216,11 @@ def test_kernels_stay_orthogonal_in_each_gate(cls, name):
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.RMSprop])
-@pytest.mark.parametrize("name", ["AUTO", "EXP", "CHOLESKY"])
+@pytest.mark.parametrize("name", ["AUTO", "exponential", "cayley"])
 @pytest.mark.parametrize("steps", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_orthogonal_after_many_steps(steps, name, optimizer):
-    params = PRESETS[name]
-    layer = layers.OrthoRNN(4, 32, nonlinearity="abs", init="henaff", ortho_params=params)
+    options = {"ortho_params": PRESETS[name]} if name in PRESETS else {"triv": name}
+    layer = layers.OrthoRNN(4, 32, nonlinearity="abs", init="henaff", **options)
     moves = optimizer(layer.parameters(), lr=1e-3)
     for _ in range(steps):
         moves.zero_grad()
@@ -243,27 +244,29 @@ def test_the_kernel_is_computed_once_a_sequence(monkeypatch):
         calls.clear()
 
 
-def test_initial_kernels():
+@pytest.mark.parametrize("options", [{}, {"triv": "cayley"}], ids=["ortho_params", "triv"])
+def test_initial_kernels(options):
     for init in INITIALIZATIONS:
-        for shape in ((7, 7), (4, 6, 6), (5, 3)):
-            kernel = initial_kernel(shape, init, dtype=torch.float64)
-            assert kernel.shape == shape
-            square = kernel.shape[-1] == kernel.shape[-2]
-            assert not square or orthogonality_error(kernel) < 1e-14
+        layer = layers.OrthoLSTM(3, 7, proj_size=4, init=init, **options)
+        assert orthogonality_error(layer.weight_hh_l0.unflatten(0, (4, 7))) <= 2e-6
     for init, low, high in (("cayley", 0.0, torch.pi / 2), ("henaff", -torch.pi, torch.pi)):
-        kernel = initial_kernel((400, 400), init)
-        angles = torch.atan2(kernel.diagonal(-1)[::2], kernel.diagonal()[::2])
-        assert low < float(angles.min()) < low + 0.1
-        assert high - 0.1 < float(angles.max()) <= high
-    assert torch.equal(initial_kernel((3, 3), "identity"), torch.eye(3))
-    gates = layers.OrthoLSTM(3, 6, init="cayley").weight_hh_l0.detach().unflatten(0, (4, 6))
-    assert bool((gates.diagonal(dim1=1, dim2=2) > 0).all())
-    assert torch.equal(gates[:, :2, 2:], torch.zeros(4, 2, 4))
+        gates = layers.OrthoGRU(3, 60, init=init, **options).weight_hh_l0.detach()
+        gates = gates.unflatten(0, (3, 60))
+        assert float(gates[:, :2, 2:].abs().max()) < 1e-6
+        angles = torch.atan2(gates.diagonal(-1, 1, 2)[:, ::2], gates.diagonal(0, 1, 2)[:, ::2])
+        assert low < float(angles.min()) < low + 0.1 * (high - low)
+        assert high - 0.1 * (high - low) < float(angles.max()) <= high
+    identity = layers.OrthoRNN(3, 4, init="identity", **options).weight_hh_l0
+    torch.testing.assert_close(identity, torch.eye(4), rtol=0, atol=1e-6)
 
 
-def test_assignment_projection_and_base():
-    params = orthonet.EXP_ORTHO_PARAMS
-    layer = layers.OrthoGRU(INPUTS, HIDDEN, ortho_params=params, dtype=torch.float64).eval()
+@pytest.mark.parametrize(
+    "options",
+    [{"ortho_params": orthonet.EXP_ORTHO_PARAMS}, {"triv": "exponential"}, {"triv": "cayley"}],
+    ids=str,
+)
+def test_assignment_projection_and_base(options):
+    layer = layers.OrthoGRU(INPUTS, HIDDEN, dtype=torch.float64, **options).eval()
     gates = linalg.haar((3, HIDDEN, HIDDEN), dtype=torch.float64)
     original = layer.recurrent["weight_hh_l0"].original
     layer.weight_hh_l0 = gates.flatten(0, 1)
@@ -284,7 +287,7 @@ def test_assignment_projection_and_base():
     before = layer.weight_hh_l0.detach()
     layer.update_base()
     torch.testing.assert_close(layer.weight_hh_l0.detach(), before, rtol=0, atol=1e-12)
-    base = layer.recurrent["weight_hh_l0"].orthogonalizer.base
+    base = next(b for n, b in layer.named_buffers() if n.endswith("base"))
     torch.testing.assert_close(base.flatten(0, 1), before, rtol=0, atol=1e-12)
     with pytest.raises(AttributeError, match="weight_hh_l7"):
         _ = layer.weight_hh_l7
@@ -370,6 +373,11 @@ def test_rates_out_of_range(keywords, message):
         (lambda: layers.OrthoRNN(0, 4), "OrthoRNN: input_size must be an integer >= 1"),
         (lambda: layers.OrthoRNN(2, 0), "hidden_size"),
         (lambda: layers.OrthoGRU(2, 4, 0), "num_layers"),
+        (lambda: layers.OrthoGRU(2, 4, triv="qr"), "triv must be one of"),
+        (
+            lambda: layers.OrthoGRUCell(2, 4, triv="cayley", ortho_params=orthonet.QR_ORTHO_PARAMS),
+            "OrthoGRUCell: a kernel must be made either by ortho_params or by triv",
+        ),
         (lambda: layers.OrthoGRU(2, 4, 2, dropout=1.5), "dropout must be"),
         (lambda: layers.OrthoLSTM(2, 4, proj_size=4), r"proj_size must be a number in \[0, 3\]"),
         (lambda: layers.OrthoRNN(2, 4, init="zeros"), "init must be one of 'haar'"),
