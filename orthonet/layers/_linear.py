@@ -11,7 +11,13 @@ from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.layers._base import ConstrainedWeight
 from orthonet.linalg._matrix import compute_dtype
-from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, L2Normalize, OrthoParams, OrthoWeight
+from orthonet.reparametrizers import (
+    DEFAULT_ORTHO_PARAMS,
+    CachedWeight,
+    L2Normalize,
+    OrthoParams,
+    OrthoWeight,
+)
 
 __all__ = ["OrthoLinear", "UnitNormLinear"]
 
@@ -90,7 +96,7 @@ class OrthoLinear(_ConstrainedLinear):
         super().__init__(in_features, out_features, bias, device, dtype, weight)
 
 
-class _UnitRows(nn.Module):
+class _UnitRows(CachedWeight):
     """Rows of unit norm: the raw parameter, divided by the norm of each row."""
 
     def __init__(
@@ -101,7 +107,7 @@ class _UnitRows(nn.Module):
         self.normalizer = L2Normalize(compute_dtype(self.original.dtype), dim=1)
         self.reset_parameters()
 
-    def forward(self) -> Tensor:
+    def evaluate(self) -> Tensor:
         return self.normalizer(self.original)
 
     def reset_parameters(self) -> None:

@@ -1,5 +1,6 @@
 """Modules that constrain one weight, by the protocol of `torch.nn.utils.parametrize`."""
 
+from orthonet.reparametrizers._cache import CachedWeight, caching, invalidate
 from orthonet.reparametrizers._kernel import OrthoKernel
 from orthonet.reparametrizers._normalizers import (
     BatchedIdentity,
@@ -31,6 +32,8 @@ from orthonet.reparametrizers._polar import (
     BatchedAutoOrthogonalization,
     BatchedPolarOrthogonalization,
 )
+from orthonet.reparametrizers._pullback import defer_pullback
+from orthonet.reparametrizers._registration import CachedParametrizationList, register, remove
 from orthonet.reparametrizers._weight import OrthoWeight
 
 __all__ = [
@@ -52,10 +55,17 @@ __all__ = [
     "BatchedPolarOrthogonalization",
     "BatchedPowerIteration",
     "BatchedQROrthogonalization",
+    "CachedParametrizationList",
+    "CachedWeight",
     "ClassParam",
     "L2Normalize",
     "OrthoKernel",
     "OrthoParams",
     "OrthoWeight",
     "Orthogonalizer",
+    "caching",
+    "defer_pullback",
+    "invalidate",
+    "register",
+    "remove",
 ]

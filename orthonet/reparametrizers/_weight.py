@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.linalg import haar, polar_svd
 from orthonet.linalg._matrix import compute_dtype
+from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._orthogonalizers import require_semi_orthogonal
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
 
 __all__ = ["OrthoWeight"]
 
 
-class OrthoWeight(nn.Module):
+class OrthoWeight(CachedWeight):
     r"""A semi-orthogonal matrix (or batch): `original`, a normalizer and an orthogonalizer.
 
     Calling it computes `orthogonalizer(normalizer(original))` in float32 at least, also under
@@ -55,8 +56,8 @@ class OrthoWeight(nn.Module):
         """Shape (*batch, m, n) of the matrix."""
         return self.original.shape
 
-    def forward(self) -> Tensor:
-        """Return the constrained matrix, in the dtype of `original`."""
+    def evaluate(self) -> Tensor:
+        """Compute the constrained matrix, in the dtype of `original`."""
         return self.compute().to(self.original.dtype)
 
     def compute(self) -> Tensor:
