@@ -17,6 +17,7 @@ from orthonet.linalg._matrix import compute_dtype
 from orthonet.manifolds import Stiefel
 from orthonet.manifolds._trivialization import Triv
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams, OrthoWeight
+from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._orthogonalizers import require_semi_orthogonal
 
 __all__ = [
@@ -30,7 +31,7 @@ __all__ = [
 INITIALIZATIONS = ("haar", "henaff", "torus", "cayley", "identity")
 
 
-class TrivializedWeight(nn.Module):
+class TrivializedWeight(CachedWeight):
     """An orthogonal matrix (or stack) by a map from the skew-symmetric ones, around a base.
 
     Args:
@@ -58,8 +59,8 @@ class TrivializedWeight(nn.Module):
         """Shape (*batch, m, n) of the matrix."""
         return torch.Size(self.trivialization.shape)
 
-    def forward(self) -> Tensor:
-        """Return the matrix, in the dtype of `original`."""
+    def evaluate(self) -> Tensor:
+        """Compute the matrix, in the dtype of `original`."""
         return self.trivialization(self.original)
 
     def reset_parameters(self) -> None:
