@@ -30,8 +30,8 @@ TWINS = [
 ]
 
 
-# The signature of the three is `(*args, **kwargs)`; this is what their documentation tells. And they
-# are not base classes: torch.compile refuses every instance of nn.RNN, nn.GRU and nn.LSTM.
+# The signature of the three is `(*args, **kwargs)`; this is what their documentation tells. They
+# are not base classes either: torch.compile refuses every instance of nn.RNN, nn.GRU, nn.LSTM.
 _SEQUENCE = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout",
              "bidirectional", "device", "dtype")  # fmt: skip
 SEQUENCE_LAYERS = {
