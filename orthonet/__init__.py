@@ -7,6 +7,8 @@ The names below are the ones most programs need; the rest lives in the sub-packa
 
 from importlib.metadata import version
 
+from torch.nn.utils.parametrize import cached
+
 from orthonet import (
     certify,
     constraints,
@@ -51,6 +53,11 @@ from orthonet.reparametrizers import (
     QR_ORTHO_PARAMS,
     ClassParam,
     OrthoParams,
+    caching,
+    defer_pullback,
+    fuse,
+    invalidate,
+    unfuse,
 )
 
 __version__ = version("orthonet")
@@ -82,10 +89,15 @@ __all__ = [
     "ProjectionWarning",
     "UncertifiableError",
     "UnitNormLinear",
+    "cached",
+    "caching",
     "certify",
     "constraints",
     "convert",
+    "defer_pullback",
     "functional",
+    "fuse",
+    "invalidate",
     "layers",
     "linalg",
     "losses",
@@ -98,4 +110,5 @@ __all__ = [
     "symmetric",
     "to_plain",
     "update_base",
+    "unfuse",
 ]

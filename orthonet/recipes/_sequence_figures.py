@@ -48,13 +48,16 @@ def gradient_figure(path: Path, report: SequenceReport) -> Path:
     """Norm of the gradient of the last step's loss by the state, along time."""
     figure = _figure(7.2, 4.6)
     axes = figure.subplots()
+    lowest, highest = 0.1, 1.0  # a decade at least, so that what is flat looks flat
     for result in report.results:
         label, colour, dash = _STYLES[result.model]
         last = max(result.flow[-1], _SMALLEST)
         values = [max(value / last, _SMALLEST) for value in result.flow]
         steps = range(1, len(values) + 1)
-        axes.semilogy(steps, values, dash, color=colour, lw=2, label=f"{label}: {values[0]:.1g}")
+        axes.semilogy(steps, values, dash, color=colour, lw=2, label=f"{label}: {values[0]:.2g}")
+        lowest, highest = min(lowest, *values), max(highest, *values)
     axes.set(
+        ylim=(lowest / 2, highest * 2),
         xlabel="time step t",
         ylabel=r"$\|\partial L_T / \partial h_t\|$ relative to t = T",
         title=f"{report.config.title}: the gradient of the last step's loss, after training",

@@ -1,6 +1,9 @@
 """Modules that constrain one weight, by the protocol of `torch.nn.utils.parametrize`."""
 
-from orthonet.reparametrizers._cache import CachedWeight, caching, invalidate
+from orthonet.reparametrizers._cache import CachedWeight, invalidate
+from orthonet.reparametrizers._cache_state import caching
+from orthonet.reparametrizers._defer import defer_pullback
+from orthonet.reparametrizers._fuse import fuse, unfuse
 from orthonet.reparametrizers._kernel import OrthoKernel
 from orthonet.reparametrizers._normalizers import (
     BatchedIdentity,
@@ -32,8 +35,12 @@ from orthonet.reparametrizers._polar import (
     BatchedAutoOrthogonalization,
     BatchedPolarOrthogonalization,
 )
-from orthonet.reparametrizers._pullback import defer_pullback
-from orthonet.reparametrizers._registration import CachedParametrizationList, register, remove
+from orthonet.reparametrizers._registration import (
+    CachedParametrizationList,
+    adopt,
+    register,
+    remove,
+)
 from orthonet.reparametrizers._weight import OrthoWeight
 
 __all__ = [
@@ -63,9 +70,12 @@ __all__ = [
     "OrthoParams",
     "OrthoWeight",
     "Orthogonalizer",
+    "adopt",
     "caching",
     "defer_pullback",
+    "fuse",
     "invalidate",
     "register",
     "remove",
+    "unfuse",
 ]

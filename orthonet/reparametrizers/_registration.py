@@ -17,12 +17,12 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from orthonet import _checks
-from orthonet.reparametrizers._cache import Cached
+from orthonet.reparametrizers._cache import CachedWeight
 
-__all__ = ["CachedParametrizationList", "register", "remove"]
+__all__ = ["CachedParametrizationList", "adopt", "register", "remove"]
 
 
-class CachedParametrizationList(Cached, ParametrizationList):
+class CachedParametrizationList(CachedWeight, ParametrizationList):
     """The parametrizations of one tensor, which is computed once per optimizer step.
 
     What torch calls `module.parametrizations[tensor_name]`, with the same parameters and keys.
@@ -30,7 +30,9 @@ class CachedParametrizationList(Cached, ParametrizationList):
 
     def evaluate(self) -> Tensor:
         """Compute the tensor from the originals, in full precision also under autocast."""
-        first = self.original if self.is_tensor else self.original0
+        first: Any = self.original if self.is_tensor else self.original0
+        if first.is_meta:  # which autocast does not know
+            return ParametrizationList.forward(self)
         with torch.autocast(first.device.type, enabled=False):
             return ParametrizationList.forward(self)
 
@@ -108,7 +110,7 @@ def _rebuild(base: type[nn.Module], names: tuple[str, ...], args: tuple[Any, ...
 def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """For pickle and deepcopy: the class is found or made again, from the one it extends."""
     base, names = type(self).__bases__[0], tuple(self.parametrizations)  # type: ignore[arg-type]
-    _, (_, *args), state, *rest = base.__reduce_ex__(self, max(protocol, 2))
+    _, (_, *args), state, *rest = base.__reduce_ex__(self, max(protocol, 2))  # type: ignore[call-arg, misc]
     weights = state.get("_flat_weights") if isinstance(state, dict) else None
     if weights is not None:  # of an RNN: what it has read last, which it compares before use
         own = [None, *self._parameters.values(), *self._buffers.values()]
@@ -143,6 +145,31 @@ def _adopt(module: nn.Module) -> None:
         if type(entry) is ParametrizationList:
             entry.__class__ = CachedParametrizationList
     module.__class__ = _shared_class(type(module).__bases__[0], lists)
+
+
+def adopt(module: nn.Module) -> nn.Module:
+    """Take over what `torch.nn.utils.parametrize` has registered, in `module` and its sub-modules.
+
+    From then on it is as if it had been registered by
+    [`register`][orthonet.reparametrizers.register]: computed once per step, pickled, copied.
+    Parameters and `state_dict` stay.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        `module`.
+
+    Examples:
+        >>> from torch.nn.utils.parametrizations import orthogonal
+        >>> layer = adopt(orthogonal(torch.nn.Linear(3, 3)))
+        >>> layer.weight is layer.weight
+        True
+    """
+    for part in module.modules():
+        if is_parametrized(part):
+            _adopt(part)
+    return module
 
 
 def register(
@@ -215,11 +242,9 @@ def register(
     delattr(module, tensor_name)
     if not is_parametrized(module):
         module.parametrizations = nn.ModuleDict()
+        module.__class__ = _shared_class(base, ())
     module.parametrizations[tensor_name] = entry  # type: ignore[index, operator]
-    for other in module.parametrizations.values():  # type: ignore[union-attr, operator]
-        if type(other) is ParametrizationList:
-            other.__class__ = CachedParametrizationList
-    module.__class__ = _shared_class(base, module.parametrizations)  # type: ignore[arg-type]
+    _adopt(module)
     return module
 
 
@@ -245,6 +270,8 @@ def remove(module: nn.Module, tensor_name: str, *, keep_value: bool = True) -> n
         "See module.parametrizations",
         tensor_name=tensor_name,
     )
+    entry: Any = module.parametrizations[tensor_name]  # type: ignore[index]
+    entry.caching = False  # or the parameter would share the memory of a weight that others hold
     parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=keep_value)
     if is_parametrized(module):
         _adopt(module)
