@@ -7,21 +7,73 @@ the distance.
 """
 
 from orthonet.constraints._base import rebase_every, update_base
+from orthonet.constraints._definite import (
+    correlation,
+    positive_definite,
+    positive_semidefinite,
+    positive_semidefinite_fixed_rank,
+    positive_semidefinite_low_rank,
+)
+from orthonet.constraints._entries import (
+    bounded,
+    doubly_stochastic,
+    hyperbolic,
+    nonnegative,
+    norm_ball,
+    simplex,
+    stochastic,
+)
 from orthonet.constraints._flat import oblique, skew, sphere, symmetric, unit_norm
-from orthonet.constraints._orthogonal import orthogonal
-from orthonet.constraints._registration import assign, constrain, register, remove
+from orthonet.constraints._orthogonal import (
+    grassmannian,
+    orthogonal,
+    product,
+    symplectic,
+    unitary,
+)
+from orthonet.constraints._rank import (
+    almost_orthogonal,
+    fixed_rank,
+    invertible,
+    low_rank,
+    sln,
+    spectral_ball,
+)
+from orthonet.constraints._registration import assign, constrain
+from orthonet.reparametrizers import remove
 
 __all__ = [
+    "almost_orthogonal",
     "assign",
+    "bounded",
     "constrain",
+    "correlation",
+    "doubly_stochastic",
+    "fixed_rank",
+    "grassmannian",
+    "hyperbolic",
+    "invertible",
+    "low_rank",
+    "nonnegative",
+    "norm_ball",
     "oblique",
     "orthogonal",
+    "positive_definite",
+    "positive_semidefinite",
+    "positive_semidefinite_fixed_rank",
+    "positive_semidefinite_low_rank",
+    "product",
     "rebase_every",
-    "register",
     "remove",
+    "simplex",
     "skew",
+    "sln",
+    "spectral_ball",
     "sphere",
+    "stochastic",
     "symmetric",
+    "symplectic",
     "unit_norm",
+    "unitary",
     "update_base",
 ]

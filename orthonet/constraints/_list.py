@@ -1,38 +1,74 @@
-"""The list of parametrizations of one tensor: torch's, with an assignment that can be trusted."""
+"""The parametrizations of one tensor: an assignment that can be trusted, edits that are noticed."""
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.parametrize import ParametrizationList
 
-from orthonet import _checks
+from orthonet.errors import InPlaceEditWarning
+from orthonet.reparametrizers import CachedParametrizationList
 
 __all__ = ["ConstrainedList"]
 
 
-class ConstrainedList(ParametrizationList):
-    """As torch's list, except for assignment.
+class _Memory:
+    """What was read last, and how to undo the last assignment; copies and pickles are empty."""
 
-    - It writes in place. torch's replaces the storage of the parameter, which detaches it from
-      DistributedDataParallel and from captured graphs.
-    - All or nothing: a refused value leaves every parameter and buffer as it was.
+    __slots__ = ("__weakref__", "read", "undo", "version")
+
+    def __init__(self) -> None:
+        self.read: weakref.ref[Tensor] | None = None
+        self.version = 0
+        self.undo: tuple[weakref.ref[Tensor], list[Tensor]] | None = None
+
+    def note(self, value: Tensor) -> None:
+        """Remember that `value` was handed out."""
+        if self.read is None or self.read() is not value:
+            self.read = weakref.ref(value)
+        self.version = value._version
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Memory:
+        return _Memory()
+
+    def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
+        return _Memory, ()
+
+
+class ConstrainedList(CachedParametrizationList):
+    """As the list of `orthonet.reparametrizers.register`, with a stricter assignment.
+
+    - An assignment changes all or nothing, bases included.
     - Assigning the very tensor that was read before the last assignment undoes that assignment, bit
-      for bit. `torch.func.functional_call(module, {"weight": X})` does that on leaving.
+      for bit: `torch.func.functional_call(module, {"weight": X})` does so when it leaves.
+    - An edit of the tensor in place, which cannot reach the coordinates, is warned about.
     """
 
-    _read: Any = None
-    _undo: Any = None
+    _memory: _Memory
+
+    def remember(self) -> None:
+        """Begin to remember; once, after the list has been made."""
+        self._memory = _Memory()
 
     def forward(self) -> Tensor:
         """The value of the tensor."""
+        if torch.compiler.is_compiling():
+            return super().forward()
+        memory = self._memory
+        last = None if memory.read is None else memory.read()
+        if last is not None and last._version != memory.version:
+            memory.read = None
+            warnings.warn(
+                "a constrained tensor was edited in place, which has no effect: assign to it "
+                "instead, e.g. layer.weight = torch.nn.init.orthogonal_(layer.weight)",
+                InPlaceEditWarning,
+                stacklevel=4,
+            )
         value = super().forward()
-        if not torch.compiler.is_compiling():
-            self._read = weakref.ref(value)
+        memory.note(value)
         return value
 
     @torch.no_grad()
@@ -43,43 +79,21 @@ class ConstrainedList(ParametrizationList):
             ValueError: another shape.
             NotOnManifoldError: `value` does not satisfy the constraints; nothing has been changed.
         """
-        undo = self._undo
-        if undo is not None and undo[0]() is value:
-            self._restore(undo[1])
-            self._undo = None
+        memory = self._memory
+        if memory.undo is not None and memory.undo[0]() is value:
+            self._restore(memory.undo[1])
+            memory.undo = None
             return
         before = [t.clone() for t in self._state()]
         try:
-            self._assign(value)
+            super().right_inverse(value)
         except (RuntimeError, ValueError, TypeError):
             self._restore(before)
             raise
-        read = self._read() if self._read is not None else None
-        self._undo = (self._read, before) if read is not None and read is not value else None
-
-    def _assign(self, value: Tensor) -> None:
-        for parametrization in reversed(list(self.children())):
-            inverse: Callable[[Tensor], Tensor] | None = getattr(
-                parametrization, "right_inverse", None
-            )
-            if inverse is None:
-                _checks.fail(
-                    type(parametrization),
-                    "the parametrization must have a right_inverse to be assigned to",
-                    "Add one, or assign to .parametrizations.<name>.original",
-                )
-            value = inverse(value)
-        values = [value] if self.is_tensor else list(value)
-        for original, new in zip(self._originals(), values, strict=True):
-            if original.shape == new.shape:
-                original.copy_(new)
-            else:  # another parametrization of variable size
-                original.set_(new.to(original))  # type: ignore[arg-type]
-
-    def _originals(self) -> list[Tensor]:
-        if self.is_tensor:
-            return [self.original]
-        return [getattr(self, f"original{i}") for i in range(self.ntensors)]
+        read = None if memory.read is None else memory.read()
+        memory.undo = memory.read = None
+        if read is not None and read is not value:
+            memory.undo = (weakref.ref(read, _forget(memory)), before)
 
     def _state(self) -> list[Tensor]:
         return [*self.parameters(), *self.buffers()]
@@ -88,9 +102,14 @@ class ConstrainedList(ParametrizationList):
         for tensor, old in zip(self._state(), before, strict=True):
             tensor.copy_(old)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles know nothing of what was read."""
-        state = self.__dict__.copy()
-        state.pop("_read", None)
-        state.pop("_undo", None)
-        return state
+
+def _forget(memory: _Memory) -> Any:
+    """Drop the copy for the undo as soon as the tensor that would ask for it is gone."""
+    weak = weakref.ref(memory)
+
+    def callback(_: object) -> None:
+        alive = weak()
+        if alive is not None:
+            alive.undo = None
+
+    return callback

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from orthonet import _checks
+from orthonet import _checks, reparametrizers
 from orthonet.constraints._list import ConstrainedList
 from orthonet.manifolds import Manifold, Parametrization
 from orthonet.manifolds._maps import ProjectedParametrization
 
-__all__ = ["Init", "M", "assign", "constrain", "parametrizations_of", "register", "remove"]
+__all__ = ["Init", "M", "assign", "constrain", "parametrizations_of", "register"]
 
 M = TypeVar("M", bound=nn.Module)
 Init = Literal["keep", "project", "sample"] | str | Tensor | None
@@ -79,33 +79,12 @@ def constrain(
 
 
 def register(module: M, tensor_name: str, parametrization: nn.Module) -> M:
-    """Register any parametrization, with the assignment of this library.
-
-    The difference to `torch.nn.utils.parametrize.register_parametrization` is that assigning
-    to the tensor writes in place, and changes nothing where it raises.
-
-    Args:
-        module: Any module.
-        tensor_name: Name of a parameter or buffer of it.
-        parametrization: A module with `forward` and, to allow assignment, `right_inverse`.
-    """
-    parametrize.register_parametrization(module, tensor_name, parametrization)
-    module.parametrizations[tensor_name].__class__ = ConstrainedList  # type: ignore[index]
-    return module
-
-
-def remove(module: M, tensor_name: str) -> M:
-    """Take all constraints off a tensor, which keeps its value and becomes a plain parameter.
-
-    Args:
-        module: The module.
-        tensor_name: Name of the constrained tensor.
-
-    Raises:
-        ValueError: the tensor is not constrained.
-    """
-    _require_constrained(module, tensor_name)
-    parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=True)
+    """Register a parametrization by `orthonet.reparametrizers.register`, with our list."""
+    reparametrizers.register(module, tensor_name, parametrization)
+    entry: Any = module.parametrizations[tensor_name]  # type: ignore[index]
+    if not isinstance(entry, ConstrainedList):
+        entry.__class__ = ConstrainedList
+        entry.remember()
     return module
 
 

@@ -161,7 +161,8 @@ class Manifold(abc.ABC):
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Inner product of the tangent vectors `u` and `v` at `x`, one number a matrix."""
-        return (u.conj() * v).real.sum(self._event) if u.is_complex() else (u * v).sum(self._event)
+        product = (u.conj() * v).real if u.is_complex() else u * v
+        return product.sum(self._event) if self.event_ndim else product
 
     def norm(self, x: Tensor, v: Tensor) -> Tensor:
         """Length of the tangent vector `v` at `x`."""

@@ -41,7 +41,7 @@ class Parametrization(nn.Module, abc.ABC):
 
     Args:
         space: The space of the values.
-        shape: Shape of the values, (*batch, n, k) or (*batch, n).
+        shape: Shape of the values, `(*batch, n, k)` or `(*batch, n)`.
 
     Shape:
         Coordinates: (*batch, d), see `coordinate_shape`. Values: `shape`.

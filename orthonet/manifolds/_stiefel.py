@@ -36,11 +36,27 @@ def nearest_rotation(x: Tensor, det: int) -> Tensor:
     return torch.where(negative[..., None, None], (u * last) @ vh, q)
 
 
+def complex_polar(x: Tensor) -> Tensor:
+    """Polar factor of complex matrices, through the real matrices of twice the size."""
+    if x.shape[-2] < x.shape[-1]:
+        return complex_polar(x.mT).mT
+    k = x.shape[-1]
+    real = torch.cat([torch.cat([x.real, -x.imag], -1), torch.cat([x.imag, x.real], -1)], -2)
+    u = polar(real)
+    q = torch.complex(u[..., : x.shape[-2], :k], u[..., x.shape[-2] :, :k])
+    # Without full rank the real polar factor is not unique and need not be that of a complex one.
+    if not x.numel() or float((u[..., : x.shape[-2], k:].detach() + q.imag).abs().amax()) < 1e-3:
+        return q
+    left, _, right = torch.linalg.svd(x, full_matrices=False)
+    return left @ right
+
+
 @dataclass(frozen=True)
 class Stiefel(Manifold):
-    r"""Matrices with orthonormal columns, \(X^\top X = I\); orthonormal rows where they are wide.
+    r"""Matrices with orthonormal columns, \(X^* X = I\); orthonormal rows where they are wide.
 
-    Square ones may have either determinant. The metric of `exp` and `inner` is the canonical one,
+    Square ones may have either determinant; complex ones are unitary frames. The metric of `exp`
+    and `inner` is the canonical one,
     \(\langle u, v\rangle = \operatorname{tr} u^\top (I - \tfrac12 X X^\top) v\), in which the
     coordinates of the parametrization are orthonormal; on square matrices it is half of the
     Frobenius metric.
@@ -57,26 +73,25 @@ class Stiefel(Manifold):
 
     def project(self, x: Tensor) -> Tensor:
         """The polar factor."""
-        return polar(x)
+        return complex_polar(x) if x.is_complex() else polar(x)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
         r"""\(v - x\,\mathrm{sym}(x^\top v)\)."""
         x, v, wide = _tall(x, v)
-        inner = x.mT @ v
-        result = v - x @ (0.5 * (inner + inner.mT))
+        inner = x.mH @ v
+        result = v - x @ (0.5 * (inner + inner.mH))
         return result.mT if wide else result
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Canonical inner product."""
         x, u, _ = _tall(x, u)
         v = v.mT if v.shape[-2] < v.shape[-1] else v
-        whole = (u * v).sum((-2, -1))
-        return whole - 0.5 * ((x.mT @ u) * (x.mT @ v)).sum((-2, -1))
+        return super().inner(x, u, v) - 0.5 * super().inner(x, x.mH @ u, x.mH @ v)
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         r"""Gradient for the canonical metric, \(G - X G^\top X\)."""
         x, grad, wide = _tall(x, grad)
-        result = grad - x @ (grad.mT @ x)
+        result = grad - x @ (grad.mH @ x)
         return result.mT if wide else result
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
@@ -100,8 +115,8 @@ class Stiefel(Manifold):
         self, x: Tensor, v: Tensor, frame: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     ) -> Tensor:
         x, v, wide = _tall(x, v)
-        inner = x.mT @ v
-        a = 0.5 * (inner - inner.mT)
+        inner = x.mH @ v
+        a = 0.5 * (inner - inner.mH)
         top, rest = frame(a, v - x @ inner)
         result = polished(x @ top + rest)
         return result.mT if wide else result
@@ -158,7 +173,13 @@ class Stiefel(Manifold):
         device: torch.device | str | None,
         generator: torch.Generator | None,
     ) -> Tensor:
-        return haar(sizes, dtype=dtype, device=device, generator=generator)
+        if not dtype.is_complex:
+            return haar(sizes, dtype=dtype, device=device, generator=generator)
+        x = torch.randn(sizes, dtype=dtype, device=device, generator=generator)
+        q, r = torch.linalg.qr(x if sizes[-2] >= sizes[-1] else x.mT)
+        diagonal = r.diagonal(dim1=-2, dim2=-1)
+        q = q * (diagonal / diagonal.abs().clamp_min(torch.finfo(dtype).tiny))[..., None, :]
+        return q if sizes[-2] >= sizes[-1] else q.mT.contiguous()
 
     def parametrization(
         self,
@@ -166,6 +187,7 @@ class Stiefel(Manifold):
         *,
         triv: Triv = "exponential",
         cross: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> Parametrization:
         """Dynamic trivialization by the exponential, the Cayley or an own map.
 
@@ -174,6 +196,7 @@ class Stiefel(Manifold):
             triv: "exponential" (or "expm"), "cayley", a map from skew-symmetric matrices to
                 orthogonal ones; or "polar": the polar factor of an unconstrained matrix, which has
                 n k coordinates.
+            dtype: Dtype of the base, if the values are complex.
             cross: Let square matrices cross between the two components of O(n) in training.
         """
         if triv == "polar":
@@ -187,7 +210,7 @@ class Stiefel(Manifold):
                 shape=tuple(shape),
             )
             return SignedTrivialization(self, shape, triv)
-        return FrameTrivialization(self, shape, triv)
+        return FrameTrivialization(self, shape, triv, dtype=dtype)
 
 
 St = Stiefel

@@ -3,6 +3,7 @@ r"""Dynamic trivialization: a base on the manifold, and coordinates in the tange
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +22,7 @@ from orthonet.linalg._rotation import (
     times_complement_adjoint,
 )
 from orthonet.manifolds._base import Manifold
+from orthonet.manifolds._log_volume import frame_log_volume
 from orthonet.manifolds._parametrization import Parametrization, without_autocast
 
 __all__ = ["FrameTrivialization", "SignedTrivialization", "Trivialization", "Triv", "check_triv"]
@@ -102,7 +104,7 @@ class FrameTrivialization(Trivialization):
             orthogonal ones.
         rotate: Whether A is free; without it, as on the Grassmannian, A = 0.
         device: Device of the base.
-        dtype: Dtype of the base.
+        dtype: Dtype of the base; a complex one makes the frames complex.
 
     Guarantee:
         \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) (float32), \(10^{-12}\) (float64) for the two
@@ -219,6 +221,14 @@ class FrameTrivialization(Trivialization):
         if k < n:
             parts.append(times_complement_adjoint(self.reflector.to(v.dtype), v).flatten(-2))
         return torch.cat(parts, -1) if parts else v.new_zeros(*v.shape[:-2], 0)
+
+    def log_abs_det(self, coordinates: Tensor) -> Tensor:
+        """In closed form for square real matrices and the two named maps."""
+        if self.base.is_complex() or type(self) is not FrameTrivialization:
+            return super().log_abs_det(coordinates)
+        # An entry of A moves two entries of the matrix, one of C moves one.
+        volume = frame_log_volume(self, coordinates)
+        return volume + 0.5 * math.log(2.0) * self._rotations
 
     def extra_repr(self) -> str:
         name = self.triv if isinstance(self.triv, str) else getattr(self.triv, "__name__", "own")

@@ -433,3 +433,23 @@ def test_bad_calls_of_cells():
     ):
         with pytest.raises(ValueError, match=message):
             cell(*inputs)
+
+
+# --- the constraint on the stock layers ----------------------------------------------------------
+# cuDNN's flattened weights need a GPU and are not tested here.
+
+
+@pytest.mark.parametrize("cls", [nn.RNN, nn.GRU, nn.LSTM])
+def test_the_verb_on_a_stock_layer(cls):
+    layer = cls(INPUTS, HIDDEN, 2)
+    orthonet.orthogonal(layer, "weight_hh_l0")
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    x = torch.randn(TIME, BATCH, INPUTS)
+    for _ in range(5):
+        optimizer.zero_grad()
+        layer(x)[0].square().sum().backward()
+        optimizer.step()
+    assert orthogonality_error(layer.weight_hh_l0) <= 2e-6  # as one matrix, all gates together
+    plain = cls(INPUTS, HIDDEN, 2)
+    plain.load_state_dict({name: getattr(layer, name).detach() for name in plain.state_dict()})
+    torch.testing.assert_close(plain(x)[0], layer(x)[0], rtol=0, atol=1e-6)
