@@ -95,7 +95,8 @@ def recurrent_bound(layer: nn.Module, steps: int, *, final: bool = False) -> Bou
         UncertifiableError: A layer without a constant: LSTM, GRU, or modReLU with a positive shift.
 
     Examples:
-        >>> layer = layers.OrthoRNN(4, 8, nonlinearity="abs")
+        >>> from orthonet.layers import OrthoRNN
+        >>> layer = OrthoRNN(4, 8, nonlinearity="abs")
         >>> recurrent_bound(layer, 50, final=True).value < recurrent_bound(layer, 50).value
         True
     """

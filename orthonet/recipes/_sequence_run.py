@@ -161,7 +161,8 @@ def _result(
         logits = model.head(states[-1:] if model.every_step else states[-1])
         return F.cross_entropy(logits.flatten(0, -2), wanted.flatten())
 
-    kernel = model.rnn.weight_hh_l0
+    rnn: Any = model.rnn
+    kernel: torch.Tensor = rnn.weight_hh_l0
     sigma = torch.linalg.svdvals(kernel.detach().double().unflatten(0, (-1, config.hidden)))
     return SequenceResult(
         model=name,
