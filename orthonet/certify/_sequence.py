@@ -63,7 +63,7 @@ def sequence_bound(
         >>> round(sequence_bound(4, final=True).value, 9)
         2.0
         >>> round(sequence_bound(100, state=0.9).value, 2)
-        9.99
+        9.65
     """
     owner = "sequence_bound"
     _checks.positive_int(owner, steps=steps)
