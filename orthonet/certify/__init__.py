@@ -20,6 +20,7 @@ from orthonet.certify._propagate import Row
 from orthonet.certify._radius import RadiusCurve
 from orthonet.certify._report import report_html
 from orthonet.certify._rules import Call, Operand, Step, register_rule
+from orthonet.certify._sequence import recurrent_bound, sequence_bound
 from orthonet.certify._slopes import Activation
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "certified_curve",
     "RadiusCurve",
     "report_html",
+    "sequence_bound",
+    "recurrent_bound",
     "pgd_l2",
     "attack_certificate",
     "AttackReport",

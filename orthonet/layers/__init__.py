@@ -42,6 +42,9 @@ from orthonet.layers._residual import (
     ConvexResidual,
     L2NormResidual,
 )
+from orthonet.layers._rnn import FinalState, OrthoRNN, OrthoRNNCell
+from orthonet.layers._rnn_contractive import ContractiveRNN, ContractiveRNNCell
+from orthonet.layers._rnn_gated import OrthoGRU, OrthoGRUCell, OrthoLSTM, OrthoLSTMCell
 
 __all__ = [
     "Abs",
@@ -57,7 +60,10 @@ __all__ = [
     "BatchCentering2d",
     "BatchCentering3d",
     "ConcatResidual",
+    "ContractiveRNN",
+    "ContractiveRNNCell",
     "ConvexResidual",
+    "FinalState",
     "GlobalL2NormPool1d",
     "GlobalL2NormPool2d",
     "GlobalL2NormPool3d",
@@ -79,7 +85,13 @@ __all__ = [
     "OrthoConvTranspose1d",
     "OrthoConvTranspose2d",
     "OrthoConvTranspose3d",
+    "OrthoGRU",
+    "OrthoGRUCell",
+    "OrthoLSTM",
+    "OrthoLSTMCell",
     "OrthoLinear",
+    "OrthoRNN",
+    "OrthoRNNCell",
     "ScaledAvgPool1d",
     "ScaledAvgPool2d",
     "ScaledAvgPool3d",

@@ -101,7 +101,8 @@ CASES = [
 
 def name(case: tuple) -> str:
     space, shape, options = case
-    words = "-".join(str(getattr(v, "__name__", v)) for v in options.values())
+    parts = (v if isinstance(v, tuple) else (v,) for v in options.values())
+    words = "-".join(str(getattr(p, "__name__", p)) for part in parts for p in part)
     return f"{space!r}-{'x'.join(map(str, shape))}-{words}"
 
 
