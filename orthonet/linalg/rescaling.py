@@ -121,7 +121,7 @@ def almost_orthogonal(kernel: Tensor, *, groups: int = 1) -> Tensor:
 
 def overlap(kernel_size: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """How many windows of a strided convolution read one and the same pixel, at most."""
-    return math.prod(-(-k // s) for k, s in zip(kernel_size, stride, strict=True))
+    return math.prod([-(-k // s) for k, s in zip(kernel_size, stride, strict=True)])
 
 
 def normalized_frobenius(kernel: Tensor, *, reads: int = 1) -> Tensor:
@@ -174,9 +174,8 @@ def convolution_norm_upper(kernel: Tensor, *, groups: int = 1, niters: int = 6) 
     slack = 1.0
     if kernel.ndim > 2:
         sizes = tuple(max(1, 12 * (k - 1)) for k in kernel.shape[2:])
-        slack = math.prod(
-            math.cos(math.pi * (k - 1) / n) for k, n in zip(kernel.shape[2:], sizes, strict=True)
-        )
+        for k, n in zip(kernel.shape[2:], sizes, strict=True):
+            slack *= math.cos(math.pi * (k - 1) / n)
         axes = tuple(range(3, blocks.ndim))
         blocks = torch.fft.rfftn(blocks, s=sizes, dim=axes).flatten(3).movedim(-1, 0)
     if blocks.shape[-2] < blocks.shape[-1]:

@@ -131,7 +131,7 @@ def block_reflector(v: Tensor) -> Tensor:
 
 
 def cholesky_contraction(w: Tensor) -> Tensor:
-    r"""Cholesky orthogonalization with a ridge: \(L^{-1} W\), \(L L^\top = W W^\top + \varepsilon I\).
+    r"""\(L^{-1} W\) with \(L L^\top = W W^\top + \varepsilon I\): orthogonalization with a ridge.
 
     Then \(Q Q^\top = I - \varepsilon L^{-1} L^{-\top} \preceq I\) whatever W is; rows are scaled
     to unit length first, and \(\varepsilon\) is \(10^{-4}\) in float32 and \(10^{-9}\) in float64.

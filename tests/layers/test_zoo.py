@@ -1,6 +1,5 @@
 """The zoo: every promise on the dense operator or Jacobian, in both precisions, and the laws."""
 
-import copy
 from functools import partial
 
 import pytest
@@ -37,12 +36,12 @@ def conv(name: str, ci: int = 4, co: int = 6, **kwargs) -> nn.Module:
 
 
 def sigma(layer: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
-    """Singular values of the operator, or of Jacobians at three points."""
+    """Singular values of the operator, or of Jacobians at two points."""
     dtype = next(layer.parameters()).dtype
     name = type(layer).__name__
     if not name.startswith(("CPL", "SLL", "Sandwich", "LipNeXt")):
         return singular_values(layer, shape)
-    points = torch.randn(3, *shape, dtype=dtype)
+    points = torch.randn(2, *shape, dtype=dtype)
     values = [torch.linalg.svdvals(jacobian(layer, x).double()) for x in points]
     return torch.cat(values)
 
@@ -61,7 +60,7 @@ def train(layer: nn.Module, shape: tuple[int, ...], steps: int = 20) -> None:
 @pytest.mark.parametrize("mode", ["circular", "zeros"])
 @pytest.mark.parametrize("name", CONVS)
 def test_norm_of_convolutions(name, mode, dtype):
-    for ci, co in ((4, 6), (6, 4), (4, 4)):
+    for ci, co in ((4, 6), (5, 4), (4, 4))[:: 1 if dtype == torch.float64 else 2]:
         padding = "same" if mode == "circular" else (0 if name == "cholesky" else 1)
         layer = conv(name, ci, co, padding=padding, padding_mode=mode, dtype=dtype)
         shape = (ci, *SIZE[1:])
@@ -120,6 +119,8 @@ def test_groups_strides_and_dilation(name):
         padding = 1 if options.get("stride", 1) > 1 else "same"
         if options.get("stride") == 3:
             padding = 0
+        if name in ("cpl", "sll"):
+            co = ci
         layer = make_conv(name, ci, co, 3, padding=padding, padding_mode="circular",
                           dtype=torch.float64, **{"stride": 1, **options})  # fmt: skip
         s = layer.stride[0]
@@ -175,8 +176,8 @@ def test_certificate_is_sound_and_tight(name):
     train(layer, shape)
     bound = certify(layer.eval(), torch.zeros(1, *shape)).constant.value
     assert bound <= 1 + 1e-5
-    found = float(sigma(copy.deepcopy(layer).double(), shape).max())
-    assert found <= bound + 1e-12
+    found = float(sigma(layer, shape).max())  # in the dtype that was certified
+    assert found <= bound + 1e-6
 
 
 @pytest.mark.parametrize("name", FACTORIES)
@@ -240,7 +241,8 @@ def test_soc_is_the_matrix_exponential():
             layer.parametrization.original.mul_(100.0)  # norm at its largest, 1.5
             kernel, bound = layer.parametrization()
         assert float(bound) == pytest.approx(1.5)
-        skew = dense_operator(lambda x: layer._convolve(x, kernel), (3, 4, 5), dtype=torch.float64)
+        convolve = partial(layer._convolve, kernel=kernel)
+        skew = dense_operator(convolve, (3, 4, 5), dtype=torch.float64)
         torch.testing.assert_close(skew, -skew.T)
         assert float(torch.linalg.matrix_norm(skew, 2)) <= float(bound)
         exact = torch.linalg.matrix_exp(skew)
@@ -254,7 +256,7 @@ def test_soc_is_at_most_one_for_any_number_of_terms(terms):
         layer.parametrization.original.mul_(100.0)
     largest = float(singular_values(layer, (3, 6, 6)).max())
     assert largest <= 1 + 1e-12
-    assert certify(layer, torch.zeros(1, 3, 6, 6).double()).constant.value <= 1 + 1e-9
+    assert certify(layer.eval(), torch.zeros(1, 3, 6, 6).double()).constant.value <= 1 + 1e-9
 
 
 @pytest.mark.parametrize("name", ["cpl_conv", "sll_conv", "cpl_linear", "sll_linear"])

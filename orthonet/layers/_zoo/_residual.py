@@ -255,6 +255,15 @@ class _ResidualConv2d(_Residual):
         hidden = width if hidden_channels is None else hidden_channels
         _checks.positive_int(type(self), hidden_channels=hidden)
         _checks.require(
+            groups == 1 or in_channels == out_channels,
+            type(self),
+            "with groups, in_channels and out_channels must be equal",
+            "Use groups=1, or change the number of channels in another layer",
+            in_channels=in_channels,
+            out_channels=out_channels,
+            groups=groups,
+        )
+        _checks.require(
             hidden % groups == 0,
             type(self),
             "groups must divide hidden_channels",
