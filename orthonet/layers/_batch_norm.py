@@ -14,6 +14,8 @@ class _BatchLipNorm(nn.Module):
     """Batch normalization, divided by its largest gain."""
 
     _ndims: tuple[int, ...]
+    weight: Tensor | None
+    bias: Tensor | None
     running_mean: Tensor
     running_var: Tensor
 
@@ -44,7 +46,7 @@ class _BatchLipNorm(nn.Module):
         """Running mean 0 and variance 1, weight 1 and bias 0."""
         nn.init.zeros_(self.running_mean)
         nn.init.ones_(self.running_var)
-        if self.weight is not None:
+        if self.weight is not None and self.bias is not None:
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 

@@ -64,9 +64,9 @@ class OrthoLinear(_ConstrainedLinear):
         Input `(*, in_features)`, output `(*, out_features)`.
 
     Guarantee:
-        l2 -> l2 constant `lipschitz`, exact up to rounding: relative to it, \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) in
-        float32 and \(10^{-12}\) in float64, in train and eval mode, with every preset. Reading the
-        weight in eval mode writes nothing.
+        l2 -> l2 constant `lipschitz`, exact up to rounding: for 1,
+        \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) in float32 and \(10^{-12}\) in float64, in train and
+        eval mode, with every preset. Reading the weight in eval mode writes nothing.
 
     Raises:
         ValueError: a size is not a positive integer.

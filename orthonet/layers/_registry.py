@@ -110,7 +110,7 @@ def method(name: str) -> Method:
     return _METHODS[name]
 
 
-def make_linear(name: str, in_features: int, out_features: int, *args: Any, **kwargs: Any):
+def make_linear(name: str, in_features: int, out_features: int, *args: Any, **kwargs: Any) -> Any:
     """A linear layer of the method `name`.
 
     Args:
@@ -139,7 +139,7 @@ def make_linear(name: str, in_features: int, out_features: int, *args: Any, **kw
 
 def make_conv(
     name: str, in_channels: int, out_channels: int, kernel_size: Any, *args: Any, **kwargs: Any
-):
+) -> Any:
     """A convolution of the method `name`.
 
     With `padding="same"` and `padding_mode="circular"` every method takes the same arguments;

@@ -31,8 +31,8 @@ def kernel_symbol(
         dilation: Spacing of the taps.
 
     Shape:
-        `kernel`: (*batch, c_out, c_in, kh, kw). Output: complex, (*batch, frequencies, c_out, c_in)
-        with h (w // 2 + 1) frequencies.
+        `kernel`: `(*batch, c_out, c_in, kh, kw)`. Output: complex,
+        `(*batch, frequencies, c_out, c_in)` with h (w // 2 + 1) frequencies.
     """
     waves = []
     for axis, (n, k, d) in enumerate(zip(size, kernel.shape[-2:], dilation, strict=True)):

@@ -103,7 +103,7 @@ def block_reflector(v: Tensor) -> Tensor:
         v: Columns, real or complex; fewer of them than rows.
 
     Shape:
-        (*batch, n, r). Output: (*batch, n, n), Hermitian.
+        `(*batch, n, r)`. Output: `(*batch, n, n)`, Hermitian.
 
     Guarantee:
         Norm at most 1 to \(10^{-5}\) (single precision) or \(10^{-12}\) (double) for every finite

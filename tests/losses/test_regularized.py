@@ -16,9 +16,7 @@ def test_limits_are_the_cross_entropy():
     plain = F.cross_entropy(LOGITS, TARGET)
     torch.testing.assert_close(losses.emma(LOGITS, TARGET, radius=0.0), plain)
     torch.testing.assert_close(losses.trades(LOGITS, LOGITS, TARGET), plain)
-    torch.testing.assert_close(
-        losses.certificate_regularization(LOGITS, TARGET, weight=0.0), plain
-    )
+    torch.testing.assert_close(losses.certificate_regularization(LOGITS, TARGET, weight=0.0), plain)
     offset = losses.offset_cross_entropy(LOGITS, TARGET, offset=1.2, temperature=0.5)
     annealed = losses.logit_annealing(LOGITS, TARGET, offset=1.2, temperature=0.5, beta=0.0)
     torch.testing.assert_close(annealed, offset)

@@ -84,8 +84,9 @@ def adopt_arguments(
         out_channels=out_channels,
         groups=groups,
     )
+    mode: Any = padding_mode
     twin = nn.Conv2d(
-        in_channels, out_channels, bias=False, padding_mode=padding_mode, device="meta", **arguments
+        in_channels, out_channels, bias=False, padding_mode=mode, device="meta", **arguments
     )
     for name, value in vars(twin).items():
         if name not in vars(layer):
@@ -138,7 +139,7 @@ class MappedLinear(ConstrainedWeight, nn.Linear):
     """`nn.Linear` whose weight is a function of a free matrix."""
 
     _plain_class = nn.Linear
-    _inverse: ClassVar[Callable[[Tensor], Tensor] | None] = None
+    _inverse: ClassVar[Any] = None
     _initial: ClassVar[Callable[..., Tensor]] = staticmethod(delta_orthogonal)
 
     if TYPE_CHECKING:

@@ -26,7 +26,8 @@ class SpatialShift2d(nn.Module):
         (*, C, H, W); the output has the same.
 
     Guarantee:
-        Circular: a permutation, orthogonal and exact. Zeros: a selection of entries, norm at most 1.
+        Circular: a permutation, orthogonal and exact. Zeros: a selection of entries, of norm at
+        most 1.
 
     Raises:
         ValueError: an argument out of range.
@@ -88,6 +89,8 @@ class LipNeXtBlock2d(nn.Module):
         models*, ICLR 2026 (spatial shift module, beta-Abs); there is no public code, and positions
         are not encoded here.
     """
+
+    bias: Tensor | None
 
     def __init__(
         self,

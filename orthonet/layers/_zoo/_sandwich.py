@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from orthonet import _checks, functional
 from orthonet.layers._zoo._base import new_bias
 from orthonet.layers._zoo._export import circular_twin
-from orthonet.layers._zoo._fourier import _FourierConv2d
-from orthonet.layers._zoo._residual import ACTIVATIONS
+from orthonet.layers._zoo._fourier_base import FourierConv2d
+from orthonet.layers._zoo._residual_base import ACTIVATIONS
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg.fourier import apply_symbol
 from orthonet.linalg.unitary import cayley_rectangular
@@ -94,6 +94,9 @@ class SandwichLinear(nn.Module):
         equation 9 and theorem 3.2, arXiv:2301.11526.
     """
 
+    log_scale: Tensor
+    bias: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -163,7 +166,7 @@ class SandwichLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}{scale}"
 
 
-class SandwichConv2d(_FourierConv2d):
+class SandwichConv2d(FourierConv2d):
     r"""Sandwich layer with convolutions A and B that are orthogonalized at each frequency.
 
     See [`SandwichLinear`][orthonet.layers.SandwichLinear]; \([A, B]\) comes from the Cayley
@@ -181,6 +184,8 @@ class SandwichConv2d(_FourierConv2d):
         Wang & Manchester, ICML 2023, section 4.
     """
 
+    log_scale: Tensor
+    activation: nn.Module
     _function = staticmethod(cayley_rectangular)
     _centre = False
     _noise = 0.7
@@ -213,7 +218,9 @@ class SandwichConv2d(_FourierConv2d):
 
     def _factors(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The symbols of A* and of B."""
-        return self.blocks(size).tensor_split((self.out_channels // self.groups,), dim=2)
+        split = self.out_channels // self.groups
+        blocks = self.blocks(size)
+        return blocks[:, :, :split], blocks[:, :, split:]
 
     def _inner(self, x: Tensor) -> Tensor:
         _, b_adjoint = self._factors((x.shape[-2], x.shape[-1]))
@@ -254,8 +261,8 @@ class SandwichConv2d(_FourierConv2d):
         )  # fmt: skip
         small = None if size is None else (size[0] // s, size[1] // s)
         last = circular_twin(
-            self, lambda h: self._outer(h.to(dtype)) * self.lipschitz, (self.out_channels,) * 2,
-            small, None, groups=self.groups,
+            self, lambda h: self._outer(h.to(dtype)) * self.lipschitz,
+            (self.out_channels, self.out_channels), small, None, groups=self.groups,
         )  # fmt: skip
         plain = nn.Sequential(first, copy.deepcopy(self.activation), last)
         return plain.train(self.training)

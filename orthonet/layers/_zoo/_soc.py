@@ -1,4 +1,4 @@
-"""Skew orthogonal convolution: the exponential of a convolution that is its own negative adjoint."""
+"""Skew orthogonal convolution: the exponential of a convolution with a skew kernel."""
 
 from __future__ import annotations
 
@@ -113,6 +113,10 @@ class SOCConv2d(nn.Module):
         arXiv:2105.11417 (there the remainder is left out).
     """
 
+    bias: Tensor | None
+    in_channels: int
+    out_channels: int
+    padding_mode: str
     kernel_size: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
