@@ -1,5 +1,6 @@
 """Certificates of Lipschitz constants and of robustness: proofs, and attacks that try them."""
 
+from orthonet.certify import _zoo_rules  # noqa: F401 (registers them)
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import (
     LipschitzCertificate,

@@ -10,6 +10,14 @@ average of two pieces (singular values 1 and 0) or 0.
 """
 
 from orthonet.functional._activations import absolute, group_sort, householder, max_min
+from orthonet.functional._piecewise import (
+    beta_abs,
+    channel_shuffle,
+    householder_order2,
+    n_activation,
+    soft_huber,
+    spatial_shift,
+)
 from orthonet.functional._pooling import (
     depth_to_space,
     global_l2_norm_pool,
@@ -23,16 +31,22 @@ from orthonet.functional._recurrence import mod_relu, recurrence
 
 __all__ = [
     "absolute",
+    "beta_abs",
+    "channel_shuffle",
     "depth_to_space",
     "global_l2_norm_pool",
     "global_scaled_avg_pool",
     "group_sort",
     "householder",
+    "householder_order2",
     "l2_norm_pool",
     "max_min",
     "mod_relu",
     "recurrence",
+    "n_activation",
     "safe_sqrt",
     "scaled_avg_pool",
+    "soft_huber",
     "space_to_depth",
+    "spatial_shift",
 ]
