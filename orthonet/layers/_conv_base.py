@@ -196,4 +196,4 @@ class OrthoConvNd(ConstrainedWeight):
         )
         if self.bias is not None:
             y = y - self.bias.view(-1, *(1,) * len(self.kernel_size))
-        return self.adjoint(y)
+        return self.adjoint(y) / getattr(self.parametrization, "lipschitz", 1.0) ** 2

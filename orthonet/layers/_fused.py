@@ -17,6 +17,7 @@ from orthonet.linalg import polar
 from orthonet.linalg._matrix import minus_transpose
 from orthonet.linalg._polar_gradient import differentiable_gradient
 from orthonet.reparametrizers import OrthoWeight
+from orthonet.reparametrizers._cache_state import steps
 
 __all__ = ["fused_linear"]
 
@@ -37,20 +38,25 @@ def fused_linear(layer: nn.Linear, x: Tensor) -> Tensor | None:
         or not x.requires_grad
         or not torch.is_grad_enabled()
         or type(weight) is not OrthoWeight
+        or weight._group is not None
         or weight._forward_hooks
         or weight._forward_pre_hooks
         or weight.original.dtype != x.dtype
     ):
         return None
     compiling, original = torch.compiler.is_compiling(), weight.original
-    if not compiling and vars(layer).get("_fused_at") == (original._version, original.data_ptr()):
+    if not compiling and vars(layer).get("_fused_at") == _state(original):
         return None
     centred = weight.recentre_()
     if centred is None:
         return None
     if not compiling:
-        layer._fused_at = (original._version, original.data_ptr())  # type: ignore[assignment]
+        layer._fused_at = _state(original)  # type: ignore[assignment]
     return _FusedLinear.apply(x, original, *centred, layer.bias)  # type: ignore[return-value]
+
+
+def _state(w: Tensor) -> tuple[int, int, int]:
+    return w._version, w.data_ptr(), steps()
 
 
 class _FusedLinear(torch.autograd.Function):

@@ -40,7 +40,7 @@ def in_transform(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    functorch = torch._C._functorch
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
     return functorch.peek_interpreter_stack() is not None or any(
         functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
         for t in tensors

@@ -258,7 +258,7 @@ class _Polar(torch.autograd.Function):
             u = _apply(w, None, None)[0] if ctx.of_basis else rest[0]
             return differentiable_gradient(w, u, grad), None, None
         if ctx.of_values:
-            return eigen_gradient(w, *rest, grad), None, None
+            return eigen_gradient(w, rest[0], rest[1], grad), None, None
         pull_back = inverse_gradient if ctx.of_basis else gradient
         return pull_back(w, rest[0], grad), None, None
 

@@ -1,5 +1,9 @@
 """Modules that constrain one weight, by the protocol of `torch.nn.utils.parametrize`."""
 
+from orthonet.reparametrizers._cache import CachedWeight, invalidate
+from orthonet.reparametrizers._cache_state import caching
+from orthonet.reparametrizers._defer import defer_pullback
+from orthonet.reparametrizers._fuse import fuse, unfuse
 from orthonet.reparametrizers._kernel import OrthoKernel
 from orthonet.reparametrizers._normalizers import (
     BatchedIdentity,
@@ -31,6 +35,12 @@ from orthonet.reparametrizers._polar import (
     BatchedAutoOrthogonalization,
     BatchedPolarOrthogonalization,
 )
+from orthonet.reparametrizers._registration import (
+    CachedParametrizationList,
+    adopt,
+    register,
+    remove,
+)
 from orthonet.reparametrizers._weight import OrthoWeight
 
 __all__ = [
@@ -52,10 +62,20 @@ __all__ = [
     "BatchedPolarOrthogonalization",
     "BatchedPowerIteration",
     "BatchedQROrthogonalization",
+    "CachedParametrizationList",
+    "CachedWeight",
     "ClassParam",
     "L2Normalize",
     "OrthoKernel",
     "OrthoParams",
     "OrthoWeight",
     "Orthogonalizer",
+    "adopt",
+    "caching",
+    "defer_pullback",
+    "fuse",
+    "invalidate",
+    "register",
+    "remove",
+    "unfuse",
 ]

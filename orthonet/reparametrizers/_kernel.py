@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg import apply_projectors, block_convolution
 from orthonet.linalg._matrix import compute_dtype
+from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._kernel_fit import KernelFactors, fit_factors
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
 from orthonet.reparametrizers._weight import OrthoWeight
@@ -20,7 +21,7 @@ from orthonet.reparametrizers._weight import OrthoWeight
 __all__ = ["OrthoKernel"]
 
 
-class OrthoKernel(nn.Module):
+class OrthoKernel(CachedWeight):
     r"""Kernel of an orthogonal convolution with stride, composed from orthogonal matrices.
 
     For each group with \(c_i\) input and \(c_o\) output channels, stride s and kernel size k >= s,
@@ -106,8 +107,8 @@ class OrthoKernel(nn.Module):
         )
         return KernelFactors(*values)
 
-    def forward(self) -> Tensor:
-        """Return the kernel, in the dtype of the parameters."""
+    def evaluate(self) -> Tensor:
+        """Compute the kernel, in the dtype of the parameters."""
         first = self._parts()[0].original
         with torch.autocast(first.device.type, enabled=False):
             return self.compose(self.factors()).to(first.dtype)

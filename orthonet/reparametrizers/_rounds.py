@@ -12,19 +12,13 @@ import weakref
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from orthonet.linalg._polar_steps import Measured, measure
+from orthonet.reparametrizers._cache_state import steps
 
 __all__ = ["Rounds"]
 
 _State = tuple[int, int, int]
-_steps = 0
-
-
-def _count(*_: object) -> None:
-    global _steps
-    _steps += 1
 
 
 class Rounds:
@@ -38,15 +32,12 @@ class Rounds:
             weakref.WeakKeyDictionary()
         )
         self._seen = -1
-        self._hook: object = None
 
     def decide(self, module: nn.Module, w: Tensor) -> tuple[Measured, float]:
         """What `measure` gave for the parameter `w` of `module`, and its bound as a number."""
-        if self._hook is None:
-            self._hook = register_optimizer_step_post_hook(_count)
-        if self._seen != _steps:
+        if self._seen != steps():
             self._answers.clear()
-            self._seen = _steps
+            self._seen = steps()
         self._members[module] = weakref.ref(w)
         waiting = self._answers.get(module)
         if waiting is None or waiting[0] != _state(w):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.linalg import haar, polar_svd
 from orthonet.linalg._matrix import compute_dtype
+from orthonet.reparametrizers._cache import CachedWeight
+from orthonet.reparametrizers._group import Group
 from orthonet.reparametrizers._normalizers import BatchedIdentity
 from orthonet.reparametrizers._orthogonalizers import require_semi_orthogonal
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
@@ -17,7 +19,7 @@ from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
 __all__ = ["OrthoWeight"]
 
 
-class OrthoWeight(nn.Module):
+class OrthoWeight(CachedWeight):
     r"""A semi-orthogonal matrix (or batch): `original`, a normalizer and an orthogonalizer.
 
     Calling it computes `orthogonalizer(normalizer(original))` in float32 at least, also under
@@ -35,6 +37,8 @@ class OrthoWeight(nn.Module):
     Guarantee:
         That of the orthogonalizer, up to the rounding of the storage dtype.
     """
+
+    _group: Group | None = None  # set by `fuse`
 
     def __init__(
         self,
@@ -58,10 +62,22 @@ class OrthoWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the constrained matrix, in the dtype of `original`."""
+        if self._group is not None and not torch.compiler.is_compiling():
+            value = self._group.value(self)  # kept by the group
+            if value is not None:
+                return value.to(self.original.dtype)
+        return super().forward()
+
+    def evaluate(self) -> Tensor:
+        """Compute the constrained matrix, in the dtype of `original`."""
         return self.compute().to(self.original.dtype)
 
     def compute(self) -> Tensor:
         """Return the constrained matrix in the dtype of the computation, float32 at least."""
+        if self._group is not None and not torch.compiler.is_compiling():
+            value = self._group.value(self)
+            if value is not None:
+                return value
         stored = self.original
         kind = stored.device.type
         if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(kind):
