@@ -1,6 +1,6 @@
 """Stateless 1-Lipschitz maps: sorting activations, reflections, pooling, down-sampling.
 
-Every function here is 1-Lipschitz in the l2 norm. Those called *gradient-norm preserving* have
+Every function here but `circular_pad` is 1-Lipschitz in the l2 norm. Those called *gradient-norm preserving* have
 a Jacobian whose singular values are all 1 at every point: autograd is made to return one
 consistent piece of the map at a tie, where `torch.maximum` or `torch.abs` would return an
 average of two pieces (singular values 1 and 0) or 0.
@@ -9,6 +9,7 @@ average of two pieces (singular values 1 and 0) or 0.
 """
 
 from orthonet.functional._activations import absolute, group_sort, householder, max_min
+from orthonet.functional._padding import circular_pad
 from orthonet.functional._pooling import (
     depth_to_space,
     global_l2_norm_pool,
@@ -21,6 +22,7 @@ from orthonet.functional._pooling import (
 
 __all__ = [
     "absolute",
+    "circular_pad",
     "depth_to_space",
     "global_l2_norm_pool",
     "global_scaled_avg_pool",

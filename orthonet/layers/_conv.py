@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from orthonet import _checks
 from orthonet.layers._conv_base import OrthoConvNd
+from orthonet.layers._conv_padding import pad_input, required_sizes
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
 __all__ = ["AdaptiveOrthoConv2d", "OrthoConv1d", "OrthoConv2d", "OrthoConv3d"]
 
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
 
 class _OrthoConv(OrthoConvNd):
     """Constructor and forward of the three convolutions."""
+
+    _padding_modes = ("zeros", "circular", "reflect", "replicate")
 
     def __init__(
         self,
@@ -30,36 +36,56 @@ class _OrthoConv(OrthoConvNd):
         dtype: torch.dtype | None = None,
         *,
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        method: str = "aoc",
+        ranks: str = "half",
     ) -> None:
         self._build(
             in_channels, out_channels, groups=groups, bias=bias, padding_mode=padding_mode,
-            device=device, dtype=dtype, ortho_params=ortho_params, kernel_size=kernel_size,
-            stride=stride, padding=padding, dilation=dilation,
+            device=device, dtype=dtype, ortho_params=ortho_params, method=method, ranks=ranks,
+            kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
         )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `input` with the present weight."""
-        if self.padding_mode == "circular":
-            self._check_circular(input)
+        if self.padding_mode != "zeros":
+            self._check_size(input)
         return self._apply_weight(input, self.weight, self.bias)
 
-    def _check_circular(self, input: Tensor) -> None:
-        """Refuse sizes on which wrapping around would repeat or mix outputs."""
+    def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = pad_input(input, self.padding_mode, self._reversed_padding_repeated_twice)
+            padding = 0
+        return _CONV[len(self.kernel_size)](
+            input, weight, bias, self.stride, padding, self.dilation, self.groups  # type: ignore[arg-type]
+        )
+
+    def _check_size(self, input: Tensor) -> None:
+        """Refuse sizes on which the padding would repeat or mix more than it may."""
         dims = len(self.kernel_size)
         sizes, pads = input.shape[-dims:], self._reversed_padding_repeated_twice
+        least = required_sizes(self.padding_mode, pads)
+        if any(size < low for size, low in zip(sizes, least, strict=True)):
+            _checks.fail(
+                self,
+                f"with {self.padding_mode} padding every input size must be at least {least}, so "
+                "that no value is repeated more often than the norm allows",
+                "Enlarge the input, lower the padding, or use padding_mode='zeros'",
+                input_size=tuple(sizes),
+                padding=self.padding,
+            )
+        if self.padding_mode != "circular":
+            return
         for i, (size, k, s, d) in enumerate(
             zip(sizes, self.kernel_size, self.stride, self.dilation, strict=True)
         ):
             low, high = pads[2 * (dims - 1 - i) : 2 * (dims - i)]
             outputs = (size + low + high - d * (k - 1) - 1) // s + 1
-            good = low == high == 0 or (
-                size % s == 0 and outputs * s <= size and max(low, high) <= size
-            )
-            if not good:
+            if not (low == high == 0 or (size % s == 0 and outputs * s <= size)):
                 _checks.fail(
                     self,
-                    "with circular padding every input size must be a multiple of the stride, at "
-                    "least the padding, and give at most size / stride outputs",
+                    "with circular padding every input size must be a multiple of the stride, and "
+                    "give at most size / stride outputs",
                     "Resize the input, lower the padding, or use padding_mode='zeros'",
                     input_size=tuple(sizes),
                     stride=self.stride,

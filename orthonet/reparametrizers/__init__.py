@@ -1,6 +1,7 @@
 """Modules that constrain one weight, by the protocol of `torch.nn.utils.parametrize`."""
 
 from orthonet.reparametrizers._kernel import OrthoKernel
+from orthonet.reparametrizers._kernel_methods import KERNEL_METHODS, ReshapedKernel
 from orthonet.reparametrizers._normalizers import (
     BatchedIdentity,
     BatchedPowerIteration,
@@ -41,6 +42,7 @@ __all__ = [
     "DEFAULT_ORTHO_PARAMS",
     "DEFAULT_TEST_ORTHO_PARAMS",
     "EXP_ORTHO_PARAMS",
+    "KERNEL_METHODS",
     "POLAR_ORTHO_PARAMS",
     "POLAR_WARM_ORTHO_PARAMS",
     "QR_ORTHO_PARAMS",
@@ -58,4 +60,5 @@ __all__ = [
     "OrthoParams",
     "OrthoWeight",
     "Orthogonalizer",
+    "ReshapedKernel",
 ]
