@@ -38,18 +38,71 @@ class _OrthoConv(OrthoConvNd):
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
         method: str = "aoc",
         ranks: str = "half",
+        apply_by: str = "auto",
     ) -> None:
+        _checks.one_of(type(self), ("auto", "kernel", "factors"), apply_by=apply_by)
         self._build(
             in_channels, out_channels, groups=groups, bias=bias, padding_mode=padding_mode,
             device=device, dtype=dtype, ortho_params=ortho_params, method=method, ranks=ranks,
             kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
         )  # fmt: skip
+        _checks.require(
+            method == "aoc" or apply_by != "factors",
+            type(self),
+            "only method='aoc' has factors",
+            "Leave apply_by out",
+            method=method,
+            apply_by=apply_by,
+        )
+        self.apply_by = apply_by
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `input` with the present weight."""
         if self.padding_mode != "zeros":
             self._check_size(input)
+        if self.application(input) == "factors":
+            output = self.parametrization.convolve(  # type: ignore[operator]
+                self._padded(input), self.stride, self.dilation
+            )
+            if self.bias is not None:
+                output = output + self.bias.view(-1, *(1,) * len(self.kernel_size))
+            return output if input.ndim == output.ndim else output.squeeze(0)
         return self._apply_weight(input, self.weight, self.bias)
+
+    def application(self, input: Tensor) -> str:
+        """How a forward pass on `input` is computed now: by the "kernel", or by its "factors".
+
+        With `apply_by="auto"` the factors are applied in training, with gradients enabled, on a
+        batch in float32 or float64 outside autocast, where they are expected to be faster
+        ([`OrthoKernel.prefers_factors`][orthonet.reparametrizers.OrthoKernel.prefers_factors]):
+        few pixels and many channels. Both ways give the same values up to rounding.
+        """
+        if self.apply_by != "auto":
+            return self.apply_by
+        dims, plain = len(self.kernel_size), (torch.float32, torch.float64)
+        if (
+            self.method != "aoc"
+            or not self.training
+            or not torch.is_grad_enabled()
+            or input.ndim != dims + 2
+            or input.dtype not in plain
+            or torch.is_autocast_enabled(input.device.type)
+        ):
+            return "kernel"
+        pixels = input.shape[0]
+        for size, s in zip(input.shape[2:], self.stride, strict=True):
+            pixels *= -(-size // s)
+        return "factors" if self.parametrization.prefers_factors(pixels) else "kernel"  # type: ignore[operator]
+
+    def _padded(self, input: Tensor) -> Tensor:
+        """A batch of inputs with all padding done."""
+        pads = self._reversed_padding_repeated_twice
+        batch = input if input.ndim > len(self.kernel_size) + 1 else input.unsqueeze(0)
+        if not any(pads):
+            return batch
+        if self.padding_mode == "zeros":
+            return F.pad(batch, list(pads))
+        return pad_input(batch, self.padding_mode, pads)
 
     def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
