@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import orthonet
 from benchmarks import _harness as harness
 from benchmarks._candidates import (
     OURS,
@@ -208,10 +209,11 @@ def speed(settings: Settings, device: str) -> list[dict[str, Any]]:
 
 
 def training_step(layer: nn.Module, x: Tensor) -> harness.Step:
-    """Forward and backward of a sum, the input's gradient included."""
+    """Forward and backward of a sum, the input's gradient included, as after an optimizer step."""
     x = x.detach().clone().requires_grad_()
 
     def step() -> None:
+        orthonet.invalidate(layer)
         layer.zero_grad()
         layer(x).sum().backward()
 

@@ -1,14 +1,45 @@
 """Orthogonal and 1-Lipschitz layers for PyTorch, with constants that are proved.
 
 The names below are the ones most programs need; the rest lives in the sub-packages `layers`,
-`functional`, `reparametrizers`, `linalg`, `losses`, `certify`, `convert`, `models`, `recipes` and
-`testing`.
+`constraints`, `manifolds`, `functional`, `reparametrizers`, `linalg`, `losses`, `certify`,
+`convert`, `models`, `recipes` and `testing`.
 """
 
 from importlib.metadata import version
 
-from orthonet import certify, convert, functional, layers, linalg, losses, reparametrizers
+from torch.nn.utils.parametrize import cached
+
+from orthonet import (
+    certify,
+    constraints,
+    convert,
+    functional,
+    layers,
+    linalg,
+    losses,
+    manifolds,
+    reparametrizers,
+)
 from orthonet.certify import LipschitzCertificate
+from orthonet.constraints import (
+    almost_orthogonal,
+    fixed_rank,
+    grassmannian,
+    invertible,
+    low_rank,
+    oblique,
+    orthogonal,
+    positive_definite,
+    positive_semidefinite,
+    positive_semidefinite_fixed_rank,
+    positive_semidefinite_low_rank,
+    rebase_every,
+    skew,
+    sln,
+    sphere,
+    symmetric,
+    update_base,
+)
 from orthonet.convert import to_plain
 from orthonet.errors import (
     NotOnManifoldError,
@@ -40,6 +71,11 @@ from orthonet.reparametrizers import (
     QR_ORTHO_PARAMS,
     ClassParam,
     OrthoParams,
+    caching,
+    defer_pullback,
+    fuse,
+    invalidate,
+    unfuse,
 )
 
 __version__ = version("orthonet")
@@ -71,12 +107,37 @@ __all__ = [
     "ProjectionWarning",
     "UncertifiableError",
     "UnitNormLinear",
+    "almost_orthogonal",
+    "cached",
+    "caching",
     "certify",
+    "constraints",
     "convert",
+    "fixed_rank",
     "functional",
+    "grassmannian",
+    "invertible",
+    "defer_pullback",
+    "fuse",
+    "invalidate",
     "layers",
     "linalg",
     "losses",
+    "low_rank",
+    "manifolds",
+    "oblique",
+    "orthogonal",
+    "positive_definite",
+    "positive_semidefinite",
+    "positive_semidefinite_fixed_rank",
+    "positive_semidefinite_low_rank",
+    "rebase_every",
     "reparametrizers",
+    "skew",
+    "sln",
+    "sphere",
+    "symmetric",
     "to_plain",
+    "update_base",
+    "unfuse",
 ]

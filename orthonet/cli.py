@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from orthonet import __version__, recipes
+from orthonet import __version__, _checks, recipes
+from orthonet.functional._recurrence import NONLINEARITIES
+from orthonet.layers._rnn_kernels import INITIALIZATIONS
 
 __all__ = ["main"]
 
@@ -19,6 +23,19 @@ _FIELDS = (
     ("radius", float, "radius that the loss asks for"),
     ("temperature", float, "temperature of the loss"),
     ("seed", int, "seed of weights, order and augmentation"),
+    ("delay", int, "copying: blanks between the symbols and their recall"),
+    ("hidden", int, "sequences: features of the state"),
+    ("iterations", int, "sequences: optimizer steps"),
+    ("lr_orthogonal", float, "sequences: learning rate of the orthogonal kernels"),
+    ("clip", float, "sequences: largest norm of the gradient, 0 for any"),
+    ("rebase", int, "sequences: steps between two moves of the base"),
+)
+# The same with a choice: (name, choices, help).
+_CHOICES = (
+    ("triv", ("exponential", "cayley"), "sequences: trivialization of the orthogonal kernel"),
+    ("init", INITIALIZATIONS, "sequences: where the orthogonal kernel starts"),
+    ("nonlinearity", NONLINEARITIES, "sequences: nonlinearity of the OrthoRNN"),
+    ("task", ("mnist5k", "mnist"), "seq-mnist: 5000 images, or all by torchvision"),
 )
 
 
@@ -44,9 +61,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _train(recipe: str, *, progress: bool, out: Path | None = None, **changes) -> recipes.Report:
-    config = recipes.RECIPES[recipe](**changes)
-    return recipes.train(config, out or Path("runs") / recipe, progress=progress)
+def _train(
+    recipe: str, *, progress: bool, out: Path | None = None, **changes: Any
+) -> recipes.Report | recipes.SequenceReport:
+    folder = out or Path("runs") / recipe
+    sequences = recipe in recipes.SEQUENCE_RECIPES
+    kind = recipes.SequenceConfig if sequences else recipes.TrainConfig
+    known = {field.name for field in dataclasses.fields(kind)}
+    foreign = [f"--{name.replace('_', '-')}" for name in changes if name not in known]
+    _checks.require(
+        not foreign, "orthonet train", f"an option must be one of the recipe {recipe!r}",
+        "Leave it out, or choose another recipe", options=", ".join(foreign),
+    )  # fmt: skip
+    if sequences:
+        config = recipes.SEQUENCE_RECIPES[recipe](**changes)
+        return recipes.train_sequences(config, folder, progress=progress)
+    return recipes.train(recipes.RECIPES[recipe](**changes), folder, progress=progress)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,9 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"orthonet {__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
 
-    train = commands.add_parser("train", help="train, certify and attack a network on real digits")
+    train = commands.add_parser(
+        "train", help="train, certify and attack on real digits, or train on sequences"
+    )
     train.set_defaults(command=_train)
-    train.add_argument("recipe", choices=sorted(recipes.RECIPES), help="what to train on")
+    names = sorted((*recipes.RECIPES, *recipes.SEQUENCE_RECIPES))
+    train.add_argument("recipe", choices=names, help="what to train on")
     for name, kind, text in _FIELDS:
         flag = f"--{name.replace('_', '-')}"
         train.add_argument(flag, type=kind, help=text, metavar="N")
@@ -67,12 +100,27 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(recipes.ORTHO_PARAMS),
         help="preset that makes the weights orthogonal",
     )
+    for name, choices, text in _CHOICES:
+        train.add_argument(f"--{name}", choices=choices, help=text)
+    train.add_argument(
+        "--permuted", action="store_true", default=None, help="seq-mnist: pixels in random order"
+    )
+    train.add_argument(
+        "--models", nargs="+", metavar="M", help="sequences: orthonet, lstm, torch, geotorch"
+    )
     train.add_argument("--out", type=Path, help="folder of the results (runs/RECIPE)")
 
     certify = commands.add_parser("certify", help="certify and attack a trained network again")
     certify.set_defaults(command=recipes.certify_checkpoint)
-    certify.add_argument("checkpoint", type=Path, help="a checkpoint.pt of orthonet train")
+    certify.add_argument(
+        "checkpoint", type=Path, help="checkpoint of orthonet train, .pt or .safetensors"
+    )
     certify.add_argument("--radii", type=float, nargs="+", metavar="R", help="l2 radii")
+    certify.add_argument(
+        "--input-shape", type=int, nargs="+", metavar="N",
+        help="shape of one sample: certify for it, without data",
+    )  # fmt: skip
+    certify.add_argument("--report", type=Path, help="file for the report, one HTML page")
     certify.add_argument("--out", type=Path, help="folder for metrics and pictures")
 
     for command in (train, certify):

@@ -1,6 +1,7 @@
 """Exceptions and warnings that a user may want to catch by name."""
 
 __all__ = [
+    "InPlaceEditWarning",
     "NotOnManifoldError",
     "OrthonetError",
     "ProjectionWarning",
@@ -22,3 +23,7 @@ class UncertifiableError(OrthonetError, ValueError):
 
 class ProjectionWarning(UserWarning):
     """A plain weight was loaded into a constrained layer and projected onto its manifold."""
+
+
+class InPlaceEditWarning(UserWarning):
+    """A constrained tensor was edited in place, which has no effect; it has to be assigned."""

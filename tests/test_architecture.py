@@ -34,7 +34,8 @@ SEES["__main__"] = {"cli"}
 SEES["__init__"] = set(SEES) - {"testing", "cli"}
 
 RUNTIME = {"torch", "einops"}
-LAZY = {"sklearn", "mlxtend", "matplotlib", "tqdm", "numpy"}  # the extra `demo`, inside functions
+# The extras, inside functions.
+LAZY = {"sklearn", "mlxtend", "matplotlib", "tqdm", "numpy", "safetensors"}
 
 
 def room_of(file: Path) -> str:

@@ -30,6 +30,31 @@ TWINS = [
 ]
 
 
+# The signature of the three is `(*args, **kwargs)`; this is what their documentation tells. They
+# are not base classes either: torch.compile refuses every instance of nn.RNN, nn.GRU, nn.LSTM.
+_SEQUENCE = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout",
+             "bidirectional", "device", "dtype")  # fmt: skip
+SEQUENCE_LAYERS = {
+    "OrthoRNN": (*_SEQUENCE[:3], "nonlinearity", *_SEQUENCE[3:]),
+    "OrthoGRU": _SEQUENCE,
+    "OrthoLSTM": (*_SEQUENCE[:7], "proj_size", *_SEQUENCE[7:]),
+}
+TWINS = [pair for pair in TWINS if pair[0] not in SEQUENCE_LAYERS]
+
+
+@pytest.mark.parametrize("name", SEQUENCE_LAYERS)
+def test_recurrent_layer_takes_the_arguments_of_its_torch_twin(name):
+    layer = getattr(importlib.import_module("orthonet.layers"), name)
+    ours = list(inspect.signature(layer).parameters.values())
+    positional = [p.name for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert tuple(positional) == SEQUENCE_LAYERS[name]
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(positional) :])
+    assert issubclass(layer, nn.RNNBase)
+    twin = getattr(nn, name.removeprefix("Ortho"))(3, 4)
+    for p in ours[3 : len(positional) - 2]:
+        assert getattr(twin, p.name) == p.default
+
+
 def test_version_is_that_of_the_package():
     assert orthonet.__version__ == importlib.metadata.version("orthonet")
 

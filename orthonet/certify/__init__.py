@@ -1,15 +1,28 @@
 """Certificates of Lipschitz constants and of robustness: proofs, and attacks that try them."""
 
+from orthonet.certify import _zoo_rules  # noqa: F401 (registers them)
 from orthonet.certify._bound import Bound
-from orthonet.certify._certificate import LipschitzCertificate, certified_accuracy, certify
+from orthonet.certify._certificate import (
+    LipschitzCertificate,
+    certified_accuracy,
+    certified_curve,
+    certify,
+)
+from orthonet.certify._chain import Affine
 from orthonet.certify._empirical import (
     AttackReport,
     attack_certificate,
     lipschitz_estimate,
     pgd_l2,
 )
+from orthonet.certify._local import local_bound, local_radius
+from orthonet.certify._mlp import MLPBound, mlp_bound
 from orthonet.certify._propagate import Row
+from orthonet.certify._radius import RadiusCurve
+from orthonet.certify._report import report_html
 from orthonet.certify._rules import Call, Operand, Step, register_rule
+from orthonet.certify._sequence import recurrent_bound, sequence_bound
+from orthonet.certify._slopes import Activation
 
 __all__ = [
     "certify",
@@ -20,7 +33,18 @@ __all__ = [
     "Call",
     "Operand",
     "Step",
+    "mlp_bound",
+    "local_bound",
+    "local_radius",
+    "MLPBound",
+    "Affine",
+    "Activation",
     "certified_accuracy",
+    "certified_curve",
+    "RadiusCurve",
+    "report_html",
+    "sequence_bound",
+    "recurrent_bound",
     "pgd_l2",
     "attack_certificate",
     "AttackReport",

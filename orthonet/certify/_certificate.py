@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +15,19 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.certify import _function_rules, _module_rules, _spatial_rules  # noqa: F401
 from orthonet.certify._bound import Bound
+from orthonet.certify._mlp import EFFORTS, mlp_bound
 from orthonet.certify._propagate import Row, propagate
-from orthonet.certify._radius import certified_radius, correct_within, pairwise_constants
+from orthonet.certify._radius import (
+    RadiusCurve,
+    certified_radius,
+    convert_radius,
+    correct_within,
+    pairwise_constants,
+    reach,
+)
 from orthonet.errors import UncertifiableError
 
-__all__ = ["LipschitzCertificate", "certified_accuracy", "certify"]
+__all__ = ["LipschitzCertificate", "certified_accuracy", "certified_curve", "certify"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,20 +85,36 @@ class LipschitzCertificate:
             "input_shape": self.input_shape,
             "rows": [asdict(row) for row in self.rows],
             "pairs": None if self.pairs is None else self.pairs.tolist(),
-            "torch": torch.__version__,
+            "versions": {
+                "orthonet": version("orthonet"),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
         }
         return json.dumps(content, indent=1)
 
-    def radius(self, logits: Tensor) -> Tensor:
-        r"""The l2 distance, in units of the input, within which the predicted class cannot change.
+    def radius(
+        self,
+        logits: Tensor,
+        *,
+        norm: str = "l2",
+        labels: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        r"""The distance, in units of the input, within which the predicted class cannot change.
 
         $r = \min_{j \ne y} (f_y - f_j) / K_{yj}$, y the predicted class, with the constant
         $K_{yj}$ of $f_y - f_j$: that of `pairs`, or $\sqrt 2$ times `constant`. A tie has radius 0.
-        One output is a binary classifier by its sign, with radius $|f| / L$.
+        One output is a binary classifier by its sign, with radius $|f| / L$. As
+        $\|\delta\|_2 \le \|\delta\|_1$ and $\|\delta\|_2 \le \sqrt n\,\|\delta\|_\infty$ for n
+        entries of the input, this is a radius in l1, and divided by $\sqrt n$ one in l-infinity.
 
         Args:
             logits: What the model returned, in any floating dtype; evaluated in float64 with
                 outward rounding.
+            norm: `"l2"`, `"linf"` or `"l1"`.
+            labels: The true classes, (N,); with them, a wrong prediction has radius 0.
+            target: One class a sample, (N,): only a change to this class counts.
 
         Shape:
             logits: (N, classes), or (N,) or (N, 1) for a binary classifier; returns (N,), float64
@@ -99,7 +126,41 @@ class LipschitzCertificate:
         Raises:
             ValueError: The logits are not finite or do not fit the certificate.
         """
-        return certified_radius(logits, self.constant.value, self.pairs)
+        found = certified_radius(logits, self.constant.value, self.pairs, labels, target)
+        return convert_radius(found, norm, self._entries())
+
+    def band(self, radius: float, *, norm: str = "l2") -> float:
+        r"""How far the output can move, for regression: $\|f(x') - f(x)\|_2 \le K r$.
+
+        Args:
+            radius: The size of the perturbation of the input.
+            norm: The norm of the perturbation: `"l2"`, `"linf"` or `"l1"`.
+
+        Returns:
+            A proved upper bound, rounded upward, in units of the output.
+
+        Raises:
+            ValueError: `radius` is negative or not finite.
+        """
+        return reach(self.constant.value, radius, norm, self._entries())
+
+    def curve(self, logits: Tensor, labels: Tensor, *, norm: str = "l2") -> RadiusCurve:
+        """The certified accuracy as a function of the radius, and the area under it.
+
+        Args:
+            logits: As in `radius`.
+            labels: The true classes, (N,); for one output, positive for the positive class.
+            norm: As in `radius`.
+        """
+        correct = correct_within(logits, labels, self.radius(logits), [0.0])[0]
+        found = self.radius(logits, norm=norm, labels=labels)
+        return RadiusCurve(found.sort(descending=True).values, correct, norm)
+
+    def _entries(self) -> int:
+        """How many numbers an input has, all inputs together."""
+        return sum(math.prod(s) if isinstance(s, tuple) else 0 for s in self.input_shape) or (
+            math.prod(self.input_shape)
+        )
 
     def certified_accuracy(
         self, logits: Tensor, labels: Tensor, radii: Sequence[float]
@@ -115,7 +176,9 @@ class LipschitzCertificate:
         return [count / max(1, len(labels)) for count in counts]
 
 
-def certify(model: nn.Module, example_input: Tensor) -> LipschitzCertificate:
+def certify(
+    model: nn.Module, example_input: Tensor, *, effort: str = "default"
+) -> LipschitzCertificate:
     r"""Prove an upper bound of the l2 Lipschitz constant of a model, for each sample.
 
     The model is traced with `torch.fx`. Modules and functions with a rule get their constants,
@@ -127,6 +190,9 @@ def certify(model: nn.Module, example_input: Tensor) -> LipschitzCertificate:
     Args:
         model: Any module in eval mode that maps one tensor to one tensor.
         example_input: A batch of inputs; its values do not matter, its shape and dtype do.
+        effort: `"fast"`, `"default"` or `"tight"`; what is tight also looks for a better bound
+            than the product in multilayer perceptrons, see
+            [`mlp_bound`][orthonet.certify.mlp_bound].
 
     Shape:
         example_input: (N, *), the batch first
@@ -154,13 +220,41 @@ def certify(model: nn.Module, example_input: Tensor) -> LipschitzCertificate:
         "Pass a batch, e.g. torch.zeros(1, 3, 32, 32)",
         example_input=example_input,
     )
+    _checks.one_of("certify", EFFORTS, effort=effort)
     _check_model(model)
     with torch.no_grad():
         walk = propagate(model, example_input.detach())
     pairs = None
     if walk.head is not None and walk.features is not None:
         pairs = pairwise_constants(walk.head, walk.features.value, walk.bound.value)
-    return LipschitzCertificate(walk.bound, walk.rows, tuple(example_input.shape[1:]), pairs)
+    shape = tuple(example_input.shape[1:])
+    certificate = LipschitzCertificate(walk.bound, walk.rows, shape, pairs)
+    return _tightened(certificate, model) if effort == "tight" else certificate
+
+
+def _tightened(certificate: LipschitzCertificate, model: nn.Module) -> LipschitzCertificate:
+    """With the bound of a multilayer perceptron, if the model is one and that is smaller."""
+    if not isinstance(model, nn.Sequential):
+        return certificate
+    shape = certificate.input_shape
+    if len(shape) > 1:
+        flat = [m for m in model.modules() if not isinstance(m, nn.Sequential)]
+        if not flat or not isinstance(flat[0], nn.Flatten):
+            return certificate
+    try:
+        found = mlp_bound(model)
+    except UncertifiableError:
+        return certificate  # not a perceptron
+    constant, pairs = certificate.constant, certificate.pairs
+    if found.pairs is not None:
+        pairs = found.pairs if pairs is None else torch.minimum(pairs, found.pairs)
+    rows = certificate.rows
+    if found.constant.value < constant.value:
+        constant = found.constant
+        value, kind = constant.value, constant.kind
+        row = Row("<root>", "all layers", shape, value, value, found.method, kind, found.seconds)
+        rows = (*rows, row)
+    return LipschitzCertificate(constant, rows, shape, pairs)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -199,6 +293,8 @@ def certified_accuracy(
     certificate: LipschitzCertificate,
     loader: Iterable[Sequence[Tensor]],
     radii: Sequence[float],
+    *,
+    norm: str = "l2",
 ) -> list[float]:
     """The certified accuracy of a model on a data set, at each radius.
 
@@ -207,6 +303,30 @@ def certified_accuracy(
         certificate: What `certify` returned for it.
         loader: Batches (inputs, labels); they are moved to the device of the model.
         radii: Radii in units of the input; 0 gives the clean accuracy.
+        norm: The norm of the radii: `"l2"`, `"linf"` or `"l1"`.
+
+    Raises:
+        ValueError: The model is in train mode, or the loader is empty.
+    """
+    curve = certified_curve(model, certificate, loader, norm=norm)
+    return [curve.at(radius) for radius in radii]
+
+
+@torch.no_grad()
+def certified_curve(
+    model: nn.Module,
+    certificate: LipschitzCertificate,
+    loader: Iterable[Sequence[Tensor]],
+    *,
+    norm: str = "l2",
+) -> RadiusCurve:
+    """The certified accuracy on a data set as a function of the radius, and the area under it.
+
+    Args:
+        model: The certified model, in eval mode.
+        certificate: What `certify` returned for it.
+        loader: Batches (inputs, labels); they are moved to the device of the model.
+        norm: The norm of the radii: `"l2"`, `"linf"` or `"l1"`.
 
     Raises:
         ValueError: The model is in train mode, or the loader is empty.
@@ -216,13 +336,15 @@ def certified_accuracy(
         "Call model.eval() first",
     )  # fmt: skip
     tensor = next(iter((*model.parameters(), *model.buffers())), None)
-    counts, total = [0] * len(radii), 0
+    curves = []
     for inputs, labels in loader:
         logits = model(inputs if tensor is None else inputs.to(tensor.device))
-        found = correct_within(logits, labels, certificate.radius(logits), radii)
-        counts = [a + b for a, b in zip(counts, found, strict=True)]
-        total += len(labels)
+        curves.append(certificate.curve(logits, labels, norm=norm))
     _checks.require(
-        total > 0, "certified_accuracy", "the loader must not be empty", "Pass at least one batch"
+        sum(curve.samples for curve in curves) > 0,
+        "certified_accuracy",
+        "the loader must not be empty",
+        "Pass at least one batch",
     )
-    return [count / total for count in counts]
+    radii = torch.cat([curve.radii for curve in curves]).sort(descending=True).values
+    return RadiusCurve(radii, sum(curve.correct for curve in curves), norm)

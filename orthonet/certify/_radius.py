@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +20,17 @@ from orthonet.linalg._rounding import (
     up,
 )
 
-__all__ = ["certified_radius", "correct_within", "pairwise_constants"]
+__all__ = [
+    "NORMS",
+    "RadiusCurve",
+    "certified_radius",
+    "convert_radius",
+    "correct_within",
+    "pairwise_constants",
+    "reach",
+]
+
+NORMS = ("l2", "linf", "l1")
 
 _MOST_CLASSES = 4096
 
@@ -51,12 +62,23 @@ def pairwise_constants(rows: Tensor, features: float, constant: float) -> Tensor
     return pairs
 
 
-def certified_radius(logits: Tensor, constant: float, pairs: Tensor | None) -> Tensor:
-    """Radii (N,) in float64, rounded downward; see `LipschitzCertificate.radius`."""
+def certified_radius(
+    logits: Tensor,
+    constant: float,
+    pairs: Tensor | None,
+    labels: Tensor | None = None,
+    target: Tensor | None = None,
+) -> Tensor:
+    """L2 radii (N,) in float64, rounded downward; see `LipschitzCertificate.radius`."""
     logits = _checked(logits)
     shrink = 1.0 - 4 * UNIT_ROUNDOFF  # the roundings of a difference, a quotient, and this product
     if logits.ndim == 1:
-        return _quotient(logits.abs(), torch.tensor(constant, dtype=torch.float64)) * shrink
+        _checks.require(target is None, "LipschitzCertificate", "a binary classifier has no target",
+                        "Leave it out", target=target)  # fmt: skip
+        radii = _quotient(logits.abs(), torch.tensor(constant, dtype=torch.float64)) * shrink
+        if labels is None:
+            return radii
+        return torch.where((logits > 0) == (_classes(labels, len(logits), None) > 0), radii, 0.0)
     classes = logits.shape[1]
     if pairs is None:
         value = mul_up(up(math.sqrt(2.0)), constant)
@@ -68,10 +90,83 @@ def certified_radius(logits: Tensor, constant: float, pairs: Tensor | None) -> T
         "Pass the output of the certified model",
         logits=logits,
     )
-    top, predicted = logits.max(1)
-    radii = _quotient(top[:, None] - logits, pairs[predicted]) * shrink
+    predicted = logits.argmax(1)
+    if labels is not None:
+        predicted = _classes(labels, len(logits), classes)
+    top = logits.gather(1, predicted[:, None])
+    radii = _quotient(top - logits, pairs[predicted]) * shrink
     radii.scatter_(1, predicted[:, None], math.inf)
-    return radii.amin(1)
+    least = radii.amin(1)
+    if target is None:
+        return least
+    aim = _classes(target, len(logits), classes)
+    # Another class may be the predicted one already: then there is nothing to protect.
+    return torch.where(least > 0, radii.gather(1, aim[:, None])[:, 0], 0.0)
+
+
+def _classes(labels: Tensor, count: int, classes: int | None) -> Tensor:
+    labels = labels.detach().to("cpu").reshape(-1)
+    good = len(labels) == count and (classes is None or not labels.is_floating_point())
+    if good and classes is not None and count:
+        good = int(labels.min()) >= 0 and int(labels.max()) < classes
+    _checks.require(
+        good, "LipschitzCertificate", "there must be one class index for each sample",
+        "Pass integers from 0 to the number of classes minus 1, not one-hot vectors", labels=labels,
+    )  # fmt: skip
+    return labels if classes is None else labels.long()
+
+
+def convert_radius(radii: Tensor, norm: str, entries: int) -> Tensor:
+    """L2 radii as radii in another norm: |d|_2 <= |d|_1 and |d|_2 <= sqrt(n) |d|_inf."""
+    _checks.one_of("LipschitzCertificate", NORMS, norm=norm)
+    if norm != "linf" or entries <= 1:
+        return radii
+    return radii / sqrt_up(entries) * (1.0 - 2 * UNIT_ROUNDOFF)
+
+
+def reach(constant: float, radius: float, norm: str, entries: int) -> float:
+    """How far outputs move at most in a ball, rounded upward."""
+    _checks.one_of("LipschitzCertificate", NORMS, norm=norm)
+    good = isinstance(radius, (int, float)) and 0.0 <= radius < math.inf
+    _checks.require(good, "LipschitzCertificate", "radius must be finite and non-negative",
+                    "Pass the size of the perturbation", radius=radius)  # fmt: skip
+    return mul_up(constant, radius, sqrt_up(entries) if norm == "linf" else 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class RadiusCurve:
+    """The certified accuracy of some samples as a function of the radius.
+
+    Attributes:
+        radii: The radii of all samples, 0 where the prediction is wrong, (N,), descending.
+        correct: The number of right predictions.
+        norm: The norm of the radii.
+    """
+
+    radii: Tensor
+    correct: int
+    norm: str = "l2"
+
+    @property
+    def samples(self) -> int:
+        """The number of samples."""
+        return len(self.radii)
+
+    @property
+    def clean(self) -> float:
+        """The accuracy without any perturbation."""
+        return self.correct / max(1, self.samples)
+
+    @property
+    def area(self) -> float:
+        """The area under the curve: the average certified radius, of wrong predictions 0."""
+        return float(self.radii.sum()) / max(1, self.samples)
+
+    def at(self, radius: float) -> float:
+        """The share of samples that are right and certified beyond `radius`; at 0 `clean`."""
+        if radius <= 0:
+            return self.clean
+        return int((self.radii > radius).sum()) / max(1, self.samples)
 
 
 def _quotient(margin: Tensor, constant: Tensor) -> Tensor:

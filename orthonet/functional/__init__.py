@@ -1,15 +1,24 @@
-"""Stateless 1-Lipschitz maps: sorting activations, reflections, pooling, down-sampling.
+"""Stateless maps: sorting activations, reflections, pooling, down-sampling, the recurrence.
 
-Every function here but `circular_pad` is 1-Lipschitz in the l2 norm. Those called *gradient-norm preserving* have
-a Jacobian whose singular values are all 1 at every point: autograd is made to return one
-consistent piece of the map at a tie, where `torch.maximum` or `torch.abs` would return an
-average of two pieces (singular values 1 and 0) or 0.
+Every function here is 1-Lipschitz in the l2 norm, except for `circular_pad`, which repeats values,
+for `recurrence`, whose constant is that of its weights, and for `mod_relu` with a positive bias.
+Those called *gradient-norm preserving* have a Jacobian whose singular values are all 1 at every
+point: autograd is made to return one consistent piece of the map at a tie, where `torch.maximum`
+or `torch.abs` would return an average of two pieces (singular values 1 and 0) or 0.
 
 `dim` is the channel dimension and may be negative; nothing else is assumed of the shape.
 """
 
 from orthonet.functional._activations import absolute, group_sort, householder, max_min
 from orthonet.functional._padding import circular_pad
+from orthonet.functional._piecewise import (
+    beta_abs,
+    channel_shuffle,
+    householder_order2,
+    n_activation,
+    soft_huber,
+    spatial_shift,
+)
 from orthonet.functional._pooling import (
     depth_to_space,
     global_l2_norm_pool,
@@ -19,18 +28,27 @@ from orthonet.functional._pooling import (
     scaled_avg_pool,
     space_to_depth,
 )
+from orthonet.functional._recurrence import mod_relu, recurrence
 
 __all__ = [
     "absolute",
+    "beta_abs",
+    "channel_shuffle",
     "circular_pad",
     "depth_to_space",
     "global_l2_norm_pool",
     "global_scaled_avg_pool",
     "group_sort",
     "householder",
+    "householder_order2",
     "l2_norm_pool",
     "max_min",
+    "mod_relu",
+    "recurrence",
+    "n_activation",
     "safe_sqrt",
     "scaled_avg_pool",
+    "soft_huber",
     "space_to_depth",
+    "spatial_shift",
 ]

@@ -1,6 +1,7 @@
 """Drop-in layers: what `torch.nn` has, under an l2 -> l2 constraint that holds exactly."""
 
 from orthonet.layers._activations import Abs, GroupSort, HouseholderActivation, MaxMin
+from orthonet.layers._batch_norm import BatchLipNorm1d, BatchLipNorm2d, BatchLipNorm3d
 from orthonet.layers._conv import AdaptiveOrthoConv2d, OrthoConv1d, OrthoConv2d, OrthoConv3d
 from orthonet.layers._conv_transpose import (
     OrthoConvTranspose1d,
@@ -15,6 +16,15 @@ from orthonet.layers._normalize import (
     BatchCentering3d,
     LayerCentering,
     Normalize,
+)
+from orthonet.layers._piecewise import (
+    OPLU,
+    BetaAbs,
+    ChannelShuffle,
+    FullSort,
+    HouseholderActivation2,
+    NActivation,
+    SoftHuber,
 )
 from orthonet.layers._pooling import (
     AdaptiveL2NormPool1d,
@@ -36,14 +46,54 @@ from orthonet.layers._pooling import (
     ScaledAvgPool2d,
     ScaledAvgPool3d,
 )
+from orthonet.layers._registry import (
+    Method,
+    available,
+    make_conv,
+    make_linear,
+    method,
+    register_method,
+    table,
+)
 from orthonet.layers._residual import (
     AdditiveResidual,
     ConcatResidual,
     ConvexResidual,
     L2NormResidual,
+    PrescaledResidual,
 )
+from orthonet.layers._rnn import FinalState, OrthoRNN, OrthoRNNCell
+from orthonet.layers._rnn_contractive import ContractiveRNN, ContractiveRNNCell
+from orthonet.layers._rnn_gated import OrthoGRU, OrthoGRUCell, OrthoLSTM, OrthoLSTMCell
+from orthonet.layers._scale import Scale
+from orthonet.layers._zoo._fourier import (
+    BROConv2d,
+    BROLinear,
+    CayleyConv2d,
+    CayleyLinear,
+    LOTConv2d,
+)
+from orthonet.layers._zoo._lipnext import LipNeXtBlock2d, SpatialShift2d
+from orthonet.layers._zoo._rescaled import (
+    AOLConv2d,
+    AOLLinear,
+    CholeskyConv2d,
+    CholeskyLinear,
+    FrobeniusConv2d,
+    FrobeniusLinear,
+    LiResConv2d,
+    LiResLinear,
+    RKOConv2d,
+    SpectralConv2d,
+    SpectralLinear,
+)
+from orthonet.layers._zoo._residual import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
+from orthonet.layers._zoo._sandwich import SandwichConv2d, SandwichLinear
+from orthonet.layers._zoo._soc import SOCConv2d
 
 __all__ = [
+    "AOLConv2d",
+    "AOLLinear",
     "Abs",
     "AdaptiveL2NormPool1d",
     "AdaptiveL2NormPool2d",
@@ -53,11 +103,30 @@ __all__ = [
     "AdaptiveScaledAvgPool2d",
     "AdaptiveScaledAvgPool3d",
     "AdditiveResidual",
+    "BROConv2d",
+    "BROLinear",
     "BatchCentering1d",
     "BatchCentering2d",
     "BatchCentering3d",
+    "BatchLipNorm1d",
+    "BatchLipNorm2d",
+    "BatchLipNorm3d",
+    "BetaAbs",
+    "CPLConv2d",
+    "CPLLinear",
+    "CayleyConv2d",
+    "CayleyLinear",
+    "ChannelShuffle",
+    "CholeskyConv2d",
+    "CholeskyLinear",
     "ConcatResidual",
+    "ContractiveRNN",
+    "ContractiveRNNCell",
     "ConvexResidual",
+    "FinalState",
+    "FrobeniusConv2d",
+    "FrobeniusLinear",
+    "FullSort",
     "GlobalL2NormPool1d",
     "GlobalL2NormPool2d",
     "GlobalL2NormPool3d",
@@ -66,25 +135,57 @@ __all__ = [
     "GlobalScaledAvgPool3d",
     "GroupSort",
     "HouseholderActivation",
+    "HouseholderActivation2",
     "L2NormPool1d",
     "L2NormPool2d",
     "L2NormPool3d",
     "L2NormResidual",
+    "LOTConv2d",
     "LayerCentering",
+    "LiResConv2d",
+    "LiResLinear",
+    "LipNeXtBlock2d",
     "MaxMin",
+    "Method",
+    "NActivation",
     "Normalize",
+    "OPLU",
     "OrthoConv1d",
     "OrthoConv2d",
     "OrthoConv3d",
     "OrthoConvTranspose1d",
     "OrthoConvTranspose2d",
     "OrthoConvTranspose3d",
+    "OrthoGRU",
+    "OrthoGRUCell",
+    "OrthoLSTM",
+    "OrthoLSTMCell",
     "OrthoLinear",
+    "OrthoRNN",
+    "OrthoRNNCell",
+    "PrescaledResidual",
+    "RKOConv2d",
+    "SLLConv2d",
+    "SLLLinear",
+    "SOCConv2d",
+    "SandwichConv2d",
+    "SandwichLinear",
+    "Scale",
     "ScaledAvgPool1d",
     "ScaledAvgPool2d",
     "ScaledAvgPool3d",
+    "SoftHuber",
     "SpaceToDepth1d",
     "SpaceToDepth2d",
     "SpaceToDepth3d",
+    "SpatialShift2d",
+    "SpectralConv2d",
+    "SpectralLinear",
     "UnitNormLinear",
+    "available",
+    "make_conv",
+    "make_linear",
+    "method",
+    "register_method",
+    "table",
 ]

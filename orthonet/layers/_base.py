@@ -34,7 +34,7 @@ class ConstrainedWeight:
         Assigning a tensor that satisfies the constraint sets the parameters; another one raises
         [`NotOnManifoldError`][orthonet.errors.NotOnManifoldError] and changes nothing.
         """
-        return self.parametrization()
+        return self._modules["parametrization"]()  # type: ignore[attr-defined, misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "weight":

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from orthonet import _checks
 from orthonet.layers._conv_base import OrthoConvNd
 from orthonet.layers._conv_padding import pad_input, required_sizes
-from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
+from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoKernel, OrthoParams
 
 __all__ = ["AdaptiveOrthoConv2d", "OrthoConv1d", "OrthoConv2d", "OrthoConv3d"]
 
@@ -77,12 +77,13 @@ class _OrthoConv(OrthoConvNd):
         ([`OrthoKernel.prefers_factors`][orthonet.reparametrizers.OrthoKernel.prefers_factors]):
         few pixels and many channels. Both ways give the same values up to rounding.
         """
+        if not isinstance(self.parametrization, OrthoKernel):
+            return "kernel"
         if self.apply_by != "auto":
             return self.apply_by
         dims, plain = len(self.kernel_size), (torch.float32, torch.float64)
         if (
-            self.method != "aoc"
-            or not self.training
+            not self.training
             or not torch.is_grad_enabled()
             or input.ndim != dims + 2
             or input.dtype not in plain
@@ -92,7 +93,7 @@ class _OrthoConv(OrthoConvNd):
         pixels = input.shape[0]
         for size, s in zip(input.shape[2:], self.stride, strict=True):
             pixels *= -(-size // s)
-        return "factors" if self.parametrization.prefers_factors(pixels) else "kernel"  # type: ignore[operator]
+        return "factors" if self.parametrization.prefers_factors(pixels) else "kernel"
 
     def _padded(self, input: Tensor) -> Tensor:
         """A batch of inputs with all padding done."""
@@ -110,7 +111,13 @@ class _OrthoConv(OrthoConvNd):
             input = pad_input(input, self.padding_mode, self._reversed_padding_repeated_twice)
             padding = 0
         return _CONV[len(self.kernel_size)](
-            input, weight, bias, self.stride, padding, self.dilation, self.groups  # type: ignore[arg-type]
+            input,
+            weight,
+            bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,  # type: ignore[arg-type]
         )
 
     def _check_size(self, input: Tensor) -> None:
@@ -175,10 +182,19 @@ class OrthoConv2d(_OrthoConv, nn.Conv2d):
         dilation: Spacing of the taps, without a common divisor with the stride.
         groups: Number of groups.
         bias: Whether to add a learnable bias, zero at first.
-        padding_mode: "zeros" or "circular".
+        padding_mode: "zeros", "circular", "reflect" or "replicate".
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters; the kernel is computed in float32 at least.
         ortho_params: Which normalizer and orthogonalizer make the factors.
+        method: "aoc", or "rko" for a reshaped kernel
+            ([`ReshapedKernel`][orthonet.reparametrizers.ReshapedKernel]), which is 1-Lipschitz for
+            every configuration and rarely orthogonal.
+        ranks: "half", or "free" for projectors of learned rank, which make every separable
+            orthogonal kernel at stride 1 (see
+            [`OrthoKernel`][orthonet.reparametrizers.OrthoKernel]).
+        apply_by: "kernel", "factors" (the input is sent through the factors and no kernel is
+            formed), or "auto": by what
+            [`application`][orthonet.layers.OrthoConv2d.application] expects to be faster.
 
     Shape:
         As `nn.Conv2d`, unbatched input included.
@@ -192,12 +208,21 @@ class OrthoConv2d(_OrthoConv, nn.Conv2d):
           (float64).
         - no padding ("valid"): all are 1 when \(c_o \le c_i S\); at most 1 otherwise.
         - zero padding: at most 1.
+        - "reflect" and "replicate": at most 1. The kernel is divided by the norm of the padding,
+          \(\sqrt 2\) or \(\sqrt{1 + p}\) for every dimension that is padded (by p); inputs so
+          small that a value would be reflected at both ends are refused.
 
-        Circular padding on sizes that the stride does not divide is refused.
+        Circular padding on sizes that the stride does not divide is refused. A kernel smaller than
+        the stride, or a divisor that dilation and stride share, is allowed as long as
+        \(c_o \le c_i\) times the taps that one window reads alone: the rows stay orthonormal.
+        Depthwise kernels (a single channel in and out) have something to train with a multiplier or
+        a stride; at stride 1 the only orthogonal ones are plus or minus a shift, which
+        `ranks="free"` learns.
 
     Raises:
-        ValueError: kernel_size < stride, another padding mode (reflected or repeated borders raise
-            the norm above 1), a common divisor of dilation and stride, groups of a single channel.
+        ValueError: a configuration that no kernel makes orthogonal, or that leaves nothing to
+            train; the message names the nearest that does. When called: sizes that do not fit the
+            padding.
 
     References:
         Boissin et al., *An adaptive orthogonal convolution scheme for efficient and flexible CNN

@@ -120,19 +120,18 @@ class OrthoConvNd(ConstrainedWeight):
             rows, columns = columns, rows
         steps = self._tap_stride()
         area = math.prod(min(k, s) for k, s in zip(kernel, steps, strict=True))
+        spread = tuple(1 if t < s else d for t, s, d in zip(steps, stride, dilation, strict=True))
         fewer, more = ("in", "out") if self.transposed else ("out", "in")
         _checks.require(
             rows <= columns * area
-            or all(k >= s for k, s in zip(kernel, stride, strict=True))
-            and steps == stride,
+            or (all(k >= s for k, s in zip(kernel, stride, strict=True)) and steps == stride),
             owner,
             "kernel_size must be >= stride in every dim and dilation without common divisor with "
             f"it, unless {fewer}_channels <= {area} * {more}_channels, for otherwise some values "
             "are never read and no kernel is orthogonal",
             f"The nearest that is: kernel_size={tuple(map(max, kernel, stride))}, "
-            f"dilation={tuple(1 if s < t else d for s, t, d in zip(steps, stride, dilation))}, or "
-            f"{fewer}_channels={columns * area * self.groups}, or stride=1 followed by "
-            "SpaceToDepth; method='rko' is 1-Lipschitz without being orthogonal",
+            f"dilation={spread}, or {fewer}_channels={columns * area * self.groups}, or stride=1 "
+            "followed by SpaceToDepth; method='rko' is 1-Lipschitz without being orthogonal",
             kernel_size=kernel,
             stride=stride,
             dilation=dilation,
@@ -220,7 +219,9 @@ class OrthoConvNd(ConstrainedWeight):
             rows, columns = columns, rows
         cut = any(self._reversed_padding_repeated_twice) or any(self.output_padding)
         fits = self.kernel_size == self.stride and max(self.dilation) == 1 and not cut
-        square = rows == columns * math.prod(self.stride) and self.parametrization.orthogonal
+        square = rows == columns * math.prod(self.stride) and getattr(
+            self.parametrization, "orthogonal", False
+        )
         _checks.require(
             bool(square) and (self.padding_mode == "circular" or fits),
             self,
@@ -234,4 +235,4 @@ class OrthoConvNd(ConstrainedWeight):
         )
         if self.bias is not None:
             y = y - self.bias.view(-1, *(1,) * len(self.kernel_size))
-        return self.adjoint(y)
+        return self.adjoint(y) / getattr(self.parametrization, "lipschitz", 1.0) ** 2

@@ -17,13 +17,13 @@ def padding_norm(padding_mode: str, pads: Sequence[int]) -> float:
     r"""Norm of reflecting or replicating padding, for all sizes that `required_sizes` allows.
 
     Every padded value copies one input value, so the operator P has a single 1 in each row:
-    \(P^\top P\) is diagonal, holds how often each value appears, and \(\|P\|_2\) is the square root of
-    the largest count, exactly. Counts multiply over the dimensions. In one of them, with p values
-    before and q behind:
+    \(P^\top P\) is diagonal, holds how often each value appears, and \(\|P\|_2\) is the square root
+    of the largest count, exactly. Counts multiply over the dimensions. In one of them, with p
+    values before and q behind:
 
     - "replicate": an end appears 1 + p or 1 + q times; \(\sqrt{1 + \max(p, q)}\).
-    - "reflect": values 1 to p (and likewise at the other end) appear twice; \(\sqrt 2\). No value is
-      reflected at both ends as soon as the size is at least p + q + 2.
+    - "reflect": values 1 to p (and likewise at the other end) appear twice; \(\sqrt 2\). No value
+      is reflected at both ends as soon as the size is at least p + q + 2.
 
     For other modes 1: zero padding is an isometry, and with circular padding the convolution is
     taken on the torus as a whole.

@@ -175,6 +175,8 @@ class OrthoConvTranspose2d(_OrthoConvTranspose, nn.ConvTranspose2d):
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters; the kernel is computed in float32 at least.
         ortho_params: Which normalizer and orthogonalizer make the factors.
+        method: "aoc" or "rko", as for `OrthoConv2d`.
+        ranks: "half" or "free", as for `OrthoConv2d`.
 
     Shape:
         As `nn.ConvTranspose2d`, unbatched input included.

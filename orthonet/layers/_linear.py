@@ -11,7 +11,14 @@ from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.layers._base import ConstrainedWeight
 from orthonet.linalg._matrix import compute_dtype
-from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, L2Normalize, OrthoParams, OrthoWeight
+from orthonet.reparametrizers import (
+    DEFAULT_ORTHO_PARAMS,
+    CachedWeight,
+    L2Normalize,
+    OrthoParams,
+    OrthoWeight,
+)
+from orthonet.reparametrizers._mapped import ScaledWeight
 
 __all__ = ["OrthoLinear", "UnitNormLinear"]
 
@@ -30,10 +37,13 @@ class _ConstrainedLinear(ConstrainedWeight, nn.Linear):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         parametrization: nn.Module,
+        lipschitz: float = 1.0,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
+        if lipschitz != 1.0:
+            parametrization = ScaledWeight(parametrization, lipschitz)
         self.parametrization = parametrization
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
@@ -54,14 +64,15 @@ class OrthoLinear(_ConstrainedLinear):
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters; the weight is computed in float32 at least.
         ortho_params: Which normalizer and orthogonalizer make the weight.
+        lipschitz: The constant K of the layer: the weight is K times a semi-orthogonal one.
 
     Shape:
         Input `(*, in_features)`, output `(*, out_features)`.
 
     Guarantee:
-        l2 -> l2 constant 1, exact up to rounding: \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) in
-        float32 and \(10^{-12}\) in float64, in train and eval mode, with every preset. Reading the
-        weight in eval mode writes nothing.
+        l2 -> l2 constant `lipschitz`, exact up to rounding: for 1,
+        \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) in float32 and \(10^{-12}\) in float64, in train and
+        eval mode, with every preset. Reading the weight in eval mode writes nothing.
 
     Raises:
         ValueError: a size is not a positive integer.
@@ -84,13 +95,14 @@ class OrthoLinear(_ConstrainedLinear):
         dtype: torch.dtype | None = None,
         *,
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        lipschitz: float = 1.0,
     ) -> None:
         _checks.positive_int(type(self), in_features=in_features, out_features=out_features)
         weight = OrthoWeight((out_features, in_features), ortho_params, device, dtype)
-        super().__init__(in_features, out_features, bias, device, dtype, weight)
+        super().__init__(in_features, out_features, bias, device, dtype, weight, lipschitz)
 
 
-class _UnitRows(nn.Module):
+class _UnitRows(CachedWeight):
     """Rows of unit norm: the raw parameter, divided by the norm of each row."""
 
     def __init__(
@@ -101,7 +113,7 @@ class _UnitRows(nn.Module):
         self.normalizer = L2Normalize(compute_dtype(self.original.dtype), dim=1)
         self.reset_parameters()
 
-    def forward(self) -> Tensor:
+    def evaluate(self) -> Tensor:
         return self.normalizer(self.original)
 
     def reset_parameters(self) -> None:
@@ -147,6 +159,7 @@ class UnitNormLinear(_ConstrainedLinear):
         bias: Whether to add a learnable bias, zero at first.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
+        lipschitz: The norm K of every row.
 
     Shape:
         Input `(*, in_features)`, output `(*, out_features)`.
@@ -169,7 +182,9 @@ class UnitNormLinear(_ConstrainedLinear):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        lipschitz: float = 1.0,
     ) -> None:
         _checks.positive_int(type(self), in_features=in_features, out_features=out_features)
         rows = _UnitRows((out_features, in_features), device, dtype)
-        super().__init__(in_features, out_features, bias, device, dtype, rows)
+        super().__init__(in_features, out_features, bias, device, dtype, rows, lipschitz)

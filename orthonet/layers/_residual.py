@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from orthonet._checks import require
 from orthonet.functional import safe_sqrt
 
-__all__ = ["AdditiveResidual", "ConcatResidual", "ConvexResidual", "L2NormResidual"]
+__all__ = [
+    "AdditiveResidual",
+    "ConcatResidual",
+    "ConvexResidual",
+    "L2NormResidual",
+    "PrescaledResidual",
+]
 
 
 class _Residual(nn.Module):
@@ -228,3 +234,62 @@ class L2NormResidual(_Residual):
     def lipschitz_bound(self, branch: float) -> float:
         """Constant of the whole for a branch of constant `branch`."""
         return math.sqrt((1 + branch * branch) / 2)
+
+
+class PrescaledResidual(_Residual):
+    r"""\((x + f(g\,x)) / (1 + g)\) with a learnable gain \(g > 0\) before the branch.
+
+    Args:
+        branch: the map \(f\); its output has the shape of its input.
+        init: the initial \(g\), positive.
+
+    Shape:
+        That of the branch.
+
+    Guarantee:
+        If \(f\) is \(L\)-Lipschitz, the whole is \(((1 + gL) / (1 + g))\)-Lipschitz, so 1-Lipschitz
+        for \(L \le 1\); attained by \(f = \mathrm{id}\). Holds in train and eval.
+
+    Raises:
+        ValueError: `init` not positive, `branch` not a module; when called: the branch changes the
+            shape.
+
+    Examples:
+        >>> PrescaledResidual(nn.Identity(), init=3.0).lipschitz_bound(1.0)
+        1.0
+    """
+
+    def __init__(
+        self,
+        branch: nn.Module,
+        init: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(branch)
+        require(0 < init < math.inf, self, "init must be positive", "Use init=1.0", init=init)
+        self.init = init
+        self.log_gain = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        r"""Set \(g\) back to `init`; the branch is left as it is."""
+        nn.init.constant_(self.log_gain, math.log(self.init))
+
+    @property
+    def gain(self) -> Tensor:
+        r"""The gain \(g\), of shape (1,), in float32 at least."""
+        wide = torch.promote_types(self.log_gain.dtype, torch.float32)
+        return self.log_gain.to(wide).clamp(-20.0, 20.0).exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = self.gain
+        return ((x + self._branch((gain * x).to(x.dtype))) / (1 + gain)).to(x.dtype)
+
+    def lipschitz_bound(self, branch: float) -> float:
+        """Constant of the whole for a branch of constant `branch`."""
+        gain = self.gain.item()
+        return 1.0 if branch == 1.0 else (1 + gain * branch) / (1 + gain)
+
+    def extra_repr(self) -> str:
+        return f"init={self.init:g}"

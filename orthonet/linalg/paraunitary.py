@@ -131,7 +131,7 @@ class _Chain(torch.autograd.Function):
         to_left, to_right = torch.empty_like(left), torch.empty_like(right)
         for i in reversed(range(len(axes))):
             before, index = partial[i], (slice(None),) * channel + (i,)
-            three, shape = _around(before.shape, axes[i])
+            three, _ = _around(before.shape, axes[i])
             taps = grad.contiguous().view(three[0], three[1] + 1, three[2])
             flat = before.flatten(channel + 1)
             first = (taps[:, :-1] - taps[:, 1:]).reshape(flat.shape)

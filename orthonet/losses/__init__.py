@@ -18,6 +18,13 @@ from orthonet.losses._modules import (
     OffsetCrossEntropyLoss,
     SoftHKRMulticlassLoss,
 )
+from orthonet.losses._regularized import (
+    certificate_regularization,
+    emma,
+    logit_annealing,
+    multi_margin,
+    trades,
+)
 
 __all__ = [
     "HKRLoss",
@@ -25,9 +32,14 @@ __all__ = [
     "KRLoss",
     "OffsetCrossEntropyLoss",
     "SoftHKRMulticlassLoss",
+    "certificate_regularization",
+    "emma",
     "hinge_kr",
     "hinge_kr_multiclass",
     "kr",
+    "logit_annealing",
+    "multi_margin",
     "offset_cross_entropy",
     "soft_hinge_kr_multiclass",
+    "trades",
 ]

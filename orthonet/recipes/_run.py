@@ -6,7 +6,7 @@ import dataclasses
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from orthonet import _checks
 from orthonet.convert import to_plain
 from orthonet.recipes._checkpoint import load_checkpoint, save_checkpoint, write_json
 from orthonet.recipes._config import TrainConfig
 from orthonet.recipes._data import Split, load, require_package
 from orthonet.recipes._evaluate import Evaluation, evaluate
 from orthonet.recipes._figures import radius_figure, spectra_figure, training_figure
+from orthonet.recipes._page import CertificateReport, certificate_alone, write_page
 from orthonet.recipes._spectra import layer_spectra
 from orthonet.recipes._train import fit
 
@@ -97,19 +99,25 @@ def certify_checkpoint(
     checkpoint: str | os.PathLike[str],
     *,
     out: str | os.PathLike[str] | None = None,
+    report: str | os.PathLike[str] | None = None,
+    input_shape: Sequence[int] | None = None,
     progress: bool = False,
     **changes: Any,
-) -> Report:
+) -> Report | CertificateReport:
     """Certify and attack a trained model again, on its test images.
 
     Args:
         checkpoint: A file that [`train`][orthonet.recipes.train] wrote.
         out: A folder for `metrics.json` and the pictures; nothing is written without it.
+        report: A file for the report, one HTML page, see
+            [`report_html`][orthonet.certify.report_html].
+        input_shape: Shape of one sample. With it the model is certified for inputs of this shape
+            without any data: no accuracies, no attacks, no `out`.
         progress: Whether to show progress bars on the standard error stream.
         changes: Fields of the configuration to set differently, e.g. `radii` or `attack_steps`.
 
     Returns:
-        The report, without a history.
+        The report, without a history; with `input_shape` that of the certificate alone.
 
     Raises:
         ModuleNotFoundError: A package of the extra `demo` is missing.
@@ -118,9 +126,19 @@ def certify_checkpoint(
     """
     model, config = load_checkpoint(checkpoint)
     config = dataclasses.replace(config, **changes)
+    title = f"{config.dataset}, {config.model}: {Path(checkpoint).name}"
+    if input_shape is not None:
+        _checks.require(out is None, "certify_checkpoint", "out needs the data of the recipe",
+                        "Leave out input_shape", input_shape=input_shape)  # fmt: skip
+        return certificate_alone(model, input_shape, report, title)
     data = load(config.dataset)
-    report = _certified(model.to(config.device), config, data, [], {}, progress)
-    return report if out is None else _written(report, model, data, Path(out), ())
+    result = _certified(model.to(config.device), config, data, [], {}, progress)
+    if out is not None:
+        result = _written(result, model, data, Path(out), ())
+    if report is not None:
+        page = write_page(Path(report), model, data.test.x[:64], result.evaluation, title)
+        result = dataclasses.replace(result, files=(*result.files, page))
+    return result
 
 
 def _certified(

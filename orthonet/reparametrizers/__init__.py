@@ -1,5 +1,9 @@
 """Modules that constrain one weight, by the protocol of `torch.nn.utils.parametrize`."""
 
+from orthonet.reparametrizers._cache import CachedWeight, invalidate
+from orthonet.reparametrizers._cache_state import caching
+from orthonet.reparametrizers._defer import defer_pullback
+from orthonet.reparametrizers._fuse import fuse, unfuse
 from orthonet.reparametrizers._kernel import OrthoKernel
 from orthonet.reparametrizers._kernel_methods import KERNEL_METHODS, ReshapedKernel
 from orthonet.reparametrizers._normalizers import (
@@ -32,6 +36,12 @@ from orthonet.reparametrizers._polar import (
     BatchedAutoOrthogonalization,
     BatchedPolarOrthogonalization,
 )
+from orthonet.reparametrizers._registration import (
+    CachedParametrizationList,
+    adopt,
+    register,
+    remove,
+)
 from orthonet.reparametrizers._weight import OrthoWeight
 
 __all__ = [
@@ -54,6 +64,8 @@ __all__ = [
     "BatchedPolarOrthogonalization",
     "BatchedPowerIteration",
     "BatchedQROrthogonalization",
+    "CachedParametrizationList",
+    "CachedWeight",
     "ClassParam",
     "L2Normalize",
     "OrthoKernel",
@@ -61,4 +73,12 @@ __all__ = [
     "OrthoWeight",
     "Orthogonalizer",
     "ReshapedKernel",
+    "adopt",
+    "caching",
+    "defer_pullback",
+    "fuse",
+    "invalidate",
+    "register",
+    "remove",
+    "unfuse",
 ]

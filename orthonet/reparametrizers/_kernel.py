@@ -14,6 +14,7 @@ from orthonet.errors import NotOnManifoldError
 from orthonet.linalg import apply_projectors, block_convolution
 from orthonet.linalg._filtering import filter_signal
 from orthonet.linalg._matrix import compute_dtype
+from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._kernel_fit import KernelFactors, fit_factors
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
 from orthonet.reparametrizers._weight import OrthoWeight
@@ -23,7 +24,7 @@ __all__ = ["OrthoKernel"]
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class OrthoKernel(nn.Module):
+class OrthoKernel(CachedWeight):
     r"""Kernel of an orthogonal convolution with stride, composed from orthogonal matrices.
 
     For each group with \(c_i\) input and \(c_o\) output channels, stride s and kernel size k, with
@@ -36,16 +37,16 @@ class OrthoKernel(nn.Module):
       \(c = \lfloor c_o / S \rfloor\) channels, U being \(c \times c_i\) and R \(c_o \times c S\)
       with orthonormal columns.
 
-    The projectors are \(Q_f = V_f V_f^\top\) with \(\lfloor c / 2 \rfloor\) columns (`ranks="half"`),
-    or \(Q_f = V_f\,\mathrm{diag}(w_f)\,V_f^\top\) with a square \(V_f\) and learned
-    \(w_f \in \{0, 1\}^c\) (`ranks="free"`). All factors of a kind are orthogonalized as one batch.
+    The projectors are \(Q_f = V_f V_f^\top\) with \(\lfloor c / 2 \rfloor\) columns
+    (`ranks="half"`), or \(Q_f = V_f\,\mathrm{diag}(w_f)\,V_f^\top\) with a square \(V_f\) and
+    learned \(w_f \in \{0, 1\}^c\) (`ranks="free"`). All factors of a kind are orthogonalized as one batch.
     With one channel a paraunitary factor can only be a delay; half of them are taken as delays
     (`"half"`), which centres the kernel, or each is learned (`"free"`).
 
     **What `ranks="free"` adds.** At stride 1 the factors then make *every* separable orthogonal
     kernel \(\prod_d K_d(z_d)\): if \(M(z) = \sum_{t=0}^{L} M_t z^t\) has
-    \(M(z^{-1})^\top M(z) = I\), then \(M_0^\top M_L = 0\), so with the projector Q onto the range of
-    \(M_0\) the product \((Q + (I - Q) z^{-1}) M(z)\) has taps 0 to L - 1 only, and L such steps
+    \(M(z^{-1})^\top M(z) = I\), then \(M_0^\top M_L = 0\), so with the projector Q onto the range
+    of \(M_0\) the product \((Q + (I - Q) z^{-1}) M(z)\) has taps 0 to L - 1 only, and L such steps
     leave a matrix (wide kernels: transpose). With half ranks the determinant of a square kernel has
     the fixed degree \(\sum_f \lfloor c/2 \rfloor\), so a shift of all channels by one pixel is
     out of reach; no path of orthogonal kernels leads there either, which is why the ranks must
@@ -56,7 +57,8 @@ class OrthoKernel(nn.Module):
     The kernel is affine in each \(w_{f,j}\), so \(\partial K / \partial w_{f,j}\) is exactly the
     change of K when that column joins the projector. The parameter behind w is a score; w is 1
     where it is positive, and the gradient passes to the score unchanged (straight-through). The
-    kernel is orthogonal at every step.
+    kernel is orthogonal at every step. Train the scores more slowly than the rest (a parameter
+    group with a thirtieth of the learning rate), so that projectors turn before their ranks jump.
 
     Args:
         out_channels: Channels out, of all groups.
@@ -153,7 +155,8 @@ class OrthoKernel(nn.Module):
             None if part is None else part.compute()
             for part in (self.outer, self.embedding, self.bases)
         )
-        return KernelFactors(*values, self._weights())
+        outer, embedding, bases = values
+        return KernelFactors(outer, embedding, bases, self._weights())
 
     def _weights(self) -> Tensor | None:
         """Zeros and ones, whose gradient goes to the scores."""
@@ -162,8 +165,8 @@ class OrthoKernel(nn.Module):
         scores = self.scores.to(compute_dtype(self.scores.dtype))
         return (scores > 0).to(scores.dtype) + (scores - scores.detach())
 
-    def forward(self) -> Tensor:
-        """Return the kernel, in the dtype of the parameters."""
+    def evaluate(self) -> Tensor:
+        """Compute the kernel, in the dtype of the parameters."""
         first = self._parts()[0].original
         with torch.autocast(first.device.type, enabled=False):
             kernel = self.compose(self.factors())
@@ -203,9 +206,7 @@ class OrthoKernel(nn.Module):
         taps = len(self.stride)
         return apply_projectors(kernel, bases, taps=taps, dim=self.dims, weights=factors.weights)
 
-    def convolve(
-        self, x: Tensor, stride: Sequence[int], dilation: Sequence[int]
-    ) -> Tensor:
+    def convolve(self, x: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
         """Convolve (N, C_in, *sizes) without padding, factor by factor: no kernel is formed."""
         first = self._parts()[0].original
         with torch.autocast(first.device.type, enabled=False):
@@ -229,7 +230,13 @@ class OrthoKernel(nn.Module):
         outer = factors.outer.unflatten(-1, (self.channels, *self.block)).flatten(0, 1)
         outer = outer.to(x.dtype) if self.gain == 1.0 else self.gain * outer.to(x.dtype)
         return _CONV[len(self.stride)](
-            signal, outer, None, tuple(stride), 0, tuple(dilation), self.groups  # type: ignore[arg-type]
+            signal,
+            outer,
+            None,
+            tuple(stride),
+            0,
+            tuple(dilation),
+            self.groups,  # type: ignore[arg-type]
         )
 
     def prefers_factors(self, pixels: int) -> bool:

@@ -127,14 +127,16 @@ class _Problem:
             first, last = seen.select(2 + dim, 0), seen.select(2 + dim, -1)
             found.append(self.projector(_gram(first, first) - _gram(last, last)))
             seen = _adjoint(*found[-1], seen, dim)
-        bases, weights = zip(*reversed(found), strict=True)
-        chosen = torch.stack(weights, dim=1) if self.free else None
-        return KernelFactors(None, None, torch.stack(bases, dim=1), chosen)
+        found = found[::-1]
+        weights = [w for _, w in found if w is not None]
+        chosen = torch.stack(weights, dim=1) if weights else None
+        bases = torch.stack([base for base, _ in found], dim=1)
+        return KernelFactors(outer=None, embedding=None, bases=bases, weights=chosen)
 
     def sweep_bases(self, seen: Tensor, start: Tensor, factors: KernelFactors) -> KernelFactors:
         """Improve each basis in turn, the others held."""
         bases = factors.bases.clone()  # type: ignore[union-attr]
-        weights = None if factors.weights is None else factors.weights.clone()
+        weights = factors.weights.clone() if factors.weights is not None else None
         behind = [seen]  # behind[-1 - i]: the target with factors i + 1, ... undone
         for index in reversed(range(1, len(self.dims))):
             behind.append(_adjoint(*factors.one(index), behind[-1], self.dims[index]))
@@ -167,15 +169,15 @@ class _Problem:
         return factors
 
     def best_outer(self, middle: Tensor) -> Tensor:
-        """The best R of an expanding kernel whose delays make `middle`, (g, channels, *taps, in)."""
+        """The best R of an expanding kernel for given delays, (g, channels, *taps, in)."""
         columns = [_gram(window, middle) for _, window in self._windows()]
         return polar_svd(torch.stack(columns, -1).flatten(2))
 
     def middle_from_gram(self) -> Tensor:
         r"""What the delays of an expanding kernel of the family make, (g, channels, *taps, in).
 
-        With blocks \(R_j^\top R_{j'} = \delta_{jj'} I\) and \(K_t = \sum_{j < b} R_j M_{t-j}\), the Gram
-        matrix of the taps is \(G_{tt'} = K_t^\top K_{t'} = \sum_{j<b} A_{t-j,t'-j}\) with
+        With blocks \(R_j^\top R_{j'} = \delta_{jj'} I\) and \(K_t = \sum_{j < b} R_j M_{t-j}\), the
+        Gram matrix of the taps is \(G_{tt'} = K_t^\top K_{t'} = \sum_{j<b} A_{t-j,t'-j}\) with
         \(A_{tt'} = M_t^\top M_{t'}\), hence \(A_{tt'} = G_{tt'} - G_{t-1,t'-1} + A_{t-b,t'-b}\),
         dimension by dimension. A square root of A is M up to an orthogonal matrix from the left,
         which R and the projectors absorb.
@@ -300,7 +302,7 @@ def fit_factors(
             else haar(value.shape, dtype=value.dtype, generator=generator).to(value.device)
             for value in best[:3]
         )  # fmt: skip
-        factors, distance = problem.improve(KernelFactors(*drawn, best.weights), sweeps)
+        factors, distance = problem.improve(KernelFactors(*drawn, weights=best.weights), sweeps)
         if distance < least:
             best, least = factors, distance
     return best, least

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orthonet import _checks
+from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._kernel import OrthoKernel
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
 from orthonet.reparametrizers._weight import OrthoWeight
@@ -17,7 +18,7 @@ from orthonet.reparametrizers._weight import OrthoWeight
 __all__ = ["KERNEL_METHODS", "ReshapedKernel"]
 
 
-class ReshapedKernel(nn.Module):
+class ReshapedKernel(CachedWeight):
     r"""A semi-orthogonal matrix reshaped into a kernel and divided by the overlap of its taps.
 
     \(K = \mathrm{reshape}(W) / \sqrt{\prod_d \lceil k_d / s_d \rceil}\) with W of shape
@@ -72,9 +73,7 @@ class ReshapedKernel(nn.Module):
         pairs = list(zip(self.kernel_size, self.stride, strict=True))
         self.overlap = math.prod(-(-k // s) for k, s in pairs)
         self._rows, self._columns = out_channels // groups, self.shape[1:].numel()
-        self.outer = OrthoWeight(
-            (groups, self._rows, self._columns), ortho_params, device, dtype
-        )
+        self.outer = OrthoWeight((groups, self._rows, self._columns), ortho_params, device, dtype)
 
     @property
     def orthogonal(self) -> bool:
@@ -86,8 +85,8 @@ class ReshapedKernel(nn.Module):
     def _scale(self) -> float:
         return self.gain * self.overlap**-0.5
 
-    def forward(self) -> Tensor:
-        """Return the kernel, in the dtype of the parameters."""
+    def evaluate(self) -> Tensor:
+        """Compute the kernel, in the dtype of the parameters."""
         matrix = self.outer.compute()
         return (self._scale * matrix).reshape(self.shape).to(self.outer.original.dtype)
 
@@ -111,7 +110,7 @@ class ReshapedKernel(nn.Module):
 
         Raises:
             ValueError: `w` has another shape.
-            NotOnManifoldError: `w` is not a scaled semi-orthogonal matrix; nothing has been changed.
+            NotOnManifoldError: `w` is not a scaled semi-orthogonal matrix; nothing is changed.
         """
         self.outer.assign_(self._matrix(w, owner or self), owner or self)
 

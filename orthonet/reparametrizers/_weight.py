@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.linalg import haar, polar_svd
 from orthonet.linalg._matrix import compute_dtype
+from orthonet.reparametrizers._cache import CachedWeight
+from orthonet.reparametrizers._group import Group
 from orthonet.reparametrizers._orthogonalizers import require_semi_orthogonal
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
 
 __all__ = ["OrthoWeight"]
 
 
-class OrthoWeight(nn.Module):
+class OrthoWeight(CachedWeight):
     r"""A semi-orthogonal matrix (or batch): `original`, a normalizer and an orthogonalizer.
 
     Calling it computes `orthogonalizer(normalizer(original))` in float32 at least, also under
@@ -34,6 +36,8 @@ class OrthoWeight(nn.Module):
     Guarantee:
         That of the orthogonalizer, up to the rounding of the storage dtype.
     """
+
+    _group: Group | None = None  # set by `fuse`
 
     def __init__(
         self,
@@ -57,10 +61,22 @@ class OrthoWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the constrained matrix, in the dtype of `original`."""
+        if self._group is not None and not torch.compiler.is_compiling():
+            value = self._group.value(self)  # kept by the group
+            if value is not None:
+                return value.to(self.original.dtype)
+        return super().forward()
+
+    def evaluate(self) -> Tensor:
+        """Compute the constrained matrix, in the dtype of `original`."""
         return self.compute().to(self.original.dtype)
 
     def compute(self) -> Tensor:
         """Return the constrained matrix in the dtype of the computation, float32 at least."""
+        if self._group is not None and not torch.compiler.is_compiling():
+            value = self._group.value(self)
+            if value is not None:
+                return value
         stored = self.original
         with torch.autocast(stored.device.type, enabled=False):
             return self.orthogonalizer(self.normalizer(stored.to(compute_dtype(stored.dtype))))

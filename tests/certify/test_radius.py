@@ -6,7 +6,13 @@ import torch
 from torch import nn
 
 from orthonet import layers
-from orthonet.certify import Bound, LipschitzCertificate, certified_accuracy, certify
+from orthonet.certify import (
+    Bound,
+    LipschitzCertificate,
+    attack_certificate,
+    certified_accuracy,
+    certify,
+)
 
 
 def certificate(constant=2.0, pairs=None) -> LipschitzCertificate:
@@ -122,3 +128,39 @@ def test_errors():
         certified_accuracy(nn.Identity().eval(), certificate(), [], [0.0])
     with pytest.raises(ValueError, match="eval mode"):
         certified_accuracy(nn.Identity(), certificate(), [], [0.0])
+
+
+def test_other_norms_labels_and_targets():
+    logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 0.5, 0.25], [1.0, 1.0, 0.0]])
+    found = certificate()
+    plain = found.radius(logits)
+    assert torch.equal(found.radius(logits, norm="l1"), plain)
+    linf = found.radius(logits, norm="linf")
+    assert bool((linf * 2 <= plain).all())  # four entries; rounded downward
+    assert linf.tolist() == pytest.approx((plain / 2).tolist(), rel=1e-14)
+    labels = torch.tensor([0, 2, 0])
+    assert found.radius(logits, labels=labels).tolist() == [plain[0].item(), 0.0, 0.0]
+    aimed = found.radius(logits, target=torch.tensor([2, 0, 2]))
+    assert aimed.tolist() == pytest.approx([3 / math.sqrt(8), 0.5 / math.sqrt(8), 0.0], rel=1e-14)
+    assert 1.0 <= found.band(0.5) <= 1.0 + 1e-15 and found.band(0.5, norm="linf") >= 2.0
+    curve = found.curve(logits, labels)
+    assert curve.clean == pytest.approx(2 / 3) and curve.area == pytest.approx(plain[0].item() / 3)
+    for bad in ({"norm": "l3"}, {"labels": torch.zeros(3)}, {"target": torch.tensor([0, 1, 3])}):
+        with pytest.raises(ValueError, match="LipschitzCertificate"):
+            found.radius(logits, **bad)
+    with pytest.raises(ValueError, match="non-negative"):
+        found.band(-1.0)
+
+
+def test_tight_effort_is_smaller_and_holds_against_an_attack():
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(),
+                          nn.Linear(16, 3)).double().eval()  # fmt: skip
+    x = torch.rand(40, 6, dtype=torch.float64)
+    loose, tight = certify(model, x), certify(model, x, effort="tight")
+    assert tight.constant.value < 0.8 * loose.constant.value  # 0.58 observed
+    assert "LipSDP" in tight.rows[-1].method
+    logits = model(x).detach()
+    assert bool((tight.radius(logits) >= loose.radius(logits)).all())
+    assert (
+        attack_certificate(model, tight, x, logits.argmax(1), restarts=3, bounds=None).broken == 0
+    )

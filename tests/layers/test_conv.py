@@ -193,7 +193,9 @@ def test_the_error_names_the_nearest_orthogonal_configuration(cls, kernel, dilat
     with pytest.raises(ValueError, match="no kernel is orthogonal") as error:
         cls(*channels, kernel, 2, dilation=dilation)
     text = str(error.value)
-    advised = tuple(map(int, re.search(r"nearest that is: kernel_size=\((\d), (\d)\)", text).groups()))
+    advised = tuple(
+        map(int, re.search(r"nearest that is: kernel_size=\((\d), (\d)\)", text).groups())
+    )
     spread = tuple(map(int, re.search(r"\), dilation=\((\d), (\d)\), or", text).groups()))
     fewer = int(re.search(r", or \w+_channels=(\d+), or", text).group(1))
     assert fewer == 4  # one value of every 2 x 2 block is read

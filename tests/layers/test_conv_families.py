@@ -49,9 +49,7 @@ def test_free_ranks_learn_a_shift_of_all_channels():
     smooth = 1 / (0.15 + (frequency[:, None] ** 2 + frequency**2).sqrt())
     losses = {}
     for ranks in ("free", "half"):
-        layer = OrthoConv2d(
-            4, 4, 3, padding=1, padding_mode="circular", bias=False, ranks=ranks
-        )
+        layer = OrthoConv2d(4, 4, 3, padding=1, padding_mode="circular", bias=False, ranks=ranks)
         outer = layer.parametrization.outer
         with torch.no_grad():  # no path leads from one determinant to the other
             if torch.linalg.det(outer().squeeze()) < 0:
@@ -146,12 +144,12 @@ def test_what_is_outside_is_refused():
 @pytest.mark.parametrize("ranks", ["half", "free"])
 @pytest.mark.parametrize(
     "arguments",
-    [(3, 16, 4, 2), (3, 16, 3, 2), (1, 9, 5, 2), (2, 18, (4, 5), (2, 3)), (4, 32, 4, 2)],
+    [(3, 16, 4, 2), (3, 16, 3, 2), (1, 9, (5, 3), 2), (2, 18, (4, 5), (2, 3)), (4, 32, 4, 2)],
     ids=str,
 )
 def test_expanding_strided_kernels_are_always_assigned(arguments, ranks):
     """By algebra: the Gram matrix of the taps gives what stands before the stride."""
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed)
         make = functools.partial(OrthoConv2d, *arguments, ranks=ranks, dtype=torch.float64)
         target, layer = make().weight.detach(), make()
@@ -166,7 +164,9 @@ def test_expanding_strided_kernels_are_always_assigned(arguments, ranks):
 
 
 @pytest.mark.parametrize("cls", [OrthoConv2d, OrthoConvTranspose2d])
-@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 1, 1), (2, 2, 1), (3, 2, 2), (1, 2, 1)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"), [(3, 1, 1), (2, 2, 1), (3, 2, 2), (1, 2, 1)]
+)
 def test_reshaped_kernels_are_one_lipschitz(cls, kernel, stride, dilation, dtype):
     for groups in (1, 4):
         layer = cls(
@@ -180,7 +180,9 @@ def test_reshaped_kernels_are_one_lipschitz(cls, kernel, stride, dilation, dtype
         if layer.parametrization.orthogonal and cls is OrthoConv2d and kernel == stride:
             sigma = singular_values(layer, (4, 8, 8))
             assert float((sigma - 1).abs().max()) <= ALLOWED[dtype]
-        other = cls(4, 8, kernel, stride, dilation=dilation, groups=groups, dtype=dtype, method="rko")
+        other = cls(
+            4, 8, kernel, stride, dilation=dilation, groups=groups, dtype=dtype, method="rko"
+        )
         other.weight = layer.weight
         torch.testing.assert_close(other.weight, layer.weight, atol=1e-6, rtol=0)
         with pytest.raises(NotOnManifoldError):
@@ -211,7 +213,8 @@ def test_depthwise_kernels_that_exist_can_be_trained():
 
 
 def test_registered_constructions_are_those_of_the_layers():
-    assert KERNEL_METHODS == {"aoc": OrthoKernel, "rko": ReshapedKernel}
+    assert KERNEL_METHODS["aoc"] is OrthoKernel
+    assert KERNEL_METHODS["rko"] is ReshapedKernel
     assert "method='rko'" in repr(FACTORIES["rko"]())
     with pytest.raises(ValueError, match="only an orthogonal layer"):
         OrthoConv2d(4, 4, 3, padding=1, padding_mode="circular", method="rko").inverse(

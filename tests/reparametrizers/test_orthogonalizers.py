@@ -163,7 +163,7 @@ def test_gradcheck(preset):
         if getattr(weight.orthogonalizer, "pass_through", False):
             continue  # its gradient is that of the last step only, tested below
         for _ in range(200):  # the gradient of the spectral norm is exact for converged vectors
-            weight()
+            weight.evaluate()
         weight.eval()
 
         def value(original, weight=weight):

@@ -1,0 +1,115 @@
+"""The parametrizations of one tensor: an assignment that can be trusted, edits that are noticed."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orthonet.errors import InPlaceEditWarning
+from orthonet.reparametrizers import CachedParametrizationList
+
+__all__ = ["ConstrainedList"]
+
+
+class _Memory:
+    """What was read last, and how to undo the last assignment; copies and pickles are empty."""
+
+    __slots__ = ("__weakref__", "read", "undo", "version")
+
+    def __init__(self) -> None:
+        self.read: weakref.ref[Tensor] | None = None
+        self.version = 0
+        self.undo: tuple[weakref.ref[Tensor], list[Tensor]] | None = None
+
+    def note(self, value: Tensor) -> None:
+        """Remember that `value` was handed out."""
+        if self.read is None or self.read() is not value:
+            self.read = weakref.ref(value)
+        self.version = value._version
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Memory:
+        return _Memory()
+
+    def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
+        return _Memory, ()
+
+
+class ConstrainedList(CachedParametrizationList):
+    """As the list of `orthonet.reparametrizers.register`, with a stricter assignment.
+
+    - An assignment changes all or nothing, bases included.
+    - Assigning the very tensor that was read before the last assignment undoes that assignment, bit
+      for bit: `torch.func.functional_call(module, {"weight": X})` does so when it leaves.
+    - An edit of the tensor in place, which cannot reach the coordinates, is warned about.
+    """
+
+    _memory: _Memory
+
+    def remember(self) -> None:
+        """Begin to remember; once, after the list has been made."""
+        self._memory = _Memory()
+
+    def forward(self) -> Tensor:
+        """The value of the tensor."""
+        if torch.compiler.is_compiling():
+            return super().forward()
+        memory = self._memory
+        last = None if memory.read is None else memory.read()
+        if last is not None and last._version != memory.version:
+            memory.read = None
+            warnings.warn(
+                "a constrained tensor was edited in place, which has no effect: assign to it "
+                "instead, e.g. layer.weight = torch.nn.init.orthogonal_(layer.weight)",
+                InPlaceEditWarning,
+                stacklevel=4,
+            )
+        value = super().forward()
+        memory.note(value)
+        return value
+
+    @torch.no_grad()
+    def right_inverse(self, value: Tensor) -> None:
+        """Set the tensor to `value`.
+
+        Raises:
+            ValueError: another shape.
+            NotOnManifoldError: `value` does not satisfy the constraints; nothing has been changed.
+        """
+        memory = self._memory
+        if memory.undo is not None and memory.undo[0]() is value:
+            self._restore(memory.undo[1])
+            memory.undo = None
+            return
+        before = [t.clone() for t in self._state()]
+        try:
+            super().right_inverse(value)
+        except (RuntimeError, ValueError, TypeError):
+            self._restore(before)
+            raise
+        read = None if memory.read is None else memory.read()
+        memory.undo = memory.read = None
+        if read is not None and read is not value:
+            memory.undo = (weakref.ref(read, _forget(memory)), before)
+
+    def _state(self) -> list[Tensor]:
+        return [*self.parameters(), *self.buffers()]
+
+    def _restore(self, before: list[Tensor]) -> None:
+        for tensor, old in zip(self._state(), before, strict=True):
+            tensor.copy_(old)
+
+
+def _forget(memory: _Memory) -> Any:
+    """Drop the copy for the undo as soon as the tensor that would ask for it is gone."""
+    weak = weakref.ref(memory)
+
+    def callback(_: object) -> None:
+        alive = weak()
+        if alive is not None:
+            alive.undo = None
+
+    return callback

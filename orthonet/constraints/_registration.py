@@ -1,0 +1,150 @@
+"""Putting a constraint on a tensor of a module, moving its base, taking it off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from orthonet import _checks, reparametrizers
+from orthonet.constraints._list import ConstrainedList
+from orthonet.manifolds import Manifold, Parametrization
+from orthonet.manifolds._maps import ProjectedParametrization
+
+__all__ = ["Init", "M", "assign", "constrain", "parametrizations_of", "register"]
+
+M = TypeVar("M", bound=nn.Module)
+Init = Literal["keep", "project", "sample"] | str | Tensor | None
+
+
+def constrain(
+    module: M,
+    tensor_name: str,
+    space: Manifold,
+    *,
+    init: Init = None,
+    flatten: bool = False,
+    **options: Any,
+) -> M:
+    r"""Constrain `module.<tensor_name>` to a space, and return the module.
+
+    Args:
+        module: Any module.
+        tensor_name: Name of a parameter or buffer of it, constrained already or not. On a
+            tensor that has a constraint the new one is applied to its result: by projection, so
+            that the last constraint holds, and the earlier ones as far as the projection keeps
+            them.
+        space: The space.
+        init: What becomes of the present value. None keeps it where it lies on the space and
+            projects it otherwise; "keep" raises otherwise; "project" projects; "sample" draws a
+            random point; the name of a distribution draws from that; a tensor is assigned.
+        flatten: Treat a tensor of more than two dimensions, such as a convolution kernel, as the
+            one matrix `tensor.flatten(1)`, instead of a batch of matrices in its last two
+            dimensions.
+        **options: Those of `space.parametrization`.
+
+    Raises:
+        ValueError: no tensor of this name, or of a shape or dtype that the space does not have.
+        NotOnManifoldError: the present value is off the space and `init` is "keep", or the tensor
+            `init` is off it.
+
+    Examples:
+        >>> from orthonet.constraints import constrain
+        >>> from orthonet.manifolds import SO
+        >>> layer = constrain(nn.Linear(8, 8), "weight", SO(), triv="cayley")
+        >>> bool(SO().contains(layer.weight))
+        True
+    """
+    tensor = getattr(module, tensor_name, None)
+    if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+        _checks.fail(
+            "constrain",
+            f"{type(module).__name__} must have a floating-point tensor of that name",
+            "Pass the name of a parameter or buffer, such as 'weight'",
+            tensor_name=tensor_name,
+        )
+    chained = parametrize.is_parametrized(module, tensor_name)
+    parametrization = _build(space, tensor, flatten, chained, options)
+    value = _initial(parametrization, tensor.detach(), init)
+    if not chained:
+        with torch.no_grad():
+            tensor.copy_(value)
+    register(module, tensor_name, parametrization)
+    if chained:
+        setattr(module, tensor_name, value)
+    return module
+
+
+def register(module: M, tensor_name: str, parametrization: nn.Module) -> M:
+    """Register a parametrization by `orthonet.reparametrizers.register`, with our list."""
+    reparametrizers.register(module, tensor_name, parametrization)
+    entry: Any = module.parametrizations[tensor_name]  # type: ignore[index]
+    if not isinstance(entry, ConstrainedList):
+        entry.__class__ = ConstrainedList
+        entry.remember()
+    return module
+
+
+def assign(module: nn.Module, tensor_name: str, value: Tensor, *, project: bool = False) -> None:
+    """Set a constrained tensor; `module.<tensor_name> = value` is the same without options.
+
+    Args:
+        module: The module.
+        tensor_name: Name of the constrained tensor.
+        value: The value.
+        project: Take the nearest point where `value` is off the space, instead of raising.
+
+    Raises:
+        ValueError: the tensor is not constrained, or has another shape.
+        NotOnManifoldError: `value` is off the space and `project` is false; nothing has changed.
+    """
+    _require_constrained(module, tensor_name)
+    last = list(parametrizations_of(module, tensor_name))[-1]
+    if project and isinstance(last, Parametrization):
+        value = last.nearest(value)
+    setattr(module, tensor_name, value)
+
+
+def parametrizations_of(module: nn.Module, tensor_name: str) -> Iterator[nn.Module]:
+    """The parametrizations of a constrained tensor, in the order of their application."""
+    yield from module.parametrizations[tensor_name].children()  # type: ignore[index]
+
+
+def _require_constrained(module: nn.Module, tensor_name: str) -> None:
+    _checks.require(
+        parametrize.is_parametrized(module, tensor_name),
+        "constraints",
+        f"{type(module).__name__} must have a constrained tensor of that name",
+        "Constrain it first, e.g. orthonet.orthogonal(module, tensor_name)",
+        tensor_name=tensor_name,
+    )
+
+
+def _build(
+    space: Manifold, tensor: Tensor, flatten: bool, chained: bool, options: dict[str, Any]
+) -> Parametrization:
+    shape = tuple(tensor.shape)
+    matrix = (shape[0], tensor[0].numel()) if flatten and len(shape) > 2 else shape
+    if chained:
+        parametrization: Parametrization = ProjectedParametrization(space, matrix)
+    else:
+        parametrization = space.parametrization(matrix, **options)
+    if matrix != shape:
+        parametrization = parametrization.viewed_as(shape)
+    if tensor.is_complex():
+        return parametrization.to(tensor.device)
+    return parametrization.to(tensor.device, tensor.dtype)
+
+
+def _initial(parametrization: Parametrization, tensor: Tensor, init: Init) -> Tensor:
+    if tensor.is_meta:
+        return tensor
+    if isinstance(init, Tensor):
+        return parametrization.nearest(init, project=False)
+    if init in (None, "keep", "project"):
+        return parametrization.nearest(tensor, project=init != "keep")
+    options = {} if init == "sample" else {"distribution": init}
+    return parametrization.sample(dtype=tensor.dtype, device=tensor.device, **options)

@@ -1,0 +1,260 @@
+"""Activations and permutations of `orthonet.functional._piecewise` as modules."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from orthonet import functional
+from orthonet._checks import in_range, positive_int, require
+from orthonet.layers._activations import MaxMin
+
+__all__ = [
+    "OPLU",
+    "BetaAbs",
+    "ChannelShuffle",
+    "FullSort",
+    "HouseholderActivation2",
+    "NActivation",
+    "SoftHuber",
+]
+
+OPLU = MaxMin
+
+
+class FullSort(nn.Module):
+    """Sort all channels in ascending order: `GroupSort` with one group.
+
+    Args:
+        dim: channel dimension.
+
+    Shape:
+        Any shape; the output has the same.
+
+    Guarantee:
+        1-Lipschitz and gradient-norm preserving, exactly, in train and eval.
+
+    Examples:
+        >>> FullSort()(torch.tensor([[4.0, 1.0, 2.0, 3.0]]))
+        tensor([[1., 2., 3., 4.]])
+
+    References:
+        Anil, Lucas, Grosse, ICML 2019, https://arxiv.org/abs/1811.05381
+    """
+
+    def __init__(self, dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        require(
+            -x.ndim <= self.dim < x.ndim,
+            self,
+            f"dim must be a dimension of the {x.ndim}-dimensional input",
+            "Use dim=-1 for features",
+            dim=self.dim,
+        )
+        return functional.group_sort(x, x.shape[self.dim], self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class BetaAbs(nn.Module):
+    """Modulus of the first share `beta` of the channels, see `orthonet.functional.beta_abs`.
+
+    Args:
+        beta: share of the channels, in [0, 1].
+        dim: channel dimension.
+
+    Shape:
+        Any shape; the output has the same.
+
+    Guarantee:
+        1-Lipschitz and gradient-norm preserving, exactly, in train and eval.
+
+    Raises:
+        ValueError: `beta` outside [0, 1].
+    """
+
+    def __init__(self, beta: float = 0.5, dim: int = 1) -> None:
+        super().__init__()
+        in_range(self, 0.0, 1.0, beta=beta)
+        self.beta = beta
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.beta_abs(x, self.beta, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta:g}, dim={self.dim}"
+
+
+class SoftHuber(nn.Module):
+    r"""Smooth modulus \(\sqrt{x^2 + \delta^2} - \delta\), see `orthonet.functional.soft_huber`.
+
+    Args:
+        delta: half width of the smooth part, > 0.
+
+    Shape:
+        Any; the output has the same.
+
+    Guarantee:
+        1-Lipschitz in train and eval.
+
+    Raises:
+        ValueError: `delta` is not a positive number.
+    """
+
+    def __init__(self, delta: float = 1.0) -> None:
+        super().__init__()
+        in_range(self, 1e-12, 1e12, delta=delta)
+        self.delta = delta
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.soft_huber(x, self.delta)
+
+    def extra_repr(self) -> str:
+        return f"delta={self.delta:g}"
+
+
+class NActivation(nn.Module):
+    """Slopes +1, -1, +1 with two learnable places for each channel.
+
+    The first half of the channels starts as the modulus (places -100 and 0, up to a constant
+    sign), the other half as the identity (both places 0). See `orthonet.functional.n_activation`.
+
+    Args:
+        channels: size of the channel dimension.
+        dim: channel dimension.
+
+    Shape:
+        Any shape with `channels` in dimension `dim`; the output has the same.
+
+    Guarantee:
+        1-Lipschitz and gradient-norm preserving in train and eval.
+
+    Raises:
+        ValueError: `channels` is not positive; when called: another number of channels.
+
+    References:
+        Prach & Lampert, 2023, https://arxiv.org/abs/2311.06103
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        positive_int(self, channels=channels)
+        self.channels = channels
+        self.dim = dim
+        self.theta = nn.Parameter(torch.empty(2, channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Half of the channels as the modulus, half as the identity."""
+        with torch.no_grad():
+            self.theta.zero_()
+            self.theta[0, : self.channels // 2] = -100.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.n_activation(x, self.theta, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, dim={self.dim}"
+
+
+class HouseholderActivation2(nn.Module):
+    r"""Turn and reflect pairs of channels in four learnable sectors (order 2).
+
+    Three angles for each pair, see `orthonet.functional.householder_order2`. They start at
+    \((-3\pi/4, 3\pi/4, \pi/2)\).
+
+    Args:
+        channels: size of the channel dimension, even.
+        dim: channel dimension.
+
+    Shape:
+        Any shape with `channels` in dimension `dim`; the output has the same.
+
+    Guarantee:
+        1-Lipschitz and gradient-norm preserving in train and eval: the singular values of every
+        Jacobian are 1 up to rounding.
+
+    Raises:
+        ValueError: `channels` is not even and positive; when called: another number of channels.
+
+    References:
+        Singla, Singla, Feizi, ICLR 2022, https://arxiv.org/abs/2108.04062
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        positive_int(self, channels=channels)
+        require(
+            channels % 2 == 0, self, "channels must be even", "Add or drop one", channels=channels
+        )
+        self.channels = channels
+        self.dim = dim
+        self.theta = nn.Parameter(torch.empty(3, channels // 2, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the angles to their first values."""
+        with torch.no_grad():
+            for row, angle in zip(self.theta, (-0.75, 0.75, 0.5), strict=True):
+                row.fill_(angle * math.pi)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.householder_order2(x, self.theta, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, dim={self.dim}"
+
+
+class ChannelShuffle(nn.Module):
+    """Interleave blocks of channels, so that grouped layers behind it mix them.
+
+    `nn.ChannelShuffle` with a channel dimension and an inverse.
+
+    Args:
+        groups: number of blocks; it divides the number of channels.
+        dim: channel dimension.
+
+    Shape:
+        Any shape; the output has the same.
+
+    Guarantee:
+        A permutation: orthogonal and exact, in train and eval.
+
+    Raises:
+        ValueError: `groups` < 1; when called: it does not divide the number of channels.
+    """
+
+    def __init__(self, groups: int, dim: int = 1) -> None:
+        super().__init__()
+        positive_int(self, groups=groups)
+        self.groups = groups
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.channel_shuffle(x, self.groups, self.dim)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """The input of which `y` is the output."""
+        return functional.channel_shuffle(y, y.shape[self.dim] // self.groups, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"groups={self.groups}, dim={self.dim}"

@@ -1,0 +1,279 @@
+"""Lipschitz layers by name: a network is written once and its layer swapped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from orthonet import _checks
+from orthonet.layers._conv import OrthoConv2d
+from orthonet.layers._linear import OrthoLinear, UnitNormLinear
+from orthonet.layers._zoo import _fourier, _lipnext, _rescaled, _residual, _sandwich, _soc
+from orthonet.reparametrizers._mapped import ScaledWeight
+
+__all__ = [
+    "Method",
+    "available",
+    "make_conv",
+    "make_linear",
+    "method",
+    "register_method",
+    "table",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A Lipschitz layer of the literature.
+
+    Attributes:
+        name: Its name in the registry.
+        title: Its usual name.
+        linear: Class or function with the arguments of `nn.Linear`, or None.
+        conv: Class or function with the arguments of `nn.Conv2d`, or None.
+        promise: "orthogonal" (all singular values are 1), "1-Lipschitz" (at most 1), or "rows"
+            (each output on its own is 1-Lipschitz).
+        nonlinear: The layer contains its activation.
+        stride: The convolution takes a stride.
+        source: Paper and year.
+        note: What else a user should know.
+    """
+
+    name: str
+    title: str
+    linear: Callable[..., nn.Module] | None
+    conv: Callable[..., nn.Module] | None
+    promise: str
+    nonlinear: bool = False
+    stride: bool = True
+    source: str = ""
+    note: str = ""
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register_method(entry: Method) -> Method:
+    """Make a method known to [`make_linear`][orthonet.layers.make_linear] and `make_conv`.
+
+    Args:
+        entry: What to register, under its own name.
+
+    Raises:
+        ValueError: The name is taken, or there is neither a linear layer nor a convolution.
+    """
+    _checks.require(
+        entry.name not in _METHODS,
+        "register_method",
+        "every method needs its own name",
+        "Choose another one",
+        name=entry.name,
+    )
+    _checks.require(
+        entry.linear is not None or entry.conv is not None,
+        "register_method",
+        "a method must have a linear layer or a convolution",
+        "Give one of them",
+        name=entry.name,
+    )
+    _METHODS[entry.name] = entry
+    return entry
+
+
+def available(kind: str | None = None) -> list[str]:
+    """The names of the methods, sorted.
+
+    Args:
+        kind: "linear" or "conv" for those that have such a layer; None for all.
+
+    Raises:
+        ValueError: another `kind`.
+
+    Examples:
+        >>> "bro" in available("conv")
+        True
+    """
+    _checks.one_of("available", (None, "linear", "conv"), kind=kind)
+    return sorted(n for n, m in _METHODS.items() if kind is None or getattr(m, kind) is not None)
+
+
+def method(name: str) -> Method:
+    """The entry of a method.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    _checks.one_of("method", available(), name=name)
+    return _METHODS[name]
+
+
+def make_linear(name: str, in_features: int, out_features: int, *args: Any, **kwargs: Any) -> Any:
+    """A linear layer of the method `name`.
+
+    Args:
+        name: One of `available("linear")`.
+        in_features: Size of each input.
+        out_features: Size of each output.
+        args: Further arguments of `nn.Linear`.
+        kwargs: Further keywords of `nn.Linear` and of the method, e.g. `lipschitz`.
+
+    Returns:
+        The new layer, an `nn.Module`.
+
+    Raises:
+        ValueError: A name without a linear layer, or an argument that the layer refuses.
+
+    Examples:
+        >>> make_linear("aol", 8, 4)
+        AOLLinear(
+          in_features=8, out_features=4, bias=True
+          (parametrization): MappedWeight(almost_orthogonal, shape=(4, 8))
+        )
+    """
+    _checks.one_of("make_linear", available("linear"), name=name)
+    return _METHODS[name].linear(in_features, out_features, *args, **kwargs)  # type: ignore[misc]
+
+
+def make_conv(
+    name: str, in_channels: int, out_channels: int, kernel_size: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """A convolution of the method `name`.
+
+    With `padding="same"` and `padding_mode="circular"` every method takes the same arguments;
+    `"cholesky"` needs `kernel_size=1`, and [`Method.stride`][orthonet.layers.Method] tells which
+    take a stride. `"lipnext"` has no kernel: its size and padding are read by none, `kernel_size`
+    must be 3, the reach of its shifts.
+
+    Args:
+        name: One of `available("conv")`.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Taps.
+        args: Further arguments of `nn.Conv2d`.
+        kwargs: Further keywords of `nn.Conv2d` and of the method, e.g. `lipschitz`.
+
+    Returns:
+        The new layer, an `nn.Module`.
+
+    Raises:
+        ValueError: A name without a convolution, or an argument that the layer refuses.
+
+    Examples:
+        >>> layer = make_conv("bro", 4, 8, 3, padding="same", padding_mode="circular")
+        >>> type(layer).__name__
+        'BROConv2d'
+    """
+    _checks.one_of("make_conv", available("conv"), name=name)
+    build = _METHODS[name].conv
+    return build(in_channels, out_channels, kernel_size, *args, **kwargs)  # type: ignore[misc]
+
+
+def table() -> str:
+    """The registry as a table in Markdown; the documentation is made from it."""
+    rows = [
+        "| name | method | linear | convolution | promise | stride | source |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in available():
+        entry = _METHODS[name]
+        linear, conv = (
+            f"`{getattr(f, 'layer', f).__name__}`" if f is not None else "-"
+            for f in (entry.linear, entry.conv)
+        )
+        stride = ("yes" if entry.stride else "no") if entry.conv is not None else "-"
+        inside = ", activation inside" if entry.nonlinear else ""
+        rows.append(
+            f"| `{name}` | {entry.title} | {linear} | {conv} | {entry.promise}{inside} | {stride} "
+            f"| {entry.source} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def _lipnext_conv(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Any = 3,
+    stride: Any = 1,
+    padding: Any = "same",
+    dilation: Any = 1,
+    groups: int = 1,
+    bias: bool = True,
+    padding_mode: str = "circular",
+    device: Any = None,
+    dtype: Any = None,
+    **options: Any,
+) -> _lipnext.LipNeXtBlock2d:
+    """A LipNeXt block behind the arguments of `nn.Conv2d`."""
+    good = (
+        kernel_size in (3, (3, 3))
+        and stride in (1, (1, 1))
+        and padding in ("same", 1, (1, 1))
+        and dilation in (1, (1, 1))
+        and groups == 1
+    )
+    _checks.require(
+        good,
+        _lipnext.LipNeXtBlock2d,
+        "the shifts reach one pixel: kernel_size must be 3, stride and dilation 1, padding 'same' "
+        "and groups 1",
+        "Use SpaceToDepth2d before the block instead of a stride",
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+    return _lipnext.LipNeXtBlock2d(
+        in_channels, out_channels, bias, device, dtype, padding_mode=padding_mode, **options
+    )
+
+
+def _ortho_conv(*args: Any, lipschitz: float = 1.0, **kwargs: Any) -> OrthoConv2d:
+    """`OrthoConv2d` with a factor."""
+    layer = OrthoConv2d(*args, **kwargs)
+    if lipschitz != 1.0:
+        layer.parametrization = ScaledWeight(layer.parametrization, lipschitz)
+    return layer
+
+
+_ortho_conv.layer = OrthoConv2d  # type: ignore[attr-defined]
+_lipnext_conv.layer = _lipnext.LipNeXtBlock2d  # type: ignore[attr-defined]
+
+for _entry in (
+    Method("ortho", "AOC, BCOP and RKO composed", OrthoLinear, _ortho_conv, "orthogonal",
+           source="Li 2019, Boissin 2025"),
+    Method("aol", "Almost-orthogonal", _rescaled.AOLLinear, _rescaled.AOLConv2d, "1-Lipschitz",
+           source="Prach & Lampert 2022"),
+    Method("soc", "Skew orthogonal", None, _soc.SOCConv2d, "orthogonal", stride=False,
+           source="Singla & Feizi 2021"),
+    Method("cayley", "Cayley", _fourier.CayleyLinear, _fourier.CayleyConv2d, "orthogonal",
+           source="Trockman & Kolter 2021"),
+    Method("lot", "Layer-wise orthogonal training", OrthoLinear, _fourier.LOTConv2d, "orthogonal",
+           source="Xu 2022"),
+    Method("bro", "Block reflector", _fourier.BROLinear, _fourier.BROConv2d, "orthogonal",
+           source="Lai 2025"),
+    Method("cpl", "Convex potential", _residual.CPLLinear, _residual.CPLConv2d, "1-Lipschitz",
+           nonlinear=True, stride=False, source="Meunier 2022"),
+    Method("sll", "SDP-based", _residual.SLLLinear, _residual.SLLConv2d, "1-Lipschitz",
+           nonlinear=True, stride=False, source="Araujo 2023"),
+    Method("sandwich", "Sandwich (LBDN)", _sandwich.SandwichLinear, _sandwich.SandwichConv2d,
+           "1-Lipschitz", nonlinear=True, source="Wang & Manchester 2023"),
+    Method("cholesky", "Cholesky (CHORD)", _rescaled.CholeskyLinear, _rescaled.CholeskyConv2d,
+           "1-Lipschitz", source="Hu 2024"),
+    Method("liresnet", "Linear residual", _rescaled.LiResLinear, _rescaled.LiResConv2d,
+           "1-Lipschitz", source="Hu 2023"),
+    Method("rko", "Reshaped kernel", None, _rescaled.RKOConv2d, "1-Lipschitz",
+           source="Cisse 2017, Serrurier 2021"),
+    Method("spectral", "Spectral normalization", _rescaled.SpectralLinear,
+           _rescaled.SpectralConv2d, "1-Lipschitz", source="Miyato 2018, Delattre 2023"),
+    Method("frobenius", "Frobenius normalization", _rescaled.FrobeniusLinear,
+           _rescaled.FrobeniusConv2d, "1-Lipschitz", source="Serrurier 2021"),
+    Method("unit_norm", "Last-layer normalization", UnitNormLinear, None, "rows",
+           source="Singla 2022"),
+    Method("lipnext", "LipNeXt", None, _lipnext_conv, "orthogonal", nonlinear=True, stride=False,
+           source="Hu 2026"),
+):  # fmt: skip
+    register_method(_entry)

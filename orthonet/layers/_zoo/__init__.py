@@ -1,0 +1,1 @@
+"""Lipschitz layers of the literature, one file a family; `orthonet.layers` re-exports them."""

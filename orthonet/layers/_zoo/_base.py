@@ -1,0 +1,230 @@
+"""What the layers of the zoo share: constructors, checks of the arguments, initial kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from orthonet import _checks
+from orthonet.layers._base import ConstrainedWeight
+from orthonet.linalg import haar
+from orthonet.reparametrizers._mapped import MappedWeight
+
+__all__ = [
+    "MappedConv2d",
+    "MappedLinear",
+    "adopt_arguments",
+    "check_circular",
+    "delta_orthogonal",
+    "match_channels",
+    "new_bias",
+    "same_padding",
+]
+
+PADDING_MODES = ("zeros", "circular")
+
+
+def delta_orthogonal(
+    shape: Sequence[int],
+    *,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A random semi-orthogonal matrix, in the central tap of a kernel if `shape` has taps."""
+    rows, columns, *taps = shape
+    matrix = haar((groups, rows // groups, columns), dtype=dtype or torch.float32, device=device)
+    kernel = torch.zeros(tuple(shape), dtype=matrix.dtype, device=matrix.device)
+    kernel[(..., *((k - 1) // 2 for k in taps))] = matrix.flatten(0, 1)
+    return kernel
+
+
+def match_channels(x: Tensor, channels: int, dim: int = -3) -> Tensor:
+    """Append channels of zeros, or drop the last ones: a map of norm 1."""
+    missing = channels - x.shape[dim]
+    if missing > 0:
+        pad = [0, 0] * (-dim - 1) + [0, missing]
+        return nn.functional.pad(x, pad)
+    return x.narrow(dim, 0, channels) if missing else x
+
+
+def new_bias(
+    layer: nn.Module,
+    size: int | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    name: str = "bias",
+) -> None:
+    """A parameter of zeros, or None."""
+    value = None
+    if size is not None:
+        value = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
+    layer.register_parameter(name, value)
+
+
+def adopt_arguments(
+    layer: Any, in_channels: int, out_channels: int, *, padding_mode: str, **arguments: Any
+) -> None:
+    """Check the arguments of `nn.Conv2d` and set its attributes on `layer`, without a weight."""
+    owner = type(layer)
+    groups = arguments["groups"]
+    _checks.positive_int(owner, in_channels=in_channels, out_channels=out_channels, groups=groups)
+    _checks.one_of(owner, PADDING_MODES, padding_mode=padding_mode)
+    _checks.require(
+        in_channels % groups == 0 and out_channels % groups == 0,
+        owner,
+        "groups must divide in_channels and out_channels",
+        "Choose a common divisor",
+        in_channels=in_channels,
+        out_channels=out_channels,
+        groups=groups,
+    )
+    mode: Any = padding_mode
+    twin = nn.Conv2d(
+        in_channels, out_channels, bias=False, padding_mode=mode, device="meta", **arguments
+    )
+    for name, value in vars(twin).items():
+        if name not in vars(layer):
+            setattr(layer, name, value)
+
+
+def same_padding(layer: Any) -> tuple[int, int]:
+    """The padding of a layer that keeps the image size; any other one is refused."""
+    wanted = tuple(d * (k - 1) // 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+    padding = wanted if layer.padding == "same" else layer.padding
+    _checks.require(
+        padding == wanted and all(k % 2 == 1 for k in layer.kernel_size) and layer.stride == (1, 1),
+        type(layer),
+        "this method keeps the image size: kernel_size must be odd, stride 1 and padding "
+        "(kernel_size - 1) // 2 * dilation",
+        "Use padding='same', and SpaceToDepth2d before the layer instead of a stride",
+        kernel_size=layer.kernel_size,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+    )
+    return wanted  # type: ignore[return-value]
+
+
+def check_circular(layer: Any, input: Tensor) -> None:
+    """Refuse sizes on which wrapping around would repeat or mix outputs."""
+    sizes, pads = input.shape[-2:], layer._reversed_padding_repeated_twice
+    for i, (size, k, s, d) in enumerate(
+        zip(sizes, layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    ):
+        low, high = pads[2 * (1 - i) : 2 * (2 - i)]
+        outputs = (size + low + high - d * (k - 1) - 1) // s + 1
+        good = low == high == 0 or (
+            size % s == 0 and outputs * s <= size and max(low, high) <= size
+        )
+        if not good:
+            _checks.fail(
+                layer,
+                "with circular padding every input size must be a multiple of the stride, at "
+                "least the padding, and give at most size / stride outputs",
+                "Resize the input, lower the padding, or use padding_mode='zeros'",
+                input_size=tuple(sizes),
+                stride=layer.stride,
+                padding=layer.padding,
+                kernel_size=layer.kernel_size,
+            )
+
+
+class MappedLinear(ConstrainedWeight, nn.Linear):
+    """`nn.Linear` whose weight is a function of a free matrix."""
+
+    _plain_class = nn.Linear
+    _inverse: ClassVar[Any] = None
+    _initial: ClassVar[Callable[..., Tensor]] = staticmethod(delta_orthogonal)
+
+    if TYPE_CHECKING:
+        weight: Tensor  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        lipschitz: float = 1.0,
+    ) -> None:
+        nn.Module.__init__(self)
+        _checks.positive_int(type(self), in_features=in_features, out_features=out_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.parametrization = MappedWeight(
+            (out_features, in_features), self._map(), self._initial, lipschitz, device, dtype,
+            inverse=self._inverse,
+        )  # fmt: skip
+        new_bias(self, out_features if bias else None, device, dtype)
+
+    def _map(self) -> Callable[[Tensor], Tensor]:
+        """The function from the free matrix to the weight."""
+        raise AttributeError("a subclass gives the map")
+
+
+class MappedConv2d(ConstrainedWeight, nn.Conv2d):
+    """`nn.Conv2d` whose weight is a function of a free kernel."""
+
+    _plain_class = nn.Conv2d
+    _initial: ClassVar[Callable[..., Tensor]] = staticmethod(delta_orthogonal)
+
+    if TYPE_CHECKING:
+        weight: Tensor  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        lipschitz: float = 1.0,
+    ) -> None:
+        nn.Module.__init__(self)
+        adopt_arguments(
+            self, in_channels, out_channels, kernel_size=kernel_size, stride=stride,
+            padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
+        )  # fmt: skip
+        _checks.require(
+            all(math.gcd(d, s) == 1 for d, s in zip(self.dilation, self.stride, strict=True)),
+            type(self),
+            "dilation and stride must have no common divisor in any dim, "
+            "for otherwise some inputs are never read",
+            "Change one of them",
+            dilation=self.dilation,
+            stride=self.stride,
+        )
+        self.parametrization = self._make(lipschitz, device, dtype)
+        new_bias(self, out_channels if bias else None, device, dtype)
+
+    def _make(
+        self, lipschitz: float, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> nn.Module:
+        initial = partial(self._initial, groups=self.groups)
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        return MappedWeight(shape, self._map(), initial, lipschitz, device, dtype)
+
+    def _map(self) -> Callable[[Tensor], Tensor]:
+        """The function from the free kernel to the weight."""
+        raise AttributeError("a subclass gives the map")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve `input` with the present weight."""
+        if self.padding_mode == "circular":
+            check_circular(self, input)
+        return self._conv_forward(input, self.weight, self.bias)

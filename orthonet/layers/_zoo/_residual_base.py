@@ -1,0 +1,347 @@
+r"""Residual layers with the nonlinearity inside: what CPL and SLL share.
+
+Both are \(y = x - 2 J^\top T^{-1} s(J x + b)\).
+
+With a diagonal \(T \succeq J J^\top\) and an activation s of slopes in [0, 1] this is 1-Lipschitz:
+it is a step of gradient descent on a convex function. CPL takes a multiple of the identity, SLL
+one number for each row.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from orthonet import _checks
+from orthonet.layers._zoo._base import (
+    adopt_arguments,
+    delta_orthogonal,
+    match_channels,
+    new_bias,
+    same_padding,
+)
+from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg.rescaling import convolution_norm_upper, gershgorin_scale
+
+__all__ = ["ACTIVATIONS", "ResidualConv2d", "ResidualLinear", "SlopedWeight"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "sigmoid": nn.Sigmoid,  # slopes in [0, 1 / 4]
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+}
+
+
+class SlopedWeight(nn.Module):
+    r"""The matrix or kernel J of a residual layer, and the diagonal of \(T \succeq J J^\top\).
+
+    Returns J and \(2 / t\), both in float32 at least; rows with t = 0 are zero and get 0.
+    """
+
+    log_scale: Tensor | None
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        groups: int,
+        free: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        self.original = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        scale = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if free else None
+        self.register_parameter("log_scale", scale)
+        self.reset_parameters()
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return J and 2 / t."""
+        stored = self.original
+        with torch.autocast(stored.device.type, enabled=False):
+            weight = stored.to(compute_dtype(stored.dtype))
+            largest = weight.detach().abs().amax()
+            weight = weight / torch.where(largest > 0, largest, torch.ones_like(largest))
+            if self.log_scale is None:
+                bound = convolution_norm_upper(weight, groups=self.groups)
+                t = (bound * bound).expand(weight.shape[0])
+            else:
+                log_q = self.log_scale.to(weight.dtype)
+                q = (log_q - log_q.detach().amax()).clamp_min(-30.0).exp()
+                t = gershgorin_scale(weight, groups=self.groups, weights=q)
+            positive = t > 0
+            return weight, torch.where(positive, 2 / torch.where(positive, t, 1.0), 0.0)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw J anew, orthogonal in its central tap; nothing happens on the meta device."""
+        if self.original.is_meta:
+            return
+        kernel = self.original
+        dtype = compute_dtype(kernel.dtype)
+        kernel.copy_(
+            delta_orthogonal(kernel.shape, groups=self.groups, dtype=dtype, device=kernel.device)
+        )
+        kernel.add_(torch.randn_like(kernel), alpha=0.1 * kernel[0].numel() ** -0.5)
+        if self.log_scale is not None:
+            self.log_scale.zero_()
+
+    def extra_repr(self) -> str:
+        return f"shape={tuple(self.original.shape)}"
+
+
+class _Residual(nn.Module):
+    """What the four layers share."""
+
+    parametrization: SlopedWeight
+    activation: nn.Module
+    bias: Tensor | None
+    lipschitz: float
+
+    def _finish(
+        self,
+        hidden: int,
+        activation: str,
+        bias: bool,
+        lipschitz: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        owner = type(self)
+        _checks.one_of(owner, tuple(ACTIVATIONS), activation=activation)
+        _checks.in_range(owner, 1e-30, 1e30, lipschitz=lipschitz)
+        self.activation = ACTIVATIONS[activation]()
+        self.lipschitz = float(lipschitz)
+        new_bias(self, hidden if bias else None, device, dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew and set the bias to zero; nothing happens on the meta device."""
+        self.parametrization.reset_parameters()
+        if self.bias is not None and not self.bias.is_meta:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return "" if self.lipschitz == 1.0 else f"lipschitz={self.lipschitz:g}"
+
+
+class _PlainResidual(nn.Module):
+    """The residual of stock layers that is traced for export."""
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        activation: nn.Module,
+        outer: nn.Module,
+        match: tuple[Any, Any, float],
+    ) -> None:
+        super().__init__()
+        self.inner, self.activation, self.outer, self.match = inner, activation, outer, match
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, after, factor = self.match
+        if before:
+            x = nn.functional.pad(x, before)
+        y = x - self.outer(self.activation(self.inner(x)))
+        if factor != 1.0:
+            y = y * factor
+        return y.narrow(*after) if after else y
+
+
+def _matching(
+    width: int, sizes: tuple[int, int], dim: int, factor: float
+) -> tuple[Any, Any, float]:
+    before = [0, 0] * (-dim - 1) + [0, width - sizes[0]] if width > sizes[0] else None
+    return before, (dim, 0, sizes[1]) if width > sizes[1] else None, factor
+
+
+class ResidualLinear(_Residual):
+    """CPL and SLL on vectors."""
+
+    _free = False
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        hidden_features: int | None = None,
+        activation: str = "relu",
+        lipschitz: float = 1.0,
+    ) -> None:
+        super().__init__()
+        owner = type(self)
+        _checks.positive_int(owner, in_features=in_features, out_features=out_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        width = max(in_features, out_features)
+        hidden = width if hidden_features is None else hidden_features
+        _checks.positive_int(owner, hidden_features=hidden)
+        self.parametrization = SlopedWeight((hidden, width), 1, self._free, device, dtype)
+        self._finish(hidden, activation, bias, lipschitz, device, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to the last dimension of `input`."""
+        weight, scale = self.parametrization()
+        with torch.autocast(input.device.type, enabled=False):
+            x = match_channels(input.to(weight.dtype), weight.shape[1], -1)
+            bias = None if self.bias is None else self.bias.to(weight.dtype)
+            inside = self.activation(nn.functional.linear(x, weight, bias))
+            y = x - (inside * scale) @ weight
+            y = match_channels(y, self.out_features, -1)
+            y = y if self.lipschitz == 1.0 else y * self.lipschitz
+        return y.to(input.dtype)
+
+    @torch.no_grad()
+    def to_plain(self) -> fx.GraphModule:
+        """Return a `torch.fx.GraphModule` of stock layers that does the same.
+
+        Its certificate is the product over its layers, which is loose: certify this layer instead.
+        """
+        weight, scale = self.parametrization()
+        stored = self.parametrization.original
+        hidden, width = weight.shape
+        inner = nn.Linear(width, hidden, bias=self.bias is not None).to(stored)
+        inner.weight.copy_(weight)
+        if self.bias is not None:
+            inner.bias.copy_(self.bias)
+        outer = nn.Linear(hidden, width, bias=False).to(stored)
+        outer.weight.copy_((weight * scale[:, None]).T)
+        match = _matching(width, (self.in_features, self.out_features), -1, self.lipschitz)
+        plain = _PlainResidual(inner, copy.deepcopy(self.activation), outer, match)
+        return fx.symbolic_trace(plain).train(self.training)
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            filter(None, [f"{self.in_features}, {self.out_features}", super().extra_repr()])
+        )
+
+
+class ResidualConv2d(_Residual):
+    """CPL and SLL on images."""
+
+    _free = False
+    kernel_size: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: str
+    in_channels: int
+    out_channels: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = "same",
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        hidden_channels: int | None = None,
+        activation: str = "relu",
+        lipschitz: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if padding == "same" and stride not in (1, (1, 1)):
+            padding = 0  # refused below, in our words
+        adopt_arguments(
+            self, in_channels, out_channels, kernel_size=kernel_size, stride=stride,
+            padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
+        )  # fmt: skip
+        self._pad = same_padding(self)
+        width = max(in_channels, out_channels)
+        hidden = width if hidden_channels is None else hidden_channels
+        _checks.positive_int(type(self), hidden_channels=hidden)
+        _checks.require(
+            groups == 1 or in_channels == out_channels,
+            type(self),
+            "with groups, in_channels and out_channels must be equal",
+            "Use groups=1, or change the number of channels in another layer",
+            in_channels=in_channels,
+            out_channels=out_channels,
+            groups=groups,
+        )
+        _checks.require(
+            hidden % groups == 0,
+            type(self),
+            "groups must divide hidden_channels",
+            "Choose a multiple of groups",
+            hidden_channels=hidden,
+            groups=groups,
+        )
+        shape = (hidden, width // groups, *self.kernel_size)
+        self.parametrization = SlopedWeight(shape, groups, self._free, device, dtype)
+        self._finish(hidden, activation, bias, lipschitz, device, dtype)
+
+    def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        top, left = self._pad
+        if self.padding_mode == "circular":
+            x = nn.functional.pad(x, (left, left, top, top), mode="circular")
+            top = left = 0
+        return nn.functional.conv2d(x, kernel, bias, 1, (top, left), self.dilation, self.groups)
+
+    def _adjoint_kernel(self, kernel: Tensor) -> Tensor:
+        split = kernel.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        return split.flip(-2, -1).flatten(0, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to `input`, batched or not."""
+        _checks.require(
+            input.ndim in (3, 4) and input.shape[-3] == self.in_channels,
+            self,
+            f"the input must be (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W)",
+            "Check the number of channels and of dimensions",
+            shape=tuple(input.shape),
+        )
+        weight, scale = self.parametrization()
+        with torch.autocast(input.device.type, enabled=False):
+            x = match_channels(input.to(weight.dtype), weight.shape[1] * self.groups)
+            bias = None if self.bias is None else self.bias.to(weight.dtype)
+            inside = self.activation(self._convolve(x, weight, bias)) * scale.view(-1, 1, 1)
+            y = match_channels(
+                x - self._convolve(inside, self._adjoint_kernel(weight), None), self.out_channels
+            )
+            y = y if self.lipschitz == 1.0 else y * self.lipschitz
+        return y.to(input.dtype)
+
+    @torch.no_grad()
+    def to_plain(self) -> fx.GraphModule:
+        """Return a `torch.fx.GraphModule` of stock layers that does the same.
+
+        Its certificate is the product over its layers, which is loose: certify this layer instead.
+        """
+        weight, scale = self.parametrization()
+        stored = self.parametrization.original
+        hidden, width = weight.shape[0], weight.shape[1] * self.groups
+        convolution: Any = partial(
+            nn.Conv2d, kernel_size=self.kernel_size, padding=self._pad, dilation=self.dilation,
+            groups=self.groups, padding_mode=self.padding_mode,  # type: ignore[arg-type]
+        )  # fmt: skip
+        inner = convolution(width, hidden, bias=self.bias is not None).to(stored)
+        inner.weight.copy_(weight)
+        if self.bias is not None:
+            inner.bias.copy_(self.bias)
+        outer = convolution(hidden, width, bias=False).to(stored)
+        outer.weight.copy_(self._adjoint_kernel(weight * scale.view(-1, 1, 1, 1)))
+        match = _matching(width, (self.in_channels, self.out_channels), -3, self.lipschitz)
+        plain = _PlainResidual(inner, copy.deepcopy(self.activation), outer, match)
+        return fx.symbolic_trace(plain).train(self.training)
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"padding_mode={self.padding_mode!r}"
+        )
+        return ", ".join(filter(None, [text, super().extra_repr()]))

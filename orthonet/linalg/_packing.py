@@ -1,0 +1,86 @@
+r"""Triangles packed into rectangles: n (n + 1) / 2 entries, moved by a few block copies.
+
+The rectangular full packed format: the second diagonal block of a lower triangle, transposed,
+fills the corner that the first one leaves empty. No index tensor is needed, so that packing
+traces, compiles and maps over batches like any arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "pack_skew",
+    "pack_symmetric",
+    "pack_triangle",
+    "unpack_skew",
+    "unpack_symmetric",
+    "unpack_triangle",
+]
+
+
+def _rectangle(n: int) -> tuple[int, int]:
+    """Rows and columns of the rectangle that holds the lower triangle of an n x n matrix."""
+    return (n, (n + 1) // 2) if n % 2 else (n + 1, n // 2)
+
+
+def pack_triangle(a: Tensor) -> Tensor:
+    """Lower triangle of (*batch, n, n), diagonal included, as (*batch, n (n + 1) / 2)."""
+    n = a.shape[-1]
+    rows, columns = _rectangle(n)
+    shift = rows - n  # the triangle starts one row lower where n is even
+    corner = a[..., columns:, columns:].mT.triu()
+    below = F.pad(a[..., :, :columns].tril(), (0, 0, shift, 0))
+    right = 1 - shift
+    corner = F.pad(corner, (right, 0, 0, rows - corner.shape[-2]))
+    return (below + corner).flatten(-2)
+
+
+def unpack_triangle(packed: Tensor, n: int) -> Tensor:
+    """The inverse of `pack_triangle`: zeros above the diagonal."""
+    rows, columns = _rectangle(n)
+    shift = rows - n
+    rectangle = packed.unflatten(-1, (rows, columns))
+    left = rectangle[..., shift:, :].tril()
+    size = n - columns
+    corner = rectangle[..., :size, 1 - shift :].triu().mT
+    right = F.pad(corner, (0, 0, columns, 0))
+    return torch.cat([left, right], -1)
+
+
+def pack_skew(a: Tensor) -> Tensor:
+    """Coordinates of skew-symmetric (complex: skew-Hermitian) matrices, their lower triangle.
+
+    Real ones have n (n - 1) / 2, the strict triangle; complex ones n (n + 1) / 2, of which those of
+    the diagonal count with their imaginary part only.
+    """
+    if a.is_complex():
+        return pack_triangle(a)
+    return pack_triangle(a[..., 1:, :-1])
+
+
+def unpack_skew(packed: Tensor, n: int) -> Tensor:
+    """Skew-symmetric (skew-Hermitian) matrices from the coordinates of `pack_skew`."""
+    if packed.is_complex():
+        lower = unpack_triangle(packed, n)
+        strict, diagonal = lower.tril(-1), lower.diagonal(dim1=-2, dim2=-1)
+        imaginary = torch.complex(torch.zeros_like(diagonal.real), diagonal.imag)
+        return strict - strict.mH + torch.diag_embed(imaginary)
+    lower = F.pad(unpack_triangle(packed, max(n - 1, 0)), (0, min(n, 1), min(n, 1), 0))
+    return lower - lower.mT
+
+
+def pack_symmetric(a: Tensor) -> Tensor:
+    """Lower triangle of symmetric matrices, n (n + 1) / 2 coordinates."""
+    return pack_triangle(a)
+
+
+def unpack_symmetric(packed: Tensor, n: int) -> Tensor:
+    """Symmetric (Hermitian) matrices with the given lower triangle."""
+    lower = unpack_triangle(packed, n)
+    if not packed.is_complex():
+        return lower + lower.tril(-1).mT
+    strict, diagonal = lower.tril(-1), lower.diagonal(dim1=-2, dim2=-1)
+    return strict + strict.mH + torch.diag_embed(diagonal.real.to(packed.dtype))

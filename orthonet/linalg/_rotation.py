@@ -1,0 +1,228 @@
+r"""Exponential and Cayley map of skew-Hermitian matrices, and their forms for n x k frames.
+
+Written for speed in training: few products, small factorizations, a backward of two products for
+each product forward. Every function is smooth in its arguments, at zero and at repeated eigenvalues
+too, for no eigendecomposition is involved.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from orthonet import _checks
+from orthonet.linalg._matrix import add_identity, in_transform
+from orthonet.linalg.exponential import matrix_exponential
+
+__all__ = [
+    "complement_reflector",
+    "frame_cayley",
+    "frame_exponential",
+    "polished",
+    "skew_cayley",
+    "skew_exponential",
+    "times_complement",
+    "times_complement_adjoint",
+]
+
+# Highest degree of the Taylor polynomial -> matrix products that it takes (see `_taylor`).
+_DEGREES = (5, 9, 13)
+
+
+def _identity_like(a: Tensor) -> Tensor:
+    return torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or in_transform()
+
+
+def polished(q: Tensor) -> Tensor:
+    r"""Remove the rounding error of nearly orthonormal columns; the gradient stays that of `q`.
+
+    One step \(Q (3 I - Q^* Q) / 2\), which squares the distance from orthonormality.
+    """
+    x = q.detach()
+    step = x @ add_identity(x.mH @ x * -0.5, 0.5)
+    return q + step
+
+
+def skew_cayley(a: Tensor) -> Tensor:
+    r"""\((I - A/2)^{-1} (I + A/2) = 2 (I - A/2)^{-1} - I\) of skew-Hermitian matrices.
+
+    Agrees with \(e^A\) to second order. Backward takes two products. Large matrices
+    (\(\|A\|_2\) above about 2, estimated) are polished.
+    """
+    inverse, _ = torch.linalg.inv_ex(add_identity(a * -0.5, 1.0))
+    result = 2.0 * inverse - _identity_like(a)
+    return result if _is_small(a) else polished(result)
+
+
+def _is_small(a: Tensor) -> bool:
+    """Whether the norm of each matrix is estimated below 2; unknown where code is traced."""
+    if _traced() or a.is_meta:
+        return False
+    with torch.no_grad():
+        x = torch.linspace(1.0, 2.0, a.shape[-1], dtype=a.dtype, device=a.device)[:, None]
+        x = x / torch.linalg.vector_norm(x)
+        growth = a.new_zeros(())
+        for _ in range(4):
+            x = a @ x
+            norm = torch.linalg.vector_norm(x, dim=-2, keepdim=True)
+            growth, x = norm, x / norm.clamp_min(torch.finfo(a.dtype).tiny)
+        return bool((growth.abs() <= 2.0).all())
+
+
+def skew_exponential(a: Tensor) -> Tensor:
+    r"""\(e^A\) of skew-Hermitian matrices: 3 to 6 products, squarings, and one polishing step.
+
+    The even and the odd part of the Taylor polynomial are polynomials in \(A^2\); the degree and
+    the scaling follow from \(\|A^4\|_F^{1/4} \ge \|A\|_2\). Traced code takes PyTorch's own
+    matrix exponential instead, since the degree may not depend on the data there.
+
+    Raises:
+        ValueError: `a` has a NaN or infinite entry.
+    """
+    if 0 in a.shape:
+        return a + _identity_like(a)
+    if _traced() or a.is_meta:
+        return polished(torch.linalg.matrix_exp(a))
+    square = a @ a
+    fourth = square @ square
+    bound = float(torch.linalg.matrix_norm(fourth.detach()).amax()) ** 0.25
+    _checks.require(
+        math.isfinite(bound),
+        "skew_exponential",
+        "the matrix must be finite",
+        "Lower the learning rate or clip gradients; the coordinates hold NaN or Inf",
+        norm=bound,
+    )
+    unit = torch.finfo(a.dtype).eps / 2
+    reach = [(unit * math.factorial(d + 1)) ** (1.0 / (d + 1)) for d in _DEGREES]
+    degree = next((d for d, r in zip(_DEGREES, reach, strict=True) if bound <= r), _DEGREES[-1])
+    squarings = max(0, math.ceil(math.log2(bound / reach[-1]))) if bound > 0 else 0
+    if squarings:
+        scale = 2.0**-squarings
+        a, square, fourth = a * scale, square * scale**2, fourth * scale**4
+    result = _taylor(a, square, fourth, degree)
+    for _ in range(squarings):
+        result = result @ result
+    return polished(result)
+
+
+def _taylor(a: Tensor, x: Tensor, y: Tensor, degree: int) -> Tensor:
+    """Taylor polynomial of the exponential, from a, x = a^2 and y = a^4."""
+    even = [1.0 / math.factorial(k) for k in range(0, degree, 2)]
+    odd = [1.0 / math.factorial(k) for k in range(1, degree + 1, 2)]
+    if degree == 5:
+        even_part, odd_part = (add_identity(c[1] * x + c[2] * y, c[0]) for c in (even, odd))
+    elif degree == 9:
+        even_part, odd_part = (
+            add_identity(c[1] * x + y @ add_identity(c[3] * x + c[4] * y, c[2]), c[0])
+            for c in (even, odd)
+        )
+    else:
+        z = x @ y
+        even_part, odd_part = (
+            add_identity(
+                c[1] * x + c[2] * y + z @ add_identity(c[4] * x + c[5] * y + c[6] * z, c[3]), c[0]
+            )
+            for c in (even, odd)
+        )
+    return even_part + a @ odd_part
+
+
+def frame_exponential(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The first k columns of \(\exp\begin{pmatrix} A & -C^* \\ C & 0 \end{pmatrix}\).
+
+    Returned as the k x k block and the (n - k) x k block below it. When n is at least 2 k, only a
+    2k x 2k exponential is taken: with \(K = \begin{pmatrix} A & -C^* C \\ I & 0 \end{pmatrix}\) and
+    \(\begin{pmatrix} E \\ N \end{pmatrix}\) the first block column of \(e^K\), the blocks are E and
+    C N.
+
+    Shape:
+        `a`: (*batch, k, k) skew-Hermitian. `c`: (*batch, n - k, k).
+
+    References:
+        Edelman, Arias & Smith, *The geometry of algorithms with orthogonality constraints*, SIAM J.
+        Matrix Anal. Appl. 20 (1998), eq. 2.42, here without the QR factorization of C.
+    """
+    k = a.shape[-1]
+    if c.shape[-2] < k:
+        full = skew_exponential(_full(a, c))
+        return full[..., :k, :k], full[..., k:, :k]
+    gram = c.mH @ c
+    # A similarity by diag(I, tau I) makes both off-diagonal blocks as large as C.
+    tau = torch.linalg.matrix_norm(gram.detach(), keepdim=True).sqrt().clamp_min(1.0)
+    identity = _identity_like(a).expand(a.shape)
+    top = torch.cat([a, -gram / tau], -1)
+    block = torch.cat([top, torch.cat([identity * tau, torch.zeros_like(a)], -1)], -2)
+    column = _exponential(block)[..., :, :k]
+    return column[..., :k, :], c @ (column[..., k:, :] / tau)
+
+
+def _exponential(block: Tensor) -> Tensor:
+    if block.is_complex() or _traced() or block.is_meta:
+        return torch.linalg.matrix_exp(block)
+    return matrix_exponential(block)
+
+
+def frame_cayley(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The first k columns of the Cayley map of \(\begin{pmatrix} A & -C^* \\ C & 0\end{pmatrix}\).
+
+    With \(N = (I - A/2 + C^* C/4)^{-1}\), a k x k matrix whose inverse has a positive definite
+    Hermitian part, the blocks are \(2 N - I\) and \(C N\): a Schur complement of the n x n solve.
+
+    Shape:
+        `a`: (*batch, k, k) skew-Hermitian. `c`: (*batch, n - k, k).
+    """
+    inverse, _ = torch.linalg.inv_ex(add_identity(a * -0.5 + (c.mH @ c) * 0.25, 1.0))
+    return 2.0 * inverse - _identity_like(a), c @ inverse
+
+
+def _full(a: Tensor, c: Tensor) -> Tensor:
+    rest = c.shape[-2]
+    zeros = c.new_zeros(*c.shape[:-2], rest, rest)
+    return torch.cat([torch.cat([a, -c.mH], -1), torch.cat([c, zeros], -1)], -2)
+
+
+def complement_reflector(base: Tensor) -> Tensor:
+    r"""Y of a block reflector \(H = I - Y Y^*\) that carries the first k axes onto span(B).
+
+    The last n - k columns of H are an orthonormal basis \(B_\perp\) of the complement of B, which
+    thereby takes n k numbers instead of n (n - k). With \(B_1\) the top block of B,
+    \(B_1 = U |B_1|\) and \(V = B + \begin{pmatrix} U \\ 0 \end{pmatrix}\):
+    \(Y = V (I + |B_1|)^{-1/2}\), which is always well conditioned.
+
+    Shape:
+        `base`: (*batch, n, k) with orthonormal columns. Output: the same.
+
+    References:
+        Schreiber & Parlett, *Block reflectors: theory and computation*, SIAM J. Numer. Anal. 25
+        (1988).
+    """
+    k = base.shape[-1]
+    high = (
+        torch.promote_types(base.dtype, torch.float64) if base.device.type != "mps" else base.dtype
+    )
+    b = base.to(high)
+    u, s, wh = torch.linalg.svd(b[..., :k, :])
+    top = b[..., :k, :] + u @ wh
+    v = torch.cat([top, b[..., k:, :]], -2)
+    return ((v @ wh.mH) * (1.0 + s).rsqrt()[..., None, :] @ wh).to(base.dtype)
+
+
+def times_complement(reflector: Tensor, f: Tensor) -> Tensor:
+    r"""\(B_\perp F\) for the complement that `complement_reflector` describes, in O(n k^2)."""
+    k = reflector.shape[-1]
+    inner = reflector[..., k:, :].mH @ f
+    padded = torch.cat([f.new_zeros(*f.shape[:-2], k, f.shape[-1]), f], -2)
+    return padded - reflector @ inner
+
+
+def times_complement_adjoint(reflector: Tensor, v: Tensor) -> Tensor:
+    r"""\(B_\perp^* V\), the adjoint of `times_complement`."""
+    k = reflector.shape[-1]
+    return v[..., k:, :] - reflector[..., k:, :] @ (reflector.mH @ v)

@@ -1,0 +1,214 @@
+r"""Rescalings that bring a matrix or convolution to norm at most 1, and differentiable bounds.
+
+Kernels have the layout of `torch.nn.functional.conv{1,2,3}d`, (c_out, c_in / groups, *taps); a
+matrix is a kernel without taps. What is bounded is the convolution on the infinite grid: circular
+padding samples its frequencies, zero padding, strides and borders select rows and columns, so the
+bound holds for every input size and each of these paddings.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from orthonet import _checks
+from orthonet.linalg._matrix import compute_dtype
+
+__all__ = [
+    "almost_orthogonal",
+    "convolution_norm_upper",
+    "gershgorin_scale",
+    "normalized_frobenius",
+    "normalized_spectral",
+    "overlap",
+]
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def _swap_channels(kernel: Tensor, groups: int) -> Tensor:
+    """The kernel with the input channels of each group first: (c_in, c_out / groups, *taps)."""
+    return kernel.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _unit_scale(kernel: Tensor) -> Tensor:
+    """The kernel divided by its largest entry, which keeps squares away from overflow."""
+    largest = kernel.detach().abs().amax()
+    return kernel / torch.where(largest > 0, largest, torch.ones_like(largest))
+
+
+def _row_overlaps(kernel: Tensor, groups: int) -> Tensor:
+    r"""\(\sum_{lag} |(K K^\top)_{ij}|\) for rows i, j of one group: (groups, rows, rows)."""
+    dims = kernel.ndim - 2
+    rows = kernel.shape[0] // groups
+    if dims == 0:
+        split = kernel.unflatten(0, (groups, rows))
+        return (split @ split.mT).abs()
+    images = kernel.unflatten(0, (groups, rows)).transpose(0, 1).flatten(1, 2)
+    padding = tuple(size - 1 for size in kernel.shape[2:])
+    lags = _CONVOLUTIONS[dims](images, kernel, padding=padding, groups=groups)
+    return lags.abs().flatten(2).sum(-1).unflatten(1, (groups, rows)).movedim(1, 0)
+
+
+def gershgorin_scale(
+    kernel: Tensor,
+    *,
+    groups: int = 1,
+    weights: Tensor | None = None,
+) -> Tensor:
+    r"""A positive diagonal T with \(T \succeq K K^\top\), one number for each row (output channel).
+
+    \(t_i = \sum_j |K K^\top|_{ij}\, q_j / q_i\), where the modulus of a convolution is the sum of
+    the moduli over all lags: \(T - K K^\top\) is diagonally dominant after scaling by q.
+
+    Args:
+        kernel: Matrix or kernel.
+        groups: Groups of the convolution.
+        weights: Positive q, one for each row; ones if None.
+
+    Shape:
+        `kernel`: (c_out, c_in / groups, *taps), up to three tap dims. Output: (c_out,); 0 for a
+        row of zeros.
+
+    Guarantee:
+        Holds on every grid and for zero or circular padding, up to the rounding of the sums.
+
+    References:
+        Araujo, Havens, Delattre, Allauzen & Hu, *A unified algebraic perspective on Lipschitz
+        neural networks*, ICLR 2023, theorem 1 and corollary 3.
+    """
+    overlaps = _row_overlaps(kernel, groups)
+    if weights is None:
+        return overlaps.sum(-1).flatten()
+    q = weights.view(groups, 1, -1)
+    return ((overlaps * q).sum(-1) / q.squeeze(1)).flatten()
+
+
+def almost_orthogonal(kernel: Tensor, *, groups: int = 1) -> Tensor:
+    r"""Almost-orthogonal (AOL) rescaling: norm at most 1, and orthogonal kernels stay.
+
+    Columns (input channels) are divided by \(\big(\sum_j |P^\top P|_{ij}\big)^{1/2}\), moduli of
+    convolutions summed over the lags; rows likewise when there are fewer of them, which loses
+    less. A zero column stays zero.
+
+    Args:
+        kernel: Matrix or kernel, of any scale.
+        groups: Groups of the convolution.
+
+    Shape:
+        (c_out, c_in / groups, *taps), up to three tap dims. Output: the same.
+
+    Guarantee:
+        \(\|W\|_2 \le 1\) up to rounding, on every grid, for zero or circular padding and any
+        stride.
+
+    References:
+        Prach & Lampert, *Almost-orthogonal layers for efficient general-purpose Lipschitz
+        networks*, ECCV 2022, theorem 1 (matrices) and theorem 2 (convolutions).
+    """
+    work = _unit_scale(kernel.to(compute_dtype(kernel.dtype)))
+    rows, columns = kernel.shape[0] // groups, kernel.shape[1]
+    flip = rows >= columns
+    sides = _swap_channels(work, groups) if flip else work
+    sums = gershgorin_scale(sides, groups=groups)
+    factor = torch.where(sums > 0, sums, torch.ones_like(sums)).rsqrt()
+    scaled = sides * factor.view(-1, *(1,) * (sides.ndim - 1))
+    return (_swap_channels(scaled, groups) if flip else scaled).to(kernel.dtype)
+
+
+def overlap(kernel_size: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """How many windows of a strided convolution read one and the same pixel, at most."""
+    return math.prod([-(-k // s) for k, s in zip(kernel_size, stride, strict=True)])
+
+
+def normalized_frobenius(kernel: Tensor, *, reads: int = 1) -> Tensor:
+    r"""Divide by \(\sqrt{r}\,\|K\|_F\): norm at most 1, since \(\|K\|_2 \le \|K\|_F\).
+
+    Args:
+        kernel: Matrix or kernel.
+        reads: How many windows read one pixel, see `overlap`.
+
+    Shape:
+        Any; zero stays zero.
+    """
+    work = _unit_scale(kernel.to(compute_dtype(kernel.dtype)))
+    norm = torch.linalg.vector_norm(work)
+    norm = torch.where(norm > 0, norm, torch.ones_like(norm))
+    return (work / (norm * math.sqrt(reads))).to(kernel.dtype)
+
+
+def convolution_norm_upper(kernel: Tensor, *, groups: int = 1, niters: int = 6) -> Tensor:
+    r"""A differentiable upper bound of the norm of a convolution on every grid.
+
+    The squared length \(\|S(f) x\|^2\) of the symbol's image is a trigonometric polynomial of
+    degree k - 1 in each frequency. Its maximum is at most \(\prod_d 1 / \cos(\pi (k_d - 1) / N_d)\)
+    times that over a grid of \(N_d\) frequencies, here \(N = 12 (k - 1)\); the norm at these is
+    bounded by Gram iteration, \(\|S\|_2 \le \|G_n\|_F^{2^{-n}}\).
+
+    Args:
+        kernel: Matrix or kernel.
+        groups: Groups of the convolution.
+        niters: Gram products.
+
+    Shape:
+        (c_out, c_in / groups, *taps), up to three tap dims. Output: a scalar.
+
+    Guarantee:
+        Upper bound up to rounding (a few eps); at most \(1.02^{d}\, r^{2^{-n-1}}\) times the
+        norm, for d dims with more than one tap and rank r. Autograd passes through it; 0 for a
+        zero kernel.
+
+    References:
+        Ehlich & Zeller, *Schwankung von Polynomen zwischen Gitterpunkten*, Math. Z. 86 (1964);
+        Delattre et al., ICML 2023 (Gram iteration).
+    """
+    _checks.floating("convolution_norm_upper", kernel=kernel)
+    _checks.non_negative_int("convolution_norm_upper", niters=niters)
+    work = kernel.to(compute_dtype(kernel.dtype))
+    largest = work.detach().abs().amax()
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    blocks = (work / largest).unflatten(0, (groups, -1))
+    slack = 1.0
+    if kernel.ndim > 2:
+        sizes = tuple(max(1, 12 * (k - 1)) for k in kernel.shape[2:])
+        for k, n in zip(kernel.shape[2:], sizes, strict=True):
+            slack *= math.cos(math.pi * (k - 1) / n)
+        axes = tuple(range(3, blocks.ndim))
+        blocks = torch.fft.rfftn(blocks, s=sizes, dim=axes).flatten(3).movedim(-1, 0)
+    if blocks.shape[-2] < blocks.shape[-1]:
+        blocks = blocks.mH
+    log_norm = blocks.new_zeros(blocks.shape[:-2], dtype=work.dtype)
+    weight = 1.0
+    for _ in range(niters):
+        scale = torch.linalg.matrix_norm(blocks.detach())
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        log_norm = log_norm + weight * scale.log()
+        blocks = blocks / scale[..., None, None]
+        blocks = blocks.mH @ blocks
+        weight /= 2
+    # vector_norm of real and imaginary parts: its gradient at 0 is 0
+    flat = torch.view_as_real(blocks).flatten(-3) if blocks.is_complex() else blocks.flatten(-2)
+    norm = torch.linalg.vector_norm(flat, dim=-1)
+    positive = norm > 0
+    safe = torch.where(positive, norm, torch.ones_like(norm))
+    bound = torch.where(positive, safe**weight * log_norm.exp(), torch.zeros_like(norm))
+    return (bound.amax() * largest / math.sqrt(slack)).to(kernel.dtype)
+
+
+def normalized_spectral(kernel: Tensor, *, groups: int = 1) -> Tensor:
+    r"""Divide by a bound of the norm of the whole convolution, not of the reshaped kernel.
+
+    See [`convolution_norm_upper`][orthonet.linalg.convolution_norm_upper].
+
+    Shape:
+        (c_out, c_in / groups, *taps), up to three tap dims. Output: the same; zero stays zero.
+
+    Guarantee:
+        \(\|W\|_2 \le 1\) up to rounding, on every grid, for zero or circular padding, any stride.
+    """
+    work = _unit_scale(kernel.to(compute_dtype(kernel.dtype)))
+    bound = convolution_norm_upper(work, groups=groups)
+    return (work / torch.where(bound > 0, bound, torch.ones_like(bound))).to(kernel.dtype)

@@ -1,0 +1,202 @@
+"""Losses beside the cross-entropy: EMMA, logit annealing, certificate regularization, TRADES."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orthonet import _checks
+from orthonet.losses._functional import REDUCTIONS, _check_classes, _positive, _reduce
+
+__all__ = [
+    "certificate_regularization",
+    "emma",
+    "logit_annealing",
+    "multi_margin",
+    "trades",
+]
+
+
+def emma(
+    logits: Tensor, target: Tensor, *, radius: float, lipschitz: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    r"""Cross-entropy of the worst logits inside a radius, capped by the margin (EMMA).
+
+    Every wrong logit is raised by \(\min(\sqrt 2 K \epsilon, s_y - s_j)\), at least 0 and constant
+    for the gradient, so that a class is pushed up to a tie with the true one at most.
+
+    Args:
+        logits: Scores of the classes.
+        target: Index of the true class.
+        radius: The l2 radius \(\epsilon\), >= 0.
+        lipschitz: Constant K of the network.
+        reduction: "none", "mean" or "sum".
+
+    Shape:
+        `logits`: (batch, classes), `target`: (batch,) of integers. Output: a scalar, or (batch,)
+        with `reduction="none"`.
+
+    Raises:
+        ValueError: An argument out of range, or shapes that do not match.
+
+    References:
+        Hu, Zou, Wang, Leino & Fredrikson, *Unlocking deterministic robustness certification on
+        ImageNet*, NeurIPS 2023 (efficient margin maximization).
+    """
+    _checks.in_range("emma", 0.0, 1e6, radius=radius)
+    _positive("emma", lipschitz=lipschitz)
+    _checks.one_of("emma", REDUCTIONS, reduction=reduction)
+    _check_classes("emma", logits, target)
+    true = logits.gather(1, target.long()[:, None])
+    raised = (true - logits).detach().clamp(0.0, math.sqrt(2) * lipschitz * radius)
+    return F.cross_entropy(logits + raised, target.long(), reduction=reduction)
+
+
+def logit_annealing(
+    logits: Tensor, target: Tensor, *, offset: float = math.sqrt(2), temperature: float = 0.75,
+    beta: float = 5.0, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    r"""Logit annealing: \(-T (1 - p_y)^\beta \log p_y\), \(p = \mathrm{softmax}((s - \xi e_y)/T)\).
+
+    The factor fades out samples whose margin is large enough, so that the capacity of a
+    1-Lipschitz network goes to the others. `beta = 0` is the offset cross-entropy.
+
+    Args:
+        logits: Scores of the classes.
+        target: Index of the true class.
+        offset: Margin \(\xi\) taken away from the true logit, >= 0.
+        temperature: T, > 0.
+        beta: Strength of the annealing, >= 0.
+        reduction: "none", "mean" or "sum".
+
+    Shape:
+        `logits`: (batch, classes), `target`: (batch,) of integers. Output: a scalar, or (batch,)
+        with `reduction="none"`.
+
+    Raises:
+        ValueError: An argument out of range, or shapes that do not match.
+
+    References:
+        Lai, Huang, Wang & Zhang, ICML 2025, equation 12 (logit annealing loss).
+    """
+    _checks.in_range("logit_annealing", 0.0, 1e6, offset=offset, beta=beta)
+    _positive("logit_annealing", temperature=temperature)
+    _checks.one_of("logit_annealing", REDUCTIONS, reduction=reduction)
+    _check_classes("logit_annealing", logits, target)
+    wanted = F.one_hot(target.long(), logits.shape[1]).to(logits.dtype)
+    log_p = F.log_softmax((logits - offset * wanted) / temperature, 1)
+    log_p = log_p.gather(1, target.long()[:, None]).squeeze(1)
+    # 1 - p, kept away from 0 where a power below 1 has an infinite slope
+    rest = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).eps)
+    return _reduce(-temperature * rest**beta * log_p, reduction)
+
+
+def certificate_regularization(
+    logits: Tensor, target: Tensor, *, weight: float = 0.5, reduction: str = "mean"
+) -> Tensor:
+    r"""Cross-entropy minus a multiple of the margin of rightly classified samples.
+
+    \(\mathrm{CE}(s, y) - \gamma \max(0, s_y - \max_{j \ne y} s_j)\): the margin over
+    \(\sqrt 2\) is the certified radius of a 1-Lipschitz network.
+
+    Args:
+        logits: Scores of the classes.
+        target: Index of the true class.
+        weight: \(\gamma\), >= 0.
+        reduction: "none", "mean" or "sum".
+
+    Shape:
+        `logits`: (batch, classes), `target`: (batch,) of integers. Output: a scalar, or (batch,)
+        with `reduction="none"`.
+
+    Raises:
+        ValueError: An argument out of range, or shapes that do not match.
+
+    References:
+        Singla, Singla & Feizi, ICLR 2022, section 5 (certificate regularization).
+    """
+    _checks.in_range("certificate_regularization", 0.0, 1e6, weight=weight)
+    _checks.one_of("certificate_regularization", REDUCTIONS, reduction=reduction)
+    _check_classes("certificate_regularization", logits, target)
+    loss = F.cross_entropy(logits, target.long(), reduction="none")
+    return _reduce(loss - weight * F.relu(_margin(logits, target)), reduction)
+
+
+def trades(
+    logits: Tensor, perturbed: Tensor, target: Tensor, *, beta: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    r"""TRADES: cross-entropy plus \(\beta\, \mathrm{KL}(p \,\|\, p')\) to perturbed logits.
+
+    The perturbed logits come from an attack, or from the worst case of a certificate (the true
+    logit lowered and the others raised by the constant times the radius).
+
+    Args:
+        logits: Scores of the clean inputs.
+        perturbed: Scores of the perturbed inputs.
+        target: Index of the true class.
+        beta: Weight of the divergence, >= 0.
+        reduction: "none", "mean" or "sum".
+
+    Shape:
+        `logits`, `perturbed`: (batch, classes), `target`: (batch,) of integers. Output: a scalar,
+        or (batch,) with `reduction="none"`.
+
+    Raises:
+        ValueError: An argument out of range, or shapes that do not match.
+
+    References:
+        Zhang et al., *Theoretically principled trade-off between robustness and accuracy*, ICML
+        2019, equation 5.
+    """
+    _checks.in_range("trades", 0.0, 1e6, beta=beta)
+    _checks.one_of("trades", REDUCTIONS, reduction=reduction)
+    _check_classes("trades", logits, target)
+    _checks.require(
+        perturbed.shape == logits.shape, "trades", "logits and perturbed must have one shape",
+        "Evaluate the model on both", logits=logits, perturbed=perturbed,
+    )  # fmt: skip
+    clean = F.cross_entropy(logits, target.long(), reduction="none")
+    log_p, log_q = F.log_softmax(logits, 1), F.log_softmax(perturbed, 1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(1)
+    return _reduce(clean + beta * divergence, reduction)
+
+
+def multi_margin(
+    logits: Tensor, target: Tensor, *, margin: float = 1.0, reduction: str = "mean"
+) -> Tensor:
+    r"""Hinge of the margin to the runner-up: \(\max(0, m - (s_y - \max_{j \ne y} s_j))\).
+
+    Zero where a 1-Lipschitz network has the certified radius \(m / \sqrt 2\).
+
+    Args:
+        logits: Scores of the classes.
+        target: Index of the true class.
+        margin: m, > 0.
+        reduction: "none", "mean" or "sum".
+
+    Shape:
+        `logits`: (batch, classes), `target`: (batch,) of integers. Output: a scalar, or (batch,)
+        with `reduction="none"`.
+
+    Raises:
+        ValueError: An argument out of range, or shapes that do not match.
+
+    References:
+        Crammer & Singer, *On the algorithmic implementation of multiclass kernel-based vector
+        machines*, JMLR 2001.
+    """
+    _positive("multi_margin", margin=margin)
+    _checks.one_of("multi_margin", REDUCTIONS, reduction=reduction)
+    _check_classes("multi_margin", logits, target)
+    return _reduce(F.relu(margin - _margin(logits, target)), reduction)
+
+
+def _margin(logits: Tensor, target: Tensor) -> Tensor:
+    index = target.long()[:, None]
+    others = logits.scatter(1, index, -math.inf).amax(1)
+    return logits.gather(1, index).squeeze(1) - others

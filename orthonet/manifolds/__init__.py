@@ -1,0 +1,72 @@
+"""Spaces with their geometry, and the parametrizations that constrain tensors to them."""
+
+from orthonet.manifolds._base import Manifold, Membership
+from orthonet.manifolds._correlation import Correlation
+from orthonet.manifolds._factorized import EigenParametrization, SingularParametrization
+from orthonet.manifolds._general_linear import SL, GLp
+from orthonet.manifolds._grassmannian import Gr, Grassmannian
+from orthonet.manifolds._groups import Symplectic, SymplecticTrivialization, Unitary
+from orthonet.manifolds._hyperbolic import Hyperbolic
+from orthonet.manifolds._intervals import Bounded, Nonnegative, NormBall, SpectralBall
+from orthonet.manifolds._linear import LinearParametrization, Rn, Skew, Sym, Symmetric
+from orthonet.manifolds._low_rank import AlmostOrthogonal, FixedRank, LowRank
+from orthonet.manifolds._maps import MappedParametrization, ProjectedParametrization
+from orthonet.manifolds._parametrization import Parametrization
+from orthonet.manifolds._product import ProductManifold, ProductParametrization
+from orthonet.manifolds._semidefinite import PSD, PSSD, PSSDFixedRank, PSSDLowRank
+from orthonet.manifolds._simplex import DoublyStochastic, Simplex
+from orthonet.manifolds._sphere import Oblique, Sphere, SphereTrivialization
+from orthonet.manifolds._stiefel import SO, St, Stiefel
+from orthonet.manifolds._trivialization import (
+    FrameTrivialization,
+    SignedTrivialization,
+    Trivialization,
+)
+
+__all__ = [
+    "PSD",
+    "PSSD",
+    "SL",
+    "SO",
+    "AlmostOrthogonal",
+    "Bounded",
+    "Correlation",
+    "DoublyStochastic",
+    "EigenParametrization",
+    "FixedRank",
+    "FrameTrivialization",
+    "GLp",
+    "Gr",
+    "Grassmannian",
+    "Hyperbolic",
+    "LinearParametrization",
+    "LowRank",
+    "Manifold",
+    "MappedParametrization",
+    "Membership",
+    "Nonnegative",
+    "NormBall",
+    "Oblique",
+    "PSSDFixedRank",
+    "PSSDLowRank",
+    "Parametrization",
+    "ProductManifold",
+    "ProductParametrization",
+    "ProjectedParametrization",
+    "Rn",
+    "SignedTrivialization",
+    "Simplex",
+    "SingularParametrization",
+    "Skew",
+    "SpectralBall",
+    "Sphere",
+    "SphereTrivialization",
+    "St",
+    "Stiefel",
+    "Sym",
+    "Symmetric",
+    "Symplectic",
+    "SymplecticTrivialization",
+    "Trivialization",
+    "Unitary",
+]

@@ -1,0 +1,195 @@
+r"""What every space is: a stateless, frozen description of a set of tensors and its geometry.
+
+A space knows neither shape nor dtype: both come with the tensors. It holds the mathematics that
+constraints (parametrizations) and Riemannian optimizers share.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from orthonet import _checks
+from orthonet.errors import NotOnManifoldError
+from orthonet.linalg._matrix import compute_dtype
+from orthonet.manifolds._parametrization import Parametrization
+
+__all__ = ["Manifold", "Membership"]
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Whether a tensor lies on a space; true or false in a condition.
+
+    Attributes:
+        distance: The largest violation, relative to the scale of the tensor where the space has
+            none of its own.
+        allowed: The largest violation that counts as rounding.
+        reason: Which property is violated most (or holds least exactly), in words.
+    """
+
+    distance: float
+    allowed: float
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.distance <= self.allowed
+
+
+@dataclass(frozen=True)
+class Manifold(abc.ABC):
+    r"""Base class of the spaces.
+
+    Every method works on the last `event_ndim` dimensions and treats the others as a batch.
+    Metric, exponential, logarithm and distance are those of the embedding in the space of all
+    tensors, unless a class says otherwise. `exp`, `log` and `distance` exist where a
+    closed form does.
+    """
+
+    event_ndim: ClassVar[int] = 2
+
+    # --- what a space must say -----------------------------------------------------------------
+
+    @abc.abstractmethod
+    def dimension(self, shape: Sequence[int]) -> int:
+        """Dimension of the space of one matrix (vector) in a tensor of this shape."""
+
+    @abc.abstractmethod
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Pairs of a property in words and by how much each matrix violates it (NaN: fully)."""
+
+    @abc.abstractmethod
+    def project(self, x: Tensor) -> Tensor:
+        """The nearest point, in the Frobenius norm unless the class says otherwise."""
+
+    @abc.abstractmethod
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """A random point in every matrix of a tensor of this shape."""
+
+    @abc.abstractmethod
+    def parametrization(self, shape: Sequence[int], **options: Any) -> Parametrization:
+        """The module that maps free coordinates onto the space, for tensors of this shape."""
+
+    def _shape_problem(self, shape: Sequence[int]) -> str | None:
+        """What is wrong with a shape, or None."""
+        return None
+
+    # --- membership ----------------------------------------------------------------------------
+
+    def check_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape as a tuple.
+
+        Raises:
+            ValueError: no tensor of this shape lies on the space.
+        """
+        sizes = tuple(int(size) for size in shape)
+        enough = len(sizes) >= self.event_ndim
+        words = "a matrix (*batch, n, k)" if self.event_ndim == 2 else "a vector (*batch, n)"
+        problem = self._shape_problem(sizes) if enough else f"the tensor must be {words}"
+        if problem is not None:
+            _checks.fail(self, problem, "Reshape it, or choose another space", shape=sizes)
+        return sizes
+
+    def tolerance(self, x: Tensor) -> float:
+        r"""What `contains` allows: \(32\,\mathrm{eps}\,\sqrt{\max(n, k)}\)."""
+        size = max(x.shape[-self.event_ndim :], default=1)
+        return 32.0 * torch.finfo(x.dtype).eps * math.sqrt(max(size, 1))
+
+    def contains(self, x: Tensor, atol: float | None = None) -> Membership:
+        """Whether all matrices of `x` lie on the space, to `atol` (default: `tolerance(x)`).
+
+        The result is true or false in a condition and tells the reason and the distance.
+        """
+        allowed = self.tolerance(x) if atol is None else float(atol)
+        sizes = tuple(x.shape)
+        if len(sizes) < self.event_ndim:
+            return Membership(math.inf, allowed, f"it has only {len(sizes)} dimensions")
+        problem = self._shape_problem(sizes)
+        if problem is not None:
+            return Membership(math.inf, allowed, problem)
+        if not x.numel():
+            return Membership(0.0, allowed, "it is empty")
+        if not bool(torch.isfinite(x).all()):
+            return Membership(math.inf, allowed, "its entries must be finite")
+        high = x.detach().to(torch.promote_types(x.dtype, torch.float64))
+        worst = Membership(0.0, allowed, "it has no condition to violate")
+        for reason, violation in self._violations(high):
+            largest = float(violation.nan_to_num(nan=math.inf).amax()) if violation.numel() else 0.0
+            if largest >= worst.distance:
+                worst = Membership(largest, allowed, reason)
+        return worst
+
+    def require(self, x: Tensor, owner: object = None, atol: float | None = None) -> None:
+        """Raise unless `contains(x, atol)`.
+
+        Raises:
+            NotOnManifoldError: with the reason and the distance, never with the tensor itself.
+        """
+        found = self.contains(x, atol)
+        _checks.require(
+            bool(found),
+            owner or self,
+            f"the tensor must lie on {self!r}: {found.reason} (to {found.allowed:.1e})",
+            "Assign the nearest point, its .space.project(x), or pass project=True",
+            NotOnManifoldError,
+            distance=found.distance,
+            shape=tuple(x.shape),
+        )
+
+    # --- geometry ------------------------------------------------------------------------------
+
+    @property
+    def _event(self) -> tuple[int, ...]:
+        return tuple(range(-self.event_ndim, 0))
+
+    def tangent(self, x: Tensor, v: Tensor) -> Tensor:
+        """Orthogonal projection of `v` onto the tangent space at `x`; for an open set, `v`."""
+        return v
+
+    def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Inner product of the tangent vectors `u` and `v` at `x`, one number a matrix."""
+        product = (u.conj() * v).real if u.is_complex() else u * v
+        return product.sum(self._event) if self.event_ndim else product
+
+    def norm(self, x: Tensor, v: Tensor) -> Tensor:
+        """Length of the tangent vector `v` at `x`."""
+        return self.inner(x, v, v).clamp_min(0.0).sqrt()
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Riemannian gradient at `x` from the gradient with respect to all entries."""
+        return self.tangent(x, grad)
+
+    def retract(self, x: Tensor, v: Tensor) -> Tensor:
+        """A point near `x` in direction `v`, equal to the exponential to first order at least."""
+        return self.project(x + v)
+
+    def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """Carry the tangent vector `v` from `x` to `y`: by projection, unless the class differs."""
+        return self.tangent(y, v)
+
+    # --- for sub-classes -----------------------------------------------------------------------
+
+    def _gaussian(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Gaussian entries in the dtype of computation, for a checked shape."""
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        sizes = self.check_shape(shape)
+        return torch.randn(sizes, dtype=compute_dtype(dtype), device=device, generator=generator)

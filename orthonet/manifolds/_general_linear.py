@@ -1,0 +1,196 @@
+r"""Invertible matrices of positive determinant, and those of determinant one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthonet.manifolds._base import Manifold
+from orthonet.manifolds._factorized import SingularParametrization, high, raised
+from orthonet.manifolds._linear import square_problem
+from orthonet.manifolds._low_rank import fill
+from orthonet.manifolds._parametrization import Parametrization
+from orthonet.manifolds._scalar import Scalar, positive_map
+from orthonet.manifolds._trivialization import Triv
+
+__all__ = ["SL", "GLp"]
+
+
+@dataclass(frozen=True)
+class GLp(Manifold):
+    r"""Invertible n x n matrices of positive determinant: an open set, of dimension n²."""
+
+    def _shape_problem(self, shape: Sequence[int]) -> str | None:
+        return square_problem(shape)
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """n²."""
+        return shape[-1] ** 2
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        sign, _ = torch.linalg.slogdet(x)
+        reason = "the determinant must be positive (negate a row to change its sign)"
+        yield reason, torch.where(sign > 0, 0.0, torch.inf)
+
+    def project(self, x: Tensor) -> Tensor:
+        """A near matrix of the same singular values, zero ones raised to 0.001 of the largest.
+
+        A matrix of negative determinant has no nearest point in this open set; here the singular
+        direction of the smallest singular value is reversed.
+        """
+        u, sigma, vh = torch.linalg.svd(high(x))
+        sigma = raised(sigma, torch.finfo(x.dtype).eps)
+        signs = torch.ones_like(sigma)
+        if x.shape[-1]:
+            signs[..., -1] = (torch.linalg.det(u) * torch.linalg.det(vh)).sign()
+        return ((u * (sigma * signs)[..., None, :]) @ vh).to(x.dtype)
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+        init_: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
+        """The projection of a Gaussian matrix of variance 1 / n, or of what `init_` fills."""
+        x = self._gaussian(shape, dtype, device, generator)
+        x = self.project(fill(x, init_, max(shape[-1], 1) ** -0.5))
+        return x if dtype is None else x.to(dtype)
+
+    def parametrization(
+        self, shape: Sequence[int], *, f: Scalar = "softplus", triv: Triv = "exponential"
+    ) -> Parametrization:
+        r"""\(U \operatorname{diag}(f(s)) V^\top\) with U and V of the same determinant.
+
+        Args:
+            shape: Shape of the values.
+            f: A map to the positive numbers: "softplus", "exp", "absolute", a function, or a pair
+                of a function and its inverse.
+            triv: "exponential", "cayley" or an own map, for both frames.
+        """
+        f = positive_map(self, f)
+        return SingularParametrization(self, shape, shape[-1], f, f.inverse, triv)
+
+
+@dataclass(frozen=True)
+class SL(GLp):
+    r"""n x n matrices of determinant 1: the special linear group, of dimension n² - 1."""
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """n² - 1."""
+        return shape[-1] ** 2 - 1
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield from super()._violations(x)
+        # Rounding of the entries moves the logarithm by up to this many units roundoff.
+        condition = torch.linalg.matrix_norm(torch.linalg.inv_ex(x)[0]) * torch.linalg.matrix_norm(
+            x
+        )
+        reason = "the determinant must be 1 (its logarithm 0, relative to the condition number)"
+        yield reason, torch.linalg.slogdet(x)[1].abs() / condition
+
+    def project(self, x: Tensor) -> Tensor:
+        """A matrix of positive determinant, see `GLp`, divided by the n-th root of that."""
+        n = max(x.shape[-1], 1)
+        sign, logarithm = torch.linalg.slogdet(x)
+        if not bool((sign > 0).all()):
+            x = super().project(x)
+            logarithm = torch.linalg.slogdet(x)[1]
+        return x * torch.exp(-logarithm / n)[..., None, None]
+
+    def tangent(self, x: Tensor, v: Tensor) -> Tensor:
+        r"""The part of `v` orthogonal to \(x^{-\top}\), the normal."""
+        normal = torch.linalg.inv(x).mT
+        size = (normal * normal).sum((-2, -1), keepdim=True)
+        return v - normal * ((normal * v).sum((-2, -1), keepdim=True) / size)
+
+    def exp(self, x: Tensor, v: Tensor) -> Tensor:
+        r"""The one-parameter subgroup through x, \(x\,e^{x^{-1} v}\), which is no geodesic."""
+        return x @ torch.linalg.matrix_exp(torch.linalg.solve(x, v))
+
+    def parametrization(
+        self, shape: Sequence[int], *, f: Scalar = "softplus", triv: Triv = "exponential"
+    ) -> Parametrization:
+        r"""\(U \operatorname{diag}(\sigma) V^\top\), \(\sigma\) divided by its geometric mean.
+
+        Before that, the first singular value is f(1) and the others are f(s): any ratios, each
+        in one way, with n² - 1 coordinates.
+
+        Args:
+            shape: Shape of the values.
+            f: See `GLp`; whatever it is, the determinant is 1.
+            triv: "exponential", "cayley" or an own map, for both frames.
+        """
+        f = positive_map(self, f)
+        values, inverse = _UnitProduct(f), _UnitProductInverse(f)
+        return _SpecialParametrization(self, shape, shape[-1], values, inverse, triv)
+
+
+@dataclass(frozen=True)
+class _UnitProduct:
+    f: Callable[[Tensor], Tensor]
+
+    def __call__(self, s: Tensor) -> Tensor:
+        logarithm = self.f(torch.cat([torch.ones_like(s[..., :1]), s[..., 1:]], -1)).log()
+        return (logarithm - logarithm.mean(-1, keepdim=True)).exp()
+
+
+@dataclass(frozen=True)
+class _UnitProductInverse:
+    f: object
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        first = self.f(sigma.new_ones(()))  # type: ignore[operator]
+        s = self.f.inverse(sigma / sigma[..., :1] * first)  # type: ignore[attr-defined]
+        return torch.cat([torch.zeros_like(s[..., :1]), s[..., 1:]], -1)
+
+
+class _SpecialParametrization(SingularParametrization):
+    """The factorization for determinant 1, whose first value is no coordinate."""
+
+    @property
+    def coordinate_shape(self) -> tuple[int, ...]:
+        """(*batch, n² - 1)."""
+        *batch, d = super().coordinate_shape
+        return (*batch, max(d - 1, 0))
+
+    def split(self, coordinates: Tensor) -> list[Tensor]:
+        """Coordinates of both frames, then of the values, the first of which is fixed at 0."""
+        d = self.left.coordinate_shape[-1] + self.right.coordinate_shape[-1]
+        frames, s = coordinates[..., :d], coordinates[..., d:]
+        fixed = s.new_zeros(*s.shape[:-1], min(self.rank, 1))
+        return super().split(torch.cat([frames, fixed, s], -1))
+
+    def _coordinates(self, x: Tensor) -> Tensor:
+        return self._drop(super()._coordinates(x))
+
+    def _drop(self, coordinates: Tensor) -> Tensor:
+        d = self.left.coordinate_shape[-1] + self.right.coordinate_shape[-1]
+        return torch.cat([coordinates[..., :d], coordinates[..., d + 1 :]], -1)
+
+    @torch.no_grad()
+    def update_base(self, coordinates: Tensor, *vectors: Tensor) -> list[Tensor]:
+        """Move the bases of the frames to the present point."""
+        return [self._drop(t) for t in super().update_base(coordinates, *vectors)]
+
+    def _log_slope(self, s: Tensor) -> Tensor:
+        def values(free: Tensor) -> Tensor:
+            return self.values(torch.cat([torch.zeros_like(free[..., :1]), free], -1))
+
+        free = s[..., 1:]
+        if not free.shape[-1]:
+            return s.new_zeros(s.shape[:-1])
+        units = torch.eye(free.shape[-1], dtype=s.dtype, device=s.device)
+        columns = [
+            torch.autograd.functional.jvp(
+                values, free, unit.expand_as(free).contiguous(), create_graph=s.requires_grad
+            )[1]
+            for unit in units
+        ]
+        j = torch.stack(columns, -1)  # type: ignore[arg-type]
+        return 0.5 * torch.linalg.slogdet(j.mT @ j).logabsdet

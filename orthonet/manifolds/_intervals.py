@@ -1,0 +1,241 @@
+r"""Entries in an interval, vectors and matrices in a ball."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthonet import _checks
+from orthonet.manifolds._base import Manifold
+from orthonet.manifolds._factorized import SingularParametrization, high
+from orthonet.manifolds._maps import MappedParametrization
+from orthonet.manifolds._parametrization import Parametrization
+from orthonet.manifolds._scalar import Scalar, absolute, bounded_map, fold, positive_map
+from orthonet.manifolds._trivialization import Triv
+
+__all__ = ["Bounded", "Nonnegative", "NormBall", "SpectralBall"]
+
+
+@dataclass(frozen=True)
+class _Sampled(Manifold):
+    """Sampling by projection of a Gaussian tensor."""
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The projection of a tensor of standard normal entries."""
+        x = self.project(self._gaussian(shape, dtype, device, generator))
+        return x if dtype is None else x.to(dtype)
+
+
+@dataclass(frozen=True)
+class Nonnegative(_Sampled):
+    r"""Tensors with entries \(\ge 0\). Every entry is a point of its own."""
+
+    event_ndim = 0
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """1 for each entry, all of which are batch dimensions."""
+        return 1
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield "no entry may be negative", (-x).clamp_min(0.0)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Negative entries set to 0."""
+        return x.clamp_min(0.0)
+
+    def parametrization(self, shape: Sequence[int], *, f: Scalar | None = None) -> Parametrization:
+        """The absolute value (of slope 1 at 0), or another map, entry by entry.
+
+        Args:
+            shape: Shape of the values.
+            f: None for the absolute value, which reaches 0; or a map to the positive numbers:
+                "softplus", "exp", a function, or a pair of a function and its inverse.
+        """
+        if f is None:
+            return MappedParametrization(self, shape, absolute, absolute)
+        f = positive_map(self, f)
+        return MappedParametrization(self, shape, f, f.inverse)
+
+
+@dataclass(frozen=True)
+class Bounded(Manifold):
+    """Tensors with entries in [low, high].
+
+    Attributes:
+        low: Smallest value.
+        high: Largest value.
+    """
+
+    low: float = -1.0
+    high: float = 1.0
+    event_ndim = 0
+
+    def __post_init__(self) -> None:
+        _checks.require(
+            math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high,
+            self,
+            "low must be less than high, both finite",
+            "Nonnegative() has no upper end",
+            low=self.low,
+            high=self.high,
+        )
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """1 for each entry, all of which are batch dimensions."""
+        return 1
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        reason = f"all entries must be in [{self.low:g}, {self.high:g}]"
+        outside = torch.maximum(x - self.high, self.low - x).clamp_min(0.0)
+        yield reason, outside / max(abs(self.low), abs(self.high))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Entries clamped to the interval."""
+        return x.clamp(self.low, self.high)
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Uniform entries."""
+        x = torch.rand(self.check_shape(shape), dtype=dtype, device=device, generator=generator)
+        return self.low + (self.high - self.low) * x
+
+    def parametrization(self, shape: Sequence[int], *, f: Scalar = "fold") -> Parametrization:
+        """A map of the reals onto [-1, 1], scaled to the interval, entry by entry.
+
+        Args:
+            shape: Shape of the values.
+            f: "fold" (a triangle wave, of slope 1 or -1 at the ends too), "sin", "tanh",
+                "scaled_sigmoid", a function, or a pair of a function and its inverse.
+        """
+        values = _Scaled(
+            bounded_map(self, f), (self.high + self.low) / 2, (self.high - self.low) / 2
+        )
+        return MappedParametrization(self, shape, values, values.inverse)
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    f: Callable[[Tensor], Tensor]
+    middle: float
+    half: float
+
+    def __call__(self, s: Tensor) -> Tensor:
+        return self.middle + self.half * self.f(s / self.half)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        inner = ((x - self.middle) / self.half).clamp(-1.0, 1.0)
+        return self.f.inverse(inner) * self.half  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class NormBall(_Sampled):
+    r"""Vectors along the last dimension of Euclidean norm at most `radius`.
+
+    Attributes:
+        radius: The radius, positive.
+    """
+
+    radius: float = 1.0
+    event_ndim = 1
+
+    def __post_init__(self) -> None:
+        _checks.require(
+            self.radius > 0.0, self, "radius must be positive", "Use 1.0", radius=self.radius
+        )
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """N."""
+        return shape[-1]
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        norm = torch.linalg.vector_norm(x, dim=-1) / self.radius
+        yield f"the norm must be at most {self.radius:g}", (norm - 1.0).clamp_min(0.0)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Longer vectors scaled down to the radius."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * (self.radius / norm.clamp_min(self.radius))
+
+    def parametrization(self, shape: Sequence[int]) -> Parametrization:
+        """The identity inside; beyond the radius, the norm is folded back.
+
+        Unlike the projection, it has a radial slope (1 or -1) everywhere but at its corners, so
+        that no vector gets stuck on the boundary.
+        """
+        return MappedParametrization(self, shape, _Folded(self.radius), _same)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class _Folded:
+    radius: float
+
+    def __call__(self, c: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(c, dim=-1, keepdim=True)
+        beyond = norm > self.radius
+        safe = torch.where(beyond, norm, torch.full_like(norm, self.radius))
+        folded = fold(safe / self.radius) * (self.radius / safe)
+        return torch.where(beyond, c * folded, c)
+
+
+@dataclass(frozen=True)
+class SpectralBall(_Sampled):
+    r"""Matrices of spectral norm at most `radius`: linear maps with that Lipschitz constant.
+
+    Attributes:
+        radius: The radius, positive.
+    """
+
+    radius: float = 1.0
+
+    def __post_init__(self) -> None:
+        _checks.require(
+            self.radius > 0.0, self, "radius must be positive", "Use 1.0", radius=self.radius
+        )
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """N k."""
+        return shape[-2] * shape[-1]
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        sigma = torch.linalg.svdvals(x) / self.radius
+        yield f"the spectral norm must be at most {self.radius:g}", (sigma - 1.0).clamp_min(0.0)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Larger singular values cut down to the radius."""
+        u, sigma, vh = torch.linalg.svd(high(x), full_matrices=False)
+        return ((u * sigma.clamp_max(self.radius)[..., None, :]) @ vh).to(x.dtype)
+
+    def parametrization(
+        self, shape: Sequence[int], *, f: Scalar = "fold", triv: Triv = "exponential"
+    ) -> Parametrization:
+        r"""\(U \operatorname{diag}(r f(s)) V^\top\), with n k coordinates.
+
+        Args:
+            shape: Shape of the values.
+            f: A map to [-1, 1]: "fold", "sin", "tanh", "scaled_sigmoid", a function, or a pair of
+                a function and its inverse.
+            triv: "exponential", "cayley" or an own map, for both frames.
+        """
+        values = _Scaled(bounded_map(self, f), 0.0, self.radius)
+        return SingularParametrization(self, shape, min(shape[-2:]), values, values.inverse, triv)

@@ -1,0 +1,213 @@
+r"""Flat spaces: all tensors, symmetric and skew-symmetric matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthonet.linalg._packing import pack_skew, pack_symmetric, unpack_skew, unpack_symmetric
+from orthonet.manifolds._base import Manifold
+from orthonet.manifolds._parametrization import Parametrization
+
+__all__ = ["Rn", "Skew", "Sym", "Symmetric", "relative", "square_problem"]
+
+
+def relative(distance: Tensor, x: Tensor) -> Tensor:
+    """A Frobenius distance divided by the norm of x (0 / 0 = 0)."""
+    norm = torch.linalg.matrix_norm(x)
+    return torch.where(distance > 0, distance / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0.0)
+
+
+def square_problem(shape: Sequence[int]) -> str | None:
+    """What is wrong with a shape of square matrices."""
+    square = shape[-1] == shape[-2]
+    return None if square else f"the matrix must be square, (*batch, n, n), got {tuple(shape)}"
+
+
+@dataclass(frozen=True)
+class _VectorSpace(Manifold):
+    """A linear subspace of the tensors: geodesics are straight lines."""
+
+    def exp(self, x: Tensor, v: Tensor) -> Tensor:
+        """Exponential map, x + v."""
+        return x + v
+
+    def log(self, x: Tensor, y: Tensor) -> Tensor:
+        """Logarithm, y - x."""
+        return y - x
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Length of y - x."""
+        return self.norm(x, y - x)
+
+    def tangent(self, x: Tensor, v: Tensor) -> Tensor:
+        """The part of `v` in the space."""
+        return self.project(v)
+
+    def retract(self, x: Tensor, v: Tensor) -> Tensor:
+        """The exponential map itself."""
+        return x + v
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The projection of a tensor of standard normal entries."""
+        x = self.project(self._gaussian(shape, dtype, device, generator))
+        return x if dtype is None else x.to(dtype)
+
+    def parametrization(self, shape: Sequence[int], *, lower: bool = True) -> Parametrization:
+        """The coordinates are the entries themselves, each once.
+
+        Args:
+            shape: Shape of the values.
+            lower: The coordinates are the entries of the lower triangle (else of the upper one).
+        """
+        return LinearParametrization(self, shape, lower)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Coordinates of x."""
+        return x
+
+    def unpack(self, coordinates: Tensor, n: int) -> Tensor:
+        """The inverse of `pack`."""
+        return coordinates
+
+    def doubled(self, n: int) -> int:
+        """How many coordinates stand for two entries."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Rn(_VectorSpace):
+    r"""All tensors: no constraint. Each one counts as a single point whatever its shape."""
+
+    event_ndim = 0
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """Always 1 for each entry, which are all batch dimensions here."""
+        return 1
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield "its entries must be finite", torch.zeros_like(x.real)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The tensor itself."""
+        return x
+
+    def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Product of the entries; sum it for tensors that are one vector."""
+        return (u.conj() * v).real
+
+
+@dataclass(frozen=True)
+class Symmetric(_VectorSpace):
+    r"""Symmetric (complex: Hermitian) matrices, \(X = X^*\), of dimension n (n + 1) / 2."""
+
+    def _shape_problem(self, shape: Sequence[int]) -> str | None:
+        return square_problem(shape)
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """N (n + 1) / 2 (real matrices)."""
+        return shape[-1] * (shape[-1] + 1) // 2
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield "it must equal its transpose", relative(torch.linalg.matrix_norm(x - x.mH) / 2, x)
+
+    def project(self, x: Tensor) -> Tensor:
+        r"""\((X + X^*) / 2\)."""
+        return 0.5 * (x + x.mH)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Lower triangle of x."""
+        return pack_symmetric(x)
+
+    def unpack(self, coordinates: Tensor, n: int) -> Tensor:
+        """The inverse of `pack`."""
+        return unpack_symmetric(coordinates, n)
+
+    def doubled(self, n: int) -> int:
+        """The n (n - 1) / 2 entries off the diagonal."""
+        return n * (n - 1) // 2
+
+
+Sym = Symmetric
+
+
+@dataclass(frozen=True)
+class Skew(_VectorSpace):
+    r"""Skew-symmetric (complex: skew-Hermitian) matrices, the Lie algebra of SO(n) (of U(n))."""
+
+    def _shape_problem(self, shape: Sequence[int]) -> str | None:
+        return square_problem(shape)
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """N (n - 1) / 2 (real matrices)."""
+        return shape[-1] * (shape[-1] - 1) // 2
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        distance = torch.linalg.matrix_norm(x + x.mH) / 2
+        yield "it must be the negative of its transpose", relative(distance, x)
+
+    def project(self, x: Tensor) -> Tensor:
+        r"""\((X - X^*) / 2\)."""
+        return 0.5 * (x - x.mH)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Strict lower triangle of x (complex: with the diagonal)."""
+        return pack_skew(x)
+
+    def unpack(self, coordinates: Tensor, n: int) -> Tensor:
+        """The inverse of `pack`."""
+        return unpack_skew(coordinates, n)
+
+    def doubled(self, n: int) -> int:
+        """All n (n - 1) / 2."""
+        return n * (n - 1) // 2
+
+
+class LinearParametrization(Parametrization):
+    """The entries of a flat space, each once, as coordinates.
+
+    Args:
+        space: The space of the values.
+        shape: Shape of the values.
+        lower: The coordinates are the entries of the lower triangle (else of the upper one).
+    """
+
+    space: _VectorSpace
+
+    def __init__(self, space: _VectorSpace, shape: Sequence[int], lower: bool = True) -> None:
+        super().__init__(space, shape)
+        self.lower = lower
+
+    @property
+    def coordinate_shape(self) -> tuple[int, ...]:
+        """(*batch, dimension); for `Rn` the shape of the values."""
+        if isinstance(self.space, Rn):
+            return self.shape
+        return (*self.batch_shape, self.space.pack(torch.empty(self.shape[-2:])).shape[-1])
+
+    def _point(self, coordinates: Tensor) -> Tensor:
+        n = self.shape[-1] if self.shape else 1
+        x = self.space.unpack(coordinates, n)
+        return x if self.lower or isinstance(self.space, Rn) else x.mT
+
+    def _coordinates(self, x: Tensor) -> Tensor:
+        return self.space.pack(x if self.lower or isinstance(self.space, Rn) else x.mT).clone()
+
+    def log_abs_det(self, coordinates: Tensor) -> Tensor:
+        """Half of log 2 for each coordinate that stands for two entries."""
+        value = 0.5 * math.log(2.0) * self.space.doubled(self.shape[-1] if self.shape else 1)
+        return coordinates.new_full(self.batch_shape, value)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.lower else ", lower=False")

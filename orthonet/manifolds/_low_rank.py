@@ -1,0 +1,239 @@
+r"""Matrices of a given rank, or of at most that, and matrices with singular values near 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthonet import _checks
+from orthonet.linalg import polar
+from orthonet.manifolds._base import Manifold
+from orthonet.manifolds._factorized import SingularParametrization, high, raised
+from orthonet.manifolds._parametrization import Parametrization
+from orthonet.manifolds._scalar import Scalar, bounded_map, positive_map
+from orthonet.manifolds._stiefel import Stiefel
+from orthonet.manifolds._trivialization import Triv
+
+__all__ = ["AlmostOrthogonal", "FixedRank", "LowRank", "fill"]
+
+
+def fill(x: Tensor, init_: Callable[[Tensor], object] | None, scale: float) -> Tensor:
+    """Gaussian entries times `scale`, or what `init_` makes of them in place."""
+    if init_ is None:
+        return x * scale
+    with torch.no_grad():
+        init_(x)
+    return x
+
+
+def _identity(s: Tensor) -> Tensor:
+    return s
+
+
+@dataclass(frozen=True)
+class LowRank(Manifold):
+    r"""n x k matrices of rank at most `rank` (a variety, smooth where the rank is that).
+
+    Attributes:
+        rank: Largest rank.
+    """
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        _checks.positive_int(self, rank=self.rank)
+
+    def _shape_problem(self, shape: Sequence[int]) -> str | None:
+        if self.rank <= min(shape[-2:]):
+            return None
+        return f"the rank {self.rank} must be at most the smaller side of {tuple(shape[-2:])}"
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """(n + k - rank) rank."""
+        return (shape[-2] + shape[-1] - self.rank) * self.rank
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        sigma = torch.linalg.svdvals(x)
+        largest = sigma[..., :1].clamp_min(torch.finfo(sigma.dtype).tiny)
+        if sigma.shape[-1] > self.rank:
+            reason = f"the singular values after the first {self.rank} must be 0 (relatively)"
+            yield reason, sigma[..., self.rank] / largest[..., 0]
+
+    def _truncated(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        u, sigma, vh = torch.linalg.svd(high(x), full_matrices=False)
+        return u[..., : self.rank], sigma[..., : self.rank], vh[..., : self.rank, :]
+
+    def project(self, x: Tensor) -> Tensor:
+        """The truncated singular value decomposition."""
+        u, sigma, vh = self._truncated(x)
+        return ((u * sigma[..., None, :]) @ vh).to(x.dtype)
+
+    def tangent(self, x: Tensor, v: Tensor) -> Tensor:
+        r"""\(P_U v + v P_V - P_U v P_V\), where x has full rank `rank`.
+
+        References:
+            Vandereycken, *Low-rank matrix completion by Riemannian optimization*, SIAM J. Optim. 23
+            (2013), eq. 2.5.
+        """
+        u, _, vh = (part.to(x.dtype) for part in self._truncated(x))
+        left = u.mT @ v
+        return u @ left + (v - u @ left) @ vh.mT @ vh
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+        init_: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
+        r"""The projection of a Gaussian matrix of variance \(2 / (n + k)\), or of what is given.
+
+        Args:
+            shape: (*batch, n, k).
+            dtype: Dtype.
+            device: Device.
+            generator: Source of randomness.
+            init_: Fills a tensor in place, such as `torch.nn.init.xavier_uniform_`.
+        """
+        x = self._gaussian(shape, dtype, device, generator)
+        x = self.project(fill(x, init_, (2.0 / max(sum(shape[-2:]), 1)) ** 0.5))
+        return x if dtype is None else x.to(dtype)
+
+    def parametrization(
+        self, shape: Sequence[int], *, triv: Triv = "exponential"
+    ) -> Parametrization:
+        r"""\(U \operatorname{diag}(s) V^\top\) with any real s.
+
+        Args:
+            shape: Shape of the values.
+            triv: "exponential", "cayley" or an own map, for both frames.
+        """
+        return SingularParametrization(self, shape, self.rank, _identity, _identity, triv)
+
+
+@dataclass(frozen=True)
+class FixedRank(LowRank):
+    """n x k matrices of rank exactly `rank`.
+
+    Attributes:
+        rank: The rank.
+    """
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield from super()._violations(x)
+        smallest = torch.linalg.svdvals(x)[..., self.rank - 1]
+        reason = f"the singular value number {self.rank} must not be 0"
+        yield reason, torch.where(smallest > 0, 0.0, torch.inf)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The truncated decomposition, singular values near 0 raised to 0.001 of the largest."""
+        u, sigma, vh = self._truncated(x)
+        sigma = raised(sigma, torch.finfo(x.dtype).eps)
+        return ((u * sigma[..., None, :]) @ vh).to(x.dtype)
+
+    def parametrization(
+        self, shape: Sequence[int], *, f: Scalar = "softplus", triv: Triv = "exponential"
+    ) -> Parametrization:
+        r"""\(U \operatorname{diag}(f(s)) V^\top\).
+
+        Args:
+            shape: Shape of the values.
+            f: A map to the positive numbers: "softplus", "exp", "absolute", a function, or a pair
+                of a function and its inverse.
+            triv: "exponential", "cayley" or an own map, for both frames.
+        """
+        f = positive_map(self, f)
+        return SingularParametrization(self, shape, self.rank, f, f.inverse, triv)
+
+
+@dataclass(frozen=True)
+class AlmostOrthogonal(Manifold):
+    r"""Matrices with all singular values in \([1 - \lambda, 1 + \lambda]\).
+
+    Attributes:
+        lam: \(\lambda\), in [0, 1].
+    """
+
+    lam: float
+
+    def __post_init__(self) -> None:
+        _checks.in_range(self, 0.0, 1.0, lam=self.lam)
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """N k; for `lam` 0 that of the Stiefel manifold."""
+        if self.lam == 0.0:
+            return Stiefel().dimension(shape)
+        return shape[-2] * shape[-1]
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        sigma = torch.linalg.svdvals(x)
+        reason = f"all singular values must be in [{1 - self.lam:g}, {1 + self.lam:g}]"
+        yield reason, ((sigma - 1.0).abs() - self.lam).clamp_min(0.0)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Singular values clamped to the interval."""
+        if self.lam == 0.0:
+            return polar(x)
+        u, sigma, vh = torch.linalg.svd(high(x), full_matrices=False)
+        sigma = sigma.clamp(1.0 - self.lam, 1.0 + self.lam)
+        return ((u * sigma[..., None, :]) @ vh).to(x.dtype)
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+        distribution: str = "haar",
+        init_: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
+        """An orthonormal frame, see `Stiefel.sample`."""
+        return Stiefel().sample(
+            shape,
+            dtype=dtype,
+            device=device,
+            generator=generator,
+            distribution=distribution,  # type: ignore[arg-type]
+            init_=init_,
+        )
+
+    def parametrization(
+        self, shape: Sequence[int], *, f: Scalar = "fold", triv: Triv = "exponential"
+    ) -> Parametrization:
+        r"""\(U \operatorname{diag}(1 + \lambda f(s)) V^\top\).
+
+        Args:
+            shape: Shape of the values.
+            f: A map to [-1, 1]: "fold" (a triangle wave, of slope 1 or -1 at the boundary too),
+                "sin", "tanh", "scaled_sigmoid" (these have slope 0 there), a function, or a pair
+                of a function and its inverse.
+            triv: "exponential", "cayley" or an own map, for both frames.
+        """
+        f, lam = bounded_map(self, f), self.lam
+        values, inverse = _Interval(f, lam), _IntervalInverse(f, lam)
+        return SingularParametrization(self, shape, min(shape[-2:]), values, inverse, triv)
+
+
+@dataclass(frozen=True)
+class _Interval:
+    f: Callable[[Tensor], Tensor]
+    lam: float
+
+    def __call__(self, s: Tensor) -> Tensor:
+        return 1.0 + self.lam * self.f(s)
+
+
+@dataclass(frozen=True)
+class _IntervalInverse:
+    f: object
+    lam: float
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        scale = self.lam if self.lam > 0.0 else 1.0
+        return self.f.inverse(((sigma - 1.0) / scale).clamp(-1.0, 1.0))  # type: ignore[attr-defined]

@@ -1,0 +1,238 @@
+r"""Positive definite and semidefinite matrices, of full, of given, and of bounded rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthonet import _checks
+from orthonet.manifolds._base import Manifold
+from orthonet.manifolds._factorized import EigenParametrization, high, raised
+from orthonet.manifolds._linear import Symmetric, square_problem
+from orthonet.manifolds._low_rank import fill
+from orthonet.manifolds._parametrization import Parametrization
+from orthonet.manifolds._scalar import Scalar, absolute, positive_map
+from orthonet.manifolds._trivialization import Triv
+
+__all__ = ["PSD", "PSSD", "PSSDFixedRank", "PSSDLowRank"]
+
+
+@dataclass(frozen=True)
+class _Semidefinite(Manifold):
+    """What the four spaces share."""
+
+    def _rank(self, shape: Sequence[int]) -> int:
+        return shape[-1]
+
+    def _strict(self) -> bool:
+        return False
+
+    def _shape_problem(self, shape: Sequence[int]) -> str | None:
+        problem = square_problem(shape)
+        if problem is None and self._rank(shape) > shape[-1]:
+            problem = f"the rank {self._rank(shape)} must be at most {shape[-1]}"
+        return problem
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """N r - r (r - 1) / 2, with r the rank."""
+        n, r = shape[-1], self._rank(shape)
+        return n * r - r * (r - 1) // 2
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield from Symmetric()._violations(x)
+        values = torch.linalg.eigvalsh(0.5 * (x + x.mT))
+        largest = values.abs().amax(-1)
+        scale = largest.clamp_min(torch.finfo(values.dtype).tiny)
+        yield "no eigenvalue may be negative (relatively)", (-values[..., 0] / scale).clamp_min(0.0)
+        n, r = x.shape[-1], self._rank(x.shape)
+        if r < n:
+            reason = f"all eigenvalues but the largest {r} must be 0 (relatively)"
+            yield reason, values[..., n - r - 1].abs() / scale
+        if self._strict():
+            # An eigenvalue that rounding made negative counts as positive, exact zero does not.
+            reason = f"the largest {r} eigenvalues must not be 0"
+            yield reason, torch.where(values[..., n - r] != 0, 0.0, torch.inf)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Eigenvalues of the symmetric part: negative ones set to 0, the largest r kept.
+
+        Where they must not be 0, eigenvalues near it are raised to 0.001 of the largest.
+        """
+        values, q = torch.linalg.eigh(high(0.5 * (x + x.mT)))
+        r = self._rank(x.shape)
+        kept = slice(x.shape[-1] - r, None)
+        values, q = values[..., kept].clamp_min(0.0), q[..., kept]
+        if self._strict() and r:
+            values = raised(values, torch.finfo(x.dtype).eps)
+        result = (q * values[..., None, :]) @ q.mT
+        return (0.5 * (result + result.mT)).to(x.dtype)
+
+    def tangent(self, x: Tensor, v: Tensor) -> Tensor:
+        r"""The symmetric part, less what is outside of the range of x on both sides."""
+        s = 0.5 * (v + v.mT)
+        r = self._rank(x.shape)
+        if r == x.shape[-1]:
+            return s
+        q = torch.linalg.eigh(high(x))[1][..., -r:].to(x.dtype)
+        outside = s - q @ (q.mT @ s)
+        return s - (outside - (outside @ q) @ q.mT)
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+        init_: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
+        r"""\(W W^\top\) with W of r columns, of variance 1 / n, or as `init_` fills it."""
+        r = self._rank(self.check_shape(shape))
+        w = self._gaussian(shape, dtype, device, generator)[..., :r]
+        w = fill(w.contiguous(), init_, max(shape[-1], 1) ** -0.5)
+        x = w @ w.mT
+        return x if dtype is None else x.to(dtype)
+
+
+@dataclass(frozen=True)
+class PSD(_Semidefinite):
+    r"""Positive definite matrices: an open cone, with the affine-invariant geometry.
+
+    \(\langle u, v\rangle_x = \operatorname{tr}(x^{-1} u\,x^{-1} v)\). Any two points are joined by
+    one geodesic.
+
+    References:
+        Bhatia, *Positive Definite Matrices*, 2007, chapter 6; Moakher, SIAM J. Matrix Anal. Appl.
+        26 (2005).
+    """
+
+    def _strict(self) -> bool:
+        return True
+
+    def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Affine-invariant inner product."""
+        return (torch.linalg.solve(x, u) * torch.linalg.solve(x, v).mT).sum((-2, -1))
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """X sym(G) x."""
+        return x @ (0.5 * (grad + grad.mT)) @ x
+
+    def exp(self, x: Tensor, v: Tensor) -> Tensor:
+        r"""\(x^{1/2} e^{x^{-1/2} v\,x^{-1/2}} x^{1/2}\)."""
+        root, inverse = _roots(x)
+        return _sandwich(root, _eigen(_sandwich(inverse, v), torch.exp))
+
+    def log(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""\(x^{1/2} \log(x^{-1/2} y\,x^{-1/2})\,x^{1/2}\)."""
+        root, inverse = _roots(x)
+        return _sandwich(root, _eigen(_sandwich(inverse, y), torch.log))
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""\(\|\log(x^{-1/2} y\,x^{-1/2})\|_F\)."""
+        _, inverse = _roots(x)
+        values = torch.linalg.eigvalsh(_sandwich(inverse, y))
+        return values.log().square().sum(-1).sqrt()
+
+    def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        r"""Parallel transport along the geodesic: \(E v E^\top\), \(E = (y x^{-1})^{1/2}\)."""
+        root, inverse = _roots(x)
+        e = root @ _eigen(_sandwich(inverse, y), torch.sqrt) @ inverse
+        return e @ v @ e.mT
+
+    def retract(self, x: Tensor, v: Tensor) -> Tensor:
+        r"""\(x + v + \tfrac12 v x^{-1} v\): of second order, and positive definite always."""
+        return x + v + 0.5 * (v @ torch.linalg.solve(x, v))
+
+    def parametrization(
+        self, shape: Sequence[int], *, f: Scalar = "softplus", triv: Triv = "exponential"
+    ) -> Parametrization:
+        r"""\(Q \operatorname{diag}(f(s))\,Q^\top\).
+
+        Args:
+            shape: Shape of the values.
+            f: A map to the positive numbers: "softplus", "exp", "absolute", a function, or a pair
+                of a function and its inverse.
+            triv: "exponential", "cayley" or an own map.
+        """
+        f = positive_map(self, f)
+        return EigenParametrization(self, shape, self._rank(shape), f, f.inverse, triv)
+
+
+@dataclass(frozen=True)
+class PSSD(_Semidefinite):
+    """Positive semidefinite matrices: a closed convex cone."""
+
+    def parametrization(
+        self, shape: Sequence[int], *, triv: Triv = "exponential"
+    ) -> Parametrization:
+        r"""\(Q \operatorname{diag}(|s|)\,Q^\top\), with the slope 1 at s = 0.
+
+        Args:
+            shape: Shape of the values.
+            triv: "exponential", "cayley" or an own map.
+        """
+        return EigenParametrization(self, shape, self._rank(shape), absolute, absolute, triv)
+
+
+@dataclass(frozen=True)
+class PSSDLowRank(PSSD):
+    """Positive semidefinite matrices of rank at most `rank`.
+
+    Attributes:
+        rank: Largest rank.
+    """
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        _checks.positive_int(self, rank=self.rank)
+
+    def _rank(self, shape: Sequence[int]) -> int:
+        return self.rank
+
+
+@dataclass(frozen=True)
+class PSSDFixedRank(_Semidefinite):
+    """Positive semidefinite matrices of rank exactly `rank`.
+
+    Attributes:
+        rank: The rank.
+    """
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        _checks.positive_int(self, rank=self.rank)
+
+    def _rank(self, shape: Sequence[int]) -> int:
+        return self.rank
+
+    def _strict(self) -> bool:
+        return True
+
+    def parametrization(
+        self, shape: Sequence[int], *, f: Scalar = "softplus", triv: Triv = "exponential"
+    ) -> Parametrization:
+        r"""\(Q \operatorname{diag}(f(s))\,Q^\top\) with Q of `rank` columns; see `PSD`."""
+        f = positive_map(self, f)
+        return EigenParametrization(self, shape, self.rank, f, f.inverse, triv)
+
+
+def _eigen(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    values, q = torch.linalg.eigh(0.5 * (x + x.mT))
+    return (q * function(values)[..., None, :]) @ q.mT
+
+
+def _roots(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root and inverse square root."""
+    values, q = torch.linalg.eigh(0.5 * (x + x.mT))
+    root = values.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+    return (q * root[..., None, :]) @ q.mT, (q / root[..., None, :]) @ q.mT
+
+
+def _sandwich(a: Tensor, x: Tensor) -> Tensor:
+    result = a @ x @ a
+    return 0.5 * (result + result.mT)

@@ -1,0 +1,149 @@
+r"""Probability vectors, stochastic matrices, and doubly stochastic ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthonet import _checks
+from orthonet.linalg._sinkhorn import sinkhorn
+from orthonet.manifolds._base import Manifold
+from orthonet.manifolds._linear import square_problem
+from orthonet.manifolds._maps import MappedParametrization
+from orthonet.manifolds._parametrization import Parametrization
+from orthonet.manifolds._scalar import absolute
+
+__all__ = ["DoublyStochastic", "Simplex"]
+
+
+@dataclass(frozen=True)
+class Simplex(Manifold):
+    r"""Vectors along the last dimension with entries \(\ge 0\) that sum to 1.
+
+    A matrix of them is row-stochastic.
+    """
+
+    event_ndim = 1
+
+    def _shape_problem(self, shape: Sequence[int]) -> str | None:
+        return None if shape[-1] >= 1 else "the vectors must have at least one entry"
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """N - 1."""
+        return shape[-1] - 1
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield "no entry may be negative", (-x).clamp_min(0.0).amax(-1)
+        yield "the entries must sum to 1", (x.sum(-1) - 1.0).abs()
+
+    def project(self, x: Tensor) -> Tensor:
+        r"""The nearest point, \(\max(x - \tau, 0)\) with the \(\tau\) that makes the sum 1.
+
+        References:
+            Duchi, Shalev-Shwartz, Singer & Chandra, *Efficient projections onto the l1-ball*, ICML
+            2008.
+        """
+        ordered = x.sort(-1, descending=True).values
+        count = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+        thresholds = (ordered.cumsum(-1) - 1.0) / count
+        last = (ordered > thresholds).sum(-1, keepdim=True).clamp_min(1) - 1
+        result = (x - thresholds.gather(-1, last)).clamp_min(0.0)
+        return result / result.sum(-1, keepdim=True)
+
+    def tangent(self, x: Tensor, v: Tensor) -> Tensor:
+        """`v` less its mean (in the interior)."""
+        return v - v.mean(-1, keepdim=True)
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Uniform: normalized exponential variables."""
+        sizes = self.check_shape(shape)
+        x = torch.empty(sizes, dtype=dtype, device=device).exponential_(generator=generator)
+        return x / x.sum(-1, keepdim=True)
+
+    def parametrization(self, shape: Sequence[int], *, f: str = "absolute") -> Parametrization:
+        r"""\(|s| / \sum |s|\), which reaches the boundary, or the softmax, which does not.
+
+        Args:
+            shape: Shape of the values.
+            f: "absolute" or "softmax".
+        """
+        _checks.one_of(self, ("absolute", "softmax"), f=f)
+        if f == "softmax":
+            return MappedParametrization(self, shape, _softmax, _logarithm)
+        return MappedParametrization(self, shape, _normalized, absolute)
+
+
+def _softmax(s: Tensor) -> Tensor:
+    return s.softmax(-1)
+
+
+def _logarithm(x: Tensor) -> Tensor:
+    return x.clamp_min(torch.finfo(x.dtype).tiny).log()
+
+
+def _normalized(s: Tensor) -> Tensor:
+    size = absolute(s)
+    total = size.sum(-1, keepdim=True)
+    even = torch.full_like(s, 1.0 / s.shape[-1])
+    return torch.where(
+        total > 0, size / torch.where(total > 0, total, torch.ones_like(total)), even
+    )
+
+
+@dataclass(frozen=True)
+class DoublyStochastic(Manifold):
+    r"""n x n matrices with entries \(\ge 0\), rows and columns of which sum to 1.
+
+    The interior is what the parametrization reaches; permutation matrices are its limits.
+    """
+
+    def _shape_problem(self, shape: Sequence[int]) -> str | None:
+        return square_problem(shape) or (None if shape[-1] else "the matrix must not be empty")
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """(n - 1)²."""
+        return (shape[-1] - 1) ** 2
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield "no entry may be negative", (-x).clamp_min(0.0).amax((-2, -1))
+        yield "all rows must sum to 1", (x.sum(-1) - 1.0).abs().amax(-1)
+        yield "all columns must sum to 1", (x.sum(-2) - 1.0).abs().amax(-1)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Rows and columns scaled until they sum to 1 (Sinkhorn), entries <= 0 taken as 0.001 / n.
+
+        This is the nearest point in relative entropy to that matrix, not in the Frobenius norm.
+        """
+        return sinkhorn(torch.where(x > 0, x, 1e-3 / x.shape[-1]).log())
+
+    def tangent(self, x: Tensor, v: Tensor) -> Tensor:
+        """`v` less its row and column means: all sums zero."""
+        rows, columns = v.mean(-1, keepdim=True), v.mean(-2, keepdim=True)
+        return v - rows - columns + v.mean((-2, -1), keepdim=True)
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """A matrix of exponential variables, scaled to the sums."""
+        sizes = self.check_shape(shape)
+        x = torch.empty(sizes, dtype=dtype, device=device).exponential_(generator=generator)
+        return sinkhorn(x.clamp_min(1e-6).log())
+
+    def parametrization(self, shape: Sequence[int]) -> Parametrization:
+        r"""Sinkhorn scaling of \(e^s\); the coordinates are n² logarithms."""
+        return MappedParametrization(self, shape, sinkhorn, _logarithm)

@@ -1,0 +1,274 @@
+r"""Spheres, and matrices whose columns lie on spheres."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthonet import _checks
+from orthonet.linalg._rotation import (
+    complement_reflector,
+    times_complement,
+    times_complement_adjoint,
+)
+from orthonet.manifolds._base import Manifold
+from orthonet.manifolds._maps import ProjectedParametrization
+from orthonet.manifolds._parametrization import Parametrization
+from orthonet.manifolds._trivialization import Trivialization
+
+__all__ = ["Oblique", "Sphere", "SphereTrivialization", "cos_sinc", "unit"]
+
+
+def unit(x: Tensor) -> Tensor:
+    """X / ||x|| along the last dimension, of any scale; the first axis where x is zero."""
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    zero = largest == 0
+    axis = torch.zeros_like(x)
+    axis[..., 0] = 1.0
+    scaled = torch.where(zero, axis, x / torch.where(zero, torch.ones_like(largest), largest))
+    return scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+
+
+def cos_sinc(s: Tensor) -> tuple[Tensor, Tensor]:
+    r"""\(\cos\sqrt s\) and \(\sin\sqrt s / \sqrt s\), smooth at 0."""
+    small = s < 1e-3
+    root = torch.where(small, torch.ones_like(s), s).sqrt()
+    near = torch.where(small, s, torch.zeros_like(s))
+    cos = 1.0 - near / 2.0 * (1.0 - near / 12.0 * (1.0 - near / 30.0 * (1.0 - near / 56.0)))
+    sinc = 1.0 - near / 6.0 * (1.0 - near / 20.0 * (1.0 - near / 42.0 * (1.0 - near / 72.0)))
+    return torch.where(small, cos, root.cos()), torch.where(small, sinc, root.sin() / root)
+
+
+@dataclass(frozen=True)
+class Sphere(Manifold):
+    r"""Vectors of norm `radius` along the last dimension, \(\|x\| = r\).
+
+    Attributes:
+        radius: The radius, positive.
+    """
+
+    radius: float = 1.0
+    event_ndim = 1
+
+    def __post_init__(self) -> None:
+        _checks.require(
+            self.radius > 0.0,
+            self,
+            "radius must be positive",
+            "Use 1.0 for the unit sphere",
+            radius=self.radius,
+        )
+
+    def _shape_problem(self, shape: Sequence[int]) -> str | None:
+        return None if shape[-1] >= 1 else "the vectors must have at least one entry"
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """N - 1."""
+        return shape[-1] - 1
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        norm = torch.linalg.vector_norm(x, dim=-1)
+        yield f"the norm must be {self.radius:g}", (norm / self.radius - 1.0).abs()
+
+    def project(self, x: Tensor) -> Tensor:
+        r"""\(r\,x / \|x\|\); for x = 0 the first axis."""
+        return self.radius * unit(x)
+
+    def tangent(self, x: Tensor, v: Tensor) -> Tensor:
+        """The part of `v` orthogonal to `x`."""
+        return v - x * (x * v).sum(-1, keepdim=True) / self.radius**2
+
+    def exp(self, x: Tensor, v: Tensor) -> Tensor:
+        """Great circle from `x` in direction `v`."""
+        cos, sinc = cos_sinc((v * v).sum(-1, keepdim=True) / self.radius**2)
+        return self.project(x * cos + v * sinc)
+
+    def log(self, x: Tensor, y: Tensor) -> Tensor:
+        """Shortest tangent vector that leads to `y`; zero where `y` is opposite to `x`."""
+        across = self.tangent(x, y)
+        norm = torch.linalg.vector_norm(across, dim=-1, keepdim=True)
+        safe = torch.where(norm > 0, norm, torch.ones_like(norm))
+        return across * (self.distance(x, y)[..., None] / safe)
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Length of the shorter arc; accurate for near and for opposite points."""
+        minus = torch.linalg.vector_norm(x - y, dim=-1)
+        plus = torch.linalg.vector_norm(x + y, dim=-1)
+        return 2.0 * self.radius * torch.atan2(minus, plus)
+
+    def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """Parallel transport along the shortest arc from `x` to `y` (not opposite to it)."""
+        factor = (y * v).sum(-1, keepdim=True) / (self.radius**2 + (x * y).sum(-1, keepdim=True))
+        return v - factor * (x + y)
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Uniform."""
+        x = self.project(self._gaussian(shape, dtype, device, generator))
+        return x if dtype is None else x.to(dtype)
+
+    def parametrization(self, shape: Sequence[int], *, embedded: bool = False) -> Parametrization:
+        r"""Great circles from a base (n - 1 coordinates), or \(x \mapsto r x / \|x\|\).
+
+        Args:
+            shape: Shape of the values, (*batch, n).
+            embedded: Take the second map, of n coordinates.
+        """
+        return (ProjectedParametrization if embedded else SphereTrivialization)(self, shape)
+
+
+class SphereTrivialization(Trivialization):
+    r"""\(x = r (B \cos t + B_\perp c\,\tfrac{\sin t}{t})\), \(t = \|c\|\), n - 1 coordinates c.
+
+    Args:
+        space: The sphere.
+        shape: Shape of the values, (*batch, n).
+    """
+
+    reflector: Tensor
+    space: Sphere
+
+    def __init__(self, space: Sphere, shape: Sequence[int]) -> None:
+        super().__init__(space, shape)
+        base = torch.zeros(self.shape)
+        base[..., 0] = 1.0
+        self.register_buffer("base", base * space.radius)
+        reflector = torch.empty_like(base) if base.is_meta else self._reflector(base)
+        self.register_buffer("reflector", reflector)
+
+    @staticmethod
+    def _reflector(unit_base: Tensor) -> Tensor:
+        return complement_reflector(unit_base[..., None])[..., 0]
+
+    @property
+    def coordinate_shape(self) -> tuple[int, ...]:
+        """(*batch, n - 1)."""
+        return (*self.batch_shape, self.shape[-1] - 1)
+
+    def _point(self, coordinates: Tensor) -> Tensor:
+        cos, sinc = cos_sinc((coordinates * coordinates).sum(-1, keepdim=True))
+        reflector = self.reflector.to(coordinates.dtype)[..., None]
+        side = times_complement(reflector, coordinates[..., None])[..., 0]
+        base = self.base.to(coordinates.dtype)
+        x = base * cos + (self.space.radius * sinc) * side
+        norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
+        return x * (self.space.radius / norm)  # rounding only
+
+    @torch.no_grad()
+    def _move(self, x: Tensor) -> None:
+        super()._move(x)
+        self.reflector.copy_(self._reflector(self.base / self.space.radius))
+
+    def tangent_coordinates(self, v: Tensor) -> Tensor:
+        """Coordinates of a tangent vector at the base."""
+        side = times_complement_adjoint(self.reflector.to(v.dtype)[..., None], v[..., None])
+        return side[..., 0] / self.space.radius
+
+
+@dataclass(frozen=True)
+class Oblique(Manifold):
+    r"""Matrices with columns of norm `radius`: a product of spheres, one for each column.
+
+    Attributes:
+        radius: The radius, positive.
+    """
+
+    radius: float = 1.0
+
+    @property
+    def sphere(self) -> Sphere:
+        """The sphere of one column."""
+        return Sphere(self.radius)
+
+    def __post_init__(self) -> None:
+        Sphere(self.radius)
+
+    def _shape_problem(self, shape: Sequence[int]) -> str | None:
+        return None if shape[-2] >= 1 else "the columns must have at least one entry"
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """(n - 1) k."""
+        return (shape[-2] - 1) * shape[-1]
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        norm = torch.linalg.vector_norm(x, dim=-2)
+        yield f"the norm of each column must be {self.radius:g}", (norm / self.radius - 1.0).abs()
+
+    def project(self, x: Tensor) -> Tensor:
+        """Every column divided by its norm."""
+        return self.sphere.project(x.mT).mT
+
+    def tangent(self, x: Tensor, v: Tensor) -> Tensor:
+        """Each column of `v` without its part along that of `x`."""
+        return self.sphere.tangent(x.mT, v.mT).mT
+
+    def exp(self, x: Tensor, v: Tensor) -> Tensor:
+        """Great circles of the columns."""
+        return self.sphere.exp(x.mT, v.mT).mT
+
+    def log(self, x: Tensor, y: Tensor) -> Tensor:
+        """Logarithms of the columns."""
+        return self.sphere.log(x.mT, y.mT).mT
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Root of the sum of the squared distances of the columns."""
+        return self.sphere.distance(x.mT, y.mT).square().sum(-1).sqrt()
+
+    def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """Parallel transport of the columns."""
+        return self.sphere.transport(x.mT, y.mT, v.mT).mT
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Independent uniform columns."""
+        x = self.project(self._gaussian(shape, dtype, device, generator))
+        return x if dtype is None else x.to(dtype)
+
+    def parametrization(self, shape: Sequence[int]) -> Parametrization:
+        """Great circles from a base, (n - 1) k coordinates in shape (*batch, k, n - 1)."""
+        return ObliqueTrivialization(self, shape)
+
+
+class ObliqueTrivialization(Parametrization):
+    """The trivialization of the sphere, for each column.
+
+    Args:
+        space: The oblique manifold.
+        shape: Shape of the values, (*batch, n, k).
+    """
+
+    def __init__(self, space: Oblique, shape: Sequence[int]) -> None:
+        super().__init__(space, shape)
+        *batch, n, k = self.shape
+        self.columns = SphereTrivialization(space.sphere, (*batch, k, n))
+
+    @property
+    def coordinate_shape(self) -> tuple[int, ...]:
+        """(*batch, k, n - 1)."""
+        return self.columns.coordinate_shape
+
+    def _point(self, coordinates: Tensor) -> Tensor:
+        return self.columns(coordinates).mT
+
+    def _coordinates(self, x: Tensor) -> Tensor:
+        return self.columns._coordinates(x.mT)
+
+    @torch.no_grad()
+    def update_base(self, coordinates: Tensor, *vectors: Tensor) -> list[Tensor]:
+        """Move the base to the present point."""
+        return self.columns.update_base(coordinates, *vectors)

@@ -1,0 +1,285 @@
+r"""Matrices with orthonormal columns (or rows): the Stiefel manifold and the rotations SO(n)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthonet import _checks
+from orthonet.linalg import haar, polar, rotation_logarithm
+from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg._rotation import frame_cayley, frame_exponential, polished
+from orthonet.manifolds._base import Manifold
+from orthonet.manifolds._linear import square_problem
+from orthonet.manifolds._maps import ProjectedParametrization
+from orthonet.manifolds._parametrization import Parametrization
+from orthonet.manifolds._rotations import Distribution, block_rotation, rotation_angles
+from orthonet.manifolds._trivialization import FrameTrivialization, SignedTrivialization, Triv
+
+__all__ = ["SO", "St", "Stiefel"]
+
+
+def nearest_rotation(x: Tensor, det: int) -> Tensor:
+    r"""The nearest matrix of that determinant: \(U \mathrm{diag}(1, ..., 1, \pm 1) V^\top\)."""
+    q = polar(x)
+    if 0 in x.shape:
+        return q
+    negative = torch.linalg.det(q.detach()) * det < 0
+    if not bool(negative.any()):
+        return q
+    u, _, vh = torch.linalg.svd(x)
+    last = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
+    last[-1] = -1.0
+    return torch.where(negative[..., None, None], (u * last) @ vh, q)
+
+
+def complex_polar(x: Tensor) -> Tensor:
+    """Polar factor of complex matrices, through the real matrices of twice the size."""
+    if x.shape[-2] < x.shape[-1]:
+        return complex_polar(x.mT).mT
+    k = x.shape[-1]
+    real = torch.cat([torch.cat([x.real, -x.imag], -1), torch.cat([x.imag, x.real], -1)], -2)
+    u = polar(real)
+    q = torch.complex(u[..., : x.shape[-2], :k], u[..., x.shape[-2] :, :k])
+    # Without full rank the real polar factor is not unique and need not be that of a complex one.
+    if not x.numel() or float((u[..., : x.shape[-2], k:].detach() + q.imag).abs().amax()) < 1e-3:
+        return q
+    left, _, right = torch.linalg.svd(x, full_matrices=False)
+    return left @ right
+
+
+@dataclass(frozen=True)
+class Stiefel(Manifold):
+    r"""Matrices with orthonormal columns, \(X^* X = I\); orthonormal rows where they are wide.
+
+    Square ones may have either determinant; complex ones are unitary frames. The metric of `exp`
+    and `inner` is the canonical one,
+    \(\langle u, v\rangle = \operatorname{tr} u^\top (I - \tfrac12 X X^\top) v\), in which the
+    coordinates of the parametrization are orthonormal; on square matrices it is half of the
+    Frobenius metric.
+    """
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """N k - k (k + 1) / 2, with k the smaller side."""
+        n, k = max(shape[-2:]), min(shape[-2:])
+        return n * k - k * (k + 1) // 2
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        sigma = torch.linalg.svdvals(x)
+        yield "all singular values must be 1", (sigma - 1.0).abs()
+
+    def project(self, x: Tensor) -> Tensor:
+        """The polar factor."""
+        return complex_polar(x) if x.is_complex() else polar(x)
+
+    def tangent(self, x: Tensor, v: Tensor) -> Tensor:
+        r"""\(v - x\,\mathrm{sym}(x^\top v)\)."""
+        x, v, wide = _tall(x, v)
+        inner = x.mH @ v
+        result = v - x @ (0.5 * (inner + inner.mH))
+        return result.mT if wide else result
+
+    def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Canonical inner product."""
+        x, u, _ = _tall(x, u)
+        v = v.mT if v.shape[-2] < v.shape[-1] else v
+        return super().inner(x, u, v) - 0.5 * super().inner(x, x.mH @ u, x.mH @ v)
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        r"""Gradient for the canonical metric, \(G - X G^\top X\)."""
+        x, grad, wide = _tall(x, grad)
+        result = grad - x @ (grad.mH @ x)
+        return result.mT if wide else result
+
+    def exp(self, x: Tensor, v: Tensor) -> Tensor:
+        """Geodesic of the canonical metric from `x` in direction `v`, at time 1."""
+        return self._along(x, v, frame_exponential)
+
+    def retract(self, x: Tensor, v: Tensor, method: str = "cayley") -> Tensor:
+        """A point near `x` in direction `v`.
+
+        Args:
+            x: Point.
+            v: Tangent vector there.
+            method: "cayley" (second order), "polar" (the projection of x + v) or "exponential".
+        """
+        _checks.one_of(self, ("cayley", "polar", "exponential"), method=method)
+        if method == "polar":
+            return self.project(x + v)
+        return self._along(x, v, frame_cayley if method == "cayley" else frame_exponential)
+
+    def _along(
+        self, x: Tensor, v: Tensor, frame: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        x, v, wide = _tall(x, v)
+        inner = x.mH @ v
+        a = 0.5 * (inner - inner.mH)
+        top, rest = frame(a, v - x @ inner)
+        result = polished(x @ top + rest)
+        return result.mT if wide else result
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+        distribution: Distribution = "haar",
+        init_: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
+        r"""A random matrix.
+
+        Args:
+            shape: (*batch, n, k).
+            dtype: Dtype.
+            device: Device.
+            generator: Source of randomness.
+            distribution: "haar" (or "uniform"): the uniform one. "torus": rotations of the planes
+                (0, 1), (2, 3), ... by angles uniform in \((-\pi, \pi)\). "henaff": the same name as
+                in recurrent networks, equal to "torus". "cayley": angles uniform in
+                \((0, \pi / 2)\). "identity". Rectangular matrices take the leading columns.
+            init_: Fills the tensor of angles in place, instead of the uniform distribution.
+
+        References:
+            Henaff, Szlam & LeCun, *Recurrent orthogonal networks and long-memory tasks*, ICML 2016;
+            Helfrich, Willmott & Ye, *Orthogonal recurrent neural networks with scaled Cayley
+            transform*, ICML 2018.
+        """
+        sizes = self.check_shape(shape)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        work = compute_dtype(dtype)
+        if distribution in ("haar", "uniform"):
+            x = self._haar(sizes, work, device, generator)
+        else:
+            n, k = max(sizes[-2:]), min(sizes[-2:])
+            angles = rotation_angles(
+                self, (*sizes[:-2], n // 2), distribution, init_, work, device, generator
+            )
+            x = self._from_rotation(block_rotation(angles, n)[..., :k])
+            x = x.mT.contiguous() if sizes[-2] < sizes[-1] else x
+        return x.to(dtype)
+
+    def _from_rotation(self, x: Tensor) -> Tensor:
+        return x
+
+    def _haar(
+        self,
+        sizes: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        if not dtype.is_complex:
+            return haar(sizes, dtype=dtype, device=device, generator=generator)
+        x = torch.randn(sizes, dtype=dtype, device=device, generator=generator)
+        q, r = torch.linalg.qr(x if sizes[-2] >= sizes[-1] else x.mT)
+        diagonal = r.diagonal(dim1=-2, dim2=-1)
+        q = q * (diagonal / diagonal.abs().clamp_min(torch.finfo(dtype).tiny))[..., None, :]
+        return q if sizes[-2] >= sizes[-1] else q.mT.contiguous()
+
+    def parametrization(
+        self,
+        shape: Sequence[int],
+        *,
+        triv: Triv = "exponential",
+        cross: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Parametrization:
+        """Dynamic trivialization by the exponential, the Cayley or an own map.
+
+        Args:
+            shape: Shape of the values.
+            triv: "exponential" (or "expm"), "cayley", a map from skew-symmetric matrices to
+                orthogonal ones; or "polar": the polar factor of an unconstrained matrix, which has
+                n k coordinates.
+            dtype: Dtype of the base, if the values are complex.
+            cross: Let square matrices cross between the two components of O(n) in training.
+        """
+        if triv == "polar":
+            return ProjectedParametrization(self, shape)
+        if cross:
+            _checks.require(
+                type(self) is Stiefel and len(shape) > 1 and shape[-1] == shape[-2] > 0,
+                self,
+                "only square matrices of either determinant have two components to cross",
+                "Use Stiefel() and a square shape, or cross=False",
+                shape=tuple(shape),
+            )
+            return SignedTrivialization(self, shape, triv)
+        return FrameTrivialization(self, shape, triv, dtype=dtype)
+
+
+St = Stiefel
+
+
+@dataclass(frozen=True)
+class SO(Stiefel):
+    r"""Rotations: orthogonal n x n matrices of determinant 1 (or those of determinant -1).
+
+    The metric is half of the Frobenius metric, which is bi-invariant: geodesics are
+    \(X e^{tA}\) with A skew-symmetric.
+
+    Attributes:
+        det: The determinant. With -1 it is the other component of O(n), no group.
+    """
+
+    det: int = 1
+
+    def __post_init__(self) -> None:
+        _checks.one_of(self, (1, -1), det=self.det)
+
+    def _shape_problem(self, shape: Sequence[int]) -> str | None:
+        return square_problem(shape)
+
+    def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield from super()._violations(x)
+        determinant = torch.linalg.det(x)
+        reason = f"the determinant must be {self.det}, not {-self.det} (Stiefel() takes either)"
+        yield reason, (determinant * self.det < 0).to(x.dtype) * 2.0
+
+    def project(self, x: Tensor) -> Tensor:
+        """The nearest orthogonal matrix of that determinant."""
+        return nearest_rotation(x, self.det)
+
+    def log(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""The shortest tangent vector at `x` with exp(x, v) = y: \(x \log(x^\top y)\)."""
+        return x @ rotation_logarithm(x.mT @ y)
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Length of the shortest geodesic: the root of the sum of the squared rotation angles."""
+        return self.norm(x, self.log(x, y))
+
+    def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        r"""Parallel transport along the shortest geodesic, \(x\,e^{A/2} (x^\top v)\,e^{A/2}\)."""
+        half = torch.linalg.matrix_exp(0.5 * rotation_logarithm(x.mT @ y))
+        return x @ half @ (x.mT @ v) @ half
+
+    def _from_rotation(self, x: Tensor) -> Tensor:
+        if self.det < 0 and x.numel():
+            x[..., -1] *= -1.0
+        return x
+
+    def _haar(
+        self,
+        sizes: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        x = haar(sizes, dtype=dtype, device=device, generator=generator)
+        if 0 in sizes or x.is_meta:
+            return x
+        # Flipping one column keeps the distribution.
+        x[..., 0] *= self.det * torch.linalg.det(x).sign()[..., None]
+        return x
+
+
+def _tall(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Both as tall matrices, and whether they were wide."""
+    if x.shape[-2] < x.shape[-1]:
+        return x.mT, v.mT, True
+    return x, v, False

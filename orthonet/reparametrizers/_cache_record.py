@@ -1,0 +1,141 @@
+"""What a computed weight depends on, and whether it is all the same still."""
+
+from __future__ import annotations
+
+from operator import is_, itemgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["INTERNAL", "STATE", "Stamps", "Structure", "probe"]
+
+STATE = "_cached"  # the attribute of a module that holds its slot
+# What every module has: its hooks, which do not enter a value, and what is looked at below.
+INTERNAL = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
+
+
+class Structure:
+    """Which tensors, attributes and sub-modules a module has, compared by identity.
+
+    What is compared is kept alive, so that no identity is used twice. Of the module itself the
+    values are held, not its dictionary, which leads back here.
+    """
+
+    __slots__ = (
+        "attributes",
+        "audited",
+        "count",
+        "names",
+        "parts",
+        "probes",
+        "size",
+        "sized",
+        "tensors",
+        "where",
+    )
+
+    def __init__(self, module: nn.Module) -> None:
+        own = vars(module)
+        names = [name for name in own if name not in INTERNAL and name != STATE]
+        self.count, self.names = len(own), itemgetter(*names)
+        self.attributes = self.names(own)
+        held = list(self.attributes)
+        self.parts = []  # the same of the sub-modules
+        self.sized = []  # dictionaries that must not grow
+        for part in module.modules():
+            contents = [part._parameters, part._buffers, part._modules]
+            self.sized += contents
+            self.parts += [_values(d, tuple(d)) for d in contents if d]
+            held += [value for d in contents for value in d.values()]
+            if part is not module:
+                values = vars(part)
+                self.sized.append(values)
+                self.parts.append(_values(values, tuple(n for n in values if n not in INTERNAL)))
+                held += self.parts[-1][2]
+        self.size = sum(map(len, self.sized))
+        self.tensors = list({id(v): v for v in held if isinstance(v, Tensor)}.values())
+        self.where: list[int] = []
+        self.probes: list[Tensor | None] = []
+        self.audited: set[bool] = set()
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether `module` is as it was."""
+        own = vars(module)
+        if len(own) != self.count or sum(map(len, self.sized)) != self.size:
+            return False
+        try:
+            if not all(map(is_, self.names(own), self.attributes)):
+                return False
+            for values, names, saved in self.parts:
+                if not all(map(is_, names(values), saved)):
+                    return False
+        except KeyError:  # one attribute has gone and another come
+            return False
+        return True
+
+    def settle(self) -> None:
+        """Remember where the tensors lie; called once it is known that they lie somewhere."""
+        self.where = [t.data_ptr() for t in self.tensors]
+        self.probes = [probe(t) for t in self.tensors]
+
+    def settled(self) -> bool:
+        """Whether the tensors lie where they lay."""
+        return len(self.where) == len(self.tensors) and all(
+            t.data_ptr() == place for t, place in zip(self.tensors, self.where, strict=True)
+        )
+
+
+def _values(values: dict[str, Any], names: tuple[str, ...]) -> tuple[dict[str, Any], Any, Any]:
+    """A dictionary, a function of it that returns the values of `names`, and these now."""
+    get: Any = itemgetter(*names, names[0])  # the repetition has it return a tuple always
+    return values, get, get(values)
+
+
+class Stamps:
+    """The state of some tensors at one time."""
+
+    __slots__ = ("entries", "requires_grad")
+
+    def __init__(self, structure: Structure) -> None:
+        self.entries = [
+            (
+                t,
+                t._version,
+                t.data_ptr(),
+                t.requires_grad,
+                t.dtype,
+                t.stride(),
+                entry,
+                None if entry is None else entry.item(),
+            )
+            for t, entry in zip(structure.tensors, structure.probes, strict=True)
+        ]
+        self.requires_grad = any(entry[3] for entry in self.entries)
+
+    def hold(self) -> bool:
+        """Whether it is their state still."""
+        for tensor, version, pointer, requires_grad, dtype, strides, entry, value in self.entries:
+            if (
+                tensor._version != version
+                or tensor.data_ptr() != pointer
+                or tensor.requires_grad is not requires_grad
+                or tensor.dtype is not dtype
+                or tensor.stride() != strides
+                or (entry is not None and entry.item() != value)
+            ):
+                return False
+        return True
+
+
+def probe(tensor: Tensor) -> Tensor | None:
+    """One entry of a tensor in main memory.
+
+    A write that leaves no trace (through `.data`, NumPy) to the whole tensor changes it, most
+    likely. On an accelerator, to look would be to wait.
+    """
+    if tensor.device.type != "cpu" or tensor.numel() == 0:
+        return None
+    start = tensor.storage_offset()
+    if tensor.is_contiguous():
+        start += tensor.numel() * 5 // 8
+    return tensor.detach().as_strided((), (), start)

@@ -1,0 +1,191 @@
+"""`defer_pullback`: the gradients of computed weights are summed, then pulled back once."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from orthonet import _checks
+from orthonet.reparametrizers._pullback import Computation
+
+__all__ = ["deferred", "defer_pullback", "undeferred"]
+
+_local = threading.local()  # .deferral: that of this thread
+_open: list[_Deferral] = []  # of all threads
+
+
+class _Wait(torch.autograd.Function):
+    """The outputs of a computation, whose gradients stay where they arrive."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, deferral: _Deferral, computation: Computation, anchor: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.deferral, ctx.computation = deferral, computation
+        ctx.set_materialize_grads(False)
+        return tuple(output.detach() for output in computation.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _checks.require(
+            not torch.is_grad_enabled(),
+            "defer_pullback",
+            "backward(create_graph=True) must be outside",
+            "Leave the context for higher derivatives in the parameters",
+            RuntimeError,
+        )
+        ctx.deferral.take(ctx.computation, grads)
+        return None, None, None
+
+
+class _Deferral:
+    """Gradients of computed tensors that wait for their pull-back."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # backward runs on threads of the autograd engine
+        self.outputs: dict[Computation, tuple[Tensor, ...]] = {}
+        self.sums: dict[Computation, list[Tensor | None]] = {}
+        self.open = True
+
+    def give(self, computation: Computation) -> tuple[Tensor, ...]:
+        """The outputs, not connected to the parameters, so that none of their hooks runs."""
+        replica = DistributedDataParallel._get_active_ddp_module()
+        _checks.require(
+            replica is None or not replica.require_backward_grad_sync,
+            "defer_pullback",
+            "a forward pass of DistributedDataParallel that will synchronize must be outside, for "
+            "its backward would send gradients that are not there yet",
+            "Put the other micro-batches inside, together with model.no_sync()",
+            RuntimeError,
+        )
+        outputs = self.outputs.get(computation)
+        if outputs is None:
+            anchor = torch.empty((), requires_grad=True)
+            outputs = _Wait.apply(self, computation, anchor)  # type: ignore[assignment]
+            self.outputs[computation] = outputs  # type: ignore[assignment]
+        return outputs  # type: ignore[return-value]
+
+    def take(self, computation: Computation, grads: Sequence[Tensor | None]) -> None:
+        """Add `grads` to what waits."""
+        with self.lock:
+            _checks.require(
+                self.open,
+                "defer_pullback",
+                "the backward of a forward pass inside must be inside too",
+                "Move it into the context",
+                RuntimeError,
+            )
+            sums = self.sums.setdefault(computation, [None] * len(grads))
+            for i, grad in enumerate(grads):
+                total = sums[i]
+                if grad is not None:
+                    sums[i] = grad.clone() if total is None else total.add_(grad)
+
+    def flush(self) -> None:
+        """Pull everything back into the `.grad` of the parameters."""
+        inputs: list[Tensor] = []
+        grads: list[Tensor] = []
+        for computation, sums in self.sums.items():
+            computation.require_unchanged()
+            pulled = computation.pull_back(sums)
+            for tensor, grad in zip(computation.inputs, pulled, strict=True):
+                if grad is not None and tensor.requires_grad:
+                    inputs.append(tensor)
+                    grads.append(grad)
+        if inputs:
+            torch.autograd.backward(inputs, grads)
+
+    def close(self) -> None:
+        """Forget what waits."""
+        with self.lock:
+            self.open = False
+        self.sums.clear()
+        self.outputs.clear()
+
+    def waits_for(self, optimizer: Optimizer) -> bool:
+        """Whether a parameter of `optimizer` would get a gradient."""
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        with self.lock:
+            watched = [t for computation in self.sums for t, _ in computation.versions]
+        return any(id(t) in owned for t in watched)
+
+
+@contextlib.contextmanager
+def defer_pullback() -> Iterator[None]:
+    """Accumulate micro-batches at the cost of one pass through the constraints.
+
+    Inside, `backward()` adds up the gradients of the constrained weights themselves; on exit their
+    sum is pulled back to the parameters, once. Parameters that are not constrained (biases) get
+    their gradient at once. Wrap forward and backward passes of all micro-batches:
+
+        with orthonet.defer_pullback():
+            for x, y in micro_batches:
+                loss(model(x), y).backward()
+        optimizer.step()
+
+    It costs one tensor of the size of each weight and saves all pull-backs but one. Weights that
+    are not cached (see [`caching`][orthonet.caching]) are pulled back as usual. Use `backward()`
+    inside; `torch.autograd.grad` with respect to the parameters of a constraint finds them
+    unused. It concerns the thread that it is called in. If the body raises, what waits is dropped.
+    A context inside another one does nothing.
+
+    With DistributedDataParallel, wrap all micro-batches but the last, together with its
+    `no_sync()`; run the last one, which synchronizes, outside.
+
+    Raises:
+        RuntimeError: the optimizer steps inside although gradients of its parameters wait; a
+            parameter has been modified in place inside; `backward` with `create_graph=True`, or
+            outside for a forward pass inside; a synchronizing forward of DistributedDataParallel.
+    """
+    if getattr(_local, "deferral", None) is not None:
+        yield
+        return
+    deferral = _local.deferral = _Deferral()
+    _open.append(deferral)
+    try:
+        yield
+        _local.deferral = None
+        deferral.flush()
+    finally:
+        _local.deferral = None
+        _open.remove(deferral)
+        deferral.close()
+
+
+def deferred(computation: Computation) -> tuple[Tensor, ...] | None:
+    """The outputs for a reader inside `defer_pullback`; None outside."""
+    if not _open:
+        return None
+    deferral = getattr(_local, "deferral", None)
+    return None if deferral is None else deferral.give(computation)
+
+
+@contextlib.contextmanager
+def undeferred() -> Iterator[None]:
+    """Read as outside of `defer_pullback`."""
+    deferral = getattr(_local, "deferral", None)
+    _local.deferral = None
+    try:
+        yield
+    finally:
+        _local.deferral = deferral
+
+
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    _checks.require(
+        not any(deferral.waits_for(optimizer) for deferral in tuple(_open)),
+        type(optimizer),
+        "step() must come after the end of defer_pullback(), for gradients wait there",
+        "Leave the context first",
+        RuntimeError,
+    )
+
+
+register_optimizer_step_pre_hook(_before_step)

@@ -1,0 +1,183 @@
+"""The sub-module of a layer whose weight is a function of a free parameter of the same shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from orthonet import _checks
+from orthonet.errors import NotOnManifoldError
+from orthonet.linalg._matrix import compute_dtype
+from orthonet.reparametrizers._cache import CachedWeight
+
+__all__ = ["MappedWeight", "ScaledWeight"]
+
+_ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-8}
+
+
+class MappedWeight(CachedWeight):
+    r"""A weight \(K \cdot f(\mathrm{original})\) for a map f onto norm at most 1.
+
+    Args:
+        shape: Shape of the parameter and of the weight.
+        function: The map f, a function of one tensor that can be pickled (a module-level function
+            or a `functools.partial` of one).
+        initial: Called with the shape and `dtype`, `device`; returns the first parameter.
+        lipschitz: The factor K.
+        device: Device of the parameter.
+        dtype: Floating-point dtype of the parameter.
+        inverse: Returns a parameter whose weight is the given one or near it; the given weight
+            itself if None.
+        weight_shape: Shape of the weight where it is not that of the parameter.
+
+    Shape:
+        Output: `weight_shape`.
+
+    Guarantee:
+        That of f, up to the rounding of the storage dtype; computed in float32 at least, also under
+        autocast.
+
+    Raises:
+        ValueError: `lipschitz` is not a positive finite number.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        function: Callable[[Tensor], Tensor],
+        initial: Callable[..., Tensor],
+        lipschitz: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        inverse: Callable[[Tensor], Tensor] | None = None,
+        weight_shape: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.in_range(self, 1e-30, 1e30, lipschitz=lipschitz)
+        self.function = function
+        self.initial = initial
+        self.inverse = inverse
+        self.weight_shape = tuple(shape if weight_shape is None else weight_shape)
+        self.lipschitz = float(lipschitz)
+        self.original = nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def evaluate(self) -> Tensor:
+        """Compute the weight, in the dtype of `original`."""
+        return self._compute(self.original).to(self.original.dtype)
+
+    def _compute(self, original: Tensor) -> Tensor:
+        with torch.autocast(original.device.type, enabled=False):
+            weight = self.function(original.to(compute_dtype(original.dtype)))
+            return weight if self.lipschitz == 1.0 else weight * self.lipschitz
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the parameter anew; nothing happens on the meta device."""
+        if not self.original.is_meta:
+            dtype = compute_dtype(self.original.dtype)
+            shape = self.original.shape
+            self.original.copy_(self.initial(shape, dtype=dtype, device=self.original.device))
+
+    @torch.no_grad()
+    def assign_(self, w: Tensor, owner: object = None) -> None:
+        """Make `w` the weight, if the map keeps it; errors name `owner`.
+
+        Raises:
+            ValueError: `w` has another shape or is not finite.
+            NotOnManifoldError: The map would change `w`; nothing has been changed.
+        """
+        value, distance = self._nearest(w, owner)
+        allowed = _ALLOWED.get(w.dtype, 1e-2)
+        _checks.require(
+            distance <= allowed,
+            owner or self,
+            f"a weight must be one that the layer can represent (to {allowed:.0e}, relative)",
+            "Use project_ to take the weight that the layer makes of it",
+            NotOnManifoldError,
+            relative_distance=distance,
+        )
+        self.original.copy_(value)
+
+    @torch.no_grad()
+    def project_(self, w: Tensor, owner: object = None) -> float:
+        r"""Make \(K f(w / K)\) the weight and return its relative distance from `w`.
+
+        Raises:
+            ValueError: `w` has another shape or is not finite; nothing has been changed.
+        """
+        value, distance = self._nearest(w, owner)
+        self.original.copy_(value)
+        return distance
+
+    def _nearest(self, w: Tensor, owner: object) -> tuple[Tensor, float]:
+        owner = owner or self
+        _checks.require(
+            isinstance(w, Tensor) and w.shape == self.weight_shape and bool(w.isfinite().all()),
+            owner,
+            f"the weight must be finite and have shape {self.weight_shape}",
+            "Transpose, reshape or clean it",
+            weight=w,
+        )
+        _checks.require(
+            self.inverse is not None or self.weight_shape == tuple(self.original.shape),
+            owner,
+            "the weight of this method is computed from a parameter of another shape",
+            "Load a state_dict of this class, or use a layer whose weight can be assigned, e.g. "
+            "OrthoLinear",
+            NotOnManifoldError,
+        )
+        value = w.to(self.original.device, compute_dtype(w.dtype)) / self.lipschitz
+        value = value if self.inverse is None else self.inverse(value)
+        new = self._compute(value).double()
+        norm = float(torch.linalg.vector_norm(w.double()))
+        distance = float(torch.linalg.vector_norm(new - w.to(new)))
+        return value, distance / norm if norm > 0 else float("inf")
+
+    def extra_repr(self) -> str:
+        name = getattr(self.function, "func", self.function)
+        scale = "" if self.lipschitz == 1.0 else f", lipschitz={self.lipschitz:g}"
+        return f"{getattr(name, '__name__', name)}, shape={tuple(self.original.shape)}{scale}"
+
+
+class ScaledWeight(CachedWeight):
+    r"""K times the weight of another sub-module.
+
+    Args:
+        weight: The sub-module that computes the weight.
+        lipschitz: The factor K.
+
+    Shape:
+        Output: that of `weight`.
+
+    Raises:
+        ValueError: `lipschitz` is not a positive finite number.
+    """
+
+    def __init__(self, weight: nn.Module, lipschitz: float) -> None:
+        super().__init__()
+        _checks.in_range(self, 1e-30, 1e30, lipschitz=lipschitz)
+        self.weight = weight
+        self.lipschitz = float(lipschitz)
+
+    def evaluate(self) -> Tensor:
+        """Compute the scaled weight."""
+        return self.weight() * self.lipschitz
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew."""
+        self.weight.reset_parameters()  # type: ignore[operator]
+
+    def assign_(self, w: Tensor, owner: object = None) -> None:
+        """Make `w` the scaled weight; errors are those of the sub-module, about w / K."""
+        self.weight.assign_(w / self.lipschitz, owner or self)  # type: ignore[operator]
+
+    def project_(self, w: Tensor, owner: object = None) -> float:
+        """Make K times the projection of w / K the weight; return its relative distance."""
+        return self.weight.project_(w / self.lipschitz, owner or self)  # type: ignore[operator]
+
+    def extra_repr(self) -> str:
+        return f"lipschitz={self.lipschitz:g}"

@@ -1,0 +1,154 @@
+"""The autograd side of the cache: one node in front of a computation that is kept.
+
+The computed tensor hangs in the outer graph by a single node that saves nothing, so that any number
+of backward passes run through it. The computation itself is a graph of its own, from aliases of the
+inputs to the outputs, owned by a `Computation`; the node pulls gradients back through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orthonet import _checks
+
+__all__ = ["Computation", "Gradients", "attach", "own_graph"]
+
+_autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
+Gradients = tuple[Tensor | None, ...]
+
+
+class Computation:
+    """Outputs computed from `leaves`, which are aliases of the `inputs` of the outer graph."""
+
+    __slots__ = ("hooked", "inputs", "leaves", "outputs", "spread", "versions")
+
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        leaves: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        watched: Sequence[Tensor] = (),
+        hooked: bool = False,
+        spread: Callable[[Gradients, Sequence[Tensor | None]], Gradients] | None = None,
+    ) -> None:
+        self.inputs = tuple(inputs)
+        self.leaves = tuple(leaves)
+        self.outputs = tuple(outputs)
+        # parameters that must not change in place before backward; autograd sees to it where it
+        # has saved them itself, which it has not where `hooked` is set
+        self.versions = [(t, t._version) for t in watched]
+        self.hooked = hooked
+        # of a batch: from the gradient of its one leaf, and those of the outputs, to the inputs'
+        self.spread = spread
+
+    def pull_back(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The gradient of the inputs, from that of the outputs."""
+        if self.hooked:
+            self.require_unchanged()
+        pairs = self._pairs(grads)
+        if not pairs:
+            return (None,) * len(self.inputs)
+        outputs, given = zip(*pairs, strict=True)
+        with torch.autocast(self.leaves[0].device.type, enabled=False):
+            pulled = torch.autograd.grad(
+                outputs, self.leaves, given, retain_graph=True, allow_unused=True
+            )
+        return pulled if self.spread is None else self.spread(pulled, grads)
+
+    def pull_back_differentiably(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """As `pull_back`, as a node of the outer graph, of which the gradients are inputs too."""
+        result: list[Tensor | None] = [None] * len(self.inputs)
+        pairs = self._pairs(grads)
+        if not pairs:
+            return result
+        outputs, given = zip(*pairs, strict=True)
+        spread, count = self.spread, len(self.leaves)
+        with own_graph() as hooked, torch.autocast(given[0].device.type, enabled=False):
+            aliases = [g.detach().requires_grad_() for g in given]
+            pulled = torch.autograd.grad(
+                outputs, self.leaves, aliases, create_graph=True, allow_unused=True
+            )
+            if spread is not None:
+                pulled = spread(pulled, grads)
+        found = [(i, g) for i, g in enumerate(pulled) if g is not None]
+        if not found:
+            return result
+        computation = Computation(
+            (*self.inputs, *given),
+            (*self.leaves, *aliases),
+            [g for _, g in found],
+            [t for t, _ in self.versions],
+            hooked or self.hooked,
+            spread=spread and (lambda p, _: (*spread(p[:count], ()), *p[count:])),
+        )
+        for (i, _), g in zip(found, attach(computation), strict=True):
+            result[i] = g
+        return result
+
+    def _pairs(self, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+        return [
+            (output, grad)
+            for output, grad in zip(self.outputs, grads, strict=True)
+            if grad is not None and output.requires_grad
+        ]
+
+    def require_unchanged(self) -> None:
+        """Raise if a parameter has been modified in place since the outputs were computed."""
+        _checks.require(
+            all(t._version == version for t, version in self.versions),
+            "backward",
+            "a parameter of a constrained weight has been modified in place since the forward pass",
+            "Call backward before the parameters change, or run the forward pass again",
+            RuntimeError,
+        )
+
+
+@contextlib.contextmanager
+def own_graph() -> Iterator[bool]:
+    """Record a graph that no surrounding mode or hook on saved tensors (checkpointing) sees.
+
+    Yields whether such hooks had to be kept away; autograd does not check then that what it has
+    saved is unchanged.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        if _saving_hooks() is None:
+            yield False
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+                yield True
+
+
+def _saving_hooks() -> Any:
+    top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+    return () if top is None else top(True)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class _PullBack(torch.autograd.Function):
+    """The outputs of a computation in the outer graph."""
+
+    @staticmethod
+    def forward(ctx: Any, computation: Computation, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.computation = computation
+        ctx.set_materialize_grads(False)
+        return tuple(output.detach() for output in computation.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        computation: Computation = ctx.computation
+        if torch.is_grad_enabled():
+            return (None, *computation.pull_back_differentiably(grads))
+        return (None, *computation.pull_back(grads))
+
+
+def attach(computation: Computation) -> tuple[Tensor, ...]:
+    """The outputs, differentiable in the inputs."""
+    return _PullBack.apply(computation, *computation.inputs)  # type: ignore[return-value]

@@ -1,0 +1,75 @@
+"""Sub-modules that make one matrix for each frequency of a torus from a free kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from orthonet import _checks
+from orthonet.linalg import haar
+from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg.fourier import kernel_symbol
+
+__all__ = ["FourierWeight"]
+
+
+class FourierWeight(nn.Module):
+    r"""Blocks \(g(S(f))\) for the symbol S of a free kernel and a function g of matrices.
+
+    Args:
+        shape: Shape (groups, rows, columns, kh, kw) of the kernel.
+        function: The map g on batches of complex matrices; it can be pickled.
+        dilation: Spacing of the taps.
+        noise: Size of the random part of the first kernel, beside a semi-orthogonal central tap.
+        centre: Whether the first kernel has this central tap.
+        device: Device of the kernel.
+        dtype: Floating-point dtype of the kernel.
+
+    Shape:
+        Called with the (h, w) of the torus; output: complex (groups, frequencies, *g's sides).
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        function: Callable[[Tensor], Tensor],
+        dilation: tuple[int, int] = (1, 1),
+        noise: float = 0.1,
+        centre: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.in_range(self, 0.0, 1e3, noise=noise)
+        self.function = function
+        self.dilation = dilation
+        self.noise = noise
+        self.centre = centre
+        self.original = nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def forward(self, size: tuple[int, int]) -> Tensor:
+        """Return the blocks on a torus of this height and width."""
+        stored = self.original
+        with torch.autocast(stored.device.type, enabled=False):
+            kernel = stored.to(compute_dtype(stored.dtype))
+            return self.function(kernel_symbol(kernel, size, dilation=self.dilation))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the kernel anew; nothing happens on the meta device."""
+        if self.original.is_meta:
+            return
+        kernel = self.original
+        fan = kernel.shape[2] * kernel[0, 0, 0].numel()
+        value = torch.randn_like(kernel) * (self.noise * fan**-0.5)
+        if self.centre:
+            kh, kw = ((k - 1) // 2 for k in kernel.shape[-2:])
+            value[..., kh, kw] += haar(kernel.shape[:3], device=kernel.device).to(kernel.dtype)
+        kernel.copy_(value)
+
+    def extra_repr(self) -> str:
+        name = getattr(self.function, "func", self.function)
+        return f"{getattr(name, '__name__', name)}, shape={tuple(self.original.shape)}"

@@ -1,0 +1,83 @@
+"""Piecewise isometries, shifts and 1-Lipschitz batch norm: Jacobians, laws, certificates."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from orthonet import layers
+from orthonet.certify import certify
+from orthonet.testing import LAYER_LAWS, assert_lipschitz, jacobian
+
+ISOMETRIES = {
+    "full_sort": layers.FullSort,
+    "beta_abs": partial(layers.BetaAbs, 0.75),
+    "n": partial(layers.NActivation, 8),
+    "householder2": partial(layers.HouseholderActivation2, 8),
+    "shuffle": partial(layers.ChannelShuffle, 4),
+    "shift": partial(layers.SpatialShift2d, 1.0),
+    "oplu": layers.OPLU,
+}
+OTHERS = {
+    "soft_huber": layers.SoftHuber,
+    "zero_shift": partial(layers.SpatialShift2d, 1.0, "zeros"),
+    "scale": partial(layers.Scale, 1.0),
+    "lip_norm": partial(layers.BatchLipNorm2d, 8),
+    "prescaled": partial(layers.PrescaledResidual, nn.Identity()),
+}
+SHAPE = (8, 3, 2)
+
+
+@pytest.mark.parametrize("name", ISOMETRIES)
+def test_every_jacobian_is_orthogonal(name):
+    layer = ISOMETRIES[name]()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=2.0)
+    for _ in range(5):
+        matrix = jacobian(layer.double(), torch.randn(*SHAPE, dtype=torch.float64))
+        values = torch.linalg.svdvals(matrix)
+        assert float((values - 1).abs().max()) <= 1e-12  # observed 5e-16
+
+
+@pytest.mark.parametrize("name", {**ISOMETRIES, **OTHERS})
+def test_lipschitz_and_certified(name):
+    layer = {**ISOMETRIES, **OTHERS}[name]().eval()
+    assert_lipschitz(layer, SHAPE)
+    bound = certify(layer, torch.zeros(1, *SHAPE)).constant.value
+    assert bound <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("name", ["n", "householder2", "lip_norm", "prescaled"])
+@pytest.mark.parametrize("law", LAYER_LAWS, ids=lambda law: law.__name__)
+def test_laws(law, name):
+    law({**ISOMETRIES, **OTHERS}[name], SHAPE)
+
+
+def test_order_two_is_continuous_and_contains_order_one():
+    angles = torch.linspace(-math.pi, math.pi, 20001, dtype=torch.float64)
+    circle = torch.stack((angles.cos(), angles.sin()), 1)
+    layer = layers.HouseholderActivation2(2).double()
+    for values in ((0.3, 1.0, 2.0), (-2.0, 0.0, 3.0), (1.0, 3.1, 0.1)):
+        with torch.no_grad():
+            layer.theta.copy_(torch.tensor(values)[:, None])
+            y = layer(circle)
+        step = (y[1:] - y[:-1]).norm(dim=1)
+        assert float(step.max()) <= 1.0001 * 2 * math.pi / 20000
+    with torch.no_grad():
+        layer.theta.copy_(torch.tensor([-0.75 * math.pi, math.pi, 1.0])[:, None])
+        torch.testing.assert_close(layer(circle), layers.MaxMin()(circle), atol=1e-6, rtol=0)
+
+
+def test_batch_lip_norm_reloads_and_has_constant_one():
+    layer = layers.BatchLipNorm2d(4)
+    for _ in range(3):
+        layer(torch.randn(6, 4, 3, 3) * torch.tensor([0.1, 1.0, 3.0, 9.0]).view(-1, 1, 1))
+    twin = layers.BatchLipNorm2d(4)
+    twin.load_state_dict(layer.state_dict(), strict=True)
+    x = torch.randn(2, 4, 3, 3)
+    assert torch.equal(layer.eval()(x), twin.eval()(x))
+    values = torch.linalg.svdvals(jacobian(layer, x[0]))
+    assert float(values.max()) == pytest.approx(1.0, abs=1e-6)
+    assert float(values.min()) < 0.5

@@ -1,0 +1,113 @@
+"""The table of spaces that the laws are tested on."""
+
+from __future__ import annotations
+
+import torch
+
+from orthonet.manifolds import (
+    PSD,
+    PSSD,
+    SL,
+    SO,
+    AlmostOrthogonal,
+    Bounded,
+    Correlation,
+    DoublyStochastic,
+    FixedRank,
+    GLp,
+    Grassmannian,
+    Hyperbolic,
+    LowRank,
+    Manifold,
+    Nonnegative,
+    NormBall,
+    Oblique,
+    ProductManifold,
+    PSSDFixedRank,
+    PSSDLowRank,
+    Rn,
+    Simplex,
+    Skew,
+    SpectralBall,
+    Sphere,
+    Stiefel,
+    Symmetric,
+    Symplectic,
+)
+
+SHAPES = {
+    "1x1": (1, 1),
+    "1xn": (1, 5),
+    "nx1": (5, 1),
+    "square": (4, 4),
+    "tall": (6, 3),
+    "wide": (3, 6),
+    "batched": (2, 3, 5, 4),
+    "batch of squares": (2, 3, 3),
+}
+TRIVS = ({"triv": "exponential"}, {"triv": "cayley"}, {"triv": torch.linalg.matrix_exp})
+POSITIVE = tuple({"f": f} for f in ("softplus", "exp", "absolute", torch.exp))
+BOUNDED = tuple({"f": f} for f in ("fold", "sin", "tanh", "scaled_sigmoid"))
+# A space, and the options of its parametrization beside the default ones.
+SPACES: list[tuple[Manifold, tuple[dict, ...]]] = [
+    (Rn(), ()),
+    (Symmetric(), ({"lower": False},)),
+    (Skew(), ({"lower": False},)),
+    (Sphere(), ({"embedded": True},)),
+    (Sphere(2.5), ()),
+    (Oblique(), ()),
+    (SO(), TRIVS[1:]),
+    (SO(det=-1), ()),
+    (Stiefel(), (*TRIVS[1:], {"triv": "polar"})),
+    (Grassmannian(), TRIVS[1:]),
+    (AlmostOrthogonal(0.2), (*BOUNDED, TRIVS[1])),
+    (AlmostOrthogonal(0.0), ()),
+    (GLp(), (*POSITIVE, TRIVS[1])),
+    (SL(), (*POSITIVE, {"f": (torch.exp, torch.log)}, TRIVS[1])),
+    (LowRank(1), TRIVS[1:]),
+    (LowRank(2), ()),
+    (FixedRank(1), POSITIVE),
+    (FixedRank(3), ()),
+    (PSD(), (*POSITIVE, TRIVS[1])),
+    (PSSD(), TRIVS[1:]),
+    (PSSDLowRank(2), ()),
+    (PSSDFixedRank(2), POSITIVE),
+    (Correlation(), ()),
+    (Nonnegative(), POSITIVE),
+    (Bounded(-0.5, 2.0), BOUNDED),
+    (NormBall(1.5), ()),
+    (SpectralBall(), BOUNDED),
+    (Simplex(), ({"f": "softmax"},)),
+    (DoublyStochastic(), ()),
+    (Symplectic(), ()),
+    (Hyperbolic(2.0), ()),
+    (ProductManifold((Stiefel(), Sphere()), dim=-2, sizes=(3, 1)), ()),
+    (ProductManifold((Stiefel(), Stiefel()), dim=-1), ({"triv": "cayley"},)),
+]
+
+
+def fits(space: Manifold, shape: tuple[int, ...]) -> bool:
+    return space._shape_problem(shape) is None
+
+
+CASES = [
+    (space, shape, options)
+    for space, extra in SPACES
+    for options in ({}, *extra)
+    for shape in SHAPES.values()
+    if fits(space, shape)
+]
+
+
+def name(case: tuple) -> str:
+    space, shape, options = case
+    parts = (v if isinstance(v, tuple) else (v,) for v in options.values())
+    words = "-".join(str(getattr(p, "__name__", p)) for part in parts for p in part)
+    return f"{space!r}-{'x'.join(map(str, shape))}-{words}"
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference of entries, relative to the largest entry or 1."""
+    if not a.numel():
+        return 0.0
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1.0)).item()
