@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.certify import _function_rules, _module_rules, _spatial_rules  # noqa: F401
+from orthonet.certify import (  # noqa: F401
+    _function_rules,
+    _matrix_rules,
+    _module_rules,
+    _spatial_rules,
+)
 from orthonet.certify._bound import Bound
+from orthonet.certify._norms import EFFORTS, Effort
+from orthonet.certify._norms import effort as with_effort
 from orthonet.certify._propagate import Row, propagate
 from orthonet.certify._radius import certified_radius, correct_within, pairwise_constants
 from orthonet.errors import UncertifiableError
@@ -115,7 +122,12 @@ class LipschitzCertificate:
         return [count / max(1, len(labels)) for count in counts]
 
 
-def certify(model: nn.Module, example_input: Tensor) -> LipschitzCertificate:
+def certify(
+    model: nn.Module,
+    example_input: Tensor | Sequence[Tensor],
+    *,
+    effort: Effort = "default",
+) -> LipschitzCertificate:
     r"""Prove an upper bound of the l2 Lipschitz constant of a model, for each sample.
 
     The model is traced with `torch.fx`. Modules and functions with a rule get their constants,
@@ -145,22 +157,36 @@ def certify(model: nn.Module, example_input: Tensor) -> LipschitzCertificate:
         >>> [row.op for row in certify(model, torch.ones(1, 2)).rows]
         ['Linear', 'relu']
     """
-    _checks.require(
-        isinstance(example_input, Tensor)
-        and example_input.ndim >= 1
-        and example_input.is_floating_point(),
-        "certify",
-        "example_input must be a floating-point tensor whose first dimension is the batch",
-        "Pass a batch, e.g. torch.zeros(1, 3, 32, 32)",
-        example_input=example_input,
-    )
+    examples = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+    _check_examples(examples)
+    _checks.one_of("certify", tuple(EFFORTS), effort=effort)
     _check_model(model)
-    with torch.no_grad():
-        walk = propagate(model, example_input.detach())
-    pairs = None
-    if walk.head is not None and walk.features is not None:
-        pairs = pairwise_constants(walk.head, walk.features.value, walk.bound.value)
-    return LipschitzCertificate(walk.bound, walk.rows, tuple(example_input.shape[1:]), pairs)
+    with torch.no_grad(), with_effort(effort):
+        walker = propagate(model, examples)
+        pairs = None
+    shapes = tuple(tuple(x.shape[1:]) for x in examples)
+    return LipschitzCertificate(
+        walker.bound, walker.rows(), shapes[0] if len(shapes) == 1 else shapes, pairs
+    )
+
+
+def _check_examples(examples: tuple[Tensor, ...]) -> None:
+    for example in examples:
+        _checks.require(
+            isinstance(example, Tensor) and example.ndim >= 1 and example.is_floating_point(),
+            "certify",
+            "example_input must be a floating-point tensor whose first dimension is the batch",
+            "Pass a batch, e.g. torch.zeros(1, 3, 32, 32); behind an embedding, certify the rest "
+            "of the model on embedded tokens, for a lookup by index has no constant",
+            example_input=example,
+        )
+    _checks.require(
+        len({len(x) for x in examples}) == 1,
+        "certify",
+        "all inputs must have the same batch size",
+        "Pass one batch of samples for each argument of the model",
+        example_input=examples,
+    )
 
 
 def _check_model(model: nn.Module) -> None:
