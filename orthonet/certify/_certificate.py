@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +19,13 @@ from orthonet.certify import (  # noqa: F401
     _spatial_rules,
 )
 from orthonet.certify._bound import Bound
-from orthonet.certify._norms import EFFORTS, Effort
+from orthonet.certify._forward_error import forward_error, unit_roundoffs
+from orthonet.certify._lower import lower_bound
+from orthonet.certify._norms import EFFORTS, Effort, limits
 from orthonet.certify._norms import effort as with_effort
-from orthonet.certify._propagate import Row, propagate
+from orthonet.certify._propagate import Row, Walker, propagate
 from orthonet.certify._radius import certified_radius, correct_within, pairwise_constants
+from orthonet.certify._rules import Operand
 from orthonet.errors import UncertifiableError
 
 __all__ = ["LipschitzCertificate", "certified_accuracy", "certify"]
@@ -31,20 +36,31 @@ class LipschitzCertificate:
     r"""A proved upper bound of the l2 -> l2 Lipschitz constant of a model, for each sample.
 
     It holds for the function that the model computes in exact arithmetic with its weights as they
-    are deployed; the rounding of a forward pass in float32 is not in it.
+    are deployed. The rounding of a forward pass is bounded by `rounding`, and taken off a radius
+    where `radius` is given the inputs.
 
     Attributes:
-        constant: The bound, in units of the output per unit of the input.
-        rows: What was found on the way, one operation each.
-        input_shape: The shape of one sample that it was made for.
-        pairs: For a linear last layer, the upper bounds of the Lipschitz constants of all
+        constant: The bound, in units of the output per unit of the input. Several inputs count
+            as one long vector, and so do several outputs.
+        rows: What was found on the way, one operation each, or several affine ones.
+        input_shape: The shape of one sample that it was made for; of several inputs, all shapes.
+        pairs: For an affine last layer, the upper bounds of the Lipschitz constants of all
             differences of two outputs, (classes, classes); never above sqrt(2) times the constant.
+        lower: A bound from below, of kind `"estimate"`, by a secant of the function; None if it
+            was not searched for. `constant.value / lower.value` bounds how loose the bound is.
+        outputs: The bound of each output by itself.
     """
 
     constant: Bound
     rows: tuple[Row, ...]
-    input_shape: tuple[int, ...]
+    input_shape: tuple[Any, ...]
     pairs: Tensor | None = field(default=None, repr=False)
+    lower: Bound | None = None
+    outputs: tuple[Bound, ...] = ()
+    _walker: Walker | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_walker": None}  # the graph stays behind
 
     def __str__(self) -> str:
         return self.table()
@@ -72,12 +88,17 @@ class LipschitzCertificate:
         ]
         text.insert(1, "-" * len(text[0]))
         value, kind = self.constant.value, self.constant.kind
-        return "\n".join([*text, f"Lipschitz constant ({self.constant.norm}, {kind}): {value:.9g}"])
+        last = f"Lipschitz constant ({self.constant.norm}, {kind}): {value:.9g}"
+        if self.lower is not None:
+            last += f"; at least {self.lower.value:.6g} is reached"
+        return "\n".join([*text, last])
 
     def to_json(self) -> str:
         """The certificate as JSON text; numbers keep every digit."""
         content = {
             "constant": asdict(self.constant),
+            "lower": None if self.lower is None else asdict(self.lower),
+            "outputs": [asdict(bound) for bound in self.outputs],
             "input_shape": self.input_shape,
             "rows": [asdict(row) for row in self.rows],
             "pairs": None if self.pairs is None else self.pairs.tolist(),
@@ -85,28 +106,94 @@ class LipschitzCertificate:
         }
         return json.dumps(content, indent=1)
 
-    def radius(self, logits: Tensor) -> Tensor:
+    def radius(
+        self,
+        logits: Tensor,
+        *,
+        inputs: Tensor | Sequence[Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         r"""The l2 distance, in units of the input, within which the predicted class cannot change.
 
         $r = \min_{j \ne y} (f_y - f_j) / K_{yj}$, y the predicted class, with the constant
         $K_{yj}$ of $f_y - f_j$: that of `pairs`, or $\sqrt 2$ times `constant`. A tie has radius 0.
         One output is a binary classifier by its sign, with radius $|f| / L$.
 
+        With `inputs`, the forward pass itself may round: each margin loses $2 \sqrt 2 e$, where e
+        is the `rounding` anywhere within that distance of the sample. The class that the *deployed*
+        model predicts, in floating point, is then the same at all points that near.
+
         Args:
             logits: What the model returned, in any floating dtype; evaluated in float64 with
                 outward rounding.
+            inputs: What the model was given, to take the rounding of its forward pass off.
+            dtype: The dtype in which it was run, see `rounding`.
 
         Shape:
             logits: (N, classes), or (N,) or (N, 1) for a binary classifier; returns (N,), float64
 
         Guarantee:
             Lower bound of the distance to the nearest point of another class, for logits that are
-            exact. To exclude the rounding of the forward pass, evaluate the model in float64.
+            exact, or with `inputs` for those of the deployed forward pass.
 
         Raises:
             ValueError: The logits are not finite or do not fit the certificate.
+            UncertifiableError: With `inputs`, the rounding of an operation is not known.
         """
-        return certified_radius(logits, self.constant.value, self.pairs)
+        found = certified_radius(logits, self.constant.value, self.pairs)
+        if inputs is None:
+            return found
+        near = torch.where(found.isfinite(), found, 0.0)
+        error = self.rounding(inputs, within=near, dtype=dtype)
+        less = certified_radius(logits, self.constant.value, self.pairs, error)
+        return torch.minimum(less, found).clamp_min(0.0)
+
+    def rounding(
+        self,
+        inputs: Tensor | Sequence[Tensor],
+        *,
+        within: Tensor | float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        r"""How far the outputs of a forward pass can be from exact arithmetic, in the l2 norm.
+
+        Norm by norm along the graph, with $\gamma_k = k u / (1 - k u)$ for sums of k products and
+        the magnitudes that the model takes at the inputs. Weights count as they are stored.
+
+        Args:
+            inputs: A batch for the model.
+            within: The bound holds for all points within this distance, one for each sample.
+            dtype: Of the forward pass. `torch.bfloat16` and `torch.float16` stand for autocast:
+                weights and activations are rounded to it, sums are accumulated in float32.
+
+        Shape:
+            inputs: (N, *); returns (N,), float64
+
+        Guarantee:
+            Upper bound if every product, sum and quotient is rounded to nearest, in any order,
+            with or without fused multiplications (so not TF32), elementary functions are accurate
+            to 64 units in the last place, and nothing overflows.
+
+        Raises:
+            UncertifiableError: The rounding of an operation is not known, or the certificate was
+                pickled and has lost the graph.
+        """
+        _checks.require(
+            self._walker is not None,
+            "LipschitzCertificate",
+            "the graph of the model must be there to bound its rounding",
+            "Call certify again: a certificate that was pickled or built by hand has none",
+            UncertifiableError,
+        )
+        _checks.require(
+            unit_roundoffs(dtype) is not None,
+            "LipschitzCertificate",
+            "dtype must be a floating-point dtype",
+            "Choose torch.float32, float64, bfloat16 or float16",
+            dtype=dtype,
+        )
+        batch = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        return forward_error(self._walker, batch, within, dtype)  # type: ignore[arg-type]
 
     def certified_accuracy(
         self, logits: Tensor, labels: Tensor, radii: Sequence[float]
@@ -127,6 +214,7 @@ def certify(
     example_input: Tensor | Sequence[Tensor],
     *,
     effort: Effort = "default",
+    lower: bool = True,
 ) -> LipschitzCertificate:
     r"""Prove an upper bound of the l2 Lipschitz constant of a model, for each sample.
 
@@ -163,11 +251,35 @@ def certify(
     _check_model(model)
     with torch.no_grad(), with_effort(effort):
         walker = propagate(model, examples)
-        pairs = None
+        pairs = _pairs(walker)
+        below = lower_bound(walker, examples) if lower else None
+        each = tuple(Bound(0.0, kind="exact") if s is None else walker.bound_of(s)
+                     for s in walker.outputs)  # fmt: skip
     shapes = tuple(tuple(x.shape[1:]) for x in examples)
-    return LipschitzCertificate(
-        walker.bound, walker.rows(), shapes[0] if len(shapes) == 1 else shapes, pairs
-    )
+    shape = shapes[0] if len(shapes) == 1 else shapes
+    return LipschitzCertificate(walker.bound, walker.rows(), shape, pairs, below, each, walker)
+
+
+def _pairs(walker: Walker) -> Tensor | None:
+    """The constants of differences of outputs, by the last matrix and by the last island."""
+    state = walker.outputs[0] if len(walker.outputs) == 1 else None
+    if state is None or len(state.shape) != 1 or state.source is None:
+        return None
+    found: list[Tensor | None] = []
+    call, whole = state.call, walker.bound.value
+    if call.op == "linear" and isinstance(call.args[0], Operand):
+        weight = call.constant(1, "weight")
+        found.append(pairwise_constants(weight, call.args[0].bound.value, whole))
+    inside = math.prod(state.start.shape)
+    if len(state.island) > 1 and state.shape[0] * inside <= limits().entries:
+        island = walker.matrix_of(state)
+        if island is not None:
+            features = walker.bound_of(state.start).value
+            found.append(pairwise_constants(island.matrix, features, whole, island.error))
+    tables = [t for t in found if t is not None]
+    if len(tables) == 2:
+        return torch.minimum(*tables)
+    return tables[0] if tables else None
 
 
 def _check_examples(examples: tuple[Tensor, ...]) -> None:

@@ -22,7 +22,7 @@ def decompose(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     Nodes that do not depend on the input stay as they are: they are computed, not bounded. What
     has no decomposition stays, too, and will be refused where it is reached.
     """
-    table = torch._decomp.core_aten_decompositions()
+    table: dict[Any, Any] = {}
     todo = list(nodes)
     while todo:
         node = todo.pop()
@@ -31,6 +31,7 @@ def decompose(graph: fx.Graph, nodes: list[fx.Node]) -> None:
             continue
         if function_rule(target) is not None:
             continue
+        table = table or torch._decomp.core_aten_decompositions()  # type: ignore[assignment]
         inner = _trace(node, table.get(target) or _composite(target))
         if inner is None:
             continue

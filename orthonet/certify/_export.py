@@ -52,6 +52,8 @@ class Program:
         constants: The value of every node that does not depend on the input.
         calls: The calls with rules, by the number in their marks.
         entries: The nodes that go into each call.
+        batch: The name of the free batch size.
+        graph: All of it, also what lies inside of the calls.
     """
 
     nodes: list[fx.Node]
@@ -61,6 +63,7 @@ class Program:
     calls: list[LeafCall]
     entries: dict[int, dict[int, fx.Node]] = field(default_factory=dict)
     batch: str = ""
+    graph: fx.Graph = field(default_factory=fx.Graph)
 
     def parents(self, node: fx.Node) -> list[fx.Node]:
         mark = mark_of(node)
@@ -142,6 +145,7 @@ def export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
         n: state[stored[n.name]].detach() for n in placeholders if n.name in stored
     }
     result = Program([], nodes, outputs, constants, marker.calls)
+    result.graph = graph
     result.batch = str(nodes[0].meta["val"].shape[0])
     for node in graph.nodes:
         mark = mark_of(node)
@@ -394,4 +398,3 @@ def _flat(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         value = tuple(value.values())
     return [t for v in value for t in _flat(v)] if isinstance(value, (tuple, list)) else []
-

@@ -83,9 +83,7 @@ class Form:
                 columns = slice(g * old.shape[1], (g + 1) * old.shape[1])
                 new[(rows, columns, *spread)] = old[rows]
             both.append(new)
-        return replace(
-            self, kernel=both[0], majorant=both[1], groups=1, dilation=(1,) * dims
-        )
+        return replace(self, kernel=both[0], majorant=both[1], groups=1, dilation=(1,) * dims)
 
 
 def form_of(state: State, known: dict[Any, Form | None]) -> Form | None:
@@ -265,7 +263,10 @@ def _scaled(form: Form, factor: Tensor, roundings: int) -> Form | None:
             return None
         form = form.dense()
     shape = (-1, *[1] * (form.dims + 1))
-    kernel, majorant = form.kernel * factor.reshape(shape), form.majorant * factor.abs().reshape(shape)  # type: ignore[operator]
+    kernel, majorant = (
+        form.kernel * factor.reshape(shape),
+        form.majorant * factor.abs().reshape(shape),
+    )  # type: ignore[operator]
     return replace(form, kernel=kernel, majorant=majorant, roundings=form.roundings + roundings)
 
 
@@ -337,7 +338,9 @@ def _sum(state: State, forms: list[Form]) -> Form | None:
         if tuple(state.shape[1:]) != forms[0].outputs or state.shape[0] != _channels(forms[0]):
             return None
         place = operands.index(True)
-        factor = {("sub", 1): -alpha, ("add", 1): alpha, ("rsub", 0): -alpha}.get((call.op, place), 1)
+        factor = {("sub", 1): -alpha, ("add", 1): alpha, ("rsub", 0): -alpha}.get(
+            (call.op, place), 1
+        )
         form = forms[0]
         return form if factor == 1 else _scaled(form, torch.tensor(float(factor)).double(), 1)
     pair = forms if len(forms) == 2 else [forms[0], forms[0]]

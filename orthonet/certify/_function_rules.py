@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orthonet import functional
 from orthonet.certify._bound import Bound
 from orthonet.certify._norms import matrix_norm
 from orthonet.certify._rules import (
@@ -22,7 +21,7 @@ from orthonet.certify._rules import (
     register_rule,
     upper,
 )
-from orthonet.linalg._rounding import add_up, div_up, down, mul_up, sqrt_up, up
+from orthonet.linalg._rounding import div_up, mul_up, sqrt_up, up
 
 __all__ = ["amplification"]
 
@@ -214,7 +213,9 @@ def _select(call: Call) -> Step:
 @register_rule("slice")
 def _slice(call: Call) -> Step:
     begin, end, step = (call.get(i, n, None) for i, n in ((2, "start"), (3, "end"), (4, "step")))
-    whole = not begin and step in (None, 1) and (end is None or (isinstance(end, int) and end >= _END))
+    whole = (
+        not begin and step in (None, 1) and (end is None or (isinstance(end, int) and end >= _END))
+    )
     if whole:
         return Step((_ONE,), REARRANGEMENT, roundings=COPY)
     call.feature_dims(call.get(1, "dim", 0))
@@ -266,7 +267,9 @@ def _split(call: Call) -> Step:
 @register_rule("expand", "repeat", "tile", "broadcast_to", "repeat_interleave")
 def _repeat(call: Call) -> Step:
     if call.op == "repeat_interleave" and not isinstance(call.get(1, "repeats", None), int):
-        call.refuse("the number of repetitions must be a constant", "Use torch.repeat_interleave(x, n, dim)")
+        call.refuse(
+            "the number of repetitions must be a constant", "Use torch.repeat_interleave(x, n, dim)"
+        )
     if call.op == "repeat_interleave":
         call.feature_dims(call.get(2, "dim", None))
     return exact(amplification(call), "repetition", COPY)

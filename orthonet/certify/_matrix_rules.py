@@ -73,7 +73,12 @@ def _batch_statistics(call: Call) -> Step:
     )
 
 
-_NORMALIZERS = {"layer_norm": (2, 4), "group_norm": (2, 4), "instance_norm": (1, 7), "rms_norm": (2, 3)}
+_NORMALIZERS = {
+    "layer_norm": (2, 4),
+    "group_norm": (2, 4),
+    "instance_norm": (1, 7),
+    "rms_norm": (2, 3),
+}
 
 
 @register_rule(*_NORMALIZERS)
@@ -130,4 +135,3 @@ def _pooling(call: Call) -> Step:
     # The scale is a float that was computed in a few roundings.
     count = math.prod(call.operand.shape)
     return upper(add_up(1.0, 2.0**-48), "by construction", count + 16.0)
-

@@ -115,6 +115,7 @@ class Walker:
         self.model, self.program, self.prefix = model, program, prefix
         self.states: dict[fx.Node, State] = {}
         self.extra: list[Row] = []
+        self.nested = 0.0  # seconds that were spent in bounds of earlier nodes
         self.pieces = Pieces(self)
         self.forms: dict[Any, Any] = {}
         self.matrices: dict[State, Island | None] = {}
@@ -301,15 +302,17 @@ class Walker:
     def bound_of(self, state: State) -> Bound:
         """The smallest bound of a node that is found, from the input of the model to it."""
         if state.bound is None:
-            start = time.perf_counter()
+            start, outer = time.perf_counter(), self.nested
+            self.nested = 0.0
             best = self._island(state)
             if best is None or best[2][3].kind != "exact":
                 product = self._product(state)
                 if best is None or product[0].value <= best[0].value:
                     best = product
             state.bound, state.used, row = best
+            seconds = time.perf_counter() - start
+            seconds, self.nested = seconds - self.nested, outer + seconds
             if row is not None:
-                seconds = time.perf_counter() - start
                 path, op, shape, gain, method = row
                 state.row = Row(
                     path, op, shape, gain.value, state.bound.value, method, gain.kind, seconds
