@@ -6,8 +6,8 @@ from orthonet.certify._certificate import (
     LipschitzCertificate,
     certified_accuracy,
     certified_curve,
-    certify,
 )
+from orthonet.certify._certify import certify
 from orthonet.certify._chain import Affine
 from orthonet.certify._empirical import (
     AttackReport,

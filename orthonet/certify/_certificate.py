@@ -8,26 +8,31 @@ import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.certify import _function_rules, _module_rules, _spatial_rules  # noqa: F401
+from orthonet.certify import (  # noqa: F401
+    _function_rules,
+    _matrix_rules,
+    _module_rules,
+    _spatial_rules,
+)
 from orthonet.certify._bound import Bound
-from orthonet.certify._mlp import EFFORTS, mlp_bound
-from orthonet.certify._propagate import Row, propagate
+from orthonet.certify._forward_error import forward_error, unit_roundoffs
+from orthonet.certify._propagate import Row, Walker
 from orthonet.certify._radius import (
     RadiusCurve,
     certified_radius,
     convert_radius,
     correct_within,
-    pairwise_constants,
     reach,
 )
 from orthonet.errors import UncertifiableError
 
-__all__ = ["LipschitzCertificate", "certified_accuracy", "certified_curve", "certify"]
+__all__ = ["LipschitzCertificate", "certified_accuracy", "certified_curve"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,20 +40,31 @@ class LipschitzCertificate:
     r"""A proved upper bound of the l2 -> l2 Lipschitz constant of a model, for each sample.
 
     It holds for the function that the model computes in exact arithmetic with its weights as they
-    are deployed; the rounding of a forward pass in float32 is not in it.
+    are deployed. The rounding of a forward pass is bounded by `rounding`, and taken off a radius
+    where `radius` is given the inputs.
 
     Attributes:
-        constant: The bound, in units of the output per unit of the input.
-        rows: What was found on the way, one operation each.
-        input_shape: The shape of one sample that it was made for.
-        pairs: For a linear last layer, the upper bounds of the Lipschitz constants of all
+        constant: The bound, in units of the output per unit of the input. Several inputs count
+            as one long vector, and so do several outputs.
+        rows: What was found on the way, one operation each, or several affine ones.
+        input_shape: The shape of one sample that it was made for; of several inputs, all shapes.
+        pairs: For an affine last layer, the upper bounds of the Lipschitz constants of all
             differences of two outputs, (classes, classes); never above sqrt(2) times the constant.
+        lower: A bound from below, of kind `"estimate"`, by a secant of the function; None if it
+            was not searched for. `constant.value / lower.value` bounds how loose the bound is.
+        outputs: The bound of each output by itself.
     """
 
     constant: Bound
     rows: tuple[Row, ...]
-    input_shape: tuple[int, ...]
+    input_shape: tuple[Any, ...]
     pairs: Tensor | None = field(default=None, repr=False)
+    lower: Bound | None = None
+    outputs: tuple[Bound, ...] = ()
+    _walker: Walker | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_walker": None}  # the graph stays behind
 
     def __str__(self) -> str:
         return self.table()
@@ -76,12 +92,17 @@ class LipschitzCertificate:
         ]
         text.insert(1, "-" * len(text[0]))
         value, kind = self.constant.value, self.constant.kind
-        return "\n".join([*text, f"Lipschitz constant ({self.constant.norm}, {kind}): {value:.9g}"])
+        last = f"Lipschitz constant ({self.constant.norm}, {kind}): {value:.9g}"
+        if self.lower is not None:
+            last += f"; at least {self.lower.value:.6g} is reached"
+        return "\n".join([*text, last])
 
     def to_json(self) -> str:
         """The certificate as JSON text; numbers keep every digit."""
         content = {
             "constant": asdict(self.constant),
+            "lower": None if self.lower is None else asdict(self.lower),
+            "outputs": [asdict(bound) for bound in self.outputs],
             "input_shape": self.input_shape,
             "rows": [asdict(row) for row in self.rows],
             "pairs": None if self.pairs is None else self.pairs.tolist(),
@@ -100,6 +121,8 @@ class LipschitzCertificate:
         norm: str = "l2",
         labels: Tensor | None = None,
         target: Tensor | None = None,
+        inputs: Tensor | Sequence[Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         r"""The distance, in units of the input, within which the predicted class cannot change.
 
@@ -109,24 +132,37 @@ class LipschitzCertificate:
         $\|\delta\|_2 \le \|\delta\|_1$ and $\|\delta\|_2 \le \sqrt n\,\|\delta\|_\infty$ for n
         entries of the input, this is a radius in l1, and divided by $\sqrt n$ one in l-infinity.
 
+        With `inputs`, the forward pass itself may round: each margin loses $2 \sqrt 2 e$, where e
+        is the `rounding` anywhere within that distance of the sample. The class that the *deployed*
+        model predicts, in floating point, is then the same at all points that near.
+
         Args:
             logits: What the model returned, in any floating dtype; evaluated in float64 with
                 outward rounding.
             norm: `"l2"`, `"linf"` or `"l1"`.
             labels: The true classes, (N,); with them, a wrong prediction has radius 0.
             target: One class a sample, (N,): only a change to this class counts.
+            inputs: What the model was given, to take the rounding of its forward pass off.
+            dtype: The dtype in which it was run, see `rounding`.
 
         Shape:
             logits: (N, classes), or (N,) or (N, 1) for a binary classifier; returns (N,), float64
 
         Guarantee:
             Lower bound of the distance to the nearest point of another class, for logits that are
-            exact. To exclude the rounding of the forward pass, evaluate the model in float64.
+            exact, or with `inputs` for those of the deployed forward pass.
 
         Raises:
             ValueError: The logits are not finite or do not fit the certificate.
+            UncertifiableError: With `inputs`, the rounding of an operation is not known.
         """
-        found = certified_radius(logits, self.constant.value, self.pairs, labels, target)
+        constant, pairs = self.constant.value, self.pairs
+        found = certified_radius(logits, constant, pairs, labels=labels, target=target)
+        if inputs is not None:
+            near = torch.where(found.isfinite(), found, 0.0)
+            error = self.rounding(inputs, within=near, dtype=dtype)
+            less = certified_radius(logits, constant, pairs, error, labels=labels, target=target)
+            found = torch.minimum(less, found).clamp_min(0.0)
         return convert_radius(found, norm, self._entries())
 
     def band(self, radius: float, *, norm: str = "l2") -> float:
@@ -162,6 +198,53 @@ class LipschitzCertificate:
             math.prod(self.input_shape)
         )
 
+    def rounding(
+        self,
+        inputs: Tensor | Sequence[Tensor],
+        *,
+        within: Tensor | float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        r"""How far the outputs of a forward pass can be from exact arithmetic, in the l2 norm.
+
+        Norm by norm along the graph, with $\gamma_k = k u / (1 - k u)$ for sums of k products and
+        the magnitudes that the model takes at the inputs. Weights count as they are stored.
+
+        Args:
+            inputs: A batch for the model.
+            within: The bound holds for all points within this distance, one for each sample.
+            dtype: Of the forward pass. `torch.bfloat16` and `torch.float16` stand for autocast:
+                weights and activations are rounded to it, sums are accumulated in float32.
+
+        Shape:
+            inputs: (N, *); returns (N,), float64
+
+        Guarantee:
+            Upper bound if every product, sum and quotient is rounded to nearest, in any order,
+            with or without fused multiplications (so not TF32), elementary functions are accurate
+            to 64 units in the last place, and nothing overflows.
+
+        Raises:
+            UncertifiableError: The rounding of an operation is not known, or the certificate was
+                pickled and has lost the graph.
+        """
+        _checks.require(
+            self._walker is not None,
+            "LipschitzCertificate",
+            "the graph of the model must be there to bound its rounding",
+            "Call certify again: a certificate that was pickled or built by hand has none",
+            UncertifiableError,
+        )
+        _checks.require(
+            unit_roundoffs(dtype) is not None,
+            "LipschitzCertificate",
+            "dtype must be a floating-point dtype",
+            "Choose torch.float32, float64, bfloat16 or float16",
+            dtype=dtype,
+        )
+        batch = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        return forward_error(self._walker, batch, within, dtype)  # type: ignore[arg-type]
+
     def certified_accuracy(
         self, logits: Tensor, labels: Tensor, radii: Sequence[float]
     ) -> list[float]:
@@ -174,117 +257,6 @@ class LipschitzCertificate:
         """
         counts = correct_within(logits, labels, self.radius(logits), radii)
         return [count / max(1, len(labels)) for count in counts]
-
-
-def certify(
-    model: nn.Module, example_input: Tensor, *, effort: str = "default"
-) -> LipschitzCertificate:
-    r"""Prove an upper bound of the l2 Lipschitz constant of a model, for each sample.
-
-    The model is traced with `torch.fx`. Modules and functions with a rule get their constants,
-    everything else is looked into; then constants are multiplied along the graph, summed where
-    branches meet, and root-sum-squared where they are concatenated. Norms of matrices and
-    convolutions are proved (`spectral_norm_bound`, `convolution_norm_bound`), and all arithmetic
-    rounds outward.
-
-    Args:
-        model: Any module in eval mode that maps one tensor to one tensor.
-        example_input: A batch of inputs; its values do not matter, its shape and dtype do.
-        effort: `"fast"`, `"default"` or `"tight"`; what is tight also looks for a better bound
-            than the product in multilayer perceptrons, see
-            [`mlp_bound`][orthonet.certify.mlp_bound].
-
-    Shape:
-        example_input: (N, *), the batch first
-
-    Guarantee:
-        $\|f(x) - f(x')\|_2 \le L \|x - x'\|_2$ for all single samples, in exact arithmetic with
-        the deployed weights, if the rules that users registered are right.
-
-    Raises:
-        UncertifiableError: The model is in train mode, holds NaN or half-precision weights, mixes
-            samples, cannot be traced, or does something that no rule covers. The message names
-            the operation and the module and says what to do.
-
-    Examples:
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval()
-        >>> [row.op for row in certify(model, torch.ones(1, 2)).rows]
-        ['Linear', 'relu']
-    """
-    _checks.require(
-        isinstance(example_input, Tensor)
-        and example_input.ndim >= 1
-        and example_input.is_floating_point(),
-        "certify",
-        "example_input must be a floating-point tensor whose first dimension is the batch",
-        "Pass a batch, e.g. torch.zeros(1, 3, 32, 32)",
-        example_input=example_input,
-    )
-    _checks.one_of("certify", EFFORTS, effort=effort)
-    _check_model(model)
-    with torch.no_grad():
-        walk = propagate(model, example_input.detach())
-    pairs = None
-    if walk.head is not None and walk.features is not None:
-        pairs = pairwise_constants(walk.head, walk.features.value, walk.bound.value)
-    shape = tuple(example_input.shape[1:])
-    certificate = LipschitzCertificate(walk.bound, walk.rows, shape, pairs)
-    return _tightened(certificate, model) if effort == "tight" else certificate
-
-
-def _tightened(certificate: LipschitzCertificate, model: nn.Module) -> LipschitzCertificate:
-    """With the bound of a multilayer perceptron, if the model is one and that is smaller."""
-    if not isinstance(model, nn.Sequential):
-        return certificate
-    shape = certificate.input_shape
-    if len(shape) > 1:
-        flat = [m for m in model.modules() if not isinstance(m, nn.Sequential)]
-        if not flat or not isinstance(flat[0], nn.Flatten):
-            return certificate
-    try:
-        found = mlp_bound(model)
-    except UncertifiableError:
-        return certificate  # not a perceptron
-    constant, pairs = certificate.constant, certificate.pairs
-    if found.pairs is not None:
-        pairs = found.pairs if pairs is None else torch.minimum(pairs, found.pairs)
-    rows = certificate.rows
-    if found.constant.value < constant.value:
-        constant = found.constant
-        value, kind = constant.value, constant.kind
-        row = Row("<root>", "all layers", shape, value, value, found.method, kind, found.seconds)
-        rows = (*rows, row)
-    return LipschitzCertificate(constant, rows, shape, pairs)
-
-
-def _check_model(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        _checks.require(
-            not module.training,
-            "certify",
-            "every module must be in eval mode",
-            "Call model.eval() first: dropout and batch statistics make another function of it",
-            UncertifiableError,
-            path=path or type(module).__name__,
-        )
-    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
-        _checks.require(
-            tensor.dtype not in (torch.float16, torch.bfloat16),
-            "certify",
-            "weights must be float32 or float64",
-            "Call model.float(): the rounding of half precision would exceed most margins",
-            UncertifiableError,
-            path=path,
-            dtype=tensor.dtype,
-        )
-        _checks.require(
-            not tensor.is_meta and (tensor.is_complex() or bool(tensor.isfinite().all())),
-            "certify",
-            "weights must be finite",
-            "Look for the step of the training that made a NaN or an infinity",
-            UncertifiableError,
-            path=path,
-        )
 
 
 @torch.no_grad()

@@ -10,28 +10,9 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import LipschitzCertificate
+from orthonet.certify._secants import _TINY, _lengths, _noise, _rows, _unit, steepest_secant
 
 __all__ = ["AttackReport", "attack_certificate", "lipschitz_estimate", "pgd_l2"]
-
-_TINY = 1e-30
-
-
-def _rows(values: Tensor, like: Tensor) -> Tensor:
-    """One number a sample, (N,), shaped to multiply `like`."""
-    return values.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _lengths(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x / _rows(_lengths(x).clamp_min(_TINY), x)
-
-
-def _noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = generator.device if generator is not None else torch.device("cpu")
-    return torch.randn(x.shape, generator=generator, device=device).to(x.device, x.dtype)
 
 
 def _predicted(logits: Tensor) -> Tensor:
@@ -289,36 +270,5 @@ def lipschitz_estimate(
     """
     _check_attack("lipschitz_estimate", model, x, torch.zeros(len(x)))
     _checks.positive_int("lipschitz_estimate", steps=steps)
-    eps = torch.finfo(x.dtype).eps
-    point, direction = x.detach(), _unit(_noise(x, generator))
-    scale = max(1.0, float(_lengths(point).square().mean().sqrt()))
-    length = scale * eps**0.33
-    reached = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    uphill = torch.zeros_like(x)
-    for step in range(steps):
-        moved = step % 3 == 2  # two turns of the direction, then a move that is kept if it helps
-        trial = point
-        if moved:
-            trial = point + step_size * scale * _unit(uphill + _unit(_noise(x, generator)))
-        a = trial.clone().requires_grad_()
-        b = (trial + length * direction).detach().requires_grad_()
-        with torch.enable_grad():
-            fa, fb = model(a), model(b)
-            change = _lengths(fb - fa).sum()
-            if not change.requires_grad:  # the output does not depend on the input
-                return Bound(0.0, kind="estimate")
-            to_a, to_b = torch.autograd.grad(change, (a, b))
-        a, b, fa, fb = (t.detach().double() for t in (a, b, fa, fb))
-        distance = _lengths(b - a).clamp_min(_TINY)
-        slope = _lengths(fb - fa) / distance
-        inner = slope * (_lengths(a) + _lengths(b))  # what lengths inside the model may be
-        rounding = 8 * eps * (_lengths(fa) + _lengths(fb) + inner)
-        ratio = slope - rounding / distance
-        keep = _rows(
-            (ratio >= 0.999 * reached) | torch.full_like(ratio, not moved, dtype=torch.bool), x
-        )
-        point = torch.where(keep, trial, point)
-        direction = torch.where(keep, _unit(to_b - to_a), direction)
-        uphill = torch.where(keep, _unit(to_a + to_b), uphill)
-        reached = torch.maximum(reached, ratio)
-    return Bound(max(0.0, float(reached.max())), kind="estimate")
+    found = steepest_secant(model, x, steps=steps, step_size=step_size, generator=generator)
+    return Bound(0.0 if found is None else found[0], kind="estimate")

@@ -6,13 +6,22 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from orthonet import functional
 from orthonet.certify._bound import Bound
-from orthonet.certify._rules import REARRANGEMENT, Call, Operand, Step, exact, register_rule, upper
-from orthonet.linalg._rounding import add_up, div_up, down, mul_up, sqrt_up, up
-from orthonet.linalg.enclosure import spectral_norm_bound
+from orthonet.certify._norms import matrix_norm
+from orthonet.certify._rules import (
+    COPY,
+    REARRANGEMENT,
+    Call,
+    Operand,
+    Step,
+    exact,
+    register_rule,
+    upper,
+)
+from orthonet.linalg._rounding import div_up, mul_up, sqrt_up, up
 
 __all__ = ["amplification"]
 
@@ -30,11 +39,10 @@ _SLOPES = {
     "sin": 1.0,
     "cos": 1.0,
     "atan": 1.0,
-    "softsign": 1.0,
     "softshrink": 1.0,
-    "tanhshrink": 1.0,
-    "logsigmoid": 1.0,
+    "logsumexp": 1.0,
     "log_sigmoid": 1.0,
+    "asinh": 1.0,
     "sigmoid": 0.25,
     "hardsigmoid": 0.16666667164,  # torch takes the float32 of 1 / 6
     "hardswish": 1.5,
@@ -51,16 +59,34 @@ def amplification(call: Call) -> float:
     return 1.0 if outside <= inside else sqrt_up(div_up(outside, inside))
 
 
-@register_rule(*_SLOPES)
+_EXACT = {"relu", "abs", "neg", "hardtanh", "relu6"}
+_SMOOTH = 64.0
+"""Roundings that an elementary function of a math library is taken to need, a few ulp in truth."""
+
+
+@register_rule(*sorted(_SLOPES.keys() - {"logsumexp"}))
 def _elementwise(call: Call) -> Step:
-    return exact(mul_up(_SLOPES[call.op], amplification(call)), "largest slope")
+    roundings = COPY if call.op in _EXACT else _SMOOTH
+    return exact(mul_up(_SLOPES[call.op], amplification(call)), "largest slope", roundings)
+
+
+@register_rule(F.softsign, F.tanhshrink)
+def _written_in_python(call: Call) -> Step:
+    call.operand  # noqa: B018 (refuses a second one)
+    return exact(1.0, "largest slope", _SMOOTH)
+
+
+@register_rule("logsumexp")
+def _log_sum_exp(call: Call) -> Step:
+    call.feature_dims(call.get(1, "dim", None))
+    return exact(1.0, "gradient is a distribution", _SMOOTH + math.prod(call.operand.shape))
 
 
 @register_rule("gelu")
 def _gelu(call: Call) -> Step:
     call.operand  # noqa: B018 (refuses a second one)
     tanh = call.get(1, "approximate", "none") == "tanh"
-    return exact(1.1289930725 if tanh else 1.1289041479, "largest slope")
+    return exact(1.1289930725 if tanh else 1.1289041479, "largest slope", _SMOOTH)
 
 
 @register_rule("leaky_relu", "rrelu", "elu", "celu", "softplus", "clamp", "prelu")
@@ -71,9 +97,9 @@ def _with_parameter(call: Call) -> Step:
     elif call.op == "rrelu":
         slopes += [abs(_number(call, 1, "lower", 1 / 8)), abs(_number(call, 2, "upper", 1 / 3))]
     elif call.op == "elu":
-        slopes.append(abs(_number(call, 1, "alpha", 1.0)))
-        if not isinstance(call.get(2, "scale", False), bool) or "input_scale" in call.kwargs:
-            call.refuse("elu is certified without a scale", "Multiply its output instead")
+        alpha = abs(_number(call, 1, "alpha", 1.0))
+        outside, inside = (_number(call, i, n, 1.0) for i, n in ((2, "scale"), (3, "input_scale")))
+        slopes = [abs(outside), mul_up(abs(outside), alpha, abs(inside))]
     elif call.op == "celu" and _number(call, 1, "alpha", 1.0) <= 0:
         call.refuse("celu must have a positive alpha", "Use alpha > 0")
     elif call.op == "softplus":
@@ -84,7 +110,11 @@ def _with_parameter(call: Call) -> Step:
             )
     elif call.op == "prelu":
         slopes.append(float(call.constant(1, "weight").abs().max()))
-    return exact(mul_up(max(slopes), amplification(call)), "largest slope")
+    roundings = COPY if call.op == "clamp" else 2.0 if call.op in _PIECEWISE else _SMOOTH
+    return exact(mul_up(max(slopes), amplification(call)), "largest slope", roundings)
+
+
+_PIECEWISE = {"leaky_relu", "rrelu", "prelu"}
 
 
 def _number(call: Call, position: int, name: str, default: float) -> float:
@@ -105,9 +135,29 @@ def _softmax(call: Call) -> Step:
     return exact(sqrt_up(call.operand.shape[place]), "largest Jacobian of log-softmax")
 
 
+@register_rule("hypot")
+def _hypot(call: Call) -> Step:
+    if len(call.operands) == 1:
+        return exact(amplification(_first(call)), "the length of a pair", _SMOOTH)
+    return Step((_ONE, _ONE), "the length of a pair", "hypot", roundings=_SMOOTH)
+
+
+@register_rule("lerp")
+def _lerp(call: Call) -> Step:
+    weight = call.constant(2, "weight")
+    gains = []
+    for value, factor in zip(call.args[:2], ((1.0 - weight).abs(), weight.abs()), strict=True):
+        if isinstance(value, Operand):
+            single = Call(call.op, call.path, (value,), {}, call.output_shape)
+            # 1 - weight was rounded once
+            size = mul_up(float(factor.max()), up(1.0 + 2.0**-52), amplification(single))
+            gains.append(Bound(size))
+    return Step(tuple(gains), "weighted mean", roundings=4.0)
+
+
 @register_rule(
     "reshape", "view", "flatten", "ravel", "unflatten", "squeeze", "unsqueeze", "contiguous",
-    "clone", "detach", "alias", "permute", "transpose", "movedim", "t", "pixel_shuffle",
+    "clone", "detach", "alias", "lift_fresh_copy", "permute", "transpose", "movedim", "t", "pixel_shuffle",
     "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "positive", "pos", "float",
     "double", "to", "type_as",
 )  # fmt: skip
@@ -119,16 +169,7 @@ def _rearrange(call: Call) -> Step:
     if not isinstance(first, Operand):
         call.refuse("the tensor to rearrange must be the first argument", "Rewrite the call")
     others = (Bound(0.0, kind="exact"),) * (len(call.operands) - 1)  # only their shape or dtype
-    return Step((_ONE, *others), REARRANGEMENT)
-
-
-@register_rule(getattr)
-def _attribute(call: Call) -> Step:
-    if call.args[1] not in ("data", "T", "mT", "real"):
-        call.refuse(
-            f"the attribute {call.args[1]!r} of a tensor has no rule", "Use a function of torch"
-        )
-    return Step((_ONE,), REARRANGEMENT)
+    return Step((_ONE, *others), REARRANGEMENT, roundings=COPY)
 
 
 @register_rule("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
@@ -140,32 +181,73 @@ def _dropout(call: Call) -> Step:
             "dropout must be switched off",
             "Pass training=self.training and call model.eval()",
         )
-    return exact(1.0, "identity in eval mode")
+    return Step((_ONE,), REARRANGEMENT, roundings=COPY)
 
 
 @register_rule("flip", "roll", "sort", "amax", "amin", "max", "min", "topk", "narrow", "select",
-               "index_select", "maximum", "minimum", "cummax", "cummin")  # fmt: skip
+               "maximum", "minimum", "diagonal")  # fmt: skip
 def _select(call: Call) -> Step:
     if call.op in ("max", "min", "maximum", "minimum") and len(call.operands) == 2:
-        return Step((_ONE, _ONE), "larger or smaller of two", "hypot")
+        return Step((_ONE, _ONE), "larger or smaller of two", "hypot", COPY)
     if call.op in ("maximum", "minimum"):
-        return upper(amplification(_first(call)), "larger or smaller of it and a constant")
-    if call.op in ("index_select", "cummax", "cummin"):
-        call.refuse(f"{call.op} may repeat entries", "Use a slice, or amax")
+        return upper(amplification(_first(call)), "larger or smaller of it and a constant", COPY)
     default: Any = None
     position, name = 1, "dim"
     if call.op == "flip":  # x.flip(1, 2) and x.flip((1, 2))
         dims = call.get(1, "dims", ())
         call.feature_dims(call.args[1:] if isinstance(dims, int) else dims)
-        return exact(1.0, "selection or order")
+        return exact(1.0, "selection or order", COPY)
     if call.op == "roll":
         position, name = 2, "dims"
+    elif call.op == "diagonal":
+        call.feature_dims((call.get(2, "dim1", 0), call.get(3, "dim2", 1)))
+        return exact(1.0, "selection or order", COPY)
     elif call.op in ("sort", "topk"):
         position, default = (1 if call.op == "sort" else 2), -1
     elif isinstance(call.get(1, "dim", None), Tensor):  # torch.max(x, constant)
-        return upper(amplification(call), "larger or smaller of it and a constant")
+        return upper(amplification(call), "larger or smaller of it and a constant", COPY)
     call.feature_dims(call.get(position, name, default))
-    return exact(1.0, "selection or order")
+    return exact(1.0, "selection or order", COPY)
+
+
+@register_rule("slice")
+def _slice(call: Call) -> Step:
+    begin, end, step = (call.get(i, n, None) for i, n in ((2, "start"), (3, "end"), (4, "step")))
+    whole = (
+        not begin and step in (None, 1) and (end is None or (isinstance(end, int) and end >= _END))
+    )
+    if whole:
+        return Step((_ONE,), REARRANGEMENT, roundings=COPY)
+    call.feature_dims(call.get(1, "dim", 0))
+    return exact(1.0, "selection", COPY)
+
+
+_END = 2**62  # torch writes the largest integer for an open end
+
+
+@register_rule("index", "index_select")
+def _index(call: Call) -> Step:
+    if call.op == "index_select":
+        places = {call.feature_dims(call.get(1, "dim", 0))[0]: call.get(2, "index", None)}
+    else:
+        listed = enumerate(call.get(1, "indices", ()))
+        places = {dim - 1: index for dim, index in listed if index is not None}
+    ((place, index),) = places.items() if len(places) == 1 else ((-1, None),)
+    if place < 0 or not isinstance(index, Tensor) or index.ndim > 1 or index.dtype != torch.int64:
+        call.refuse(
+            "an index must be one constant list of integers along a feature dimension",
+            "Use slices, or torch.index_select with a constant index",
+        )
+    counts = (index.flatten() % call.operand.shape[place]).bincount()
+    return exact(sqrt_up(int(counts.max())), "selection, repeated at most so often", COPY)
+
+
+@register_rule("cumsum")
+def _cumsum(call: Call) -> Step:
+    (place,) = call.feature_dims(call.get(1, "dim", 0))
+    size = call.operand.shape[place]
+    value = matrix_norm(torch.ones(size, size, dtype=torch.float64).tril())
+    return exact(value, f"triangle of ones {size}x{size}", float(size))
 
 
 def _first(call: Call) -> Call:
@@ -179,26 +261,18 @@ def _first(call: Call) -> Call:
 def _split(call: Call) -> Step:
     position = 1 if call.op == "unbind" else 2
     call.feature_dims(call.get(position, "dim", 0))
-    return exact(1.0, "each part of a partition")
+    return exact(1.0, "each part of a partition", COPY)
 
 
-@register_rule("getitem")
-def _getitem(call: Call) -> Step:
-    index = call.args[1]
-    entries = index if isinstance(index, tuple) else (index,)
-    whole = entries[0] is Ellipsis or entries[0] == slice(None)
-    plain = all(e is None or e is Ellipsis or isinstance(e, (int, slice)) for e in entries)
-    if not whole or not plain or any(isinstance(e, bool) for e in entries):
-        call.refuse(
-            "an index must leave the batch whole and hold only numbers, slices, None and ...",
-            "Write x[:, a:b]; a list of indices may repeat an entry",
-        )
-    return exact(1.0, "selection")
-
-
-@register_rule("expand", "repeat", "tile", "broadcast_to")
+@register_rule("expand", "repeat", "tile", "broadcast_to", "repeat_interleave")
 def _repeat(call: Call) -> Step:
-    return exact(amplification(call), "repetition")
+    if call.op == "repeat_interleave" and not isinstance(call.get(1, "repeats", None), int):
+        call.refuse(
+            "the number of repetitions must be a constant", "Use torch.repeat_interleave(x, n, dim)"
+        )
+    if call.op == "repeat_interleave":
+        call.feature_dims(call.get(2, "dim", None))
+    return exact(amplification(call), "repetition", COPY)
 
 
 @register_rule("add", "sub", "rsub")
@@ -212,7 +286,8 @@ def _add(call: Call) -> Step:
             gains.append(Bound(mul_up(scaled, amplification(single)), kind="exact"))
     if len(gains) != len(call.operands):
         call.refuse("the terms of a sum must be positional arguments", "Write torch.add(x, y)")
-    return Step(tuple(gains), "shift" if len(gains) == 1 else "sum of norms")
+    method = "shift" if len(gains) == 1 else "sum of norms"
+    return Step(tuple(gains), method, roundings=2.0)
 
 
 @register_rule("mul", "div")
@@ -228,7 +303,7 @@ def _scale(call: Call) -> Step:
         if smallest == 0.0:
             call.refuse("the divisor must not be zero", "Add an eps to the constant")
         largest = div_up(1.0, smallest)
-    return exact(mul_up(largest, size), "largest factor")
+    return exact(mul_up(largest, size), "largest factor", 1.0)
 
 
 @register_rule("sum", "mean")
@@ -237,8 +312,8 @@ def _reduce(call: Call) -> Step:
     count = math.prod(call.operand.shape[place] for place in places)
     root = sqrt_up(count)
     if call.op == "sum":
-        return exact(root, f"sum of {count}")
-    return exact(div_up(root, count), f"mean of {count}")
+        return exact(root, f"sum of {count}", float(count))
+    return exact(div_up(root, count), f"mean of {count}", count + 1.0)
 
 
 @register_rule("norm", "vector_norm")
@@ -246,8 +321,9 @@ def _norm(call: Call) -> Step:
     order = call.get(1, "ord" if "ord" in call.kwargs else "p", 2)
     if order not in (2, 2.0, "fro", None, math.inf):
         call.refuse("a norm must be the Euclidean one", "Use ord=2")
-    call.feature_dims(call.get(2, "dim", None))
-    return exact(1.0, "a norm is 1-Lipschitz")
+    places = call.feature_dims(call.get(2, "dim", None))
+    count = math.prod(call.operand.shape[place] for place in places)
+    return exact(1.0, "a norm is 1-Lipschitz", count + 4.0)
 
 
 @register_rule("cat", "stack")
@@ -258,67 +334,4 @@ def _cat(call: Call) -> Step:
         call.refuse("the tensors must be given as a list or tuple", "Write torch.cat([x, y], 1)")
     if dim % (len(call.output_shape) + 1) == 0:
         call.feature_dims(0)
-    return Step((_ONE,) * len(call.operands), "root of the sum of squares", "hypot")
-
-
-@register_rule("linear", "matmul", "mm", "addmm")
-def _linear(call: Call) -> Step:
-    if call.op == "addmm":
-        if call.kwargs:
-            call.refuse("addmm must have no factors", "Leave out beta and alpha")
-        call = Call(call.op, call.path, call.args[1:], {}, call.output_shape)
-    operand = call.operand
-    weight = call.constant(1, "weight" if call.op == "linear" else "other")
-    if weight.ndim != 2:
-        call.refuse(
-            "the factor of a matrix product must be a constant matrix",
-            "Use torch.nn.Linear, or one product for each matrix",
-        )
-    weight = weight if call.op == "linear" else weight.T
-    out_features, in_features = weight.shape
-    return Step(
-        (Bound(spectral_norm_bound(weight), kind="exact"),),
-        f"matrix {out_features}x{in_features}, verified",
-        rows=weight if len(operand.shape) == 1 else None,
-    )
-
-
-@register_rule("layer_norm", "group_norm")
-def _layer_norm(call: Call) -> Step:
-    eps = _number(call, 4, "eps", 1e-5)
-    if eps <= 0.0:
-        call.refuse("a normalization must have a positive eps", "Use the default eps=1e-5")
-    weight = call.get(2, "weight", None)
-    gain = 1.0 if weight is None else float(call.constant(2, "weight").abs().max())
-    root = down(math.sqrt(eps))
-    return upper(mul_up(gain, div_up(1.0, root)), "1 / sqrt(eps): normalizing a small input")
-
-
-@register_rule(functional.max_min, functional.group_sort, functional.householder)
-def _sorting(call: Call) -> Step:
-    """1-Lipschitz whatever the pairs are, as long as they lie within one sample."""
-    if call.op == "householder":
-        call.constant(1, "theta")
-    call.feature_dims(call.get(1 if call.op == "max_min" else 2, "dim", 1))
-    return exact(1.0, "by construction")
-
-
-@register_rule(functional.absolute, functional.space_to_depth, functional.depth_to_space)
-def _permutation(call: Call) -> Step:
-    call.operand  # noqa: B018
-    return exact(1.0, "by construction")
-
-
-@register_rule(
-    functional.l2_norm_pool,
-    functional.scaled_avg_pool,
-    functional.global_l2_norm_pool,
-    functional.global_scaled_avg_pool,
-)
-def _pooling(call: Call) -> Step:
-    spatial = call.get(1, "kernel_size" if "global" not in call.op else "spatial", None)
-    dims = spatial if isinstance(spatial, int) else len(tuple(spatial or ()))
-    if len(call.operand.shape) < dims:
-        call.refuse("the batch dimension must not be pooled", "Add a channel dimension")
-    # The scale is a float that was computed in a few roundings.
-    return upper(add_up(1.0, 2.0**-48), "by construction")
+    return Step((_ONE,) * len(call.operands), "root of the sum of squares", "hypot", COPY)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 
 from orthonet import _checks
+from orthonet.certify._affine import Island, action_of, materialise
 from orthonet.certify._bound import Bound
+from orthonet.certify._export import Program, export, fill, op_name, path_of, source_of
+from orthonet.certify._forms import form_bound, form_of
+from orthonet.certify._marks import ROOT, LeafCall, mark_of
+from orthonet.certify._norms import limits, matrix_norm
+from orthonet.certify._pieces import Pieces
 from orthonet.certify._rules import (
     REARRANGEMENT,
     Call,
@@ -23,19 +30,19 @@ from orthonet.certify._rules import (
     function_rule,
     module_rule,
 )
-from orthonet.certify._trace import BATCHES, ROOT, Probe, readable, reads_shape, trace
 from orthonet.errors import UncertifiableError
+from orthonet.linalg._rounding import add_up
 
-__all__ = ["BatchDependent", "Row", "Walk", "propagate"]
+__all__ = ["Row", "State", "Walker", "propagate"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One operation of the model in the certificate.
+    """One step of the certificate: an operation, or several affine ones that were joined.
 
     Attributes:
         path: The module it belongs to.
-        op: The class of the module or the name of the function.
+        op: The class of the module or the name of the operation, joined by `+`.
         input_shape: The shape of one sample that it reads.
         constant: Its own Lipschitz constant; of several operands the one of the first.
         cumulative: The constant from the input of the model to its output.
@@ -54,22 +61,27 @@ class Row:
     seconds: float
 
 
-@dataclass(frozen=True)
-class BatchDependent:
-    """A constant that is not the same for every batch size; rules must not scale by it."""
+@dataclass(eq=False)
+class State:
+    """What is known of one node of the graph."""
 
-    value: Any
+    node: fx.Node
+    call: Call
+    shape: tuple[int, ...]
+    constants: dict[fx.Node, Any]
+    parents: list[State] = field(default_factory=list)
+    source: State | None = None
+    """The node that this one is an affine function of; None for the node itself."""
+    island: list[State] = field(default_factory=list)
+    step: Step | None = None
+    bound: Bound | None = None
+    row: Row | None = None
+    used: list[State] = field(default_factory=list)
+    """The nodes whose bounds the bound was made from."""
 
-
-@dataclass(frozen=True)
-class Walk:
-    """The result of a walk: the bound, its table, and the matrix of an affine last operation."""
-
-    bound: Bound
-    rows: tuple[Row, ...]
-    output_shape: tuple[int, ...]
-    head: Tensor | None
-    features: Bound | None
+    @property
+    def start(self) -> State:
+        return self.source or self
 
 
 _IDENTITY = Bound(1.0, kind="exact")
@@ -78,148 +90,148 @@ _ADVICE = {
     "attention by distances, or certify on a bounded domain",
     "pow": "Powers have no global Lipschitz constant",
     "where": "A choice by value may jump: write it with relu, abs, maximum or minimum",
-    "batch_norm": "Use torch.nn.BatchNorm1d, 2d or 3d in eval mode",
     "normalize": "Normalization jumps at zero: use LayerNorm with an eps, or a fixed scale",
     "einsum": "Use torch.nn.Linear or torch.matmul with a constant matrix",
-    "setitem": "Build the tensor with torch.cat instead of writing into it",
+    "embedding": "A lookup by index has no constant: certify the model behind it",
+    "lstm": "Its gates multiply, so it has no global constant: use a vanilla RNN, unrolled",
+    "gru": "Its gates multiply: use a vanilla RNN, unrolled",
+    "bmm": "The product of two tensors that depend on the input, as in attention, has no "
+    "Lipschitz constant",
 }
+_DTYPES = (torch.float32, torch.float64)
 
 
-def propagate(model: nn.Module, example: Tensor, prefix: str = "") -> Walk:
-    """Bound the l2 -> l2 constant of `model`, sample by sample, in the shapes of `example`."""
-    module, probes = trace(model, example)
-    return _Walker(module, probes, prefix).walk()
+def propagate(model: nn.Module, examples: tuple[Tensor, ...], prefix: str = "") -> Walker:
+    """Bound the l2 -> l2 constant of `model`, sample by sample, in the shapes of `examples`."""
+    walker = Walker(model, export(model, examples), prefix)
+    walker.walk()
+    return walker
 
 
-class _Walker:
-    def __init__(self, module: fx.GraphModule, probes: tuple[Probe, Probe], prefix: str) -> None:
-        self.module, self.probes, self.prefix = module, probes, prefix
-        self.nodes = list(module.graph.nodes)
-        self.place = {node: i for i, node in enumerate(self.nodes)}
-        self.values: dict[fx.Node, Any] = {}  # an Operand, a tuple of them, or a constant
-        self.steps: dict[fx.Node, tuple[Step, Call]] = {}
-        self.rows: list[Row] = []
-        self.finished: dict[tuple[int, tuple[int, ...]], Step] = {}  # shared modules
+class Walker:
+    """Visits the nodes of a program in order; bounds are computed where they are needed."""
 
-    def walk(self) -> Walk:
-        output = self.nodes[-1]
-        for node in self.nodes[:-1]:
-            if node.op == "placeholder":
-                shape = self._shapes(node, self._probed(node))
-                self.values[node] = Operand(shape, _IDENTITY)
-            elif not self._depends(node):
-                self.values[node] = self._constant(node)
+    def __init__(self, model: nn.Module, program: Program, prefix: str = "") -> None:
+        self.model, self.program, self.prefix = model, program, prefix
+        self.states: dict[fx.Node, State] = {}
+        self.extra: list[Row] = []
+        self.nested = 0.0  # seconds that were spent in bounds of earlier nodes
+        self.pieces = Pieces(self)
+        self.forms: dict[Any, Any] = {}
+        self.matrices: dict[State, Island | None] = {}
+        self.bound = Bound(0.0, kind="exact")
+        self.outputs: list[State | None] = []
+
+    def walk(self) -> None:
+        inputs = self.program.inputs
+        for node in self.program.nodes:
+            shape = self._shape(node, node.meta.get("val"))
+            if node in inputs:
+                call = Call("input", ROOT, (), {}, shape)
+                self.states[node] = State(node, call, shape, {}, bound=_IDENTITY)
             else:
-                self._visit(node)
-        source = output.args[0]
-        result = self.values[source] if isinstance(source, fx.Node) else None
-        if not isinstance(result, Operand):  # constant: nothing of the input reaches the output
-            shape = tuple(self.probes[0].output.shape[1:])
-            return Walk(Bound(0.0, kind="exact"), tuple(self.rows), shape, None, None)
-        head = features = None
-        if source in self.steps:
-            step, call = self.steps[source]
-            if step.rows is not None and len(call.operands) == 1:
-                head, features = step.rows, call.operands[0].bound
-        return Walk(result.bound, tuple(self.rows), result.shape, head, features)
+                self._visit(node, shape)
+        self.outputs = [self.states.get(n) for n in self.program.outputs]
+        found = list(dict.fromkeys(s for s in self.outputs if s is not None))
+        bounds = [self.bound_of(s) for s in found]
+        if len(bounds) == 1:
+            self.bound = bounds[0]
+        elif bounds:
+            joint = self.pieces.side_by_side(found)
+            total = Bound.hypot(*bounds)
+            self.bound = total if joint is None or joint.value >= total.value else joint
+
+    def rows(self) -> tuple[Row, ...]:
+        """The steps that the bound of the outputs was made from, in the order of the graph."""
+        seen: set[State] = set()
+        stack = [s for s in self.outputs if s is not None]
+        while stack:
+            state = stack.pop()
+            if state not in seen:
+                seen.add(state)
+                stack += state.used
+        order = {node: i for i, node in enumerate(self.program.nodes)}
+        states = sorted(seen, key=lambda s: order[s.node])
+        return (*self.extra, *(s.row for s in states if s.row is not None))
 
     # what a node is ---------------------------------------------------------------------------
 
-    def _probed(self, node: fx.Node) -> tuple[Any, Any]:
-        return self.probes[0].values[node], self.probes[1].values[node]
-
-    def _depends(self, node: fx.Node) -> bool:
-        """Whether its value depends on the input, and not only on the shape of the input."""
-        inputs = any(_has_operand(self.values[n]) for n in node.all_input_nodes)
-        return inputs and not reads_shape(node)
-
-    def _constant(self, node: fx.Node) -> Any:
-        first, second = self._probed(node)
-        if isinstance(first, Tensor):
-            same = isinstance(second, Tensor) and first.shape == second.shape
-            same = same and torch.equal(first, second)
-        else:
-            same = type(first) is type(second) and first == second
-        return first if same else BatchDependent(first)
-
-    def _path(self, node: fx.Node) -> str:
-        if node.op == "call_module":
-            name = str(node.target)
-        else:
-            stack = node.meta.get("nn_module_stack") or {"model": None}
-            name = list(stack)[-1]
-        return ".".join(p for p in (self.prefix, readable(name)) if p not in (ROOT, "")) or ROOT
+    def path(self, node: fx.Node) -> str:
+        name = path_of(node)
+        return ".".join(p for p in (self.prefix, name) if p not in (ROOT, "")) or ROOT
 
     def _refuse(self, node: fx.Node, requirement: str, advice: str) -> NoReturn:
-        _checks.fail(
-            "certify", requirement, advice, UncertifiableError,
-            operation=_name(node), path=self._path(node),
-        )  # fmt: skip
+        details = {"operation": op_name(node), "path": self.path(node)}
+        details |= {"source": source_of(node)} if source_of(node) else {}
+        _checks.fail("certify", requirement, advice, UncertifiableError, **details)
 
-    def _shapes(self, node: fx.Node, probed: tuple[Any, Any]) -> tuple[int, ...]:
+    def _shape(self, node: fx.Node, value: Any) -> tuple[int, ...]:
         """The shape of one sample, if the tensor holds one sample per row, each on its own."""
-        shapes = [tuple(t.shape) for t in probed]
-        whole = all(shape[:1] == (batch,) for shape, batch in zip(shapes, BATCHES, strict=True))
-        if not whole or shapes[0][1:] != shapes[1][1:]:
+        if isinstance(value, (tuple, list)):  # the parts are checked where they are read
+            return tuple(value[0].shape[1:]) if isinstance(value[0], Tensor) else ()
+        if not isinstance(value, Tensor):
+            self._refuse(
+                node, "a number that depends on the input cannot be followed",
+                "Keep the computation in tensors",
+            )  # fmt: skip
+        rest = value.shape[1:]
+        whole = value.ndim >= 1 and str(value.shape[0]) == self.program.batch
+        if not whole or not all(isinstance(size, int) for size in rest):
             self._refuse(
                 node,
                 "dim 0 must stay the batch, neither moved, merged, nor mixed into other dims",
                 "A certificate is given for each sample on its own; reshape with "
                 "x.flatten(1) or x.reshape(len(x), ...)",
             )
-        if probed[0].dtype not in (torch.float32, torch.float64):
+        if value.dtype not in _DTYPES:
             self._refuse(
                 node,
                 "a value that depends on the input must be float32 or float64",
                 "Comparisons, indices and casts to fewer bits jump, so they have no constant",
             )
-        return shapes[0][1:]
+        return tuple(rest)
 
     # visiting ---------------------------------------------------------------------------------
 
-    def _visit(self, node: fx.Node) -> None:
-        start = time.perf_counter()
-        probed = self._probed(node)
-        parts = isinstance(probed[0], (tuple, list))
-        if not parts and not isinstance(probed[0], Tensor):
-            self._refuse(
-                node,
-                "a number that depends on the input cannot be followed",
-                "Keep the computation in tensors",
-            )
-        if "out" in node.kwargs:
-            self._refuse(node, "the argument `out` is not supported", "Use the returned tensor")
-        shape = () if parts else self._shapes(node, probed)
-        args, kwargs = self._argument(node.args), self._argument(node.kwargs)
-        if node.target in (operator.getitem, getattr) and isinstance(args[0], tuple):
-            part = Operand(shape, args[0][0].bound)  # of a split: all have the same bound
-            self.values[node] = (part,) * len(probed[0]) if parts else part
-            return
-        call = Call(_name(node), self._path(node), args, kwargs, shape)
-        step = self._step(node, call)
-        self._check_written(node, step)
-        bound = self._combine(step, call.operands)
-        self.steps[node] = (step, call)
-        if parts:  # whether a part is a batch is checked where it is read
-            self.values[node] = tuple(Operand(tuple(t.shape[1:]), bound) for t in probed[0])
+    def _visit(self, node: fx.Node, shape: tuple[int, ...]) -> None:
+        mark = mark_of(node)
+        parents = [self.states[n] for n in self.program.parents(node) if n in self.states]
+        if mark is not None and mark[1] < 0:
+            leaf = self.program.calls[mark[0]]
+            entries = self.program.entries.get(mark[0], {})
+            values = {place: self._argument(n) for place, n in entries.items()}
+            path = ".".join(p for p in (self.prefix, leaf.path) if p not in (ROOT, "")) or ROOT
+            name = getattr(leaf.target, "__name__", type(leaf.target).__name__)
+            call = Call(
+                name, path, fill(leaf.args, values),
+                {k: fill(v, values) for k, v in leaf.kwargs.items()}, shape, source_of(node),
+            )  # fmt: skip
+            state = State(node, call, shape, self.program.constants, parents)
+            state.step = self._leaf_step(state, leaf)
         else:
-            self.values[node] = Operand(shape, bound)
-        row = Row(
-            call.path,
-            call.op,
-            call.operands[0].shape,
-            step.gains[0].value,
-            bound.value,
-            step.method,
-            step.gains[0].kind if len(step.gains) == 1 else "upper",
-            time.perf_counter() - start,
-        )
-        self.rows.append(row)
+            args = self._argument(node.args)
+            kwargs = self._argument(node.kwargs)
+            name = canonical(node.target)
+            name = name if isinstance(name, str) else op_name(node)
+            call = Call(name, self.path(node), args, kwargs, shape, source_of(node))
+            state = State(node, call, shape, self.program.constants, parents)
+            action = action_of(state)
+            sources = {p.start for p in parents}
+            if action is not None and len(sources) == 1:
+                state.source = sources.pop()
+                order = dict.fromkeys(s for p in parents for s in p.island)
+                state.island = [*order, state]
+            if action is None or not action.heavy:
+                state.step = self._operation_step(state)
+        self.states[node] = state
 
     def _argument(self, argument: Any) -> Any:
         """The argument with an `Operand` or a constant in place of every node."""
         if isinstance(argument, fx.Node):
-            return self.values[argument]
+            state = self.states.get(argument)
+            if state is None:
+                return self.program.constants[argument]
+            return Operand(state.shape, lambda: self.bound_of(state), state)
         if isinstance(argument, (tuple, list)):
             return tuple(self._argument(a) for a in argument)
         if isinstance(argument, dict):
@@ -228,103 +240,148 @@ class _Walker:
             return slice(*map(self._argument, (argument.start, argument.stop, argument.step)))
         return argument
 
-    def _combine(self, step: Step, operands: tuple[Operand, ...]) -> Bound:
-        if len(operands) == 1:
-            before, gain = operands[0].bound, step.gains[0]
-            if before is _IDENTITY:
-                return _IDENTITY if step.method == REARRANGEMENT else gain
-            return before * gain
-        terms = [gain * x.bound for gain, x in zip(step.gains, operands, strict=True)]
-        if step.combine == "hypot":
-            return Bound.hypot(*terms)
-        return sum(terms[1:], terms[0])
+    def step_of(self, state: State) -> Step:
+        """The gains of a node over its operands."""
+        if state.step is None:
+            state.step = self._operation_step(state)
+        return state.step
 
-    def _step(self, node: fx.Node, call: Call) -> Step:
-        if node.op == "call_module":
-            return self._module_step(node, call)
+    def _operation_step(self, state: State) -> Step:
+        node = state.node
+        if node.target is operator.getitem or mark_of(node) is not None:
+            return Step((_IDENTITY,), REARRANGEMENT, roundings=0.0)
         rule = function_rule(node.target)
         if rule is None:
-            advice = _ADVICE.get(call.op, f"There is none for {call.op!r}")
+            advice = _ADVICE.get(state.call.op, f"There is none for {state.call.op!r}")
             self._refuse(
                 node,
                 "every operation on the input must have a Lipschitz rule",
                 f"{advice}; or register a rule for this operation, or for the class of the module "
                 "at this path, with @register_rule",
             )
-        return as_step(rule(call), call)
+        return as_step(rule(state.call), state.call)
 
-    def _module_step(self, node: fx.Node, call: Call) -> Step:
-        module = self.module.get_submodule(str(node.target))
-        if len(call.args) + len(call.kwargs) != 1 or len(call.operands) != 1:
-            self._refuse(
-                node,
-                "a module with a rule must be called with one tensor",
-                "Wrap it in a module of its own and give that a rule",
+    def _leaf_step(self, state: State, leaf: LeafCall) -> Step:
+        call, target = state.call, leaf.target
+        if not isinstance(target, nn.Module):
+            rule = function_rule(target)
+            return as_step(rule(call) if rule else None, call)
+        entry = module_rule(target)
+        if entry is None:
+            call.refuse("a leaf must have a rule", "Do not change rules meanwhile")
+        shapes = tuple(operand.shape for operand in call.operands)
+        shape: Any = shapes[0] if len(shapes) == 1 else shapes
+        try:
+            result = (
+                entry.rule(target, shape, self._child(call, target, state))
+                if entry.nested
+                else entry.rule(target, shape)
             )
-        shape = call.operand.shape if call.args else call.operands[0].shape
-        key = (id(module), shape)
-        if key not in self.finished:
-            entry = module_rule(module)
-            if entry is None:
-                self._refuse(node, "a leaf must have a rule", "Do not change rules meanwhile")
-            try:
-                result = (
-                    entry.rule(module, shape, self._child(node, module))
-                    if entry.nested
-                    else entry.rule(module, shape)
-                )
-            except UncertifiableError:
-                raise
-            except ValueError as error:
-                self._refuse(node, f"its bound could not be computed ({error})", "Correct it")
-            self.finished[key] = as_step(result, call)
-        return self.finished[key]
+        except UncertifiableError:
+            raise
+        except ValueError as error:
+            call.refuse(f"its bound could not be computed ({error})", "Correct it")
+        return as_step(result, call)
 
-    def _child(self, node: fx.Node, module: nn.Module) -> Callable[..., Bound]:
+    def _child(self, call: Call, module: nn.Module, state: State) -> Callable[..., Bound]:
         """The function that certifies a child of `module`, and adds its rows to the table."""
-        probe = self.probes[0].values[node.all_input_nodes[0]]
+        value = state.parents[0].node.meta["val"]
 
         def bound_of(child: nn.Module, input_shape: tuple[int, ...]) -> Bound:
             name = next((n for n, m in module.named_modules() if m is child), "")
-            example = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
-            walk = propagate(
-                child,
-                example.to(probe.device, probe.dtype),
-                ".".join(part for part in (self._path(node), name) if part not in (ROOT, "")),
-            )
-            self.rows.extend(walk.rows)
-            return walk.bound
+            example = torch.zeros(1, *input_shape, dtype=value.dtype, device=value.device)
+            path = ".".join(part for part in (call.path, name) if part not in (ROOT, ""))
+            walker = propagate(child, (example,), path)
+            self.extra.extend(walker.rows())
+            return walker.bound
 
         return bound_of
 
-    def _check_written(self, node: fx.Node, step: Step) -> None:
-        """Refuse an operation in place if something else reads what it wrote over."""
-        for target in self.probes[0].written.get(node, []):
-            storage = self.probes[0].storages[target]
-            aliases = [n for n in self.nodes[: self.place[node]]
-                       if self.probes[0].storages.get(n, frozenset()) & storage]  # fmt: skip
-            constant = any(not _has_operand(self.values[n]) for n in aliases)
-            shrinks = len(step.gains) == 1 and step.gains[0].value <= 1.0
-            late = any(
-                self.place[user] > self.place[node] for alias in aliases for user in alias.users
-            )
-            if constant or (late and not shrinks):
-                self._refuse(
-                    node,
-                    "a tensor that is overwritten in place must not be read afterwards",
-                    "Use the operation that returns a new tensor",
+    # bounds -----------------------------------------------------------------------------------
+
+    def bound_of(self, state: State) -> Bound:
+        """The smallest bound of a node that is found, from the input of the model to it."""
+        if state.bound is None:
+            start, outer = time.perf_counter(), self.nested
+            self.nested = 0.0
+            best = self._island(state)
+            if best is None or best[2][3].kind != "exact":
+                product = self._product(state)
+                if best is None or product[0].value <= best[0].value:
+                    best = product
+            state.bound, state.used, row = best
+            seconds = time.perf_counter() - start
+            seconds, self.nested = seconds - self.nested, outer + seconds
+            if row is not None:
+                path, op, shape, gain, method = row
+                state.row = Row(
+                    path, op, shape, gain.value, state.bound.value, method, gain.kind, seconds
                 )
+        return state.bound
+
+    def _island(self, state: State) -> Any:
+        """The bound of a node by all affine operations since the last other one, joined."""
+        source, states = state.source, state.island
+        if source is None:
+            return None
+        weighty = [s for s in states if not _moves(s)]
+        still = all(s.step is not None and s.step.method == REARRANGEMENT
+                    for s in states if s not in weighty)  # fmt: skip
+        if len(states) == 1 or (len(weighty) <= 1 and still):
+            return None
+        found = self._joined(state)
+        if found is None:
+            return None
+        gain, method = found
+        before = self.bound_of(source)
+        bound = gain if before is _IDENTITY else before * gain
+        named = [s for s in states if not (s.step and s.step.method == REARRANGEMENT)]
+        ops = list(dict.fromkeys(s.call.op.removeprefix("_native_") for s in named))
+        name = "+".join(ops[:3]) + ("+..." if len(ops) > 3 else "")
+        return bound, [source], (states[0].call.path, name, source.shape, gain, method)
+
+    def _joined(self, state: State) -> tuple[Bound, str] | None:
+        inside, outside = math.prod(state.start.shape), math.prod(state.shape)
+        allowed = limits()
+        if min(inside, outside) <= allowed.side and inside * outside <= allowed.entries:
+            island = self.matrix_of(state)
+            if island is not None:
+                norm = matrix_norm(island.matrix)
+                kind = "exact" if island.error <= 1e-9 * norm else "upper"
+                text = f"{len(state.island)} affine operations, matrix {outside}x{inside}"
+                return Bound(add_up(norm, island.error), kind=kind), text
+        form = form_of(state, self.forms)
+        found = None if form is None else form_bound(form, state.island)
+        if found is None:
+            return None
+        return found[0], f"{len(state.island)} affine operations, {found[1]}"
+
+    def matrix_of(self, state: State) -> Island | None:
+        """The matrix from the start of the island of a node to it."""
+        if state not in self.matrices:
+            self.matrices[state] = materialise(state)
+        return self.matrices[state]
+
+    def _product(self, state: State) -> Any:
+        step, call = self.step_of(state), state.call
+        if len(call.operands) == 1:
+            before, gain = call.operands[0].bound, step.gains[0]
+            if before is _IDENTITY:
+                bound = _IDENTITY if step.method == REARRANGEMENT else gain
+            else:
+                bound = before * gain
+        else:
+            terms = [g * x.bound for g, x in zip(step.gains, call.operands, strict=True)]
+            bound = Bound.hypot(*terms) if step.combine == "hypot" else sum(terms[1:], terms[0])
+            refined = self.pieces.refined(state)
+            if refined is not None and refined.value < bound.value:
+                bound, step = refined, step._replace(method=f"{step.method}, matrix of constants")
+        kind = step.gains[0].kind if len(step.gains) == 1 else "upper"
+        gain = Bound(step.gains[0].value, kind=kind)
+        row = (call.path, call.op, call.operands[0].shape, gain, step.method)
+        return bound, state.parents, row
 
 
-def _has_operand(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(_has_operand(v) for v in value)
-    return isinstance(value, Operand)
-
-
-def _name(node: fx.Node) -> str:
-    if node.op == "call_module":
-        owner = node.graph.owning_module
-        return type(owner.get_submodule(str(node.target))).__name__ if owner else str(node.target)
-    name = canonical(node.target)
-    return name if isinstance(name, str) else getattr(name, "__name__", str(name))
+def _moves(state: State) -> bool:
+    action = action_of(state)
+    return action is not None and action.moves

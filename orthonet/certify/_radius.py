@@ -13,6 +13,7 @@ from orthonet import _checks
 from orthonet.linalg._rounding import (
     UNDERFLOW,
     UNIT_ROUNDOFF,
+    add_up,
     gamma,
     mul_up,
     power_of_two_scale,
@@ -35,10 +36,12 @@ NORMS = ("l2", "linf", "l1")
 _MOST_CLASSES = 4096
 
 
-def pairwise_constants(rows: Tensor, features: float, constant: float) -> Tensor | None:
+def pairwise_constants(
+    rows: Tensor, features: float, constant: float, error: float = 0.0
+) -> Tensor | None:
     """Upper bounds of the constants of y_i - y_j for y = W h(x), h of constant `features`.
 
-    The smaller of ||w_i - w_j|| times the bound of the features and sqrt(2) times the whole.
+    `error` bounds the Frobenius norm of what W may be off. The smaller of ||w_i - w_j|| times the bound of the features and sqrt(2) times the whole.
 
     Shape:
         rows: (classes, in), float64; returns (classes, classes), or None beyond 4096 classes.
@@ -52,13 +55,15 @@ def pairwise_constants(rows: Tensor, features: float, constant: float) -> Tensor
     relative = up(1.0 + 2.0 * gamma(width + 4))
     factor = mul_up(relative, scale, features)
     slack = mul_up(sqrt_up(width), math.sqrt(UNDERFLOW), scale, features)
+    slack = add_up(slack, mul_up(up(math.sqrt(2.0)), error, features))
     cap = mul_up(up(math.sqrt(2.0)), constant)
     pairs = torch.empty(classes, classes, dtype=torch.float64)
     for i in range(classes):
         distance = torch.linalg.vector_norm(rows - rows[i], dim=1)
         bound = (distance * factor + slack) * (1.0 + 4 * UNIT_ROUNDOFF)
         # Rows that are equal bit for bit have a constant difference.
-        pairs[i] = torch.where((rows == rows[i]).all(1), 0.0, bound.clamp(max=cap))
+        equal = (rows == rows[i]).all(1) & (error == 0.0)
+        pairs[i] = torch.where(equal, 0.0, bound.clamp(max=cap))
     return pairs
 
 
@@ -66,16 +71,22 @@ def certified_radius(
     logits: Tensor,
     constant: float,
     pairs: Tensor | None,
+    rounding: Tensor | None = None,
+    *,
     labels: Tensor | None = None,
     target: Tensor | None = None,
 ) -> Tensor:
     """L2 radii (N,) in float64, rounded downward; see `LipschitzCertificate.radius`."""
     logits = _checked(logits)
     shrink = 1.0 - 4 * UNIT_ROUNDOFF  # the roundings of a difference, a quotient, and this product
+    # Two logits, at the sample and at the other point, are each off by at most the rounding.
+    off = torch.zeros(len(logits), dtype=torch.float64) if rounding is None else rounding * 2.0
+    off = off * (1.0 + 4 * UNIT_ROUNDOFF)
     if logits.ndim == 1:
         _checks.require(target is None, "LipschitzCertificate", "a binary classifier has no target",
                         "Leave it out", target=target)  # fmt: skip
-        radii = _quotient(logits.abs(), torch.tensor(constant, dtype=torch.float64)) * shrink
+        bound = torch.tensor(constant, dtype=torch.float64)
+        radii = _quotient(logits.abs() - off, bound) * shrink
         if labels is None:
             return radii
         return torch.where((logits > 0) == (_classes(labels, len(logits), None) > 0), radii, 0.0)
@@ -94,7 +105,8 @@ def certified_radius(
     if labels is not None:
         predicted = _classes(labels, len(logits), classes)
     top = logits.gather(1, predicted[:, None])
-    radii = _quotient(top - logits, pairs[predicted]) * shrink
+    margin = (top - logits) * shrink - (off * up(math.sqrt(2.0)))[:, None]
+    radii = _quotient(margin, pairs[predicted]) * shrink
     radii.scatter_(1, predicted[:, None], math.inf)
     least = radii.amin(1)
     if target is None:

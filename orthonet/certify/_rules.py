@@ -6,6 +6,7 @@ graph that the call was found in.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from orthonet.certify._bound import Bound
 from orthonet.errors import UncertifiableError
 
 __all__ = [
+    "COPY",
     "REARRANGEMENT",
     "Call",
     "Operand",
@@ -27,6 +29,7 @@ __all__ = [
     "as_step",
     "canonical",
     "exact",
+    "function_leaves",
     "function_rule",
     "module_rule",
     "register_rule",
@@ -36,12 +39,26 @@ __all__ = [
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True, eq=False)
 class Operand:
-    """A tensor that depends on the input of the model; `shape` is that of one sample."""
+    """A tensor that depends on the input of the model.
 
-    shape: tuple[int, ...]
-    bound: Bound
+    Attributes:
+        shape: The shape of one sample.
+        bound: The bound of the constant from the input of the model to it.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], bound: Bound | Callable[[], Bound], state: Any = None
+    ) -> None:
+        self.shape = shape
+        self._bound = bound
+        self._state = state  # what the walk knows of it
+
+    @property
+    def bound(self) -> Bound:
+        if not isinstance(self._bound, Bound):
+            self._bound = self._bound()
+        return self._bound
 
 
 class Step(NamedTuple):
@@ -55,22 +72,26 @@ class Step(NamedTuple):
     gains: tuple[Bound, ...]
     method: str
     combine: Literal["sum", "hypot"] = "sum"
-    rows: Tensor | None = None
-    """The float64 matrix (out, in) of an affine map of vectors, for margins of pairs of outputs."""
+    roundings: float | None = None
+    """How many roundings an entry of the output sees in a forward pass: its error is at most
+    gamma of that number times (the gains on the absolute operands + the absolute output), in the
+    l2 norm. 0 for maps that only compare and copy; None where nothing is known."""
 
 
 REARRANGEMENT = "rearrangement"
 """The method of a step that only moves entries: it leaves the bound as it is."""
+COPY = 0.0
+"""The roundings of a map whose outputs are copies of inputs."""
 
 
-def exact(value: float, method: str) -> Step:
+def exact(value: float, method: str, roundings: float | None = None) -> Step:
     """The constant of a map of one operand, attained up to rounding."""
-    return Step((Bound(value, kind="exact"),), method)
+    return Step((Bound(value, kind="exact"),), method, roundings=roundings)
 
 
-def upper(value: float, method: str) -> Step:
+def upper(value: float, method: str, roundings: float | None = None) -> Step:
     """A proved bound of the constant of a map of one operand."""
-    return Step((Bound(value),), method)
+    return Step((Bound(value),), method, roundings=roundings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +105,7 @@ class Call:
             input, everything else is a constant.
         kwargs: The keyword arguments, likewise.
         output_shape: The shape of one sample of the output.
+        source: The line of code that it comes from, where that is known.
     """
 
     op: str
@@ -91,6 +113,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output_shape: tuple[int, ...]
+    source: str = ""
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -154,10 +177,10 @@ class Call:
         return tuple(place - 1 for place in places)
 
     def refuse(self, requirement: str, advice: str) -> NoReturn:
-        """Raise an `UncertifiableError` that names this operation and its path."""
-        _checks.fail(
-            "certify", requirement, advice, UncertifiableError, operation=self.op, path=self.path
-        )
+        """Raise an `UncertifiableError` that names this operation, its path and its line."""
+        where = {"operation": self.op, "path": self.path}
+        where |= {"source": self.source} if self.source else {}
+        _checks.fail("certify", requirement, advice, UncertifiableError, **where)
 
 
 class _Entry(NamedTuple):
@@ -174,6 +197,9 @@ _SPELLINGS = {
     "concat": "cat", "concatenate": "cat", "subtract": "sub", "multiply": "mul", "divide": "div",
     "true_divide": "div", "negative": "neg", "absolute": "abs", "arctan": "atan", "clip": "clamp",
     "expit": "sigmoid", "swapaxes": "transpose", "swapdims": "transpose", "moveaxis": "movedim",
+    "clamp_min": "clamp", "clamp_max": "clamp", "_softmax": "softmax", "_log_softmax": "log_softmax",
+    "_prelu_kernel": "prelu", "multiply_": "mul", "_unsafe_view": "view", "_to_copy": "to",
+    "logsigmoid": "log_sigmoid", "log_sigmoid_forward": "log_sigmoid",
 }  # fmt: skip
 # What a subclass may change without changing the map.
 _HARMLESS = {
@@ -229,12 +255,16 @@ def canonical(target: Any) -> Any:
     """One name for all spellings of an operation of torch; any other function is its own name."""
     if not isinstance(target, str):
         name = getattr(target, "__name__", "")
-        if isinstance(target, torch._ops.OpOverload):
-            name = target._schema.name.split("::")[-1]
+        if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            schema = getattr(target, "_schema", None)
+            name = schema.name if schema else target._qualified_op_name  # type: ignore[union-attr]
+            name = name.removeprefix("aten::")
+            return canonical(name.removeprefix("linalg_").removeprefix("special_"))
         name = name.removeprefix("linalg_").removeprefix("special_")
-        known = any(getattr(space, name, None) is target for space in _NAMESPACES)
-        if not known and not isinstance(target, torch._ops.OpOverload):
+        if not any(getattr(space, name, None) is target for space in _NAMESPACES):
             return _DISPATCHED.get(target, target)
+        if inspect.isfunction(target) and not hasattr(torch.ops.aten, name):
+            return target  # written in Python: traced as a whole
         target = name
     name = target.rstrip("_") if not target.endswith("__") else target.strip("_")
     return _SPELLINGS.get(name, name)
@@ -248,8 +278,16 @@ _DISPATCHED = {
 
 
 def function_rule(target: Any) -> Callable[[Call], Any] | None:
-    """The rule of a function or method, if there is one."""
-    return _FUNCTIONS.get(canonical(target))
+    """The rule of a function, method or operation of ATen, if there is one."""
+    try:
+        return _FUNCTIONS.get(canonical(target))
+    except TypeError:  # a target that cannot be hashed
+        return None
+
+
+def function_leaves() -> list[Any]:
+    """The Python functions that have a rule: they are not looked into."""
+    return [target for target in _FUNCTIONS if not isinstance(target, str)]
 
 
 def module_rule(module: nn.Module) -> _Entry | None:

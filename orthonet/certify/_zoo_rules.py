@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from orthonet import layers
 from orthonet.certify._bound import Bound
-from orthonet.certify._module_rules import BoundOf, Shape, _convolution, _float64, _refuse
+from orthonet.certify._module_rules import BoundOf, Shape, _refuse
 from orthonet.certify._rules import REARRANGEMENT, Step, exact, register_rule, upper
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg._rounding import add_up, div_up, mul_up, up
@@ -22,14 +22,12 @@ __all__: list[str] = []
 
 _ROUNDING = up(1.0 + 2.0**-45)  # a chain of a few dozen roundings in float64
 
-register_rule(
-    layers.AOLConv2d,
-    layers.CholeskyConv2d,
-    layers.FrobeniusConv2d,
-    layers.LiResConv2d,
-    layers.RKOConv2d,
-    layers.SpectralConv2d,
-)(_convolution)
+
+def _float64(module: nn.Module, tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().to("cpu", torch.float64)
+    if not bool(tensor.isfinite().all()):
+        _refuse(module, "weights and statistics must be finite", "Look for a NaN or an infinity")
+    return tensor
 
 
 def _exact_copy(module: nn.Module) -> Any:

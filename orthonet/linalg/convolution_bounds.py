@@ -79,11 +79,12 @@ def convolution_norm_bound(
     input_size: tuple[int, ...],
     *,
     stride: int | tuple[int, ...] = 1,
-    padding: int | str | tuple[int, ...] = 0,
+    padding: int | str | tuple[int | tuple[int, int], ...] = 0,
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
     padding_mode: Literal["zeros", "circular"] = "zeros",
     method: Literal["auto", "dense", "fourier"] = "auto",
+    effort: Literal["fast", "default", "tight"] = "default",
 ) -> NormBound:
     r"""A proved upper bound of $\|x \mapsto w * x\|_2$ on inputs of one spatial size.
 
@@ -190,9 +191,11 @@ def _axes(kernel, input_size, stride, padding, dilation, circular: bool) -> list
             left = spread * (taps - 1) // 2
             right = spread * (taps - 1) - left
         else:
-            left = right = 0 if padding == "valid" else each(padding)[a]
+            sides = 0 if padding == "valid" else each(padding)[a]
+            left, right = sides if isinstance(sides, tuple) else (sides, sides)
         _checks.positive_int(_OWNER, input_size=size, stride=step, dilation=spread)
         _checks.non_negative_int(_OWNER, padding=left)
+        _checks.non_negative_int(_OWNER, padding=right)
         axis = _Axis(size, taps, step, spread, left, right, circular)
         _checks.require(
             axis.outputs >= 1,

@@ -1,0 +1,184 @@
+"""Proving the constant of a model: from its graph to a certificate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from orthonet import _checks
+from orthonet.certify import (  # noqa: F401
+    _function_rules,
+    _matrix_rules,
+    _module_rules,
+    _spatial_rules,
+)
+from orthonet.certify._bound import Bound
+from orthonet.certify._certificate import LipschitzCertificate
+from orthonet.certify._lower import lower_bound
+from orthonet.certify._mlp import mlp_bound
+from orthonet.certify._norms import EFFORTS, Effort, limits
+from orthonet.certify._norms import effort as with_effort
+from orthonet.certify._propagate import Row, Walker, propagate
+from orthonet.certify._radius import pairwise_constants
+from orthonet.certify._rules import Operand
+from orthonet.errors import UncertifiableError
+
+__all__ = ["certify"]
+
+
+def certify(
+    model: nn.Module,
+    example_input: Tensor | Sequence[Tensor],
+    *,
+    effort: Effort = "default",
+    lower: bool = True,
+) -> LipschitzCertificate:
+    r"""Prove an upper bound of the l2 Lipschitz constant of a model, for each sample.
+
+    The graph that `torch.export` gives, with a dynamic batch, is walked. What does not depend on
+    the input is folded into constants; modules and operations with a rule get their constants,
+    everything else is looked into. Constants are multiplied along the graph, maximal affine parts
+    are collapsed where that is smaller, and branches that meet are summed, or root-sum-squared
+    where they are concatenated. Norms of matrices and convolutions are proved
+    (`spectral_norm_bound`, `convolution_norm_bound`), and all arithmetic rounds outward.
+
+    Args:
+        model: Any module in eval mode.
+        example_input: A batch of inputs, or a sequence of them for a model of several; the values
+            do not matter to the bound, shapes and dtypes do.
+        effort: `"fast"` takes cheap bounds of convolutions, `"default"` proves norms, `"tight"`
+            also looks for a better bound than the product in multilayer perceptrons, see
+            [`mlp_bound`][orthonet.certify.mlp_bound].
+        lower: Also search for an estimate from below, which shows how loose the bound is at most.
+
+    Shape:
+        example_input: (N, *), the batch first
+
+    Guarantee:
+        $\|f(x) - f(x')\|_2 \le L \|x - x'\|_2$ for all single samples, in exact arithmetic with
+        the deployed weights, if the rules that users registered are right.
+
+    Raises:
+        UncertifiableError: The model is in train mode, holds NaN or half-precision weights, mixes
+            samples, cannot be exported, or does something that no rule covers. The message names
+            the operation and the module and says what to do.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval()
+        >>> [row.op for row in certify(model, torch.ones(1, 2)).rows]
+        ['Linear', 'relu']
+    """
+    examples = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+    _check_examples(examples)
+    _checks.one_of("certify", tuple(EFFORTS), effort=effort)
+    _check_model(model)
+    with torch.no_grad(), with_effort(effort):
+        walker = propagate(model, examples)
+        pairs = _pairs(walker)
+        below = lower_bound(walker, examples) if lower else None
+        each = tuple(Bound(0.0, kind="exact") if s is None else walker.bound_of(s)
+                     for s in walker.outputs)  # fmt: skip
+    shapes = tuple(tuple(x.shape[1:]) for x in examples)
+    shape = shapes[0] if len(shapes) == 1 else shapes
+    found = LipschitzCertificate(walker.bound, walker.rows(), shape, pairs, below, each, walker)
+    return _tightened(found, model) if effort == "tight" else found
+
+
+def _tightened(certificate: LipschitzCertificate, model: nn.Module) -> LipschitzCertificate:
+    """With the bound of a multilayer perceptron, if the model is one and that is smaller."""
+    if not isinstance(model, nn.Sequential):
+        return certificate
+    shape = certificate.input_shape
+    if len(shape) > 1:
+        flat = [m for m in model.modules() if not isinstance(m, nn.Sequential)]
+        if not flat or not isinstance(flat[0], nn.Flatten):
+            return certificate
+    try:
+        found = mlp_bound(model)
+    except UncertifiableError:
+        return certificate  # not a perceptron
+    constant, pairs = certificate.constant, certificate.pairs
+    if found.pairs is not None:
+        pairs = found.pairs if pairs is None else torch.minimum(pairs, found.pairs)
+    rows = certificate.rows
+    if found.constant.value < constant.value:
+        constant = found.constant
+        value, kind = constant.value, constant.kind
+        row = Row("<root>", "all layers", shape, value, value, found.method, kind, found.seconds)
+        rows = (*rows, row)
+    return replace(certificate, constant=constant, rows=rows, pairs=pairs, outputs=(constant,))
+
+
+def _pairs(walker: Walker) -> Tensor | None:
+    """The constants of differences of outputs, by the last matrix and by the last island."""
+    state = walker.outputs[0] if len(walker.outputs) == 1 else None
+    if state is None or len(state.shape) != 1 or state.source is None:
+        return None
+    found: list[Tensor | None] = []
+    call, whole = state.call, walker.bound.value
+    if call.op == "linear" and isinstance(call.args[0], Operand):
+        weight = call.constant(1, "weight")
+        found.append(pairwise_constants(weight, call.args[0].bound.value, whole))
+    inside = math.prod(state.start.shape)
+    if len(state.island) > 1 and state.shape[0] * inside <= limits().entries:
+        island = walker.matrix_of(state)
+        if island is not None:
+            features = walker.bound_of(state.start).value
+            found.append(pairwise_constants(island.matrix, features, whole, island.error))
+    tables = [t for t in found if t is not None]
+    if len(tables) == 2:
+        return torch.minimum(*tables)
+    return tables[0] if tables else None
+
+
+def _check_examples(examples: tuple[Tensor, ...]) -> None:
+    for example in examples:
+        _checks.require(
+            isinstance(example, Tensor) and example.ndim >= 1 and example.is_floating_point(),
+            "certify",
+            "example_input must be a floating-point tensor whose first dimension is the batch",
+            "Pass a batch, e.g. torch.zeros(1, 3, 32, 32); behind an embedding, certify the rest "
+            "of the model on embedded tokens, for a lookup by index has no constant",
+            example_input=example,
+        )
+    _checks.require(
+        len({len(x) for x in examples}) == 1,
+        "certify",
+        "all inputs must have the same batch size",
+        "Pass one batch of samples for each argument of the model",
+        example_input=examples,
+    )
+
+
+def _check_model(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        _checks.require(
+            not module.training,
+            "certify",
+            "every module must be in eval mode",
+            "Call model.eval() first: dropout and batch statistics make another function of it",
+            UncertifiableError,
+            path=path or type(module).__name__,
+        )
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        _checks.require(
+            tensor.dtype not in (torch.float16, torch.bfloat16),
+            "certify",
+            "weights must be float32 or float64",
+            "Call model.float(): the rounding of half precision would exceed most margins",
+            UncertifiableError,
+            path=path,
+            dtype=tensor.dtype,
+        )
+        _checks.require(
+            not tensor.is_meta and (tensor.is_complex() or bool(tensor.isfinite().all())),
+            "certify",
+            "weights must be finite",
+            "Look for the step of the training that made a NaN or an infinity",
+            UncertifiableError,
+            path=path,
+        )

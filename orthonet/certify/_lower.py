@@ -1,0 +1,71 @@
+"""A lower bound of the Lipschitz constant: the steepest secant that a search finds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from orthonet.certify._bound import Bound
+from orthonet.certify._forward_error import forward_error
+from orthonet.certify._norms import limits
+from orthonet.certify._replay import Replay
+from orthonet.certify._secants import steepest_secant
+from orthonet.errors import UncertifiableError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from orthonet.certify._propagate import Walker
+
+__all__ = ["lower_bound"]
+
+_LENGTHS = (1.0, 16.0, 256.0, 4096.0)
+_UNPROVED = 1e-6
+
+
+def lower_bound(walker: Walker, examples: Sequence[Tensor]) -> Bound | None:
+    """The ratio |f(b) - f(a)| / |b - a| of two points, less what rounding can have added.
+
+    The points are found by ascent on the Jacobian; the ratio is that of values of the function
+    itself, in float64 with the deployed weights. Where the rounding of an operation is not known
+    it is taken to be less than 1e-6 of the ratio.
+    """
+    steps, starts = limits().search, limits().starts
+    if not steps:
+        return None
+    function = Replay(walker.program).eval()
+    generator = torch.Generator().manual_seed(0)
+    points = torch.cat(
+        [
+            x[:1].detach().cpu().double().flatten(1)
+            if len(x)
+            else torch.zeros(1, *x.shape[1:], dtype=torch.float64).flatten(1)
+            for x in examples
+        ],
+        1,
+    )
+    noise = torch.randn(starts, points.shape[1], generator=generator, dtype=torch.float64)
+    noise[0] = 0.0
+    found = steepest_secant(
+        function, points + noise, steps=steps, step_size=0.5, generator=generator
+    )
+    if found is None:
+        return Bound(0.0, kind="estimate")
+    _, a, difference = found
+    best = 0.0
+    for factor in _LENGTHS:
+        pair = torch.cat([a, a + factor * difference])
+        with torch.no_grad():
+            values = function(pair)
+        try:
+            errors = forward_error(walker, function.split(pair), 0.0, torch.float64)
+        except UncertifiableError:
+            errors = _UNPROVED / 2 * torch.linalg.vector_norm(values[1] - values[0]).expand(2)
+        rise = float(torch.linalg.vector_norm(values[1] - values[0])) * (1.0 - 1e-12)
+        run = float(torch.linalg.vector_norm(pair[1] - pair[0])) * (1.0 + 1e-12)
+        ratio = (rise - float(errors.sum())) / run if run else 0.0
+        best = max(best, ratio if ratio == ratio else 0.0)
+    return Bound(best, kind="estimate")

@@ -1,0 +1,158 @@
+"""Marks around what a rule covers as a whole, so that it is found in the exported graph.
+
+Every tensor that goes into or comes out of a module or Python function with a rule passes through
+an operation `orthonet::certify_mark` that carries the number of the call: what lies between needs
+no rule of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orthonet import functional
+from orthonet.certify._rules import function_leaves, module_rule
+
+__all__ = ["ROOT", "LeafCall", "Marked", "Marker", "mark_of", "marked_copy"]
+
+ROOT = "<root>"
+"""The path of the model itself."""
+
+_LIBRARY = torch.library.Library("orthonet", "FRAGMENT")
+_LIBRARY.define("certify_mark(Tensor x, int call, int place) -> Tensor")
+_LIBRARY.impl("certify_mark", lambda x, call, place: x.clone(), "CompositeExplicitAutograd")
+_MARK = torch.ops.orthonet.certify_mark.default
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Stands for the tensor with this place among the tensors of a call."""
+
+    place: int
+
+
+@dataclass(frozen=True)
+class LeafCall:
+    """One call of a module or function that has a rule of its own."""
+
+    target: Any
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Marker:
+    """Collects the calls while the model is traced, and knows where the trace is."""
+
+    calls: list[LeafCall] = field(default_factory=list)
+    visited: list[str] = field(default_factory=lambda: [ROOT])
+
+    def around(self, target: Any, path: str | None, function: Callable[..., Any]) -> Any:
+        """`function` with marks on its tensors."""
+
+        @functools.wraps(function)
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            number = len(self.calls)
+            places = 0
+
+            def enter(value: Any) -> tuple[Any, Any]:
+                nonlocal places
+                if isinstance(value, Tensor):
+                    places += 1
+                    return _MARK(value, number, places - 1), Marked(places - 1)
+                if isinstance(value, (tuple, list)):
+                    pairs = [enter(v) for v in value]
+                    return tuple(a for a, _ in pairs), tuple(b for _, b in pairs)
+                return value, value
+
+            inside = [enter(a) for a in args]
+            named = {key: enter(value) for key, value in kwargs.items()}
+            call = LeafCall(
+                target,
+                path or self.visited[-1],
+                tuple(b for _, b in inside),
+                {key: b for key, (_, b) in named.items()},
+            )
+            self.calls.append(call)
+            result = function(*(a for a, _ in inside), **{k: a for k, (a, _) in named.items()})
+            places = 0
+
+            def leave(value: Any) -> Any:
+                nonlocal places
+                if isinstance(value, Tensor):
+                    places += 1
+                    return _MARK(value, number, -places)
+                if isinstance(value, (tuple, list)):
+                    return tuple(leave(v) for v in value)
+                return value
+
+            return leave(result)
+
+        return marked
+
+    @contextmanager
+    def functions(self, model: nn.Module) -> Iterator[None]:
+        """Wherever a function with a rule is named, put marks around its calls."""
+        leaves = {id(f): f for f in function_leaves()}
+        spaces: list[dict[str, Any]] = [vars(functional), vars(F)]
+        for module in model.modules():
+            forward = type(module).forward
+            spaces.append(getattr(forward, "__globals__", {}))
+        changed = []
+        for space in {id(s): s for s in spaces}.values():
+            for name, value in list(space.items()):
+                if id(value) in leaves:
+                    changed.append((space, name, value))
+                    space[name] = self.around(value, None, value)
+        try:
+            yield
+        finally:
+            for space, name, value in changed:
+                space[name] = value
+
+
+def mark_of(node: torch.fx.Node) -> tuple[int, int] | None:
+    """(call, place) of a mark: places count from 0 inward, from -1 downward outward."""
+    if node.op == "call_function" and node.target is _MARK:
+        return node.args[1], node.args[2]  # type: ignore[return-value]
+    return None
+
+
+def marked_copy(model: nn.Module) -> tuple[nn.Module, Marker]:
+    """A copy of `model` to be traced: leaves are marked, constrained weights are constants."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():  # a tensor computed by a hook cannot be copied
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+        if _is_plain(module) and id(module) not in memo:
+            memo[id(module)] = module.to_plain()  # type: ignore[operator]
+    twin = copy.deepcopy(model, memo)
+    marker = Marker()
+    originals = dict(model.named_modules())
+    for path, module in twin.named_modules():
+        original = originals.get(path)
+        readable = path or ROOT
+        if original is not None and module_rule(original) is not None:
+            module.forward = marker.around(original, readable, module.forward)
+        module.register_forward_pre_hook(lambda m, args, p=readable: marker.visited.append(p))
+        module.register_forward_hook(lambda m, args, out: marker.visited.pop() and None)
+    return twin, marker
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the layer is ours, computes its weight, and is used as it was defined."""
+    cls = type(module)
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    own = any(callable(getattr(cls, name, None)) for name in vars(module))
+    library = cls.__module__.startswith("orthonet.") and hasattr(cls, "to_plain")
+    return library and not hooks and not own and module_rule(module) is None

@@ -1,0 +1,76 @@
+"""The exported graph of a model, run in float64 with its deployed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from orthonet.certify._export import BATCH, BatchDependent, Program, op_name
+from orthonet.certify._marks import mark_of
+
+__all__ = ["Replay", "replay"]
+
+_CASTS = {"_to_copy", "to", "float", "double", "type_as"}
+
+
+def replay(program: Program, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
+    """The value of every node of the graph at a batch of inputs, in float64 on the CPU."""
+    env: dict[fx.Node, Any] = dict(zip(program.inputs, inputs, strict=True))
+    size = len(inputs[0])
+
+    def value(node: fx.Node) -> Any:
+        if node in env:
+            return env[node]
+        found = program.constants[node]
+        if isinstance(found, BatchDependent):
+            found = found.value
+            if isinstance(found, int):
+                return found * size // BATCH
+            if isinstance(found, Tensor) and len(found) == BATCH:
+                found = found[:1].expand(size, *found.shape[1:])
+        if isinstance(found, Tensor):
+            found = found.detach().cpu()
+            return found.double() if found.is_floating_point() else found
+        return found
+
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node in program.constants:
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        if "dtype" in kwargs and kwargs["dtype"] in (torch.float32, torch.float64):
+            kwargs = {**kwargs, "dtype": torch.float64}
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        casts = op_name(node) in _CASTS and isinstance(node.meta.get("val"), Tensor)
+        if mark_of(node) is not None:
+            env[node] = args[0]
+        elif casts and node.meta["val"].is_floating_point():
+            env[node] = args[0].double()
+        else:
+            env[node] = node.target(*args, **kwargs)
+    return env
+
+
+class Replay(nn.Module):
+    """The model as a function from one flat vector a sample to one, in float64."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+        self.shapes = [tuple(n.meta["val"].shape[1:]) for n in program.inputs]
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        sizes = [torch.Size(shape).numel() for shape in self.shapes]
+        parts = x.split(sizes, 1)
+        return [p.reshape(len(x), *s) for p, s in zip(parts, self.shapes, strict=True)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        env = replay(self.program, self.split(x))
+        outputs = []
+        for node in self.program.outputs:
+            if node in env:
+                outputs.append(env[node].reshape(len(x), -1))
+        return torch.cat(outputs, 1) if outputs else x.new_zeros(len(x), 1)

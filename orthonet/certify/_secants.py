@@ -1,0 +1,88 @@
+"""The steepest secant of a function that a search finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["steepest_secant"]
+
+_TINY = 1e-30
+
+
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _lengths(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / _rows(_lengths(x).clamp_min(_TINY), x)
+
+
+def _noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = generator.device if generator is not None else torch.device("cpu")
+    return torch.randn(x.shape, generator=generator, device=device).to(x.device, x.dtype)
+
+
+def steepest_secant(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    steps: int,
+    step_size: float,
+    generator: torch.Generator | None,
+) -> tuple[float, Tensor, Tensor] | None:
+    """The largest ratio |f(b) - f(a)| / |b - a| that was found, less rounding, and a and b - a.
+
+    The direction b - a turns as in a power iteration on the Jacobian, and the pair moves uphill,
+    with some noise, where that helps. None for a function that does not depend on its input.
+
+    Shape:
+        x: (N, *), the points to start from; a and b - a are single samples (1, *)
+    """
+    eps = torch.finfo(x.dtype).eps
+    point, direction = x.detach(), _unit(_noise(x, generator))
+    scale = max(1.0, float(_lengths(point).square().mean().sqrt()))
+    length = scale * eps**0.33
+    reached = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    best = (point, direction)
+    uphill = torch.zeros_like(x)
+    for step in range(steps):
+        moved = step % 3 == 2  # two turns of the direction, then a move that is kept if it helps
+        trial = point
+        if moved:
+            trial = point + step_size * scale * _unit(uphill + _unit(_noise(x, generator)))
+        a = trial.clone().requires_grad_()
+        b = (trial + length * direction).detach().requires_grad_()
+        with torch.enable_grad():
+            fa, fb = function(a), function(b)
+            change = _lengths(fb - fa).sum()
+            if not change.requires_grad:  # the output does not depend on the input
+                return None
+            to_a, to_b = torch.autograd.grad(
+                change, (a, b), allow_unused=True, materialize_grads=True
+            )
+        a, b, fa, fb = (t.detach().double() for t in (a, b, fa, fb))
+        distance = _lengths(b - a).clamp_min(_TINY)
+        slope = _lengths(fb - fa) / distance
+        inner = slope * (_lengths(a) + _lengths(b))  # what lengths inside the model may be
+        rounding = 8 * eps * (_lengths(fa) + _lengths(fb) + inner)
+        ratio = slope - rounding / distance
+        better = _rows(ratio > reached, x)
+        best = tuple(
+            torch.where(better, n, o) for n, o in zip((trial, direction), best, strict=True)
+        )
+        keep = _rows(
+            (ratio >= 0.999 * reached) | torch.full_like(ratio, not moved, dtype=torch.bool), x
+        )
+        point = torch.where(keep, trial, point)
+        direction = torch.where(keep, _unit(to_b - to_a), direction)
+        uphill = torch.where(keep, _unit(to_a + to_b), uphill)
+        reached = torch.maximum(reached, ratio.nan_to_num(0.0, 0.0, 0.0))
+    i = int(reached.argmax())
+    return max(0.0, float(reached[i])), best[0][i : i + 1], best[1][i : i + 1] * length
