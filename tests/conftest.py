@@ -1,5 +1,6 @@
 """What every test gets: its share of the cores, the same seed, a matplotlib without a screen."""
 
+import logging
 import os
 import random
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# pytest listens to every logger, and torch then formats each step of torch.export: ten times slower
+logging.getLogger("torch.__trace").disabled = True
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
 

@@ -65,6 +65,8 @@ def action_of(state: State) -> Action | None:
     action = _ACTIONS.get(name)
     if action is None or state.call.kwargs.get("out") is not None:
         return None
+    if name == "getitem" and (not state.parents or state.parents[0].source is None):
+        return None  # a part of what another operation returned
     operands = len(state.call.operands)
     if name in _ONE_OPERAND and operands != 1:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -20,22 +21,22 @@ def decompose(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     """Replace every one of `nodes` whose operation has no rule by PyTorch's decomposition.
 
     Nodes that do not depend on the input stay as they are: they are computed, not bounded. What
-    has no decomposition stays, too, and will be refused where it is reached.
+    has no decomposition into operations with rules stays, too, and is refused by its own name.
     """
     table: dict[Any, Any] = {}
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
+    for node in nodes:
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
             continue
         if function_rule(target) is not None:
             continue
-        table = table or torch._decomp.core_aten_decompositions()  # type: ignore[assignment]
-        inner = _trace(node, table.get(target) or _composite(target))
-        if inner is None:
+        if not table:
+            every = torch._decomp.core_aten_decompositions()
+            table = {op: f for op, f in every.items() if function_rule(op) is None}
+        inner = _trace(node, table.get(target) or _composite(target), table)
+        if inner is None or not _covered(inner):
             continue
-        places = [n for n in node.all_input_nodes]
+        places = list(node.all_input_nodes)
         with graph.inserting_before(node):
             mapping = dict(
                 zip((n for n in inner.graph.nodes if n.op == "placeholder"), places, strict=True)
@@ -49,7 +50,6 @@ def decompose(graph: fx.Graph, nodes: list[fx.Node]) -> None:
                 if key in node.meta:
                     new.meta[key] = node.meta[key]
         _replace(node, result)
-        todo += added
 
 
 def _composite(target: torch._ops.OpOverload) -> Callable[..., Any] | None:
@@ -57,7 +57,15 @@ def _composite(target: torch._ops.OpOverload) -> Callable[..., Any] | None:
     return target.decompose if target.has_kernel_for_dispatch_key(kind) else None
 
 
-def _trace(node: fx.Node, function: Callable[..., Any] | None) -> fx.GraphModule | None:
+def _covered(module: fx.GraphModule) -> bool:
+    """Whether every operation of a decomposition has a rule."""
+    calls = [n.target for n in module.graph.nodes if n.op == "call_function"]
+    return all(target is operator.getitem or function_rule(target) is not None for target in calls)
+
+
+def _trace(
+    node: fx.Node, function: Callable[..., Any] | None, table: dict[Any, Any]
+) -> fx.GraphModule | None:
     if function is None:
         return None
     inputs = node.all_input_nodes
@@ -73,7 +81,7 @@ def _trace(node: fx.Node, function: Callable[..., Any] | None) -> fx.GraphModule
 
     try:
         with modes[0], torch.no_grad():
-            return make_fx(call)(*values)
+            return make_fx(call, decomposition_table=table)(*values)
     except _FAILURES:
         return None
 

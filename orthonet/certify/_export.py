@@ -6,6 +6,7 @@ model: the weights of a certificate are the deployed ones to the last bit.
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Sequence
@@ -22,12 +23,12 @@ from orthonet.certify._decompose import decompose
 from orthonet.certify._marks import ROOT, LeafCall, Marked, mark_of, marked_copy
 from orthonet.errors import UncertifiableError
 
-__all__ = ["BATCH", "BatchDependent", "Program", "export"]
+__all__ = ["BATCH", "FAILURES", "BatchDependent", "Program", "export", "refuse_export"]
 
 BATCH = 3
 """The batch size of the probe; constants are also computed for one less."""
 _PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 _SHAPE_ONLY = {
     "sym_size", "sym_numel", "sym_stride", "new_zeros", "new_ones", "new_full", "new_empty",
     "zeros_like", "ones_like", "full_like", "empty_like", "_assert_tensor_metadata",
@@ -54,6 +55,7 @@ class Program:
         entries: The nodes that go into each call.
         batch: The name of the free batch size.
         graph: All of it, also what lies inside of the calls.
+        samples: The batch that the model was traced with.
     """
 
     nodes: list[fx.Node]
@@ -64,6 +66,7 @@ class Program:
     entries: dict[int, dict[int, fx.Node]] = field(default_factory=dict)
     batch: str = ""
     graph: fx.Graph = field(default_factory=fx.Graph)
+    samples: tuple[Tensor, ...] = ()
 
     def parents(self, node: fx.Node) -> list[fx.Node]:
         mark = mark_of(node)
@@ -115,8 +118,8 @@ def export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
             )
             if any(_writes(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
-    except _FAILURES as error:
-        _refuse_export(model, samples, marker.visited[-1], error)
+    except FAILURES as error:
+        refuse_export(model, samples, marker.visited[-1], error)
     signature = program.graph_signature
     if signature.buffers_to_mutate:
         _checks.fail(
@@ -156,7 +159,7 @@ def export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
     result.outputs = [_outputs(last)[i] for i in places]
     result.nodes = _needed(result, list(graph.nodes))
     _fold(result)
-    _compare(model, result, graph, samples)
+    result.samples = samples
     return result
 
 
@@ -177,18 +180,24 @@ def _samples(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(samples)
 
 
-def _free_batch(model: nn.Module, samples: Sequence[Tensor], batch: Any) -> Any:
-    return tuple({0: batch} for _ in samples)
+def _free_batch(model: nn.Module, samples: Sequence[Tensor], batch: Any) -> tuple[Any, ...]:
+    """The free dim of every argument, nested as forward takes them."""
+    shapes: list[Any] = [{0: batch} for _ in samples]
+    names = list(inspect.signature(model.forward).parameters.values())
+    for place, name in enumerate(names):
+        if name.kind is inspect.Parameter.VAR_POSITIONAL:
+            return (*shapes[:place], tuple(shapes[place:]))
+    return tuple(shapes)
 
 
-def _refuse_export(model: nn.Module, samples: Any, path: str, error: Exception) -> None:
+def refuse_export(model: nn.Module, samples: Any, path: str, error: Exception) -> None:
     """Say whether the model runs at all, and if so where its export failed."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
     try:
         with torch.no_grad():
             model(*(x.clone() for x in samples))
-    except _FAILURES as failure:
+    except FAILURES as failure:
         first = (str(failure).strip().splitlines() or [""])[0]
         _checks.fail(
             "certify",
@@ -203,7 +212,7 @@ def _refuse_export(model: nn.Module, samples: Any, path: str, error: Exception) 
         "certify",
         "torch.export must be able to trace the forward pass with a free batch size: without "
         "branches on the values of tensors or on the batch size, and without mixing samples",
-        "Move the branch out of forward (torch.where, relu, clamp), or give the class of the "
+        "Write x.shape[0] for len(x), move branches out of forward, or give the class of the "
         "module at this path a rule with @register_rule",
         UncertifiableError,
         path=path,
@@ -338,63 +347,3 @@ def _refuse(node: fx.Node, requirement: str, advice: str) -> None:
     if source_of(node):
         details["source"] = source_of(node)
     _checks.fail("certify", requirement, advice, UncertifiableError, **details)
-
-
-def _compare(model: nn.Module, program: Program, graph: fx.Graph, samples: Any) -> None:
-    """Run model and graph: twice the same, sample by sample the same, and both the same."""
-    with torch.no_grad():
-        try:
-            first = _flat(model(*(x.clone() for x in samples)))
-            again = _flat(model(*(x.clone() for x in samples)))
-            part = _flat(model(*(x[:2].clone() for x in samples)))
-            env: dict[fx.Node, Any] = dict(zip(program.inputs, samples, strict=True))
-            traced = _run(graph, program, env)
-        except _FAILURES as error:
-            _refuse_export(model, samples, ROOT, error)
-            return
-    scale = max([float(t.abs().max()) for t in first if t.numel()], default=0.0)
-    close = [
-        len(first) == len(other)
-        and all(
-            a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-4 * scale, equal_nan=True)
-            for a, b in zip(first, other, strict=True)
-        )
-        for other in (again, traced)
-    ]
-    _checks.require(
-        all(close),
-        "certify",
-        "the model must be a function of its input alone",
-        "Remove random numbers and state that forward reads or writes, and writing in place into "
-        "the input of a module that has a rule",
-        UncertifiableError,
-    )
-    apart = all(
-        torch.allclose(a[:2], b, rtol=0, atol=1e-4 * scale, equal_nan=True)
-        for a, b in zip(first, part, strict=True)
-        if a[:2].shape == b.shape
-    )
-    _checks.require(
-        apart,
-        "certify",
-        "the samples of a batch must not depend on each other",
-        "A certificate is given for each sample on its own",
-        UncertifiableError,
-    )
-
-
-def _run(graph: fx.Graph, program: Program, env: dict[fx.Node, Any]) -> list[Tensor]:
-    for node in graph.nodes:
-        if node.op == "call_function" and node not in env:
-            get = lambda n: env[n] if n in env else program.constants[n]  # noqa: E731
-            args, kwargs = map_arg((node.args, node.kwargs), get)
-            env[node] = node.target(*args, **kwargs)
-    return [env[n] if n in env else program.constants[n] for n in program.outputs]
-
-
-def _flat(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    return [t for v in value for t in _flat(v)] if isinstance(value, (tuple, list)) else []

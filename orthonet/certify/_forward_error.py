@@ -81,8 +81,10 @@ class _Errors:
         """The norm of a node anywhere in the ball, in exact arithmetic."""
         value = self.values[state.node]
         if isinstance(value, (tuple, list)):
-            value = torch.cat([v.flatten(1) for v in value if v.is_floating_point()], 1)
-        norm = torch.linalg.vector_norm(value.flatten(1), dim=1) * _SAFE
+            value = torch.cat(
+                [v.reshape(len(v), -1) for v in value if v.is_floating_point() and v.numel()], 1
+            )
+        norm = torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1) * _SAFE
         missing = self.exact.of(state) if self.exact is not None else self.known.get(state, 0.0)
         if bool((self.ball > 0).any()):
             norm = norm + self.walker.bound_of(state).value * self.ball
@@ -97,7 +99,8 @@ class _Errors:
     def _find(self, state: State) -> Tensor:
         if not state.parents:  # an input: exact, but for its cast to half precision
             cast = self.storage if self.storage != self.sums else 0.0
-            norm = torch.linalg.vector_norm(self.values[state.node].flatten(1), dim=1)
+            value = self.values[state.node]
+            norm = torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1)
             return (norm + self.ball) * cast
         step, call = self.walker.step_of(state), state.call
         if step.roundings is None:

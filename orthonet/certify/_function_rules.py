@@ -264,8 +264,12 @@ def _split(call: Call) -> Step:
     return exact(1.0, "each part of a partition", COPY)
 
 
-@register_rule("expand", "repeat", "tile", "broadcast_to", "repeat_interleave")
+@register_rule("expand", "expand_as", "repeat", "tile", "broadcast_to", "repeat_interleave")
 def _repeat(call: Call) -> Step:
+    if call.op == "expand_as" and len(call.operands) == 2:  # of the second only the shape counts
+        single = Call("expand", call.path, call.args[:1], {}, call.output_shape, call.source)
+        gain = Bound(amplification(single), kind="exact")
+        return Step((gain, Bound(0.0, kind="exact")), "repetition", roundings=COPY)
     if call.op == "repeat_interleave" and not isinstance(call.get(1, "repeats", None), int):
         call.refuse(
             "the number of repetitions must be a constant", "Use torch.repeat_interleave(x, n, dim)"

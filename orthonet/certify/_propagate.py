@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from orthonet import _checks
 from orthonet.certify._affine import Island, action_of, materialise
 from orthonet.certify._bound import Bound
+from orthonet.certify._consistency import check_same_function, check_samples_apart
 from orthonet.certify._export import Program, export, fill, op_name, path_of, source_of
 from orthonet.certify._forms import form_bound, form_of
 from orthonet.certify._marks import ROOT, LeafCall, mark_of
@@ -103,8 +104,11 @@ _DTYPES = (torch.float32, torch.float64)
 
 def propagate(model: nn.Module, examples: tuple[Tensor, ...], prefix: str = "") -> Walker:
     """Bound the l2 -> l2 constant of `model`, sample by sample, in the shapes of `examples`."""
-    walker = Walker(model, export(model, examples), prefix)
-    walker.walk()
+    program = export(model, examples)
+    check_same_function(model, program)
+    walker = Walker(model, program, prefix)
+    walker.walk()  # names the operation that mixes samples, where it knows it
+    check_samples_apart(model, program)
     return walker
 
 
@@ -181,7 +185,7 @@ class Walker:
                 node,
                 "dim 0 must stay the batch, neither moved, merged, nor mixed into other dims",
                 "A certificate is given for each sample on its own; reshape with "
-                "x.flatten(1) or x.reshape(len(x), ...)",
+                "x.flatten(1) or x.reshape(x.shape[0], ...)",
             )
         if value.dtype not in _DTYPES:
             self._refuse(
@@ -322,7 +326,7 @@ class Walker:
     def _island(self, state: State) -> Any:
         """The bound of a node by all affine operations since the last other one, joined."""
         source, states = state.source, state.island
-        if source is None:
+        if source is None or not isinstance(state.node.meta.get("val"), Tensor):
             return None
         weighty = [s for s in states if not _moves(s)]
         still = all(s.step is not None and s.step.method == REARRANGEMENT
@@ -379,7 +383,8 @@ class Walker:
         kind = step.gains[0].kind if len(step.gains) == 1 else "upper"
         gain = Bound(step.gains[0].value, kind=kind)
         row = (call.path, call.op, call.operands[0].shape, gain, step.method)
-        return bound, state.parents, row
+        silent = mark_of(state.node) is not None and step.method == REARRANGEMENT
+        return bound, state.parents, None if silent else row
 
 
 def _moves(state: State) -> bool:

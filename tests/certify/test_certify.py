@@ -112,10 +112,13 @@ def test_networks_of_ours_have_constant_one():
         layers.OrthoLinear(64, 10),
     ).eval()
     certificate = certify(model, x)
-    assert 0.999 < certificate.constant.value < 1 + 1e-5  # allowed 1e-5, observed 1.4e-6
+    # the average over overlapping windows loses norm at this size; observed 0.7616, and at most
+    # 1.2e-6 above 1 in front of it
+    assert certificate.constant.value < 0.77
+    assert max(row.cumulative for row in certificate.rows if row.op != "add") < 1 + 1e-5
     assert steepest(model, x) <= certificate.constant.value
     paths = [row.path for row in certificate.rows]
-    assert {"2.branch.0", "2", "3.branch", "3", "14"} <= set(paths)
+    assert {"2.branch.0", "2", "5.branch", "14"} <= set(paths)
 
 
 def test_normalization_puts_the_constant_into_input_units():
@@ -125,7 +128,10 @@ def test_normalization_puts_the_constant_into_input_units():
         layers.OrthoLinear(12, 4),
     ).eval()
     constant = certify(model, torch.zeros(1, 3, 2, 2)).constant.value
-    assert constant == pytest.approx(4.0, rel=1e-6)  # observed 3e-8
+    truth = float(torch.linalg.matrix_norm(jacobian_reference(model, torch.zeros(3, 2, 2)), 2))
+    # normalization and layer are one matrix; allowed 1e-6 in float32, observed 8e-8
+    assert 3.0 < constant < 4.0
+    assert constant == pytest.approx(truth, rel=1e-6)
 
 
 def test_the_deployed_weight_counts():
@@ -145,15 +151,16 @@ def test_residual_concatenation_and_shared_modules():
     norm = certify(shared.eval(), torch.zeros(1, 4).double()).constant.value
     x = torch.randn(3, 4, dtype=torch.float64)
     for function, expected in (
-        (lambda x, f: x + f(x), 1 + norm),
-        (lambda x, f: f(f(x)), norm * norm),
-        (lambda x, f: torch.cat((f(x), x), 1), (1 + norm * norm) ** 0.5),
-        (lambda x, f: f(x) + f(-x), 2 * norm),
+        (lambda x, f: x + f(x).relu(), 1 + norm),
+        (lambda x, f: f(f(x).relu()), norm * norm),
+        (lambda x, f: torch.cat((f(x).relu(), x), 1), (1 + norm * norm) ** 0.5),
+        (lambda x, f: f(x).relu() + f(-x).relu(), 2 * norm),
+        (lambda x, f: f(x) + f(-x), 0.0),  # affine: what it computes counts
     ):
         model = Lambda(function, shared).eval()
         bound = certify(model, x).constant.value
-        assert bound == pytest.approx(expected, rel=1e-12)
-        assert bound >= steepest(model, x)
+        assert bound == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert bound >= steepest(model, x) * (1 - 1e-12)
 
 
 def test_scales_and_constant_models():
@@ -185,7 +192,7 @@ def test_table_and_json():
     certificate = certify(model, torch.zeros(1, 3, 5, 5))
     table = certificate.table()
     assert [line.split()[1] for line in table.splitlines()[2:-1]] == [
-        "Conv2d", "relu", "flatten", "Linear",
+        "conv2d", "relu", "flatten", "linear",
     ]  # fmt: skip
     assert "3x5x5" in table
     assert f"{certificate.constant.value:.9g}" in table.splitlines()[-1]
@@ -239,9 +246,9 @@ class Gated(nn.Module):
 REFUSED = {
     "product": (lambda x: x * x.flip(1), "operation='mul'"),
     "square": (lambda x: x**2, "Powers have no global Lipschitz constant"),
-    "quotient": (lambda x: 1 / (1 + x.abs()), "operation='div'"),
+    "quotient": (lambda x: 1 / (1 + x.abs()), "operation='reciprocal'"),
     "where": (lambda x: torch.where(x > 0, x, x + 1), "operation='gt'"),
-    "cast": (lambda x: x.long().float(), "operation='long'"),
+    "cast": (lambda x: x.long().float(), "operation='to'"),
     "step": (lambda x: torch.sign(x), "operation='sign'"),
     "sqrt": (lambda x: x.abs().sqrt(), "operation='sqrt'"),
     "normalize": (lambda x: F.normalize(x), "div|normalize|norm"),
@@ -264,12 +271,12 @@ REFUSED = {
     "batch flatten": (lambda x: x.flatten(0), "dim 0 must stay the batch"),
     "transposition": (lambda x: x.transpose(0, 1), "dim 0 must stay the batch"),
     "pairs of samples": (lambda x: x[:, :1] - x[:, 0], "dim 0 must stay the batch"),
-    "index": (lambda x: x[:, [0, 0, 1]], "index must leave the batch whole"),
+    "index of the batch": (lambda x: x[[0, 0]], "dim 0 must stay|any size"),
     "fixed batch": (lambda x: x.view(4, -1), "run on batches of any size|dim 0 must stay"),
     "batch scale": (lambda x: x * x.shape[0], "argument 'other' must be a constant"),
-    "batch branch": (lambda x: x if x.shape[0] > 1 else 2 * x, "without branches on the values"),
+    "batch branch": (lambda x: x if x.shape[0] > 1 else 2 * x, "on each other or on their number"),
     "noise": (lambda x: x + torch.randn(6), "function of its input alone"),
-    "two outputs": (lambda x: (x, x), "output must be one tensor"),
+    "no output": (lambda x: None, "output must be a tensor"),
     "softplus": (lambda x: F.softplus(x, threshold=1.0), "jumps at the threshold"),
     "dropout": (lambda x: F.dropout(x, training=True), "function of its input alone|switched off"),
     "norm of order 1": (lambda x: x.norm(p=1, dim=1), "must be the Euclidean one"),
@@ -280,7 +287,6 @@ REFUSED = {
     "half": (lambda x: x.half().float(), "operation='half'|float32 or float64"),
     "attribute T": (lambda x: x.T, "dim 0 must stay the batch"),
     "rounded": (lambda x: torch.div(x, 2.0, rounding_mode="floor"), "must not round"),
-    "read after writing": (lambda x: torch.add(y := x * 1, y.mul_(3)), "overwritten|alone"),
 }  # fmt: skip
 
 

@@ -93,6 +93,8 @@ LAMBDAS = {
     "shape checks": lambda x: x * 2 if x.ndim == 2 and x.shape[1] % 2 == 0 else x.sum(),
     "loop over parts": lambda x: sum(part * i for i, part in enumerate(x.split(2, 1))),
     "padded with zeros": lambda x: torch.cat([x, x.new_zeros(x.shape[0], 3)], 1) + x.new_ones(1),
+    "read after writing": lambda x: torch.add(y := x * 1, y.mul_(3)),
+    "index with repetition": lambda x: x[:, [0, 0, 1]],
     "static shapes": lambda x: x.reshape(x.size(0), -1) * float(2),
 }
 
