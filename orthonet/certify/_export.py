@@ -147,6 +147,9 @@ def export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
     constants: dict[fx.Node, Any] = {
         n: state[stored[n.name]].detach() for n in placeholders if n.name in stored
     }
+    for node in graph.nodes:  # regions under autocast are graphs of their own
+        if node.op == "get_attr":
+            constants[node] = program.graph_module.get_submodule(str(node.target))
     result = Program([], nodes, outputs, constants, marker.calls)
     result.graph = graph
     result.batch = str(nodes[0].meta["val"].shape[0])
