@@ -186,6 +186,10 @@ class AlmostOrthogonal(Manifold):
             return polar(x)
         return singular_map(x, self._clamped)
 
+    def tangent(self, x: Tensor, v: Tensor) -> Tensor:
+        """All of `v`, or what is tangent to the Stiefel manifold for lam = 0."""
+        return Stiefel().tangent(x, v) if self.lam == 0.0 else v
+
     def _clamped(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         image = sigma.clamp(1.0 - self.lam, 1.0 + self.lam)
         return image, (image == sigma).to(sigma.dtype)
