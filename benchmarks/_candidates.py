@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ PRESETS = (
     "CHOLESKY_STABLE",
 )
 TORCH_MAPS = ("householder", "cayley", "matrix_exp")
-OURS, PEER, TORCH = "orthonet", "orthogonium", "torch"
+OURS, PEER, TORCH, GEOTORCH = "orthonet", "orthogonium", "torch", "geotorch"
+GEOTORCH_MAPS = ("expm", "cayley")
 PLAIN = {"library": TORCH, "preset": "plain"}  # the row of the `nn` twin
 
 
@@ -52,6 +54,8 @@ class Candidate:
 
     @property
     def installed(self) -> bool:
+        if self.library == GEOTORCH:
+            return importlib.util.find_spec(GEOTORCH) is not None
         return self.library != PEER or _peer("layers") is not None
 
     def linear(
@@ -69,6 +73,13 @@ class Candidate:
         if self.library == TORCH:
             layer = nn.Linear(in_features, out_features)
             return orthogonal(layer, "weight", orthogonal_map=self.preset)
+        if self.library == GEOTORCH:
+            layer, geotorch = (
+                nn.Linear(in_features, out_features),
+                importlib.import_module(GEOTORCH),
+            )
+            geotorch.orthogonal(layer, "weight", triv=self.preset)
+            return layer
         if self.library == OURS:
             make, params = layers.OrthoLinear, reparametrizers
         else:

@@ -1,6 +1,7 @@
 """Forward + backward of every orthogonalizer, in products of the same size on the same machine.
 
-python -m benchmarks.orthogonalizers [--quick] [--threads N] [--seconds S] [--out DIR]
+python -m benchmarks.orthogonalizers [--quick] [--threads N] [--seconds S] [--lr LR]
+                                     [--out DIR]
 
 One unit is the product of the weight with a square matrix of its smaller side, timed in the same
 rounds. Between two steps the parameter moves by +-lr times the sign of its first gradient, as Adam
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 from benchmarks import _harness as harness
 from benchmarks._candidates import (
+    GEOTORCH,
+    GEOTORCH_MAPS,
     OURS,
     PEER,
     PRESETS,
@@ -68,8 +71,9 @@ def modules(shape: tuple[int, ...]) -> Iterator[tuple[Candidate, nn.Module, Call
     # The peer's pass-through weight is cut from its parameter: there is no backward to time.
     others = [Candidate(PEER, name) for name in PRESETS if name != "BJORCK_PASS_THROUGH"]
     others += [Candidate(TORCH, name) for name in TORCH_MAPS]
+    others += [Candidate(GEOTORCH, name) for name in GEOTORCH_MAPS]
     if max(shape) > 512:
-        others = [c for c in others if c.library != TORCH and c.preset != "EXP"]
+        others = [c for c in others if c.library not in (TORCH, GEOTORCH) and c.preset != "EXP"]
     for candidate in filter(lambda candidate: candidate.installed, others):
         *batch, m, n = shape
         layers = nn.ModuleList(candidate.linear(n, m) for _ in range(math.prod(batch)))
@@ -140,7 +144,11 @@ def run(settings: Settings) -> dict[str, Any]:
     torch.manual_seed(0)
     with caching(False):  # the computation is what is measured; benchmarks/cache.py has the rest
         rows = [row for shape in settings.shapes for row in measure(shape, settings)]
-    return {"lr": settings.lr, "rows": rows, "environment": harness.environment("cpu", [PEER])}
+    return {
+        "lr": settings.lr,
+        "rows": rows,
+        "environment": harness.environment("cpu", [PEER, GEOTORCH]),
+    }
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -164,10 +172,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, figures of no meaning")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--seconds", type=float, default=Settings.seconds, help="per shape")
+    parser.add_argument("--lr", type=float, default=Settings.lr, help="how far a step moves")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="directory of the JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    result = run(QUICK if arguments.quick else Settings(seconds=arguments.seconds))
+    settings = Settings(seconds=arguments.seconds, lr=arguments.lr)
+    result = run(QUICK if arguments.quick else settings)
     path = harness.write("orthogonalizers", result, arguments.out)
     print(f"{summary(result)}\n\nwritten to {path}")
 

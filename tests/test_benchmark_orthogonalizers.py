@@ -3,7 +3,7 @@
 import json
 
 from benchmarks import _harness as harness
-from benchmarks import orthogonalizers
+from benchmarks import linear_step, orthogonalizers
 from benchmarks._candidates import OURS
 
 
@@ -20,3 +20,13 @@ def test_every_orthogonalizer_is_measured_and_orthogonal(tmp_path):
         assert row["residual"] <= 2e-6  # observed 3e-7
     text = orthogonalizers.summary(result)
     assert all(f"{OURS} {preset} |" in text for preset in orthogonalizers.OUR_PRESETS)
+
+
+def test_whole_step_of_a_linear_layer():
+    result = linear_step.run(((8, 16),), 0.0)
+    ours = [row for row in result["rows"] if row["library"] == OURS]
+    assert {row["preset"] for row in ours} == {
+        c.preset for c in linear_step.ROWS if c.library == OURS
+    }
+    assert all(row["ratio"] > 0 and row["residual"] <= 2e-6 for row in ours)  # observed 7e-7
+    assert "8, batch 16" in linear_step.summary(result)

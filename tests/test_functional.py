@@ -211,3 +211,37 @@ def test_space_to_depth_is_a_permutation_with_an_inverse(spatial, factor):
     assert torch.equal(y.flatten().sort().values, x.flatten().sort().values)
     if spatial == 2:
         assert torch.equal(y, F.pixel_unshuffle(x, factor))
+
+
+@pytest.mark.parametrize(
+    ("shape", "pads"),
+    [
+        ((2, 3, 5), (1, 2)),
+        ((2, 3, 4, 5), (1, 2, 0, 3)),
+        ((3, 4, 5), (2, 0, 0, 1)),
+        ((2, 2, 3, 4, 5), (1, 0, 2, 1, 0, 3)),
+        ((2, 3, 4, 4), (4, 4, 4, 4)),
+        ((2, 3, 4), (0, 0)),
+    ],
+)
+def test_circular_pad_is_that_of_torch(shape, pads):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    ours = functional.circular_pad(x, pads)
+    theirs = torch.nn.functional.pad(x, pads, mode="circular")
+    assert torch.equal(ours, theirs)
+    direction = torch.randn_like(ours)
+    expected = torch.autograd.grad(theirs, x, direction)
+    torch.testing.assert_close(torch.autograd.grad(ours, x, direction), expected)
+    assert torch.autograd.gradgradcheck(lambda z: functional.circular_pad(z, pads) ** 2, x)
+
+
+def test_circular_pad_keeps_the_memory_format_and_refuses():
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    y = functional.circular_pad(x, (1, 1, 1, 1))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, torch.nn.functional.pad(x, (1, 1, 1, 1), mode="circular"))
+    many = torch.vmap(lambda z: functional.circular_pad(z, (1, 0)))(x)
+    assert torch.equal(many, torch.nn.functional.pad(x, (1, 0, 0, 0), mode="circular"))
+    for pads in ((6, 0), (-1, 0), (1,)):
+        with pytest.raises(ValueError, match="circular_pad: pad must hold two integers from 0"):
+            functional.circular_pad(x, pads)

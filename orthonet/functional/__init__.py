@@ -1,15 +1,16 @@
 """Stateless maps: sorting activations, reflections, pooling, down-sampling, the recurrence.
 
-Every function here is 1-Lipschitz in the l2 norm, except for `recurrence`, whose constant is that
-of its weights, and for `mod_relu` with a positive bias. Those called *gradient-norm preserving*
-have a Jacobian whose singular values are all 1 at every point: autograd is made to return one
-consistent piece of the map at a tie, where `torch.maximum` or `torch.abs` would return an
-average of two pieces (singular values 1 and 0) or 0.
+Every function here is 1-Lipschitz in the l2 norm, except for `circular_pad`, which repeats values,
+for `recurrence`, whose constant is that of its weights, and for `mod_relu` with a positive bias.
+Those called *gradient-norm preserving* have a Jacobian whose singular values are all 1 at every
+point: autograd is made to return one consistent piece of the map at a tie, where `torch.maximum`
+or `torch.abs` would return an average of two pieces (singular values 1 and 0) or 0.
 
 `dim` is the channel dimension and may be negative; nothing else is assumed of the shape.
 """
 
 from orthonet.functional._activations import absolute, group_sort, householder, max_min
+from orthonet.functional._padding import circular_pad
 from orthonet.functional._piecewise import (
     beta_abs,
     channel_shuffle,
@@ -33,6 +34,7 @@ __all__ = [
     "absolute",
     "beta_abs",
     "channel_shuffle",
+    "circular_pad",
     "depth_to_space",
     "global_l2_norm_pool",
     "global_scaled_avg_pool",

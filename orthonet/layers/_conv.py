@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from orthonet import _checks
 from orthonet.layers._conv_base import OrthoConvNd
-from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
+from orthonet.layers._conv_padding import pad_input, required_sizes
+from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoKernel, OrthoParams
 
 __all__ = ["AdaptiveOrthoConv2d", "OrthoConv1d", "OrthoConv2d", "OrthoConv3d"]
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class _OrthoConv(OrthoConvNd):
     """Constructor and forward of the three convolutions."""
+
+    _padding_modes = ("zeros", "circular", "reflect", "replicate")
 
     def __init__(
         self,
@@ -30,36 +36,116 @@ class _OrthoConv(OrthoConvNd):
         dtype: torch.dtype | None = None,
         *,
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        method: str = "aoc",
+        ranks: str = "half",
+        apply_by: str = "auto",
     ) -> None:
+        _checks.one_of(type(self), ("auto", "kernel", "factors"), apply_by=apply_by)
         self._build(
             in_channels, out_channels, groups=groups, bias=bias, padding_mode=padding_mode,
-            device=device, dtype=dtype, ortho_params=ortho_params, kernel_size=kernel_size,
-            stride=stride, padding=padding, dilation=dilation,
+            device=device, dtype=dtype, ortho_params=ortho_params, method=method, ranks=ranks,
+            kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
         )  # fmt: skip
+        _checks.require(
+            method == "aoc" or apply_by != "factors",
+            type(self),
+            "only method='aoc' has factors",
+            "Leave apply_by out",
+            method=method,
+            apply_by=apply_by,
+        )
+        self.apply_by = apply_by
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `input` with the present weight."""
-        if self.padding_mode == "circular":
-            self._check_circular(input)
+        if self.padding_mode != "zeros":
+            self._check_size(input)
+        if self.application(input) == "factors":
+            output = self.parametrization.convolve(  # type: ignore[operator]
+                self._padded(input), self.stride, self.dilation
+            )
+            if self.bias is not None:
+                output = output + self.bias.view(-1, *(1,) * len(self.kernel_size))
+            return output if input.ndim == output.ndim else output.squeeze(0)
         return self._apply_weight(input, self.weight, self.bias)
 
-    def _check_circular(self, input: Tensor) -> None:
-        """Refuse sizes on which wrapping around would repeat or mix outputs."""
+    def application(self, input: Tensor) -> str:
+        """How a forward pass on `input` is computed now: by the "kernel", or by its "factors".
+
+        With `apply_by="auto"` the factors are applied in training, with gradients enabled, on a
+        batch in float32 or float64 outside autocast, where they are expected to be faster
+        ([`OrthoKernel.prefers_factors`][orthonet.reparametrizers.OrthoKernel.prefers_factors]):
+        few pixels and many channels. Both ways give the same values up to rounding.
+        """
+        if not isinstance(self.parametrization, OrthoKernel):
+            return "kernel"
+        if self.apply_by != "auto":
+            return self.apply_by
+        dims, plain = len(self.kernel_size), (torch.float32, torch.float64)
+        if (
+            not self.training
+            or not torch.is_grad_enabled()
+            or input.ndim != dims + 2
+            or input.dtype not in plain
+            or torch.is_autocast_enabled(input.device.type)
+        ):
+            return "kernel"
+        pixels = input.shape[0]
+        for size, s in zip(input.shape[2:], self.stride, strict=True):
+            pixels *= -(-size // s)
+        return "factors" if self.parametrization.prefers_factors(pixels) else "kernel"
+
+    def _padded(self, input: Tensor) -> Tensor:
+        """A batch of inputs with all padding done."""
+        pads = self._reversed_padding_repeated_twice
+        batch = input if input.ndim > len(self.kernel_size) + 1 else input.unsqueeze(0)
+        if not any(pads):
+            return batch
+        if self.padding_mode == "zeros":
+            return F.pad(batch, list(pads))
+        return pad_input(batch, self.padding_mode, pads)
+
+    def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = pad_input(input, self.padding_mode, self._reversed_padding_repeated_twice)
+            padding = 0
+        return _CONV[len(self.kernel_size)](
+            input,
+            weight,
+            bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,  # type: ignore[arg-type]
+        )
+
+    def _check_size(self, input: Tensor) -> None:
+        """Refuse sizes on which the padding would repeat or mix more than it may."""
         dims = len(self.kernel_size)
         sizes, pads = input.shape[-dims:], self._reversed_padding_repeated_twice
+        least = required_sizes(self.padding_mode, pads)
+        if any(size < low for size, low in zip(sizes, least, strict=True)):
+            _checks.fail(
+                self,
+                f"with {self.padding_mode} padding every input size must be at least {least}, so "
+                "that no value is repeated more often than the norm allows",
+                "Enlarge the input, lower the padding, or use padding_mode='zeros'",
+                input_size=tuple(sizes),
+                padding=self.padding,
+            )
+        if self.padding_mode != "circular":
+            return
         for i, (size, k, s, d) in enumerate(
             zip(sizes, self.kernel_size, self.stride, self.dilation, strict=True)
         ):
             low, high = pads[2 * (dims - 1 - i) : 2 * (dims - i)]
             outputs = (size + low + high - d * (k - 1) - 1) // s + 1
-            good = low == high == 0 or (
-                size % s == 0 and outputs * s <= size and max(low, high) <= size
-            )
-            if not good:
+            if not (low == high == 0 or (size % s == 0 and outputs * s <= size)):
                 _checks.fail(
                     self,
-                    "with circular padding every input size must be a multiple of the stride, at "
-                    "least the padding, and give at most size / stride outputs",
+                    "with circular padding every input size must be a multiple of the stride, and "
+                    "give at most size / stride outputs",
                     "Resize the input, lower the padding, or use padding_mode='zeros'",
                     input_size=tuple(sizes),
                     stride=self.stride,
@@ -96,10 +182,19 @@ class OrthoConv2d(_OrthoConv, nn.Conv2d):
         dilation: Spacing of the taps, without a common divisor with the stride.
         groups: Number of groups.
         bias: Whether to add a learnable bias, zero at first.
-        padding_mode: "zeros" or "circular".
+        padding_mode: "zeros", "circular", "reflect" or "replicate".
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters; the kernel is computed in float32 at least.
         ortho_params: Which normalizer and orthogonalizer make the factors.
+        method: "aoc", or "rko" for a reshaped kernel
+            ([`ReshapedKernel`][orthonet.reparametrizers.ReshapedKernel]), which is 1-Lipschitz for
+            every configuration and rarely orthogonal.
+        ranks: "half", or "free" for projectors of learned rank, which make every separable
+            orthogonal kernel at stride 1 (see
+            [`OrthoKernel`][orthonet.reparametrizers.OrthoKernel]).
+        apply_by: "kernel", "factors" (the input is sent through the factors and no kernel is
+            formed), or "auto": by what
+            [`application`][orthonet.layers.OrthoConv2d.application] expects to be faster.
 
     Shape:
         As `nn.Conv2d`, unbatched input included.
@@ -113,12 +208,21 @@ class OrthoConv2d(_OrthoConv, nn.Conv2d):
           (float64).
         - no padding ("valid"): all are 1 when \(c_o \le c_i S\); at most 1 otherwise.
         - zero padding: at most 1.
+        - "reflect" and "replicate": at most 1. The kernel is divided by the norm of the padding,
+          \(\sqrt 2\) or \(\sqrt{1 + p}\) for every dimension that is padded (by p); inputs so
+          small that a value would be reflected at both ends are refused.
 
-        Circular padding on sizes that the stride does not divide is refused.
+        Circular padding on sizes that the stride does not divide is refused. A kernel smaller than
+        the stride, or a divisor that dilation and stride share, is allowed as long as
+        \(c_o \le c_i\) times the taps that one window reads alone: the rows stay orthonormal.
+        Depthwise kernels (a single channel in and out) have something to train with a multiplier or
+        a stride; at stride 1 the only orthogonal ones are plus or minus a shift, which
+        `ranks="free"` learns.
 
     Raises:
-        ValueError: kernel_size < stride, another padding mode (reflected or repeated borders raise
-            the norm above 1), a common divisor of dilation and stride, groups of a single channel.
+        ValueError: a configuration that no kernel makes orthogonal, or that leaves nothing to
+            train; the message names the nearest that does. When called: sizes that do not fit the
+            padding.
 
     References:
         Boissin et al., *An adaptive orthogonal convolution scheme for efficient and flexible CNN

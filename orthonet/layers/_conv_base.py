@@ -11,7 +11,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from orthonet import _checks
 from orthonet.layers._base import ConstrainedWeight
-from orthonet.reparametrizers import OrthoKernel, OrthoParams
+from orthonet.layers._conv_padding import padding_norm
+from orthonet.reparametrizers import KERNEL_METHODS, OrthoParams
 
 __all__ = ["OrthoConvNd"]
 
@@ -20,7 +21,7 @@ class OrthoConvNd(ConstrainedWeight):
     """Mixin before an `nn` convolution; `_build` takes the place of its `__init__`."""
 
     _plain_class: ClassVar[type[_ConvNd]]
-    method: ClassVar[str] = "aoc"
+    _padding_modes: ClassVar[tuple[str, ...]]
 
     if TYPE_CHECKING:
         in_channels: int
@@ -49,6 +50,8 @@ class OrthoConvNd(ConstrainedWeight):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         ortho_params: OrthoParams,
+        method: str,
+        ranks: str,
         **arguments: Any,
     ) -> None:
         nn.Module.__init__(self)  # type: ignore[arg-type]
@@ -56,7 +59,8 @@ class OrthoConvNd(ConstrainedWeight):
         _checks.positive_int(
             owner, in_channels=in_channels, out_channels=out_channels, groups=groups
         )
-        _checks.one_of(owner, ("zeros", "circular"), padding_mode=padding_mode)
+        _checks.one_of(owner, self._padding_modes, padding_mode=padding_mode)
+        _checks.one_of(owner, tuple(KERNEL_METHODS), method=method)
         _checks.require(
             in_channels % groups == 0 and out_channels % groups == 0,
             owner,
@@ -76,44 +80,72 @@ class OrthoConvNd(ConstrainedWeight):
             if name not in vars(self):
                 setattr(self, name, value)
         self.padding_mode = padding_mode
-        self._check_configuration()
+        self.method = method
+        options: dict[str, Any] = {}
+        if method == "aoc":
+            self._check_configuration(ranks)
+            options["ranks"] = ranks
+        else:
+            _checks.require(
+                ranks == "half",
+                owner,
+                "ranks belongs to method='aoc'",
+                "Leave ranks out, or use method='aoc'",
+                method=method,
+                ranks=ranks,
+            )
+        gain = 1.0 / padding_norm(padding_mode, self._reversed_padding_repeated_twice)
         # A transposed convolution is the adjoint of the convolution with the same kernel.
         rows = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
-        self.parametrization = OrthoKernel(
-            *rows, self.kernel_size, self.stride, groups, ortho_params, device, dtype
-        )
+        self.parametrization = KERNEL_METHODS[method](
+            *rows, self.kernel_size, self._tap_stride(), groups, ortho_params, device, dtype,
+            gain=gain, **options,
+        )  # fmt: skip
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)  # type: ignore[attr-defined]
 
-    def _check_configuration(self) -> None:
+    def _tap_stride(self) -> tuple[int, ...]:
+        """The stride counted in taps: windows overlap in taps that lie s / gcd(s, d) apart."""
+        pairs = zip(self.stride, self.dilation, strict=True)
+        return tuple(s // math.gcd(s, d) for s, d in pairs)
+
+    def _check_configuration(self, ranks: str) -> None:
+        """Refuse what no kernel makes orthogonal, and what has nothing to train."""
         owner = type(self)
-        kernel, stride = self.kernel_size, self.stride
+        kernel, stride, dilation = self.kernel_size, self.stride, self.dilation
+        rows, columns = self.out_channels // self.groups, self.in_channels // self.groups
+        if self.transposed:
+            rows, columns = columns, rows
+        steps = self._tap_stride()
+        area = math.prod(min(k, s) for k, s in zip(kernel, steps, strict=True))
+        spread = tuple(1 if t < s else d for t, s, d in zip(steps, stride, dilation, strict=True))
+        fewer, more = ("in", "out") if self.transposed else ("out", "in")
         _checks.require(
-            all(k >= s for k, s in zip(kernel, stride, strict=True)),
+            rows <= columns * area
+            or (all(k >= s for k, s in zip(kernel, stride, strict=True)) and steps == stride),
             owner,
-            "kernel_size must be >= stride in every dim",
-            "Use a larger kernel, or stride=1 followed by a space-to-depth layer",
+            "kernel_size must be >= stride in every dim and dilation without common divisor with "
+            f"it, unless {fewer}_channels <= {area} * {more}_channels, for otherwise some values "
+            "are never read and no kernel is orthogonal",
+            f"The nearest that is: kernel_size={tuple(map(max, kernel, stride))}, "
+            f"dilation={spread}, or {fewer}_channels={columns * area * self.groups}, or stride=1 "
+            "followed by SpaceToDepth; method='rko' is 1-Lipschitz without being orthogonal",
             kernel_size=kernel,
             stride=stride,
+            dilation=dilation,
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
         )
         _checks.require(
-            all(math.gcd(d, s) == 1 for d, s in zip(self.dilation, stride, strict=True)),
-            owner,
-            "dilation and stride must have no common divisor in any dim, "
-            "for otherwise some inputs are never read",
-            "Change one of them",
-            dilation=self.dilation,
-            stride=stride,
-        )
-        single = self.in_channels == self.out_channels == self.groups and math.prod(stride) == 1
-        _checks.require(
-            not single,
+            ranks == "free" or rows > 1 or columns * area > 1,
             owner,
             "a group must have more than one channel in or out, for a single-channel orthogonal "
             "convolution is plus or minus a shift and has nothing to train",
-            "Use fewer groups or more channels",
+            f"Use {fewer}_channels={2 * self.in_channels} (a multiplier), fewer groups, or stride "
+            "above 1 with kernel_size >= stride; ranks='free' learns the shift, and "
+            "method='rko' a 1-Lipschitz kernel that is not orthogonal",
             in_channels=self.in_channels,
             out_channels=self.out_channels,
             groups=self.groups,
@@ -133,6 +165,10 @@ class OrthoConvNd(ConstrainedWeight):
                 zip(output_size, self.kernel_size, self.stride, self.dilation, strict=True)
             )
         )
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()  # type: ignore[misc]
+        return text if self.method == "aoc" else f"{text}, method={self.method!r}"
 
     def adjoint(self, y: Tensor, input_size: tuple[int, ...] | None = None) -> Tensor:
         r"""Apply the transpose of the linear part, \(A^\top y\), with all padding honoured.
@@ -183,11 +219,14 @@ class OrthoConvNd(ConstrainedWeight):
             rows, columns = columns, rows
         cut = any(self._reversed_padding_repeated_twice) or any(self.output_padding)
         fits = self.kernel_size == self.stride and max(self.dilation) == 1 and not cut
+        square = rows == columns * math.prod(self.stride) and getattr(
+            self.parametrization, "orthogonal", False
+        )
         _checks.require(
-            rows == columns * math.prod(self.stride) and (self.padding_mode == "circular" or fits),
+            bool(square) and (self.padding_mode == "circular" or fits),
             self,
-            "only a layer with circular padding (or kernel_size equal to stride and no padding) "
-            "that keeps the number of values can be inverted",
+            "only an orthogonal layer with circular padding (or kernel_size equal to stride and no "
+            "padding) that keeps the number of values can be inverted",
             "Use padding_mode='circular' and out_channels = in_channels * prod(stride)",
             in_channels=self.in_channels,
             out_channels=self.out_channels,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orthonet import _checks
+from orthonet.functional import circular_pad
 from orthonet.layers._conv_base import OrthoConvNd
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
@@ -20,6 +21,8 @@ _CIRCULAR_PAD = {1: nn.CircularPad1d, 2: nn.CircularPad2d, 3: nn.CircularPad3d}
 
 class _OrthoConvTranspose(OrthoConvNd):
     """Constructor and forward of the three transposed convolutions."""
+
+    _padding_modes = ("zeros", "circular")
 
     def __init__(
         self,
@@ -37,11 +40,14 @@ class _OrthoConvTranspose(OrthoConvNd):
         dtype: torch.dtype | None = None,
         *,
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        method: str = "aoc",
+        ranks: str = "half",
     ) -> None:
         self._build(
             in_channels, out_channels, groups=groups, bias=bias, padding_mode=padding_mode,
-            device=device, dtype=dtype, ortho_params=ortho_params, kernel_size=kernel_size,
-            stride=stride, padding=padding, output_padding=output_padding, dilation=dilation,
+            device=device, dtype=dtype, ortho_params=ortho_params, method=method, ranks=ranks,
+            kernel_size=kernel_size, stride=stride, padding=padding,
+            output_padding=output_padding, dilation=dilation,
         )  # fmt: skip
         if padding_mode == "circular":
             self._check_circular()
@@ -110,7 +116,7 @@ class _OrthoConvTranspose(OrthoConvNd):
         padding = self.padding
         if self.padding_mode == "circular":
             wrap, padding = self._wrapping()
-            input = F.pad(input, [a for w in reversed(wrap) for a in (w, w)], mode="circular")
+            input = circular_pad(input, [a for w in reversed(wrap) for a in (w, w)])
         return _CONV_TRANSPOSE[len(self.kernel_size)](
             input, weight, bias, self.stride, padding, self.output_padding, self.groups,  # type: ignore[arg-type]
             self.dilation,
@@ -169,6 +175,8 @@ class OrthoConvTranspose2d(_OrthoConvTranspose, nn.ConvTranspose2d):
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters; the kernel is computed in float32 at least.
         ortho_params: Which normalizer and orthogonalizer make the factors.
+        method: "aoc" or "rko", as for `OrthoConv2d`.
+        ranks: "half" or "free", as for `OrthoConv2d`.
 
     Shape:
         As `nn.ConvTranspose2d`, unbatched input included.

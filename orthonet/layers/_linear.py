@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.layers._base import ConstrainedWeight
+from orthonet.layers._fused import fused_linear
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.reparametrizers import (
     DEFAULT_ORTHO_PARAMS,
@@ -100,6 +101,13 @@ class OrthoLinear(_ConstrainedLinear):
         _checks.positive_int(type(self), in_features=in_features, out_features=out_features)
         weight = OrthoWeight((out_features, in_features), ortho_params, device, dtype)
         super().__init__(in_features, out_features, bias, device, dtype, weight, lipschitz)
+
+    def forward(self, input: Tensor) -> Tensor:
+        # The weight and its gradient together with the product, where that spares work: square,
+        # warm, training. Anywhere else, and for every further use of the weight in the same step,
+        # the ordinary way through `weight`.
+        fused = fused_linear(self, input)
+        return super().forward(input) if fused is None else fused
 
 
 class _UnitRows(CachedWeight):

@@ -15,10 +15,15 @@ __all__ = [
     "compute_dtype",
     "gram_defect",
     "in_transform",
+    "minus_transpose",
     "on_tall",
     "require_finite",
     "rms_scale",
+    "symmetric_product",
 ]
+
+
+_BLOCKS_FROM = 384  # below, the calls cost more than the products saved
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,14 +31,20 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def in_transform() -> bool:
+def in_transform(*tensors: Tensor) -> bool:
     """Whether a `torch.func` transform (vmap, grad, ...) is running, which forbids side effects.
+
+    Inside a backward that is vectorized the transform shows in the `tensors` only.
 
     Never under `torch.compile`, which traces transforms itself.
     """
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    return functorch.peek_interpreter_stack() is not None or any(
+        functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
+        for t in tensors
+    )
 
 
 def on_tall(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -65,6 +76,30 @@ def add_identity(a: Tensor, scale: float = 1.0) -> Tensor:
     """Add `scale` times the identity to `a` in place and return it."""
     a.diagonal(dim1=-2, dim2=-1).add_(scale)
     return a
+
+
+def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b where that is symmetric; for large matrices, only the blocks on and above the diagonal.
+
+    The blocks below are copied, so that ten of sixteen have to be computed.
+    """
+    n = b.shape[-1]
+    if a.ndim > 2 or n < _BLOCKS_FROM or n % 4 or not a.is_cpu:
+        return a.mT @ b
+    out, width = b.new_empty(n, n), n // 4
+    for i in range(0, n, width):
+        torch.mm(a[:, i : i + width].T, b[:, i:], out=out[i : i + width, i:])
+        if i:
+            out[i : i + width, :i].copy_(out[:i, i : i + width].T)
+    return out
+
+
+def minus_transpose(s: Tensor) -> Tensor:
+    """S - s^T for square s; the transpose is copied first where that is faster."""
+    if s.ndim > 2 or s.shape[-1] <= 128 or not s.is_cpu:
+        return s - s.mT
+    transposed = s.T.contiguous()
+    return torch.sub(s, transposed, out=transposed)
 
 
 def require_finite(owner: str, w: Tensor) -> None:

@@ -6,17 +6,27 @@ For \(W = U H\) and an incoming gradient G,
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from orthonet.linalg._matrix import add_identity
-from orthonet.linalg._polar_steps import contraction
+from orthonet.linalg._matrix import add_identity, minus_transpose, symmetric_product
 
-__all__ = ["centred_gradient", "differentiable_gradient", "eigen_gradient", "gradient"]
+__all__ = [
+    "centred_gradient",
+    "differentiable_gradient",
+    "eigen_gradient",
+    "gradient",
+    "inverse_gradient",
+]
 
-_NEAR = 0.3  # beyond it, the series takes as many products as an eigendecomposition
+# Relative spread of the eigenvalues of H above which an inverse saves more products than it costs.
+_SPREAD_LARGE, _SPREAD_SMALL, _SPREAD_GIVEN, _SMALL = 0.12, 0.35, 0.08, 128
+_SPREAD_SERIES = 0.05  # below it, a plain series takes hardly more products than their best choice
+_SPREAD_PRODUCTS = 1.0  # above it, where condition numbers are above 30 or so, `eigh` is as cheap
+_ITERATIONS = 24  # of conjugate gradients, before an eigendecomposition is cheaper
 
 
 def _square(w: Tensor) -> bool:
@@ -30,11 +40,18 @@ def _parts(w: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return 0.5 * (h + h.mT), s - s.mT, normal
 
 
-def gradient(w: Tensor, u: Tensor, grad: Tensor) -> Tensor:
-    """From W and U: by a series where H is near a multiple of I, by `eigh` otherwise."""
-    h, c, normal = _parts(w, u, grad)
-    k, z = _solve_near_identity(h, c, normal) or _solve(h, c, normal)
-    return u @ k if _square(w) else z + u @ k
+def gradient(w: Tensor, u: Tensor, grad: Tensor, inverse: Tensor | None = None) -> Tensor:
+    """From W and U: by conjugate gradients where H is well conditioned, by `eigh` otherwise."""
+    s = u.mT @ grad
+    normal = grad[..., :0, :] if _square(w) else grad - u @ s
+    found = _solve_by_products(symmetric_product(u, w), minus_transpose(s), normal, inverse)
+    k, z = found or _solve(*_parts(w, u, grad))
+    return u @ k if _square(w) else z.add_(u @ k)
+
+
+def inverse_gradient(w: Tensor, inverse: Tensor, grad: Tensor) -> Tensor:
+    """From W and the inverse of H."""
+    return gradient(w, w @ inverse, grad, inverse)
 
 
 def eigen_gradient(w: Tensor, v: Tensor, values: Tensor, grad: Tensor) -> Tensor:
@@ -49,43 +66,128 @@ def eigen_gradient(w: Tensor, v: Tensor, values: Tensor, grad: Tensor) -> Tensor
 
 def centred_gradient(u: Tensor, scale: Tensor, grad: Tensor) -> Tensor:
     r"""From U alone where \(H = c I\): \((G - U\,\mathrm{sym}(U^\top G)) / c\)."""
+    if _square(u):  # then U U^T G = G, which spares the difference of S and its transpose
+        inner = grad.mT @ u
+        product = torch.addmm if u.ndim == 2 else torch.baddbmm
+        if u.ndim > 3:
+            return (grad - u @ inner) * (0.5 / scale)
+        return product(grad, u, inner, alpha=-1.0).mul_(0.5 / scale)
     s = u.mT @ grad
-    if _square(u):
-        return u @ ((s - s.mT) * (0.5 / scale))
     return (grad - u @ (0.5 * (s + s.mT))) / scale
 
 
 def differentiable_gradient(w: Tensor, u: Tensor, grad: Tensor) -> Tensor:
     """From W and U, built of operations that autograd and `torch.func` see through."""
     h, c, normal = _parts(w, u, grad)
-    k, z = _PolarAdjoint.apply(h, c, normal)  # type: ignore[misc]
+    k, z = _adjoint(h, c, normal)
     return u @ k if _square(w) else z + u @ k
 
 
-def _solve_near_identity(h: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
-    """As `_solve` for skew-symmetric c, by K = c/2 - (F K + K F)/2 with F = H / mean - I.
+def _solve_by_products(
+    h: Tensor, c: Tensor, y: Tensor, inverse: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    r"""As `_solve` for skew-symmetric c; None where H is not clearly positive definite.
 
-    The iteration contracts by the norm of F, of which a bound is measured, and stops where that
-    bounds the remainder by rounding. None where it would take long.
+    A spread spectrum is drawn together first: with \(Z = H^{-1}\), the equation
+    \(H_1 K + K H_1 = C_1\), \(H_1 = (\mu H + Z / \mu) / 2\), \(C_1 = (\mu C + Z C Z / \mu) / 2\)
+    has the same solution, and the eigenvalues of \(H_1\) are at least 1 (Newton steps for the
+    sign of a block triangular matrix, Roberts 1980).
     """
+    n = h.shape[-1]
+    if h.numel() == 0 or not h.is_cpu:
+        return None
+    allowed = _SPREAD_LARGE if n > _SMALL else _SPREAD_SMALL
+    allowed = allowed if inverse is None else _SPREAD_GIVEN
+    for step in range(3):
+        spread = _spread(h)
+        if spread <= allowed:
+            break
+        if spread > _SPREAD_PRODUCTS:
+            return None
+        z = inverse if step == 0 and inverse is not None else _inverse(h)
+        if z is None or step == 2:
+            return None
+        inverse = z if inverse is None else inverse
+        norms = torch.linalg.vector_norm(h, dim=(-2, -1)), torch.linalg.vector_norm(z, dim=(-2, -1))
+        mu = 0.5 * (norms[1] / norms[0]).sqrt()[..., None, None]
+        c = (z @ c @ z).mul_(0.25 / mu).add_(c * mu)
+        h = (h * mu).add_(z.mul(0.25 / mu))
+    k = _series(h, c) if spread <= _SPREAD_SERIES else _conjugate_gradients(h, c)
+    if k is None or y.numel() == 0:
+        return None if k is None else (k, y)
+    inverse = _inverse(h) if inverse is None else inverse
+    return None if inverse is None else (k, y @ inverse)
+
+
+def _spread(h: Tensor) -> float:
+    """Standard deviation of the eigenvalues over their mean, the largest of the batch."""
+    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)
+    norm = torch.linalg.vector_norm(h, dim=(-2, -1))
+    squares = (norm / mean).square() / h.shape[-1] - 1.0
+    worst = float(squares.amax() if h.ndim > 2 else squares)
+    return math.sqrt(max(worst, 0.0)) if math.isfinite(worst) else math.inf
+
+
+def _inverse(h: Tensor) -> Tensor | None:
+    lower, info = torch.linalg.cholesky_ex(h)
+    return None if bool(info.any()) else torch.cholesky_inverse(lower)
+
+
+def _series(h: Tensor, c: Tensor) -> Tensor | None:
+    """K with H K + K H = C for skew-symmetric C, by K = C/2 - (F K + K F)/2, F = H / mean - I."""
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    tiny = torch.finfo(h.dtype).tiny
-    if h.numel() == 0 or not bool((mean > tiny).all()):
-        return None
-    f = add_identity(h / mean, -1.0)
-    rate, _ = contraction(f, _NEAR)
-    if not rate <= _NEAR:
-        return None
-    k = term = c / (2.0 * mean)
-    limit = torch.finfo(h.dtype).eps * torch.linalg.matrix_norm(k)
-    while bool((torch.linalg.matrix_norm(term) * (rate / (1.0 - rate)) > limit).any()):
-        product = f @ term
-        term = -0.5 * (product - product.mT)
-        k = k + term
-    if y.numel() == 0:
-        return k, y
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(add_identity(f, 1.0)))
-    return k, y @ (inverse / mean)
+    f = add_identity(h * (-0.5 / mean), 0.5)
+    term = c * (0.5 / mean)
+    k, limit = (
+        term.clone(),
+        4.0 * torch.finfo(h.dtype).eps * torch.linalg.vector_norm(term, dim=(-2, -1)),
+    )
+    for _ in range(_ITERATIONS):
+        term = minus_transpose(f @ term)
+        k.add_(term)
+        small = torch.linalg.vector_norm(term, dim=(-2, -1)) <= limit
+        if bool(small if h.ndim == 2 else small.all()):
+            return k
+    return None
+
+
+# The scalars of the iteration below: numbers for one matrix, which spares small operations, and
+# tensors (*batch, 1, 1) for several.
+
+
+def _inner(a: Tensor, b: Tensor) -> Any:
+    if a.ndim == 2:
+        return float(torch.dot(a.view(-1), b.view(-1)))
+    return torch.linalg.vecdot(a.flatten(-2), b.flatten(-2))[..., None, None]
+
+
+def _quotient(a: Any, b: Any) -> Any:
+    if isinstance(a, Tensor):
+        return a / torch.where(b == 0, torch.ones_like(b), b)
+    return a / b if b else 0.0
+
+
+def _add(k: Tensor, d: Tensor, factor: Any) -> Tensor:
+    """K += factor * d."""
+    return k.addcmul_(d, factor) if isinstance(factor, Tensor) else k.add_(d, alpha=factor)
+
+
+def _conjugate_gradients(h: Tensor, c: Tensor) -> Tensor | None:
+    """K with H K + K H = C for skew-symmetric C, one product a step; None where it takes long."""
+    r, d, k = c.clone(), c.clone(), torch.zeros_like(c)
+    norm = _inner(r, r)
+    limit = norm * (4.0 * torch.finfo(h.dtype).eps) ** 2
+    for _ in range(_ITERATIONS):
+        q = minus_transpose(h @ d)
+        alpha = _quotient(norm, _inner(d, q))
+        _add(k, d, alpha)
+        _add(r, q, -alpha)
+        norm, previous = _inner(r, r), norm
+        small = norm <= limit
+        if small.all() if isinstance(small, Tensor) else small:
+            return k
+        d = _add(r.clone(), d, _quotient(norm, previous))
+    return None
 
 
 def _solve(h: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,12 +225,13 @@ class _PolarAdjoint(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(inputs[0], *output)
+        ctx.save_for_forward(inputs[0], *output)
 
     @staticmethod
     def backward(ctx: Any, grad_k: Tensor, grad_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         h, k, z = ctx.saved_tensors
         # H is symmetric, so both solution operators are their own adjoints.
-        grad_c, grad_y = _PolarAdjoint.apply(h, grad_k, grad_z)
+        grad_c, grad_y = _adjoint(h, grad_k, grad_z)
         grad_h = -(grad_c @ k.mT + k.mT @ grad_c) - z.mT @ grad_y
         return grad_h, grad_c, grad_y
 
@@ -140,4 +243,18 @@ class _PolarAdjoint(torch.autograd.Function):
             t.movedim(d, 0) if d is not None else t.expand(info.batch_size, *t.shape)
             for t, d in zip((h, c, y), in_dims, strict=True)
         ]
-        return _PolarAdjoint.apply(*tensors), (0, 0)  # type: ignore[return-value]
+        return _adjoint(*tensors), (0, 0)
+
+
+class _PolarAdjointForward(_PolarAdjoint):
+    """With forward mode, which Dynamo does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, dh: Tensor, dc: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        h, k, z = ctx.saved_tensors
+        return _adjoint(h, dc - dh @ k - k @ dh, dy - z @ dh)
+
+
+def _adjoint(h: Tensor, c: Tensor, y: Tensor) -> Any:
+    function = _PolarAdjoint if torch.compiler.is_compiling() else _PolarAdjointForward
+    return function.apply(h, c, y)

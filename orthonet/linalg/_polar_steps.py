@@ -1,8 +1,8 @@
 r"""How the polar factor of a tall matrix is reached: three ways, each ended by what it measures.
 
-A polynomial in the defect \(E = W^\top W / c^2 - I\) where that is small, an eigendecomposition of
-the Gram matrix up to moderate condition numbers, and Newton-Schulz steps with an SVD behind them
-for the rest. All work on the small side; none has state.
+Polynomials in the defect \(E = X^\top X / c^2 - I\), an eigendecomposition of the Gram matrix where
+these would take too many products, and Newton-Schulz steps with an SVD behind them for the rest.
+All work on the small side; none has state.
 """
 
 from __future__ import annotations
@@ -13,39 +13,66 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orthonet.linalg._matrix import add_identity, gram_defect, require_finite, rms_scale
+from orthonet.linalg import _polar_series as series
+from orthonet.linalg._matrix import (
+    add_identity,
+    gram_defect,
+    require_finite,
+    rms_scale,
+    symmetric_product,
+)
 
 __all__ = [
     "Factors",
+    "Measured",
     "bjorck_polar",
-    "contraction",
+    "centred_below",
+    "finish",
     "gram_polar",
+    "largest_norm",
+    "measure",
+    "near_pass",
     "polar_from_svd",
     "recentred_polar",
 ]
 
-# (1 + e)^(-1/2) = sum of these times e^k
-_TAYLOR = (1.0, -1 / 2, 3 / 8, -5 / 16, 35 / 128, -63 / 256, 231 / 1024)
-_NEAR = 0.35  # beyond it, two passes and a general gradient cost as much as an eigendecomposition
-_NEAR_START = 0.6  # the same where the gradient is that of a centred matrix
+_NEAR = 0.62  # norm of E up to which its series converge well
+_SMALL = 128  # sizes and batches up to which products are much cheaper than factorizations
 
 
 class Factors(NamedTuple):
-    """The polar factor U of W = U H and, where they were computed, what diagonalizes H."""
+    """The polar factor U of W = U H, and what the way there tells about H, if anything."""
 
     u: Tensor  # (*batch, m, n)
-    vectors: Tensor  # (*batch, n, n), or (*batch, 0, 0)
-    values: Tensor  # (*batch, n), or (*batch, 0)
+    basis: (
+        Tensor  # H^-1 or, with `values`, the eigenvectors of H: (*batch, n, n), or (*batch, 0, 0)
+    )
+    values: Tensor  # eigenvalues of H, (*batch, n), or (*batch, 0)
 
     @staticmethod
-    def bare(u: Tensor) -> Factors:
-        """U alone."""
+    def bare(u: Tensor, basis: Tensor | None = None) -> Factors:
+        """U alone, or with the inverse of H."""
         batch = u.shape[:-2]
-        return Factors(u, u.new_empty(*batch, 0, 0), u.new_empty(*batch, 0))
+        empty = u.new_empty(*batch, 0, 0)
+        return Factors(u, empty if basis is None else basis, u.new_empty(*batch, 0))
 
 
-def _largest_norm(a: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(a).amax())
+class _Approach(NamedTuple):
+    """What the polynomial passes found: U or nothing, and how far the start was."""
+
+    u: Tensor | None
+    inverse: Tensor | None  # of H, where asked for and worth while
+    defect: float  # Frobenius norm of E of the start, the largest of the batch
+    mean: Tensor  # mean eigenvalue of the Gram matrix of the start, (*batch, 1, 1)
+    x: Tensor  # the start, scaled if it could not be squared in its precision
+    scale: Tensor | None  # by which it was divided
+
+
+def largest_norm(a: Tensor) -> float:
+    """Largest Frobenius norm of the batch, read by the host."""
+    if a.ndim == 2:
+        return float(torch.linalg.vector_norm(a))
+    return float(torch.linalg.vector_norm(a, dim=(-2, -1)).amax())
 
 
 def polar_from_svd(w: Tensor, owner: str = "polar") -> Tensor:
@@ -59,113 +86,175 @@ def gram_polar(w: Tensor) -> Factors:
     """Polar factor of each matrix, by the cheapest way that its Gram matrix allows."""
     if 0 in w.shape:
         return Factors.bare(w.clone())
-    x, gram, mean, scale = _normal_equations(w)
-    u, _ = _near(x, gram, mean, _NEAR)
-    if u is not None:
-        return Factors.bare(u)
-    factors = _by_eigenvectors(x, gram)
+    found = _by_polynomials(w, keep_inverse=True)
+    if found.u is not None:
+        return Factors.bare(found.u, found.inverse)
+    factors, scale = _by_eigenvectors(found.x), found.scale
     return factors if scale is None else factors._replace(values=factors.values * scale[..., 0])
 
 
-def recentred_polar(w: Tensor) -> tuple[Tensor, Tensor | None, bool]:
-    """Polar factor U, the scale c = ||W||_F / sqrt(n), and whether W is c U to rounding already.
-
-    The scale is None where it cannot be squared in this precision (zero, huge, tiny).
-    """
+def recentred_polar(w: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """U, the scale c = ||W||_F / sqrt(n) (1 for zero), and whether W is c U to rounding already."""
     if 0 in w.shape:
-        return w.clone(), None, False
-    x, gram, mean, scale = _normal_equations(w)
-    u, defect = _near(x, gram, mean, _NEAR_START)
-    centred = defect <= 16.0 * torch.finfo(w.dtype).eps * w.shape[-1] ** 0.5
-    u = _by_eigenvectors(x, gram).u if u is None else u
-    return u, mean.sqrt() if scale is None else None, centred
+        return w.clone(), w.new_ones(*w.shape[:-2], 1, 1), True
+    found = _by_polynomials(w)
+    centred = found.defect <= centred_below(w)
+    u = _by_eigenvectors(found.x).u if found.u is None else found.u
+    return u, found.mean.sqrt() if found.scale is None else found.scale, centred
 
 
-def _normal_equations(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return x = w / scale, its Gram matrix, the mean eigenvalue of that, and the scale if any."""
-    gram = w.mT @ w
+def centred_below(w: Tensor) -> float:
+    """The Frobenius norm of the defect that the last pass and rounding leave at most."""
+    return 24.0 * torch.finfo(w.dtype).eps * w.shape[-1] ** 0.5
+
+
+class Measured(NamedTuple):
+    """What decides about the passes of a nearly centred matrix, without a word to the host."""
+
+    e: Tensor
+    square: Tensor
+    mean: Tensor
+    bound: Tensor  # of ||E||_2, the largest of the batch; a scalar
+
+
+def measure(w: Tensor) -> Measured:
+    """The defect E of W, its square, and a bound of its norm. Nothing is read."""
+    e, mean = _defect(w)
+    square = symmetric_product(e, e)
+    norms = torch.linalg.vector_norm(torch.stack([e, square]), dim=(-2, -1))
+    norms = norms.reshape(2, -1).amax(-1)
+    return Measured(e, square, mean, torch.minimum(norms[0], norms[1].sqrt()))
+
+
+def finish(w: Tensor, measured: Measured, bound: float) -> tuple[Tensor, Tensor] | None:
+    """Polar factor and scale by passes that `bound` alone decides; nothing is read.
+
+    None where the bound is too large for that (or NaN). The error of each pass bounds the defect
+    that the next one meets, so the last one is within `series.tolerance` of orthogonal.
+    """
+    if not bound <= _NEAR:
+        return None
+    tolerance = series.tolerance(w.dtype)
+    e, square, mean, _ = measured
+    x, scale = w, mean.rsqrt()
+    while True:
+        degree = next((q for q in (1, 2, 4) if bound <= series.reach(q, tolerance)), 0)
+        reach = series.reach(degree, tolerance) if degree else _rounded_up(bound)
+        c, error = series.near(degree or 4, reach)
+        p, _ = near_pass(e, square, degree or 4, c)
+        x = x @ p.mul_(scale)
+        if degree:
+            return x, mean.sqrt()
+        e, scale = _defect(x)
+        square, scale = symmetric_product(e, e), scale.rsqrt()
+        bound = 1.1 * error * (2.0 + error) + 16.0 * torch.finfo(w.dtype).eps * w.shape[-1] ** 0.5
+
+
+def _defect(x: Tensor) -> tuple[Tensor, Tensor]:
+    """E = gram / mean - I, and the mean eigenvalue of the Gram matrix, (*batch, 1, 1)."""
+    gram = symmetric_product(x, x)
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return add_identity(gram.div_(mean), -1.0), mean
+
+
+def _start(w: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """X = W, or W / scale where W cannot be squared in this precision; the scale; its defect."""
+    e, mean = _defect(w)
+    low, high = torch.aminmax(mean) if w.ndim > 2 else (mean, mean)
     limits = torch.finfo(w.dtype)
-    if bool(((mean > limits.tiny**0.5) & (mean < limits.max**0.5)).all()):
-        return w, gram, mean, None
+    if limits.tiny**0.5 < float(low) and float(high) < limits.max**0.5:
+        return w, None, e, mean
     require_finite("polar", w)
     scale = rms_scale(w)
     x = w / scale
-    return x, x.mT @ x, torch.ones_like(scale), scale
+    return x, scale, *_defect(x)
 
 
-def contraction(e: Tensor, enough: float) -> tuple[float, Tensor | None]:
-    """An upper bound of the spectral norms of symmetric `e`, and e @ e where that was needed.
+def near_pass(
+    e: Tensor, square: Tensor | None, degree: int, c: series.Polynomial
+) -> tuple[Tensor, Tensor | None]:
+    """p(E) of degree 1, 2 or 4, and for degree 4 its part c_3 E^3 + c_4 E^4. Overwrites `e`."""
+    if degree == 1 or square is None:
+        return add_identity(e.mul_(c[1]), c[0]), None
+    if degree == 2:
+        return add_identity(e.mul_(c[1]).add_(square, alpha=c[2]), c[0]), None
+    high = symmetric_product(square, (e * c[3]).add_(square, alpha=c[4]))
+    return add_identity(e.mul_(c[1]).add_(square, alpha=c[2]).add_(high), c[0]), high
 
-    The Frobenius norm if that is at most `enough`, else that of the square, which is closer.
+
+def _guess(e: Tensor, square: Tensor) -> float:
+    """The largest |e|, about, for eigenvalues that are spread: 1.65 times ||E^2||_F / ||E||_F."""
+    ratio = torch.linalg.vector_norm(square, dim=(-2, -1)) / torch.linalg.vector_norm(
+        e, dim=(-2, -1)
+    )
+    return 1.65 * float(ratio if e.ndim == 2 else ratio.nan_to_num().amax())
+
+
+def _rounded_up(b: float) -> float:
+    """b, at most 9 per cent larger, so that the polynomials can be remembered."""
+    return min(_NEAR, 2.0 ** (math.ceil(8.0 * math.log2(b)) / 8.0))
+
+
+def _by_polynomials(w: Tensor, keep_inverse: bool = False) -> _Approach:
+    """Multiply W by polynomials in its defect until the error of the last one is rounding.
+
+    Bounds of ||E||_2, each closer than the one before and read when it is needed: ||E||_F,
+    ||E^2||_F^(1/2), and ||E^3||_F^(1/3) from the part of degree 4.
     """
-    bound = _largest_norm(e)
-    if not bound > enough or bound > e.shape[-1] ** 0.25:  # then the other one exceeds 1 too
-        return bound, None
-    square = e @ e
-    return min(bound, _largest_norm(square) ** 0.5), square
-
-
-def _coefficients(degree: int, b: float) -> tuple[list[float], float]:
-    """Economized series of (1 + e)^(-1/2) on |e| <= b, and a bound of its relative error.
-
-    The first term left out is replaced by its best approximation of lower degree (Chebyshev),
-    which divides the error of the Taylor polynomial by 2^degree.
-    """
-    c = list(_TAYLOR[: degree + 1])
-    first, second = abs(_TAYLOR[degree + 1]), abs(_TAYLOR[min(degree + 2, 6)])
-    if degree == 1:
-        c[0] += _TAYLOR[2] * b**2 / 2
-    elif degree == 2:
-        c[1] += _TAYLOR[3] * b**2 * 3 / 4
-    else:
-        c[1] -= _TAYLOR[5] * b**4 * 5 / 16
-        c[3] += _TAYLOR[5] * b**2 * 5 / 4
-    rest = second * b ** (degree + 2) / (1.0 - b)
-    return c, (first * (b / 2) ** (degree + 1) * 2.0 + rest) * math.sqrt(1.0 + b)
-
-
-def _near(x: Tensor, gram: Tensor, mean: Tensor, limit: float) -> tuple[Tensor | None, float]:
-    """Return x times a polynomial in E = gram / mean - I, and the measured bound of the norm of E.
-
-    No result where that bound is above `limit`.
-    """
-    tolerance = 2.0 * torch.finfo(x.dtype).eps
-    e, scale = add_identity(gram / mean, -1.0), mean.rsqrt()
-    reach = math.sqrt(tolerance)  # below it, the linear polynomial will do
-    start = math.nan
-    while True:
-        bound, square = contraction(e, 2.0 * reach)
-        start = bound if math.isnan(start) else start
-        if not bound <= limit:
-            return None, start
-        degree = next((q for q in (1, 2) if _coefficients(q, bound)[1] <= tolerance), 4)
-        c, error = _coefficients(degree, bound)
-        if degree == 1 or square is None:
-            poly = add_identity(e * c[1], c[0])
-        elif degree == 2:
-            poly = add_identity((e * c[1]).add_(square, alpha=c[2]), c[0])
+    tolerance, n = series.tolerance(w.dtype), w.shape[-1]
+    first, second, fourth = (series.reach(degree, tolerance) for degree in (1, 2, 4))
+    # How often it is worth while to take a step from far away.
+    patience = 3 if n <= _SMALL or not w.is_cpu else 1
+    x, scale, e, mean = _start(w)
+    found = _Approach(None, None, largest_norm(e), mean, x, scale)
+    keep_inverse = keep_inverse and scale is None and found.defect > 0.2 * n**0.5
+    inverse, bound, step = None, found.defect, 0
+    while step < 12 and bound < math.inf:
+        square, guess, done = None, bound, False
+        if bound > first:
+            square = symmetric_product(e, e)
+            bound = min(bound, largest_norm(square) ** 0.5)
+        if bound <= second:
+            degree, done = (1 if bound <= first else 2), True
+            c, _ = series.near(degree, first if degree == 1 else second)
+            p, _ = near_pass(e, square, degree, c)
         else:
-            inner = add_identity((e * c[3]).add_(square, alpha=c[4]), c[2])
-            poly = add_identity((e * c[1]).add_(square @ inner), c[0])
-        x = x @ (poly * scale)
-        if error <= tolerance:
-            return x, start
-        e, scale = add_identity(x.mT @ x, -1.0), torch.ones_like(scale)
+            guess = bound if square is None or bound <= fourth else min(bound, _guess(e, square))
+            last = guess <= 1.2 * fourth
+            if guess <= _NEAR:
+                c, _ = series.near(4, fourth if last else _rounded_up(guess))
+            elif patience > 0 and guess <= 2.4:
+                patience -= 1
+                c = series.wide(round(1.0 + guess, 1))
+            else:
+                break
+            p, high = near_pass(e, square, 4, c)
+            if last and high is not None and bound < 1.0:
+                # ||E^3 (c_3 + c_4 E)|| is at least this times ||E^3||
+                slack = abs(c[3]) - abs(c[4]) * bound
+                done = bound <= fourth or (largest_norm(high) / slack) ** (1 / 3) <= fourth
+        x = x @ p.mul_(mean.rsqrt())
+        if keep_inverse and step < 3:
+            inverse = p if inverse is None else symmetric_product(inverse, p)
+        if done:
+            return found._replace(u=x, inverse=inverse if step < 3 else None)
+        e, mean = _defect(x)
+        bound, step = largest_norm(e), step + 1
+    return found
 
 
-def _by_eigenvectors(x: Tensor, gram: Tensor) -> Factors:
+def _by_eigenvectors(x: Tensor) -> Factors:
     """From the eigenvectors of the Gram matrix, where the measured residual vouches for them.
 
     The Gram matrix squares the condition number, so the columns of P = X V / h are orthogonal to
     eps kappa^2 only, and polishing their residual away does not make the result the polar factor.
     Matrices whose residual is above rounding level therefore take the other way.
     """
-    eigenvalues, v = torch.linalg.eigh(gram)
+    eigenvalues, v = torch.linalg.eigh(symmetric_product(x, x))
     p = x @ v
     h = torch.linalg.vector_norm(p, dim=-2, keepdim=True)
     u = (p / h) @ v.mT
-    inner = u.mT @ u
+    inner = symmetric_product(u, u)
     allowed = 64.0 * torch.finfo(x.dtype).eps * x.shape[-1] ** 0.5
     failed = ~(gram_defect(inner) <= allowed)
     u = newton_schulz(u, inner, 0.5)

@@ -1,4 +1,4 @@
-r"""Algebra of convolution kernels: their product, and factors that keep them orthogonal.
+r"""Algebra of convolution kernels: their product.
 
 A kernel of shape (*batch, c_out, c_in, *taps) stands for the matrix polynomial
 \(K(z) = \sum_t K_t z^t\); composing two convolutions multiplies the polynomials.
@@ -6,7 +6,6 @@ A kernel of shape (*batch, c_out, c_in, *taps) stands for the matrix polynomial
 
 from __future__ import annotations
 
-import math
 from itertools import product
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from orthonet import _checks
 
-__all__ = ["apply_projectors", "block_convolution"]
+__all__ = ["block_convolution"]
 
 
 def block_convolution(outer: Tensor, inner: Tensor, *, spatial_dims: int) -> Tensor:
@@ -60,41 +59,3 @@ def block_convolution(outer: Tensor, inner: Tensor, *, spatial_dims: int) -> Ten
         ]
         out = out + F.pad(block, pad)
     return out
-
-
-def apply_projectors(kernel: Tensor, bases: Tensor, *, taps: int, dim: int) -> Tensor:
-    r"""Multiply a kernel on the left by the paraunitary factors \(V V^\top + (I - V V^\top) z_d\).
-
-    One factor per matrix of `bases` lengthens the tap dimension `dim` by one. For orthonormal
-    columns V each factor is orthogonal on every torus, whatever the rank of V, so the product of
-    `kernel` with all of them has the singular values of `kernel`. The projectors are applied
-    through V, without forming them.
-
-    Args:
-        kernel: Matrix polynomial with the channels first and any columns last.
-        bases: Orthonormal columns, one matrix per factor.
-        taps: Number of tap dimensions, between channels and columns.
-        dim: Which of them grows, from 0.
-
-    Shape:
-        `kernel`: `(*batch, c, *k, n)`, `bases`: `(*batch, f, c, r)`. Output: `kernel` with `k[dim]`
-        larger by f.
-
-    References:
-        Li et al., NeurIPS 2019 (BCOP); the factors go back to Xiao, Bahri, Sohl-Dickstein,
-        Schoenholz & Pennington, ICML 2018 (delta-orthogonal) and to paraunitary filter banks.
-    """
-    channel = kernel.ndim - taps - 2
-    grow = channel + 1 + dim
-    kernel = kernel.contiguous()
-    for base in bases.unbind(channel):
-        shape = kernel.shape
-        flat = kernel.flatten(channel + 1)
-        inside = base @ (base.mT @ flat)
-        # three dims around the tap that grows: (everything before, taps, everything behind)
-        three = (-1, shape[grow], math.prod(shape[grow + 1 :]))
-        now, later = inside.reshape(three), (flat - inside).reshape(three)
-        none = torch.zeros_like(now[:, :1])
-        kernel = torch.cat([now, none], 1) + torch.cat([none, later], 1)
-        kernel = kernel.view(*shape[:grow], shape[grow] + 1, *shape[grow + 1 :])
-    return kernel

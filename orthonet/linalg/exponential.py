@@ -3,12 +3,15 @@ r"""Maps from skew-symmetric matrices to rotations: the exponential and the Cayl
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from orthonet import _checks
 from orthonet.linalg._matrix import add_identity, compute_dtype, in_transform
+from orthonet.linalg._polar_steps import recentred_polar
+from orthonet.linalg.polar import AtCentre
 
 __all__ = ["cayley", "matrix_exponential", "rotate_base", "skew"]
 
@@ -41,7 +44,8 @@ def matrix_exponential(a: Tensor, *, degree: int = 12) -> Tensor:
     neglected term of the scaled series is below the unit roundoff. The polynomial is evaluated
     with about \(2 \sqrt d\) products (Paterson & Stockmeyer). Under `torch.compile` and in
     `torch.func` transforms, where \(s\) may not depend on the data, PyTorch's own
-    `torch.linalg.matrix_exp` computes the same function.
+    `torch.linalg.matrix_exp` computes the same function. Only A is kept for backward, which walks
+    the same way again.
 
     Args:
         a: Square matrices of any norm.
@@ -73,10 +77,34 @@ def matrix_exponential(a: Tensor, *, degree: int = 12) -> Tensor:
     unit = torch.finfo(work.dtype).eps / 2
     reach = (unit * math.factorial(degree + 1)) ** (1.0 / (degree + 1))
     squarings = max(0, math.ceil(math.log2(norm / reach))) if norm > 0 else 0
-    result = _taylor(work * 2.0**-squarings, degree)
+    return _Recomputed.apply(work, degree, squarings).to(a.dtype)  # type: ignore[union-attr]
+
+
+def _scale_and_square(a: Tensor, degree: int, squarings: int) -> Tensor:
+    result = _taylor(a * 2.0**-squarings, degree)
     for _ in range(squarings):
         result = result @ result
-    return result.to(a.dtype)
+    return result
+
+
+class _Recomputed(torch.autograd.Function):
+    """Scaling and squaring that keeps its input only, and walks the way again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, degree: int, squarings: int) -> Tensor:
+        ctx.save_for_backward(a)
+        ctx.way = degree, squarings
+        return _scale_and_square(a, degree, squarings)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (a,) = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = a if again else a.detach().requires_grad_()
+            result = _scale_and_square(x, *ctx.way)
+            (grad,) = torch.autograd.grad(result, x, grad, create_graph=again)
+        return grad, None, None
 
 
 def _taylor(a: Tensor, degree: int) -> Tensor:
@@ -145,9 +173,17 @@ def rotate_base(w: Tensor, base: Tensor, *, degree: int = 12) -> Tensor:
         top = torch.cat([right.mT @ left, right.mT @ b], -1)
         block = torch.cat([top, top.new_zeros(*top.shape[:-2], n, 3 * n)], -2)
         rotated = b + left @ matrix_exponential(block, degree=degree)[..., : 2 * n, 2 * n :]
-    for _ in range(2):  # remove truncation and rounding: a quadratic step of the polar iteration
-        rotated = rotated @ add_identity(rotated.mT @ rotated * -0.5, 1.5)
-    return rotated.to(w.dtype)
+    return _polished(rotated).to(w.dtype)
+
+
+def _polished(u: Tensor) -> Tensor:
+    """Remove truncation and rounding: the polar factor, whose gradient takes two products here."""
+    if torch.compiler.is_compiling() or in_transform():
+        for _ in range(2):
+            u = u @ add_identity(u.mT @ u * -0.5, 1.5)
+        return u
+    result, scale, _ = recentred_polar(u.detach())
+    return AtCentre.apply(u, result, scale)  # type: ignore[return-value]
 
 
 def _require_square(name: str, a: Tensor) -> None:

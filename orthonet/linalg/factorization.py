@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthonet.linalg._matrix import gram_defect, on_tall, require_finite, rms_scale
+from orthonet.linalg._matrix import (
+    add_identity,
+    on_tall,
+    require_finite,
+    rms_scale,
+    symmetric_product,
+)
 
 __all__ = ["cholesky_qr", "qr"]
 
@@ -41,7 +47,7 @@ def qr(w: Tensor) -> Tensor:
         Walter & Lehmann, *Algorithmic differentiation of linear algebra functions*, 2010, for the
         gradient.
     """
-    return _OrthogonalFactor.apply(w, _HOUSEHOLDER)[0]  # type: ignore[index]
+    return _apply(w, _HOUSEHOLDER)
 
 
 @on_tall
@@ -72,92 +78,125 @@ def cholesky_qr(w: Tensor, *, shifted: bool = False) -> Tensor:
         Fukaya, Kannan, Nakatsukasa, Yamamoto & Yanagisawa, *Shifted Cholesky QR for computing the
         QR factorization of ill-conditioned matrices*, SIAM J. Sci. Comput. 42 (2020).
     """
-    return _OrthogonalFactor.apply(w, _SHIFTED if shifted else _CHOLESKY)[0]  # type: ignore[index]
+    return _apply(w, _SHIFTED if shifted else _CHOLESKY)
 
 
-def _householder(x: Tensor) -> tuple[Tensor, Tensor]:
+def _householder(x: Tensor) -> Tensor:
     require_finite("qr", x)
     q, r = torch.linalg.qr(x)
     diagonal = r.diagonal(dim1=-2, dim2=-1)
     signs = torch.where(diagonal < 0, -torch.ones_like(diagonal), torch.ones_like(diagonal))
-    return q * signs[..., None, :], r * signs[..., :, None]
+    return q * signs[..., None, :]
 
 
-def _round(x: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
-    """One round of Cholesky-QR: (x L^-T, L^T)."""
-    gram = x.mT @ x
-    if shift:
-        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None]
-        gram.diagonal(dim1=-2, dim2=-1).add_(shift * trace)
-    lower, _ = torch.linalg.cholesky_ex(gram)
-    return torch.linalg.solve_triangular(lower, x.mT, upper=False).mT, lower.mT
+def _divide(x: Tensor, r: Tensor) -> Tensor:
+    """X R^-1 for upper triangular R."""
+    return torch.linalg.solve_triangular(r.mT, x.mT, upper=False).mT
 
 
-def _factorize(w: Tensor, method: int) -> tuple[Tensor, Tensor]:
+def _factorize(w: Tensor, method: int) -> Tensor:
+    """The orthogonal factor; the last round of Cholesky-QR to first order where that is exact.
+
+    With E = Q^T Q - I, the Cholesky factor of I + E is I + D up to |E|^2, D the lower triangle of E
+    with half its diagonal.
+    """
     if 0 in w.shape:
-        return w.clone(), w.new_zeros(*w.shape[:-2], w.shape[-1], w.shape[-1])
+        return w.clone()
     if method == _HOUSEHOLDER:
         return _householder(w)
-    scale = rms_scale(w)
-    shift = 11.0 * w.shape[-1] ** 0.5 * torch.finfo(w.dtype).eps if method == _SHIFTED else 0.0
-    q, r = _round(w / scale, shift)
-    failed = torch.ones(w.shape[:-2], dtype=torch.bool, device=w.device)
-    for _ in range(3):
-        if not bool(failed.any()):
+    eps, n = torch.finfo(w.dtype).eps, w.shape[-1]
+    q, gram = w, symmetric_product(w, w)
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    low, high = torch.aminmax(mean)
+    if not (float(low) > torch.finfo(w.dtype).tiny ** 0.5 and float(high) < eps**-4):
+        q = w / rms_scale(w)
+        gram, mean = symmetric_product(q, q), torch.ones_like(mean)
+    defect = torch.full_like(mean, torch.inf)
+    for step in range(4):
+        if step == 0 and method == _SHIFTED:
+            gram.diagonal(dim1=-2, dim2=-1).add_((11.0 * n**1.5 * eps) * mean[..., None])
+        lower, info = torch.linalg.cholesky_ex(gram)
+        if w.ndim == 2 and int(info):
             break
-        q, outer = _round(q)
-        r = outer @ r
-        # NaN when a Cholesky factorization broke down, eps-level when the rounds have worked
-        failed = ~(gram_defect(q.mT @ q) <= 8.0 * torch.finfo(w.dtype).eps * w.shape[-1] ** 0.5)
-    r = r * scale
-    if bool(failed.any()):
-        again = _SHIFTED if method == _CHOLESKY else _HOUSEHOLDER
-        flat = w.reshape(-1, *w.shape[-2:])[failed.reshape(-1)]
-        new_q, new_r = _factorize(flat, again)
-        q, r = q.clone(), r.clone()
-        q.view(-1, *q.shape[-2:])[failed.reshape(-1)] = new_q
-        r.view(-1, *r.shape[-2:])[failed.reshape(-1)] = new_r
-    return q, r
+        q = _divide(q, lower.mT)
+        if step == 0 and method == _SHIFTED:
+            gram = symmetric_product(q, q)
+            continue
+        e = add_identity(symmetric_product(q, q), -1.0)
+        defect = torch.linalg.vector_norm(e, dim=(-2, -1))
+        if bool((defect <= 0.5 * eps**0.5).all()):
+            d = e.triu()
+            d.diagonal(dim1=-2, dim2=-1).mul_(0.5)
+            return torch.addmm(q, q, d, alpha=-1.0) if w.ndim == 2 else q - q @ d
+        gram = add_identity(e, 1.0)
+    failed = ~(defect <= 0.5 * eps**0.5)
+    again = _SHIFTED if method == _CHOLESKY else _HOUSEHOLDER
+    if bool(failed.all()):
+        return _factorize(w, again)
+    failed, flat = failed.reshape(-1), w.reshape(-1, *w.shape[-2:])
+    result = torch.empty_like(flat)
+    result[~failed] = _factorize(flat[~failed], method)
+    result[failed] = _factorize(flat[failed], again)
+    return result.reshape(w.shape)
 
 
 @torch.library.custom_op("orthonet::orthogonal_factor", mutates_args=())
-def _factorize_op(w: Tensor, method: int) -> tuple[Tensor, Tensor]:
-    q, r = _factorize(w, method)
-    return q.contiguous(), r.contiguous()
+def _factorize_op(w: Tensor, method: int) -> Tensor:
+    return _factorize(w, method).contiguous()
 
 
 @_factorize_op.register_fake
-def _(w: Tensor, method: int) -> tuple[Tensor, Tensor]:
-    n = w.shape[-1]
-    shape = (*w.shape[:-2], n, n)
-    return torch.empty_like(w, memory_format=torch.contiguous_format), w.new_empty(shape)
+def _(w: Tensor, method: int) -> Tensor:
+    return torch.empty_like(w, memory_format=torch.contiguous_format)
+
+
+def _bounded_diagonal(r: Tensor) -> Tensor:
+    """R with its diagonal raised to 8 eps of the largest entry, or to 1 for zero."""
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    largest = diagonal.detach().amax(-1, keepdim=True)
+    floor = torch.where(largest > 0, 8.0 * torch.finfo(r.dtype).eps * largest, 1.0)
+    return r + torch.diag_embed((floor - diagonal).clamp_min(0.0))
 
 
 class _OrthogonalFactor(torch.autograd.Function):
-    """(Q, R) of tall matrices; the gradient is safe at rank deficiency."""
+    """Q of tall matrices; R = Q^T W comes back in backward, safe at rank deficiency."""
 
     @staticmethod
-    def forward(w: Tensor, method: int) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(w: Tensor, method: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return (_factorize_op if torch.compiler.is_compiling() else _factorize)(w, method)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*output)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_forward(inputs[0], output)
 
     @staticmethod
-    def backward(ctx: Any, grad_q: Tensor, grad_r: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, r = ctx.saved_tensors
-        m = r @ grad_r.mT - grad_q.mT @ q
-        symmetric = m.tril() + m.tril(-1).mT
-        diagonal = r.diagonal(dim1=-2, dim2=-1)
-        largest = diagonal.detach().amax(-1, keepdim=True)
-        floor = torch.where(largest > 0, 8.0 * torch.finfo(r.dtype).eps * largest, 1.0)
-        safe = r + torch.diag_embed((floor - diagonal).clamp_min(0.0))
-        right = grad_q + q @ symmetric
-        return torch.linalg.solve_triangular(safe, right.mT, upper=True).mT, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        w, q = ctx.saved_tensors
+        r = (q.mT @ w).triu()
+        m = grad.mT @ q
+        lower = m.tril(-1)
+        symmetric = lower + lower.mT + torch.diag_embed(m.diagonal(dim1=-2, dim2=-1))
+        right = grad - q @ symmetric
+        return torch.linalg.solve_triangular(_bounded_diagonal(r), right.mT, upper=True).mT, None
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, w: Tensor, method: int
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        return _OrthogonalFactor.apply(w.movedim(in_dims[0], 0), method), (0, 0)  # type: ignore[return-value]
+    def vmap(info: Any, in_dims: Any, w: Tensor, method: int) -> tuple[Tensor, int]:
+        return _apply(w.movedim(in_dims[0], 0), method), 0
+
+
+class _OrthogonalFactorForward(_OrthogonalFactor):
+    """With forward mode, which Dynamo does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        w, q = ctx.saved_tensors
+        moved = _divide(tangent, _bounded_diagonal((q.mT @ w).triu()))
+        inner = q.mT @ moved
+        lower = inner.tril(-1)
+        return moved - q @ (inner - lower + lower.mT)
+
+
+def _apply(w: Tensor, method: int) -> Any:
+    function = _OrthogonalFactor if torch.compiler.is_compiling() else _OrthogonalFactorForward
+    return function.apply(w, method)

@@ -20,16 +20,22 @@ from orthonet.linalg._polar_gradient import (
     differentiable_gradient,
     eigen_gradient,
     gradient,
+    inverse_gradient,
 )
 from orthonet.linalg._polar_steps import (
     Factors,
+    Measured,
     bjorck_polar,
+    centred_below,
+    finish,
     gram_polar,
     polar_from_svd,
     recentred_polar,
 )
 
-__all__ = ["bjorck", "polar", "polar_svd", "recentring_polar_"]
+Decision = tuple[Measured, float]
+
+__all__ = ["bjorck", "polar", "polar_svd"]
 
 
 @on_tall
@@ -135,21 +141,26 @@ def polar(w: Tensor, *, beta: float | None = None, niters: int | None = None) ->
             beta=beta,
         )
         _checks.non_negative_int("polar", niters=niters)
-        return _Polar.apply(w, float(beta), int(niters))[0]  # type: ignore[index]
-    return _Polar.apply(w, None, None)[0]  # type: ignore[index]
+        return _apply(w, float(beta), int(niters))[0]
+    return _apply(w, None, None)[0]
 
 
-@on_tall
-def recentring_polar_(w: Tensor) -> Tensor:
+@torch.no_grad()
+def recentre_(w: Tensor, decision: Decision | None = None) -> tuple[Tensor, Tensor]:
     r"""Polar factor U of `w`, and `w` itself overwritten by \(c\,U\), \(c = \|w\|_F / \sqrt n\).
 
     The point on the manifold and the norm of `w` stay; \(H = c I\) afterwards, so the gradient at
-    the new `w` is \((G - U\,\mathrm{sym}(U^\top G)) / c\) exactly, and the next call starts near
-    its end if `w` has moved little since. Nothing is written where `w` is centred to rounding
-    already, or is zero. Eager mode only.
+    the new `w` is \((G - U\,\mathrm{sym}(U^\top G)) / c\) exactly (`AtCentre`), and the next call
+    starts near its end if `w` has moved little since. Nothing is written where `w` is centred to
+    rounding already, or is zero.
+
+    Args:
+        w: A leaf of float32 or float64, (*batch, m, n).
+        decision: What `measure` of `w` (transposed, if wide) gave, and its bound as the number
+            that the host has read: nothing else is read then, unless the bound is large.
 
     Shape:
-        `w`: (*batch, m, n), a leaf of float32 or float64. Output: the same.
+        Output: U like `w`, and c, (*batch, 1, 1); 1 for zero.
 
     Guarantee:
         As for [`polar`][orthonet.linalg.polar].
@@ -157,7 +168,39 @@ def recentring_polar_(w: Tensor) -> Tensor:
     Raises:
         ValueError: `w` has a NaN or infinite entry.
     """
-    return _RecentringPolar.apply(w)  # type: ignore[return-value]
+    x = w.detach()
+    x = x if x.shape[-2] >= x.shape[-1] else x.mT
+    if torch.compiler.is_compiling():
+        u, scale = _recentre_op(x)
+    else:
+        u, scale = _recentre(x, decision)
+    return (u if x.shape == w.shape and w.shape[-2] >= w.shape[-1] else u.mT), scale
+
+
+def _recentre(x: Tensor, decision: Decision | None) -> tuple[Tensor, Tensor]:
+    found = None if decision is None else finish(x, *decision)
+    if decision is not None and found is not None:
+        u, scale = found
+        centred = decision[1] <= centred_below(x)
+    else:
+        u, scale, centred = recentred_polar(x)
+    if not centred:
+        # a zero matrix stays: its scale is 1 for the gradient only
+        written = scale if found is not None else scale * (x != 0).any(-1).any(-1)[..., None, None]
+        torch.mul(u, written, out=x)
+    return u, scale
+
+
+@torch.library.custom_op("orthonet::recentre_", mutates_args=("x",))
+def _recentre_op(x: Tensor) -> tuple[Tensor, Tensor]:
+    u, scale = _recentre(x, None)
+    return u.contiguous(), scale.clone()
+
+
+@_recentre_op.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-2], 1, 1)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(shape)
 
 
 # The data-dependent choices are an opaque operator to the compiler, so that
@@ -182,6 +225,11 @@ def _polar_forward(w: Tensor, beta: float | None, niters: int | None) -> Factors
     return Factors.bare(bjorck_polar(w, beta, niters))
 
 
+def _apply(w: Tensor, beta: float | None, niters: int | None) -> Any:
+    function = _Polar if torch.compiler.is_compiling() else _PolarForward
+    return function.apply(w, beta, niters)
+
+
 class _Polar(torch.autograd.Function):
     """The polar factor of tall matrices, with its implicit gradient; see `Factors`."""
 
@@ -193,44 +241,62 @@ class _Polar(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        u, *eigen = output
-        ctx.mark_non_differentiable(*eigen)
+        u, basis, values = output
+        ctx.mark_non_differentiable(basis, values)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[0], *(eigen if eigen[0].numel() else (u,)))
+        ctx.of_values, ctx.of_basis = values.numel() > 0, basis.numel() > 0
+        kept = [basis, values][: ctx.of_basis + ctx.of_values]
+        ctx.save_for_backward(inputs[0], *(kept or [u]))
+        ctx.save_for_forward(inputs[0], u)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (w, *rest), grad = ctx.saved_tensors, grads[0]
         if grad is None:
             return None, None, None
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or in_transform():
-            u = rest[0] if len(rest) == 1 else _Polar.apply(w, None, None)[0]  # type: ignore[index]
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or in_transform(grad):
+            u = _apply(w, None, None)[0] if ctx.of_basis else rest[0]
             return differentiable_gradient(w, u, grad), None, None
-        if len(rest) == 1:
-            return gradient(w, rest[0], grad), None, None
-        return eigen_gradient(w, rest[0], rest[1], grad), None, None
+        if ctx.of_values:
+            return eigen_gradient(w, rest[0], rest[1], grad), None, None
+        pull_back = inverse_gradient if ctx.of_basis else gradient
+        return pull_back(w, rest[0], grad), None, None
 
     @staticmethod
     def vmap(
         info: Any, in_dims: Any, w: Tensor, beta: float | None, niters: int | None
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _Polar.apply(w.movedim(in_dims[0], 0), beta, niters), (0, 0, 0)  # type: ignore[return-value]
+        return _apply(w.movedim(in_dims[0], 0), beta, niters), (0, 0, 0)
 
 
-class _RecentringPolar(torch.autograd.Function):
-    """The polar factor of a leaf that becomes a multiple of it on the way."""
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor) -> Tensor:
-        u, scale, centred = recentred_polar(w)
-        if scale is not None and not centred:
-            torch.mul(u, scale, out=w)
-        ctx.save_for_backward(w, u, *(() if scale is None else (scale,)))
-        return u
+class _PolarForward(_Polar):
+    """With forward mode, which Dynamo does not trace."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        w, u, *scale = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return differentiable_gradient(w, _Polar.apply(w, None, None)[0], grad)  # type: ignore[index]
-        return centred_gradient(u, scale[0], grad) if scale else gradient(w, u, grad)
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        w, u = ctx.saved_tensors
+        # The differential is its own adjoint: U K + (I - U U^T) dW H^-1, H K + K H skew.
+        du = differentiable_gradient(w, u, tangent)
+        return du, None, None
+
+
+class AtCentre(torch.autograd.Function):
+    r"""U as a function of W = c U; its gradient is \((G - U\,\mathrm{sym}(U^\top G)) / c\)."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, u: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(w, u, scale)
+        return u.view_as(u)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        w, u, scale = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            u = polar(w)
+            again = differentiable_gradient
+            if w.shape[-2] >= w.shape[-1]:
+                return again(w, u, grad), None, None
+            return again(w.mT, u.mT, grad.mT).mT, None, None
+        if w.shape[-2] >= w.shape[-1]:
+            return centred_gradient(u, scale, grad), None, None
+        return centred_gradient(u.mT, scale, grad.mT).mT, None, None

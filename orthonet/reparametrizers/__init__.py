@@ -5,6 +5,7 @@ from orthonet.reparametrizers._cache_state import caching
 from orthonet.reparametrizers._defer import defer_pullback
 from orthonet.reparametrizers._fuse import fuse, unfuse
 from orthonet.reparametrizers._kernel import OrthoKernel
+from orthonet.reparametrizers._kernel_methods import KERNEL_METHODS, ReshapedKernel
 from orthonet.reparametrizers._normalizers import (
     BatchedIdentity,
     BatchedPowerIteration,
@@ -51,6 +52,7 @@ __all__ = [
     "DEFAULT_ORTHO_PARAMS",
     "DEFAULT_TEST_ORTHO_PARAMS",
     "EXP_ORTHO_PARAMS",
+    "KERNEL_METHODS",
     "POLAR_ORTHO_PARAMS",
     "POLAR_WARM_ORTHO_PARAMS",
     "QR_ORTHO_PARAMS",
@@ -70,6 +72,7 @@ __all__ = [
     "OrthoParams",
     "OrthoWeight",
     "Orthogonalizer",
+    "ReshapedKernel",
     "adopt",
     "caching",
     "defer_pullback",

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg import apply_projectors, block_convolution
+from orthonet.linalg._filtering import filter_signal
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._kernel_fit import KernelFactors, fit_factors
@@ -20,45 +21,75 @@ from orthonet.reparametrizers._weight import OrthoWeight
 
 __all__ = ["OrthoKernel"]
 
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
 
 class OrthoKernel(CachedWeight):
     r"""Kernel of an orthogonal convolution with stride, composed from orthogonal matrices.
 
-    For each group with \(c_i\) input and \(c_o\) output channels, stride s and kernel size k >= s,
-    with \(S = \prod_d s_d\):
+    For each group with \(c_i\) input and \(c_o\) output channels, stride s and kernel size k, with
+    \(b_d = \min(k_d, s_d)\) and \(S = \prod_d b_d\):
 
     - \(c_o \le c_i S\) (contracting): \(K(z) = R(z) \prod_f P_f(z)\) with a reshaped matrix R,
-      \(c_o \times c_i S\) with orthonormal rows (an s x s kernel at stride s), and
-      \(k_d - s_d\) paraunitary factors \(P_f(z) = V_f V_f^\top + (I - V_f V_f^\top) z_d\) in each
-      dimension d.
+      \(c_o \times c_i S\) with orthonormal rows (a kernel of b taps at stride s), and
+      \(k_d - b_d\) paraunitary factors \(P_f(z) = Q_f + (I - Q_f) z_d\) in each dimension d.
     - \(c_o > c_i S\) (expanding): \(K(z) = R(z) \prod_f P_f(z)\, U\) through
       \(c = \lfloor c_o / S \rfloor\) channels, U being \(c \times c_i\) and R \(c_o \times c S\)
       with orthonormal columns.
 
-    The bases \(V_f\) have \(\lfloor c / 2 \rfloor\) columns. All factors of a kind are
-    orthogonalized as one batch. With one channel a paraunitary factor can only be a delay; half of
-    them are taken as delays, which centres the kernel.
+    The projectors are \(Q_f = V_f V_f^\top\) with \(\lfloor c / 2 \rfloor\) columns
+    (`ranks="half"`), or \(Q_f = V_f\,\mathrm{diag}(w_f)\,V_f^\top\) with a square \(V_f\) and
+    learned \(w_f \in \{0, 1\}^c\) (`ranks="free"`). All factors of a kind are orthogonalized as one batch.
+    With one channel a paraunitary factor can only be a delay; half of them are taken as delays
+    (`"half"`), which centres the kernel, or each is learned (`"free"`).
+
+    **What `ranks="free"` adds.** At stride 1 the factors then make *every* separable orthogonal
+    kernel \(\prod_d K_d(z_d)\): if \(M(z) = \sum_{t=0}^{L} M_t z^t\) has
+    \(M(z^{-1})^\top M(z) = I\), then \(M_0^\top M_L = 0\), so with the projector Q onto the range
+    of \(M_0\) the product \((Q + (I - Q) z^{-1}) M(z)\) has taps 0 to L - 1 only, and L such steps
+    leave a matrix (wide kernels: transpose). With half ranks the determinant of a square kernel has
+    the fixed degree \(\sum_f \lfloor c/2 \rfloor\), so a shift of all channels by one pixel is
+    out of reach; no path of orthogonal kernels leads there either, which is why the ranks must
+    jump. Outside remain kernels that are not products of one-dimensional ones, and, for stride
+    above 1, kernels whose taps overlap across the stride (k >= 2 s) in ways that no factor before
+    the stride makes.
+
+    The kernel is affine in each \(w_{f,j}\), so \(\partial K / \partial w_{f,j}\) is exactly the
+    change of K when that column joins the projector. The parameter behind w is a score; w is 1
+    where it is positive, and the gradient passes to the score unchanged (straight-through). The
+    kernel is orthogonal at every step. Train the scores more slowly than the rest (a parameter
+    group with a thirtieth of the learning rate), so that projectors turn before their ranks jump.
 
     Args:
         out_channels: Channels out, of all groups.
         in_channels: Channels in, of all groups.
         kernel_size: Taps per dimension.
-        stride: Stride per dimension.
+        stride: Stride per dimension, in taps: for a convolution with dilation d,
+            \(s / \gcd(s, d)\).
         groups: Number of groups.
         ortho_params: Which normalizer and orthogonalizer make the factors.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
+        ranks: "half" or "free".
+        gain: A constant by which the kernel is multiplied.
 
     Shape:
         Output: (out_channels, in_channels / groups, *kernel_size).
 
     Guarantee:
-        The convolution is orthogonal on every torus whose sizes the stride divides: isometric when
-        expanding, co-isometric when contracting.
+        For gain 1, the convolution is orthogonal on every torus whose sizes the stride divides:
+        co-isometric when contracting, isometric when expanding with k >= s. Where a kernel is
+        smaller than the stride, some inputs are never read: an expanding one then has the singular
+        values 1 and 0.
+
+    Raises:
+        ValueError: `ranks` is neither "half" nor "free".
 
     References:
         Boissin, Mamalet, Fel, Picard, Massena & Serrurier, *An adaptive orthogonal convolution
-        scheme for efficient and flexible CNN architectures*, ICML 2025; Li et al., NeurIPS 2019.
+        scheme for efficient and flexible CNN architectures*, ICML 2025; Li et al., NeurIPS 2019;
+        Su, Byeon & Huang, *Scaling-up diverse orthogonal convolutional networks by a paraunitary
+        framework*, ICML 2022 (arXiv 2106.09121), for the complete separable family.
     """
 
     def __init__(
@@ -71,17 +102,25 @@ class OrthoKernel(CachedWeight):
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        ranks: str = "half",
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
-        self.groups = groups
+        _checks.one_of(self, ("half", "free"), ranks=ranks)
+        self.groups, self.ranks, self.gain = groups, ranks, float(gain)
         self.kernel_size, self.stride = tuple(kernel_size), tuple(stride)
         self.shape = torch.Size((out_channels, in_channels // groups, *kernel_size))
         out, self.inner = out_channels // groups, in_channels // groups
-        area = math.prod(stride)
+        pairs = list(zip(self.kernel_size, self.stride, strict=True))
+        self.block = tuple(min(k, s) for k, s in pairs)  # taps of R
+        area = math.prod(self.block)
         self.contracting = out <= self.inner * area
         self.channels = self.inner if self.contracting else out // area
-        self.delays = tuple(k - s for k, s in zip(kernel_size, stride, strict=True))
-        factors, rank = sum(self.delays), self.channels // 2
+        self.delays = tuple(max(k - s, 0) for k, s in pairs)
+        self.dims = tuple(d for d, count in enumerate(self.delays) for _ in range(count))
+        factors = len(self.dims)
+        rank = self.channels if ranks == "free" else self.channels // 2
 
         def build(*shape: int) -> OrthoWeight:
             return OrthoWeight((groups, *shape), ortho_params, device, dtype)
@@ -89,6 +128,17 @@ class OrthoKernel(CachedWeight):
         self.outer = build(out, self.channels * area) if self.contracting or area > 1 else None
         self.embedding = build(self.channels, self.inner) if self.channels > self.inner else None
         self.bases = build(factors, self.channels, rank) if factors and rank else None
+        self.scores: nn.Parameter | None = None
+        if ranks == "free" and self.bases is not None:
+            empty = torch.empty(groups, factors, self.channels, device=device, dtype=dtype)
+            self.scores = nn.Parameter(empty)
+            self._reset_scores()
+
+    @property
+    def orthogonal(self) -> bool:
+        """Whether all non-trivial singular values on a torus are 1."""
+        readable = all(k >= s for k, s in zip(self.kernel_size, self.stride, strict=True))
+        return self.gain == 1.0 and (self.contracting or readable)
 
     def _parts(self) -> list[OrthoWeight]:
         parts = (self.outer, self.embedding, self.bases)
@@ -105,20 +155,29 @@ class OrthoKernel(CachedWeight):
             None if part is None else part.compute()
             for part in (self.outer, self.embedding, self.bases)
         )
-        return KernelFactors(*values)
+        outer, embedding, bases = values
+        return KernelFactors(outer, embedding, bases, self._weights())
+
+    def _weights(self) -> Tensor | None:
+        """Zeros and ones, whose gradient goes to the scores."""
+        if self.scores is None:
+            return None
+        scores = self.scores.to(compute_dtype(self.scores.dtype))
+        return (scores > 0).to(scores.dtype) + (scores - scores.detach())
 
     def evaluate(self) -> Tensor:
         """Compute the kernel, in the dtype of the parameters."""
         first = self._parts()[0].original
         with torch.autocast(first.device.type, enabled=False):
-            return self.compose(self.factors()).to(first.dtype)
+            kernel = self.compose(self.factors())
+            return (kernel if self.gain == 1.0 else self.gain * kernel).to(first.dtype)
 
     def compose(self, factors: KernelFactors) -> Tensor:
-        """The kernel that a set of orthogonal factors makes."""
-        kernel = self.delay(self.start(factors), factors.bases)
+        """The kernel that a set of orthogonal factors makes, without the gain."""
+        kernel = self.delay(self.start(factors), factors)
         kernel = kernel.movedim(-1, 1 if self.contracting else 2)
         if not self.contracting and factors.outer is not None:
-            outer = factors.outer.unflatten(-1, (self.channels, *self.stride))
+            outer = factors.outer.unflatten(-1, (self.channels, *self.block))
             kernel = block_convolution(outer, kernel, spatial_dims=len(self.stride))
         return kernel.reshape(self.shape)
 
@@ -133,31 +192,97 @@ class OrthoKernel(CachedWeight):
         if outer is None:
             _checks.fail(self, "a kernel has an outer factor or an embedding", "Pass factors()")
         if self.contracting:
-            return outer.unflatten(-1, (self.channels, *self.stride)).movedim(1, -1)
+            return outer.unflatten(-1, (self.channels, *self.block)).movedim(1, -1)
         eye = torch.eye(self.channels, dtype=outer.dtype, device=outer.device)
         eye = eye.expand(self.groups, -1, -1)
         return eye.unflatten(-1, (*(1,) * len(self.stride), self.inner))
 
-    def delay(self, kernel: Tensor, bases: Tensor | None) -> Tensor:
+    def delay(self, kernel: Tensor, factors: KernelFactors) -> Tensor:
         """Multiply by all paraunitary factors, dimension by dimension."""
+        bases = factors.bases
         if bases is None:
             pad = [n for d in reversed(self.delays) for n in (d // 2, d - d // 2)]
             return F.pad(kernel, [0, 0, *pad])
-        for dim, some in enumerate(bases.split(self.delays, dim=1)):
-            kernel = apply_projectors(kernel, some, taps=len(self.stride), dim=dim)
-        return kernel
+        taps = len(self.stride)
+        return apply_projectors(kernel, bases, taps=taps, dim=self.dims, weights=factors.weights)
+
+    def convolve(self, x: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+        """Convolve (N, C_in, *sizes) without padding, factor by factor: no kernel is formed."""
+        first = self._parts()[0].original
+        with torch.autocast(first.device.type, enabled=False):
+            factors = self.factors()
+        signal = x.unflatten(1, (self.groups, self.inner)).movedim(0, 2)  # (g, c, n, *sizes)
+        if factors.embedding is not None:
+            embedding = factors.embedding.to(x.dtype)
+            rest = signal.shape[2:]
+            signal = (embedding @ signal.flatten(2)).unflatten(2, rest)
+        if factors.bases is not None:
+            dims, bases, weights = self.dims, factors.bases.to(x.dtype), factors.weights
+            weights = None if weights is None else weights.to(x.dtype)
+            if not self.contracting:  # the first factor stands next to the input
+                dims, bases = dims[::-1], bases.flip(1)
+                weights = None if weights is None else weights.flip(1)
+            axes, steps = tuple(3 + d for d in dims), tuple(dilation[d] for d in dims)
+            signal = filter_signal(signal, bases, axes, steps, weights)
+        signal = signal.movedim(2, 0).flatten(1, 2)
+        if factors.outer is None:
+            return signal if self.gain == 1.0 else self.gain * signal
+        outer = factors.outer.unflatten(-1, (self.channels, *self.block)).flatten(0, 1)
+        outer = outer.to(x.dtype) if self.gain == 1.0 else self.gain * outer.to(x.dtype)
+        return _CONV[len(self.stride)](
+            signal,
+            outer,
+            None,
+            tuple(stride),
+            0,
+            tuple(dilation),
+            self.groups,  # type: ignore[arg-type]
+        )
+
+    def prefers_factors(self, pixels: int) -> bool:
+        r"""Whether a training step on `pixels` output pixels is faster by `convolve`.
+
+        With c channels inside, multiplications per group are counted for composing the kernel and
+        convolving with it, and for applying the factors to the signal. The products of the second
+        way are narrow, c / 2 wide, and reach about \(c / (c + 96)\) of the speed of the first
+        (fitted on one CPU core for c = 64 to 512, `benchmarks/convolutions.py`); an estimated gain
+        of 1.2 is asked for.
+        """
+        if self.bases is None:
+            return False
+        c, rank = self.channels, self.bases.shape[-1]
+        out, area = self.shape[0] // self.groups, math.prod(self.block)
+        taps, compose = area if self.contracting else 1, 0
+        for _ in self.dims:
+            compose += 2 * c * rank * taps * (out if self.contracting else self.inner)
+            taps += max(taps // 2, 1)
+        convolve = pixels * out * self.inner * math.prod(self.kernel_size)
+        read = pixels * math.prod(self.stride)
+        ends = pixels * out * c * area + (0 if self.embedding is None else read * c * self.inner)
+        factored = ends + len(self.dims) * 2 * c * rank * read
+        return (compose + convolve) * c >= 1.2 * factored * (c + 96)
 
     def reset_parameters(self) -> None:
         """Draw every factor from the Haar distribution; nothing happens on the meta device."""
         for part in self._parts():
             part.reset_parameters()
+        self._reset_scores()
+
+    @torch.no_grad()
+    def _reset_scores(self) -> None:
+        """Half of the columns of every basis belong to its projector, none by a wide margin."""
+        if self.scores is None or self.scores.is_meta:
+            return
+        self.scores.uniform_(0.05, 0.15)
+        self.scores[..., self.channels // 2 :].neg_()
 
     @torch.no_grad()
     def assign_(self, w: Tensor, owner: object = None) -> None:
         r"""Make `w` the value of the kernel, by finding factors; errors name `owner`.
 
-        Kernels that this construction composed are found, except now and then when it is expanding
-        and strided at once, where the search is local.
+        The factors of a kernel of the family are read off: an expanding strided one through the
+        Gram matrix of its taps, the projectors from the ranges of the outermost taps (see
+        `ranks="free"` above for why that is exact). Alternating projections polish the result.
 
         Raises:
             ValueError: `w` has another shape or is not finite.
@@ -170,7 +295,8 @@ class OrthoKernel(CachedWeight):
             distance <= allowed,
             owner or self,
             f"the kernel must be one that the factors can compose (to {allowed:.1e})",
-            "Call layer.project_(weight) to take the nearest kernel that is found",
+            "Call layer.project_(weight) to take the nearest kernel that is found"
+            + (", or use ranks='free', which composes more kernels" * (self.ranks == "half")),
             NotOnManifoldError,
             relative_distance=distance,
             shape=tuple(w.shape),
@@ -203,15 +329,19 @@ class OrthoKernel(CachedWeight):
             "Transpose or clean it",
             weight=w,
         )
-        target = w.detach().double().reshape(self.groups, -1, *self.shape[1:])
+        target = w.detach().double().reshape(self.groups, -1, *self.shape[1:]) / self.gain
         enough = torch.finfo(w.dtype).eps ** 0.5
         return fit_factors(self, target, restarts=restarts, enough=enough)
 
     def _set(self, factors: KernelFactors) -> None:
         parts = (self.outer, self.embedding, self.bases)
-        for part, value in zip(parts, factors, strict=True):
+        for part, value in zip(parts, factors[:3], strict=True):
             if part is not None and value is not None:
                 part.assign_(value.to(compute_dtype(part.original.dtype)))
+        if self.scores is not None and factors.weights is not None:
+            self.scores.copy_(0.2 * factors.weights - 0.1)
 
     def extra_repr(self) -> str:
-        return f"shape={tuple(self.shape)}, stride={self.stride}, groups={self.groups}"
+        text = f"shape={tuple(self.shape)}, stride={self.stride}, groups={self.groups}"
+        text += "" if self.ranks == "half" else f", ranks={self.ranks!r}"
+        return text if self.gain == 1.0 else f"{text}, gain={self.gain:.6g}"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from orthonet.linalg import apply_projectors, haar, polar_svd
 
@@ -18,9 +19,15 @@ __all__ = ["KernelFactors", "fit_factors"]
 class KernelFactors(NamedTuple):
     """Orthogonal factors of a kernel, each (groups, ...); None where the kernel has none."""
 
-    outer: Tensor | None  # (g, out, channels * stride area)
+    outer: Tensor | None  # (g, out, channels * block)
     embedding: Tensor | None  # (g, channels, in)
     bases: Tensor | None  # (g, factors, channels, rank)
+    weights: Tensor | None = None  # (g, factors, rank) of zeros and ones; None: all ones
+
+    def one(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Basis and weights of one projector."""
+        base = self.bases[:, index]  # type: ignore[index]
+        return base, None if self.weights is None else self.weights[:, index]
 
 
 def _split(a: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -29,17 +36,12 @@ def _split(a: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return a.narrow(2 + dim, 0, size), a.narrow(2 + dim, 1, size)
 
 
-def _adjoint(base: Tensor, a: Tensor, dim: int) -> Tensor:
+def _adjoint(base: Tensor, weights: Tensor | None, a: Tensor, dim: int) -> Tensor:
     """Adjoint of multiplication by one paraunitary factor: shortens `dim` by one tap."""
+    scaled = base if weights is None else base * weights[:, None]
     first, last = _split(a, dim)
     difference = (first - last).flatten(2)
-    return last + (base @ (base.mT @ difference)).view(last.shape)
-
-
-def _leading(symmetric: Tensor, rank: int) -> Tensor:
-    """Eigenvectors of the `rank` largest eigenvalues."""
-    _, vectors = torch.linalg.eigh(0.5 * (symmetric + symmetric.mT))
-    return vectors[..., -rank:]
+    return last + (base @ (scaled.mT @ difference)).view(last.shape)
 
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:
@@ -49,16 +51,19 @@ def _gram(a: Tensor, b: Tensor) -> Tensor:
 class _Problem:
     """Maximize <target, kernel(factors)> over orthogonal factors, one factor at a time.
 
-    The kernel is linear in each factor (in V V^T for a basis) and of constant norm, so the best
-    factor given the others is the polar factor, or the leading eigenvectors, of what its adjoint
-    sees. In the contracting case everything is transposed, so that the delays act from the left.
+    The kernel is linear in each factor (in the projector for a basis) and of constant norm, so the
+    best factor given the others is the polar factor, or the leading eigenvectors, of what its
+    adjoint sees. In the contracting case everything is transposed, so that the delays act from the
+    left.
     """
 
     def __init__(self, kernel: OrthoKernel, target: Tensor) -> None:
         self.kernel = kernel
         self.taps = len(kernel.kernel_size)
-        self.dims = [d for d, count in enumerate(kernel.delays) for _ in range(count)]
-        self.rank = kernel.channels // 2
+        self.dims = kernel.dims
+        self.free = kernel.ranks == "free"
+        self.rank = kernel.channels if self.free else kernel.channels // 2
+        self.ties = False  # whether directions that do not matter join a projector of free rank
         self.target = target  # (g, out, in, *k)
 
     def seen_by_delays(self, outer: Tensor | None) -> Tensor:
@@ -68,91 +73,170 @@ class _Problem:
         target = self.target.movedim(2, -1)  # (g, out, *k, in)
         if outer is None:
             return target
-        blocks = outer.unflatten(-1, (self.kernel.channels, *self.kernel.stride))
+        blocks = outer.unflatten(-1, (self.kernel.channels, *self.kernel.block))
         sizes = [d + 1 for d in self.kernel.delays]
         result = target.new_zeros(*target.shape[:1], self.kernel.channels, *sizes, target.shape[-1])
-        for offset, window in self._windows(target, sizes):
+        for offset, window in self._windows():
             block = blocks[(..., *offset)]
             result += (block.mT @ window.flatten(2)).view(result.shape)
         return result
 
-    def _windows(self, target: Tensor, sizes: list[int]) -> list[tuple[tuple[int, ...], Tensor]]:
-        offsets = torch.cartesian_prod(*(torch.arange(s) for s in self.kernel.stride))
+    def _windows(self) -> list[tuple[tuple[int, ...], Tensor]]:
+        """For every tap of R, the part of the target (g, out, *taps, in) that it contributes to."""
+        offsets = torch.cartesian_prod(*(torch.arange(b) for b in self.kernel.block))
         found = []
         for row in offsets.reshape(-1, self.taps).tolist():
-            window = target
-            for dim, (offset, size) in enumerate(zip(row, sizes, strict=True)):
-                window = window.narrow(2 + dim, offset, size)
+            window = self.target.movedim(2, -1)
+            for dim, (offset, count) in enumerate(zip(row, self.kernel.delays, strict=True)):
+                window = window.narrow(2 + dim, offset, count + 1)
             found.append((tuple(row), window))
         return found
 
-    def undelay(self, seen: Tensor, bases: Tensor | None) -> Tensor:
+    def projector(self, symmetric: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The projector Q that maximizes tr(Q symmetric), as basis and weights.
+
+        That is the one onto the leading eigenvectors: `rank` of them, or, when the rank is free,
+        those of positive eigenvalues.
+        """
+        values, vectors = torch.linalg.eigh(0.5 * (symmetric + symmetric.mT))
+        if self.free:
+            rounding = 1e-12 * values.abs().amax(-1, keepdim=True)
+            return vectors, (values > (-rounding if self.ties else rounding)).to(values.dtype)
+        return vectors[..., vectors.shape[-1] - self.rank :], None
+
+    def undelay(self, seen: Tensor, factors: KernelFactors) -> Tensor:
         """Adjoint of all delays."""
-        if bases is None:
+        if factors.bases is None:
             for dim, count in enumerate(self.kernel.delays):
                 seen = seen.narrow(2 + dim, count // 2, seen.shape[2 + dim] - count)
             return seen
         for index in reversed(range(len(self.dims))):
-            seen = _adjoint(bases[:, index], seen, self.dims[index])
+            seen = _adjoint(*factors.one(index), seen, self.dims[index])
         return seen
 
-    def peel(self, seen: Tensor) -> Tensor | None:
-        """Bases read off the outermost taps: exact for generic kernels of the family."""
+    def peel(self, seen: Tensor) -> KernelFactors:
+        """Bases read off the outermost taps.
+
+        The range of the first tap lies in that of the projector, the range of the last tap is
+        orthogonal to it, and any such projector shortens the kernel by one tap.
+        """
         if not (self.dims and self.rank):
-            return None
-        bases = []
+            return KernelFactors(None, None, None)
+        found = []
         for dim in reversed(self.dims):
             first, last = seen.select(2 + dim, 0), seen.select(2 + dim, -1)
-            bases.append(_leading(_gram(first, first) - _gram(last, last), self.rank))
-            seen = _adjoint(bases[-1], seen, dim)
-        return torch.stack(bases[::-1], dim=1)
+            found.append(self.projector(_gram(first, first) - _gram(last, last)))
+            seen = _adjoint(*found[-1], seen, dim)
+        found = found[::-1]
+        weights = [w for _, w in found if w is not None]
+        chosen = torch.stack(weights, dim=1) if weights else None
+        bases = torch.stack([base for base, _ in found], dim=1)
+        return KernelFactors(outer=None, embedding=None, bases=bases, weights=chosen)
 
-    def sweep_bases(self, seen: Tensor, start: Tensor, bases: Tensor) -> Tensor:
+    def sweep_bases(self, seen: Tensor, start: Tensor, factors: KernelFactors) -> KernelFactors:
         """Improve each basis in turn, the others held."""
-        bases = bases.clone()
+        bases = factors.bases.clone()  # type: ignore[union-attr]
+        weights = factors.weights.clone() if factors.weights is not None else None
         behind = [seen]  # behind[-1 - i]: the target with factors i + 1, ... undone
         for index in reversed(range(1, len(self.dims))):
-            behind.append(_adjoint(bases[:, index], behind[-1], self.dims[index]))
+            behind.append(_adjoint(*factors.one(index), behind[-1], self.dims[index]))
         for index, dim in enumerate(self.dims):
             first, last = _split(behind.pop(), dim)
-            bases[:, index] = _leading(_gram(first - last, start), self.rank)
-            start = apply_projectors(start, bases[:, index : index + 1], taps=self.taps, dim=dim)
-        return bases
+            bases[:, index], chosen = self.projector(_gram(first - last, start))
+            if weights is not None and chosen is not None:
+                weights[:, index] = chosen
+            start = apply_projectors(
+                start,
+                bases[:, index : index + 1],
+                taps=self.taps,
+                dim=dim,
+                weights=None if weights is None else weights[:, index : index + 1],
+            )
+        return factors._replace(bases=bases, weights=weights)
 
     def best_ends(self, factors: KernelFactors) -> KernelFactors:
         """Improve the matrices before and behind the delays."""
         kernel = self.kernel
         if kernel.contracting:
-            seen = self.undelay(self.seen_by_delays(None), factors.bases)
-            matrix = seen.movedim(-1, 1).flatten(2)
-            return factors._replace(outer=polar_svd(matrix))
+            seen = self.undelay(self.seen_by_delays(None), factors)
+            return factors._replace(outer=polar_svd(seen.movedim(-1, 1).flatten(2)))
         if factors.embedding is not None:
-            seen = self.undelay(self.seen_by_delays(factors.outer), factors.bases)
+            seen = self.undelay(self.seen_by_delays(factors.outer), factors)
             factors = factors._replace(embedding=polar_svd(seen.flatten(2)))
         if factors.outer is not None:
-            middle = kernel.delay(kernel.start(factors), factors.bases)
-            target = self.target.movedim(2, -1)
-            columns = [
-                _gram(window, middle)
-                for _, window in self._windows(target, [d + 1 for d in kernel.delays])
-            ]
-            factors = factors._replace(outer=polar_svd(torch.stack(columns, -1).flatten(2)))
+            middle = kernel.delay(kernel.start(factors), factors)
+            factors = factors._replace(outer=self.best_outer(middle))
         return factors
 
+    def best_outer(self, middle: Tensor) -> Tensor:
+        """The best R of an expanding kernel for given delays, (g, channels, *taps, in)."""
+        columns = [_gram(window, middle) for _, window in self._windows()]
+        return polar_svd(torch.stack(columns, -1).flatten(2))
+
+    def middle_from_gram(self) -> Tensor:
+        r"""What the delays of an expanding kernel of the family make, (g, channels, *taps, in).
+
+        With blocks \(R_j^\top R_{j'} = \delta_{jj'} I\) and \(K_t = \sum_{j < b} R_j M_{t-j}\), the
+        Gram matrix of the taps is \(G_{tt'} = K_t^\top K_{t'} = \sum_{j<b} A_{t-j,t'-j}\) with
+        \(A_{tt'} = M_t^\top M_{t'}\), hence \(A_{tt'} = G_{tt'} - G_{t-1,t'-1} + A_{t-b,t'-b}\),
+        dimension by dimension. A square root of A is M up to an orthogonal matrix from the left,
+        which R and the projectors absorb.
+        """
+        kernel, g, taps = self.kernel, self.target.shape[0], self.taps
+        flat = self.target.movedim(2, -1).flatten(2)
+        sizes = (*kernel.kernel_size, kernel.inner)
+        a = (flat.mT @ flat).view(g, *sizes, *sizes)
+        for dim, (k, b) in enumerate(zip(kernel.kernel_size, kernel.block, strict=True)):
+            rows, columns = 1 + dim, 2 + taps + dim
+            gram, a = a, a.clone()
+            for t in range(1, k):
+                now = a.select(rows, t)
+                now.narrow(columns - 1, 1, k - 1).sub_(
+                    gram.select(rows, t - 1).narrow(columns - 1, 0, k - 1)
+                )
+                if t >= b:
+                    earlier = a.select(rows, t - b).narrow(columns - 1, 0, k - b)
+                    now.narrow(columns - 1, b, k - b).add_(earlier)
+            keep = kernel.delays[dim] + 1
+            a = a.narrow(rows, 0, keep).narrow(columns, 0, keep)
+        shape = a.shape[1 : 2 + taps]
+        a = a.reshape(g, shape.numel(), shape.numel())
+        values, vectors = torch.linalg.eigh(0.5 * (a + a.mT))
+        width = min(kernel.channels, values.shape[-1])
+        root = (vectors * values.clamp(min=0).sqrt()[:, None])[..., -width:].mT
+        root = F.pad(root, (0, 0, 0, kernel.channels - width))
+        middle = root.reshape(g, kernel.channels, *shape)
+        if kernel.embedding is None:  # then its taps sum to the identity
+            total = middle.flatten(2, -2).sum(2)
+            middle = (polar_svd(total).mT @ middle.flatten(2)).view(middle.shape)
+        return middle
+
+    def exact(self) -> KernelFactors | None:
+        """Factors of an expanding strided kernel of the family, by algebra alone."""
+        kernel = self.kernel
+        if kernel.contracting or kernel.outer is None:
+            return None
+        middle = self.middle_from_gram()
+        factors = self.peel(middle)._replace(outer=self.best_outer(middle))
+        if kernel.embedding is not None:
+            embedding = polar_svd(self.undelay(middle, factors).flatten(2))
+            factors = factors._replace(embedding=embedding)
+        return self.best_ends(factors)
+
     def initial(self) -> KernelFactors:
-        """A first guess, by peeling where the delays are outermost."""
-        kernel, target = self.kernel, self.target
-        outer = embedding = None
+        """A first guess for any target, exact where the delays are outermost."""
+        kernel = self.kernel
+        outer = None
         if not kernel.contracting and kernel.outer is not None:
             # the span of all taps of each sub-kernel: a polar factor of the target's unfolding
-            windows = self._windows(target.movedim(2, -1), [d + 1 for d in kernel.delays])
-            blocks = [self._tall(window.flatten(2)) for _, window in windows]
+            blocks = [self._tall(window.flatten(2)) for _, window in self._windows()]
             outer = polar_svd(torch.stack(blocks, -1).flatten(2))
         seen = self.seen_by_delays(outer)
-        bases = self.peel(seen)
+        factors = self.peel(seen)._replace(outer=outer)
         if kernel.embedding is not None:
-            embedding = polar_svd(self.undelay(seen, bases).flatten(2))
-        return self.best_ends(KernelFactors(outer, embedding, bases))
+            embedding = polar_svd(self.undelay(seen, factors).flatten(2))
+            factors = factors._replace(embedding=embedding)
+        return self.best_ends(factors)
 
     def improve(self, factors: KernelFactors, sweeps: int) -> tuple[KernelFactors, float]:
         """Sweep until the distance, which falls with every sweep, hardly changes."""
@@ -167,8 +251,7 @@ class _Problem:
                 break
             if factors.bases is not None:
                 seen = self.seen_by_delays(factors.outer)
-                bases = self.sweep_bases(seen, kernel.start(factors), factors.bases)
-                factors = factors._replace(bases=bases)
+                factors = self.sweep_bases(seen, kernel.start(factors), factors)
             factors = self.best_ends(factors)
         return factors, distance
 
@@ -177,7 +260,7 @@ class _Problem:
         u, s, _ = torch.linalg.svd(a, full_matrices=False)
         width = self.kernel.channels
         tall = u[..., :width] * s[..., None, :width]
-        return torch.nn.functional.pad(tall, (0, width - tall.shape[-1]))
+        return F.pad(tall, (0, width - tall.shape[-1]))
 
 
 def fit_factors(
@@ -190,7 +273,7 @@ def fit_factors(
 ) -> tuple[KernelFactors, float]:
     """Orthogonal factors whose kernel is near `target` (g, out, in, *k), and their distance.
 
-    A kernel of the family is found by peeling at once, or by some hundred sweeps. Rarely these
+    A kernel of the family is found by algebra at once, or by some hundred sweeps. Rarely these
     stop at a small distance instead; then up to `restarts` searches begin at random factors, until
     the distance is at most `enough`. The distance to a kernel that is not of the family settles
     above 0.3, usually within a few dozen sweeps, and is taken as it is.
@@ -199,19 +282,27 @@ def fit_factors(
         The factors, in the dtype of `target`, and the distance relative to the norm of `target`.
     """
     problem = _Problem(kernel, target)
-    best, least = problem.improve(problem.initial(), sweeps)
+    exact = problem.exact()
+    best, least = problem.improve(exact or problem.initial(), sweeps)
+    if exact is not None and least > max(enough, 1e-6):
+        factors, distance = problem.improve(problem.initial(), sweeps)
+        if distance < least:
+            best, least = factors, distance
+    if problem.free and restarts and enough < least:
+        problem.ties = True
+        factors, distance = problem.improve(problem.initial(), sweeps)
+        if distance < least:
+            best, least = factors, distance
     generator = torch.Generator().manual_seed(0)
     for _ in range(restarts):
         if least <= enough or least > 0.3:
             break
-        start = KernelFactors(
-            *(
-                None if value is None
-                else haar(value.shape, dtype=value.dtype, generator=generator).to(value.device)
-                for value in best
-            )
+        drawn = (
+            None if value is None
+            else haar(value.shape, dtype=value.dtype, generator=generator).to(value.device)
+            for value in best[:3]
         )  # fmt: skip
-        factors, distance = problem.improve(start, sweeps)
+        factors, distance = problem.improve(KernelFactors(*drawn, weights=best.weights), sweeps)
         if distance < least:
             best, least = factors, distance
     return best, least

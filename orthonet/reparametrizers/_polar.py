@@ -10,10 +10,20 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.linalg import cholesky_qr, polar, qr
 from orthonet.linalg._matrix import compute_dtype, in_transform
-from orthonet.linalg.polar import recentring_polar_
+from orthonet.linalg.polar import AtCentre, Decision, recentre_
 from orthonet.reparametrizers._orthogonalizers import Orthogonalizer
+from orthonet.reparametrizers._rounds import Rounds
 
 __all__ = ["BatchedAutoOrthogonalization", "BatchedPolarOrthogonalization"]
+
+
+_ROUNDS = Rounds()
+_ROUNDS_ON_CPU = False  # for tests: take the accelerator's form everywhere
+
+
+def _exporting() -> bool:
+    """Whether `torch.export` is at work, whose programs do not write parameters."""
+    return getattr(torch.compiler, "is_exporting", bool)()
 
 
 class BatchedPolarOrthogonalization(Orthogonalizer):
@@ -35,12 +45,21 @@ class BatchedPolarOrthogonalization(Orthogonalizer):
 
     Written is only an `nn.Parameter` itself (hence no normalizer before this module), in float32
     or float64, requiring gradient with gradients enabled; never in eval mode, under autocast,
-    `torch.compile`, `torch.func` transforms, or for plain tensors and subclasses
-    (`functional_call`, DTensor): there `warm` changes nothing. It is off by default because a
-    parameter that changes in forward is not what everybody expects: leave it off with FSDP (which
-    hands a temporary copy to the forward), with LBFGS and SAM (which restore the parameter after
-    forwards of their own), with parameters that an earlier penalty has saved for backward (autograd
-    reports it), or when passing an `nn.Parameter` of another model to `functional_call`.
+    `torch.export`, `torch.func` transforms, or for plain tensors and subclasses
+    (`functional_call`, DTensor): there `warm` changes nothing. `torch.compile` re-centres too,
+    without a graph break. On an accelerator the number of passes of all such modules is read in one
+    go, by the first of them that runs after an optimizer step; the others wait for nothing, unless
+    a weight has jumped. Square [`OrthoLinear`][orthonet.layers.OrthoLinear] layers take their
+    gradient from that of their input then.
+
+    It is off by default because a parameter that changes in forward is not what everybody expects:
+    leave it off with FSDP2, which hands a temporary parameter to the forward, so that what is
+    written is lost; with an optimizer that computes with a parameter of before the forward (LBFGS
+    builds its curvature pairs so; SAM must restore a copy, not subtract its step); with parameters
+    that an earlier penalty has saved for backward (autograd reports it); or when passing an
+    `nn.Parameter` of another model to `functional_call`. No other start is kept for these cases: a
+    factor of an earlier parameter does not commute with the present Gram matrix, so an iteration
+    from it ends at another orthogonal matrix than the polar factor.
 
     Args:
         weight_shape: Shape (*batch, m, n) of the weights.
@@ -72,12 +91,27 @@ class BatchedPolarOrthogonalization(Orthogonalizer):
         self.warm = warm
 
     def _orthogonalize(self, w: Tensor) -> Tensor:
-        return recentring_polar_(w) if self.warm and self._may_write(w) else polar(w)
+        centred = self.recentre_(w)
+        return polar(w) if centred is None else AtCentre.apply(w, *centred)  # type: ignore[return-value]
+
+    def recentre_(self, w: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Overwrite `w` by c U and return U and c, (*batch, 1, 1); None where it must not be."""
+        if not (self.warm and self._may_write(w)):
+            return None
+        if self._fresh:
+            self._fresh = False
+        return recentre_(w, self._decision(w))
+
+    def _decision(self, w: Tensor) -> Decision | None:
+        """On an accelerator, what has been measured and read for all such modules at once."""
+        if torch.compiler.is_compiling() or not (_ROUNDS_ON_CPU or not w.is_cpu):
+            return None
+        return _ROUNDS.decide(self, w)
 
     def _may_write(self, w: Tensor) -> bool:
         return (
             self.training
-            and not torch.compiler.is_compiling()
+            and not _exporting()
             and type(w) is nn.Parameter
             and w.requires_grad
             and w.dtype == compute_dtype(w.dtype)
@@ -124,6 +158,10 @@ class BatchedAutoOrthogonalization(BatchedPolarOrthogonalization):
         >>> BatchedAutoOrthogonalization((64, 32), warm=True).method("cpu")
         'polar'
     """
+
+    def recentre_(self, w: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As in the base class, where the choice is the polar factor."""
+        return super().recentre_(w) if self.method(w.device) == "polar" else None
 
     def method(self, device: torch.device | str) -> str:
         """The choice on `device`: 'polar', 'qr' or 'cholesky'."""

@@ -12,6 +12,7 @@ from orthonet.linalg import haar, polar_svd
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._group import Group
+from orthonet.reparametrizers._normalizers import BatchedIdentity
 from orthonet.reparametrizers._orthogonalizers import require_semi_orthogonal
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
 
@@ -78,8 +79,21 @@ class OrthoWeight(CachedWeight):
             if value is not None:
                 return value
         stored = self.original
-        with torch.autocast(stored.device.type, enabled=False):
-            return self.orthogonalizer(self.normalizer(stored.to(compute_dtype(stored.dtype))))
+        kind = stored.device.type
+        if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(kind):
+            return self._constrain(stored)  # the context below costs as much as a small matrix
+        with torch.autocast(kind, enabled=False):
+            return self._constrain(stored)
+
+    def _constrain(self, stored: Tensor) -> Tensor:
+        return self.orthogonalizer(self.normalizer(stored.to(compute_dtype(stored.dtype))))
+
+    def recentre_(self) -> tuple[Tensor, Tensor] | None:
+        """Re-centre `original` to c U and return U, c; None unless a forward pass would do so."""
+        method = getattr(self.orthogonalizer, "recentre_", None)
+        if method is None or type(self.normalizer) is not BatchedIdentity:
+            return None
+        return method(self.original)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -1,6 +1,7 @@
 import functools
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -8,7 +9,13 @@ from torch import nn
 
 import orthonet
 from orthonet.errors import NotOnManifoldError, ProjectionWarning
-from orthonet.layers import AdaptiveOrthoConv2d, OrthoConv1d, OrthoConv2d, OrthoConv3d
+from orthonet.layers import (
+    AdaptiveOrthoConv2d,
+    OrthoConv1d,
+    OrthoConv2d,
+    OrthoConv3d,
+    OrthoConvTranspose2d,
+)
 from orthonet.testing import LAYER_LAWS, MATRIX_CASES, hard_matrix, singular_values
 from tests.presets import PRESETS
 
@@ -157,24 +164,48 @@ def test_circular_padding_that_would_repeat_outputs_is_refused():
     layer = OrthoConv2d(4, 4, 3, padding=2, padding_mode="circular")
     with pytest.raises(ValueError, match="at most size / stride outputs"):
         layer(torch.randn(1, 4, 6, 6))
-    with pytest.raises(ValueError, match="at least the padding"):
+    with pytest.raises(ValueError, match=r"every input size must be at least \(3, 3\)"):
         OrthoConv2d(4, 4, 7, padding=3, padding_mode="circular")(torch.randn(1, 4, 2, 2))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kernel_size": 1, "stride": 2}, r"kernel_size must be >= stride in every dim"),
-        ({"kernel_size": 3, "padding_mode": "reflect"}, "must be one of 'zeros', 'circular'"),
-        ({"kernel_size": 3, "padding_mode": "replicate"}, "must be one of 'zeros', 'circular'"),
+        ({"kernel_size": 3, "padding_mode": "constant"}, "must be one of 'zeros', 'circular', 're"),
         ({"kernel_size": 3, "groups": 3}, "groups must divide"),
         ({"kernel_size": 3, "groups": 4}, "more than one channel"),
-        ({"kernel_size": 3, "stride": 2, "dilation": 2}, "no common divisor"),
+        ({"kernel_size": 1, "stride": 2, "groups": 4}, "more than one channel"),
+        ({"kernel_size": 3, "method": "bcop"}, "method must be one of 'aoc', 'rko'"),
+        ({"kernel_size": 3, "ranks": 2}, "ranks must be one of 'half', 'free'"),
+        ({"kernel_size": 3, "ranks": "free", "method": "rko"}, "ranks belongs to method='aoc'"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=rf"^OrthoConv2d: .*{message}.*got .*\. \w+"):
+    with pytest.raises(ValueError, match=rf"^Ortho\w+: .*{message}.*got .*\. \w+"):
         OrthoConv2d(4, 4, **arguments)
+
+
+@pytest.mark.parametrize("cls", [OrthoConv2d, OrthoConvTranspose2d])
+@pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (3, 2)])
+def test_the_error_names_the_nearest_orthogonal_configuration(cls, kernel, dilation):
+    """Where inputs are never read no kernel is isometric; what the message advises is built."""
+    channels = (4, 6) if cls is OrthoConv2d else (6, 4)
+    with pytest.raises(ValueError, match="no kernel is orthogonal") as error:
+        cls(*channels, kernel, 2, dilation=dilation)
+    text = str(error.value)
+    advised = tuple(
+        map(int, re.search(r"nearest that is: kernel_size=\((\d), (\d)\)", text).groups())
+    )
+    spread = tuple(map(int, re.search(r"\), dilation=\((\d), (\d)\), or", text).groups()))
+    fewer = int(re.search(r", or \w+_channels=(\d+), or", text).group(1))
+    assert fewer == 4  # one value of every 2 x 2 block is read
+    nearest = cls(*channels, advised, 2, dilation=spread, dtype=torch.float64)
+    smaller = cls(4, 4, kernel, 2, dilation=dilation, dtype=torch.float64)
+    allowed = ALLOWED[torch.float64]
+    assert float((singular_values(smaller, (4, 6, 6)) - 1).abs().max()) <= allowed
+    assert float(singular_values(nearest, (channels[0], 6, 6)).max()) <= 1 + allowed
+    reshaped = cls(*channels, kernel, 2, dilation=dilation, method="rko", dtype=torch.float64)
+    assert float(singular_values(reshaped, (channels[0], 6, 6)).max()) <= 1 + allowed
 
 
 @pytest.mark.parametrize(

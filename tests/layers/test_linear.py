@@ -18,6 +18,7 @@ from orthonet.testing import (
     orthogonality_error,
 )
 from tests.presets import PRESETS
+from tests.references import polar_gradient_reference, polar_reference
 
 FACTORIES = {
     "ortho": functools.partial(OrthoLinear, 6, 5),
@@ -170,3 +171,54 @@ def test_reset_parameters_draws_anew():
 def test_bad_sizes(layer, sizes, name):
     with pytest.raises(ValueError, match=rf"^{layer.__name__}: {name} must be an integer >= 1"):
         layer(*sizes)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fused_layer_is_the_plain_one(compiled):
+    torch.compiler.reset()
+    layer = OrthoLinear(6, 6, dtype=torch.float64, ortho_params=orthonet.POLAR_WARM_ORTHO_PARAMS)
+    raw = layer.parametrization.original
+    with torch.no_grad():
+        raw.add_(0.1 * torch.randn(6, 6))
+    forward = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    x = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    y = forward(x)
+    assert compiled or type(y.grad_fn).__name__ == "_FusedLinearBackward"
+    direction = torch.randn_like(y)
+    ours = torch.autograd.grad(y, (x, raw, layer.bias), direction)
+    w = raw.detach()  # re-centred
+    u = polar_reference(w)
+    outer = direction.flatten(0, 1).T @ x.detach().flatten(0, 1)
+    expected = direction @ u, polar_gradient_reference(w, outer), direction.sum((0, 1))
+    torch.testing.assert_close(y, x @ u.T + layer.bias, atol=1e-12, rtol=0)  # observed 2e-15
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)  # observed 9e-15
+
+
+def test_every_use_of_the_weight_in_a_step_counts():
+    layer = OrthoLinear(6, 6, dtype=torch.float64, ortho_params=orthonet.POLAR_WARM_ORTHO_PARAMS)
+    raw = layer.parametrization.original
+    with torch.no_grad():
+        raw.add_(0.1 * torch.randn(6, 6))
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):  # accumulated
+        hidden = layer(x)
+        loss = layer(hidden.sin()).square().sum() + layer.weight[0, 1] + hidden.sum()
+        loss.backward()
+    w = raw.detach().clone().requires_grad_()
+    u = linalg.polar(w)
+    hidden = x.detach() @ u.T + layer.bias.detach()
+    again = hidden.sin() @ u.T + layer.bias.detach()
+    (again.square().sum() + u[0, 1] + hidden.sum()).backward()
+    torch.testing.assert_close(raw.grad, 2.0 * w.grad, atol=1e-11, rtol=1e-11)
+
+
+def test_fused_layer_is_differentiable_twice_and_left_where_it_does_not_apply():
+    layer = OrthoLinear(5, 5, dtype=torch.float64, ortho_params=orthonet.POLAR_WARM_ORTHO_PARAMS)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(layer, (x,))
+    fused = "_FusedLinearBackward"
+    assert type(layer.eval()(x).grad_fn).__name__ != fused
+    layer.train()
+    assert type(layer(x.detach()).grad_fn).__name__ != fused
+    wide = OrthoLinear(5, 3, ortho_params=orthonet.POLAR_WARM_ORTHO_PARAMS)
+    assert type(wide(torch.randn(2, 5, requires_grad=True)).grad_fn).__name__ != fused

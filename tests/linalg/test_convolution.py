@@ -39,3 +39,70 @@ def test_paraunitary_factors_multiply_as_polynomials(rank):
         expected = linalg.block_convolution(factor, expected, spatial_dims=2)
     assert ours.shape == (1, 4, 5, 3, 5)
     torch.testing.assert_close(ours[0].movedim(-1, 1), expected)
+
+
+SHIFTS = [(0, 0, 0), (0, 1, 1), (1, 0, 1), ()]
+
+
+@pytest.mark.parametrize("dims", SHIFTS, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_chain_of_factors_has_the_gradients_of_its_steps(dims, weighted):
+    """One node for all factors, against autograd through the operations it replaces."""
+    from orthonet.linalg.paraunitary import _chain
+
+    kernel = torch.randn(2, 3, 2, 1, 4, dtype=torch.float64, requires_grad=True)
+    bases = torch.randn(2, len(dims), 3, 2, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(2, len(dims), 2, dtype=torch.float64, requires_grad=True)
+    inputs = [kernel, bases, *([weights] if weighted else [])]
+
+    def ours(kernel, bases, weights=None):
+        return linalg.apply_projectors(kernel, bases, taps=2, dim=dims, weights=weights)
+
+    left = bases * weights.unsqueeze(-2) if weighted else bases
+    expected = _chain(kernel, left, bases, tuple(2 + d for d in dims))
+    result = ours(*inputs)
+    torch.testing.assert_close(result, expected)
+    direction = torch.randn_like(result)
+    mine = torch.autograd.grad(result, inputs, direction, materialize_grads=True)
+    theirs = torch.autograd.grad(expected, inputs, direction, materialize_grads=True)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_chain_of_factors_can_be_differentiated_twice_and_transformed():
+    kernel = torch.randn(1, 2, 1, 2, dtype=torch.float64, requires_grad=True)
+    bases = torch.randn(1, 2, 2, 1, dtype=torch.float64, requires_grad=True)
+
+    def product(kernel, bases):
+        return linalg.apply_projectors(kernel, bases, taps=1, dim=0)
+
+    assert torch.autograd.gradcheck(product, (kernel, bases))
+    assert torch.autograd.gradgradcheck(product, (kernel, bases))
+    many = torch.randn(3, *bases.shape, dtype=torch.float64)
+    stacked = torch.vmap(product, (None, 0))(kernel, many)
+    torch.testing.assert_close(stacked[1], product(kernel, many[1]))
+    jacobian = torch.func.jacrev(product, 1)(kernel.detach(), many[0])
+    assert jacobian.shape == (*product(kernel, many[0]).shape, *many[0].shape)
+    with pytest.raises(ValueError, match="apply_projectors: dim must name one of the tap dim"):
+        linalg.apply_projectors(kernel, bases, taps=1, dim=1)
+
+
+@pytest.mark.parametrize("steps", [(1, 1), (2, 1)])
+def test_filtering_a_signal_is_the_convolution_with_the_factors(steps):
+    from orthonet.linalg._filtering import filter_signal
+
+    bases = torch.randn(1, 2, 3, 2, dtype=torch.float64, requires_grad=True)
+    signal = torch.randn(1, 3, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+
+    def ours(signal, bases):
+        return filter_signal(signal, bases, (3, 4), steps)
+
+    eye = torch.eye(3, dtype=torch.float64)
+    expected = signal[0].movedim(1, 0)  # (n, c, h, w)
+    for index, shape in ((1, (1, 2)), (0, (2, 1))):
+        p = bases[0, index] @ bases[0, index].mT
+        weight = torch.stack([p, eye - p], -1).view(3, 3, *shape)
+        expected = F.conv2d(expected, weight, dilation=(steps[0], steps[1]))
+    torch.testing.assert_close(ours(signal, bases)[0].movedim(1, 0), expected)
+    assert torch.autograd.gradcheck(ours, (signal, bases))
+    assert torch.autograd.gradgradcheck(ours, (signal, bases))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from orthonet import linalg
-from orthonet.linalg import _polar_steps
+from orthonet.linalg import _polar_series, _polar_steps
 from orthonet.testing import MATRIX_CASES, MATRIX_SHAPES, hard_matrix, orthogonality_error
 from tests.references import polar_gradient_reference, polar_reference
 
@@ -193,3 +193,45 @@ def test_half_precision_is_computed_in_float32():
     expected = polar_reference(w).to(torch.bfloat16)
     # the only rounding is the last cast: half a unit in the last place of entries below 1
     torch.testing.assert_close(linalg.polar(w), expected, atol=2**-8, rtol=0)
+
+
+# PyTorch scripts its own forward-mode formulas when it is first asked for one
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("function", [linalg.polar, linalg.qr, linalg.cholesky_qr])
+@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (3, 5), (2, 4, 3)], ids=str)
+def test_forward_mode(function, shape):
+    w = torch.randn(shape, dtype=torch.float64)
+    forward, backward = torch.func.jacfwd(function)(w), torch.func.jacrev(function)(w)
+    torch.testing.assert_close(forward, backward, atol=1e-11, rtol=1e-11)  # observed 9e-14
+    assert torch.autograd.gradcheck(function, (w.requires_grad_(),), check_forward_ad=True)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 4])
+def test_no_polynomial_changes_a_sign(degree):
+    e = torch.linspace(-1.0, 30.0, 20001, dtype=torch.float64)
+    polynomials = [_polar_series.wide(1.0 + top / 10) for top in range(1, 25)]
+    if degree > 1:
+        polynomials = [_polar_series.near(degree, b)[0] for b in (1e-3, 0.1, 0.3, 0.62)]
+    for c in polynomials:
+        assert float(sum(factor * e**power for power, factor in enumerate(c)).min()) > 0.0
+
+
+@pytest.mark.parametrize("function", [linalg.polar, linalg.qr, linalg.cholesky_qr])
+@pytest.mark.parametrize("kappa", [1.0, 10.0, 1e2, 1e3])
+def test_gradients_against_float64(function, kappa):
+    shape = (96, 96)
+    u, v = linalg.haar(shape, dtype=torch.float64), linalg.haar(shape, dtype=torch.float64)
+    w = (u * kappa ** -torch.linspace(0, 1, 96, dtype=torch.float64)) @ v
+    direction = torch.randn(shape)
+    w32 = w.float().requires_grad_()
+    w64 = w32.detach().double().requires_grad_()
+    (ours,) = torch.autograd.grad(function(w32), w32, direction)
+    if function is linalg.polar:
+        truth = polar_gradient_reference(w64.detach(), direction)
+    else:
+        q, r = torch.linalg.qr(w64)
+        signed = q * r.diagonal().sign()
+        (truth,) = torch.autograd.grad(signed, w64, direction.double())
+    error = float((ours.double() - truth).norm() / truth.norm())
+    assert error <= 3e-5 * max(1.0, kappa / 10)

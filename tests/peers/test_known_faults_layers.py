@@ -1,4 +1,4 @@
-"""Faults 7 to 10, 13, 15 and 16 that were measured in orthogonium 0.0.4: layers and tools.
+"""Faults 7 to 11, 13 and 15 to 17 that were measured in orthogonium 0.0.4: layers and tools.
 
 A docstring says first what the other library does, then what is promised here. The other faults
 are in `test_known_faults.py`.
@@ -14,7 +14,7 @@ from torch import nn
 
 from orthonet import layers, losses, models, to_plain
 from orthonet.certify import certified_accuracy, certify
-from orthonet.errors import ProjectionWarning
+from orthonet.errors import NotOnManifoldError, ProjectionWarning
 from orthonet.layers import AdaptiveOrthoConv2d, HouseholderActivation, OrthoConv2d, OrthoLinear
 from orthonet.testing import (
     assert_lipschitz,
@@ -97,10 +97,15 @@ def test_double_and_bfloat16_work(factory, shape, preset):
 
 
 @pytest.mark.parametrize("padding_mode", ["reflect", "replicate"])
-def test_padding_that_repeats_the_border_is_refused(padding_mode):
-    """There it is accepted and sigma_max is 1.78 to 2.0; here it is an error."""
-    with pytest.raises(ValueError, match=r"OrthoConv2d: padding_mode .*got padding_mode='re"):
-        OrthoConv2d(4, 4, 3, padding=1, padding_mode=padding_mode)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_padding_that_repeats_the_border_keeps_the_constant(padding_mode, stride):
+    """There it is accepted and sigma_max is 1.78 to 2.0; here the kernel is divided by the norm of
+    the padding, so that it is at most 1 before and after training."""
+    layer = OrthoConv2d(4, 4, 3, stride, 1, padding_mode=padding_mode)
+    for steps in (0, 20):
+        train(layer, torch.randn(4, 4, 7, 7), steps)
+        for size in (7, 8, 9):
+            assert excess(layer, (4, size, size)) <= 1e-5  # observed -0.05
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -125,6 +130,29 @@ def test_strided_square_operator_stays_orthogonal_while_it_trains(preset):
     history = train(layer, torch.randn(4, 4, 6, 6), 100)
     assert history[-1] < history[0]
     assert (singular_values(layer, (4, 6, 6)) - 1).abs().max() <= 1e-5  # observed 6.0e-7
+
+
+# 11
+
+
+def test_depthwise_tuples_and_small_kernels_work_or_say_why():
+    """There depthwise k 3 is a constant delta without trainable weight, tuples and rectangles raise
+    TypeError, and the message of k < stride is inverted; here they train, or the error says why."""
+    with pytest.raises(ValueError, match=r"plus or minus a shift and has nothing to train"):
+        OrthoConv2d(8, 8, 3, groups=8)
+    for layer in (
+        OrthoConv2d(8, 16, 3, padding=1, groups=8),
+        OrthoConv2d(8, 8, (3, 3), (2, 2), (1, 1), groups=8),
+        OrthoConv2d(4, 4, (3, 5), padding=(1, 2)),
+        OrthoConv2d(8, 4, 1, stride=2),
+    ):
+        x = torch.randn(2, layer.in_channels, 6, 6)
+        (layer(x) - 1).square().sum().backward()
+        gradients = [p.grad for n, p in layer.named_parameters() if n != "bias"]
+        assert any(float(g.norm()) > 1e-3 for g in gradients)
+        assert excess(layer, x.shape[1:]) <= 1e-5
+    with pytest.raises(ValueError, match=r"kernel_size must be >= stride .*kernel_size=\(2, 2\)"):
+        OrthoConv2d(4, 8, 1, stride=2)
 
 
 # 13
@@ -232,3 +260,19 @@ def test_copies_do_not_share():
     train(twin, x, 3)
     assert torch.equal(model(x), expected)
     assert not torch.equal(twin(x), expected)
+
+
+# 17
+
+
+def test_a_shift_of_all_channels_can_be_represented():
+    """There the rank of every projector is c / 2 and no weight gives the shift; here ranks='free'
+    does, and a layer of half ranks refuses it instead of taking something else."""
+    kernel = torch.zeros(4, 4, 3, 3)
+    kernel[range(4), range(4), 0, 1] = 1
+    layer = OrthoConv2d(4, 4, 3, padding=1, padding_mode="circular", bias=False, ranks="free")
+    layer.weight = kernel
+    x = torch.randn(2, 4, 5, 6)
+    assert distance(layer(x), x.roll(1, 2)) <= 1e-5
+    with pytest.raises(NotOnManifoldError):
+        OrthoConv2d(4, 4, 3).weight = kernel

@@ -1,0 +1,61 @@
+"""What a padding does to the norm of a convolution, and on which input sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from orthonet.functional import circular_pad
+
+__all__ = ["pad_input", "padding_norm", "required_sizes"]
+
+
+def padding_norm(padding_mode: str, pads: Sequence[int]) -> float:
+    r"""Norm of reflecting or replicating padding, for all sizes that `required_sizes` allows.
+
+    Every padded value copies one input value, so the operator P has a single 1 in each row:
+    \(P^\top P\) is diagonal, holds how often each value appears, and \(\|P\|_2\) is the square root
+    of the largest count, exactly. Counts multiply over the dimensions. In one of them, with p
+    values before and q behind:
+
+    - "replicate": an end appears 1 + p or 1 + q times; \(\sqrt{1 + \max(p, q)}\).
+    - "reflect": values 1 to p (and likewise at the other end) appear twice; \(\sqrt 2\). No value
+      is reflected at both ends as soon as the size is at least p + q + 2.
+
+    For other modes 1: zero padding is an isometry, and with circular padding the convolution is
+    taken on the torus as a whole.
+
+    Args:
+        padding_mode: As for `nn.Conv2d`.
+        pads: Padding before and behind, last dimension first.
+    """
+    ends = zip(pads[::2], pads[1::2], strict=True)
+    if padding_mode == "replicate":
+        return math.sqrt(math.prod(1 + max(p, q) for p, q in ends))
+    if padding_mode == "reflect":
+        return math.sqrt(math.prod(2 if p or q else 1 for p, q in ends))
+    return 1.0
+
+
+def required_sizes(padding_mode: str, pads: Sequence[int]) -> tuple[int, ...]:
+    """Smallest input size of each dimension, first to last, for which `padding_norm` holds."""
+    ends = list(zip(pads[::2], pads[1::2], strict=True))[::-1]
+    if padding_mode == "reflect":
+        return tuple(p + q + 2 if p and q else p + q + 1 for p, q in ends)
+    if padding_mode == "replicate":
+        return tuple(2 if p and q else 1 for p, q in ends)
+    if padding_mode == "circular":
+        return tuple(max(p, q, 1) for p, q in ends)
+    return (1,) * len(ends)
+
+
+def pad_input(input: Tensor, padding_mode: str, pads: Sequence[int]) -> Tensor:
+    """Pad by a mode other than zeros."""
+    if not any(pads):
+        return input
+    if padding_mode == "circular":
+        return circular_pad(input, pads)
+    return F.pad(input, list(pads), mode=padding_mode)
