@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, figures of no meaning")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--steps", type=int, default=200, help="before the residual is taken (3 from n = 1024 on)")
+    parser.add_argument("--steps", type=int, default=200, help="(3 from n = 1024 on)")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="directory of the JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
