@@ -1,7 +1,7 @@
 """Orthogonal and 1-Lipschitz layers for PyTorch, with constants that are proved.
 
 The names below are the ones most programs need; the rest lives in the sub-packages `layers`,
-`constraints`, `manifolds`, `functional`, `reparametrizers`, `linalg`, `losses`, `certify`,
+`constraints`, `manifolds`, `functional`, `init`, `reparametrizers`, `linalg`, `losses`, `certify`,
 `convert`, `models`, `recipes` and `testing`.
 """
 
@@ -14,6 +14,7 @@ from orthonet import (
     constraints,
     convert,
     functional,
+    init,
     layers,
     linalg,
     losses,
@@ -115,6 +116,7 @@ __all__ = [
     "convert",
     "fixed_rank",
     "functional",
+    "init",
     "grassmannian",
     "invertible",
     "defer_pullback",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,16 @@ from orthonet.errors import InPlaceEditWarning
 from orthonet.reparametrizers import CachedParametrizationList
 
 __all__ = ["ConstrainedList"]
+
+_INSIDE = (f"{Path(__file__).parents[1]}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}")
+
+
+def _levels_to_the_caller() -> int:
+    """How many frames above the calling function the code lies that is neither ours nor torch's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 class _Memory:
@@ -65,7 +78,7 @@ class ConstrainedList(CachedParametrizationList):
                 "a constrained tensor was edited in place, which has no effect: assign to it "
                 "instead, e.g. layer.weight = torch.nn.init.orthogonal_(layer.weight)",
                 InPlaceEditWarning,
-                stacklevel=4,
+                stacklevel=_levels_to_the_caller(),
             )
         value = super().forward()
         memory.note(value)

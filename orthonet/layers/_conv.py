@@ -194,7 +194,7 @@ class OrthoConv2d(_OrthoConv, nn.Conv2d):
             [`OrthoKernel`][orthonet.reparametrizers.OrthoKernel]).
         apply_by: "kernel", "factors" (the input is sent through the factors and no kernel is
             formed), or "auto": by what
-            [`application`][orthonet.layers.OrthoConv2d.application] expects to be faster.
+            `layer.application(input)` expects to be faster.
 
     Shape:
         As `nn.Conv2d`, unbatched input included.

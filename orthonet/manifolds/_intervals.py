@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
+from orthonet.linalg._spectral_map import singular_map
 from orthonet.manifolds._base import Manifold
-from orthonet.manifolds._factorized import SingularParametrization, high
+from orthonet.manifolds._factorized import SingularParametrization
 from orthonet.manifolds._maps import MappedParametrization
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds._scalar import Scalar, absolute, bounded_map, fold, positive_map
@@ -223,8 +224,10 @@ class SpectralBall(_Sampled):
 
     def project(self, x: Tensor) -> Tensor:
         """Larger singular values cut down to the radius."""
-        u, sigma, vh = torch.linalg.svd(high(x), full_matrices=False)
-        return ((u * sigma.clamp_max(self.radius)[..., None, :]) @ vh).to(x.dtype)
+        return singular_map(x, self._cut)
+
+    def _cut(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return sigma.clamp_max(self.radius), (sigma <= self.radius).to(sigma.dtype)
 
     def parametrization(
         self, shape: Sequence[int], *, f: Scalar = "fold", triv: Triv = "exponential"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.linalg import polar
+from orthonet.linalg._spectral_map import singular_map
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._factorized import SingularParametrization, high, raised
 from orthonet.manifolds._parametrization import Parametrization
@@ -68,8 +69,12 @@ class LowRank(Manifold):
 
     def project(self, x: Tensor) -> Tensor:
         """The truncated singular value decomposition."""
-        u, sigma, vh = self._truncated(x)
-        return ((u * sigma[..., None, :]) @ vh).to(x.dtype)
+        return singular_map(x, self._kept)
+
+    def _kept(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        slope = torch.zeros_like(sigma)
+        slope[..., : self.rank] = 1.0
+        return sigma * slope, slope
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
         r"""\(P_U v + v P_V - P_U v P_V\), where x has full rank `rank`.
@@ -179,9 +184,15 @@ class AlmostOrthogonal(Manifold):
         """Singular values clamped to the interval."""
         if self.lam == 0.0:
             return polar(x)
-        u, sigma, vh = torch.linalg.svd(high(x), full_matrices=False)
-        sigma = sigma.clamp(1.0 - self.lam, 1.0 + self.lam)
-        return ((u * sigma[..., None, :]) @ vh).to(x.dtype)
+        return singular_map(x, self._clamped)
+
+    def tangent(self, x: Tensor, v: Tensor) -> Tensor:
+        """All of `v`, or what is tangent to the Stiefel manifold for lam = 0."""
+        return Stiefel().tangent(x, v) if self.lam == 0.0 else v
+
+    def _clamped(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        image = sigma.clamp(1.0 - self.lam, 1.0 + self.lam)
+        return image, (image == sigma).to(sigma.dtype)
 
     def sample(
         self,

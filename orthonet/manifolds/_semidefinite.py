@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
+from orthonet.linalg._spectral_map import eigen_map
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._factorized import EigenParametrization, high, raised
 from orthonet.manifolds._linear import Symmetric, square_problem
@@ -61,14 +62,18 @@ class _Semidefinite(Manifold):
 
         Where they must not be 0, eigenvalues near it are raised to 0.001 of the largest.
         """
-        values, q = torch.linalg.eigh(high(0.5 * (x + x.mT)))
-        r = self._rank(x.shape)
-        kept = slice(x.shape[-1] - r, None)
-        values, q = values[..., kept].clamp_min(0.0), q[..., kept]
-        if self._strict() and r:
-            values = raised(values, torch.finfo(x.dtype).eps)
-        result = (q * values[..., None, :]) @ q.mT
-        return (0.5 * (result + result.mT)).to(x.dtype)
+        r, eps = self._rank(x.shape), torch.finfo(x.dtype).eps
+
+        def kept(values: Tensor) -> tuple[Tensor, Tensor]:
+            largest = values[..., values.shape[-1] - r :].clamp_min(0.0)
+            image = torch.zeros_like(values)
+            image[..., values.shape[-1] - r :] = (
+                raised(largest, eps) if self._strict() and r else largest
+            )
+            return image, ((image == values) & (values != 0)).to(values.dtype)
+
+        result = eigen_map(x, kept)
+        return 0.5 * (result + result.mT)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
         r"""The symmetric part, less what is outside of the range of x on both sides."""

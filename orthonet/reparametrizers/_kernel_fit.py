@@ -125,11 +125,12 @@ class _Problem:
         found = []
         for dim in reversed(self.dims):
             first, last = seen.select(2 + dim, 0), seen.select(2 + dim, -1)
-            found.append(self.projector(_gram(first, first) - _gram(last, last)))
-            seen = _adjoint(*found[-1], seen, dim)
+            base, weights = self.projector(_gram(first, first) - _gram(last, last))
+            found.append((base, weights))
+            seen = _adjoint(base, weights, seen, dim)
         found = found[::-1]
-        weights = [w for _, w in found if w is not None]
-        chosen = torch.stack(weights, dim=1) if weights else None
+        kept = [weights for _, weights in found if weights is not None]
+        chosen = torch.stack(kept, dim=1) if kept else None
         bases = torch.stack([base for base, _ in found], dim=1)
         return KernelFactors(outer=None, embedding=None, bases=bases, weights=chosen)
 

@@ -77,7 +77,10 @@ def test_the_base_moves_without_moving_the_point(case, dtype):
     for _ in range(3):
         c, v = p.update_base(c, torch.randn_like(c))
         assert torch.isfinite(v).all()
-        assert relative(p(c), x) <= 2 * EXACT[dtype]  # observed 1.7e-15 and 3.7e-6
+        assert relative(p(c), x) <= EXACT[dtype]  # observed 1.7e-15 and 4.7e-7
+        if isinstance(space, Stiefel):
+            off = torch.linalg.svdvals(p(c).double()) - 1.0
+            assert off.abs().max() <= EXACT[dtype]  # observed 3e-7 in float32
     if isinstance(p, Trivialization) and not hasattr(p, "start"):
         assert not c.any()
 

@@ -67,13 +67,14 @@ def test_02_assignment_and_new_bases_leave_ddp_intact(tmp_path):
 
 
 @pytest.mark.parametrize("triv", ["exponential", "cayley"])
-def test_03_the_base_does_not_drift(triv):
-    """There `update_base` after every step drifts and raises after some hundred steps."""
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_03_the_base_does_not_drift(triv, count):
+    """There `update_base` after every step drifts and raises after about 700 steps."""
     layer = orthonet.orthogonal(nn.Linear(16, 16), triv=triv)
     target = Stiefel().sample((16, 16))
     opt = torch.optim.SGD(layer.parameters(), lr=0.05)
     orthonet.rebase_every(layer, opt, 1)
-    for _ in range(300):
+    for _ in range(count):
         opt.zero_grad()
         (layer.weight - target).square().sum().backward()
         opt.step()
@@ -228,7 +229,7 @@ def test_14_rounding_does_not_add_up(n, triv):
     """There the exponential is off by 1e-5 at n = 256 after 200 steps."""
     layer = orthonet.orthogonal(nn.Linear(n, n, bias=False), triv=triv)
     target = torch.randn(n, n)
-    steps(layer, lambda m: (m.weight * target).sum(), 200 if n < 1024 else 60, lr=1e-2)
+    steps(layer, lambda m: (m.weight * target).sum(), 200, lr=1e-2)
     assert off(layer.weight) <= 2e-6  # observed 2.2e-7 at 32, 6.1e-7 at 256
 
 
