@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from orthonet import convert, layers
-from orthonet.certify import certify
 from orthonet.certify import _norms as norms
+from orthonet.certify import certify
 from tests.references import jacobian_reference
 
 
