@@ -218,15 +218,21 @@ def certify(
 ) -> LipschitzCertificate:
     r"""Prove an upper bound of the l2 Lipschitz constant of a model, for each sample.
 
-    The model is traced with `torch.fx`. Modules and functions with a rule get their constants,
-    everything else is looked into; then constants are multiplied along the graph, summed where
-    branches meet, and root-sum-squared where they are concatenated. Norms of matrices and
-    convolutions are proved (`spectral_norm_bound`, `convolution_norm_bound`), and all arithmetic
-    rounds outward.
+    The graph that `torch.export` gives, with a free batch size, is walked from input to output;
+    whatever does not depend on the input (parametrized weights, batch norm in eval mode) is
+    computed first, in the dtype of the model. Constants are multiplied along the graph, summed
+    where branches meet, and root-sum-squared where they are concatenated. Affine operations in a
+    row are joined into one matrix or one convolution. Norms are proved (`spectral_norm_bound`,
+    `convolution_norm_bound`), and all arithmetic rounds outward.
 
     Args:
-        model: Any module in eval mode that maps one tensor to one tensor.
-        example_input: A batch of inputs; its values do not matter, its shape and dtype do.
+        model: Any module in eval mode that maps tensors to tensors.
+        example_input: A batch of inputs, or one batch for each argument of the model; the values
+            do not matter, shape and dtype do.
+        effort: `"fast"`: coarse bounds of large convolutions, islands up to side 128, no search
+            from below. `"default"`: islands up to side 1024. `"tight"`: up to 4096, the best of
+            several bounds, a longer search.
+        lower: Search for a secant from below, so that the gap is seen (not with `"fast"`).
 
     Shape:
         example_input: (N, *), the batch first
@@ -243,7 +249,7 @@ def certify(
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval()
         >>> [row.op for row in certify(model, torch.ones(1, 2)).rows]
-        ['Linear', 'relu']
+        ['linear', 'relu']
     """
     examples = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
     _check_examples(examples)

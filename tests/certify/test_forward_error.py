@@ -53,7 +53,7 @@ def test_what_cannot_be_bounded_is_refused():
         found.rounding(torch.zeros(1, 5))
     with pytest.raises(ValueError, match="dtype must be a floating-point dtype"):
         found.rounding(torch.zeros(1, 5), dtype=torch.int32)
-    again = pickle.loads(pickle.dumps(found))  # noqa: S301
+    again = pickle.loads(pickle.dumps(found))
     assert again.constant == found.constant
     with pytest.raises(UncertifiableError, match="Call certify again"):
         again.rounding(torch.zeros(1, 5))
