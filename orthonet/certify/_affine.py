@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from orthonet.certify._export import BATCH, BatchDependent
 from orthonet.certify._marks import mark_of
@@ -236,7 +237,7 @@ def linear_part(states: list[State], source: State, x: Tensor, absolute: bool = 
                 raise ValueError("a constant that depends on the batch size")
             return Constant(found) if isinstance(found, Tensor) else found
 
-        args, kwargs = fx.node.map_arg((list(node.args), dict(node.kwargs)), value)
+        args, kwargs = map_arg((list(node.args), dict(node.kwargs)), value)
         action = action_of(state)
         env[node] = action.run(node.target, list(args), dict(kwargs), absolute)  # type: ignore[union-attr]
     return env[states[-1].node]

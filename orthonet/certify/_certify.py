@@ -39,21 +39,22 @@ def certify(
 ) -> LipschitzCertificate:
     r"""Prove an upper bound of the l2 Lipschitz constant of a model, for each sample.
 
-    The graph that `torch.export` gives, with a dynamic batch, is walked. What does not depend on
-    the input is folded into constants; modules and operations with a rule get their constants,
-    everything else is looked into. Constants are multiplied along the graph, maximal affine parts
-    are collapsed where that is smaller, and branches that meet are summed, or root-sum-squared
-    where they are concatenated. Norms of matrices and convolutions are proved
-    (`spectral_norm_bound`, `convolution_norm_bound`), and all arithmetic rounds outward.
+    The graph that `torch.export` gives, with a free batch size, is walked from input to output;
+    whatever does not depend on the input (parametrized weights, batch norm in eval mode) is
+    computed first, in the dtype of the model. Constants are multiplied along the graph, summed
+    where branches meet, and root-sum-squared where they are concatenated. Affine operations in a
+    row are joined into one matrix or one convolution. Norms are proved (`spectral_norm_bound`,
+    `convolution_norm_bound`), and all arithmetic rounds outward.
 
     Args:
-        model: Any module in eval mode.
-        example_input: A batch of inputs, or a sequence of them for a model of several; the values
-            do not matter to the bound, shapes and dtypes do.
-        effort: `"fast"` takes cheap bounds of convolutions, `"default"` proves norms, `"tight"`
-            also looks for a better bound than the product in multilayer perceptrons, see
+        model: Any module in eval mode that maps tensors to tensors.
+        example_input: A batch of inputs, or one batch for each argument of the model; the values
+            do not matter, shape and dtype do.
+        effort: `"fast"`: coarse bounds of large convolutions, islands up to side 128, no search
+            from below. `"default"`: islands up to side 1024. `"tight"`: up to 4096, the best of
+            several bounds, a longer search, and for multilayer perceptrons
             [`mlp_bound`][orthonet.certify.mlp_bound].
-        lower: Also search for an estimate from below, which shows how loose the bound is at most.
+        lower: Search for a secant from below, so that the gap is seen (not with `"fast"`).
 
     Shape:
         example_input: (N, *), the batch first
@@ -64,13 +65,13 @@ def certify(
 
     Raises:
         UncertifiableError: The model is in train mode, holds NaN or half-precision weights, mixes
-            samples, cannot be exported, or does something that no rule covers. The message names
+            samples, cannot be traced, or does something that no rule covers. The message names
             the operation and the module and says what to do.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval()
         >>> [row.op for row in certify(model, torch.ones(1, 2)).rows]
-        ['Linear', 'relu']
+        ['linear', 'relu']
     """
     examples = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
     _check_examples(examples)

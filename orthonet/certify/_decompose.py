@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 from orthonet.certify._rules import function_rule
 
@@ -31,7 +33,9 @@ def decompose(graph: fx.Graph, nodes: list[fx.Node]) -> None:
         if function_rule(target) is not None:
             continue
         if not table:
-            every = torch._decomp.core_aten_decompositions()
+            from torch._decomp import core_aten_decompositions  # slow to load, rarely needed
+
+            every = core_aten_decompositions()
             table = {op: f for op, f in every.items() if function_rule(op) is None}
         inner = _trace(node, table.get(target) or _composite(target), table)
         if inner is None or not _covered(inner):
@@ -72,15 +76,15 @@ def _trace(
     values = [n.meta.get("val") for n in inputs]
     if any(v is None for v in values):
         return None
-    modes = [v.fake_mode for v in values if isinstance(v, Tensor) and hasattr(v, "fake_mode")]
+    modes = [getattr(v, "fake_mode", None) for v in values if isinstance(v, Tensor)]
 
     def call(*found: Any) -> Any:
         env = dict(zip(inputs, found, strict=True))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: env[n])
         return function(*args, **kwargs)
 
     try:
-        with modes[0], torch.no_grad():
+        with modes[0] or nullcontext(), torch.no_grad():
             return make_fx(call, decomposition_table=table)(*values)
     except _FAILURES:
         return None

@@ -142,9 +142,7 @@ def _absolute_gain(call: Call) -> float | None:
         return min(math.sqrt(rows * columns), float(size.norm())) * _SAFE
     if call.op in _CONVOLUTIONS or call.op in _TRANSPOSED:
         size = call.constant(1, "weight").abs()
-        position, transposed = (8, call.get(6, "transposed", False)) if call.op == "convolution" else (
-            6, call.op in _TRANSPOSED)  # fmt: skip
-        groups = call.get(position, "groups", 1)
+        groups = call.get(8 if call.op == "convolution" else 6, "groups", 1)
         parts = size.unflatten(0, (groups, size.shape[0] // groups)).flatten(3).sum(3)
         first, second = float(parts.sum(1).max()), float(parts.sum(2).max())
         return math.sqrt(first * second) * _SAFE

@@ -157,7 +157,8 @@ def _lerp(call: Call) -> Step:
 
 @register_rule(
     "reshape", "view", "flatten", "ravel", "unflatten", "squeeze", "unsqueeze", "contiguous",
-    "clone", "detach", "alias", "lift_fresh_copy", "permute", "transpose", "movedim", "t", "pixel_shuffle",
+    "clone", "detach", "alias", "lift_fresh_copy", "permute", "transpose", "movedim",
+    "t", "pixel_shuffle",
     "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "positive", "pos", "float",
     "double", "to", "type_as",
 )  # fmt: skip

@@ -103,7 +103,7 @@ class Marker:
     def functions(self, model: nn.Module) -> Iterator[None]:
         """Wherever a function with a rule is named, put marks around its calls."""
         leaves = {id(f): f for f in function_leaves()}
-        spaces: list[dict[str, Any]] = [vars(functional), vars(F)]
+        spaces: list[Any] = [vars(functional), vars(F)]
         for module in model.modules():
             forward = type(module).forward
             spaces.append(getattr(forward, "__globals__", {}))

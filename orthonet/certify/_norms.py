@@ -1,4 +1,4 @@
-"""The norms that rules ask for, each computed once in a walk, with the effort that was asked for."""
+"""The norms that rules ask for, computed once in a walk with the effort that was asked for."""
 
 from __future__ import annotations
 

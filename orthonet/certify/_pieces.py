@@ -8,6 +8,7 @@ assumes that all of the change is in its piece.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -138,7 +139,7 @@ def _compatible(rows: list[_Combination | None]) -> bool:
     if len({(row.whole, row.dim) for row in rows}) != 1:  # type: ignore[union-attr]
         return False
     parts = sorted({part for row in rows for part in row.parts})  # type: ignore[union-attr]
-    return all(a[1] <= b[0] for a, b in zip(parts, parts[1:], strict=False))
+    return all(a[1] <= b[0] for a, b in pairwise(parts))
 
 
 def _piece(state: State) -> _Combination | None:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from orthonet import _checks
+from orthonet.certify._advice import ADVICE
 from orthonet.certify._affine import Island, action_of, materialise
 from orthonet.certify._bound import Bound
 from orthonet.certify._consistency import check_same_function, check_samples_apart
 from orthonet.certify._export import Program, export, fill, op_name, path_of, source_of
-from orthonet.certify._forms import form_bound, form_of
+from orthonet.certify._form_rules import form_of
+from orthonet.certify._forms import form_bound
 from orthonet.certify._marks import ROOT, LeafCall, mark_of
 from orthonet.certify._norms import limits, matrix_norm
 from orthonet.certify._pieces import Pieces
@@ -86,19 +88,6 @@ class State:
 
 
 _IDENTITY = Bound(1.0, kind="exact")
-_ADVICE = {
-    "scaled_dot_product_attention": "Dot-product attention has no Lipschitz constant: use "
-    "attention by distances, or certify on a bounded domain",
-    "pow": "Powers have no global Lipschitz constant",
-    "where": "A choice by value may jump: write it with relu, abs, maximum or minimum",
-    "normalize": "Normalization jumps at zero: use LayerNorm with an eps, or a fixed scale",
-    "einsum": "Use torch.nn.Linear or torch.matmul with a constant matrix",
-    "embedding": "A lookup by index has no constant: certify the model behind it",
-    "lstm": "Its gates multiply, so it has no global constant: use a vanilla RNN, unrolled",
-    "gru": "Its gates multiply: use a vanilla RNN, unrolled",
-    "bmm": "The product of two tensors that depend on the input, as in attention, has no "
-    "Lipschitz constant",
-}
 _DTYPES = (torch.float32, torch.float64)
 
 
@@ -256,7 +245,7 @@ class Walker:
             return Step((_IDENTITY,), REARRANGEMENT, roundings=0.0)
         rule = function_rule(node.target)
         if rule is None:
-            advice = _ADVICE.get(state.call.op, f"There is none for {state.call.op!r}")
+            advice = ADVICE.get(state.call.op, f"There is none for {state.call.op!r}")
             self._refuse(
                 node,
                 "every operation on the input must have a Lipschitz rule",
@@ -306,22 +295,29 @@ class Walker:
     def bound_of(self, state: State) -> Bound:
         """The smallest bound of a node that is found, from the input of the model to it."""
         if state.bound is None:
-            start, outer = time.perf_counter(), self.nested
-            self.nested = 0.0
-            best = self._island(state)
-            if best is None or best[2][3].kind != "exact":
-                product = self._product(state)
-                if best is None or product[0].value <= best[0].value:
-                    best = product
-            state.bound, state.used, row = best
-            seconds = time.perf_counter() - start
-            seconds, self.nested = seconds - self.nested, outer + seconds
-            if row is not None:
-                path, op, shape, gain, method = row
-                state.row = Row(
-                    path, op, shape, gain.value, state.bound.value, method, gain.kind, seconds
-                )
+            state.bound = self._best(state)
         return state.bound
+
+    def _best(self, state: State) -> Bound:
+        """The island or the product, whichever is smaller, and its row of the table.
+
+        The product is left out where the island gives the norm itself, and, unless the effort is
+        tight, where it is one convolution: it costs as much again and hardly ever wins.
+        """
+        start, outer = time.perf_counter(), self.nested
+        self.nested = 0.0
+        best = self._island(state)
+        if best is None or (best[2][3].kind != "exact" and limits().name == "tight"):
+            product = self._product(state)
+            if best is None or product[0].value <= best[0].value:
+                best = product
+        bound, state.used, row = best
+        seconds = time.perf_counter() - start
+        seconds, self.nested = seconds - self.nested, outer + seconds
+        if row is not None:
+            path, op, shape, gain, method = row
+            state.row = Row(path, op, shape, gain.value, bound.value, method, gain.kind, seconds)
+        return bound
 
     def _island(self, state: State) -> Any:
         """The bound of a node by all affine operations since the last other one, joined."""

@@ -41,7 +41,8 @@ def pairwise_constants(
 ) -> Tensor | None:
     """Upper bounds of the constants of y_i - y_j for y = W h(x), h of constant `features`.
 
-    `error` bounds the Frobenius norm of what W may be off. The smaller of ||w_i - w_j|| times the bound of the features and sqrt(2) times the whole.
+    The smaller of ||w_i - w_j|| times the bound of the features and sqrt(2) times the whole.
+    `error` bounds the Frobenius norm of what W may be off.
 
     Shape:
         rows: (classes, in), float64; returns (classes, classes), or None beyond 4096 classes.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from orthonet.certify._export import BATCH, BatchDependent, Program, op_name
 from orthonet.certify._marks import mark_of
@@ -39,7 +40,7 @@ def replay(program: Program, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
     for node in program.graph.nodes:
         if node.op != "call_function" or node in program.constants:
             continue
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        args, kwargs = map_arg((node.args, node.kwargs), value)
         if "dtype" in kwargs and kwargs["dtype"] in (torch.float32, torch.float64):
             kwargs = {**kwargs, "dtype": torch.float64}
         if "device" in kwargs:

@@ -197,8 +197,9 @@ _SPELLINGS = {
     "concat": "cat", "concatenate": "cat", "subtract": "sub", "multiply": "mul", "divide": "div",
     "true_divide": "div", "negative": "neg", "absolute": "abs", "arctan": "atan", "clip": "clamp",
     "expit": "sigmoid", "swapaxes": "transpose", "swapdims": "transpose", "moveaxis": "movedim",
-    "clamp_min": "clamp", "clamp_max": "clamp", "_softmax": "softmax", "_log_softmax": "log_softmax",
-    "_prelu_kernel": "prelu", "multiply_": "mul", "_unsafe_view": "view", "_to_copy": "to",
+    "clamp_min": "clamp", "clamp_max": "clamp", "_softmax": "softmax",
+    "_log_softmax": "log_softmax",
+    "_prelu_kernel": "prelu", "_unsafe_view": "view", "_to_copy": "to",
     "logsigmoid": "log_sigmoid", "log_sigmoid_forward": "log_sigmoid",
 }  # fmt: skip
 # What a subclass may change without changing the map.

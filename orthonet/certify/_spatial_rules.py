@@ -240,7 +240,9 @@ def _interpolate(call: Call) -> Step:
     scales = call.args[-1] if isinstance(call.args[-1], (tuple, list)) else (None,) * len(sizes)
     value = 1.0
     for size, out, scale in zip(sizes, outputs, scales, strict=True):
-        aim = {"scale_factor": scale, "recompute_scale_factor": False} if scale else {"size": out}
+        aim: dict[str, Any] = (
+            {"scale_factor": scale, "recompute_scale_factor": False} if scale else {"size": out}
+        )
         if mode == "bicubic" or kind.endswith("_aa"):  # exist for images only
             aim = {key: v if v is False else (v, 1) for key, v in aim.items()}
         norms = []

@@ -169,7 +169,8 @@ def convolution_norm_bound(
     small = min(rows, columns) <= more * _DENSE_SIDE
     small = small and groups * rows * columns <= more**2 * _DENSE_ENTRIES
     coarse = effort == "fast" and any(_coarse(axis) for axis in axes)
-    small = small and not (coarse and min(rows, columns) > _DENSE_SIDE // 4)
+    if effort == "fast":
+        small = small and min(rows, columns) <= _DENSE_SIDE // 4
     if method == "dense" or (method == "auto" and small and not exact and not folds):
         value, name, tight = _dense(weight, axes), f"matrix {rows}x{columns}", not folds
     else:

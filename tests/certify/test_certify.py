@@ -79,17 +79,6 @@ def random_network() -> tuple[nn.Module, torch.Tensor]:
     return model.eval(), x
 
 
-def test_random_networks_are_bounded_from_above():
-    gaps = []
-    for _ in range(40):
-        model, x = random_network()
-        truth = steepest(model, x)
-        bound = certify(model, x[:1]).constant.value
-        assert bound >= truth * (1 - 1e-12), model
-        gaps.append(bound / truth)
-    assert sorted(gaps)[20] < 20  # the median of bound / largest of 3 Jacobians; observed 5.1
-
-
 def test_networks_of_ours_have_constant_one():
     x = torch.rand(2, 3, 8, 8)
     model = nn.Sequential(

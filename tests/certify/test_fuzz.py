@@ -114,9 +114,9 @@ def check(seed: int) -> float | None:
 
 
 def test_random_networks_are_bounded_from_above():
-    gaps = [gap for gap in map(check, range(40)) if gap is not None]
-    assert len(gaps) > 25  # observed 35
-    assert statistics.median(gaps) < 10  # of bound / largest of 5 Jacobians; observed 2.4
+    gaps = [gap for gap in map(check, range(36)) if gap is not None]
+    assert len(gaps) > 25  # observed 33
+    assert statistics.median(gaps) < 10  # of bound / largest of 5 Jacobians; observed 1.4
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_many_random_networks_are_bounded_from_above():
 
 def test_single_convolutions_with_zero_padding_are_tight():
     ratios = []
-    for seed in range(12):
+    for seed in range(6):
         torch.manual_seed(seed)
         random.seed(seed)
         taps, stride = random.choice([2, 3, 5]), random.choice([1, 1, 2])

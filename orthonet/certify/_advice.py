@@ -1,0 +1,19 @@
+"""What to use instead of an operation that has no Lipschitz constant."""
+
+from __future__ import annotations
+
+__all__ = ["ADVICE"]
+
+ADVICE = {
+    "scaled_dot_product_attention": "Dot-product attention has no Lipschitz constant: use "
+    "attention by distances, or certify on a bounded domain",
+    "pow": "Powers have no global Lipschitz constant",
+    "where": "A choice by value may jump: write it with relu, abs, maximum or minimum",
+    "normalize": "Normalization jumps at zero: use LayerNorm with an eps, or a fixed scale",
+    "einsum": "Use torch.nn.Linear or torch.matmul with a constant matrix",
+    "embedding": "A lookup by index has no constant: certify the model behind it",
+    "lstm": "Its gates multiply, so it has no global constant: use a vanilla RNN, unrolled",
+    "gru": "Its gates multiply: use a vanilla RNN, unrolled",
+    "bmm": "The product of two tensors that depend on the input, as in attention, has no "
+    "Lipschitz constant",
+}
