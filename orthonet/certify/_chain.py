@@ -246,7 +246,8 @@ def _read_module(
         module=type(module).__name__,
     )  # fmt: skip
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not hooked:
+    known = (nn.Linear.forward, layers.OrthoLinear.forward)
+    if isinstance(module, nn.Linear) and type(module).forward in known and not hooked:
         bias = None if module.bias is None else module.bias.detach()
         return Affine(module.weight.detach(), bias)
     if type(module) in (nn.Dropout, nn.AlphaDropout, nn.Flatten, nn.Identity) and not hooked:
