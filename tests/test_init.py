@@ -5,7 +5,7 @@ from torch import nn
 from orthonet import init
 from orthonet.testing import orthogonality_error, singular_values
 
-# observed 1.0e-6 and 4.0e-15
+# observed over three seeds: 8.9e-7 and 1.2e-15
 ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
@@ -13,9 +13,9 @@ def test_orthogonal_fills_any_weight(dtype):
     for shape in ((5, 3), (3, 5), (4, 2, 3, 3), (1, 7)):
         w = init.orthogonal_(torch.empty(shape, dtype=dtype), gain=2.0)
         allowed = 2e-6 if dtype == torch.float32 else 1e-12
-        assert orthogonality_error(w.flatten(1) / 2) <= allowed  # observed 1.8e-7 and 4e-16
+        assert orthogonality_error(w.flatten(1) / 2) <= allowed  # observed 2.5e-7 and 4.4e-16
     half = init.orthogonal_(torch.empty(4, 4, dtype=torch.bfloat16))
-    assert orthogonality_error(half) <= 1e-2  # rounded once; observed 2.6e-3
+    assert orthogonality_error(half) <= 1e-2  # rounded once; observed 2.2e-3
     with pytest.raises(ValueError, match=r"orthogonal_: tensor must have at least two dimensions"):
         init.orthogonal_(torch.empty(3))
     draw = [
