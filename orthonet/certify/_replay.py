@@ -14,6 +14,7 @@ from orthonet.certify._marks import mark_of
 
 __all__ = ["Replay", "replay"]
 
+_CHECKS = {"_assert_tensor_metadata"}  # of the dtype that the model was exported in
 _CASTS = {"_to_copy", "to", "float", "double", "type_as"}
 
 
@@ -38,7 +39,7 @@ def replay(program: Program, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
         return found
 
     for node in program.graph.nodes:
-        if node.op != "call_function" or node in program.constants:
+        if node.op != "call_function" or node in program.constants or op_name(node) in _CHECKS:
             continue
         args, kwargs = map_arg((node.args, node.kwargs), value)
         if "dtype" in kwargs and kwargs["dtype"] in (torch.float32, torch.float64):

@@ -163,6 +163,11 @@ class ScaledWeight(CachedWeight):
         self.weight = weight
         self.lipschitz = float(lipschitz)
 
+    @property
+    def orthogonal(self) -> bool:
+        """Whether the weight that is scaled is that of an orthogonal convolution."""
+        return getattr(self.weight, "orthogonal", False)
+
     def evaluate(self) -> Tensor:
         """Compute the scaled weight."""
         return self.weight() * self.lipschitz
