@@ -14,7 +14,9 @@ from torch.fx.node import map_arg
 
 from orthonet.certify._rules import function_rule
 
-__all__ = ["decompose"]
+__all__ = ["decompose", "inline_regions"]
+
+_REGION = torch.ops.higher_order.wrap_with_autocast
 
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
@@ -53,6 +55,21 @@ def decompose(graph: fx.Graph, nodes: list[fx.Node]) -> None:
             for key in ("nn_module_stack", "stack_trace"):
                 if key in node.meta:
                     new.meta[key] = node.meta[key]
+        _replace(node, result)
+
+
+def inline_regions(module: fx.GraphModule) -> None:
+    """Put the operations of every region in which autocast is off in the place of the region."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not _REGION or node.args[2]:
+            continue
+        inner = module.get_submodule(str(node.args[4].target))
+        inline_regions(inner)
+        formal = (n for n in inner.graph.nodes if n.op == "placeholder")
+        mapping = dict(zip(formal, node.args[5:], strict=True))
+        with graph.inserting_before(node):
+            result: Any = graph.graph_copy(inner.graph, mapping)
         _replace(node, result)
 
 

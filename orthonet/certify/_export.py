@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from orthonet import _checks
-from orthonet.certify._decompose import decompose
+from orthonet.certify._decompose import decompose, inline_regions
 from orthonet.certify._marks import ROOT, LeafCall, Marked, mark_of, marked_copy
 from orthonet.errors import UncertifiableError
 
@@ -147,7 +147,8 @@ def export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
     constants: dict[fx.Node, Any] = {
         n: state[stored[n.name]].detach() for n in placeholders if n.name in stored
     }
-    for node in graph.nodes:  # regions under autocast are graphs of their own
+    inline_regions(program.graph_module)
+    for node in graph.nodes:  # graphs of their own, in which autocast is on
         if node.op == "get_attr":
             constants[node] = program.graph_module.get_submodule(str(node.target))
     result = Program([], nodes, outputs, constants, marker.calls)

@@ -88,7 +88,6 @@ class State:
 
 
 _IDENTITY = Bound(1.0, kind="exact")
-_DTYPES = (torch.float32, torch.float64)
 
 
 def propagate(model: nn.Module, examples: tuple[Tensor, ...], prefix: str = "") -> Walker:
@@ -176,7 +175,7 @@ class Walker:
                 "A certificate is given for each sample on its own; reshape with "
                 "x.flatten(1) or x.reshape(x.shape[0], ...)",
             )
-        if value.dtype not in _DTYPES:
+        if value.dtype not in (torch.float32, torch.float64):
             self._refuse(
                 node,
                 "a value that depends on the input must be float32 or float64",

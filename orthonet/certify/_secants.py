@@ -17,7 +17,7 @@ def _rows(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _lengths(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)
+    return torch.linalg.vector_norm(x.flatten(1) if x.ndim > 1 else x[:, None], dim=1)
 
 
 def _unit(x: Tensor) -> Tensor:

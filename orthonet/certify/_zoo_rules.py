@@ -134,10 +134,11 @@ def _residual_conv(module: Any, input_shape: Shape) -> Step:
 @register_rule(layers.LipNeXtBlock2d)
 def _lipnext(module: Any, input_shape: Shape) -> Step:
     _image(module, input_shape)
-    twin = _exact_copy(module)
-    with torch.no_grad():
-        rotation, mixing = twin.rotation.compute(), twin.mixing.compute()
-    norms = spectral_norm_bound(rotation), spectral_norm_bound(mixing @ rotation.mT)
+    with torch.no_grad():  # as forward computes them, in its dtype
+        rotation, mixing = module.rotation.compute(), module.mixing.compute()
+        mixing = _float64(module, mixing @ rotation.mT)
+    rotation = _float64(module, rotation)
+    norms = spectral_norm_bound(rotation), spectral_norm_bound(mixing)
     return upper(mul_up(*norms, module.lipschitz, _ROUNDING), "shift between orthogonal mixings")
 
 
