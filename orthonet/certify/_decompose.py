@@ -64,7 +64,7 @@ def inline_regions(module: fx.GraphModule) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not _REGION or node.args[2]:
             continue
-        inner = module.get_submodule(str(node.args[4].target))
+        inner: Any = module.get_submodule(str(node.args[4].target))
         inline_regions(inner)
         formal = (n for n in inner.graph.nodes if n.op == "placeholder")
         mapping = dict(zip(formal, node.args[5:], strict=True))
