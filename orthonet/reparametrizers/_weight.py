@@ -88,7 +88,7 @@ class OrthoWeight(CachedWeight):
     def _constrain(self, stored: Tensor) -> Tensor:
         return self.orthogonalizer(self.normalizer(stored.to(compute_dtype(stored.dtype))))
 
-    def recentre_(self) -> tuple[Tensor, Tensor] | None:
+    def recentre_(self) -> tuple[Tensor, Tensor | float] | None:
         """Re-centre `original` to c U and return U, c; None unless a forward pass would do so."""
         method = getattr(self.orthogonalizer, "recentre_", None)
         if method is None or type(self.normalizer) is not BatchedIdentity:
