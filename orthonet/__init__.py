@@ -41,7 +41,7 @@ from orthonet.constraints import (
     symmetric,
     update_base,
 )
-from orthonet.convert import to_plain
+from orthonet.convert import orthogonalize, to_plain
 from orthonet.errors import (
     NotOnManifoldError,
     OrthonetError,
@@ -129,6 +129,7 @@ __all__ = [
     "manifolds",
     "oblique",
     "orthogonal",
+    "orthogonalize",
     "positive_definite",
     "positive_semidefinite",
     "positive_semidefinite_fixed_rank",
