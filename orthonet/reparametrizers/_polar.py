@@ -52,9 +52,12 @@ class BatchedPolarOrthogonalization(Orthogonalizer):
     a weight has jumped. Square [`OrthoLinear`][orthonet.layers.OrthoLinear] layers take their
     gradient from that of their input then.
 
+    Under FSDP2, which lends a temporary parameter to the forward pass, so that what is written is
+    lost, [`OrthoWeight`][orthonet.reparametrizers.OrthoWeight] takes the cold way, with the
+    gradient at the parameter as it is.
+
     It is off by default because a parameter that changes in forward is not what everybody expects:
-    leave it off with FSDP2, which hands a temporary parameter to the forward, so that what is
-    written is lost; with an optimizer that computes with a parameter of before the forward (LBFGS
+    leave it off with an optimizer that computes with a parameter of before the forward (LBFGS
     builds its curvature pairs so; SAM must restore a copy, not subtract its step); with parameters
     that an earlier penalty has saved for backward (autograd reports it); or when passing an
     `nn.Parameter` of another model to `functional_call`. No other start is kept for these cases: a
