@@ -42,7 +42,7 @@ from orthonet.constraints import (
     symmetric,
     update_base,
 )
-from orthonet.convert import to_plain
+from orthonet.convert import orthogonalize, to_plain
 from orthonet.errors import (
     NotOnManifoldError,
     OrthonetError,
@@ -131,6 +131,7 @@ __all__ = [
     "oblique",
     "optim",
     "orthogonal",
+    "orthogonalize",
     "positive_definite",
     "positive_semidefinite",
     "positive_semidefinite_fixed_rank",
