@@ -213,7 +213,6 @@ class StiefelOptimizer(Optimizer):
             if id(block) in results:
                 x, state = results[id(block)]
                 given = [x, *(state[n] for n in names)]
-                given = [t.contiguous() for t in given]
             else:
                 n, k = max(block.shape), min(block.shape)
                 batch = () if block.alone else (sum(block.counts),)
@@ -223,10 +222,11 @@ class StiefelOptimizer(Optimizer):
                     torch.empty(*batch, *shape, dtype=like.dtype, device=like.device)
                     for shape in shapes
                 ]
-            results[id(block)] = (given[0], dict(zip(names, given[1:], strict=True)))
             pieces += given
             whose += [owner] * len(given)
-        exchange(pieces, whose, self.process_group)
+        received = iter(exchange(pieces, whose, self.process_group))
+        for block in found:
+            results[id(block)] = next(received), {name: next(received) for name in names}
 
     def _direction(
         self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]
