@@ -77,6 +77,7 @@ from orthonet.reparametrizers import (
     defer_pullback,
     fuse,
     invalidate,
+    share_among_ranks,
     unfuse,
 )
 
@@ -138,6 +139,7 @@ __all__ = [
     "positive_semidefinite_low_rank",
     "rebase_every",
     "reparametrizers",
+    "share_among_ranks",
     "skew",
     "sln",
     "sphere",
