@@ -76,6 +76,7 @@ from orthonet.reparametrizers import (
     defer_pullback,
     fuse,
     invalidate,
+    parameter_groups,
     unfuse,
 )
 
@@ -128,6 +129,7 @@ __all__ = [
     "low_rank",
     "manifolds",
     "oblique",
+    "parameter_groups",
     "orthogonal",
     "orthogonalize",
     "positive_definite",

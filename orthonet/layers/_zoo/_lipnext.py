@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks, functional
+from orthonet.layers._base import WithoutPlainWeight
 from orthonet.layers._piecewise import BetaAbs
 from orthonet.layers._zoo._base import match_channels, new_bias
 from orthonet.reparametrizers import POLAR_ORTHO_PARAMS, OrthoParams, OrthoWeight
@@ -52,7 +53,7 @@ class SpatialShift2d(nn.Module):
         return f"fraction={self.fraction:g}, padding_mode={self.padding_mode!r}"
 
 
-class LipNeXtBlock2d(nn.Module):
+class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
     r"""LipNeXt block: \(y = K\, \beta\mathrm{Abs}(M R^\top S(R x) + b)\), without a convolution.
 
     R and M are orthogonal matrices over the channels, S shifts a share of the channels by one
