@@ -88,10 +88,15 @@ def _recurrent(kind: Callable[..., nn.Module], twin: Callable[..., nn.Module]) -
                lambda: First(twin(3, 4)))  # fmt: skip
 
 
-def _constraint(verb: Callable[..., nn.Module], *arguments: Any, square: bool = False) -> Row:
+def _constraint(
+    verb: Callable[..., nn.Module], *arguments: Any, square: bool = False, name: str = ""
+) -> Row:
     shape = (4, 4) if square else (4, 8)
-    return Row(verb.__name__, "constraint", lambda: verb(nn.Linear(*shape), "weight", *arguments),
-               (4,), lambda: nn.Linear(*shape))  # fmt: skip
+
+    def make() -> nn.Module:
+        return verb(nn.Linear(*shape), "weight", *arguments)
+
+    return Row(name or verb.__name__, "constraint", make, (4,), lambda: nn.Linear(*shape))
 
 
 _ROWS = [
@@ -110,7 +115,8 @@ _ROWS = [
     _recurrent(layers.OrthoLSTM, nn.LSTM),
     *(_zoo("linear", n) for n in available("linear") if n not in ("ortho", "lot", "unit_norm")),
     *(_zoo("conv", n) for n in available("conv") if n != "ortho"),
-    _constraint(c.orthogonal), _constraint(c.almost_orthogonal), _constraint(c.grassmannian),
+    _constraint(c.orthogonal), _constraint(c.orthogonal, square=True, name="orthogonal, square"),
+    _constraint(c.almost_orthogonal), _constraint(c.grassmannian),
     _constraint(c.spectral_ball), _constraint(c.low_rank, 2), _constraint(c.fixed_rank, 2),
     _constraint(c.sphere), _constraint(c.oblique), _constraint(c.unit_norm),
     _constraint(c.nonnegative), _constraint(c.bounded), _constraint(c.norm_ball),
