@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from orthonet.certify._affine import _variance
+from orthonet.certify._normalization_error import normalization_error
 from orthonet.certify._replay import replay
 from orthonet.certify._rules import Call, Operand, Rounding, Step
 from orthonet.certify._sizes import absolute_convolution, absolute_matrix
@@ -104,6 +105,10 @@ class _Errors:
             norm = torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1)
             return (norm + self.ball) * cast
         step, call = self.walker.step_of(state), state.call
+        if step.roundings is None and len(state.parents) == 1:
+            normalized = self._normalized(state, state.parents[0])
+            if normalized is not None:
+                return normalized
         if step.roundings is None:
             call.refuse(
                 "the rounding of this operation is not known",
@@ -130,6 +135,18 @@ class _Errors:
             wide = math.prod(state.shape) ** 0.5 * max(1.0, absolute or 1.0)
             own = own * relative + step.roundings * wide * 2.0**-120
         return (carried + own) * _SAFE
+
+    def _normalized(self, state: State, parent: State) -> Tensor | None:
+        """The error of a normalization by the statistics of its input."""
+        error, values = self.of(parent), self.values[parent.node]
+        if not isinstance(values, Tensor):
+            return None
+        near = error
+        if self.exact is not None:
+            near = near + self.exact.of(parent)
+        if bool((self.ball > 0).any()):
+            near = near + self.walker.bound_of(parent).value * self.ball
+        return normalization_error(state.call, values, near, error, self.relative)
 
     def _compound(self, step: Step, rounding: Rounding, state: State, parent: State) -> Tensor:
         """The error of a map of one operand that counts its roundings itself."""
