@@ -77,6 +77,8 @@ from orthonet.reparametrizers import (
     defer_pullback,
     fuse,
     invalidate,
+    parameter_groups,
+    share_among_ranks,
     unfuse,
 )
 
@@ -130,6 +132,7 @@ __all__ = [
     "manifolds",
     "oblique",
     "optim",
+    "parameter_groups",
     "orthogonal",
     "orthogonalize",
     "positive_definite",
@@ -138,6 +141,7 @@ __all__ = [
     "positive_semidefinite_low_rank",
     "rebase_every",
     "reparametrizers",
+    "share_among_ranks",
     "skew",
     "sln",
     "sphere",
