@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
+from orthonet.layers._base import WithoutPlainWeight
 from orthonet.layers._zoo._base import (
     adopt_arguments,
     match_channels,
@@ -64,7 +65,7 @@ class SkewKernel(nn.Module):
         return f"shape={tuple(self.original.shape)}, reach={self.reach:g}"
 
 
-class SOCConv2d(nn.Module):
+class SOCConv2d(WithoutPlainWeight, nn.Module):
     r"""Skew orthogonal convolution: \(y = e^{L} x\), the exponential series applied to the image.
 
     \(T_n(L) = \sum_{i < n} L^i / i!\) is applied term by term. For a skew L the eigenvalues are
