@@ -1,8 +1,8 @@
 """Orthogonal and 1-Lipschitz layers for PyTorch, with constants that are proved.
 
 The names below are the ones most programs need; the rest lives in the sub-packages `layers`,
-`constraints`, `manifolds`, `functional`, `init`, `reparametrizers`, `linalg`, `losses`, `certify`,
-`convert`, `models`, `recipes` and `testing`.
+`constraints`, `manifolds`, `functional`, `init`, `reparametrizers`, `linalg`, `losses`, `optim`,
+`certify`, `convert`, `models`, `recipes` and `testing`.
 """
 
 from importlib.metadata import version
@@ -19,6 +19,7 @@ from orthonet import (
     linalg,
     losses,
     manifolds,
+    optim,
     reparametrizers,
 )
 from orthonet.certify import LipschitzCertificate
@@ -130,6 +131,7 @@ __all__ = [
     "manifolds",
     "oblique",
     "parameter_groups",
+    "optim",
     "orthogonal",
     "orthogonalize",
     "positive_definite",

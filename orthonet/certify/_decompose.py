@@ -16,7 +16,7 @@ from orthonet.certify._rules import function_rule
 
 __all__ = ["decompose", "inline_regions"]
 
-_REGION = torch.ops.higher_order.wrap_with_autocast
+_REGION = "wrap_with_autocast"  # by name: PyTorch 2.6 loads the operation only when it is used
 
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
@@ -62,7 +62,7 @@ def inline_regions(module: fx.GraphModule) -> None:
     """Put the operations of every region in which autocast is off in the place of the region."""
     graph = module.graph
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not _REGION or node.args[2]:
+        if getattr(node.target, "__name__", "") != _REGION or node.args[2]:
             continue
         inner: Any = module.get_submodule(str(node.args[4].target))
         inline_regions(inner)

@@ -1,8 +1,11 @@
-"""Rules of the layers of the zoo: proved from the weights that they compute, in float64."""
+"""Rules of the layers of the zoo, proved from the weights that their forward computes.
+
+The weights are taken in the dtype of the layer, with the rounding that they have there, and their
+norms are bounded in float64: a weight that was recomputed in float64 would be another layer.
+"""
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -20,22 +23,24 @@ from orthonet.linalg.enclosure import spectral_norm_bound
 
 __all__: list[str] = []
 
-_ROUNDING = up(1.0 + 2.0**-45)  # a chain of a few dozen roundings in float64
+# A chain of roundings in float64; entry by entry they change the norm of a matrix of rank r by at
+# most sqrt(r) times as much, so that this covers 2^9 of them up to r = 10^6.
+_ROUNDING = up(1.0 + 2.0**-33)
 
 
 def _float64(module: nn.Module, tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().to("cpu", torch.float64)
+    high = torch.complex128 if tensor.is_complex() else torch.float64
+    tensor = tensor.detach().to("cpu", high)
     if not bool(tensor.isfinite().all()):
         _refuse(module, "weights and statistics must be finite", "Look for a NaN or an infinity")
     return tensor
 
 
-def _exact_copy(module: nn.Module) -> Any:
-    """The module in float64 on the CPU: what it computes from its parameters as they are."""
-    twin = copy.deepcopy(module).to("cpu", torch.float64)
-    for parameter in twin.parameters():
-        _float64(module, parameter)  # refuses NaN and infinity
-    return twin
+@torch.no_grad()
+def _deployed(module: Any, *size: Any) -> list[Tensor]:
+    """What the parametrization of the module computes, as forward takes it."""
+    found = module.parametrization(*size)
+    return [_float64(module, t) for t in (found if isinstance(found, tuple) else (found,))]
 
 
 def _image(module: nn.Module, input_shape: Shape) -> tuple[int, int]:
@@ -47,9 +52,7 @@ def _image(module: nn.Module, input_shape: Shape) -> tuple[int, int]:
 def _blocks(module: Any, input_shape: Shape) -> tuple[Tensor, str]:
     """The symbol on the torus that the layer works on."""
     torus, _ = module._torus(_image(module, input_shape))
-    size = tuple(n // module.stride[0] for n in torus)
-    with torch.no_grad():
-        blocks = _exact_copy(module).blocks(size)
+    (blocks,) = _deployed(module, tuple(n // module.stride[0] for n in torus))
     return blocks, "{} Fourier blocks {}x{}".format(blocks.shape[1], *blocks.shape[2:])
 
 
@@ -64,9 +67,21 @@ def _fourier(module: Any, input_shape: Shape) -> Step:
     return upper(value, text)
 
 
+# For any A and B, s of slopes in [0, 1] and positive D, x -> sqrt2 K A* D s(sqrt2 D^-1 B x + b) has
+# the constant K N with N = |[A, B]|^2: u = D ds has |u|^2 <= sqrt2 <u, B dx>, and
+# |A* u|^2 <= N |u|^2 - |B* u|^2, so |dy|^2 <= 2 K^2 max_w (sqrt2 N <w, dx> - |w|^2), which is
+# K^2 N^2 |dx|^2.
+
+
 @register_rule(layers.SandwichConv2d)
 def _sandwich_conv(module: Any, input_shape: Shape) -> Step:
     blocks, text = _blocks(module, input_shape)
+    split = module.out_channels // module.groups
+    with torch.no_grad():  # as forward multiplies by them: their product is 2 up to rounding
+        like = torch.empty((), dtype=compute_dtype(module.parametrization.original.dtype))
+        up_, down = (_float64(module, module._scale(sign, like)) for sign in (1, -1))
+    product = (up_ * down / 2).view(module.groups, 1, 1, split)
+    blocks = torch.cat([blocks[:, :, :split], blocks[:, :, split:] * product], 2)
     norm = spectral_norm_bound(blocks)
     return upper(mul_up(norm, norm, module.lipschitz, _ROUNDING), f"|[A, B]|^2, {text}")
 
@@ -74,7 +89,10 @@ def _sandwich_conv(module: Any, input_shape: Shape) -> Step:
 @register_rule(layers.SandwichLinear)
 def _sandwich(module: Any, input_shape: Shape) -> Step:
     with torch.no_grad():
-        a, b = _exact_copy(module).parametrization()
+        outer, inner = (_float64(module, factor) for factor in module.factors())
+        scale = _float64(module, module.log_scale).clamp(-20.0, 20.0).exp()
+    a = outer.mT / (math.sqrt(2) * module.lipschitz) / scale[:, None]
+    b = inner * (scale / math.sqrt(2))[:, None]
     norm = spectral_norm_bound(torch.cat([a, b], 1))
     return upper(mul_up(norm, norm, module.lipschitz, _ROUNDING), "|[A, B]|^2")
 
@@ -83,10 +101,15 @@ def _sandwich(module: Any, input_shape: Shape) -> Step:
 def _soc(module: Any, input_shape: Shape) -> Step:
     """The remainder of the series of a skew operator, from a proved norm of it."""
     size = _image(module, input_shape)
-    twin = _exact_copy(module)
     with torch.no_grad():
-        kernel, used = twin.parametrization()
-    terms = module._number_of_terms(compute_dtype(module.parametrization.original.dtype))
+        kernel, used = module.parametrization()
+        terms = module._number_of_terms(kernel.dtype)
+        divided = module.lipschitz / (1.0 + used**terms / math.factorial(terms))
+    factor = float(_float64(module, divided))
+    kernel = _float64(module, kernel)
+    grouped = kernel.unflatten(0, (module.groups, -1))
+    if not torch.equal(grouped, -grouped.transpose(1, 2).flip(-2, -1)):
+        _refuse(module, "the kernel must be skew", "Make it by L = M - M^T, as the layer does")
     norm = convolution_norm_bound(
         kernel,
         size,
@@ -96,8 +119,7 @@ def _soc(module: Any, input_shape: Shape) -> Step:
         padding_mode=module.padding_mode,
     ).value
     remainder = mul_up(up(math.pow(up(norm), terms)), 1.0 / math.factorial(terms), _ROUNDING)
-    divided = 1.0 + float(used) ** terms / math.factorial(terms)
-    value = mul_up(div_up(add_up(1.0, remainder), divided), module.lipschitz, _ROUNDING)
+    value = mul_up(add_up(1.0, remainder), factor)
     return upper(value, f"series of {terms} terms at |L| <= {norm:.3g}")
 
 
@@ -109,8 +131,7 @@ def _step_of_descent(factor: float, norm: float) -> float:
 
 @register_rule(layers.CPLLinear, layers.SLLLinear)
 def _residual_linear(module: Any, input_shape: Shape) -> Step:
-    with torch.no_grad():
-        weight, scale = _exact_copy(module).parametrization()
+    weight, scale = _deployed(module)
     norm = spectral_norm_bound(weight * (scale / 2).sqrt()[:, None])
     return upper(_step_of_descent(module.lipschitz, norm), f"|T^-1/2 J| = {norm:.6g}")
 
@@ -118,8 +139,7 @@ def _residual_linear(module: Any, input_shape: Shape) -> Step:
 @register_rule(layers.CPLConv2d, layers.SLLConv2d)
 def _residual_conv(module: Any, input_shape: Shape) -> Step:
     size = _image(module, input_shape)
-    with torch.no_grad():
-        weight, scale = _exact_copy(module).parametrization()
+    weight, scale = _deployed(module)
     norm = convolution_norm_bound(
         weight * (scale / 2).sqrt().view(-1, 1, 1, 1),
         size,
@@ -178,8 +198,8 @@ def _scale(module: layers.Scale, input_shape: Shape) -> Step:
 @register_rule(layers.BatchLipNorm1d, layers.BatchLipNorm2d, layers.BatchLipNorm3d)
 def _batch_lip_norm(module: Any, input_shape: Shape) -> Step:
     with torch.no_grad():
-        gains = module.gains(_float64(module, module.running_var))
-    return exact(mul_up(float(gains.abs().max()), _ROUNDING), "diagonal of running statistics")
+        gains = _float64(module, module.gains())
+    return exact(float(gains.abs().max()), "diagonal of running statistics")
 
 
 @register_rule(layers.PrescaledResidual, nested=True)

@@ -15,6 +15,7 @@ __all__ = [
     "compute_dtype",
     "gram_defect",
     "in_transform",
+    "is_traced",
     "minus_transpose",
     "on_tall",
     "require_finite",
@@ -45,6 +46,11 @@ def in_transform(*tensors: Tensor) -> bool:
         functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
         for t in tensors
     )
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether code must be one graph of plain operations: under a compiler or a transform."""
+    return torch.compiler.is_compiling() or in_transform(*tensors)
 
 
 def on_tall(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

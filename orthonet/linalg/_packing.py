@@ -7,9 +7,14 @@ traces, compiles and maps over batches like any arithmetic.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from orthonet.linalg._matrix import is_traced
 
 __all__ = [
     "pack_skew",
@@ -29,6 +34,8 @@ def _rectangle(n: int) -> tuple[int, int]:
 def pack_triangle(a: Tensor) -> Tensor:
     """Lower triangle of (*batch, n, n), diagonal included, as (*batch, n (n + 1) / 2)."""
     n = a.shape[-1]
+    if n < 2:
+        return a.flatten(-2)
     rows, columns = _rectangle(n)
     shift = rows - n  # the triangle starts one row lower where n is even
     corner = a[..., columns:, columns:].mT.triu()
@@ -40,6 +47,8 @@ def pack_triangle(a: Tensor) -> Tensor:
 
 def unpack_triangle(packed: Tensor, n: int) -> Tensor:
     """The inverse of `pack_triangle`: zeros above the diagonal."""
+    if n < 2:
+        return packed.reshape(*packed.shape[:-1], n, n)
     rows, columns = _rectangle(n)
     shift = rows - n
     rectangle = packed.unflatten(-1, (rows, columns))
@@ -68,8 +77,40 @@ def unpack_skew(packed: Tensor, n: int) -> Tensor:
         strict, diagonal = lower.tril(-1), lower.diagonal(dim1=-2, dim2=-1)
         imaginary = torch.complex(torch.zeros_like(diagonal.real), diagonal.imag)
         return strict - strict.mH + torch.diag_embed(imaginary)
-    lower = F.pad(unpack_triangle(packed, max(n - 1, 0)), (0, min(n, 1), min(n, 1), 0))
-    return lower - lower.mT
+    if n < 2:  # zero, as the sum of no coordinate
+        return packed.new_zeros(*packed.shape[:-1], n, n) + packed.sum(-1)[..., None, None]
+    if packed.is_meta or is_traced(packed):
+        lower = F.pad(unpack_triangle(packed, n - 1), (0, 1, 1, 0))
+        return lower - lower.mT
+    return _UnpackSkew.apply(packed, n)  # type: ignore[return-value]
+
+
+class _UnpackSkew(torch.autograd.Function):
+    """`unpack_skew` of real coordinates with few passes over memory, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, n: int) -> Tensor:
+        m = n - 1  # the strict triangle is a whole one of this size, a row below the first
+        rows, columns = _rectangle(m)
+        shift = rows - m
+        rectangle = packed.unflatten(-1, (rows, columns))
+        lower = packed.new_zeros(*packed.shape[:-1], n, n)
+        triangle = lower[..., 1:, :-1]
+        triangle[..., :, :columns] = rectangle[..., shift:, :].tril()
+        corner = rectangle[..., : m - columns, 1 - shift :]
+        triangle[..., columns:, columns:] = corner.triu().mT
+        return lower - lower.mT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (g,) = grads
+        return pack_skew(g - g.mT), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        packed, _ = tangents
+        n = round(0.5 + math.sqrt(0.25 + 2.0 * packed.shape[-1]))
+        return unpack_skew(packed, n)
 
 
 def pack_symmetric(a: Tensor) -> Tensor:

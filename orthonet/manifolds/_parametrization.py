@@ -28,7 +28,10 @@ __all__ = ["Parametrization", "without_autocast"]
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Switch autocast off, on devices that know it."""
     kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind):
+    # The compilers of early versions cannot ask, and every device that they compile for knows it.
+    if not torch.compiler.is_compiling() and not (
+        torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    ):
         return contextlib.nullcontext()
     return torch.autocast(kind, enabled=False)
 

@@ -13,10 +13,10 @@ from orthonet import _checks
 from orthonet.linalg._packing import pack_skew, unpack_skew
 from orthonet.linalg._rotation import (
     complement_reflector,
-    frame_cayley,
+    frame_cayley_inverse,
     frame_exponential,
     polished,
-    skew_cayley,
+    rotated_cayley,
     skew_exponential,
     times_complement,
     times_complement_adjoint,
@@ -160,6 +160,8 @@ class FrameTrivialization(Trivialization):
     def split(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         """A, k x k, and C, (n - k) x k."""
         n, k = self._sizes
+        if n == k and self.rotate:
+            return unpack_skew(coordinates, k), coordinates.new_empty(*self.batch_shape, 0, k)
         a, c = coordinates.split([self._rotations, (n - k) * k], -1)
         c = c.unflatten(-1, (n - k, k)) if k else c.new_zeros(*c.shape[:-1], n, 0)
         skew = unpack_skew(a, k) if self.rotate else c.new_zeros(*c.shape[:-2], k, k)
@@ -170,8 +172,10 @@ class FrameTrivialization(Trivialization):
         a, c = self.split(coordinates)
         base = self.base.to(coordinates.dtype)
         base = base.mT if self.transposed else base
-        if n == k:
-            q = base @ self._square(a)
+        if self.triv == "cayley":
+            q = self._cayley(base, a, c)
+        elif n == k:
+            q = base @ (polished(self.triv(a)) if callable(self.triv) else skew_exponential(a))
         else:
             if callable(self.triv):
                 zeros = c.new_zeros(*c.shape[:-2], n - k, n - k)
@@ -179,16 +183,17 @@ class FrameTrivialization(Trivialization):
                 column = self.triv(full)[..., :k]
                 top, rest = column[..., :k, :], column[..., k:, :]
             else:
-                frame = frame_cayley if self.triv == "cayley" else frame_exponential
-                top, rest = frame(a, c)
+                top, rest = frame_exponential(a, c)
             q = base @ top + times_complement(self.reflector.to(coordinates.dtype), rest)
             q = polished(q)
         return q.mT if self.transposed else q
 
-    def _square(self, a: Tensor) -> Tensor:
-        if callable(self.triv):
-            return polished(self.triv(a))
-        return skew_cayley(a) if self.triv == "cayley" else skew_exponential(a)
+    def _cayley(self, base: Tensor, a: Tensor, c: Tensor) -> Tensor:
+        if not c.shape[-2]:
+            return rotated_cayley(base, a)
+        # B (2 N - I) + B_perp C N, with one product with N
+        both = torch.add(times_complement(self.reflector.to(c.dtype), c), base, alpha=2.0)
+        return polished(both @ frame_cayley_inverse(a, c) - base)
 
     @torch.no_grad()
     def _move(self, x: Tensor) -> None:

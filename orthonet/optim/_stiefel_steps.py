@@ -1,0 +1,71 @@
+r"""Steps on the Stiefel manifold, for batches of tall matrices.
+
+The tangent space at X is \(\{D : X^\top D + D^\top X = 0\}\), the projection onto it
+\(P_X(V) = V - X\,\mathrm{sym}(X^\top V)\), and the retraction of a step D the polar factor of
+\(X + D\), which for tangent D is the nearest orthogonal matrix and agrees with the geodesic up to
+terms of third order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from orthonet.linalg import polar
+from orthonet.linalg._matrix import add_identity
+from orthonet.linalg._polar_steps import finish, measure
+
+__all__ = ["newton_schulz_sign", "residual", "retract", "symmetric_part", "tangent"]
+
+# The odd quintic of Muon: maps (0, 1] into about [0.7, 1.2] in five steps and keeps zeros.
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def symmetric_part(s: Tensor) -> Tensor:
+    """(S + S^T) / 2."""
+    return (s + s.mT).mul_(0.5)
+
+
+def tangent(x: Tensor, v: Tensor) -> Tensor:
+    """P_X(V): two products of the size of X."""
+    return v - x @ symmetric_part(x.mT @ v)
+
+
+def retract(ys: list[Tensor]) -> list[Tensor]:
+    r"""The polar factor of every matrix, certified by the defect that is measured on the way.
+
+    For \(Y = X + D\) with tangent D, \(Y^\top Y - I = D^\top D\) is of second order: one pass of
+    degree 1 (two products in all) reaches rounding for \(\|D\|_2 \le 0.036\), of degree 2 (three)
+    up to 0.12, of degree 4 (four) up to 0.33; longer steps take further passes, and what these do
+    not reach an eigendecomposition or an SVD does. What earlier steps have left is in the defect
+    too, so nothing accumulates. On an accelerator the host reads once for all batches.
+    """
+    if torch.compiler.is_compiling() or all(y.is_cpu for y in ys):
+        return [polar(y) for y in ys]
+    measured = [measure(y) for y in ys]
+    bounds = torch.stack([m.bound.float() for m in measured]).tolist()
+    results = []
+    for y, m, bound in zip(ys, measured, bounds, strict=True):
+        found = finish(y, m, bound)
+        results.append(polar(y) if found is None else found[0])
+    return results
+
+
+def residual(x: Tensor) -> Tensor:
+    r"""\(\|X^\top X - I\|_F\) of each tall matrix, computed in float64.
+
+    It bounds \(\max|\sigma - 1|\), since \(|\sigma - 1| \le |\sigma^2 - 1|\).
+    """
+    x = x.double()
+    return torch.linalg.matrix_norm(add_identity(x.mT @ x, -1.0))
+
+
+def newton_schulz_sign(d: Tensor, steps: int) -> Tensor:
+    """D with its singular values brought near 1, zeros staying zero; three products a step."""
+    a, b, c = _QUINTIC
+    tiny = torch.finfo(d.dtype).tiny
+    x = d / torch.linalg.matrix_norm(d, keepdim=True).clamp_min(tiny)
+    for _ in range(steps):
+        gram = x.mT @ x
+        x = x @ add_identity(gram * b + (gram @ gram) * c, a)
+    return x
