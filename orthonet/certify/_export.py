@@ -266,7 +266,7 @@ def _fold(program: Program) -> None:
     moving = set(program.inputs)
     constants = program.constants
     for node in program.nodes:
-        if node.op == "placeholder":
+        if node.op in ("placeholder", "get_attr"):  # a graph of its own is no value
             continue
         parents = program.parents(node)
         shape_only = op_name(node) in _SHAPE_ONLY

@@ -158,7 +158,7 @@ def state_dict(row: Row) -> None:
 
 @column("safetensors")
 def safetensors(row: Row) -> None:
-    """`safetensors.torch.save_model` and `load` with a strict `load_state_dict`: the same bits."""
+    """`safetensors.torch.save` and `load`, then a strict `load_state_dict`: the same bits."""
     from safetensors.torch import load, save
 
     layer, other = row.make(), row.make()
@@ -260,7 +260,7 @@ def checkpointing(row: Row) -> None:
 
 @column("`to_plain`")
 def plain(row: Row) -> None:
-    """Stock modules only, equal outputs; the exported certificate is that of the layer."""
+    """Stock modules only, outputs equal to 2e-6, and no tensor that is shared with the layer."""
     layer = row.make()
     train(layer, row)
     exported = to_plain(layer.eval())
