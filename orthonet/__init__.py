@@ -78,6 +78,7 @@ from orthonet.reparametrizers import (
     fuse,
     invalidate,
     parameter_groups,
+    share_among_ranks,
     unfuse,
 )
 
@@ -130,8 +131,8 @@ __all__ = [
     "low_rank",
     "manifolds",
     "oblique",
-    "parameter_groups",
     "optim",
+    "parameter_groups",
     "orthogonal",
     "orthogonalize",
     "positive_definite",
@@ -140,6 +141,7 @@ __all__ = [
     "positive_semidefinite_low_rank",
     "rebase_every",
     "reparametrizers",
+    "share_among_ranks",
     "skew",
     "sln",
     "sphere",

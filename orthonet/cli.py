@@ -37,6 +37,19 @@ _CHOICES = (
     ("nonlinearity", NONLINEARITIES, "sequences: nonlinearity of the OrthoRNN"),
     ("task", ("mnist5k", "mnist"), "seq-mnist: 5000 images, or all by torchvision"),
 )
+# Options of `bench zoo`.
+_SETS = ("digits", "mnist5k")
+_BENCH_FIELDS = (
+    ("seeds", int, "seeds of each method"),
+    ("parameters", int, "numbers of each network, with the budget parameters"),
+    ("cpu_seconds", float, "process time of a training, with the budget cpu"),
+    ("width", int, "channels, with the budget cpu"),
+    ("epochs", int, "passes over the training images"),
+    ("batch_size", int, "images in a step"),
+    ("lr", float, "highest learning rate, instead of that of each method"),
+    ("radius", float, "radius that the loss asks for"),
+    ("temperature", float, "temperature of the loss"),
+)
 
 
 # Options of `convert`: (name, choices, help).
@@ -94,6 +107,14 @@ def _convert(source: str, *, progress: bool, out: Path, **options: Any) -> conve
     return convert.convert_file(source, out, **options)
 
 
+def _bench(
+    subject: str, *, progress: bool, out: Path | None = None, **changes: Any
+) -> recipes.ZooReport:
+    config = recipes.ZooConfig(**changes)
+    folder = out or Path("runs") / f"{subject}-{config.dataset}-{config.budget}"
+    return recipes.bench_zoo(config, folder, progress=progress)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="orthonet", description="Train and certify 1-Lipschitz networks."
@@ -148,7 +169,17 @@ def _parser() -> argparse.ArgumentParser:
     for name, choices, text in _CONVERSION:
         converter.add_argument(f"--{name}", choices=choices, help=text)
 
-    for command in (train, certify):
+    bench = commands.add_parser("bench", help="compare the methods of the zoo on one network")
+    bench.set_defaults(command=_bench)
+    bench.add_argument("subject", choices=("zoo",), help="what to compare")
+    bench.add_argument("--dataset", choices=sorted(_SETS), help="images (digits)")
+    bench.add_argument("--methods", nargs="+", metavar="M", help="names of layers (all)")
+    bench.add_argument("--budget", choices=("parameters", "cpu"), help="what is equal for all")
+    for name, kind, text in _BENCH_FIELDS:
+        bench.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text, metavar="N")
+    bench.add_argument("--out", type=Path, help="folder of the results; goes on where it was")
+
+    for command in (train, certify, bench):
         command.add_argument("--attack-steps", type=int, metavar="N", help="steps of the attack")
         command.add_argument("--device", help="where to compute, e.g. cpu or cuda")
         command.add_argument("--quiet", action="store_true", help="show no progress bar")

@@ -101,8 +101,12 @@ class StiefelReference:
         t, before = state["t"], state["m"]
         if self.kind == "StiefelAdam":
             beta1, beta2 = o["betas"]
-            state["m"] = m = _tangent_part(x, beta1 * before + (1 - beta1) * grad)
             g = _tangent_part(x, grad)
+            if x.shape[0] == x.shape[1]:  # the momentum in coordinates, X times it in the space
+                state["m"] = beta1 * before + (1 - beta1) * x.T @ g
+                m = x @ state["m"]
+            else:
+                state["m"] = m = _tangent_part(x, beta1 * before + (1 - beta1) * grad)
             state["v"] = beta2 * state["v"] + (1 - beta2) * g.square().mean()
             root = (state["v"] / (1 - beta2**t)) ** 0.5
             d = m / (1 - beta1**t) / (root + o["eps"])

@@ -35,32 +35,33 @@ def rank_and_size(group: Any) -> tuple[int, int]:
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
-def exchange(pieces: Sequence[Tensor], owners: Sequence[int], group: Any) -> None:
-    """Fill the pieces of the other ranks with what those hold; every rank gives its own ones.
+def exchange(pieces: Sequence[Tensor], owners: Sequence[int], group: Any) -> list[Tensor]:
+    """What the owners hold, of every piece; of those of others only shape and dtype are looked at.
 
     One all-gather for each dtype, of as many elements from each rank as the largest share has.
-    Pieces are contiguous, and of equal shapes everywhere.
     """
     rank, size = rank_and_size(group)
+    result = list(pieces)
     for dtype in dict.fromkeys(piece.dtype for piece in pieces):
-        shares: list[list[Tensor]] = [[] for _ in range(size)]
-        for piece, owner in zip(pieces, owners, strict=True):
-            if piece.dtype == dtype:
-                shares[owner].append(piece)
-        length = max(sum(p.numel() for p in share) for share in shares)
-        sent = torch.zeros(length, dtype=dtype, device=pieces[0].device)
+        shares: list[list[int]] = [[] for _ in range(size)]
+        for i, owner in enumerate(owners):
+            if pieces[i].dtype == dtype:
+                shares[owner].append(i)
+        sizes = [[pieces[i].numel() for i in share] for share in shares]
+        length = max(map(sum, sizes))
+        received = torch.empty(size, length, dtype=dtype, device=pieces[0].device)
+        sent = received[rank]
         if shares[rank]:
-            own = torch.cat([p.reshape(-1) for p in shares[rank]])
-            sent[: own.numel()] = own
-        received = [torch.empty_like(sent) for _ in range(size)]
-        dist.all_gather(received, sent, group=group)
-        for other, share in enumerate(shares):
-            if other == rank:
+            own = [pieces[i].reshape(-1) for i in shares[rank]]
+            torch.cat(own, out=sent[: sum(sizes[rank])])
+        dist.all_gather(list(received.unbind()), sent, group=group)
+        for other in range(size):
+            if other == rank or not shares[other]:
                 continue
-            sizes = [p.numel() for p in share]
-            parts = received[other][: sum(sizes)].split(sizes) if sizes else ()
-            for piece, part in zip(share, parts, strict=True):
-                piece.copy_(part.view_as(piece))
+            parts = received[other, : sum(sizes[other])].split(sizes[other])
+            for i, part in zip(shares[other], parts, strict=True):
+                result[i] = part.view(pieces[i].shape)
+    return result
 
 
 def whole(tensor: Tensor) -> Tensor:

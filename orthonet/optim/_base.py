@@ -155,9 +155,7 @@ class StiefelOptimizer(Optimizer):
             tensors = self._read(block, names)
             if owner == rank:
                 mine.append((block, tensors))
-        ys = [
-            x - group["lr"] * self._direction(x, grad, state, group) for _, (x, grad, state) in mine
-        ]
+        ys = [_moved(x, *self._direction(x, g, s, group), group["lr"]) for _, (x, g, s) in mine]
         results = {
             id(block): (x, state)
             for (block, (_, _, state)), x in zip(mine, retract(ys), strict=True)
@@ -215,7 +213,6 @@ class StiefelOptimizer(Optimizer):
             if id(block) in results:
                 x, state = results[id(block)]
                 given = [x, *(state[n] for n in names)]
-                given = [t.contiguous() for t in given]
             else:
                 n, k = max(block.shape), min(block.shape)
                 batch = () if block.alone else (sum(block.counts),)
@@ -225,15 +222,25 @@ class StiefelOptimizer(Optimizer):
                     torch.empty(*batch, *shape, dtype=like.dtype, device=like.device)
                     for shape in shapes
                 ]
-            results[id(block)] = (given[0], dict(zip(names, given[1:], strict=True)))
             pieces += given
             whose += [owner] * len(given)
-        exchange(pieces, whose, self.process_group)
+        received = iter(exchange(pieces, whose, self.process_group))
+        for block in found:
+            results[id(block)] = next(received), {name: next(received) for name in names}
 
-    def _direction(self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> Tensor:
-        """The direction D of the step X - lr D; changes `state`."""
+    def _direction(
+        self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The direction D of the step X - lr D and a factor of it; puts new tensors in `state`."""
         _checks.fail(self, "a subclass must define _direction()", "Define it", TypeError)
 
     def _step_plain(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Move plain parameters."""
         _checks.fail(self, "a subclass must define _step_plain()", "Define it", TypeError)
+
+
+def _moved(x: Tensor, d: Tensor, factor: Tensor | None, lr: float | Tensor) -> Tensor:
+    """X - lr factor D."""
+    if isinstance(lr, Tensor):
+        factor, lr = (lr if factor is None else lr * factor), 1.0
+    return torch.sub(x, d, alpha=lr) if factor is None else torch.addcmul(x, d, factor, value=-lr)

@@ -116,8 +116,7 @@ def retract_after_step(
         for i, x in zip(mine, retract([ys[i] for i in mine]), strict=True):
             ys[i] = x
         if process_group is not None:
-            ys = [y.clone(memory_format=torch.contiguous_format) for y in ys]
-            exchange(ys, owners, process_group)
+            ys = exchange(ys, owners, process_group)
         for block, x in zip(found, ys, strict=True):
             for p, piece in zip(block.params, block.spread(x), strict=True):
                 put_(p, piece)

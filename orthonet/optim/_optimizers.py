@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from orthonet import _checks
+from orthonet.linalg._matrix import minus_transpose
 from orthonet.optim._base import State, StiefelOptimizer
 from orthonet.optim._plain import adam_step, sgd_step
 from orthonet.optim._stiefel_steps import newton_schulz_sign, symmetric_part, tangent
@@ -100,15 +101,17 @@ class StiefelSGD(StiefelOptimizer):
     def _kept(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._matrices if group["momentum"] else ()
 
-    def _direction(self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> Tensor:
+    def _direction(
+        self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
         momentum, dampening = group["momentum"], group["dampening"]
         if not momentum:
-            return tangent(x, grad)
+            return tangent(x, grad), None
         before = state["momentum_buffer"]
         if dampening:  # not at the first step, where the momentum becomes the gradient
             grad = torch.where((state["step"] == 1).to(x.device), grad, grad * (1.0 - dampening))
         state["momentum_buffer"] = m = tangent(x, (before * momentum).add_(grad))
-        return _ahead(m, before, momentum) if group["nesterov"] else m
+        return (_ahead(m, before, momentum) if group["nesterov"] else m), None
 
     def _step_plain(self, params: list[Tensor], group: dict[str, Any]) -> None:
         sgd_step(params, self.state, group)
@@ -117,18 +120,21 @@ class StiefelSGD(StiefelOptimizer):
 class StiefelAdam(StiefelOptimizer):
     r"""Adam on matrices with orthonormal columns or rows.
 
-    \[ M_t = P_{X_t}(\beta_1 M_{t-1} + (1 - \beta_1)\,G_t), \quad
+    \[ M_t = \beta_1 T(M_{t-1}) + (1 - \beta_1)\,P_{X_t}(G_t), \quad
        v_t = \beta_2 v_{t-1} + (1 - \beta_2)\,\tfrac{1}{mn}\|P_{X_t}(G_t)\|_F^2, \quad
        X_{t+1} = \mathrm{polar}\Big(X_t - \eta\,\frac{\hat M_t}{\sqrt{\hat v_t} + \epsilon}\Big) \]
 
     with the corrections of bias \(\hat M_t = M_t / (1 - \beta_1^t)\),
-    \(\hat v_t = v_t / (1 - \beta_2^t)\). The second moment is one number for each matrix, the mean
+    \(\hat v_t = v_t / (1 - \beta_2^t)\). T transports from \(X_{t-1}\) to \(X_t\): by projection,
+    or for square matrices by the group, \(X_{t-1} A \mapsto X_t A\) with skew-symmetric A, which
+    keeps norms; the state `exp_avg` then holds A. The second moment is one number for each matrix,
+    the mean
     square of the entries of the Riemannian gradient: entrywise ones would leave the tangent space
     and depend on the basis. So the method is equivariant: it commutes with orthogonal maps of rows
     and columns. A learning rate means what it does in `torch.optim.Adam`, the root mean square
     change of an entry in a step; a step of a square n x n matrix then has a spectral norm of
-    \(2 \eta \sqrt n\) at most, typically. Five products of the size of X for
-    \(\eta\|D\|_2 \le 0.036\), six up to 0.12.
+    \(2 \eta \sqrt n\) at most, typically. Square matrices take four products of the size of X for
+    \(\eta\|D\|_2 \le 0.036\), five up to 0.12; rectangular ones one more.
 
     Args:
         params: Parameters, or groups of them. A group with `stiefel=False` holds plain parameters,
@@ -173,20 +179,28 @@ class StiefelAdam(StiefelOptimizer):
         super()._check_group(group)
         _check_adam(self, group)
 
-    def _direction(self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> Tensor:
+    def _direction(
+        self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
         beta1, beta2 = group["betas"]
         before, step = state["exp_avg"], state["step"]
-        # P_X is linear: the normal parts of gradient and momentum share one product
-        normal = symmetric_part(x.mT @ grad)
-        both = symmetric_part(x.mT @ before).mul_(beta1).add_(normal, alpha=1.0 - beta1)
-        m = torch.lerp(before, grad, 1.0 - beta1).sub_(x @ both)
-        # ||P(G)||^2 = ||G||^2 - ||sym(X^T G)||^2
-        square = _mean_square(grad) - _mean_square(normal) * (normal.shape[-1] / x.shape[-2])
+        inner = x.mT @ grad
+        if x.shape[-2] == x.shape[-1]:  # in coordinates: P_X(G) = X A, A skew-symmetric
+            a = minus_transpose(inner).mul_(0.5)
+            m = (before * beta1).add_(a, alpha=1.0 - beta1)
+            d, square = x @ m, _mean_square(a)
+        else:
+            # P_X is linear: the normal parts of gradient and momentum share one product
+            normal = symmetric_part(inner)
+            both = symmetric_part(x.mT @ before).mul_(beta1).add_(normal, alpha=1.0 - beta1)
+            d = m = (before * beta1).add_(grad, alpha=1.0 - beta1).sub_(x @ both)
+            # ||P(G)||^2 = ||G||^2 - ||sym(X^T G)||^2
+            square = _mean_square(grad) - _mean_square(normal) * (x.shape[-1] / x.shape[-2])
         v = state["exp_avg_sq"] * beta2 + square.clamp_min(0.0) * (1.0 - beta2)
         state["exp_avg"], state["exp_avg_sq"] = m, v
         # in float64, since 1 - 0.999 has four digits in float32
         first_share, second_share = ((1.0 - beta**step).to(x) for beta in (beta1, beta2))
-        return m / ((v / second_share).sqrt().add_(group["eps"]) * first_share)
+        return d, ((v / second_share).sqrt().add_(group["eps"]) * first_share).reciprocal()
 
     def _step_plain(self, params: list[Tensor], group: dict[str, Any]) -> None:
         adam_step(params, self.state, group)
@@ -262,11 +276,13 @@ class StiefelMuon(StiefelOptimizer):
         _checks.positive_int(self, ns_steps=group["ns_steps"])
         _check_adam(self, group)
 
-    def _direction(self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> Tensor:
+    def _direction(
+        self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
         momentum, before = group["momentum"], state["momentum_buffer"]
         state["momentum_buffer"] = m = tangent(x, (before * momentum).add_(grad))
         d = _ahead(m, before, momentum) if group["nesterov"] else m
-        return tangent(x, newton_schulz_sign(d, group["ns_steps"]))
+        return tangent(x, newton_schulz_sign(d, group["ns_steps"])), None
 
     def _step_plain(self, params: list[Tensor], group: dict[str, Any]) -> None:
         adam_step(params, self.state, group)
@@ -278,7 +294,8 @@ def _ahead(m: Tensor, before: Tensor, momentum: float) -> Tensor:
 
 
 def _mean_square(a: Tensor) -> Tensor:
-    return a.square().mean(dim=(-2, -1), keepdim=True)
+    norm = torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True)
+    return norm.square() / (a.shape[-2] * a.shape[-1])
 
 
 def _check_adam(owner: object, group: dict[str, Any]) -> None:

@@ -40,8 +40,8 @@ def fit(
     Returns:
         The model in eval mode, and a row for every epoch: its number, learning rate, mean training
         loss and accuracy (on the augmented images, while the weights move), accuracy on the test
-        images, and the share of test images whose margin exceeds \(\sqrt 2 \cdot 0.5\) (the
-        certified accuracy at radius 0.5 if the constant is 1).
+        images, and the share of test images whose margin exceeds \(\sqrt 2 \cdot 0.5 K\) (the
+        certified accuracy at radius 0.5 if the constant is the K that was asked for).
 
     Raises:
         ValueError: The images do not fit the model, or the loss is not finite.
@@ -74,7 +74,7 @@ def fit(
             schedule.step()
             total += loss.item() * len(y)
             right += int((logits.argmax(1) == y).sum())
-        accuracy, followed = _follow(model, test)
+        accuracy, followed = _follow(model, test, config.lipschitz)
         row = {
             "epoch": epoch,
             "lr": rate,
@@ -109,12 +109,12 @@ def _batches(
 
 
 @torch.no_grad()
-def _follow(model: nn.Module, test: Images) -> tuple[float, float]:
+def _follow(model: nn.Module, test: Images, lipschitz: float) -> tuple[float, float]:
     logits = model.eval()(test.x)
     true = logits.gather(1, test.y[:, None]).squeeze(1)
     others = logits.scatter(1, test.y[:, None], -math.inf).amax(1)
     margin = true - others
-    wanted = math.sqrt(2) * FOLLOWED_RADIUS
+    wanted = math.sqrt(2) * lipschitz * FOLLOWED_RADIUS
     return (margin > 0).float().mean().item(), (margin > wanted).float().mean().item()
 
 

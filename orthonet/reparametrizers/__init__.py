@@ -43,6 +43,7 @@ from orthonet.reparametrizers._registration import (
     register,
     remove,
 )
+from orthonet.reparametrizers._share import share_among_ranks
 from orthonet.reparametrizers._weight import OrthoWeight
 
 __all__ = [
@@ -82,5 +83,6 @@ __all__ = [
     "invalidate",
     "register",
     "remove",
+    "share_among_ranks",
     "unfuse",
 ]

@@ -171,6 +171,11 @@ class SOCConv2d(WithoutPlainWeight, nn.Module):
     def _number_of_terms(self, dtype: torch.dtype) -> int:
         return self.terms or _TERMS[dtype]
 
+    def factor(self, bound: Tensor) -> Tensor:
+        """What the series is multiplied by, for a bound of the norm of its kernel."""
+        terms = self._number_of_terms(bound.dtype)
+        return self.lipschitz / (1.0 + bound**terms / math.factorial(terms))
+
     def linear(self, x: Tensor) -> Tensor:
         """The linear part of the layer, with its factor K."""
         kernel, bound = self.parametrization()
@@ -182,8 +187,7 @@ class SOCConv2d(WithoutPlainWeight, nn.Module):
             for i in range(1, terms):
                 term = self._convolve(term, kernel) / i
                 total = total + term
-            remainder = bound**terms / math.factorial(terms)
-            total = total * (self.lipschitz / (1.0 + remainder))
+            total = total * self.factor(bound)
         total = total.unflatten(-3, (self.groups, -1))
         return match_channels(total, self.out_channels // self.groups).flatten(-4, -3)
 
