@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orthonet import __version__, _checks, recipes
+from orthonet import __version__, _checks, convert, recipes
 from orthonet.functional._recurrence import NONLINEARITIES
 from orthonet.layers._rnn_kernels import INITIALIZATIONS
 
@@ -52,6 +52,17 @@ _BENCH_FIELDS = (
 )
 
 
+# Options of `convert`: (name, choices, help).
+_CONVERSION = (
+    ("weights", ("project", "reset"), "nearest orthogonal weights (default), or random ones"),
+    ("downsample", ("space_to_depth", "average"), "for kernels smaller than their stride"),
+    ("fallback", None, "method of the zoo for layers without an orthogonal twin, e.g. aol"),
+    ("norm", ("centering", "lip"), "in place of batch norm and layer norm"),
+    ("activation", ("max_min", "abs"), "in place of activation modules"),
+    ("pool", ("l2", "average"), "in place of pooling modules"),
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -90,6 +101,10 @@ def _train(
         config = recipes.SEQUENCE_RECIPES[recipe](**changes)
         return recipes.train_sequences(config, folder, progress=progress)
     return recipes.train(recipes.RECIPES[recipe](**changes), folder, progress=progress)
+
+
+def _convert(source: str, *, progress: bool, out: Path, **options: Any) -> convert.ConversionReport:
+    return convert.convert_file(source, out, **options)
 
 
 def _bench(
@@ -143,6 +158,16 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     certify.add_argument("--report", type=Path, help="file for the report, one HTML page")
     certify.add_argument("--out", type=Path, help="folder for metrics and pictures")
+
+    converter = commands.add_parser("convert", help="make the layers of a model orthogonal")
+    converter.set_defaults(command=_convert, quiet=True)
+    converter.add_argument(
+        "source", help="package.module:function that makes it, e.g. torchvision.models:resnet18"
+    )
+    converter.add_argument("--out", type=Path, required=True, help="file of the new model, .pt")
+    converter.add_argument("--checkpoint", type=Path, help="state_dict that the model loads first")
+    for name, choices, text in _CONVERSION:
+        converter.add_argument(f"--{name}", choices=choices, help=text)
 
     bench = commands.add_parser("bench", help="compare the methods of the zoo on one network")
     bench.set_defaults(command=_bench)
