@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.linalg import haar, polar_svd
 from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg._ranks import whole
 from orthonet.reparametrizers._cache import CachedWeight
+from orthonet.reparametrizers._cache_record import STATE
 from orthonet.reparametrizers._group import Group
 from orthonet.reparametrizers._normalizers import BatchedIdentity
 from orthonet.reparametrizers._orthogonalizers import require_semi_orthogonal
@@ -86,12 +88,23 @@ class OrthoWeight(CachedWeight):
             return self._constrain(stored)
 
     def _constrain(self, stored: Tensor) -> Tensor:
+        # a shard of FSDP2, outside of the forward pass of its unit: gathered by all processes
+        stored = whole(stored)
+        if self._lent():
+            stored = stored.view_as(stored)  # no parameter, so nothing is written to it
         return self.orthogonalizer(self.normalizer(stored.to(compute_dtype(stored.dtype))))
+
+    def _lent(self) -> bool:
+        """Whether FSDP2 lends the parameter: what is written to it is lost after the forward."""
+        if torch.compiler.is_compiling():
+            return False
+        slot = vars(self).get(STATE)
+        return slot is not None and slot.off
 
     def recentre_(self) -> tuple[Tensor, Tensor] | None:
         """Re-centre `original` to c U and return U, c; None unless a forward pass would do so."""
         method = getattr(self.orthogonalizer, "recentre_", None)
-        if method is None or type(self.normalizer) is not BatchedIdentity:
+        if method is None or type(self.normalizer) is not BatchedIdentity or self._lent():
             return None
         return method(self.original)
 
