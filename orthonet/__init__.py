@@ -77,6 +77,7 @@ from orthonet.reparametrizers import (
     defer_pullback,
     fuse,
     invalidate,
+    parameter_groups,
     share_among_ranks,
     unfuse,
 )
@@ -131,6 +132,7 @@ __all__ = [
     "manifolds",
     "oblique",
     "optim",
+    "parameter_groups",
     "orthogonal",
     "orthogonalize",
     "positive_definite",

@@ -37,6 +37,19 @@ _CHOICES = (
     ("nonlinearity", NONLINEARITIES, "sequences: nonlinearity of the OrthoRNN"),
     ("task", ("mnist5k", "mnist"), "seq-mnist: 5000 images, or all by torchvision"),
 )
+# Options of `bench zoo`.
+_SETS = ("digits", "mnist5k")
+_BENCH_FIELDS = (
+    ("seeds", int, "seeds of each method"),
+    ("parameters", int, "numbers of each network, with the budget parameters"),
+    ("cpu_seconds", float, "process time of a training, with the budget cpu"),
+    ("width", int, "channels, with the budget cpu"),
+    ("epochs", int, "passes over the training images"),
+    ("batch_size", int, "images in a step"),
+    ("lr", float, "highest learning rate, instead of that of each method"),
+    ("radius", float, "radius that the loss asks for"),
+    ("temperature", float, "temperature of the loss"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(
-    recipe: str, *, progress: bool, out: Path | None = None, **changes: Any
+    recipe: str,
+    *,
+    progress: bool,
+    out: Path | None = None,
+    resume: bool = False,
+    **changes: Any,
 ) -> recipes.Report | recipes.SequenceReport:
     folder = out or Path("runs") / recipe
     sequences = recipe in recipes.SEQUENCE_RECIPES
@@ -73,10 +91,23 @@ def _train(
         not foreign, "orthonet train", f"an option must be one of the recipe {recipe!r}",
         "Leave it out, or choose another recipe", options=", ".join(foreign),
     )  # fmt: skip
+    _checks.require(
+        not (sequences and resume), "orthonet train", "--resume must come with a recipe of images",
+        "Leave it out: sequences are trained in one go", recipe=recipe,
+    )  # fmt: skip
     if sequences:
         config = recipes.SEQUENCE_RECIPES[recipe](**changes)
         return recipes.train_sequences(config, folder, progress=progress)
-    return recipes.train(recipes.RECIPES[recipe](**changes), folder, progress=progress)
+    config = recipes.RECIPES[recipe](**changes)
+    return recipes.train(config, folder, progress=progress, resume=resume)
+
+
+def _bench(
+    subject: str, *, progress: bool, out: Path | None = None, **changes: Any
+) -> recipes.ZooReport:
+    config = recipes.ZooConfig(**changes)
+    folder = out or Path("runs") / f"{subject}-{config.dataset}-{config.budget}"
+    return recipes.bench_zoo(config, folder, progress=progress)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,6 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--models", nargs="+", metavar="M", help="sequences: orthonet, lstm, torch, geotorch"
     )
+    train.add_argument(
+        "--resume", action="store_true", default=None,
+        help="images: go on after the last epoch in the folder of the results",
+    )  # fmt: skip
     train.add_argument("--out", type=Path, help="folder of the results (runs/RECIPE)")
 
     certify = commands.add_parser("certify", help="certify and attack a trained network again")
@@ -123,7 +158,17 @@ def _parser() -> argparse.ArgumentParser:
     certify.add_argument("--report", type=Path, help="file for the report, one HTML page")
     certify.add_argument("--out", type=Path, help="folder for metrics and pictures")
 
-    for command in (train, certify):
+    bench = commands.add_parser("bench", help="compare the methods of the zoo on one network")
+    bench.set_defaults(command=_bench)
+    bench.add_argument("subject", choices=("zoo",), help="what to compare")
+    bench.add_argument("--dataset", choices=sorted(_SETS), help="images (digits)")
+    bench.add_argument("--methods", nargs="+", metavar="M", help="names of layers (all)")
+    bench.add_argument("--budget", choices=("parameters", "cpu"), help="what is equal for all")
+    for name, kind, text in _BENCH_FIELDS:
+        bench.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text, metavar="N")
+    bench.add_argument("--out", type=Path, help="folder of the results; goes on where it was")
+
+    for command in (train, certify, bench):
         command.add_argument("--attack-steps", type=int, metavar="N", help="steps of the attack")
         command.add_argument("--device", help="where to compute, e.g. cpu or cuda")
         command.add_argument("--quiet", action="store_true", help="show no progress bar")

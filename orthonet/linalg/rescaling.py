@@ -178,9 +178,23 @@ def convolution_norm_upper(kernel: Tensor, *, groups: int = 1, niters: int = 6) 
             slack *= math.cos(math.pi * (k - 1) / n)
         axes = tuple(range(3, blocks.ndim))
         blocks = torch.fft.rfftn(blocks, s=sizes, dim=axes).flatten(3).movedim(-1, 0)
+    blocks = blocks.flatten(0, -3)
     if blocks.shape[-2] < blocks.shape[-1]:
         blocks = blocks.mH
-    log_norm = blocks.new_zeros(blocks.shape[:-2], dtype=work.dtype)
+    with torch.no_grad():
+        bound = _gram_bound(blocks, niters)
+    if torch.is_grad_enabled() and blocks.requires_grad:
+        # The gradient of a maximum is that of the largest: one block instead of hundreds.
+        bound = _gram_bound(blocks.index_select(0, bound.argmax()[None]), niters)
+    return (bound.amax() * largest / math.sqrt(slack)).to(kernel.dtype)
+
+
+def _gram_bound(
+    blocks: Tensor,  # (batch, m, n), m >= n
+    niters: int,
+) -> Tensor:
+    """Upper bounds (batch,) of the norms of matrices, by Gram iteration."""
+    log_norm = blocks.new_zeros(blocks.shape[:-2], dtype=blocks.real.dtype)
     weight = 1.0
     for _ in range(niters):
         scale = torch.linalg.matrix_norm(blocks.detach())
@@ -194,8 +208,7 @@ def convolution_norm_upper(kernel: Tensor, *, groups: int = 1, niters: int = 6) 
     norm = torch.linalg.vector_norm(flat, dim=-1)
     positive = norm > 0
     safe = torch.where(positive, norm, torch.ones_like(norm))
-    bound = torch.where(positive, safe**weight * log_norm.exp(), torch.zeros_like(norm))
-    return (bound.amax() * largest / math.sqrt(slack)).to(kernel.dtype)
+    return torch.where(positive, safe**weight * log_norm.exp(), torch.zeros_like(norm))
 
 
 def normalized_spectral(kernel: Tensor, *, groups: int = 1) -> Tensor:

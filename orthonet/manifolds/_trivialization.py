@@ -260,8 +260,8 @@ class SignedTrivialization(FrameTrivialization):
     @property
     def coordinate_shape(self) -> tuple[int, ...]:
         """(*batch, n (n - 1) / 2 + 1)."""
-        *batch, d = super().coordinate_shape
-        return (*batch, d + 1)
+        n, k = self._sizes  # torch.compile cannot read a property through super()
+        return (*self.batch_shape, self._rotations + (n - k) * k + 1)
 
     def _point(self, coordinates: Tensor) -> Tensor:
         q = super()._point(coordinates[..., :-1])

@@ -11,7 +11,7 @@ from torch import nn
 
 from orthonet import _checks
 from orthonet.layers import OrthoConv2d
-from orthonet.models._parts import activation_of, dense_layers, widths_of
+from orthonet.models._parts import activation_of, dense_layers, scaled, widths_of
 from orthonet.models._registry import register
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
@@ -27,6 +27,7 @@ def convnet(
     hidden: Sequence[int] = (128,),
     activation: str = "max_min",
     head: str = "ortho",
+    lipschitz: float = 1.0,
     ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
 ) -> nn.Sequential:
     """Orthogonal convolutions, some with a stride, then orthogonal linear layers.
@@ -45,13 +46,14 @@ def convnet(
         hidden: Widths of the hidden linear layers; even, unless the activation is "abs".
         activation: "max_min", "group_sort" or "abs".
         head: "ortho" (the logits together are 1-Lipschitz) or "unit_norm" (each of them is).
+        lipschitz: Constant K of the network: its logits are K times those of a 1-Lipschitz one.
         ortho_params: How the weights are made orthogonal.
 
     Shape:
         Input (batch, *in_shape), output (batch, num_classes).
 
     Guarantee:
-        l2 constant at most 1 up to rounding with `head="ortho"`; every single logit with
+        l2 constant at most K up to rounding with `head="ortho"`; every single logit with
         `head="unit_norm"`. The certificate says how much the rounding is.
 
     Raises:
@@ -96,7 +98,8 @@ def convnet(
     dense = dense_layers(
         owner, features, tuple(hidden), num_classes, activation, head, ortho_params
     )
-    return nn.Sequential(OrderedDict(**layers, flatten=nn.Flatten(), **dense))
+    network = nn.Sequential(OrderedDict(**layers, flatten=nn.Flatten(), **dense))
+    return scaled(network, lipschitz)
 
 
 @register

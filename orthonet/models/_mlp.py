@@ -9,7 +9,7 @@ from typing import Any
 import torch  # noqa: F401 (for the example)
 from torch import nn
 
-from orthonet.models._parts import dense_layers, widths_of
+from orthonet.models._parts import dense_layers, scaled, widths_of
 from orthonet.models._registry import register
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
@@ -22,6 +22,7 @@ def mlp(
     hidden: Sequence[int] = (256, 256),
     activation: str = "max_min",
     head: str = "ortho",
+    lipschitz: float = 1.0,
     ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
 ) -> nn.Sequential:
     """Flatten, then orthogonal linear layers with a gradient-norm preserving activation.
@@ -32,13 +33,14 @@ def mlp(
         hidden: Widths of the hidden layers; even, unless the activation is "abs".
         activation: "max_min", "group_sort" or "abs".
         head: "ortho" (the logits together are 1-Lipschitz) or "unit_norm" (each of them is).
+        lipschitz: Constant K of the network: its logits are K times those of a 1-Lipschitz one.
         ortho_params: How the weights are made orthogonal.
 
     Shape:
         Input (batch, *) with `in_features` entries after the batch, output (batch, num_classes).
 
     Guarantee:
-        l2 constant at most 1 up to rounding with `head="ortho"`; every single logit with
+        l2 constant at most K up to rounding with `head="ortho"`; every single logit with
         `head="unit_norm"`. The certificate says how much the rounding is.
 
     Raises:
@@ -51,7 +53,7 @@ def mlp(
     owner, widths = "mlp", tuple(hidden)
     widths_of(owner, activation, hidden=widths)
     layers = dense_layers(owner, in_features, widths, num_classes, activation, head, ortho_params)
-    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), **layers))
+    return scaled(nn.Sequential(OrderedDict(flatten=nn.Flatten(), **layers)), lipschitz)
 
 
 @register

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from orthonet import _checks
-from orthonet.layers import Abs, GroupSort, MaxMin, OrthoLinear, UnitNormLinear
+from orthonet.layers import Abs, GroupSort, MaxMin, OrthoLinear, Scale, UnitNormLinear
 from orthonet.reparametrizers import OrthoParams
 
 ACTIVATIONS = {"max_min": MaxMin, "group_sort": GroupSort, "abs": Abs}
@@ -55,3 +55,11 @@ def dense_layers(
         else UnitNormLinear(in_features, num_classes)
     )
     return layers
+
+
+def scaled(network: nn.Sequential, lipschitz: float) -> nn.Sequential:
+    """The 1-Lipschitz network with its outputs times K; without a layer more where K is 1."""
+    _checks.in_range("models", 1e-30, 1e30, lipschitz=lipschitz)
+    if lipschitz != 1.0:
+        network.add_module("scale", Scale(lipschitz))
+    return network

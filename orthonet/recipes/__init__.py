@@ -20,6 +20,8 @@ from orthonet.recipes._sequence_config import (
 from orthonet.recipes._sequence_run import SequenceReport, SequenceResult, train_sequences
 from orthonet.recipes._spectra import Spectrum, layer_spectra
 from orthonet.recipes._train import fit
+from orthonet.recipes._zoo import ZooConfig, bench_zoo
+from orthonet.recipes._zoo_report import ZooReport
 
 __all__ = [
     "Evaluation",
@@ -34,6 +36,9 @@ __all__ = [
     "Spectrum",
     "Split",
     "TrainConfig",
+    "ZooConfig",
+    "ZooReport",
+    "bench_zoo",
     "certify_checkpoint",
     "copying",
     "digits",

@@ -40,7 +40,8 @@ class TrainConfig:
         batch_size: Images in a step; an incomplete last batch is kept.
         lr: Highest learning rate of the one-cycle schedule of Adam.
         warmup: Share of the steps in which the learning rate rises.
-        radius: Radius that the loss asks for; its offset is \(\sqrt 2\) times this.
+        radius: Radius that the loss asks for; its offset is \(\sqrt 2 K\) times this, with the
+            constant K that `model_arguments` asks of the model as `lipschitz`.
         temperature: Temperature of the offset cross-entropy.
         shift: Largest random translation of a training image, in pixels.
         rotation: Largest random rotation, in degrees.
@@ -98,7 +99,12 @@ class TrainConfig:
     @property
     def offset(self) -> float:
         """Margin that the loss asks of the logits."""
-        return math.sqrt(2) * self.radius
+        return math.sqrt(2) * self.radius * self.lipschitz
+
+    @property
+    def lipschitz(self) -> float:
+        """The constant that is asked of the model."""
+        return float(self.model_arguments.get("lipschitz", 1.0))
 
     @property
     def preset(self) -> OrthoParams:

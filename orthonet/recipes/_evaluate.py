@@ -87,6 +87,7 @@ def evaluate(
     radii: Sequence[float],
     attack_steps: int = 40,
     seed: int = 0,
+    export: bool = True,
     progress: bool = False,
 ) -> Evaluation:
     r"""Certify a classifier and attack it.
@@ -102,6 +103,8 @@ def evaluate(
         radii: Radii at which certified accuracy is told; the attack also tries some between them.
         attack_steps: Gradient steps of an attack.
         seed: Seed of the random starts of the attacks.
+        export: Whether to judge the plain copy. A copy of the model as it is takes its place
+            where not: for layers whose export is certified less tightly, or depends on the image.
         progress: Whether to show a progress bar (of tqdm) on the standard error stream.
 
     Returns:
@@ -112,7 +115,8 @@ def evaluate(
         ModuleNotFoundError: A progress bar is asked for and tqdm is missing.
     """
     device = next(model.parameters()).device
-    attacker = to_plain(model).to(device).eval().requires_grad_(False)
+    attacker = to_plain(model) if export else copy.deepcopy(model)
+    attacker = attacker.to(device).eval().requires_grad_(False)
     judge = copy.deepcopy(attacker).double()
     x, y = images.x.to(device), images.y.to(device)
     everything = torch.arange(len(x), device=device)

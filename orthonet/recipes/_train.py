@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from orthonet.models import create
 from orthonet.recipes._augment import random_affine
 from orthonet.recipes._config import TrainConfig
 from orthonet.recipes._data import Images, Split, require_package
+from orthonet.recipes._files import write_csv
+from orthonet.recipes._resume import Resumable
 
 FOLLOWED_RADIUS = 0.5
 
@@ -28,7 +31,12 @@ def build(config: TrainConfig) -> nn.Module:
 
 
 def fit(
-    config: TrainConfig, data: Split, *, progress: bool = False
+    config: TrainConfig,
+    data: Split,
+    *,
+    progress: bool = False,
+    folder: Path | None = None,
+    resume: bool = False,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     r"""Train the model of `config`.
 
@@ -36,15 +44,20 @@ def fit(
         config: What to train, and how.
         data: Training images; the test images are only looked at.
         progress: Whether to show a progress bar (of tqdm) on the standard error stream.
+        folder: Where `state.pt` (all that the rest of the training depends on) and `log.csv` are
+            replaced after every epoch; nothing is written without it.
+        resume: Whether to go on from `state.pt`, if there is one. What follows is what an
+            uninterrupted training would have done.
 
     Returns:
         The model in eval mode, and a row for every epoch: its number, learning rate, mean training
         loss and accuracy (on the augmented images, while the weights move), accuracy on the test
-        images, and the share of test images whose margin exceeds \(\sqrt 2 \cdot 0.5\) (the
-        certified accuracy at radius 0.5 if the constant is 1).
+        images, and the share of test images whose margin exceeds \(\sqrt 2 \cdot 0.5 K\) (the
+        certified accuracy at radius 0.5 if the constant is the K that was asked for).
 
     Raises:
-        ValueError: The images do not fit the model, or the loss is not finite.
+        ValueError: The images do not fit the model, the loss is not finite, or `state.pt` is that
+            of another configuration.
         ModuleNotFoundError: A progress bar is asked for and tqdm is missing.
     """
     model = build(config)
@@ -57,8 +70,13 @@ def fit(
         optimizer, config.lr, total_steps=steps, pct_start=config.warmup
     )
     history: list[dict[str, float]] = []
+    state = Resumable(model, optimizer, schedule, generator)
+    if folder is not None and resume:
+        history = state.load(folder / "state.pt", config)
     bar = _progress_bar(config.epochs) if progress else None
-    for epoch in range(1, config.epochs + 1):
+    if bar is not None:
+        bar.update(len(history))
+    for epoch in range(len(history) + 1, config.epochs + 1):
         model.train()
         rate, total, right = schedule.get_last_lr()[0], 0.0, 0
         for x, y in _batches(train, config, generator):
@@ -74,7 +92,7 @@ def fit(
             schedule.step()
             total += loss.item() * len(y)
             right += int((logits.argmax(1) == y).sum())
-        accuracy, followed = _follow(model, test)
+        accuracy, followed = _follow(model, test, config.lipschitz)
         row = {
             "epoch": epoch,
             "lr": rate,
@@ -84,6 +102,9 @@ def fit(
             "test_margin_accuracy": followed,
         }
         history.append(row)
+        if folder is not None:
+            state.save(folder / "state.pt", config, history)
+            write_csv(folder / "log.csv", history)
         if bar is not None:
             bar.set_postfix(loss=f"{row['loss']:.3f}", test=f"{accuracy:.1%}")
             bar.update()
@@ -109,12 +130,12 @@ def _batches(
 
 
 @torch.no_grad()
-def _follow(model: nn.Module, test: Images) -> tuple[float, float]:
+def _follow(model: nn.Module, test: Images, lipschitz: float) -> tuple[float, float]:
     logits = model.eval()(test.x)
     true = logits.gather(1, test.y[:, None]).squeeze(1)
     others = logits.scatter(1, test.y[:, None], -math.inf).amax(1)
     margin = true - others
-    wanted = math.sqrt(2) * FOLLOWED_RADIUS
+    wanted = math.sqrt(2) * lipschitz * FOLLOWED_RADIUS
     return (margin > 0).float().mean().item(), (margin > wanted).float().mean().item()
 
 

@@ -18,6 +18,7 @@ from orthonet.reparametrizers._orthogonalizers import (
     BatchedQROrthogonalization,
     Orthogonalizer,
 )
+from orthonet.reparametrizers._parameter_groups import parameter_groups
 from orthonet.reparametrizers._params import (
     AUTO_ORTHO_PARAMS,
     BJORCK_PASS_THROUGH_ORTHO_PARAMS,
@@ -78,6 +79,7 @@ __all__ = [
     "caching",
     "defer_pullback",
     "fuse",
+    "parameter_groups",
     "invalidate",
     "register",
     "remove",

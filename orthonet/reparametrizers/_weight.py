@@ -12,7 +12,6 @@ from orthonet.linalg import haar, polar_svd
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg._ranks import whole
 from orthonet.reparametrizers._cache import CachedWeight
-from orthonet.reparametrizers._cache_record import STATE
 from orthonet.reparametrizers._group import Group
 from orthonet.reparametrizers._normalizers import BatchedIdentity
 from orthonet.reparametrizers._orthogonalizers import require_semi_orthogonal
@@ -88,23 +87,17 @@ class OrthoWeight(CachedWeight):
             return self._constrain(stored)
 
     def _constrain(self, stored: Tensor) -> Tensor:
-        # a shard of FSDP2, outside of the forward pass of its unit: gathered by all processes
-        stored = whole(stored)
-        if self._lent():
-            stored = stored.view_as(stored)  # no parameter, so nothing is written to it
-        return self.orthogonalizer(self.normalizer(stored.to(compute_dtype(stored.dtype))))
+        # A shard of FSDP2, outside of the forward pass of its unit, is gathered by all processes.
+        stored = whole(stored).to(compute_dtype(stored.dtype))
+        # A view is no parameter, so a warm orthogonalizer does not write to it.
+        return self.orthogonalizer(
+            self.normalizer(stored.view_as(stored) if self._sharded else stored)
+        )
 
-    def _lent(self) -> bool:
-        """Whether FSDP2 lends the parameter: what is written to it is lost after the forward."""
-        if torch.compiler.is_compiling():
-            return False
-        slot = vars(self).get(STATE)
-        return slot is not None and slot.off
-
-    def recentre_(self) -> tuple[Tensor, Tensor] | None:
+    def recentre_(self) -> tuple[Tensor, Tensor | float] | None:
         """Re-centre `original` to c U and return U, c; None unless a forward pass would do so."""
         method = getattr(self.orthogonalizer, "recentre_", None)
-        if method is None or type(self.normalizer) is not BatchedIdentity or self._lent():
+        if method is None or self._sharded or type(self.normalizer) is not BatchedIdentity:
             return None
         return method(self.original)
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from orthonet import models
+from orthonet.certify import certify
 from orthonet.convert import to_plain
-from orthonet.layers import OrthoLinear, UnitNormLinear
+from orthonet.layers import OrthoLinear, UnitNormLinear, available
 from orthonet.reparametrizers import QR_ORTHO_PARAMS
 
 MODELS = {
@@ -28,6 +29,7 @@ MODELS = {
     ),
     "convnet_digits": ({}, (1, 8, 8)),
     "convnet_mnist": ({"channels": (8, 8, 8), "hidden": (16,)}, (1, 28, 28)),
+    "convnet_zoo": ({"width": 8, "hidden": 16}, (1, 8, 8)),
 }
 CASES = [(name, arguments, shape) for name, (arguments, shape) in MODELS.items()]
 
@@ -142,3 +144,56 @@ def test_bad_arguments_are_refused(name, arguments, message):
 def test_odd_widths_are_fine_without_pairs():
     model = models.create("mlp_digits", hidden=(5,), activation="abs")
     assert math.isfinite(model(torch.rand(1, 64)).sum().item())
+
+
+@pytest.mark.parametrize("lipschitz", [0.25, 3.0])
+@pytest.mark.parametrize(("name", "arguments", "shape"), CASES)
+def test_the_constant_is_what_was_asked_for(name, arguments, shape, lipschitz):
+    """The dense Jacobian, the certificate, and the same network with K = 1."""
+    torch.manual_seed(0)
+    one = models.create(name, **arguments).double().eval()
+    torch.manual_seed(0)
+    model = models.create(name, **arguments, lipschitz=lipschitz).double().eval()
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    torch.testing.assert_close(model(x), lipschitz * one(x), rtol=1e-14, atol=0)  # observed 0
+    jacobian = torch.autograd.functional.jacobian(lambda x: model(x[None])[0], x[0])
+    largest = torch.linalg.matrix_norm(jacobian.flatten(1), ord=2).item()
+    constant = certify(model, x[:1]).constant.value
+    assert largest <= constant
+    assert constant == pytest.approx(lipschitz, rel=1e-6)  # observed 2.2e-8 at most
+
+
+def test_a_constant_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="lipschitz"):
+        models.mlp_digits(lipschitz=0.0)
+
+
+@pytest.mark.parametrize("layer", available("conv"))
+def test_the_network_of_the_zoo_with_each_layer(layer):
+    """Jacobian within the certificate, the certificate within K, gradients everywhere."""
+    torch.manual_seed(0)
+    model = models.convnet_zoo((2, 6, 10), 3, layer=layer, width=8, hidden=8, depth=2, lipschitz=2)
+    x = torch.rand(3, 2, 6, 10)
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    model = model.double().eval()
+    jacobian = torch.autograd.functional.jacobian(lambda x: model(x[None])[0], x[0].double())
+    largest = torch.linalg.matrix_norm(jacobian.flatten(1), ord=2).item()
+    constant = certify(model, x[:1].double()).constant.value
+    assert 0 < largest <= constant <= 2 * (1 + 1e-6)  # observed 2 (1 + 3e-9) at most
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"layer": "unit_norm"}, "layer"),
+        ({"width": 7}, "even"),
+        ({"in_shape": (8, 8)}, "in_shape"),
+        ({"in_shape": (1, 18, 18)}, "divisible by 4"),
+    ],
+)
+def test_the_network_of_the_zoo_says_what_it_cannot(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        models.convnet_zoo(**arguments)
