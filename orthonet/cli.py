@@ -86,7 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(
-    recipe: str, *, progress: bool, out: Path | None = None, **changes: Any
+    recipe: str,
+    *,
+    progress: bool,
+    out: Path | None = None,
+    resume: bool = False,
+    **changes: Any,
 ) -> recipes.Report | recipes.SequenceReport:
     folder = out or Path("runs") / recipe
     sequences = recipe in recipes.SEQUENCE_RECIPES
@@ -97,10 +102,15 @@ def _train(
         not foreign, "orthonet train", f"an option must be one of the recipe {recipe!r}",
         "Leave it out, or choose another recipe", options=", ".join(foreign),
     )  # fmt: skip
+    _checks.require(
+        not (sequences and resume), "orthonet train", "--resume must come with a recipe of images",
+        "Leave it out: sequences are trained in one go", recipe=recipe,
+    )  # fmt: skip
     if sequences:
         config = recipes.SEQUENCE_RECIPES[recipe](**changes)
         return recipes.train_sequences(config, folder, progress=progress)
-    return recipes.train(recipes.RECIPES[recipe](**changes), folder, progress=progress)
+    config = recipes.RECIPES[recipe](**changes)
+    return recipes.train(config, folder, progress=progress, resume=resume)
 
 
 def _convert(source: str, *, progress: bool, out: Path, **options: Any) -> convert.ConversionReport:
@@ -144,6 +154,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--models", nargs="+", metavar="M", help="sequences: orthonet, lstm, torch, geotorch"
     )
+    train.add_argument(
+        "--resume", action="store_true", default=None,
+        help="images: go on after the last epoch in the folder of the results",
+    )  # fmt: skip
     train.add_argument("--out", type=Path, help="folder of the results (runs/RECIPE)")
 
     certify = commands.add_parser("certify", help="certify and attack a trained network again")
