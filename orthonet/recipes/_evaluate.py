@@ -129,7 +129,7 @@ def evaluate(
     attacked, attempts, broken = {0.0: int(right.sum()) / len(x)}, 0, 0
     with _progress_bar(progress, len(attack_radii(radii)) + 1) as bar:
         for radius in attack_radii(radii):
-            for part in alive.nonzero().squeeze(1).split(_BATCH):
+            for part in alive.nonzero().squeeze(1).split(_BATCH) if alive.any() else ():
                 points = pgd_l2(
                     attacker, x[part], y[part], radius, steps=attack_steps, restarts=1,
                     generator=generator,
