@@ -76,7 +76,7 @@ def optimize(
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=iterations, pct_start=0.1 if iterations >= 20 else 0.5
+        optimizer, lr, total_steps=max(4, iterations), pct_start=0.1 if iterations >= 20 else 0.5
     )
     bar = require_package("tqdm", "tqdm").tqdm(total=iterations, desc=name) if progress else None
     history, every = [], max(1, iterations // 50)

@@ -270,7 +270,7 @@ def _space_picture(path: Path, model: nn.Module, config: SDFConfig, trace: Trace
     light = torch.tensor([0.3, -0.5, 0.8], dtype=torch.float64)
     shade = torch.ones(len(trace.hit), dtype=torch.float64)
     shade[trace.hit] = 0.15 + 0.75 * (normal @ (light / light.norm())).clamp_min(0.0)
-    left.imshow(shade.reshape(side, side), cmap="gray", vmin=0, vmax=1, origin="lower")
+    left.imshow(shade.reshape(side, side).numpy(), cmap="gray", vmin=0, vmax=1, origin="lower")
     left.set(xticks=[], yticks=[], title="the network, sphere-traced")
     plane = grid(-1.2, 1.2, 160)
     x, z = plane.unbind(-1)

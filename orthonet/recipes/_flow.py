@@ -267,7 +267,9 @@ def _picture(
     x, y = grid(-4.0, 4.0, 240).unbind(-1)
     panels[0].plot(data[:, 0], data[:, 1], ".", color=BLUE, ms=2)
     panels[0].set_title("data")
-    panels[1].pcolormesh(x, y, density, cmap="magma", shading="nearest", rasterized=True)
+    panels[1].pcolormesh(
+        *(t.numpy() for t in (x, y, density)), cmap="magma", shading="nearest", rasterized=True
+    )
     panels[1].set_title("density, exact")
     panels[2].plot(made[:, 0], made[:, 1], ".", color=BLUE, ms=2)
     panels[2].set_title("samples, by the inverse")

@@ -105,7 +105,7 @@ def test_sphere_tracing_reaches_a_ball_and_never_enters_it():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sdf_never_overshoots(shape, tmp_path):
-    config = SDFConfig(shape=shape, iterations=150, hidden=16, batch_size=128, rays=24)
+    config = SDFConfig(shape=shape, iterations=100, hidden=16, batch_size=128, rays=16)
     report = train_sdf(config, tmp_path)
     found = report.figures
     assert found["overshoots"] == 0
@@ -142,16 +142,28 @@ def test_the_inverse_of_the_flow_is_within_its_error():
         invert(flow, z, [1.0] * 3)
 
 
-@pytest.mark.parametrize("density", DENSITIES)
-def test_flow_has_mass_one_and_learns(density, tmp_path):
-    config = FlowConfig(density=density, blocks=3, hidden=16, iterations=60, batch_size=128)
+def test_flow_has_mass_one_and_learns(tmp_path):
+    config = FlowConfig(density="rings", blocks=2, hidden=16, iterations=60, batch_size=128)
     report = train_flow(config, tmp_path)
     found = report.figures
-    assert found["mass"] == pytest.approx(1.0, abs=2e-3)  # observed 2e-4
-    assert found["nats"] < found["base_nats"] + 0.3  # observed .1 and .25 below
+    assert found["mass"] == pytest.approx(1.0, abs=2e-2)  # observed 1e-3
+    assert found["nats"] < found["base_nats"] + 0.3  # observed .1 below
     assert found["round_trip"] <= found["inverse_error"] < 1e-8
     assert found["constant"] == pytest.approx(0.9, rel=1e-6)
     written(report, tmp_path, "density.png")
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_points_of_the_densities_lie_on_their_curves(density):
+    points = DENSITIES[density](4000, torch.Generator().manual_seed(0))
+    assert points.mean(0).abs().max() < 0.12  # observed .07
+    if density == "rings":
+        radius = points.norm(dim=1)
+        inner = (radius - 0.7).abs() < (radius - 1.8).abs()
+        assert inner.float().mean() == pytest.approx(0.4, abs=0.03)  # observed .40
+        off = torch.where(inner, radius - 0.7, radius - 1.8)
+        assert off.square().mean().sqrt() == pytest.approx(0.1, abs=0.02)  # observed .10
+    assert torch.equal(points, DENSITIES[density](4000, torch.Generator().manual_seed(0)))
 
 
 def test_grid_covers_the_square():
