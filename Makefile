@@ -31,7 +31,12 @@ format: $(VENV)/.lint        ## let ruff rewrite what it can
 docs: $(VENV)/.test          ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.bench        ## every preset against its peers, and the pages that show it
+bench: $(VENV)/.bench        ## everything against its peers, and the pages that show it
+	$(BIN)/python -m benchmarks.orthogonalizers --lr 1e-4 --threads 2
+	$(BIN)/python -m benchmarks.linear_step --threads 2
+	$(BIN)/python -m benchmarks.convolutions --threads 2
+	$(BIN)/python -m benchmarks.manifolds --threads 2
+	$(BIN)/python -m benchmarks.rnn --threads 2
 	$(BIN)/python -m benchmarks.presets
 	$(BIN)/python -m benchmarks.page
 

@@ -1,4 +1,4 @@
-"""Write the tables of the documentation from benchmarks/results/presets.json.
+"""Write the tables of the documentation from the JSON files in benchmarks/results.
 
 python -m benchmarks.page [--check]
 """
@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _harness as harness
+from benchmarks import convolutions, linear_step, manifolds, orthogonalizers, rnn
 
+# Benchmarks whose page shows what they print, by the name of their JSON file.
+PRINTED = {
+    module.__name__.rpartition(".")[2]: module.summary
+    for module in (orthogonalizers, linear_step, convolutions, manifolds, rnn)
+}
 Cell = Callable[[Mapping[str, Any], Mapping[str, Any]], str]
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (DOCS / "benchmarks.md", DOCS / "guide" / "presets.md")
@@ -115,6 +121,15 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
     return texts
 
 
+def kept(directory: Path = harness.RESULTS) -> dict[str, str]:
+    """Every table, from the results in a directory."""
+    texts = tables(json.loads((directory / "presets.json").read_text()))
+    for name, summary in PRINTED.items():
+        result = json.loads((directory / f"{name}.json").read_text())
+        texts[name] = f"{_machine(result['environment'])}\n\n{summary(result)}"
+    return texts
+
+
 def fill(page: str, texts: Mapping[str, str]) -> str:
     """The page with every slot filled."""
     return SLOT.sub(lambda slot: f"{slot[1]}{texts[slot['title']]}\n{slot[3]}", page)
@@ -124,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="fail when a page is out of date")
     check = parser.parse_args().check
-    texts = tables(json.loads((harness.RESULTS / "presets.json").read_text()))
+    texts = kept()
     for page in PAGES:
         old = page.read_text()
         new = fill(old, texts)

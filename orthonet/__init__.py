@@ -1,8 +1,8 @@
 """Orthogonal and 1-Lipschitz layers for PyTorch, with constants that are proved.
 
 The names below are the ones most programs need; the rest lives in the sub-packages `layers`,
-`constraints`, `manifolds`, `functional`, `init`, `reparametrizers`, `linalg`, `losses`, `certify`,
-`convert`, `models`, `recipes` and `testing`.
+`constraints`, `manifolds`, `functional`, `init`, `reparametrizers`, `linalg`, `losses`, `optim`,
+`certify`, `convert`, `models`, `recipes` and `testing`.
 """
 
 from importlib.metadata import version
@@ -19,6 +19,7 @@ from orthonet import (
     linalg,
     losses,
     manifolds,
+    optim,
     reparametrizers,
 )
 from orthonet.certify import LipschitzCertificate
@@ -41,7 +42,7 @@ from orthonet.constraints import (
     symmetric,
     update_base,
 )
-from orthonet.convert import to_plain
+from orthonet.convert import orthogonalize, to_plain
 from orthonet.errors import (
     NotOnManifoldError,
     OrthonetError,
@@ -76,6 +77,8 @@ from orthonet.reparametrizers import (
     defer_pullback,
     fuse,
     invalidate,
+    parameter_groups,
+    share_among_ranks,
     unfuse,
 )
 
@@ -128,13 +131,17 @@ __all__ = [
     "low_rank",
     "manifolds",
     "oblique",
+    "optim",
+    "parameter_groups",
     "orthogonal",
+    "orthogonalize",
     "positive_definite",
     "positive_semidefinite",
     "positive_semidefinite_fixed_rank",
     "positive_semidefinite_low_rank",
     "rebase_every",
     "reparametrizers",
+    "share_among_ranks",
     "skew",
     "sln",
     "sphere",

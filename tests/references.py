@@ -79,3 +79,52 @@ def jacobian_reference(f, x: Tensor) -> Tensor:
     """The Jacobian (out, in) of `f` at one sample x, by autograd; `f` takes a batch."""
     jacobian = torch.autograd.functional.jacobian(lambda z: f(z[None])[0], x)
     return jacobian.reshape(-1, x.numel())
+
+
+class StiefelReference:
+    """One matrix after the other, with explicit projections and an SVD for each retraction."""
+
+    def __init__(self, optimizer) -> None:
+        self.kind, self.options, self.states = type(optimizer).__name__, optimizer.defaults, {}
+
+    def step(self, index: int, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        flat = zip(x.reshape(-1, *x.shape[-2:]), grad.reshape(-1, *x.shape[-2:]), strict=True)
+        moved = [self._one((index, i), a, g) for i, (a, g) in enumerate(flat)]
+        return torch.stack(moved).reshape(x.shape)
+
+    def _one(self, key, x, grad):
+        if x.shape[0] < x.shape[1]:
+            return self._one(key, x.T, grad.T).T
+        o = self.options
+        state = self.states.setdefault(key, {"t": 0, "m": torch.zeros_like(x), "v": 0.0})
+        state["t"] += 1
+        t, before = state["t"], state["m"]
+        if self.kind == "StiefelAdam":
+            beta1, beta2 = o["betas"]
+            g = _tangent_part(x, grad)
+            if x.shape[0] == x.shape[1]:  # the momentum in coordinates, X times it in the space
+                state["m"] = beta1 * before + (1 - beta1) * x.T @ g
+                m = x @ state["m"]
+            else:
+                state["m"] = m = _tangent_part(x, beta1 * before + (1 - beta1) * grad)
+            state["v"] = beta2 * state["v"] + (1 - beta2) * g.square().mean()
+            root = (state["v"] / (1 - beta2**t)) ** 0.5
+            d = m / (1 - beta1**t) / (root + o["eps"])
+        else:
+            mu = o["momentum"]
+            share = 1.0 if t == 1 else 1.0 - o.get("dampening", 0.0)
+            state["m"] = m = _tangent_part(x, mu * before + share * grad)
+            d = m + mu * m - mu * before if o["nesterov"] else m
+        if self.kind == "StiefelMuon":
+            d = d / torch.linalg.matrix_norm(d).clamp_min(1e-300)
+            for _ in range(o["ns_steps"]):
+                a = d @ d.T
+                d = 3.4445 * d - 4.7750 * a @ d + 2.0315 * a @ a @ d
+            d = _tangent_part(x, d)
+        u, _, vh = torch.linalg.svd(x - o["lr"] * d, full_matrices=False)
+        return u @ vh
+
+
+def _tangent_part(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    s = x.T @ v
+    return v - x @ (s + s.T) / 2

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from orthonet.certify._affine import _variance
+from orthonet.certify._normalization_error import normalization_error
 from orthonet.certify._replay import replay
-from orthonet.certify._rules import Call, Operand
+from orthonet.certify._rules import Call, Operand, Rounding, Step
+from orthonet.certify._sizes import absolute_convolution, absolute_matrix
 
 if TYPE_CHECKING:
     from orthonet.certify._propagate import State, Walker
@@ -68,14 +70,14 @@ class _Errors:
         for state in walker.states.values():  # in order, so that nothing recurses deeply
             self.of(state)
 
-    def relative(self, roundings: float) -> float:
-        """(1 + storage)^3 (1 + gamma_k) - 1; nothing for copies."""
+    def relative(self, roundings: float, stages: int = 1) -> float:
+        """(1 + storage)^(3 stages) (1 + gamma_k) - 1; nothing for copies."""
         if not roundings:
             return 0.0
         gamma = roundings * self.sums / max(1.0 - roundings * self.sums, 2.0**-60)
         if self.storage == self.sums:
             return gamma * _SAFE
-        return (math.expm1(3 * math.log1p(self.storage) + math.log1p(gamma))) * _SAFE
+        return (math.expm1(3 * stages * math.log1p(self.storage) + math.log1p(gamma))) * _SAFE
 
     def size(self, state: State) -> Tensor:
         """The norm of a node anywhere in the ball, in exact arithmetic."""
@@ -103,6 +105,10 @@ class _Errors:
             norm = torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1)
             return (norm + self.ball) * cast
         step, call = self.walker.step_of(state), state.call
+        if step.roundings is None and len(state.parents) == 1:
+            normalized = self._normalized(state, state.parents[0])
+            if normalized is not None:
+                return normalized
         if step.roundings is None:
             call.refuse(
                 "the rounding of this operation is not known",
@@ -110,6 +116,8 @@ class _Errors:
                 "roundings from its rule",
             )
         order = [operand._state for operand in call.operands]
+        if isinstance(step.roundings, Rounding):
+            return self._compound(step, step.roundings, state, order[0])
         carried = torch.zeros_like(self.ball)
         own = torch.zeros_like(self.ball)
         relative = self.relative(step.roundings)
@@ -128,6 +136,26 @@ class _Errors:
             own = own * relative + step.roundings * wide * 2.0**-120
         return (carried + own) * _SAFE
 
+    def _normalized(self, state: State, parent: State) -> Tensor | None:
+        """The error of a normalization by the statistics of its input."""
+        error, values = self.of(parent), self.values[parent.node]
+        if not isinstance(values, Tensor):
+            return None
+        near = error
+        if self.exact is not None:
+            near = near + self.exact.of(parent)
+        if bool((self.ball > 0).any()):
+            near = near + self.walker.bound_of(parent).value * self.ball
+        return normalization_error(state.call, values, near, error, self.relative)
+
+    def _compound(self, step: Step, rounding: Rounding, state: State, parent: State) -> Tensor:
+        """The error of a map of one operand that counts its roundings itself."""
+        error = self.of(parent)
+        own = rounding.size * (self.size(parent) + error) + rounding.offset
+        own = own * self.relative(rounding.count, rounding.stages)
+        tiny = rounding.count * math.prod(state.shape) ** 0.5 * max(1.0, rounding.size) * 2.0**-120
+        return (step.gains[0].value * error + own + tiny) * _SAFE
+
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -137,15 +165,10 @@ def _absolute_gain(call: Call) -> float | None:
     """The norm of the matrix of absolute values, by its row and column sums; None if unknown."""
     if call.op in ("linear", "matmul", "mm", "addmm"):
         matrices = [a for a in call.args if isinstance(a, Tensor) and a.ndim == 2]
-        size = matrices[-1].detach().cpu().double().abs()
-        rows, columns = float(size.sum(0).max()), float(size.sum(1).max())
-        return min(math.sqrt(rows * columns), float(size.norm())) * _SAFE
+        return absolute_matrix(matrices[-1])
     if call.op in _CONVOLUTIONS or call.op in _TRANSPOSED:
-        size = call.constant(1, "weight").abs()
         groups = call.get(8 if call.op == "convolution" else 6, "groups", 1)
-        parts = size.unflatten(0, (groups, size.shape[0] // groups)).flatten(3).sum(3)
-        first, second = float(parts.sum(1).max()), float(parts.sum(2).max())
-        return math.sqrt(first * second) * _SAFE
+        return absolute_convolution(call.constant(1, "weight"), groups)
     return None
 
 

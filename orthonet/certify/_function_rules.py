@@ -16,6 +16,7 @@ from orthonet.certify._rules import (
     REARRANGEMENT,
     Call,
     Operand,
+    Rounding,
     Step,
     exact,
     register_rule,
@@ -130,9 +131,16 @@ def _softmax(call: Call) -> Step:
     if not isinstance(dim, int):
         call.refuse("softmax must name its dim", "Pass dim=1 or another feature dimension")
     (place,) = call.feature_dims(dim)
+    # With the differences d to the largest entry, sum softmax d <= log n: what d rounds is bounded.
+    count = call.operand.shape[place]
+    rows = math.prod(call.operand.shape) // max(1, count)
+    offset = math.sqrt(rows) * (3.0 + 2.0 * math.log(max(1, count)))
     if call.op == "softmax":
-        return exact(0.5, "largest Jacobian of softmax")
-    return exact(sqrt_up(call.operand.shape[place]), "largest Jacobian of log-softmax")
+        rounding = Rounding(count + 140.0, 0.0, offset)
+        return exact(0.5, "largest Jacobian of softmax", rounding)
+    offset, size = offset * math.sqrt(count), 2.0 + 2.0 * math.sqrt(count)
+    rounding = Rounding(count + 140.0, size, offset)
+    return exact(sqrt_up(count), "largest Jacobian of log-softmax", rounding)
 
 
 @register_rule("hypot")

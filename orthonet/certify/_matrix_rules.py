@@ -91,7 +91,7 @@ def _normalization(call: Call) -> Step:
     if call.op == "instance_norm" and not call.get(5, "use_input_stats", True):
         scaled = Call("batch_norm", call.path, (*call.args[:5], False, 0.1, eps), {},
                       call.output_shape, call.source)  # fmt: skip
-        return _batch_norm(scaled)
+        return _batch_norm(scaled)._replace(roundings=None)
     gain = 1.0
     if call.get(scale, "weight", None) is not None:
         gain = float(call.constant(scale, "weight").abs().max())

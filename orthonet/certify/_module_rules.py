@@ -48,7 +48,7 @@ def _adaptive_pool(module: nn.Module, input_shape: Shape) -> Step:
 def _l2_norm(module: layers.L2NormResidual, input_shape: Shape, bound_of: BoundOf) -> Step:
     branch = bound_of(module.branch, input_shape)
     if branch.value == 1.0:
-        return upper(1.0, "branch 1", 8.0)
+        return upper(1.0, "branch 1")
     square = mul_up(0.5, add_up(1.0, mul_up(branch.value, branch.value)))
     return upper(sqrt_up(square), f"branch {branch.value:.6g}")
 

@@ -35,6 +35,8 @@ def replay(program: Program, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
                 found = found[:1].expand(size, *found.shape[1:])
         if isinstance(found, Tensor):
             found = found.detach().cpu()
+            if found.is_complex():
+                return found.to(torch.complex128)
             return found.double() if found.is_floating_point() else found
         return found
 

@@ -25,6 +25,7 @@ __all__ = [
     "REARRANGEMENT",
     "Call",
     "Operand",
+    "Rounding",
     "Step",
     "as_step",
     "canonical",
@@ -61,6 +62,18 @@ class Operand:
         return self._bound
 
 
+class Rounding(NamedTuple):
+    r"""A bound of the rounding of one operation: $\gamma_{count} (size \|x\| + offset)$ in l2.
+
+    Half precision rounds what is stored three times in each of `stages`.
+    """
+
+    count: float
+    size: float
+    offset: float = 0.0
+    stages: int = 1
+
+
 class Step(NamedTuple):
     """What a rule returns: one gain for each operand and how the gains add up.
 
@@ -72,10 +85,11 @@ class Step(NamedTuple):
     gains: tuple[Bound, ...]
     method: str
     combine: Literal["sum", "hypot"] = "sum"
-    roundings: float | None = None
+    roundings: float | Rounding | None = None
     """How many roundings an entry of the output sees in a forward pass: its error is at most
     gamma of that number times (the gains on the absolute operands + the absolute output), in the
-    l2 norm. 0 for maps that only compare and copy; None where nothing is known."""
+    l2 norm. 0 for maps that only compare and copy; a `Rounding` for compound maps; None where
+    nothing is known."""
 
 
 REARRANGEMENT = "rearrangement"
@@ -84,12 +98,12 @@ COPY = 0.0
 """The roundings of a map whose outputs are copies of inputs."""
 
 
-def exact(value: float, method: str, roundings: float | None = None) -> Step:
+def exact(value: float, method: str, roundings: float | Rounding | None = None) -> Step:
     """The constant of a map of one operand, attained up to rounding."""
     return Step((Bound(value, kind="exact"),), method, roundings=roundings)
 
 
-def upper(value: float, method: str, roundings: float | None = None) -> Step:
+def upper(value: float, method: str, roundings: float | Rounding | None = None) -> Step:
     """A proved bound of the constant of a map of one operand."""
     return Step((Bound(value),), method, roundings=roundings)
 

@@ -108,6 +108,19 @@ class ConstrainedList(CachedParametrizationList):
         if read is not None and read is not value:
             memory.undo = (weakref.ref(read, _forget(memory)), before)
 
+    @torch.no_grad()
+    def project_(self, value: Tensor, owner: object = None) -> float:
+        """Set the tensor to the nearest value, as the last space projects; return the distance.
+
+        Raises:
+            ValueError: the space has no projection of `value`, or another shape.
+        """
+        last: Any = self[len(self) - 1]
+        nearest = getattr(last, "nearest", None)
+        self.right_inverse(value if nearest is None else nearest(value))
+        norm = max(float(torch.linalg.vector_norm(value.double())), 1e-30)
+        return float(torch.linalg.vector_norm((self() - value).double())) / norm
+
     def _state(self) -> list[Tensor]:
         return [*self.parameters(), *self.buffers()]
 

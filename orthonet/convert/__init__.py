@@ -1,5 +1,16 @@
-"""Models in and out: what remains when the constraints are baked into plain weights."""
+"""Models in and out: stock layers made orthogonal, and constraints baked into plain weights."""
 
+from orthonet.convert._on_manifold import manifold_groups, on_manifold, trivialize
+from orthonet.convert._orthogonalize import orthogonalize
 from orthonet.convert._plain import to_plain
+from orthonet.convert._report import ConversionReport, ConversionRow
 
-__all__ = ["to_plain"]
+__all__ = [
+    "ConversionReport",
+    "ConversionRow",
+    "manifold_groups",
+    "on_manifold",
+    "orthogonalize",
+    "to_plain",
+    "trivialize",
+]

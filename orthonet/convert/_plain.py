@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from orthonet import _checks
+from orthonet.reparametrizers import adopt, remove
 
 __all__ = ["to_plain"]
 
@@ -14,9 +16,10 @@ __all__ = ["to_plain"]
 def to_plain(model: nn.Module) -> nn.Module:
     """Return a new model in which every layer with a constrained weight is its stock `nn` twin.
 
-    Weights are read once, with the present parameters, and stored as ordinary parameters; a layer
-    that is used in several places stays one layer. Everything else is copied. The given model is
-    not changed and shares no tensor with the result.
+    Weights are read once, with the present parameters, and stored as ordinary parameters, those
+    that `orthonet.constraints` or `torch.nn.utils.parametrize` compute as well; a layer that is
+    used in several places stays one layer. Everything else is copied. The given model is not
+    changed and shares no tensor with the result.
 
     Args:
         model: Any module; layers of this library are found wherever they are nested.
@@ -48,4 +51,17 @@ def to_plain(model: nn.Module) -> nn.Module:
         export = getattr(module, "to_plain", None)
         if export is not None:
             memo[id(module)] = export()
-    return copy.deepcopy(model, memo)
+    plain = copy.deepcopy(model, memo)
+    for module in plain.modules():
+        if is_parametrized(module):
+            _bake(module)
+    return plain
+
+
+def _bake(module: nn.Module) -> None:
+    """Make the constrained tensors of a copy ordinary ones."""
+    adopt(module)  # a class made by torch is shared with the original, which would lose its tensors
+    for name in list(module.parametrizations):  # type: ignore[arg-type]
+        learns = any(p.requires_grad for p in module.parametrizations[name].parameters())  # type: ignore[index]
+        remove(module, name)
+        getattr(module, name).requires_grad_(learns)

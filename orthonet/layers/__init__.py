@@ -8,7 +8,12 @@ from orthonet.layers._conv_transpose import (
     OrthoConvTranspose2d,
     OrthoConvTranspose3d,
 )
-from orthonet.layers._downsampling import SpaceToDepth1d, SpaceToDepth2d, SpaceToDepth3d
+from orthonet.layers._downsampling import (
+    PadToStride,
+    SpaceToDepth1d,
+    SpaceToDepth2d,
+    SpaceToDepth3d,
+)
 from orthonet.layers._linear import OrthoLinear, UnitNormLinear
 from orthonet.layers._normalize import (
     BatchCentering1d,
@@ -163,6 +168,7 @@ __all__ = [
     "OrthoLinear",
     "OrthoRNN",
     "OrthoRNNCell",
+    "PadToStride",
     "PrescaledResidual",
     "SLLConv2d",
     "SLLLinear",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.errors import ProjectionWarning
 
-__all__ = ["ConstrainedWeight"]
+__all__ = ["ConstrainedWeight", "WithoutPlainWeight"]
 
 
 class ConstrainedWeight:
@@ -122,3 +122,38 @@ class ConstrainedWeight:
             )
             warnings.warn(sentence, ProjectionWarning, stacklevel=2)
         return parametrization
+
+
+class WithoutPlainWeight:
+    """Mixin before `nn.Module`: a layer that no plain weight can be projected onto says so."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Refuse the `weight` of a plain `nn` layer by one sentence."""
+        known = {name for name, _ in self.named_parameters()}  # type: ignore[attr-defined]
+        if f"{prefix}weight" in state_dict and "weight" not in known:
+            error_msgs.append(
+                _checks.message(
+                    self,
+                    "the weight of a plain layer has no projection onto this one, which is no "
+                    "single linear map or is made in the frequency domain",
+                    "Load a checkpoint of this class, or use a layer that projects, such as "
+                    "OrthoConv2d or AOLConv2d",
+                    weight=state_dict[f"{prefix}weight"],
+                )
+            )
+            for name in list(state_dict):
+                if name.startswith(prefix):
+                    state_dict.pop(name)
+            return
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

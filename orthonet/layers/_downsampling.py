@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from orthonet import functional
-from orthonet._checks import positive_int
+from orthonet._checks import in_range, positive_int
 
-__all__ = ["SpaceToDepth1d", "SpaceToDepth2d", "SpaceToDepth3d"]
+__all__ = ["PadToStride", "SpaceToDepth1d", "SpaceToDepth2d", "SpaceToDepth3d"]
 
 
 class _SpaceToDepth(nn.Module):
@@ -73,3 +74,46 @@ class SpaceToDepth3d(_SpaceToDepth):
     """Three-dimensional twin of `SpaceToDepth2d`: r^3 times the channels."""
 
     _spatial = 3
+
+
+class PadToStride(nn.Module):
+    r"""Zeros at the end of every spatial dimension, up to a multiple of the stride.
+
+    In front of blocks of `stride` pixels it gives as many blocks as a convolution with this kernel,
+    stride and no padding has outputs, \(\lfloor (n - k) / s \rfloor + 1\): what that convolution
+    reads only in part is filled up, what it never reads is cut off.
+
+    Args:
+        stride: side s of the blocks.
+        kernel_size: taps k of the convolution, at most the stride.
+        spatial: number of spatial dimensions, 1 to 3.
+
+    Shape:
+        `(*, L1, ..., Ln)` to the same with sizes that the stride divides.
+
+    Guarantee:
+        1-Lipschitz, exactly; an isometry unless something is cut off, which a kernel of one tap
+        never does.
+
+    Raises:
+        ValueError: a size < 1, or `kernel_size` above the stride.
+
+    Examples:
+        >>> PadToStride(2)(torch.ones(1, 3, 7, 8)).shape
+        torch.Size([1, 3, 8, 8])
+    """
+
+    def __init__(self, stride: int, kernel_size: int = 1, spatial: int = 2) -> None:
+        super().__init__()
+        positive_int(self, stride=stride, kernel_size=kernel_size)
+        in_range(self, 1, stride, kernel_size=kernel_size)
+        in_range(self, 1, 3, spatial=spatial)
+        self.stride, self.kernel_size, self.spatial = stride, kernel_size, spatial
+
+    def forward(self, x: Tensor) -> Tensor:
+        s, k = self.stride, self.kernel_size
+        missing = [((n - k) // s + 1) * s - n for n in x.shape[-self.spatial :]]
+        return F.pad(x, [a for m in reversed(missing) for a in (0, m)])
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, kernel_size={self.kernel_size}, spatial={self.spatial}"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from orthonet.linalg import polar
 from orthonet.linalg._matrix import minus_transpose
 from orthonet.linalg._polar_gradient import differentiable_gradient
+from orthonet.linalg.polar import save_centred, saved_centred
 from orthonet.reparametrizers import OrthoWeight
 from orthonet.reparametrizers._cache_state import steps
 
@@ -64,14 +65,14 @@ class _FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, u: Tensor, scale: Tensor, bias: Tensor | None
+        ctx: Any, x: Tensor, w: Tensor, u: Tensor, scale: Tensor | float, bias: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(x, w, u, scale)
+        save_centred(ctx, scale, x, w, u)
         return nn.functional.linear(x, u, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, w, u, scale = ctx.saved_tensors
+        (x, w, u), scale = saved_centred(ctx)
         _, needs_w, _, _, needs_bias = ctx.needs_input_grad
         grad_bias = grad.flatten(0, -2).sum(0) if needs_bias else None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -64,16 +64,21 @@ def eigen_gradient(w: Tensor, v: Tensor, values: Tensor, grad: Tensor) -> Tensor
     return inner @ v.mT
 
 
-def centred_gradient(u: Tensor, scale: Tensor, grad: Tensor) -> Tensor:
+def centred_gradient(u: Tensor, scale: Tensor | float, grad: Tensor) -> Tensor:
     r"""From U alone where \(H = c I\): \((G - U\,\mathrm{sym}(U^\top G)) / c\)."""
-    if _square(u):  # then U U^T G = G, which spares the difference of S and its transpose
-        inner = grad.mT @ u
-        product = torch.addmm if u.ndim == 2 else torch.baddbmm
-        if u.ndim > 3:
-            return (grad - u @ inner) * (0.5 / scale)
-        return product(grad, u, inner, alpha=-1.0).mul_(0.5 / scale)
-    s = u.mT @ grad
-    return (grad - u @ (0.5 * (s + s.mT))) / scale
+    if not _square(u):
+        s = u.mT @ grad
+        s = s + s.mT
+        if u.ndim == 2 and isinstance(scale, float):
+            return torch.addmm(grad, u, s, beta=1.0 / scale, alpha=-0.5 / scale)
+        return (grad - u @ s.mul_(0.5)).div_(scale)
+    # U U^T G = G then, which spares the difference of S and its transpose
+    inner, half = grad.mT @ u, 0.5 / scale
+    if u.ndim == 2 and isinstance(half, float):
+        return torch.addmm(grad, u, inner, beta=half, alpha=-half)
+    if u.ndim == 3:
+        return torch.baddbmm(grad, u, inner, alpha=-1.0).mul_(half)
+    return (grad - u @ inner).mul_(half)
 
 
 def differentiable_gradient(w: Tensor, u: Tensor, grad: Tensor) -> Tensor:

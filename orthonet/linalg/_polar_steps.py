@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 _NEAR = 0.62  # norm of E up to which its series converge well
+_WITHIN = 0.35  # root mean square of the eigenvalues of E from where its norm is worth measuring
 _SMALL = 128  # sizes and batches up to which products are much cheaper than factorizations
 
 
@@ -63,7 +64,7 @@ class _Approach(NamedTuple):
     u: Tensor | None
     inverse: Tensor | None  # of H, where asked for and worth while
     defect: float  # Frobenius norm of E of the start, the largest of the batch
-    mean: Tensor  # mean eigenvalue of the Gram matrix of the start, (*batch, 1, 1)
+    mean: Tensor | float  # mean eigenvalue of the Gram matrix of the start, (*batch, 1, 1)
     x: Tensor  # the start, scaled if it could not be squared in its precision
     scale: Tensor | None  # by which it was divided
 
@@ -93,14 +94,20 @@ def gram_polar(w: Tensor) -> Factors:
     return factors if scale is None else factors._replace(values=factors.values * scale[..., 0])
 
 
-def recentred_polar(w: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """U, the scale c = ||W||_F / sqrt(n) (1 for zero), and whether W is c U to rounding already."""
+def recentred_polar(w: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float | None]:
+    """U, the scale c = ||W||_F / sqrt(n) (1 for zero), and what U is to be multiplied by to be W.
+
+    The last is c, but 0 for a zero matrix, which stays; it is None where W is c U to rounding
+    already. Scales are numbers for a single matrix whose scale the host has read.
+    """
     if 0 in w.shape:
-        return w.clone(), w.new_ones(*w.shape[:-2], 1, 1), True
+        return w.clone(), w.new_ones(*w.shape[:-2], 1, 1), None
     found = _by_polynomials(w)
-    centred = found.defect <= centred_below(w)
     u = _by_eigenvectors(found.x).u if found.u is None else found.u
-    return u, found.mean.sqrt() if found.scale is None else found.scale, centred
+    scale = written = found.mean**0.5 if found.scale is None else found.scale
+    if found.scale is not None:
+        written = found.scale * (w != 0).any(-1).any(-1)[..., None, None]
+    return u, scale, None if found.defect <= centred_below(w) else written
 
 
 def centred_below(w: Tensor) -> float:
@@ -119,7 +126,7 @@ class Measured(NamedTuple):
 
 def measure(w: Tensor) -> Measured:
     """The defect E of W, its square, and a bound of its norm. Nothing is read."""
-    e, mean = _defect(w)
+    e, mean = _defect(symmetric_product(w, w))
     square = symmetric_product(e, e)
     norms = torch.linalg.vector_norm(torch.stack([e, square]), dim=(-2, -1))
     norms = norms.reshape(2, -1).amax(-1)
@@ -145,29 +152,70 @@ def finish(w: Tensor, measured: Measured, bound: float) -> tuple[Tensor, Tensor]
         x = x @ p.mul_(scale)
         if degree:
             return x, mean.sqrt()
-        e, scale = _defect(x)
+        e, scale = _defect(symmetric_product(x, x))
         square, scale = symmetric_product(e, e), scale.rsqrt()
         bound = 1.1 * error * (2.0 + error) + 16.0 * torch.finfo(w.dtype).eps * w.shape[-1] ** 0.5
 
 
-def _defect(x: Tensor) -> tuple[Tensor, Tensor]:
+def _defect(gram: Tensor) -> tuple[Tensor, Tensor]:
     """E = gram / mean - I, and the mean eigenvalue of the Gram matrix, (*batch, 1, 1)."""
-    gram = symmetric_product(x, x)
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     return add_identity(gram.div_(mean), -1.0), mean
 
 
-def _start(w: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+class _Defect(NamedTuple):
+    """E times `unit`, and the mean eigenvalue of the Gram matrix.
+
+    A single matrix on the CPU, where a number costs nothing to read, is left as it is: the mean and
+    the unit are that number, which the coefficients of the polynomials take up. In a batch E is
+    divided out, the mean is (*batch, 1, 1) and the unit 1.
+    """
+
+    e: Tensor
+    mean: Tensor | float
+    unit: float
+
+    def norm(self, power: Tensor, degree: int = 1) -> float:
+        """The largest Frobenius norm of E^degree, of which `power` is unit^degree times."""
+        return largest_norm(power) / self.unit**degree
+
+    def coefficients(self, c: series.Polynomial) -> series.Polynomial:
+        """Those of the polynomial in `e`, with the factor mean^(-1/2) if that is a number."""
+        if isinstance(self.mean, float):
+            return tuple(ck * self.mean**-0.5 / self.unit**k for k, ck in enumerate(c))
+        return c
+
+    def scaled(self, p: Tensor) -> Tensor:
+        """What the coefficients could not take up."""
+        return p if isinstance(self.mean, float) else p.mul_(self.mean.rsqrt())
+
+
+def _read_defect(x: Tensor, gram: Tensor | None = None) -> _Defect:
+    """The defect of `x`, in the form that is the cheapest for it; `gram` is overwritten."""
+    gram = symmetric_product(x, x) if gram is None else gram
+    if x.ndim > 2 or not x.is_cpu:
+        return _Defect(*_defect(gram), 1.0)
+    mean = gram.trace().item() / x.shape[-1]
+    unit = mean
+    if not 1e-6 < mean < 1e6:  # for its fourth power has to be in range
+        gram, unit = gram.div_(mean), 1.0
+    return _Defect(add_identity(gram, -unit), mean, unit)
+
+
+def _start(w: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor | None, _Defect]:
     """X = W, or W / scale where W cannot be squared in this precision; the scale; its defect."""
-    e, mean = _defect(w)
-    low, high = torch.aminmax(mean) if w.ndim > 2 else (mean, mean)
+    start = _read_defect(w, gram)
+    if isinstance(start.mean, float):
+        low = high = start.mean
+    else:
+        low, high = map(float, torch.aminmax(start.mean))
     limits = torch.finfo(w.dtype)
-    if limits.tiny**0.5 < float(low) and float(high) < limits.max**0.5:
-        return w, None, e, mean
+    if limits.tiny**0.5 < low and high < limits.max**0.5:
+        return w, None, start
     require_finite("polar", w)
     scale = rms_scale(w)
     x = w / scale
-    return x, scale, *_defect(x)
+    return x, scale, _read_defect(x)
 
 
 def near_pass(
@@ -182,12 +230,11 @@ def near_pass(
     return add_identity(e.mul_(c[1]).add_(square, alpha=c[2]).add_(high), c[0]), high
 
 
-def _guess(e: Tensor, square: Tensor) -> float:
+def _guess(defect: _Defect, square: Tensor) -> float:
     """The largest |e|, about, for eigenvalues that are spread: 1.65 times ||E^2||_F / ||E||_F."""
-    ratio = torch.linalg.vector_norm(square, dim=(-2, -1)) / torch.linalg.vector_norm(
-        e, dim=(-2, -1)
-    )
-    return 1.65 * float(ratio if e.ndim == 2 else ratio.nan_to_num().amax())
+    norms = (torch.linalg.vector_norm(a, dim=(-2, -1)) for a in (square, defect.e))
+    ratio = torch.div(*norms)
+    return 1.65 * float(ratio if ratio.ndim == 0 else ratio.nan_to_num().amax()) / defect.unit
 
 
 def _rounded_up(b: float) -> float:
@@ -195,8 +242,12 @@ def _rounded_up(b: float) -> float:
     return min(_NEAR, 2.0 ** (math.ceil(8.0 * math.log2(b)) / 8.0))
 
 
-def _by_polynomials(w: Tensor, keep_inverse: bool = False) -> _Approach:
+def _by_polynomials(
+    w: Tensor, keep_inverse: bool = False, far: bool = True, gram: Tensor | None = None
+) -> _Approach:
     """Multiply W by polynomials in its defect until the error of the last one is rounding.
+
+    `far` allows those for intervals that are only estimated. `gram` is W^T W, and overwritten.
 
     Bounds of ||E||_2, each closer than the one before and read when it is needed: ||E||_F,
     ||E^2||_F^(1/2), and ||E^3||_F^(1/3) from the part of degree 4.
@@ -204,22 +255,22 @@ def _by_polynomials(w: Tensor, keep_inverse: bool = False) -> _Approach:
     tolerance, n = series.tolerance(w.dtype), w.shape[-1]
     first, second, fourth = (series.reach(degree, tolerance) for degree in (1, 2, 4))
     # How often it is worth while to take a step from far away.
-    patience = 3 if n <= _SMALL or not w.is_cpu else 1
-    x, scale, e, mean = _start(w)
-    found = _Approach(None, None, largest_norm(e), mean, x, scale)
+    patience = 0 if not far else 3 if n <= _SMALL or not w.is_cpu else 1
+    x, scale, now = _start(w, gram)
+    found = _Approach(None, None, now.norm(now.e), now.mean, x, scale)
     keep_inverse = keep_inverse and scale is None and found.defect > 0.2 * n**0.5
     inverse, bound, step = None, found.defect, 0
     while step < 12 and bound < math.inf:
-        square, guess, done = None, bound, False
+        e, square, done = now.e, None, False
         if bound > first:
             square = symmetric_product(e, e)
-            bound = min(bound, largest_norm(square) ** 0.5)
+            bound = min(bound, now.norm(square, 2) ** 0.5)
         if bound <= second:
             degree, done = (1 if bound <= first else 2), True
             c, _ = series.near(degree, first if degree == 1 else second)
-            p, _ = near_pass(e, square, degree, c)
+            p, _ = near_pass(e, square, degree, now.coefficients(c))
         else:
-            guess = bound if square is None or bound <= fourth else min(bound, _guess(e, square))
+            guess = bound if square is None or bound <= fourth else min(bound, _guess(now, square))
             last = guess <= 1.2 * fourth
             if guess <= _NEAR:
                 c, _ = series.near(4, fourth if last else _rounded_up(guess))
@@ -228,18 +279,20 @@ def _by_polynomials(w: Tensor, keep_inverse: bool = False) -> _Approach:
                 c = series.wide(round(1.0 + guess, 1))
             else:
                 break
+            c = now.coefficients(c)
             p, high = near_pass(e, square, 4, c)
             if last and high is not None and bound < 1.0:
                 # ||E^3 (c_3 + c_4 E)|| is at least this times ||E^3||
-                slack = abs(c[3]) - abs(c[4]) * bound
-                done = bound <= fourth or (largest_norm(high) / slack) ** (1 / 3) <= fourth
-        x = x @ p.mul_(mean.rsqrt())
+                slack = abs(c[3]) - abs(c[4]) * bound * now.unit
+                norm = now.norm(high, 3)
+                done = bound <= fourth or (norm / slack) ** (1 / 3) <= fourth
+        x = x @ now.scaled(p)
         if keep_inverse and step < 3:
             inverse = p if inverse is None else symmetric_product(inverse, p)
         if done:
             return found._replace(u=x, inverse=inverse if step < 3 else None)
-        e, mean = _defect(x)
-        bound, step = largest_norm(e), step + 1
+        now = _read_defect(x)
+        bound, step = now.norm(now.e), step + 1
     return found
 
 
@@ -296,31 +349,39 @@ def _scaled_newton_schulz(x: Tensor, eigenvalues: Tensor) -> Tensor:
     return _finish_by_svd(w, x, x.mT @ x)
 
 
-def bjorck_polar(w: Tensor, beta: float, niters: int) -> Tensor:
-    """`niters` Björck steps at most, then plain steps while they make progress, then an SVD."""
+def bjorck_polar(w: Tensor, beta: float, niters: int) -> Factors:
+    """Polynomials and, where they do not reach, `niters` Björck steps at most until they do.
+
+    What is not within their reach then is finished by plain steps while these make progress, and by
+    an SVD otherwise.
+    """
     if 0 in w.shape:
-        return w.clone()
-    arrived = math.sqrt(torch.finfo(w.dtype).eps)  # one more quadratic step reaches eps
-    x = w / rms_scale(w)
-    gram = x.mT @ x
+        return Factors.bare(w.clone())
+    found = _by_polynomials(w, keep_inverse=True)
+    if found.u is not None:
+        return Factors.bare(found.u, found.inverse)
+    n, x = w.shape[-1], w / rms_scale(w)
+    gram = symmetric_product(x, x)
     # sigma_max^2 <= the smaller of two norms of the Gram matrix; the iteration keeps signs (and
     # contracts) below (1 + beta) / beta, so scale down only what might lie above.
     row_sum = gram.abs().sum(-1).amax(-1)
     bound = torch.minimum(row_sum, torch.linalg.matrix_norm(gram))[..., None, None]
     shrink = (0.95 * (1.0 + beta) / beta / bound).clamp(max=1.0)
     x, gram = x * shrink.sqrt(), gram * shrink
-    defect = previous = math.inf
+    previous = math.inf
     for step in range(niters + 40):
         defect = float(gram_defect(gram).amax())
-        if defect <= arrived:
-            return newton_schulz(x, gram, 0.5)
+        if step and defect <= _WITHIN * n**0.5:
+            u = _by_polynomials(x, far=False, gram=gram.clone()).u
+            if u is not None:
+                return Factors.bare(u)
         late = step >= niters
         if not defect < math.inf or (late and defect > 0.75 * previous and defect > 0.5):
             break
         previous = defect
         x = newton_schulz(x, gram, 0.5 if late else beta)
-        gram = x.mT @ x
-    return _finish_by_svd(w, x, gram)
+        gram = symmetric_product(x, x)
+    return Factors.bare(_finish_by_svd(w, x, gram))
 
 
 def _finish_by_svd(w: Tensor, x: Tensor, gram: Tensor) -> Tensor:

@@ -95,13 +95,9 @@ def _is_small(a: Tensor) -> bool:
         if bool((norm <= _UNPOLISHED * (1.0 if a.is_complex() else math.sqrt(2.0))).all()):
             return True
         x = torch.linspace(1.0, 2.0, a.shape[-1], dtype=a.dtype, device=a.device)[:, None]
-        x = x / torch.linalg.vector_norm(x)
-        growth = a.new_zeros(())
-        for _ in range(4):
-            x = a @ x
-            growth = torch.linalg.vector_norm(x, dim=-2, keepdim=True)
-            x = x / growth.clamp_min(torch.finfo(a.dtype).tiny)
-        return bool((growth.abs() <= _UNPOLISHED).all())
+        x = a @ (a @ (a @ x))  # an overflow makes the ratio NaN, which is not small
+        before = torch.linalg.vector_norm(x, dim=-2)
+        return bool((torch.linalg.vector_norm(a @ x, dim=-2) <= _UNPOLISHED * before).all())
 
 
 def skew_exponential(a: Tensor) -> Tensor:

@@ -116,11 +116,16 @@ def _taylor(a: Tensor, degree: int) -> Tensor:
         powers.append(powers[-1] @ a)
     result: Tensor | None = None
     for start in range(degree // block * block, -1, -block):
-        terms = range(start, min(start + block, degree + 1))
-        group = sum(
-            (powers[k - start] * (1.0 / math.factorial(k)) for k in terms), torch.zeros_like(a)
-        )
-        result = group if result is None else group + result @ powers[block]
+        factors = [1.0 / math.factorial(k) for k in range(start, min(start + block, degree + 1))]
+        group = powers[len(factors) - 1] * factors[-1]
+        for power, factor in zip(powers, factors[:-1], strict=False):
+            group = torch.add(group, power, alpha=factor)
+        if result is None:
+            result = group
+        elif a.ndim == 2:
+            result = torch.addmm(group, result, powers[block])
+        else:
+            result = group + result @ powers[block]
     return identity if result is None else result
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from orthonet.linalg._matrix import (
     add_identity,
+    in_transform,
     on_tall,
     require_finite,
     rms_scale,
@@ -106,12 +107,12 @@ def _factorize(w: Tensor, method: int) -> Tensor:
         return _householder(w)
     eps, n = torch.finfo(w.dtype).eps, w.shape[-1]
     q, gram = w, symmetric_product(w, w)
-    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-    low, high = torch.aminmax(mean)
+    mean = (gram.trace() if w.ndim == 2 else gram.diagonal(dim1=-2, dim2=-1).sum(-1)) / n
+    low, high = (mean, mean) if w.ndim == 2 else torch.aminmax(mean)
     if not (float(low) > torch.finfo(w.dtype).tiny ** 0.5 and float(high) < eps**-4):
         q = w / rms_scale(w)
         gram, mean = symmetric_product(q, q), torch.ones_like(mean)
-    defect = torch.full_like(mean, torch.inf)
+    defect, enough = torch.full_like(mean, torch.inf), 0.5 * eps**0.5
     for step in range(4):
         if step == 0 and method == _SHIFTED:
             gram.diagonal(dim1=-2, dim2=-1).add_((11.0 * n**1.5 * eps) * mean[..., None])
@@ -124,12 +125,10 @@ def _factorize(w: Tensor, method: int) -> Tensor:
             continue
         e = add_identity(symmetric_product(q, q), -1.0)
         defect = torch.linalg.vector_norm(e, dim=(-2, -1))
-        if bool((defect <= 0.5 * eps**0.5).all()):
-            d = e.triu()
-            d.diagonal(dim1=-2, dim2=-1).mul_(0.5)
-            return torch.addmm(q, q, d, alpha=-1.0) if w.ndim == 2 else q - q @ d
+        if float(defect) <= enough if w.ndim == 2 else bool((defect <= enough).all()):
+            return _minus_product(q, q, _half_diagonal(e.triu()))
         gram = add_identity(e, 1.0)
-    failed = ~(defect <= 0.5 * eps**0.5)
+    failed = ~(defect <= enough)
     again = _SHIFTED if method == _CHOLESKY else _HOUSEHOLDER
     if bool(failed.all()):
         return _factorize(w, again)
@@ -138,6 +137,18 @@ def _factorize(w: Tensor, method: int) -> Tensor:
     result[~failed] = _factorize(flat[~failed], method)
     result[failed] = _factorize(flat[failed], again)
     return result.reshape(w.shape)
+
+
+def _half_diagonal(a: Tensor) -> Tensor:
+    a.diagonal(dim1=-2, dim2=-1).mul_(0.5)
+    return a
+
+
+def _minus_product(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """A - B C."""
+    if a.ndim > 3:
+        return a - b @ c
+    return (torch.addmm if a.ndim == 2 else torch.baddbmm)(a, b, c, alpha=-1.0)
 
 
 @torch.library.custom_op("orthonet::orthogonal_factor", mutates_args=())
@@ -158,6 +169,17 @@ def _bounded_diagonal(r: Tensor) -> Tensor:
     return r + torch.diag_embed((floor - diagonal).clamp_min(0.0))
 
 
+def _pull_back(w: Tensor, q: Tensor, grad: Tensor) -> Tensor:
+    """As the backward of `_OrthogonalFactor` that can be differentiated, in place."""
+    r, lower = q.mT @ w, _half_diagonal((grad.mT @ q).tril_())
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    largest = diagonal.amax(-1, keepdim=True)
+    floor = torch.where(largest > 0, 8.0 * torch.finfo(r.dtype).eps * largest, 1.0)
+    diagonal.copy_(torch.maximum(diagonal, floor))
+    right = _minus_product(grad, q, lower + lower.mT)
+    return torch.linalg.solve_triangular(r, right.mT, upper=True).mT
+
+
 class _OrthogonalFactor(torch.autograd.Function):
     """Q of tall matrices; R = Q^T W comes back in backward, safe at rank deficiency."""
 
@@ -173,6 +195,8 @@ class _OrthogonalFactor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         w, q = ctx.saved_tensors
+        if not (torch.compiler.is_compiling() or torch.is_grad_enabled() or in_transform(grad)):
+            return _pull_back(w, q, grad), None
         r = (q.mT @ w).triu()
         m = grad.mT @ q
         lower = m.tril(-1)

@@ -95,10 +95,10 @@ def polar(w: Tensor, *, beta: float | None = None, niters: int | None = None) ->
     rounding (condition numbers up to about 12 to 40), and beyond that scaled Newton-Schulz steps,
     which end in an SVD where they make no progress (rank-deficient, zero).
 
-    With `beta` or `niters`, Björck steps instead: `niters` at most, ended early once the measured
-    \(\|U^\top U - I\|_F\) is small enough for one last step to reach working precision. Matrices
-    that have not arrived then are finished by further steps while these make progress, and by an
-    SVD otherwise.
+    With `beta` or `niters`, Björck steps take the place of the eigendecomposition: they begin where
+    the polynomials do not reach, and end, after `niters` of them at most, as soon as a bound of
+    \(\|E\|\) shows that these reach. Matrices that are not there then are finished by further steps
+    while these make progress, and by an SVD otherwise.
 
     The gradient is implicit: with \(W = U H\) and an incoming gradient \(G\),
 
@@ -145,8 +145,7 @@ def polar(w: Tensor, *, beta: float | None = None, niters: int | None = None) ->
     return _apply(w, None, None)[0]
 
 
-@torch.no_grad()
-def recentre_(w: Tensor, decision: Decision | None = None) -> tuple[Tensor, Tensor]:
+def recentre_(w: Tensor, decision: Decision | None = None) -> tuple[Tensor, Tensor | float]:
     r"""Polar factor U of `w`, and `w` itself overwritten by \(c\,U\), \(c = \|w\|_F / \sqrt n\).
 
     The point on the manifold and the norm of `w` stay; \(H = c I\) afterwards, so the gradient at
@@ -160,7 +159,7 @@ def recentre_(w: Tensor, decision: Decision | None = None) -> tuple[Tensor, Tens
             that the host has read: nothing else is read then, unless the bound is large.
 
     Shape:
-        Output: U like `w`, and c, (*batch, 1, 1); 1 for zero.
+        Output: U like `w`, and c, (*batch, 1, 1) or a number if the host has read it; 1 for zero.
 
     Guarantee:
         As for [`polar`][orthonet.linalg.polar].
@@ -177,16 +176,14 @@ def recentre_(w: Tensor, decision: Decision | None = None) -> tuple[Tensor, Tens
     return (u if x.shape == w.shape and w.shape[-2] >= w.shape[-1] else u.mT), scale
 
 
-def _recentre(x: Tensor, decision: Decision | None) -> tuple[Tensor, Tensor]:
+def _recentre(x: Tensor, decision: Decision | None) -> tuple[Tensor, Tensor | float]:
     found = None if decision is None else finish(x, *decision)
     if decision is not None and found is not None:
         u, scale = found
-        centred = decision[1] <= centred_below(x)
+        written = None if decision[1] <= centred_below(x) else scale
     else:
-        u, scale, centred = recentred_polar(x)
-    if not centred:
-        # a zero matrix stays: its scale is 1 for the gradient only
-        written = scale if found is not None else scale * (x != 0).any(-1).any(-1)[..., None, None]
+        u, scale, written = recentred_polar(x)
+    if written is not None:
         torch.mul(u, written, out=x)
     return u, scale
 
@@ -194,6 +191,8 @@ def _recentre(x: Tensor, decision: Decision | None) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("orthonet::recentre_", mutates_args=("x",))
 def _recentre_op(x: Tensor) -> tuple[Tensor, Tensor]:
     u, scale = _recentre(x, None)
+    if isinstance(scale, float):
+        return u.contiguous(), u.new_full((1, 1), scale)
     return u.contiguous(), scale.clone()
 
 
@@ -222,7 +221,7 @@ def _(w: Tensor, beta: float | None, niters: int | None) -> Tensor:
 def _polar_forward(w: Tensor, beta: float | None, niters: int | None) -> Factors:
     if beta is None or niters is None:
         return gram_polar(w)
-    return Factors.bare(bjorck_polar(w, beta, niters))
+    return bjorck_polar(w, beta, niters)
 
 
 def _apply(w: Tensor, beta: float | None, niters: int | None) -> Any:
@@ -280,17 +279,32 @@ class _PolarForward(_Polar):
         return du, None, None
 
 
+def save_centred(ctx: Any, scale: Tensor | float, *tensors: Tensor) -> None:
+    """Keep tensors and a scale, which may be a number, for backward."""
+    if isinstance(scale, Tensor):
+        ctx.save_for_backward(*tensors, scale)
+    else:
+        ctx.save_for_backward(*tensors)
+    ctx.scale = None if isinstance(scale, Tensor) else scale
+
+
+def saved_centred(ctx: Any) -> tuple[tuple[Tensor, ...], Tensor | float]:
+    """What `save_centred` has kept."""
+    tensors = ctx.saved_tensors
+    return (tensors[:-1], tensors[-1]) if ctx.scale is None else (tensors, ctx.scale)
+
+
 class AtCentre(torch.autograd.Function):
     r"""U as a function of W = c U; its gradient is \((G - U\,\mathrm{sym}(U^\top G)) / c\)."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, u: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(w, u, scale)
+    def forward(ctx: Any, w: Tensor, u: Tensor, scale: Tensor | float) -> Tensor:
+        save_centred(ctx, scale, w, u)
         return u.view_as(u)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        w, u, scale = ctx.saved_tensors
+        (w, u), scale = saved_centred(ctx)
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             u = polar(w)
             again = differentiable_gradient

@@ -156,8 +156,8 @@ class _SpecialParametrization(SingularParametrization):
     @property
     def coordinate_shape(self) -> tuple[int, ...]:
         """(*batch, n² - 1)."""
-        *batch, d = super().coordinate_shape
-        return (*batch, max(d - 1, 0))
+        sizes = [part.coordinate_shape[-1] for part in self._parts()]
+        return (*self.batch_shape, max(sum(sizes) + self.rank - 1, 0))
 
     def split(self, coordinates: Tensor) -> list[Tensor]:
         """Coordinates of both frames, then of the values, the first of which is fixed at 0."""

@@ -29,7 +29,9 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Switch autocast off, on devices that know it."""
     kind = tensor.device.type
     # The compilers of early versions cannot ask, and every device that they compile for knows it.
-    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(kind):
+    if not torch.compiler.is_compiling() and not (
+        torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    ):
         return contextlib.nullcontext()
     return torch.autocast(kind, enabled=False)
 

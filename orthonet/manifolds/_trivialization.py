@@ -160,6 +160,8 @@ class FrameTrivialization(Trivialization):
     def split(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         """A, k x k, and C, (n - k) x k."""
         n, k = self._sizes
+        if n == k and self.rotate:
+            return unpack_skew(coordinates, k), coordinates.new_empty(*self.batch_shape, 0, k)
         a, c = coordinates.split([self._rotations, (n - k) * k], -1)
         c = c.unflatten(-1, (n - k, k)) if k else c.new_zeros(*c.shape[:-1], n, 0)
         skew = unpack_skew(a, k) if self.rotate else c.new_zeros(*c.shape[:-2], k, k)
@@ -258,8 +260,8 @@ class SignedTrivialization(FrameTrivialization):
     @property
     def coordinate_shape(self) -> tuple[int, ...]:
         """(*batch, n (n - 1) / 2 + 1)."""
-        *batch, d = super().coordinate_shape
-        return (*batch, d + 1)
+        n, k = self._sizes  # torch.compile cannot read a property through super()
+        return (*self.batch_shape, self._rotations + (n - k) * k + 1)
 
     def _point(self, coordinates: Tensor) -> Tensor:
         q = super()._point(coordinates[..., :-1])

@@ -18,6 +18,7 @@ from orthonet.reparametrizers._orthogonalizers import (
     BatchedQROrthogonalization,
     Orthogonalizer,
 )
+from orthonet.reparametrizers._parameter_groups import parameter_groups
 from orthonet.reparametrizers._params import (
     AUTO_ORTHO_PARAMS,
     BJORCK_PASS_THROUGH_ORTHO_PARAMS,
@@ -42,6 +43,7 @@ from orthonet.reparametrizers._registration import (
     register,
     remove,
 )
+from orthonet.reparametrizers._share import share_among_ranks
 from orthonet.reparametrizers._weight import OrthoWeight
 
 __all__ = [
@@ -77,8 +79,10 @@ __all__ = [
     "caching",
     "defer_pullback",
     "fuse",
+    "parameter_groups",
     "invalidate",
     "register",
     "remove",
+    "share_among_ranks",
     "unfuse",
 ]

@@ -332,6 +332,9 @@ class CachedWeight(nn.Module):
     """
 
     caching: bool = True
+    _sharded: bool = (
+        False  # parameters are lent for a forward pass: what is written to them is lost
+    )
 
     def evaluate(self) -> Tensor:
         """Compute the value."""
@@ -347,4 +350,4 @@ class CachedWeight(nn.Module):
         super().__setattr__(name, value)
         if isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter):
             # FSDP2 sets its shards so, before it lends full tensors whose changes leave no trace.
-            slot_of(self).off = True
+            slot_of(self).off = self._sharded = True

@@ -151,12 +151,20 @@ class OrthoKernel(CachedWeight):
 
     def factors(self) -> KernelFactors:
         """The present orthogonal factors, in the dtype of the computation."""
-        values = (
-            None if part is None else part.compute()
-            for part in (self.outer, self.embedding, self.bases)
-        )
-        outer, embedding, bases = values
-        return KernelFactors(outer, embedding, bases, self._weights())
+        parts = (self.outer, self.embedding, self.bases)
+        values = (None if part is None else part.compute() for part in parts)
+        return KernelFactors(*values, self._weights())
+
+    def kept_factors(self) -> KernelFactors:
+        """As `factors`, each computed once per optimizer step and kept by its part.
+
+        Those that are stored in half precision are computed at every call, since a part keeps its
+        value in the dtype of its storage.
+        """
+        if not self.caching or self.dtype != compute_dtype(self.dtype):
+            return self.factors()
+        parts = (self.outer, self.embedding, self.bases)
+        return KernelFactors(*(p if p is None else p() for p in parts), self._weights())
 
     def _weights(self) -> Tensor | None:
         """Zeros and ones, whose gradient goes to the scores."""
@@ -210,7 +218,7 @@ class OrthoKernel(CachedWeight):
         """Convolve (N, C_in, *sizes) without padding, factor by factor: no kernel is formed."""
         first = self._parts()[0].original
         with torch.autocast(first.device.type, enabled=False):
-            factors = self.factors()
+            factors = self.kept_factors()
         signal = x.unflatten(1, (self.groups, self.inner)).movedim(0, 2)  # (g, c, n, *sizes)
         if factors.embedding is not None:
             embedding = factors.embedding.to(x.dtype)

@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from orthonet import _checks
 from orthonet.reparametrizers._cache import CachedWeight
+from orthonet.reparametrizers._plain_values import load_plain, reset_parameters
 
 __all__ = ["CachedParametrizationList", "adopt", "register", "remove"]
 
@@ -35,6 +36,14 @@ class CachedParametrizationList(CachedWeight, ParametrizationList):
             return ParametrizationList.forward(self)
         with torch.autocast(first.device.type, enabled=False):
             return ParametrizationList.forward(self)
+
+    def project_(self, value: Tensor, owner: object = None) -> float:
+        """Make what the parametrizations make of `value` the value; return the relative distance.
+
+        Here they must accept it; lists of `orthonet.constraints` project it first.
+        """
+        self.right_inverse(value)
+        return float(torch.dist(self(), value)) / max(float(value.norm()), 1e-30)
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> None:
@@ -133,8 +142,11 @@ def _shared_class(base: type[nn.Module], names: Iterable[str]) -> type[nn.Module
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce_ex,
         "_constrained_names": key,
+        "_load_from_state_dict": load_plain,
         **{name: _constrained(name) for name in key},
     }
+    if hasattr(base, "reset_parameters"):
+        content["reset_parameters"] = reset_parameters
     return meta(f"Parametrized{base.__name__}", (base,), content)  # type: ignore[return-value]
 
 

@@ -86,12 +86,16 @@ class OrthoWeight(CachedWeight):
             return self._constrain(stored)
 
     def _constrain(self, stored: Tensor) -> Tensor:
-        return self.orthogonalizer(self.normalizer(stored.to(compute_dtype(stored.dtype))))
+        stored = stored.to(compute_dtype(stored.dtype))
+        # A view is no parameter, so a warm orthogonalizer does not write to it.
+        return self.orthogonalizer(
+            self.normalizer(stored.view_as(stored) if self._sharded else stored)
+        )
 
-    def recentre_(self) -> tuple[Tensor, Tensor] | None:
+    def recentre_(self) -> tuple[Tensor, Tensor | float] | None:
         """Re-centre `original` to c U and return U, c; None unless a forward pass would do so."""
         method = getattr(self.orthogonalizer, "recentre_", None)
-        if method is None or type(self.normalizer) is not BatchedIdentity:
+        if method is None or self._sharded or type(self.normalizer) is not BatchedIdentity:
             return None
         return method(self.original)
 

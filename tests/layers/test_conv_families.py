@@ -10,7 +10,13 @@ from orthonet.errors import NotOnManifoldError
 from orthonet.layers import OrthoConv1d, OrthoConv2d, OrthoConvTranspose2d
 from orthonet.layers._conv_padding import pad_input, padding_norm, required_sizes
 from orthonet.linalg import haar
-from orthonet.reparametrizers import KERNEL_METHODS, OrthoKernel, ReshapedKernel
+from orthonet.reparametrizers import (
+    KERNEL_METHODS,
+    OrthoKernel,
+    OrthoWeight,
+    ReshapedKernel,
+    caching,
+)
 from orthonet.testing import LAYER_LAWS, singular_values
 
 ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -323,3 +329,36 @@ def test_export_takes_one_graph(factory):
     x = torch.randn(2, 4, 6, 6)
     program = torch.export.export(layer, (x,))
     torch.testing.assert_close(program.module()(x), layer(x), atol=1e-6, rtol=0)
+
+
+def test_applied_factors_are_computed_once_per_step(monkeypatch):
+    layer = OrthoConv2d(6, 6, 3, padding=1, apply_by="factors", ranks="free")
+    evaluated = []
+    original = OrthoWeight.evaluate
+
+    def counting(self):
+        evaluated.append(self)
+        return original(self)
+
+    monkeypatch.setattr(OrthoWeight, "evaluate", counting)
+    x = torch.randn(2, 6, 5, 5)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    for _ in range(2):
+        before = len(evaluated)
+        for _ in range(3):  # micro-batches
+            layer(x).square().sum().backward()
+        assert len(evaluated) - before == 2  # the outer factor and the bases
+        optimizer.step()
+    layer.eval()
+    with torch.no_grad():
+        kept, before = layer(x), len(evaluated)
+        torch.testing.assert_close(layer(x), kept, atol=0, rtol=0)
+        assert len(evaluated) == before
+        layer.apply_by = "kernel"
+        torch.testing.assert_close(layer(x), kept, atol=1e-5, rtol=0)  # observed 1e-6
+    with caching(False):
+        layer.apply_by = "factors"
+        before = len(evaluated)
+        for _ in range(2):
+            layer(x)
+        assert len(evaluated) - before == 4  # nothing is kept

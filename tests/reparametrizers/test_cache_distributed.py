@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 import orthonet
 from orthonet.layers import OrthoLinear
 from orthonet.reparametrizers import (
+    POLAR_ORTHO_PARAMS,
+    POLAR_WARM_ORTHO_PARAMS,
     BatchedIdentity,
     BatchedQROrthogonalization,
     OrthoParams,
@@ -29,14 +31,14 @@ class Symmetric(nn.Module):
         return x.triu()
 
 
-def build(fused: bool = False) -> nn.Sequential:
+def build(fused: bool = False, params: OrthoParams = PARAMS) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(
-        OrthoLinear(8, 8, ortho_params=PARAMS),
+        OrthoLinear(8, 8, ortho_params=params),
         nn.Tanh(),
         register(nn.Linear(8, 8), "weight", Symmetric()),
         nn.Tanh(),
-        OrthoLinear(8, 8, ortho_params=PARAMS),
+        OrthoLinear(8, 8, ortho_params=params),
     )
     if fused:
         assert len(orthonet.fuse(model)) == 1
@@ -95,9 +97,9 @@ def replicated(rank):
         model(torch.randn(4, 8))
 
 
-def sharded(rank):
+def sharded(rank, params=PARAMS, reference_params=PARAMS):
     """Full-batch training of one process, and the mean over two shards of the batch."""
-    reference, model = build(), build()
+    reference, model = build(params=reference_params), build(params=params)
     for layer in model:
         if next(layer.parameters(), None) is not None:
             fully_shard(layer)
@@ -130,6 +132,8 @@ def run(rank: int, path: str) -> None:
     try:
         replicated(rank)
         sharded(rank)
+        # A warm start must not write to parameters that are lent: it takes the cold way.
+        sharded(rank, POLAR_WARM_ORTHO_PARAMS, POLAR_ORTHO_PARAMS)
     finally:
         distributed.destroy_process_group()
 

@@ -375,20 +375,22 @@ def test_bound_of_the_polynomials_holds(degree):
 
 def test_auto_tells_its_choice_and_makes_it(monkeypatch):
     for shape, warm, method in (
-        ((64, 64), False, "qr"),
+        ((64, 64), False, "cholesky"),
         ((64, 64), True, "polar"),
         ((4, 512, 600), True, "polar"),
-        ((1024, 1024), True, "qr"),
+        ((1024, 1024), True, "polar"),
     ):
         module = BatchedAutoOrthogonalization(shape, warm=warm)
         assert module.method("cpu") == method
-        assert module.method("cuda") == ("polar" if method == "polar" else "cholesky")
+        assert module.method("cuda") == ("polar" if warm else "shifted cholesky")
         assert f"cpu: {method}" in repr(module)
     w = torch.randn(9, 6, dtype=torch.float64)
     module = BatchedAutoOrthogonalization((9, 6))
-    torch.testing.assert_close(module(w), linalg.qr(w), atol=0, rtol=0)
-    monkeypatch.setattr(module, "method", lambda device: "cholesky")
-    torch.testing.assert_close(module(w), linalg.qr(w))  # the same map
+    torch.testing.assert_close(module(w), linalg.cholesky_qr(w), atol=0, rtol=0)
+    monkeypatch.setattr(module, "method", lambda device: "shifted cholesky")
+    shifted = linalg.cholesky_qr(w, shifted=True)
+    torch.testing.assert_close(module(w), shifted, atol=0, rtol=0)
+    torch.testing.assert_close(shifted, linalg.qr(w))  # the same map
     warm = BatchedAutoOrthogonalization((9, 6), warm=True)
     torch.testing.assert_close(warm(w), polar_reference(w))
     with pytest.raises(ValueError, match="BatchedPolarOrthogonalization: warm must be one of"):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks, functional
+from orthonet.layers._base import WithoutPlainWeight
 from orthonet.layers._zoo._base import (
     adopt_arguments,
     check_circular,
@@ -22,7 +23,7 @@ from orthonet.reparametrizers._spectral import FourierWeight
 __all__ = ["FourierConv2d"]
 
 
-class FourierConv2d(nn.Module):
+class FourierConv2d(WithoutPlainWeight, nn.Module):
     """A convolution with the arguments of `nn.Conv2d` that works on the whole torus at once."""
 
     _function: ClassVar[Any]

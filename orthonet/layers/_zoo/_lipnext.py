@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from orthonet import _checks, functional
+from orthonet.layers._base import WithoutPlainWeight
 from orthonet.layers._piecewise import BetaAbs
 from orthonet.layers._zoo._base import match_channels, new_bias
 from orthonet.reparametrizers import POLAR_ORTHO_PARAMS, OrthoParams, OrthoWeight
@@ -52,7 +53,7 @@ class SpatialShift2d(nn.Module):
         return f"fraction={self.fraction:g}, padding_mode={self.padding_mode!r}"
 
 
-class LipNeXtBlock2d(nn.Module):
+class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
     r"""LipNeXt block: \(y = K\, \beta\mathrm{Abs}(M R^\top S(R x) + b)\), without a convolution.
 
     R and M are orthogonal matrices over the channels, S shifts a share of the channels by one
@@ -147,6 +148,58 @@ class LipNeXtBlock2d(nn.Module):
             y = y if self.lipschitz == 1.0 else y * self.lipschitz
         return y.to(input.dtype) if input.ndim == 4 else y.squeeze(0).to(input.dtype)
 
+    @torch.no_grad()
+    def to_plain(self) -> fx.GraphModule:
+        """Return a `torch.fx.GraphModule` of two stock convolutions that does the same."""
+        rotation, mixing = self.rotation.compute(), self.mixing.compute()
+        stored = self.rotation.original
+        width = rotation.shape[0]
+        first = nn.Conv2d(width, width, 1, bias=False).to(stored)
+        second = nn.Conv2d(width, width, 1, bias=self.bias is not None).to(stored)
+        first.weight.copy_(rotation[:, :, None, None])
+        second.weight.copy_((mixing @ rotation.mT)[:, :, None, None])
+        if self.bias is not None:
+            second.bias.copy_(self.bias)  # type: ignore[union-attr]
+        plain = _PlainBlock(first, second, self)
+        return fx.symbolic_trace(plain).train(self.training)
+
     def extra_repr(self) -> str:
         scale = "" if self.lipschitz == 1.0 else f", lipschitz={self.lipschitz:g}"
         return f"{self.in_channels}, {self.out_channels}{scale}"
+
+
+class _PlainBlock(nn.Module):
+    """The block of stock layers that is traced for export."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, block: LipNeXtBlock2d) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        width = max(block.in_channels, block.out_channels)
+        self.width = width
+        self.appended, self.kept = width - block.in_channels, block.out_channels
+        self.quarter = round(block.shift.fraction * width / 4)
+        self.circular = block.shift.padding_mode == "circular"
+        self.moduli = round(block.activation.beta * width)
+        self.lipschitz = block.lipschitz
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.appended:
+            x = nn.functional.pad(x, (0, 0, 0, 0, 0, self.appended))
+        x, q = self.first(x), self.quarter
+        parts = x.tensor_split((q, 2 * q, 3 * q, 4 * q), -3)
+        y = torch.cat([*(self._shifted(parts[i], i) for i in range(4)), parts[4]], -3)
+        first, rest = self.second(y).tensor_split((self.moduli,), -3)
+        y = torch.cat((first.abs(), rest), -3)
+        if self.kept < self.width:
+            y = y.narrow(-3, 0, self.kept)
+        return y if self.lipschitz == 1.0 else y * self.lipschitz
+
+    def _shifted(self, part: Tensor, direction: int) -> Tensor:
+        dim, step = ((-1, 1), (-1, -1), (-2, 1), (-2, -1))[direction]
+        if self.circular:
+            return part.roll(step, dim)
+        kept = part[..., :-1] if dim == -1 else part[..., :-1, :]
+        if step < 0:
+            kept = part[..., 1:] if dim == -1 else part[..., 1:, :]
+        before, after = (1, 0) if step > 0 else (0, 1)
+        return nn.functional.pad(kept, (before, after) if dim == -1 else (0, 0, before, after))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from orthonet import _checks
+from orthonet.layers._base import WithoutPlainWeight
 from orthonet.layers._zoo._base import (
     adopt_arguments,
     delta_orthogonal,
@@ -95,7 +96,7 @@ class SlopedWeight(nn.Module):
         return f"shape={tuple(self.original.shape)}"
 
 
-class _Residual(nn.Module):
+class _Residual(WithoutPlainWeight, nn.Module):
     """What the four layers share."""
 
     parametrization: SlopedWeight

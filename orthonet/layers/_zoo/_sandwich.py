@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks, functional
+from orthonet.layers._base import WithoutPlainWeight
 from orthonet.layers._zoo._base import new_bias
 from orthonet.layers._zoo._export import circular_twin
 from orthonet.layers._zoo._fourier_base import FourierConv2d
@@ -60,7 +61,7 @@ def _clamped(log_scale: Tensor) -> Tensor:
     return log_scale.clamp(-20.0, 20.0)
 
 
-class SandwichLinear(nn.Module):
+class SandwichLinear(WithoutPlainWeight, nn.Module):
     r"""Sandwich layer: \(y = K \sqrt 2 A^\top \Psi\, s(\sqrt 2\, \Psi^{-1} B x + b)\).
 
     \([A, B]\) has orthonormal rows by the Cayley transform, \(\Psi\) is a positive diagonal and s

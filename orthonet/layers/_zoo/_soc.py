@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
+from orthonet.layers._base import WithoutPlainWeight
 from orthonet.layers._zoo._base import (
     adopt_arguments,
     match_channels,
@@ -64,7 +65,7 @@ class SkewKernel(nn.Module):
         return f"shape={tuple(self.original.shape)}, reach={self.reach:g}"
 
 
-class SOCConv2d(nn.Module):
+class SOCConv2d(WithoutPlainWeight, nn.Module):
     r"""Skew orthogonal convolution: \(y = e^{L} x\), the exponential series applied to the image.
 
     \(T_n(L) = \sum_{i < n} L^i / i!\) is applied term by term. For a skew L the eigenvalues are
@@ -170,6 +171,11 @@ class SOCConv2d(nn.Module):
     def _number_of_terms(self, dtype: torch.dtype) -> int:
         return self.terms or _TERMS[dtype]
 
+    def factor(self, bound: Tensor) -> Tensor:
+        """What the series is multiplied by, for a bound of the norm of its kernel."""
+        terms = self._number_of_terms(bound.dtype)
+        return self.lipschitz / (1.0 + bound**terms / math.factorial(terms))
+
     def linear(self, x: Tensor) -> Tensor:
         """The linear part of the layer, with its factor K."""
         kernel, bound = self.parametrization()
@@ -181,8 +187,7 @@ class SOCConv2d(nn.Module):
             for i in range(1, terms):
                 term = self._convolve(term, kernel) / i
                 total = total + term
-            remainder = bound**terms / math.factorial(terms)
-            total = total * (self.lipschitz / (1.0 + remainder))
+            total = total * self.factor(bound)
         total = total.unflatten(-3, (self.groups, -1))
         return match_channels(total, self.out_channels // self.groups).flatten(-4, -3)
 

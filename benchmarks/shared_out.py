@@ -1,0 +1,118 @@
+"""Orthogonalization shared out among two processes: its share of a step beside that of one.
+
+python -m benchmarks.shared_out [--layers 8] [--size 512] [--seconds 20]
+
+Two processes on this machine (gloo), one thread each. Printed is the CPU time of one process, the
+least of interleaved rounds: of reading all weights after an optimizer step and pulling gradients
+back through them, alone and shared out, and of the exchange of the results by itself. Below it the
+model of `docs/guide/caching.md` for more ranks: what one computes and sends in a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+
+import torch
+from torch import distributed, multiprocessing, nn
+
+import orthonet
+from benchmarks import _harness as harness
+from orthonet.linalg._ranks import assign
+
+
+def build(layers: int, size: int, preset: str) -> nn.Sequential:
+    """Square layers as after some training, the same in all processes."""
+    torch.manual_seed(0)
+    params = getattr(orthonet, f"{preset}_ORTHO_PARAMS")
+    model = nn.Sequential(
+        *(orthonet.OrthoLinear(size, size, ortho_params=params) for _ in range(layers))
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.3 * size**-0.5)  # singular values 0.7 to 1.3
+    return model
+
+
+def work(rank: int, path: str, options: argparse.Namespace, result: dict) -> None:
+    """One process: the least CPU seconds of every way."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    try:
+        for preset in options.presets:
+            models = {kind: build(options.layers, options.size, preset) for kind in ("one", "two")}
+            orthonet.share_among_ranks(models["two"])
+            grads = [torch.randn(options.size, options.size) for _ in range(options.layers)]
+            best = {kind: [float("inf"), float("inf")] for kind in models}
+            start, rounds = time.perf_counter(), 0
+            while rounds < 3 or _go_on(start, options.seconds):
+                for kind, model in models.items():
+                    orthonet.invalidate(model)
+                    distributed.barrier()
+                    begin, wall = time.process_time(), time.perf_counter()
+                    torch.autograd.backward([layer.weight for layer in model], grads)
+                    spent = time.process_time() - begin, time.perf_counter() - wall
+                    best[kind] = [min(a, b) for a, b in zip(best[kind], spent, strict=True)]
+                rounds += 1
+            if rank == 0:
+                result[preset] = best
+    finally:
+        distributed.destroy_process_group()
+
+
+def _go_on(start: float, seconds: float) -> bool:
+    """Whether there is time left, as rank 0 sees it."""
+    flag = torch.tensor([float(time.perf_counter() - start < seconds)])
+    distributed.broadcast(flag, 0)
+    return bool(flag.item())
+
+
+def model_of(layers: int, size: int, ranks: int, products: float) -> tuple[float, float]:
+    """Floating-point operations of the busiest rank and bytes that each sends, in a step.
+
+    An all-gather or a reduction in a ring sends (R - 1) / R of the whole from each rank.
+    """
+    owners = assign([float(size**3)] * layers, ranks)
+    busiest = max(owners.count(rank) for rank in range(ranks))
+    whole = 4.0 * layers * size**2
+    return 2.0 * products * busiest * size**3, 2.0 * whole * (ranks - 1) / ranks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--seconds", type=float, default=20.0, help="per preset")
+    parser.add_argument("--presets", nargs="+", default=["DEFAULT", "POLAR", "POLAR_WARM"])
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with multiprocessing.Manager() as manager, tempfile.TemporaryDirectory() as folder:
+        shared = manager.dict()
+        multiprocessing.spawn(work, args=(f"{folder}/store", options, shared), nprocs=2)
+        best = dict(shared)
+    rows, kept = [], {}
+    for preset, ((one, one_wall), (two, two_wall)) in (
+        (p, (b["one"], b["two"])) for p, b in best.items()
+    ):
+        kept[preset] = {"one": one, "two": two, "one_wall": one_wall, "two_wall": two_wall}
+        figures = (one * 1e3, two * 1e3, two / one, two_wall / one_wall)
+        rows.append(
+            [preset, *(f"{x:.1f}" for x in figures[:2]), *(f"{x:.2f}" for x in figures[2:])]
+        )
+    header = ["preset", "one, ms", "two, ms", "ratio of CPU", "ratio of wall"]
+    print(harness.table(header, rows), end="\n\n")
+    layers, size = 64, 1024
+    rows = []
+    for ranks in (1, 2, 8, 32, 64, 512):
+        flops, sent = model_of(layers, size, ranks, 10.0)
+        rows.append([ranks, f"{flops / 1e9:.0f}", f"{sent / 2**20:.0f}"])
+    print(f"{layers} layers of {size}x{size}, 10 products forward and backward (modelled)")
+    print(harness.table(["ranks", "GFLOP of the busiest", "MiB sent by each"], rows))
+    result = {"environment": harness.environment(), "options": vars(options), "presets": kept}
+    print(f"written: {harness.write('shared_out', result)}")
+
+
+if __name__ == "__main__":
+    main()

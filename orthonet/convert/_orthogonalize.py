@@ -1,0 +1,318 @@
+"""A stock model in, the same model with orthogonal layers out."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from orthonet import _checks
+from orthonet.convert._forward_notes import forward_notes
+from orthonet.convert._replace import (
+    CONVERTIBLE,
+    Twin,
+    UnconvertibleError,
+    attention_twin,
+    layer_twin,
+)
+from orthonet.convert._report import ConversionReport, ConversionRow
+from orthonet.convert._stateless import (
+    ACTIVATIONS,
+    NORMS,
+    POOLS,
+    activation_twin,
+    norm_twin,
+    pool_twin,
+)
+from orthonet.layers import available
+
+__all__ = ["Rule", "orthogonalize"]
+
+Rule = bool | str | Mapping[str, Any] | Callable[[nn.Module], nn.Module]
+_ADVICE = {
+    nn.Embedding: "rows are looked up, which no constraint of the matrix bounds",
+    nn.MultiheadAttention: "softmax attention has no Lipschitz constant; the rule "
+    "{nn.MultiheadAttention: True} makes its q, k, v and output matrices orthogonal",
+}
+
+
+def orthogonalize(
+    model: nn.Module,
+    *,
+    weights: str = "project",
+    rules: Mapping[str | type[nn.Module], Rule] | None = None,
+    downsample: str | None = "space_to_depth",
+    fallback: str | None = None,
+    norm: str | None = None,
+    activation: str | None = None,
+    pool: str | None = None,
+    return_report: bool = False,
+) -> Any:
+    r"""Return a new model whose linear, convolutional and recurrent layers are orthogonal.
+
+    `nn.Linear`, `nn.Conv1d/2d/3d`, `nn.ConvTranspose1d/2d/3d`, `nn.RNN`, `nn.GRU`, `nn.LSTM` and
+    their cells are replaced by ours, with the same arguments, device, dtype, mode and frozen
+    parameters. The given model is not changed and shares no tensor with the result. A layer used
+    at several places stays one layer. Left alone, with a reason in the report, are: subclasses of
+    these layers (their `forward` is their own), layers whose weight belongs to another module too
+    (tied weights) or is computed (parametrized, weight norm), layers with hooks, and convolutions
+    that no kernel makes orthogonal, such as those with one channel a group.
+
+    The outputs differ from those of `model`: all singular values become 1. Project and fine-tune,
+    or reset and train. The sums of residual connections, functional activations and attention are
+    in the code of `forward`: they are noted in the report, where `torch.fx` can read the code, and
+    stay.
+
+    Args:
+        model: Any module.
+        weights: "project" takes the nearest orthogonal weight that each layer finds and keeps
+            biases; "reset" draws new ones.
+        rules: What to do with modules by name, a pattern of `fnmatch` such as `"layer4.*"`, or by
+            class. The first rule that matches decides: False leaves the module alone; True converts
+            it by default; a string names a method of the registry, see
+            [`available`][orthonet.layers.available]; a mapping gives keywords for our layer, such
+            as `{"ortho_params": orthonet.QR_ORTHO_PARAMS}`; a function takes the module and
+            returns the new one.
+        downsample: What becomes of a convolution without padding whose kernel is smaller than its
+            stride, such as the 1x1 shortcut with stride 2 of a residual network:
+            "space_to_depth", all pixels of a block become channels of a 1x1 convolution;
+            "average", scaled averages come first; None, it is converted only where some kernel
+            is orthogonal as it stands.
+        fallback: A method of the registry for layers that have no orthogonal twin, for example
+            "aol" for depthwise convolutions; None leaves them.
+        norm: "centering" (batch norm and layer norm only subtract means), "lip" (batch norm is
+            divided by its largest gain, layer norm centres), or None to keep normalizations.
+        activation: "max_min" or "abs" in place of activation modules, None to keep them.
+        pool: "l2" or "average" in place of pooling modules, with constant 1; None to keep them.
+        return_report: Return the report as well; without it, a warning tells how many layers
+            stayed as they were.
+
+    Returns:
+        The new model, or a pair of it and the report.
+
+    Guarantee:
+        Each layer listed as changed keeps the promise of its class, such as that of
+        [`OrthoLinear`][orthonet.layers.OrthoLinear].
+        The constant of the whole model is what [`certify`][orthonet.certify.certify] proves.
+
+    Raises:
+        ValueError: An unknown option, a rule that matches no module, or one of another kind.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 1, 2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 10))
+        >>> new, report = orthogonalize(net, activation="abs", return_report=True)
+        >>> [(row.name, row.before, row.after) for row in report.changed][1:]
+        [('1', 'ReLU', 'Abs'), ('3', 'Linear', 'OrthoLinear')]
+
+    References:
+        Projection: Higham, *Computing the polar decomposition*, SIAM J. Sci. Stat. Comput. 1986.
+    """
+    owner = "orthogonalize"
+    _checks.require(
+        isinstance(model, nn.Module), owner, "model must be a torch.nn.Module", "Pass a module",
+        model=type(model),
+    )  # fmt: skip
+    _checks.one_of(owner, ("project", "reset"), weights=weights)
+    _checks.one_of(owner, ("space_to_depth", "average", None), downsample=downsample)
+    _checks.one_of(owner, ("centering", "lip", None), norm=norm)
+    _checks.one_of(owner, ("max_min", "abs", None), activation=activation)
+    _checks.one_of(owner, ("l2", "average", None), pool=pool)
+    _checks.one_of(owner, (*available(), None), fallback=fallback)
+    rules = dict(rules or {})
+    _check_rules(model, rules)
+    options = {
+        "weights": weights, "downsample": downsample, "fallback": fallback, "norm": norm,
+        "activation": activation, "pool": pool,
+    }  # fmt: skip
+    memo: dict[int, object] = {}
+    rows: list[ConversionRow] = []
+    ties, previous = _ties(model), None
+    for names, module in _visit(model, memo):
+        rule = _rule(names, module, rules)
+        name, kind = ", ".join(names), type(module).__name__
+        try:
+            twin = _twin(module, rule, ties, previous, **options)
+        except UnconvertibleError as reason:
+            rows.append(ConversionRow(name, "skipped", kind, reason=str(reason)))
+            twin = None
+        if twin is not None:
+            memo[id(module)] = twin.module.train(module.training)
+            after = type(twin.module).__name__
+            if isinstance(twin.module, nn.Sequential):
+                after = " + ".join(type(part).__name__ for part in twin.module)
+            rows.append(ConversionRow(name, "changed", kind, after, twin.remark, twin.moved))
+        if isinstance(module, CONVERTIBLE) and not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            previous = module
+    rows += [ConversionRow(where, "noted", what, reason=why)
+             for where, what, why in forward_notes(model)]  # fmt: skip
+    report = ConversionReport(tuple(rows))
+    # deepcopy's own memo puts the twin wherever the layer is referenced, shared uses included
+    new = copy.deepcopy(model, memo)
+    if return_report:
+        return new, report
+    _warn_of([row for row in report.skipped if row.reason != _BY_RULE])
+    return new
+
+
+def _warn_of(left: list[ConversionRow]) -> None:
+    if left:
+        shown = [f"{row.name or '<root>'} ({row.before}): {row.reason}" for row in left[:3]]
+        if len(left) > 3:
+            shown.append(f"and {len(left) - 3} more")
+        warnings.warn(
+            f"orthogonalize: {len(left)} modules with parameters stayed as they were: "
+            f"{'; '.join(shown)}. Pass return_report=True for the whole list, or a rule for each.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+_BY_RULE = "stays as it is, by rule"
+
+
+def _visit(model: nn.Module, memo: Mapping[int, object]) -> Iterator[tuple[list[str], nn.Module]]:
+    """Each module once with all its names, without the parts of those replaced meanwhile."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    seen: set[int] = set()
+
+    def walk(module: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield names[id(module)], module
+        if id(module) not in memo and not hasattr(module, "to_plain"):
+            for child in module.children():
+                yield from walk(child)
+
+    return walk(model)
+
+
+def _ties(model: nn.Module) -> dict[int, str]:
+    """Parameters that several modules hold, with the names under which they do."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{name}.{key}".lstrip("."))
+    return {key: " = ".join(found) for key, found in owners.items() if len(found) > 1}
+
+
+def _rule(names: list[str], module: nn.Module, rules: Mapping[Any, Rule]) -> Rule | None:
+    for key, value in rules.items():
+        if any(_matches(key, name, module) for name in names):
+            return value
+    return None
+
+
+def _matches(key: str | type[nn.Module], name: str, module: nn.Module) -> bool:
+    return fnmatch.fnmatchcase(name, key) if isinstance(key, str) else isinstance(module, key)
+
+
+def _check_rules(model: nn.Module, rules: Mapping[Any, Rule]) -> None:
+    named = list(model.named_modules(remove_duplicate=False))
+    for key, value in rules.items():
+        _checks.require(
+            (isinstance(key, str) or (isinstance(key, type) and issubclass(key, nn.Module)))
+            and any(_matches(key, name, module) for name, module in named),
+            "orthogonalize",
+            "every rule must match a module, by a pattern of its name or by its class",
+            "See dict(model.named_modules())",
+            rule=key,
+        )
+        if isinstance(value, str):
+            _checks.one_of("orthogonalize", available(), rule=value)
+        _checks.require(
+            isinstance(value, (bool, str, Mapping)) or callable(value),
+            "orthogonalize",
+            "a rule must be a bool, the name of a method, keywords or a function of the module",
+            "Pass False to leave the module alone",
+            rule=value,
+        )
+
+
+def _twin(
+    module: nn.Module, rule: Rule | None, ties: Mapping[int, str], previous: nn.Module | None,
+    *, weights: str, downsample: str | None, fallback: str | None, norm: str | None,
+    activation: str | None, pool: str | None,
+) -> Twin | None:  # fmt: skip
+    """The twin of one module; None where there is nothing to say about it."""
+    own = next(module.parameters(recurse=False), None)
+    kind = type(module)
+    if rule is False:
+        if own is None and kind not in CONVERTIBLE:
+            return None
+        raise UnconvertibleError(_BY_RULE)
+    if callable(rule):
+        return Twin(_made(rule, module), "by rule")
+    if kind in NORMS and norm is not None:
+        return norm_twin(module, norm, weights)
+    if kind in ACTIVATIONS and activation is not None:
+        return activation_twin(activation, previous)
+    if kind in POOLS and pool is not None:
+        return pool_twin(module, pool)
+    if hasattr(module, "to_plain"):
+        raise UnconvertibleError("stays as it is, for it is constrained already")
+    if kind is nn.MultiheadAttention and rule is True:
+        return attention_twin(module, weights)  # type: ignore[arg-type]
+    if kind not in CONVERTIBLE:
+        if own is None:
+            return None
+        raise UnconvertibleError(_why_not(module))
+    _check_own(module, ties)
+    method = rule if isinstance(rule, str) else "ortho"
+    keywords = dict(rule) if isinstance(rule, Mapping) else {}
+    try:
+        return layer_twin(module, weights, downsample, method, keywords)
+    except UnconvertibleError as reason:
+        if fallback is None or rule is not None:
+            raise
+        try:
+            twin = layer_twin(module, weights, downsample, fallback)
+        except UnconvertibleError:
+            raise reason from None
+        return Twin(twin.module, f"by {fallback!r}: {reason}", twin.moved)
+
+
+def _made(rule: Callable[[nn.Module], nn.Module], module: nn.Module) -> nn.Module:
+    made = rule(copy.deepcopy(module))
+    _checks.require(
+        isinstance(made, nn.Module), "orthogonalize", "a rule must return a torch.nn.Module",
+        "Return the new module", returned=type(made),
+    )  # fmt: skip
+    return made
+
+
+def _why_not(module: nn.Module) -> str:
+    for base in CONVERTIBLE:
+        if isinstance(module, base):
+            if is_parametrized(module):
+                return "its weight is computed by a parametrization; remove that first"
+            return f"a subclass of nn.{base.__name__}, whose forward is its own"
+    for base, advice in _ADVICE.items():
+        if isinstance(module, base):
+            return advice
+    for base in NORMS:
+        if type(module) is base:
+            return "a normalization; pass norm, or give a rule"
+        if isinstance(module, base):
+            return f"a subclass of nn.{base.__name__}, whose forward is its own; give a rule"
+    names = ", ".join(name for name, _ in module.named_parameters(recurse=False))
+    return f"its own parameters ({names}) are used in its forward"
+
+
+def _check_own(module: nn.Module, ties: Mapping[int, str]) -> None:
+    """Refuse a layer whose weight is tied, computed or frozen into hooks."""
+    for parameter in module.parameters(recurse=False):
+        if id(parameter) in ties:
+            raise UnconvertibleError(f"tied: {ties[id(parameter)]}")
+    if not any(name.startswith("weight") for name in module._parameters):
+        raise UnconvertibleError("its weight is computed (weight norm?); remove that first")
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, hook) for hook in hooks):
+        raise UnconvertibleError("it has hooks, which would be lost; remove them first")

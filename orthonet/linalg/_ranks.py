@@ -1,0 +1,82 @@
+"""Work on a list of matrices shared out among processes: who takes what, and the exchange.
+
+Plain functions on tensors and a process group; without one, every process does everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+__all__ = ["assign", "exchange", "put_", "rank_and_size", "whole"]
+
+
+def assign(costs: Sequence[float], size: int) -> list[int]:
+    """The rank that takes each piece: the largest first, to the rank that has least to do.
+
+    The largest share is at most 4/3 - 1/(3 size) of the least possible one (Graham, *Bounds on
+    multiprocessing timing anomalies*, SIAM J. Appl. Math. 17 (1969), theorem 2). Ties go to the
+    lower rank and the earlier piece, so all processes find the same.
+    """
+    loads, owners = [0.0] * size, [0] * len(costs)
+    for piece in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owner = min(range(size), key=lambda rank: (loads[rank], rank))
+        owners[piece] = owner
+        loads[owner] += costs[piece]
+    return owners
+
+
+def rank_and_size(group: Any) -> tuple[int, int]:
+    """The place of this process in `group`; (0, 1) for None."""
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def exchange(pieces: Sequence[Tensor], owners: Sequence[int], group: Any) -> list[Tensor]:
+    """What the owners hold, of every piece; of those of others only shape and dtype are looked at.
+
+    One all-gather for each dtype, of as many elements from each rank as the largest share has.
+    """
+    rank, size = rank_and_size(group)
+    result = list(pieces)
+    for dtype in dict.fromkeys(piece.dtype for piece in pieces):
+        shares: list[list[int]] = [[] for _ in range(size)]
+        for i, owner in enumerate(owners):
+            if pieces[i].dtype == dtype:
+                shares[owner].append(i)
+        sizes = [[pieces[i].numel() for i in share] for share in shares]
+        length = max(map(sum, sizes))
+        received = torch.empty(size, length, dtype=dtype, device=pieces[0].device)
+        sent = received[rank]
+        if shares[rank]:
+            own = [pieces[i].reshape(-1) for i in shares[rank]]
+            torch.cat(own, out=sent[: sum(sizes[rank])])
+        dist.all_gather(list(received.unbind()), sent, group=group)
+        for other in range(size):
+            if other == rank or not shares[other]:
+                continue
+            parts = received[other, : sum(sizes[other])].split(sizes[other])
+            for i, part in zip(shares[other], parts, strict=True):
+                result[i] = part.view(pieces[i].shape)
+    return result
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor that the shards of all processes make; a plain one is that already."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def put_(tensor: Tensor, value: Tensor) -> None:
+    """Copy `value`, which all processes hold, into `tensor` or its shard of this process."""
+    if not hasattr(tensor, "full_tensor"):
+        tensor.copy_(value)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    # every process has the value: nothing is sent
+    tensor.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))

@@ -1,0 +1,246 @@
+"""What the optimizers on the Stiefel manifold share: groups, checks, batches, ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from orthonet import _checks
+from orthonet.errors import NotOnManifoldError
+from orthonet.linalg._ranks import assign, exchange, put_, rank_and_size, whole
+from orthonet.optim._batches import Block, blocks
+from orthonet.optim._stiefel_steps import residual, retract
+
+__all__ = ["StiefelOptimizer", "require_matrices", "require_orthogonal"]
+
+State = dict[str, Tensor]
+
+
+def require_matrices(owner: object, params: Sequence[Tensor]) -> None:
+    """Every parameter must be a matrix (or batch) in float32 or float64."""
+    for p in params:
+        _checks.require(
+            p.ndim >= 2,
+            owner,
+            "a parameter on the manifold must be a matrix or a batch of matrices (*batch, m, n)",
+            "Put biases and scales into a group with stiefel=False",
+            shape=tuple(p.shape),
+        )
+        _checks.require(
+            p.dtype in (torch.float32, torch.float64),
+            owner,
+            "a parameter on the manifold must be stored in float32 or float64, because rounding to "
+            "half precision takes it off the manifold again",
+            "Keep it in float32 and use torch.autocast, or FSDP2's MixedPrecisionPolicy",
+            dtype=p.dtype,
+        )
+
+
+def require_orthogonal(owner: object, params: Sequence[Tensor]) -> None:
+    """Every matrix must be semi-orthogonal to 1e-3."""
+    for p in params:
+        if p.is_meta or 0 in p.shape:
+            continue
+        x = whole(p.detach())
+        worst = float(residual(x if x.shape[-2] >= x.shape[-1] else x.mT).amax())
+        _checks.require(
+            worst <= 1e-3,
+            owner,
+            "a parameter on the manifold must be semi-orthogonal",
+            "Initialize it by orthonet.init.orthogonal_, project it with "
+            "p.copy_(orthonet.linalg.polar(p)) under torch.no_grad(), or put it into a group with "
+            "stiefel=False",
+            NotOnManifoldError,
+            shape=tuple(p.shape),
+            residual=float(f"{worst:.3g}"),
+        )
+
+
+class StiefelOptimizer(Optimizer):
+    """Base class: a subclass says what to do with one block, and with plain parameters.
+
+    Attributes:
+        process_group: The processes that share the work, or None.
+    """
+
+    _matrices: tuple[str, ...] = ()  # names of states like the parameter
+    _scalars: tuple[str, ...] = ()  # names of states with one number for each matrix
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], process_group: Any) -> None:
+        self.process_group = process_group
+        super().__init__(params, {**defaults, "stiefel": True})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; with `stiefel=False` they are plain ones.
+
+        Raises:
+            NotOnManifoldError: A matrix is not semi-orthogonal.
+            ValueError: A parameter is no matrix, or an option is out of range.
+        """
+        group = {**self.defaults, **param_group}
+        params = group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        param_group = {**param_group, "params": params}
+        self._check_group(group)
+        if group["stiefel"]:
+            tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+            require_matrices(self, tensors)
+            require_orthogonal(self, tensors)
+            _checks.require(
+                group["weight_decay"] == 0,
+                self,
+                "weight_decay must be 0 on the manifold, where every matrix has the same norm and "
+                "the decay is normal to it",
+                "Leave it out, or give it to the groups with stiefel=False",
+                weight_decay=group["weight_decay"],
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a process group cannot be pickled; it is given anew
+        return {**super().__getstate__(), "process_group": None}
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        lr, decay = group["lr"], group["weight_decay"]
+        if not isinstance(lr, Tensor):
+            _checks.in_range(self, 0.0, float("inf"), lr=lr)
+        _checks.in_range(self, 0.0, float("inf"), weight_decay=decay)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take one step with the gradients of now.
+
+        Args:
+            closure: Evaluates the model and returns the loss; called once, before the step.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                _checks.require(
+                    p.grad.layout is torch.strided,
+                    self,
+                    "gradients must be dense",
+                    "Use sparse=False in the embedding",
+                    layout=p.grad.layout,
+                )
+            if group["stiefel"]:
+                self._step_on_manifold(params, group)
+            elif params:
+                self._step_plain(params, group)
+        return loss
+
+    def _step_on_manifold(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        params = [p for p in params if p.numel()]
+        names = self._kept(group)
+        for p in params:
+            self._start(p, names)
+        found = list(blocks(params))
+        rank, size = rank_and_size(self.process_group)
+        owners = assign([block.cost for block in found], size)
+        mine = []
+        for block, owner in zip(found, owners, strict=True):
+            # the shards of a parameter are gathered by all, since that is a collective
+            tensors = self._read(block, names)
+            if owner == rank:
+                mine.append((block, tensors))
+        ys = [_moved(x, *self._direction(x, g, s, group), group["lr"]) for _, (x, g, s) in mine]
+        results = {
+            id(block): (x, state)
+            for (block, (_, _, state)), x in zip(mine, retract(ys), strict=True)
+        }
+        if self.process_group is not None:
+            self._exchange(found, owners, results, names)
+        for block in found:
+            self._write(block, *results[id(block)], names)
+
+    def _kept(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The names of the states like the parameter that this group needs."""
+        return self._matrices
+
+    def _start(self, p: Tensor, names: tuple[str, ...]) -> None:
+        state = self.state[p]
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(p)
+        for name in self._scalars:
+            if name not in state:
+                state[name] = torch.zeros(*p.shape[:-2], 1, 1, dtype=p.dtype, device=p.device)
+        if "step" not in state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+
+    def _read(self, block: Block, names: tuple[str, ...]) -> tuple[Tensor, Tensor, State]:
+        params = block.params
+        x = block.gather([whole(p) for p in params])
+        grad = block.gather([whole(p.grad) for p in params])  # type: ignore[arg-type]
+        state = {n: block.gather([whole(self.state[p][n]) for p in params]) for n in names}
+        for n in self._scalars:
+            state[n] = block.gather_scalars([self.state[p][n] for p in params])
+        for p in params:
+            self.state[p]["step"] += 1
+        steps = [self.state[p]["step"].expand(*p.shape[:-2], 1, 1) for p in params]
+        state["step"] = block.gather_scalars(steps).double()
+        return x, grad, state
+
+    def _write(self, block: Block, x: Tensor, state: State, names: tuple[str, ...]) -> None:
+        values = {None: x, **{n: state[n] for n in (*names, *self._scalars)}}
+        for name, value in values.items():
+            for p, piece in zip(block.params, block.spread(value), strict=True):
+                put_(p if name is None else self.state[p][name], piece)
+
+    def _exchange(
+        self,
+        found: list[Block],
+        owners: list[int],
+        results: dict[int, tuple[Tensor, State]],
+        matrices: tuple[str, ...],
+    ) -> None:
+        """Let all processes have the results of all blocks."""
+        pieces, whose = [], []
+        names = (*matrices, *self._scalars)
+        for block, owner in zip(found, owners, strict=True):
+            if id(block) in results:
+                x, state = results[id(block)]
+                given = [x, *(state[n] for n in names)]
+            else:
+                n, k = max(block.shape), min(block.shape)
+                batch = () if block.alone else (sum(block.counts),)
+                like = block.params[0]
+                shapes = [(n, k)] * (1 + len(matrices)) + [(1, 1)] * len(self._scalars)
+                given = [
+                    torch.empty(*batch, *shape, dtype=like.dtype, device=like.device)
+                    for shape in shapes
+                ]
+            pieces += given
+            whose += [owner] * len(given)
+        received = iter(exchange(pieces, whose, self.process_group))
+        for block in found:
+            results[id(block)] = next(received), {name: next(received) for name in names}
+
+    def _direction(
+        self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The direction D of the step X - lr D and a factor of it; puts new tensors in `state`."""
+        _checks.fail(self, "a subclass must define _direction()", "Define it", TypeError)
+
+    def _step_plain(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Move plain parameters."""
+        _checks.fail(self, "a subclass must define _step_plain()", "Define it", TypeError)
+
+
+def _moved(x: Tensor, d: Tensor, factor: Tensor | None, lr: float | Tensor) -> Tensor:
+    """X - lr factor D."""
+    if isinstance(lr, Tensor):
+        factor, lr = (lr if factor is None else lr * factor), 1.0
+    return torch.sub(x, d, alpha=lr) if factor is None else torch.addcmul(x, d, factor, value=-lr)

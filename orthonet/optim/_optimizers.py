@@ -1,0 +1,307 @@
+"""SGD, Adam and a Muon-like method for parameters that are semi-orthogonal matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from orthonet import _checks
+from orthonet.linalg._matrix import minus_transpose
+from orthonet.optim._base import State, StiefelOptimizer
+from orthonet.optim._plain import adam_step, sgd_step
+from orthonet.optim._stiefel_steps import newton_schulz_sign, symmetric_part, tangent
+
+__all__ = ["StiefelAdam", "StiefelMuon", "StiefelSGD"]
+
+
+class StiefelSGD(StiefelOptimizer):
+    r"""Riemannian gradient descent with momentum, on matrices with orthonormal columns or rows.
+
+    With the projection \(P_X(V) = V - X\,\mathrm{sym}(X^\top V)\) onto the tangent space
+    (wide matrices through their transpose),
+
+    \[ M_t = P_{X_t}(\mu M_{t-1} + (1 - d)\,G_t), \qquad
+       X_{t+1} = \mathrm{polar}(X_t - \eta M_t), \]
+
+    which is the Riemannian gradient plus the momentum transported by projection, in one
+    projection: two products of the size of X, and two or three more for the retraction of a step
+    of spectral norm up to 0.12.
+
+    Args:
+        params: Parameters, or groups of them. A group with `stiefel=False` holds plain parameters
+            (biases, other layers), which are updated as by `torch.optim.SGD`.
+        lr: Learning rate.
+        momentum: Factor of the momentum.
+        dampening: Dampening of the gradient in the momentum.
+        weight_decay: For groups with `stiefel=False` only.
+        nesterov: Whether to step along \(P_{X_t}(G_t) + \mu M_t\), where the first term is taken as
+            \(M_t - \mu M_{t-1}\): what is left of it in the normal space, the retraction removes.
+        process_group: With one (e.g. `torch.distributed.group.WORLD`), each of its processes moves
+            its part of the matrices and all receive the results. Gradients must be the same in
+            all processes, as they are under DistributedDataParallel.
+
+    Guarantee:
+        After each step \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) in float32 and \(10^{-12}\) in
+        float64, for every finite gradient and learning rate; errors do not accumulate.
+
+    Raises:
+        NotOnManifoldError: A parameter of a group with `stiefel=True` is not semi-orthogonal.
+        ValueError: A value is out of range, or a parameter is no matrix of float32 or float64.
+
+    Examples:
+        >>> layer = torch.nn.Linear(8, 4)
+        >>> _ = torch.nn.init.orthogonal_(layer.weight)
+        >>> optimizer = StiefelSGD([layer.weight], lr=0.1, momentum=0.9)
+        >>> optimizer.add_param_group({"params": [layer.bias], "stiefel": False})
+
+    References:
+        Absil, Mahony & Sepulchre, *Optimization algorithms on matrix manifolds*, 2008: gradient
+        (3.37), projection (example 3.6.2), polar retraction (example 4.1.3), transport by
+        projection (section 8.1.3).
+    """
+
+    _matrices = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        process_group: Any = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
+        super().__init__(params, defaults, process_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        momentum, dampening = group["momentum"], group["dampening"]
+        _checks.in_range(self, 0.0, float("inf"), momentum=momentum)
+        _checks.require(
+            not group["nesterov"] or (momentum > 0 and dampening == 0),
+            self,
+            "nesterov needs momentum > 0 and dampening = 0",
+            "Set momentum=0.9, or nesterov=False",
+            momentum=momentum,
+            dampening=dampening,
+        )
+
+    def _kept(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self._matrices if group["momentum"] else ()
+
+    def _direction(
+        self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        momentum, dampening = group["momentum"], group["dampening"]
+        if not momentum:
+            return tangent(x, grad), None
+        before = state["momentum_buffer"]
+        if dampening:  # not at the first step, where the momentum becomes the gradient
+            grad = torch.where((state["step"] == 1).to(x.device), grad, grad * (1.0 - dampening))
+        state["momentum_buffer"] = m = tangent(x, (before * momentum).add_(grad))
+        return (_ahead(m, before, momentum) if group["nesterov"] else m), None
+
+    def _step_plain(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        sgd_step(params, self.state, group)
+
+
+class StiefelAdam(StiefelOptimizer):
+    r"""Adam on matrices with orthonormal columns or rows.
+
+    \[ M_t = \beta_1 T(M_{t-1}) + (1 - \beta_1)\,P_{X_t}(G_t), \quad
+       v_t = \beta_2 v_{t-1} + (1 - \beta_2)\,\tfrac{1}{mn}\|P_{X_t}(G_t)\|_F^2, \quad
+       X_{t+1} = \mathrm{polar}\Big(X_t - \eta\,\frac{\hat M_t}{\sqrt{\hat v_t} + \epsilon}\Big) \]
+
+    with the corrections of bias \(\hat M_t = M_t / (1 - \beta_1^t)\),
+    \(\hat v_t = v_t / (1 - \beta_2^t)\). T transports from \(X_{t-1}\) to \(X_t\): by projection,
+    or for square matrices by the group, \(X_{t-1} A \mapsto X_t A\) with skew-symmetric A, which
+    keeps norms; the state `exp_avg` then holds A. The second moment is one number for each matrix,
+    the mean
+    square of the entries of the Riemannian gradient: entrywise ones would leave the tangent space
+    and depend on the basis. So the method is equivariant: it commutes with orthogonal maps of rows
+    and columns. A learning rate means what it does in `torch.optim.Adam`, the root mean square
+    change of an entry in a step; a step of a square n x n matrix then has a spectral norm of
+    \(2 \eta \sqrt n\) at most, typically. Square matrices take four products of the size of X for
+    \(\eta\|D\|_2 \le 0.036\), five up to 0.12; rectangular ones one more.
+
+    Args:
+        params: Parameters, or groups of them. A group with `stiefel=False` holds plain parameters,
+            which are updated as by `torch.optim.AdamW`.
+        lr: Learning rate.
+        betas: Decay of the first and the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: For groups with `stiefel=False` only.
+        process_group: With one, each of its processes moves its part of the matrices, see
+            [`StiefelSGD`][orthonet.optim.StiefelSGD].
+
+    Guarantee:
+        That of [`StiefelSGD`][orthonet.optim.StiefelSGD].
+
+    Raises:
+        NotOnManifoldError: A parameter of a group with `stiefel=True` is not semi-orthogonal.
+        ValueError: A value is out of range, or a parameter is no matrix of float32 or float64.
+
+    References:
+        Bécigneul & Ganea, *Riemannian adaptive optimization methods*, ICLR 2019 (one second moment
+        for each factor of a product of manifolds); Li, Fuxin & Todorovic, *Efficient Riemannian
+        optimization on the Stiefel manifold via the Cayley transform*, ICLR 2020 (Cayley Adam).
+    """
+
+    _matrices = ("exp_avg",)
+    _scalars = ("exp_avg_sq",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        process_group: Any = None,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, process_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        _check_adam(self, group)
+
+    def _direction(
+        self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        beta1, beta2 = group["betas"]
+        before, step = state["exp_avg"], state["step"]
+        inner = x.mT @ grad
+        if x.shape[-2] == x.shape[-1]:  # in coordinates: P_X(G) = X A, A skew-symmetric
+            a = minus_transpose(inner).mul_(0.5)
+            m = (before * beta1).add_(a, alpha=1.0 - beta1)
+            d, square = x @ m, _mean_square(a)
+        else:
+            # P_X is linear: the normal parts of gradient and momentum share one product
+            normal = symmetric_part(inner)
+            both = symmetric_part(x.mT @ before).mul_(beta1).add_(normal, alpha=1.0 - beta1)
+            d = m = (before * beta1).add_(grad, alpha=1.0 - beta1).sub_(x @ both)
+            # ||P(G)||^2 = ||G||^2 - ||sym(X^T G)||^2
+            square = _mean_square(grad) - _mean_square(normal) * (x.shape[-1] / x.shape[-2])
+        v = state["exp_avg_sq"] * beta2 + square.clamp_min(0.0) * (1.0 - beta2)
+        state["exp_avg"], state["exp_avg_sq"] = m, v
+        # in float64, since 1 - 0.999 has four digits in float32
+        first_share, second_share = ((1.0 - beta**step).to(x) for beta in (beta1, beta2))
+        return d, ((v / second_share).sqrt().add_(group["eps"]) * first_share).reciprocal()
+
+    def _step_plain(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        adam_step(params, self.state, group)
+
+
+class StiefelMuon(StiefelOptimizer):
+    r"""Momentum whose direction is made nearly orthogonal, on the Stiefel manifold.
+
+    \[ M_t = P_{X_t}(\mu M_{t-1} + G_t), \qquad D_t = P_{X_t}(\mathrm{msign}(M_t)), \qquad
+       X_{t+1} = \mathrm{polar}(X_t - \eta D_t) \]
+
+    msign sets the singular values of a matrix to about 1 (between 0.7 and 1.2), by the quintic
+    Newton-Schulz steps of Muon, and keeps zeros; so a step has spectral norm about \(\eta\), in
+    every direction that the momentum has. For square X, msign of a tangent vector is tangent:
+    \(X A\) with skew A goes to \(X\,\mathrm{msign}(A)\), which is skew too. For others the second
+    projection makes it so, and this is a heuristic, not the steepest descent of the spectral norm.
+
+    Args:
+        params: Parameters, or groups of them. A group with `stiefel=False` holds plain parameters,
+            which are updated as by `torch.optim.AdamW`; give it a learning rate of its own.
+        lr: Learning rate: about the spectral norm of a step.
+        momentum: Factor of the momentum.
+        nesterov: Whether to look ahead, as in [`StiefelSGD`][orthonet.optim.StiefelSGD].
+        ns_steps: Newton-Schulz steps, three products each.
+        betas: Of the plain groups: decay of the moments.
+        eps: Of the plain groups: added to the root of the second moment.
+        weight_decay: For groups with `stiefel=False` only.
+        process_group: With one, each of its processes moves its part of the matrices, see
+            [`StiefelSGD`][orthonet.optim.StiefelSGD].
+
+    Guarantee:
+        That of [`StiefelSGD`][orthonet.optim.StiefelSGD].
+
+    Raises:
+        NotOnManifoldError: A parameter of a group with `stiefel=True` is not semi-orthogonal.
+        ValueError: A value is out of range, or a parameter is no matrix of float32 or float64.
+
+    References:
+        Jordan et al., *Muon: an optimizer for hidden layers in neural networks*, 2024 (momentum and
+        quintic); Bernstein, *Modular manifolds*, 2025 (the problem of steepest descent on the
+        manifold, which this does not solve).
+    """
+
+    _matrices = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.02,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        process_group: Any = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, defaults, process_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        _checks.in_range(self, 0.0, float("inf"), momentum=group["momentum"])
+        _checks.positive_int(self, ns_steps=group["ns_steps"])
+        _check_adam(self, group)
+
+    def _direction(
+        self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        momentum, before = group["momentum"], state["momentum_buffer"]
+        state["momentum_buffer"] = m = tangent(x, (before * momentum).add_(grad))
+        d = _ahead(m, before, momentum) if group["nesterov"] else m
+        return tangent(x, newton_schulz_sign(d, group["ns_steps"])), None
+
+    def _step_plain(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        adam_step(params, self.state, group)
+
+
+def _ahead(m: Tensor, before: Tensor, momentum: float) -> Tensor:
+    """P(G) + momentum M, with P(G) = M - momentum M_before up to a normal part."""
+    return (m * (1.0 + momentum)).sub_(before, alpha=momentum)
+
+
+def _mean_square(a: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True)
+    return norm.square() / (a.shape[-2] * a.shape[-1])
+
+
+def _check_adam(owner: object, group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    for name, beta in (("betas[0]", beta1), ("betas[1]", beta2)):
+        _checks.require(
+            0.0 <= beta < 1.0, owner, f"{name} must be in [0, 1)", "Use (0.9, 0.999)", beta=beta
+        )
+    _checks.in_range(owner, 0.0, float("inf"), eps=group["eps"])

@@ -1,0 +1,91 @@
+"""Which parameters an optimizer should decay, and which learn by another rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from orthonet import _checks
+from orthonet.reparametrizers._cache import CachedWeight
+
+__all__ = ["parameter_groups"]
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    constrained_lr: float | None = None,
+    constrained_weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    r"""Return parameter groups for any optimizer of torch: constrained weights are not decayed.
+
+    The raw parameter V of a constrained weight W = f(V) is no weight. Where f does not depend on
+    the scale of V, as for the polar factor, decay does not change W but shrinks V, and the gradient
+    grows by \(1 / \|V\|\): a hidden schedule of the learning rate. Where V are coordinates
+    around a base, as for the exponential and the Cayley map, decay pulls W to the base. Neither is
+    the regularization that weight decay is meant for, so raw parameters have a group of their own,
+    with decay 0. Biases and other vectors and scalars are not decayed either.
+
+    Args:
+        model: Any module.
+        lr: Learning rate.
+        weight_decay: Of plain parameters with two or more dimensions.
+        constrained_lr: Learning rate of the raw parameters, `lr` if None.
+        constrained_weight_decay: Decay of the raw parameters, for those who want it.
+
+    Returns:
+        Up to three groups, with the names "plain", "constrained" and "vectors" under the key
+        `"name"`. Each parameter that requires a gradient is in one of them, once.
+
+    Raises:
+        ValueError: a rate or decay that is negative, or no parameter to train.
+
+    Examples:
+        >>> from orthonet.layers import OrthoLinear
+        >>> net = nn.Sequential(OrthoLinear(4, 4), nn.Linear(4, 2))
+        >>> groups = parameter_groups(net, lr=1e-3, weight_decay=0.1)
+        >>> [(g["name"], len(g["params"]), g["weight_decay"]) for g in groups]
+        [('plain', 1, 0.1), ('constrained', 1, 0.0), ('vectors', 2, 0.0)]
+        >>> optimizer = torch.optim.AdamW(groups)
+
+    References:
+        van Laarhoven, *L2 regularization versus batch and weight normalization*, arXiv:1706.05350.
+    """
+    _checks.require(
+        isinstance(model, nn.Module), "parameter_groups", "model must be a torch.nn.Module",
+        "Pass the module, not its parameters", model=type(model),
+    )  # fmt: skip
+    constrained_lr = lr if constrained_lr is None else constrained_lr
+    values = {"lr": lr, "weight_decay": weight_decay, "constrained_lr": constrained_lr,
+              "constrained_weight_decay": constrained_weight_decay}  # fmt: skip
+    for name, value in values.items():
+        _checks.in_range("parameter_groups", 0.0, float("inf"), **{name: value})
+    raw = {
+        id(parameter)
+        for name, module in model.named_modules()
+        if isinstance(module, (CachedWeight, ParametrizationList))
+        or name.rpartition(".")[2] == "parametrization"
+        for parameter in module.parameters()
+    }
+    found: dict[str, list[nn.Parameter]] = {"plain": [], "constrained": [], "vectors": []}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        kind = "plain" if parameter.ndim >= 2 else "vectors"
+        found["constrained" if id(parameter) in raw else kind].append(parameter)
+    rates = {"plain": lr, "constrained": constrained_lr, "vectors": lr}
+    decays = {"plain": weight_decay, "constrained": constrained_weight_decay, "vectors": 0.0}
+    groups = [
+        {"name": name, "params": params, "lr": rates[name], "weight_decay": decays[name]}
+        for name, params in found.items()
+        if params
+    ]
+    _checks.require(
+        bool(groups), "parameter_groups", "some parameter must require a gradient",
+        "Call model.requires_grad_()", parameters=len(list(model.parameters())),
+    )  # fmt: skip
+    return groups

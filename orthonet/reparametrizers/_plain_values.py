@@ -1,0 +1,121 @@
+"""Plain values for constrained tensors: `reset_parameters`, and checkpoints without constraints."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orthonet import _checks
+from orthonet.errors import ProjectionWarning
+
+__all__ = ["load_plain", "reset_parameters"]
+
+
+@torch.no_grad()
+def reset_parameters(self: nn.Module) -> None:
+    """Draw all tensors as the plain class does, and project those that are constrained.
+
+    Where the space has no projection of what was drawn, it draws by itself. Nothing happens on the
+    meta device.
+    """
+    base: Any = type(self).__bases__[0]
+    lists: Any = self._modules["parametrizations"]
+    if any(p.is_meta for p in self.parameters()):
+        return
+    plain: Any = base.__new__(base)
+    nn.Module.__init__(plain)
+    for name, value in vars(self).items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            vars(plain)[name] = value
+    vars(plain)["_parameters"] = dict(self._parameters)
+    vars(plain)["_buffers"] = dict(self._buffers)
+    vars(plain)["_modules"] = {k: m for k, m in self._modules.items() if k != "parametrizations"}
+    for name, entry in lists.items():
+        like = next(entry.parameters())
+        shape = _shape(entry, name)
+        vars(plain)["_parameters"][name] = nn.Parameter(like.new_empty(shape))
+    base.reset_parameters(plain)
+    for name, entry in lists.items():
+        _start(entry)
+        try:
+            entry.project_(vars(plain)["_parameters"][name].detach(), self)
+        except ValueError:  # nothing near it in the space
+            sample = getattr(entry[len(entry) - 1], "sample", None)
+            if sample is None:
+                raise
+            entry.right_inverse(sample())
+
+
+def _shape(entry: Any, name: str) -> torch.Size:
+    """The shape of the constrained tensor; the entries of the state need not be valid yet."""
+    last = entry[len(entry) - 1]
+    shape = getattr(last, "value_shape", None)
+    if shape is not None:
+        return torch.Size(shape)
+    twin = copy.deepcopy(entry).to("meta")
+    return twin().shape
+
+
+def _start(entry: Any) -> None:
+    """Make whatever the state holds finite, for it may never have been set."""
+    for tensor in (*entry.parameters(), *entry.buffers()):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            tensor.zero_()
+    for module in entry.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+
+
+def load_plain(
+    self: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Accept a checkpoint of the plain module too: its tensors are projected, with a warning."""
+    lists: Any = self._modules["parametrizations"]
+    for name, entry in lists.items():
+        plain, own = f"{prefix}{name}", f"{prefix}parametrizations.{name}."
+        if plain not in state_dict or any(key.startswith(own) for key in state_dict):
+            continue
+        value = state_dict.pop(plain)
+        try:
+            state_dict.update(_projected(self, name, entry, value).state_dict(prefix=own))
+        except ValueError as error:
+            error_msgs.append(f"{plain}: {error}")
+            state_dict.update(entry.state_dict(prefix=own))
+    base: Any = type(self).__bases__[0]
+    base._load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    )
+
+
+def _projected(module: nn.Module, name: str, entry: Any, value: Tensor) -> nn.Module:
+    """A copy of the parametrizations that holds the projection of `value`."""
+    twin = copy.deepcopy(entry)
+    if any(t.is_meta for t in entry.state_dict().values()):
+        twin = twin.to_empty(device="cpu" if value.is_meta else value.device)
+        with torch.no_grad():
+            for tensor in twin.state_dict().values():
+                tensor.zero_()
+        _start(twin)
+    moved = twin.project_(value.detach(), module)
+    if moved > torch.finfo(value.dtype).eps ** 0.5:
+        sentence = _checks.message(
+            type(module).__name__,
+            f"a plain {name} was loaded and projected onto its constraint",
+            "Fine-tune, or load a checkpoint of the constrained module to keep its values exactly",
+            relative_distance=round(moved, 6),
+            shape=tuple(value.shape),
+        )
+        warnings.warn(sentence, ProjectionWarning, stacklevel=2)
+    return twin

@@ -1,0 +1,148 @@
+"""Orthogonalization shared out among two real processes: the steps of one process."""
+
+import contextlib
+import copy
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import orthonet
+from orthonet.layers import OrthoConv2d, OrthoLinear
+from orthonet.reparametrizers import OrthoWeight
+from tests.presets import PRESETS
+
+
+def build(preset="DEFAULT"):
+    torch.manual_seed(0)
+    params = PRESETS[preset]
+    return nn.Sequential(
+        OrthoConv2d(4, 8, 3, stride=2, padding=1, ortho_params=params),
+        nn.Flatten(),
+        OrthoLinear(32, 12, ortho_params=params),
+        nn.Tanh(),
+        OrthoLinear(12, 12, ortho_params=params),
+        nn.Tanh(),
+        OrthoLinear(12, 12, ortho_params=params),
+    )
+
+
+def loss(model, x):
+    return (model(x) + 1).sin().pow(2).mean()
+
+
+def train(model, xs, micro=1):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for x in xs:
+        optimizer.zero_grad()
+        pieces = x.chunk(micro)
+        for piece in pieces[:-1]:
+            with model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext():
+                (loss(model, piece) / micro).backward()
+        (loss(model, pieces[-1]) / micro).backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def differ(a, b):
+    return max(float((p - q).abs().max()) for p, q in zip(a, b, strict=True))
+
+
+def batches():
+    return torch.randn(3, 2, 4, 4, 4, 4, generator=torch.Generator().manual_seed(7))
+
+
+def same_everywhere(tensors):
+    for tensor in tensors:
+        others = [torch.empty_like(tensor) for _ in range(2)]
+        distributed.all_gather(others, tensor.detach().contiguous())
+        assert torch.equal(*others)
+
+
+def shared(rank, preset):
+    model, plain = build(preset), build(preset)
+    names = orthonet.share_among_ranks(model)
+    assert len(names) == 2 and all(names)
+    everything = {
+        n for n, m in model.named_modules() if isinstance(m, orthonet.reparametrizers.OrthoWeight)
+    }
+    assert set().union(*map(set, names)) == everything
+    ddp = DistributedDataParallel(model)
+    train(ddp, batches()[:, rank])
+    train(DistributedDataParallel(plain), batches()[:, rank])
+    # 2e-7; the shift of a warm parameter may be told apart by its norm only
+    assert differ(model.parameters(), plain.parameters()) < 1e-6
+    same_everywhere([*model.parameters(), *model.buffers()])
+    with torch.no_grad():
+        x = batches()[0, 0]
+        assert differ([model.eval()(x)], [plain.eval()(x)]) < 2e-6  # 5e-7
+
+
+def one_process(rank):
+    """Beside the whole batch in one process."""
+    model, reference = build("QR"), build("QR")
+    orthonet.share_among_ranks(model)
+    train(DistributedDataParallel(model), batches()[:, rank], micro=2)
+    train(reference, batches().flatten(1, 2))
+    assert differ(model.parameters(), reference.parameters()) < 1e-6  # 1.5e-7
+
+
+def surroundings(rank):
+    model = build()
+    owned = orthonet.share_among_ranks(model)[rank]
+    x = batches()[0, rank]
+    with orthonet.defer_pullback():
+        loss(model, x).backward()
+    for name, m in model.named_modules():  # one process pulls back, for all
+        if isinstance(m, OrthoWeight):
+            assert bool(m.original.grad.any()) == (name in owned)
+    twin = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for m in (*twin.modules(), *loaded.modules()):
+        assert getattr(m, "_group", None) is None
+    if rank == 0:  # alone: what does not train is computed without the others
+        with torch.no_grad():
+            model(x)
+        model.eval()(x)
+        model.train()
+        twin(x).sum().backward()
+    distributed.barrier()
+    orthonet.invalidate(model)  # as a step of the optimizer does, in all processes
+    y = model(x)
+    with pytest.raises(RuntimeError, match="cannot be shared out"):
+        torch.autograd.grad(y.sum(), list(model.parameters()), create_graph=True)
+    orthonet.unfuse(model)
+    assert all(getattr(m, "_group", None) is None for m in model.modules())
+    sharded = build()
+    fully_shard(sharded)
+    with pytest.raises(ValueError, match="on_manifold"):
+        orthonet.share_among_ranks(sharded)
+
+
+def run(rank: int, path: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    try:
+        for preset in ("DEFAULT", "QR", "EXP", "POLAR_WARM"):
+            shared(rank, preset)
+        one_process(rank)
+        surroundings(rank)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not distributed.is_gloo_available(), reason="gloo is not built in")
+def test_two_processes_share_the_work(tmp_path: Path):
+    multiprocessing.spawn(run, args=(str(tmp_path / "store"),), nprocs=2)
+
+
+def test_one_process_without_a_group_is_told_what_to_do():
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        orthonet.share_among_ranks(build())

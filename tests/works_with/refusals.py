@@ -1,0 +1,48 @@
+"""The cells that are refused, with the text of the error and the reason that the page gives."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tests.works_with.rows import Row
+
+__all__ = ["Refusal", "refusal"]
+
+
+class Refusal(NamedTuple):
+    """An error that a cell must raise, its text, and why."""
+
+    error: type[Exception]
+    match: str
+    reason: str
+
+
+NO_PROJECTION = Refusal(
+    RuntimeError,
+    r"the weight of a plain layer has no projection|computed from a parameter of another shape",
+    "the layer is no single linear map or is made in the frequency domain: a plain weight has no "
+    "projection onto it",
+)
+SYMPLECTIC = Refusal(
+    RuntimeError,
+    "too far from the symplectic group to be projected",
+    "an arbitrary matrix has no projection onto the symplectic group",
+)
+CUSTOM_OPERATOR = Refusal(
+    RuntimeError,
+    "must override the setup_context staticmethod",
+    "`torch.func.grad` does not differentiate custom operators; loop over the samples",
+)
+_NO_PLAIN_WEIGHT = ("bro", "cpl", "sll", "sandwich", "soc", "lot", "lipnext")
+
+
+def refusal(column: str, row: Row) -> Refusal | None:
+    """What is expected to be refused."""
+    name = row.name.split(" ")[0]
+    if column == "plain_checkpoint":
+        if name in _NO_PLAIN_WEIGHT or row.name == "cayley (convolution)":
+            return NO_PROJECTION
+        return SYMPLECTIC if row.name == "symplectic" else None
+    if column == "per_sample" and row.name == "lot (convolution)":
+        return CUSTOM_OPERATOR
+    return None
