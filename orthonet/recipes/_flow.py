@@ -128,7 +128,7 @@ class ResidualFlow(nn.Module):
                     tangent = tangent * (1.0 + value.clamp(max=0.0))
                 elif isinstance(layer, Scale):
                     value, tangent = layer(value), layer(tangent)
-                else:
+                elif isinstance(layer, OrthoLinear):
                     value = layer(value)
                     tangent = tangent @ layer.weight.mT
             # tangent[i]: derivative of the branch along the i-th coordinate, (N, 2)
