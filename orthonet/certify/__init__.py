@@ -17,6 +17,7 @@ from orthonet.certify._empirical import (
     pgd_l2,
 )
 from orthonet.certify._local import local_bound, local_radius
+from orthonet.certify._metrics import empirical_accuracy
 from orthonet.certify._mlp import MLPBound, mlp_bound
 from orthonet.certify._propagate import Row
 from orthonet.certify._radius import RadiusCurve
@@ -43,6 +44,7 @@ __all__ = [
     "certified_accuracy",
     "certified_curve",
     "RadiusCurve",
+    "empirical_accuracy",
     "report_html",
     "sequence_bound",
     "recurrent_bound",

@@ -1,4 +1,4 @@
-"""The training loop: one process, one seed, one-cycle Adam."""
+"""The training loop: one process, one seed, one-cycle Adam or SGD."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.losses import OffsetCrossEntropyLoss
 from orthonet.models import create
-from orthonet.recipes._augment import random_affine
+from orthonet.recipes._augment import random_affine, random_crop
 from orthonet.recipes._config import TrainConfig
 from orthonet.recipes._data import Images, Split, require_package
 from orthonet.recipes._files import write_csv
@@ -65,9 +65,13 @@ def fit(
     train, test = (Images(*(t.to(config.device) for t in images)) for images in data)
     steps = config.epochs * math.ceil(len(train.x) / config.batch_size)
     loss_fn = OffsetCrossEntropyLoss(config.offset, config.temperature)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+    optimizer = optimizer_of(config, model)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=steps, pct_start=config.warmup
+        optimizer,
+        config.lr,
+        total_steps=steps,
+        pct_start=config.warmup,
+        cycle_momentum=config.optimizer == "adam",
     )
     history: list[dict[str, float]] = []
     state = Resumable(model, optimizer, schedule, generator)
@@ -113,6 +117,13 @@ def fit(
     return model.eval(), history
 
 
+def optimizer_of(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that the configuration names."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9)
+    return torch.optim.Adam(model.parameters(), lr=config.lr)
+
+
 def _batches(
     images: Images, config: TrainConfig, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -126,6 +137,7 @@ def _batches(
             zoom=config.zoom,
             shear=config.shear,
         )
+        x = random_crop(x, generator, crop=config.crop, flip=config.flip)
         yield x, images.y[batch]
 
 
