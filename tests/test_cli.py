@@ -38,11 +38,7 @@ def calls(monkeypatch):
 
 def test_train_passes_the_recipe_and_prints_the_summary(calls, capsys):
     assert cli.main(["train", "mnist5k"]) == 0
-    expected = (
-        "train",
-        (recipes.mnist5k(), Path("runs/mnist5k")),
-        {"progress": True, "resume": False},
-    )
+    expected = ("train", (recipes.mnist5k(), Path("runs/mnist5k")), {"progress": True})
     assert calls == [expected]
     assert capsys.readouterr().out == "the summary\n"
 
