@@ -332,9 +332,7 @@ class CachedWeight(nn.Module):
     """
 
     caching: bool = True
-    _sharded: bool = (
-        False  # parameters are lent for a forward pass: what is written to them is lost
-    )
+    _sharded: bool = False  # FSDP2 lends the parameters: what is written to them is lost
 
     def evaluate(self) -> Tensor:
         """Compute the value."""
