@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from orthonet import __version__, _checks, convert, recipes
 from orthonet.functional._recurrence import NONLINEARITIES
+from orthonet.layers import available
 from orthonet.layers._rnn_kernels import INITIALIZATIONS
 
 __all__ = ["main"]
@@ -24,8 +25,10 @@ _FIELDS = (
     ("temperature", float, "temperature of the loss"),
     ("seed", int, "seed of weights, order and augmentation"),
     ("delay", int, "copying: blanks between the symbols and their recall"),
-    ("hidden", int, "sequences: features of the state"),
-    ("iterations", int, "sequences: optimizer steps"),
+    ("hidden", int, "sequences: features of the state; w1, sdf, flow: width of the hidden layers"),
+    ("iterations", int, "sequences, w1, sdf, flow: optimizer steps"),
+    ("dimension", int, "w1: dimension of the space"),
+    ("gap", float, "w1: distance of the shells"),
     ("lr_orthogonal", float, "sequences: learning rate of the orthogonal kernels"),
     ("clip", float, "sequences: largest norm of the gradient, 0 for any"),
     ("rebase", int, "sequences: steps between two moves of the base"),
@@ -35,6 +38,9 @@ _CHOICES = (
     ("triv", ("exponential", "cayley"), "sequences: trivialization of the orthogonal kernel"),
     ("init", INITIALIZATIONS, "sequences: where the orthogonal kernel starts"),
     ("nonlinearity", NONLINEARITIES, "sequences: nonlinearity of the OrthoRNN"),
+    ("shape", ("star", "torus"), "sdf: in the plane, or in space"),
+    ("density", ("moons", "rings"), "flow: what is learned"),
+    ("layer", tuple(available("conv")), "cifar10-xs: the convolution"),
     ("task", ("mnist5k", "mnist"), "seq-mnist: 5000 images, or all by torchvision"),
 )
 # Options of `bench zoo`.
@@ -86,21 +92,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(
-    recipe: str, *, progress: bool, out: Path | None = None, **changes: Any
-) -> recipes.Report | recipes.SequenceReport:
+    recipe: str,
+    *,
+    progress: bool,
+    out: Path | None = None,
+    resume: bool = False,
+    **changes: Any,
+) -> Any:
     folder = out or Path("runs") / recipe
-    sequences = recipe in recipes.SEQUENCE_RECIPES
-    kind = recipes.SequenceConfig if sequences else recipes.TrainConfig
+    kind, build, run = _plan(recipe)
+    if "layer" in changes and kind is recipes.TrainConfig:
+        changes["model_arguments"] = {"layer": changes.pop("layer")}
     known = {field.name for field in dataclasses.fields(kind)}
     foreign = [f"--{name.replace('_', '-')}" for name in changes if name not in known]
     _checks.require(
         not foreign, "orthonet train", f"an option must be one of the recipe {recipe!r}",
         "Leave it out, or choose another recipe", options=", ".join(foreign),
     )  # fmt: skip
-    if sequences:
-        config = recipes.SEQUENCE_RECIPES[recipe](**changes)
-        return recipes.train_sequences(config, folder, progress=progress)
-    return recipes.train(recipes.RECIPES[recipe](**changes), folder, progress=progress)
+    _checks.require(
+        not resume or kind is recipes.TrainConfig, "orthonet train",
+        "--resume must come with a recipe of images", "Leave it out: others run in one go",
+        recipe=recipe,
+    )  # fmt: skip
+    options = {"resume": True} if resume else {}
+    return run(build(**changes), folder, progress=progress, **options)
+
+
+def _plan(recipe: str) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
+    """The dataclass of a recipe's configuration, what builds one, and what carries it out."""
+    if recipe in recipes.BEYOND_RECIPES:
+        config, run = recipes.BEYOND_RECIPES[recipe]
+        return config, config, run
+    if recipe in recipes.SEQUENCE_RECIPES:
+        return (
+            recipes.SequenceConfig, recipes.SEQUENCE_RECIPES[recipe], recipes.train_sequences
+        )  # fmt: skip
+    return recipes.TrainConfig, recipes.RECIPES[recipe], recipes.train
 
 
 def _convert(source: str, *, progress: bool, out: Path, **options: Any) -> convert.ConversionReport:
@@ -123,10 +150,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True)
 
     train = commands.add_parser(
-        "train", help="train, certify and attack on real digits, or train on sequences"
+        "train", help="train, certify and attack on images, or train on sequences and distances"
     )
     train.set_defaults(command=_train)
-    names = sorted((*recipes.RECIPES, *recipes.SEQUENCE_RECIPES))
+    names = sorted((*recipes.RECIPES, *recipes.SEQUENCE_RECIPES, *recipes.BEYOND_RECIPES))
     train.add_argument("recipe", choices=names, help="what to train on")
     for name, kind, text in _FIELDS:
         flag = f"--{name.replace('_', '-')}"
@@ -144,6 +171,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--models", nargs="+", metavar="M", help="sequences: orthonet, lstm, torch, geotorch"
     )
+    train.add_argument(
+        "--resume", action="store_true", default=None,
+        help="images: go on after the last epoch in the folder of the results",
+    )  # fmt: skip
+    train.add_argument("--data-root", help="cifar10-xs, seq-mnist: folder of the data")
     train.add_argument("--out", type=Path, help="folder of the results (runs/RECIPE)")
 
     certify = commands.add_parser("certify", help="certify and attack a trained network again")

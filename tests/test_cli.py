@@ -38,14 +38,20 @@ def calls(monkeypatch):
 
 def test_train_passes_the_recipe_and_prints_the_summary(calls, capsys):
     assert cli.main(["train", "mnist5k"]) == 0
-    expected = ("train", (recipes.mnist5k(), Path("runs/mnist5k")), {"progress": True})
+    expected = (
+        "train",
+        (recipes.mnist5k(), Path("runs/mnist5k")),
+        {"progress": True, "resume": False},
+    )
     assert calls == [expected]
     assert capsys.readouterr().out == "the summary\n"
 
 
 def test_every_option_of_train_changes_its_field(calls):
     command = "train digits --epochs 3 --batch-size 7 --lr 0.1 --radius 0.4 --temperature 0.3"
-    command += " --seed 5 --ortho-params qr --attack-steps 9 --device cpu --out elsewhere --quiet"
+    command += (
+        " --seed 5 --ortho-params qr --attack-steps 9 --device cpu --out elsewhere --quiet --resume"
+    )
     assert cli.main(command.split()) == 0
     config = recipes.digits(
         epochs=3,
@@ -58,7 +64,7 @@ def test_every_option_of_train_changes_its_field(calls):
         attack_steps=9,
         device="cpu",
     )
-    assert calls == [("train", (config, Path("elsewhere")), {"progress": False})]
+    assert calls == [("train", (config, Path("elsewhere")), {"progress": False, "resume": True})]
 
 
 def test_certify_passes_its_options(calls):

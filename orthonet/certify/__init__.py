@@ -1,6 +1,7 @@
 """Certificates of Lipschitz constants and of robustness: proofs, and attacks that try them."""
 
 from orthonet.certify import _zoo_rules  # noqa: F401 (registers them)
+from orthonet.certify._apgd import apgd_l2
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import (
     LipschitzCertificate,
@@ -16,6 +17,7 @@ from orthonet.certify._empirical import (
     pgd_l2,
 )
 from orthonet.certify._local import local_bound, local_radius
+from orthonet.certify._metrics import empirical_accuracy
 from orthonet.certify._mlp import MLPBound, mlp_bound
 from orthonet.certify._propagate import Row
 from orthonet.certify._radius import RadiusCurve
@@ -42,10 +44,12 @@ __all__ = [
     "certified_accuracy",
     "certified_curve",
     "RadiusCurve",
+    "empirical_accuracy",
     "report_html",
     "sequence_bound",
     "recurrent_bound",
     "pgd_l2",
+    "apgd_l2",
     "attack_certificate",
     "AttackReport",
     "lipschitz_estimate",

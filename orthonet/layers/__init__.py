@@ -70,7 +70,7 @@ from orthonet.layers._residual import (
 from orthonet.layers._rnn import FinalState, OrthoRNN, OrthoRNNCell
 from orthonet.layers._rnn_contractive import ContractiveRNN, ContractiveRNNCell
 from orthonet.layers._rnn_gated import OrthoGRU, OrthoGRUCell, OrthoLSTM, OrthoLSTMCell
-from orthonet.layers._scale import Scale
+from orthonet.layers._scale import FirstChannels, Scale
 from orthonet.layers._zoo._fourier import (
     BROConv2d,
     BROLinear,
@@ -88,7 +88,6 @@ from orthonet.layers._zoo._rescaled import (
     FrobeniusLinear,
     LiResConv2d,
     LiResLinear,
-    RKOConv2d,
     SpectralConv2d,
     SpectralLinear,
 )
@@ -129,6 +128,7 @@ __all__ = [
     "ContractiveRNNCell",
     "ConvexResidual",
     "FinalState",
+    "FirstChannels",
     "FrobeniusConv2d",
     "FrobeniusLinear",
     "FullSort",
@@ -170,7 +170,6 @@ __all__ = [
     "OrthoRNNCell",
     "PadToStride",
     "PrescaledResidual",
-    "RKOConv2d",
     "SLLConv2d",
     "SLLLinear",
     "SOCConv2d",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -240,6 +241,8 @@ def _ortho_conv(*args: Any, lipschitz: float = 1.0, **kwargs: Any) -> OrthoConv2
 
 
 _ortho_conv.layer = OrthoConv2d  # type: ignore[attr-defined]
+_rko_conv = partial(_ortho_conv, method="rko")
+_rko_conv.layer = OrthoConv2d  # type: ignore[attr-defined]
 _lipnext_conv.layer = _lipnext.LipNeXtBlock2d  # type: ignore[attr-defined]
 
 for _entry in (
@@ -265,7 +268,7 @@ for _entry in (
            "1-Lipschitz", source="Hu 2024"),
     Method("liresnet", "Linear residual", _rescaled.LiResLinear, _rescaled.LiResConv2d,
            "1-Lipschitz", source="Hu 2023"),
-    Method("rko", "Reshaped kernel", None, _rescaled.RKOConv2d, "1-Lipschitz",
+    Method("rko", "Reshaped kernel", None, _rko_conv, "1-Lipschitz",
            source="Cisse 2017, Serrurier 2021"),
     Method("spectral", "Spectral normalization", _rescaled.SpectralLinear,
            _rescaled.SpectralConv2d, "1-Lipschitz", source="Miyato 2018, Delattre 2023"),

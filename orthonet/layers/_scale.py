@@ -1,12 +1,12 @@
-"""A factor in a network: constants other than 1."""
+"""A factor in a network, for constants other than 1, and a choice of channels."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from orthonet._checks import in_range
+from orthonet._checks import in_range, positive_int, require
 
-__all__ = ["Scale"]
+__all__ = ["FirstChannels", "Scale"]
 
 
 class Scale(nn.Module):
@@ -40,3 +40,39 @@ class Scale(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.factor:g}"
+
+
+class FirstChannels(nn.Module):
+    r"""The first channels of the input, dim 1; the others are dropped.
+
+    Args:
+        channels: How many are kept.
+
+    Shape:
+        (N, C, *) with C >= `channels`; output (N, channels, *).
+
+    Guarantee:
+        Constant 1, in train and eval: a projection.
+
+    Raises:
+        ValueError: `channels` is not a positive integer, or the input has fewer.
+
+    Examples:
+        >>> import torch
+        >>> FirstChannels(2)(torch.zeros(5, 4, 8, 8)).shape
+        torch.Size([5, 2, 8, 8])
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        positive_int(self, channels=channels)
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        require(x.ndim >= 2 and x.shape[1] >= self.channels, self,
+                f"the input must have {self.channels} channels or more",
+                "Keep fewer", shape=tuple(x.shape))  # fmt: skip
+        return x[:, : self.channels]
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}"

@@ -61,8 +61,11 @@ def apply_symbol(
         `x`: (n, groups c_in, h, w), `blocks`: (groups, h (w // 2 + 1), c_out, c_in). Output:
         (n, groups c_out, h, w), real.
     """
-    groups, _, _, columns = blocks.shape
+    groups, _, rows, columns = blocks.shape
     size = x.shape[-2:]
+    if x.shape[0] == 0:  # which the transforms of some libraries refuse; gradients are zero
+        empty = x.new_zeros(0, groups * rows, *size)
+        return empty * (x.sum() + blocks.real.sum())
     spectrum = torch.fft.rfft2(x).flatten(2).unflatten(1, (groups, columns))
     product = blocks @ spectrum.permute(1, 3, 2, 0)  # (groups, frequencies, c_out, n)
     y = product.permute(3, 0, 2, 1).flatten(1, 2)

@@ -78,7 +78,7 @@ def gershgorin_scale(
 
     References:
         Araujo, Havens, Delattre, Allauzen & Hu, *A unified algebraic perspective on Lipschitz
-        neural networks*, ICLR 2023, theorem 1 and corollary 3.
+        neural networks*, ICLR 2023.
     """
     overlaps = _row_overlaps(kernel, groups)
     if weights is None:

@@ -178,7 +178,7 @@ def unitary_polar(w: Tensor) -> Tensor:
 
     References:
         Xu, Li & Li, *LOT: layer-wise orthogonal training on improving l2 certified robustness*,
-        NeurIPS 2022, equation 5.
+        NeurIPS 2022.
     """
     if w.shape[-2] < w.shape[-1]:
         return unitary_polar(w.mH).mH

@@ -81,7 +81,7 @@ def logit_annealing(
         ValueError: An argument out of range, or shapes that do not match.
 
     References:
-        Lai, Huang, Wang & Zhang, ICML 2025, equation 12 (logit annealing loss).
+        Lai, Huang, Wang & Zhang, ICML 2025 (logit annealing loss).
     """
     _checks.in_range("logit_annealing", 0.0, 1e6, offset=offset, beta=beta)
     _positive("logit_annealing", temperature=temperature)
@@ -117,7 +117,7 @@ def certificate_regularization(
         ValueError: An argument out of range, or shapes that do not match.
 
     References:
-        Singla, Singla & Feizi, ICLR 2022, section 5 (certificate regularization).
+        Singla, Singla & Feizi, ICLR 2022 (certificate regularization).
     """
     _checks.in_range("certificate_regularization", 0.0, 1e6, weight=weight)
     _checks.one_of("certificate_regularization", REDUCTIONS, reduction=reduction)
@@ -151,7 +151,7 @@ def trades(
 
     References:
         Zhang et al., *Theoretically principled trade-off between robustness and accuracy*, ICML
-        2019, equation 5.
+        2019.
     """
     _checks.in_range("trades", 0.0, 1e6, beta=beta)
     _checks.one_of("trades", REDUCTIONS, reduction=reduction)

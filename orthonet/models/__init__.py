@@ -3,12 +3,14 @@
 from orthonet.models._convnet import convnet, convnet_digits, convnet_mnist
 from orthonet.models._mlp import mlp, mlp_digits
 from orthonet.models._registry import create, list_models, register
+from orthonet.models._xs import convnet_xs
 from orthonet.models._zoo import convnet_zoo
 
 __all__ = [
     "convnet",
     "convnet_digits",
     "convnet_mnist",
+    "convnet_xs",
     "convnet_zoo",
     "create",
     "list_models",

@@ -5,10 +5,22 @@ A recipe is a function that returns a frozen [`TrainConfig`][orthonet.recipes.Tr
 `demo`.
 """
 
+from orthonet.recipes._beyond import BeyondReport
+from orthonet.recipes._beyond_table import BEYOND_RECIPES
 from orthonet.recipes._checkpoint import load_checkpoint, save_checkpoint
-from orthonet.recipes._config import ORTHO_PARAMS, RECIPES, TrainConfig, digits, mnist5k
+from orthonet.recipes._cifar import load_cifar10
+from orthonet.recipes._config import (
+    ORTHO_PARAMS,
+    RECIPES,
+    TrainConfig,
+    cifar10_xs,
+    digits,
+    mnist5k,
+)
 from orthonet.recipes._data import Images, Split, load, stratified_split
+from orthonet.recipes._distance import SDFConfig, Trace, sphere_trace, train_sdf
 from orthonet.recipes._evaluate import Evaluation, evaluate
+from orthonet.recipes._flow import FlowConfig, Inverse, ResidualFlow, invert, train_flow
 from orthonet.recipes._gradient_flow import gradient_norms
 from orthonet.recipes._run import Report, certify_checkpoint, train
 from orthonet.recipes._sequence_config import (
@@ -20,38 +32,54 @@ from orthonet.recipes._sequence_config import (
 from orthonet.recipes._sequence_run import SequenceReport, SequenceResult, train_sequences
 from orthonet.recipes._spectra import Spectrum, layer_spectra
 from orthonet.recipes._train import fit
+from orthonet.recipes._wasserstein import W1Config, train_w1
 from orthonet.recipes._zoo import ZooConfig, bench_zoo
 from orthonet.recipes._zoo_report import ZooReport
 
 __all__ = [
+    "BEYOND_RECIPES",
+    "BeyondReport",
     "Evaluation",
+    "FlowConfig",
     "Images",
+    "Inverse",
     "ORTHO_PARAMS",
     "RECIPES",
     "Report",
+    "ResidualFlow",
+    "SDFConfig",
     "SEQUENCE_RECIPES",
     "SequenceConfig",
     "SequenceReport",
     "SequenceResult",
     "Spectrum",
     "Split",
+    "Trace",
     "TrainConfig",
+    "W1Config",
     "ZooConfig",
     "ZooReport",
     "bench_zoo",
     "certify_checkpoint",
+    "cifar10_xs",
     "copying",
     "digits",
     "evaluate",
     "fit",
     "gradient_norms",
+    "invert",
     "layer_spectra",
     "load",
     "load_checkpoint",
+    "load_cifar10",
     "mnist5k",
     "save_checkpoint",
     "seq_mnist",
+    "sphere_trace",
     "stratified_split",
     "train",
+    "train_flow",
+    "train_sdf",
     "train_sequences",
+    "train_w1",
 ]

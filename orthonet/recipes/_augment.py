@@ -41,3 +41,29 @@ def random_affine(
     rows = [wide * cos, wide * (slope - sin), right, high * sin, high * cos, down]
     grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)
+
+
+def random_crop(x: Tensor, generator: torch.Generator, *, crop: int, flip: bool) -> Tensor:
+    """Cut every image at a random place out of its own with zeros around, and mirror half of them.
+
+    Args:
+        x: Images.
+        generator: Source of the randomness, on the CPU.
+        crop: Zeros at each side.
+        flip: Whether to mirror.
+
+    Shape:
+        `x`: (batch, channels, height, width). Output: the same.
+    """
+    number, _, height, width = x.shape
+    if crop:
+        place = torch.randint(2 * crop + 1, (2, number, 1), generator=generator).to(x.device)
+        rows = place[0] + torch.arange(height, device=x.device)
+        columns = place[1] + torch.arange(width, device=x.device)
+        padded = F.pad(x, (crop,) * 4)
+        index = torch.arange(number, device=x.device)[:, None, None]
+        x = padded[index, :, rows[:, :, None], columns[:, None]].movedim(-1, 1)
+    if flip:
+        chosen = (torch.rand(number, generator=generator) < 0.5).to(x.device)
+        x = torch.where(chosen.view(-1, 1, 1, 1), x.flip(-1), x)
+    return x

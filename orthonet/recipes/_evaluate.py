@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from orthonet.certify import attack_certificate, certify, pgd_l2
+from orthonet.certify import attack_certificate, certify
+from orthonet.certify._metrics import survivors
 from orthonet.convert import to_plain
 from orthonet.recipes._data import Images, require_package
 
@@ -129,12 +130,10 @@ def evaluate(
     attacked, attempts, broken = {0.0: int(right.sum()) / len(x)}, 0, 0
     with _progress_bar(progress, len(attack_radii(radii)) + 1) as bar:
         for radius in attack_radii(radii):
-            for part in alive.nonzero().squeeze(1).split(_BATCH):
-                points = pgd_l2(
-                    attacker, x[part], y[part], radius, steps=attack_steps, restarts=1,
-                    generator=generator,
-                )  # fmt: skip
-                alive[part] = judge(points.double()).argmax(1) == y[part]
+            alive = survivors(
+                attacker, judge, x, y, alive, radius, batch_size=_BATCH, steps=attack_steps,
+                restarts=1, generator=generator,
+            )  # fmt: skip
             attacked[radius] = int(alive.sum()) / len(x)
             bar.update()
         for part in everything.split(_BATCH):

@@ -17,10 +17,12 @@ from torch import nn
 from orthonet import _checks
 from orthonet.convert import to_plain
 from orthonet.recipes._checkpoint import load_checkpoint, save_checkpoint, write_json
+from orthonet.recipes._cifar import load_cifar10
 from orthonet.recipes._config import TrainConfig
 from orthonet.recipes._data import Split, load, require_package
 from orthonet.recipes._evaluate import Evaluation, evaluate
 from orthonet.recipes._figures import radius_figure, spectra_figure, training_figure
+from orthonet.recipes._files import write_json
 from orthonet.recipes._page import CertificateReport, certificate_alone, write_page
 from orthonet.recipes._spectra import layer_spectra
 from orthonet.recipes._train import fit
@@ -66,16 +68,25 @@ class Report:
         }
 
 
-def train(config: TrainConfig, out: str | os.PathLike[str], *, progress: bool = False) -> Report:
+def train(
+    config: TrainConfig,
+    out: str | os.PathLike[str],
+    *,
+    progress: bool = False,
+    resume: bool = False,
+) -> Report:
     """Train, certify and attack a model, and write what came out.
 
     Into the folder `out` go `checkpoint.pt` (right after training), `metrics.json` and the pictures
-    `training.png`, `certified_accuracy.png` and `singular_values.png`.
+    `training.png`, `certified_accuracy.png` and `singular_values.png`. While it trains, `state.pt`
+    and `log.csv` are replaced after every epoch, each in one step, so that a process that is killed
+    loses one epoch at most.
 
     Args:
         config: What to run: `digits()` or `mnist5k()`, changed as you like.
         out: A folder, made if it is missing.
         progress: Whether to show progress bars on the standard error stream.
+        resume: Whether to go on from `state.pt` in `out`, if there is one.
 
     Returns:
         The report.
@@ -86,9 +97,9 @@ def train(config: TrainConfig, out: str | os.PathLike[str], *, progress: bool = 
         OSError: `out` cannot be written.
     """
     require_package("matplotlib", "matplotlib")  # better now than after the training
-    folder, data = Path(out), load(config.dataset)
+    folder, data = Path(out), _data(config)
     start = time.perf_counter()
-    model, history = fit(config, data, progress=progress)
+    model, history = fit(config, data, progress=progress, folder=folder, resume=resume)
     seconds = {"training": time.perf_counter() - start}
     checkpoint = save_checkpoint(folder / "checkpoint.pt", model, config)
     report = _certified(model, config, data, history, seconds, progress)
@@ -131,7 +142,7 @@ def certify_checkpoint(
         _checks.require(out is None, "certify_checkpoint", "out needs the data of the recipe",
                         "Leave out input_shape", input_shape=input_shape)  # fmt: skip
         return certificate_alone(model, input_shape, report, title)
-    data = load(config.dataset)
+    data = _data(config)
     result = _certified(model.to(config.device), config, data, [], {}, progress)
     if out is not None:
         result = _written(result, model, data, Path(out), ())
@@ -139,6 +150,12 @@ def certify_checkpoint(
         page = write_page(Path(report), model, data.test.x[:64], result.evaluation, title)
         result = dataclasses.replace(result, files=(*result.files, page))
     return result
+
+
+def _data(config: TrainConfig) -> Split:
+    if config.dataset == "cifar10":
+        return load_cifar10(config.data_root)
+    return load(config.dataset)
 
 
 def _certified(
@@ -152,7 +169,7 @@ def _certified(
     start = time.perf_counter()
     evaluation = evaluate(
         model, data.test, radii=config.radii, attack_steps=config.attack_steps,
-        seed=config.seed, progress=progress,
+        seed=config.seed, export=config.exports, progress=progress,
     )  # fmt: skip
     spent = {**seconds, "certificate and attack": time.perf_counter() - start}
     return Report(config, evaluation, history, spent)
@@ -172,12 +189,16 @@ def _written(
             evaluation.certified,
             f"{title}: certified accuracy (constant {evaluation.constant:.6f})",
         ),
-        spectra_figure(
-            folder / "singular_values.png",
-            layer_spectra(to_plain(model), data.test.x[:1].to(config.device)),
-            f"{title}: singular values of every layer on its input\n(zero padding can only shrink)",
-        ),
     ]
+    if config.exports:
+        pictures.append(
+            spectra_figure(
+                folder / "singular_values.png",
+                layer_spectra(to_plain(model), data.test.x[:1].to(config.device)),
+                f"{title}: singular values of every layer on its input\n"
+                "(zero padding can only shrink)",
+            )
+        )
     if report.history:
         pictures.insert(0, training_figure(folder / "training.png", report.history, title))
     seconds = {**report.seconds, "figures": time.perf_counter() - start}

@@ -16,10 +16,10 @@ import torch
 from orthonet import _checks
 from orthonet.layers import available
 from orthonet.models import convnet_zoo
-from orthonet.recipes._checkpoint import write_json
 from orthonet.recipes._config import RADII, TrainConfig
 from orthonet.recipes._data import DATASETS, Images, Split, load, require_package
 from orthonet.recipes._evaluate import evaluate
+from orthonet.recipes._files import write_json
 from orthonet.recipes._run import _versions
 from orthonet.recipes._train import fit
 from orthonet.recipes._zoo_cost import StepCost, step_cost
@@ -30,7 +30,9 @@ BUDGETS = ("parameters", "cpu")
 _SHAPES = {"digits": (1, 8, 8), "mnist5k": (1, 28, 28)}
 # Highest learning rate of Adam; of 0.005, 0.02 and 0.06 the best on validation images of the
 # training set of digits. The others take the default, which was best for them.
-LEARNING_RATES: Mapping[str, float] = {"aol": 0.005}
+LEARNING_RATES: Mapping[str, float] = {
+    "aol": 0.005, "frobenius": 0.005, "sandwich": 0.005, "sll": 0.06,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +72,8 @@ class ZooConfig:
     epochs: int = 20
     batch_size: int = 64
     lr: float = 0.0
-    radius: float = 0.6
-    temperature: float = 0.1
+    radius: float = 0.75
+    temperature: float = 0.2
     radii: tuple[float, ...] = RADII
     attack_steps: int = 20
     device: str = "cpu"

@@ -357,6 +357,16 @@ def test_bad_inputs():
         make_conv("cholesky", 4, 4, 3)
 
 
+@pytest.mark.parametrize("name", [n for n in available("conv") if n != "cholesky"])
+def test_an_empty_batch_gives_an_empty_batch(name):
+    """As nn.Conv2d; some transforms refuse no image at all."""
+    layer = make_conv(name, 4, 6, 3, padding="same", padding_mode="circular")
+    y = layer(torch.zeros(0, 4, 5, 6))
+    assert y.shape == (0, 6, 5, 6)
+    y.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in layer.parameters())
+
+
 @pytest.mark.parametrize("name", CONVS)
 def test_unbatched_input(name):
     layer = conv(name)

@@ -1,4 +1,4 @@
-"""Layers whose weight is a rescaled free weight: AOL, spectral, Frobenius, LiResNet, Cholesky, RKO.
+"""Layers whose weight is a rescaled free weight: AOL, spectral, Frobenius, LiResNet, Cholesky.
 
 Each is a stock `nn.Linear` or `nn.Conv2d` with the weight that it computes.
 """
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.layers._zoo._base import MappedConv2d, MappedLinear
-from orthonet.linalg import haar, polar
 from orthonet.linalg.rescaling import (
     almost_orthogonal,
     normalized_frobenius,
@@ -31,7 +30,6 @@ __all__ = [
     "FrobeniusLinear",
     "LiResConv2d",
     "LiResLinear",
-    "RKOConv2d",
     "SpectralConv2d",
     "SpectralLinear",
 ]
@@ -283,40 +281,7 @@ class CholeskyConv2d(MappedConv2d):
             self.kernel_size == (1, 1),
             type(self),
             "the method orthogonalizes matrices: kernel_size must be 1",
-            "Use SpaceToDepth2d before the layer to mix neighbours, or RKOConv2d",
+            "Use SpaceToDepth2d before the layer to mix neighbours, or OrthoConv2d(method='rko')",
             kernel_size=self.kernel_size,
         )
         return partial(_grouped, function=cholesky_contraction, groups=self.groups)
-
-
-def _reshaped_orthogonal(kernel: Tensor, *, groups: int, reads: int) -> Tensor:
-    return _grouped(kernel, polar, groups) * reads**-0.5
-
-
-def _reshaped_haar(shape, *, dtype=None, device=None, groups: int = 1) -> Tensor:
-    rows, *rest = shape
-    columns = torch.Size(rest).numel()
-    return haar((groups, rows // groups, columns), dtype=dtype, device=device).reshape(tuple(shape))
-
-
-class RKOConv2d(MappedConv2d):
-    r"""Reshaped kernel orthogonalization: \((c_{out}, c_{in} k^2)\) orthogonal, over \(\sqrt r\).
-
-    r is the number of windows that read one pixel, the product of ceil(kernel_size / stride);
-    with kernel_size equal to the stride the layer is orthogonal. Arguments and errors are those of
-    [`AOLConv2d`][orthonet.layers.AOLConv2d].
-
-    Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64),
-        for zero or circular padding, and for every finite parameter.
-
-    References:
-        Li et al., NeurIPS 2019 (the baseline "RKO"); Serrurier et al., CVPR 2021; the factor: Cisse
-        et al., *Parseval networks*, ICML 2017.
-    """
-
-    _initial = staticmethod(_reshaped_haar)
-
-    def _map(self) -> Callable[[Tensor], Tensor]:
-        reads = overlap(self.kernel_size, self.stride)
-        return partial(_reshaped_orthogonal, groups=self.groups, reads=reads)

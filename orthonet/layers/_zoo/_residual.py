@@ -91,7 +91,7 @@ class SLLLinear(ResidualLinear):
 
     References:
         Araujo, Havens, Delattre, Allauzen & Hu, *A unified algebraic perspective on Lipschitz
-        neural networks*, ICLR 2023, theorem 3, arXiv:2303.03169.
+        neural networks*, ICLR 2023 (SDP-based Lipschitz layers), arXiv:2303.03169.
     """
 
     _free = True

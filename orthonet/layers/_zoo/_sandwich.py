@@ -92,7 +92,7 @@ class SandwichLinear(WithoutPlainWeight, nn.Module):
 
     References:
         Wang & Manchester, *Direct parameterization of Lipschitz-bounded deep networks*, ICML 2023,
-        equation 9 and theorem 3.2, arXiv:2301.11526.
+        arXiv:2301.11526.
     """
 
     log_scale: Tensor

@@ -1,0 +1,78 @@
+"""Write the comparison of the zoo, docs/zoo-benchmark.md and its pictures, from its JSON.
+
+python -m benchmarks.zoo_page [--check]
+
+The JSON is that of `orthonet bench zoo --dataset NAME --out FOLDER`, FOLDER/zoo.json, kept as
+benchmarks/results/zoo_NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks import _harness as harness
+from benchmarks.page import DOCS, fill
+from orthonet.recipes import ZooReport
+from orthonet.recipes._zoo_figures import zoo_figure
+from orthonet.recipes._zoo_report import HEADER
+
+PAGE = DOCS / "zoo-benchmark.md"
+
+
+def reports(folder: Path = harness.RESULTS) -> dict[str, ZooReport]:
+    """The kept comparisons, by data set."""
+    files = sorted(folder.glob("zoo_*.json"))
+    return {
+        file.stem.removeprefix("zoo_"): ZooReport.from_dict(json.loads(file.read_text()))
+        for file in files
+    }
+
+
+def tables(found: dict[str, ZooReport]) -> dict[str, str]:
+    """Every table of the page, by its title."""
+    texts = {}
+    for name, report in found.items():
+        texts[f"Methods on {name}"] = harness.table(HEADER, report.cells())
+        texts[f"Protocol on {name}"] = protocol(report)
+    return texts
+
+
+def protocol(report: ZooReport) -> str:
+    """What was run, in a sentence."""
+    config, run = report.config, report.runs[0]
+    seeds = sorted({row["seeds"] for row in report.rows()})
+    number = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    budget = (
+        f"about {config['parameters']} parameters and {config['epochs']} epochs each"
+        if config["budget"] == "parameters"
+        else f"{config['cpu_seconds']:g} s of process time each"
+    )
+    radii = ", ".join(f"{radius:g}" for radius in report.radii)
+    versions = ", ".join(f"{key} {value}" for key, value in run["versions"].items())
+    return (
+        f"{number} seeds a method, {budget}, batches of {config['batch_size']}, loss radius "
+        f"{config['radius']:g}, temperature {config['temperature']:g}; l2 radii {radii}; PGD of "
+        f"{config['attack_steps']} steps. {versions}."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail when the page is out of date")
+    check = parser.parse_args().check
+    found = reports()
+    old = PAGE.read_text()
+    new = fill(old, tables(found))
+    if check and new != old:
+        raise SystemExit(f"{PAGE} is out of date: run `python -m benchmarks.zoo_page`")
+    if check:
+        return
+    PAGE.write_text(new)
+    for name, report in found.items():
+        zoo_figure(DOCS / "assets" / f"zoo_{name}.png", report)
+
+
+if __name__ == "__main__":
+    main()

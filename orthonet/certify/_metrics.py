@@ -1,0 +1,98 @@
+"""Robust accuracy as it is found by attacks; what is proved is in `certified_accuracy`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from orthonet import _checks
+from orthonet.certify._empirical import _predicted, pgd_l2
+
+__all__ = ["empirical_accuracy", "survivors"]
+
+
+def empirical_accuracy(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    radii: Sequence[float],
+    *,
+    steps: int = 40,
+    restarts: int = 2,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    batch_size: int = 250,
+    generator: torch.Generator | None = None,
+) -> list[float]:
+    """Share of samples that stay right under `pgd_l2` of each radius.
+
+    A sample that falls at one radius is counted as fallen at all larger ones, whose balls hold the
+    point found. An upper bound of the true robust accuracy: never less than the certified one, see
+    [`certified_accuracy`][orthonet.certify.certified_accuracy].
+
+    Args:
+        model: A classifier in eval mode.
+        x: The samples, inside `bounds`.
+        y: The classes, (N,).
+        radii: Radii >= 0, in any order.
+        steps: See `pgd_l2`.
+        restarts: See `pgd_l2`.
+        bounds: See `pgd_l2`.
+        batch_size: Samples that are attacked at once.
+        generator: See `pgd_l2`.
+
+    Returns:
+        The shares, in the order of `radii`.
+
+    Raises:
+        ValueError: What `pgd_l2` refuses, or there is no sample.
+
+    Examples:
+        >>> model = nn.Linear(2, 2).requires_grad_(False).eval()
+        >>> _ = model.weight.copy_(torch.eye(2)), model.bias.zero_()
+        >>> x, y = torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 0])
+        >>> empirical_accuracy(model, x, y, [0.0, 0.3])
+        [1.0, 0.5]
+    """
+    _checks.require(len(x) > 0, "empirical_accuracy", "there must be a sample", "Pass some", x=x)
+    _checks.positive_int("empirical_accuracy", batch_size=batch_size)
+    labels = y.detach().reshape(-1).to(x.device)
+    with torch.no_grad():
+        clean = torch.cat([_predicted(model(part)) for part in x.split(batch_size)])
+    alive, found = clean == labels, {}
+    for radius in sorted(radii):
+        if radius != 0:
+            alive = survivors(
+                model, model, x, labels, alive, radius, batch_size=batch_size, steps=steps,
+                restarts=restarts, bounds=bounds, generator=generator,
+            )  # fmt: skip
+        found[radius] = int(alive.sum()) / len(x)
+    return [found[radius] for radius in radii]
+
+
+def survivors(
+    attacker: nn.Module,
+    judge: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    alive: Tensor,
+    radius: float,
+    *,
+    batch_size: int,
+    steps: int,
+    restarts: int,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Which of the samples marked by `alive` stay right: `attacker` is attacked, `judge` judges."""
+    alive = alive.clone()
+    dtype = next((p.dtype for p in judge.parameters()), x.dtype)
+    for part in alive.nonzero().squeeze(1).split(batch_size) if alive.any() else ():
+        points = pgd_l2(
+            attacker, x[part], y[part], radius, steps=steps, restarts=restarts, bounds=bounds,
+            generator=generator,
+        )  # fmt: skip
+        with torch.no_grad():
+            alive[part] = _predicted(judge(points.to(dtype))) == y[part]
+    return alive

@@ -1,0 +1,110 @@
+"""What the recipes beyond classification share: their report, and one training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orthonet import _checks
+from orthonet.recipes._checkpoint import write_atomically, write_json
+from orthonet.recipes._data import require_package
+from orthonet.recipes._run import _versions
+
+
+@dataclasses.dataclass(frozen=True)
+class BeyondReport:
+    """What came out of a recipe beyond classification.
+
+    Attributes:
+        recipe: Its name.
+        config: What was run, as plain values.
+        figures: The outcome, by name.
+        text: The outcome in lines.
+        history: Rows of the training.
+        files: What was written.
+    """
+
+    recipe: str
+    config: Mapping[str, Any]
+    figures: Mapping[str, float]
+    text: tuple[str, ...]
+    history: list[dict[str, float]]
+    files: tuple[Path, ...] = ()
+
+    def summary(self) -> str:
+        """The outcome in a few lines of text."""
+        written = ["written:", *(f"  {path}" for path in self.files)] if self.files else []
+        return "\n".join([*self.text, *written])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the file names, as JSON can hold it."""
+        return {
+            "recipe": self.recipe,
+            "config": dict(self.config),
+            "figures": dict(self.figures),
+            "history": self.history,
+            "versions": _versions(),
+        }
+
+    def written(self, folder: Path, model: nn.Module, picture: Path) -> BeyondReport:
+        """The same after `metrics.json` and the weights, `model.pt`, are written."""
+        state = {key: value.cpu() for key, value in model.state_dict().items()}
+        weights = write_atomically(folder / "model.pt", lambda file: torch.save(state, file))
+        metrics = write_json(folder / "metrics.json", self.to_dict())
+        return dataclasses.replace(self, files=(weights, metrics, picture))
+
+
+def optimize(
+    model: nn.Module,
+    loss_of: Callable[[], Tensor],
+    *,
+    iterations: int,
+    lr: float,
+    progress: bool,
+    name: str,
+) -> list[dict[str, float]]:
+    """Adam on a one-cycle schedule; a row of the history for each fiftieth of the iterations.
+
+    Raises:
+        ValueError: The loss is not finite.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=max(4, iterations), pct_start=0.1 if iterations >= 20 else 0.5
+    )
+    bar = require_package("tqdm", "tqdm").tqdm(total=iterations, desc=name) if progress else None
+    history, every = [], max(1, iterations // 50)
+    model.train()
+    for iteration in range(1, iterations + 1):
+        loss = loss_of()
+        value = loss.item()
+        _checks.require(
+            math.isfinite(value), f"orthonet train {name}", "the loss must stay finite",
+            "Lower the learning rate", iteration=iteration, lr=lr,
+        )  # fmt: skip
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if iteration < iterations:
+            schedule.step()
+        if iteration % every == 0 or iteration == iterations:
+            history.append({"iteration": iteration, "loss": value})
+        if bar is not None:
+            bar.update()
+    if bar is not None:
+        bar.close()
+    model.eval()
+    return history
+
+
+def grid(low: float, high: float, number: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Centres of number x number squares, (number, number, 2): rows, the second coordinate."""
+    edge = (torch.arange(number, dtype=dtype) + 0.5) * ((high - low) / number) + low
+    y, x = torch.meshgrid(edge, edge, indexing="ij")
+    return torch.stack((x, y), -1)
