@@ -16,7 +16,7 @@ from torch import nn
 
 from orthonet import _checks
 from orthonet.convert import to_plain
-from orthonet.recipes._checkpoint import load_checkpoint, save_checkpoint, write_json
+from orthonet.recipes._checkpoint import load_checkpoint, save_checkpoint
 from orthonet.recipes._cifar import load_cifar10
 from orthonet.recipes._config import TrainConfig
 from orthonet.recipes._data import Split, load, require_package
