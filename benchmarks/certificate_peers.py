@@ -41,7 +41,7 @@ def _orthogonium(model: nn.Module, x: Tensor) -> float:
             layer.weight.data = module.weight.data[:, :, None, None]
             module = layer
         if isinstance(module, nn.Conv2d):
-            found *= float(get_conv_sv(module, n_iter=6, return_stab_rank=False))
+            found *= float(get_conv_sv(module, n_iter=4, return_stab_rank=False))
     return found
 
 
