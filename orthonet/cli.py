@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, ValueError) as error:
         _write(f"orthonet: error: {error}", sys.stderr)
         return 1
-    _write(report.summary())
+    if report is not None:  # the first process of torchrun has it
+        _write(report.summary())
     return 0
 
 
@@ -81,7 +83,7 @@ def _train(
     out: Path | None = None,
     resume: bool = False,
     **changes: Any,
-) -> recipes.Report | recipes.SequenceReport:
+) -> recipes.Report | recipes.SequenceReport | None:
     folder = out or Path("runs") / recipe
     sequences = recipe in recipes.SEQUENCE_RECIPES
     kind = recipes.SequenceConfig if sequences else recipes.TrainConfig
@@ -94,6 +96,11 @@ def _train(
     _checks.require(
         not (sequences and resume), "orthonet train", "--resume must come with a recipe of images",
         "Leave it out: sequences are trained in one go", recipe=recipe,
+    )  # fmt: skip
+    _checks.require(
+        not sequences or int(os.environ.get("WORLD_SIZE", "1")) == 1,
+        "orthonet train", "a recipe of sequences must run in one process",
+        "Start it without torchrun", recipe=recipe,
     )  # fmt: skip
     if sequences:
         config = recipes.SEQUENCE_RECIPES[recipe](**changes)
