@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orthonet import __version__, _checks, recipes
+from orthonet import __version__, _checks, convert, recipes
 from orthonet.functional._recurrence import NONLINEARITIES
 from orthonet.layers._rnn_kernels import INITIALIZATIONS
 
@@ -50,6 +50,17 @@ _BENCH_FIELDS = (
     ("lr", float, "highest learning rate, instead of that of each method"),
     ("radius", float, "radius that the loss asks for"),
     ("temperature", float, "temperature of the loss"),
+)
+
+
+# Options of `convert`: (name, choices, help).
+_CONVERSION = (
+    ("weights", ("project", "reset"), "nearest orthogonal weights (default), or random ones"),
+    ("downsample", ("space_to_depth", "average"), "for kernels smaller than their stride"),
+    ("fallback", None, "method of the zoo for layers without an orthogonal twin, e.g. aol"),
+    ("norm", ("centering", "lip"), "in place of batch norm and layer norm"),
+    ("activation", ("max_min", "abs"), "in place of activation modules"),
+    ("pool", ("l2", "average"), "in place of pooling modules"),
 )
 
 
@@ -109,6 +120,10 @@ def _train(
     return recipes.train(config, folder, progress=progress, resume=resume)
 
 
+def _convert(source: str, *, progress: bool, out: Path, **options: Any) -> convert.ConversionReport:
+    return convert.convert_file(source, out, **options)
+
+
 def _bench(
     subject: str, *, progress: bool, out: Path | None = None, **changes: Any
 ) -> recipes.ZooReport:
@@ -164,6 +179,16 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     certify.add_argument("--report", type=Path, help="file for the report, one HTML page")
     certify.add_argument("--out", type=Path, help="folder for metrics and pictures")
+
+    converter = commands.add_parser("convert", help="make the layers of a model orthogonal")
+    converter.set_defaults(command=_convert, quiet=True)
+    converter.add_argument(
+        "source", help="package.module:function that makes it, e.g. torchvision.models:resnet18"
+    )
+    converter.add_argument("--out", type=Path, required=True, help="file of the new model, .pt")
+    converter.add_argument("--checkpoint", type=Path, help="state_dict that the model loads first")
+    for name, choices, text in _CONVERSION:
+        converter.add_argument(f"--{name}", choices=choices, help=text)
 
     bench = commands.add_parser("bench", help="compare the methods of the zoo on one network")
     bench.set_defaults(command=_bench)
