@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, ValueError) as error:
         _write(f"orthonet: error: {error}", sys.stderr)
         return 1
-    _write(report.summary())
+    if report is not None:  # the first process of torchrun has it
+        _write(report.summary())
     return 0
 
 
@@ -113,6 +115,11 @@ def _train(
         not resume or kind is recipes.TrainConfig, "orthonet train",
         "--resume must come with a recipe of images", "Leave it out: others run in one go",
         recipe=recipe,
+    )  # fmt: skip
+    _checks.require(
+        kind is recipes.TrainConfig or int(os.environ.get("WORLD_SIZE", "1")) == 1,
+        "orthonet train", "a recipe of several processes must be one of images",
+        "Start it without torchrun", recipe=recipe,
     )  # fmt: skip
     options = {"resume": True} if resume else {}
     return run(build(**changes), folder, progress=progress, **options)

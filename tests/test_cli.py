@@ -45,9 +45,8 @@ def test_train_passes_the_recipe_and_prints_the_summary(calls, capsys):
 
 def test_every_option_of_train_changes_its_field(calls):
     command = "train digits --epochs 3 --batch-size 7 --lr 0.1 --radius 0.4 --temperature 0.3"
-    command += (
-        " --seed 5 --ortho-params qr --attack-steps 9 --device cpu --out elsewhere --quiet --resume"
-    )
+    command += " --seed 5 --ortho-params qr --attack-steps 9 --device cpu --out elsewhere"
+    command += " --quiet --resume"
     assert cli.main(command.split()) == 0
     config = recipes.digits(
         epochs=3,

@@ -24,6 +24,7 @@ from orthonet.recipes._evaluate import Evaluation, evaluate
 from orthonet.recipes._figures import radius_figure, spectra_figure, training_figure
 from orthonet.recipes._files import write_json
 from orthonet.recipes._page import CertificateReport, certificate_alone, write_page
+from orthonet.recipes._processes import joined
 from orthonet.recipes._spectra import layer_spectra
 from orthonet.recipes._train import fit
 
@@ -74,13 +75,16 @@ def train(
     *,
     progress: bool = False,
     resume: bool = False,
-) -> Report:
+) -> Report | None:
     """Train, certify and attack a model, and write what came out.
 
     Into the folder `out` go `checkpoint.pt` (right after training), `metrics.json` and the pictures
     `training.png`, `certified_accuracy.png` and `singular_values.png`. While it trains, `state.pt`
     and `log.csv` are replaced after every epoch, each in one step, so that a process that is killed
     loses one epoch at most.
+
+    Started by `torchrun`, the processes train together, see [`fit`][orthonet.recipes.fit]; the
+    first one does the rest.
 
     Args:
         config: What to run: `digits()` or `mnist5k()`, changed as you like.
@@ -89,7 +93,7 @@ def train(
         resume: Whether to go on from `state.pt` in `out`, if there is one.
 
     Returns:
-        The report.
+        The report; None in all processes of `torchrun` but the first.
 
     Raises:
         ModuleNotFoundError: A package of the extra `demo` is missing.
@@ -99,7 +103,11 @@ def train(
     require_package("matplotlib", "matplotlib")  # better now than after the training
     folder, data = Path(out), _data(config)
     start = time.perf_counter()
-    model, history = fit(config, data, progress=progress, folder=folder, resume=resume)
+    with joined(config.device) as rank:
+        progress = progress and rank == 0
+        model, history = fit(config, data, progress=progress, folder=folder, resume=resume)
+    if rank != 0:
+        return None
     seconds = {"training": time.perf_counter() - start}
     checkpoint = save_checkpoint(folder / "checkpoint.pt", model, config)
     report = _certified(model, config, data, history, seconds, progress)

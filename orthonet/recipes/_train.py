@@ -1,4 +1,4 @@
-"""The training loop: one process, one seed, one-cycle Adam or SGD."""
+"""The training loop: one process or several, one seed, one-cycle Adam or SGD."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from orthonet import _checks
 from orthonet.losses import OffsetCrossEntropyLoss
@@ -17,6 +18,7 @@ from orthonet.recipes._augment import random_affine, random_crop
 from orthonet.recipes._config import TrainConfig
 from orthonet.recipes._data import Images, Split, require_package
 from orthonet.recipes._files import write_csv
+from orthonet.recipes._processes import rank_and_size, totals
 from orthonet.recipes._resume import Resumable
 
 FOLLOWED_RADIUS = 0.5
@@ -39,6 +41,10 @@ def fit(
     resume: bool = False,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     r"""Train the model of `config`.
+
+    Where torch.distributed is initialized, the processes train one model together: all draw the
+    same batches, each takes its part, and the gradient is that of the whole batch. Only the first
+    one writes.
 
     Args:
         config: What to train, and how.
@@ -74,6 +80,8 @@ def fit(
         cycle_momentum=config.optimizer == "adam",
     )
     history: list[dict[str, float]] = []
+    rank, size = rank_and_size()
+    replica = DistributedDataParallel(model, broadcast_buffers=False) if size > 1 else model
     state = Resumable(model, optimizer, schedule, generator)
     if folder is not None and resume:
         history = state.load(folder / "state.pt", config)
@@ -82,20 +90,26 @@ def fit(
         bar.update(len(history))
     for epoch in range(len(history) + 1, config.epochs + 1):
         model.train()
-        rate, total, right = schedule.get_last_lr()[0], 0.0, 0
+        rate, total, right = schedule.get_last_lr()[0], 0.0, 0.0
         for x, y in _batches(train, config, generator):
-            logits = model(x)
+            whole = len(y)
+            if whole >= size:  # fewer images than processes: each takes all of them
+                x, y = x[rank::size], y[rank::size]
+            share = len(y) * size / whole if whole >= size else 1.0
+            logits = replica(x)
             loss = loss_fn(logits, y)
             _checks.require(
                 math.isfinite(loss.item()), "fit", "the loss must stay finite",
                 "Lower the learning rate", epoch=epoch, lr=rate,
             )  # fmt: skip
             optimizer.zero_grad()
-            loss.backward()
+            (loss * share).backward()
             optimizer.step()
             schedule.step()
-            total += loss.item() * len(y)
-            right += int((logits.argmax(1) == y).sum())
+            counted = share * whole / size  # images of this process
+            total += loss.item() * counted
+            right += float((logits.argmax(1) == y).float().mean()) * counted
+        total, right = totals(total, right, device=config.device)
         accuracy, followed = _follow(model, test, config.lipschitz)
         row = {
             "epoch": epoch,
@@ -106,7 +120,7 @@ def fit(
             "test_margin_accuracy": followed,
         }
         history.append(row)
-        if folder is not None:
+        if folder is not None and rank == 0:
             state.save(folder / "state.pt", config, history)
             write_csv(folder / "log.csv", history)
         if bar is not None:

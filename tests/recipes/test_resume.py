@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from torch import distributed, multiprocessing
 
 from orthonet.recipes import Images, Split, digits, fit, load
 
@@ -54,6 +55,31 @@ def test_a_killed_process_loses_one_epoch_at_most(tmp_path):
         assert torch.allclose(tensor, resumed.state_dict()[name], atol=1e-4)
     with log.open() as file:
         assert [int(float(row["epoch"])) for row in csv.DictReader(file)] == [1, 2, 3, 4]
+
+
+def together(rank, folder):
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    try:
+        model, history = fit(digits(**SMALL), few(), folder=folder / str(rank))
+    finally:
+        distributed.destroy_process_group()
+    torch.save((model.state_dict(), history), folder / f"result{rank}")
+
+
+def test_two_processes_train_as_one(tmp_path):
+    model, history = fit(digits(**SMALL), few())
+    multiprocessing.spawn(together, args=(tmp_path,), nprocs=2)
+    (state, rows), (other, _) = (torch.load(tmp_path / f"result{rank}") for rank in (0, 1))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(state[name], other[name])
+        assert torch.allclose(tensor, state[name], atol=1e-4)  # 2e-6
+    for row, its in zip(history, rows, strict=True):
+        assert row["loss"] == pytest.approx(its["loss"], rel=1e-3)
+        assert row["train_accuracy"] == pytest.approx(its["train_accuracy"], abs=0.03)
+    assert (tmp_path / "0" / "log.csv").exists()
+    assert not (tmp_path / "1").exists()
 
 
 def test_a_state_between_epochs_is_all_there_is(tmp_path):
