@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orthonet import __version__, _checks, recipes
+from orthonet import __version__, _checks, convert, recipes
 from orthonet.functional._recurrence import NONLINEARITIES
 from orthonet.layers import available
 from orthonet.layers._rnn_kernels import INITIALIZATIONS
@@ -58,6 +58,17 @@ _BENCH_FIELDS = (
 )
 
 
+# Options of `convert`: (name, choices, help).
+_CONVERSION = (
+    ("weights", ("project", "reset"), "nearest orthogonal weights (default), or random ones"),
+    ("downsample", ("space_to_depth", "average"), "for kernels smaller than their stride"),
+    ("fallback", None, "method of the zoo for layers without an orthogonal twin, e.g. aol"),
+    ("norm", ("centering", "lip"), "in place of batch norm and layer norm"),
+    ("activation", ("max_min", "abs"), "in place of activation modules"),
+    ("pool", ("l2", "average"), "in place of pooling modules"),
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -80,7 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _train(recipe: str, *, progress: bool, out: Path | None = None, **changes: Any) -> Any:
+def _train(
+    recipe: str,
+    *,
+    progress: bool,
+    out: Path | None = None,
+    resume: bool = False,
+    **changes: Any,
+) -> Any:
     folder = out or Path("runs") / recipe
     kind, build, run = _plan(recipe)
     if "layer" in changes and kind is recipes.TrainConfig:
@@ -91,7 +109,13 @@ def _train(recipe: str, *, progress: bool, out: Path | None = None, **changes: A
         not foreign, "orthonet train", f"an option must be one of the recipe {recipe!r}",
         "Leave it out, or choose another recipe", options=", ".join(foreign),
     )  # fmt: skip
-    return run(build(**changes), folder, progress=progress)
+    _checks.require(
+        not resume or kind is recipes.TrainConfig, "orthonet train",
+        "--resume must come with a recipe of images", "Leave it out: others run in one go",
+        recipe=recipe,
+    )  # fmt: skip
+    options = {"resume": True} if resume else {}
+    return run(build(**changes), folder, progress=progress, **options)
 
 
 def _plan(recipe: str) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
@@ -104,6 +128,10 @@ def _plan(recipe: str) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
             recipes.SequenceConfig, recipes.SEQUENCE_RECIPES[recipe], recipes.train_sequences
         )  # fmt: skip
     return recipes.TrainConfig, recipes.RECIPES[recipe], recipes.train
+
+
+def _convert(source: str, *, progress: bool, out: Path, **options: Any) -> convert.ConversionReport:
+    return convert.convert_file(source, out, **options)
 
 
 def _bench(
@@ -143,6 +171,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--models", nargs="+", metavar="M", help="sequences: orthonet, lstm, torch, geotorch"
     )
+    train.add_argument(
+        "--resume", action="store_true", default=None,
+        help="images: go on after the last epoch in the folder of the results",
+    )  # fmt: skip
     train.add_argument("--data-root", help="cifar10-xs, seq-mnist: folder of the data")
     train.add_argument("--out", type=Path, help="folder of the results (runs/RECIPE)")
 
@@ -158,6 +190,16 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     certify.add_argument("--report", type=Path, help="file for the report, one HTML page")
     certify.add_argument("--out", type=Path, help="folder for metrics and pictures")
+
+    converter = commands.add_parser("convert", help="make the layers of a model orthogonal")
+    converter.set_defaults(command=_convert, quiet=True)
+    converter.add_argument(
+        "source", help="package.module:function that makes it, e.g. torchvision.models:resnet18"
+    )
+    converter.add_argument("--out", type=Path, required=True, help="file of the new model, .pt")
+    converter.add_argument("--checkpoint", type=Path, help="state_dict that the model loads first")
+    for name, choices, text in _CONVERSION:
+        converter.add_argument(f"--{name}", choices=choices, help=text)
 
     bench = commands.add_parser("bench", help="compare the methods of the zoo on one network")
     bench.set_defaults(command=_bench)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from orthonet import cli, recipes
 
@@ -37,14 +38,20 @@ def calls(monkeypatch):
 
 def test_train_passes_the_recipe_and_prints_the_summary(calls, capsys):
     assert cli.main(["train", "mnist5k"]) == 0
-    expected = ("train", (recipes.mnist5k(), Path("runs/mnist5k")), {"progress": True})
+    expected = (
+        "train",
+        (recipes.mnist5k(), Path("runs/mnist5k")),
+        {"progress": True, "resume": False},
+    )
     assert calls == [expected]
     assert capsys.readouterr().out == "the summary\n"
 
 
 def test_every_option_of_train_changes_its_field(calls):
     command = "train digits --epochs 3 --batch-size 7 --lr 0.1 --radius 0.4 --temperature 0.3"
-    command += " --seed 5 --ortho-params qr --attack-steps 9 --device cpu --out elsewhere --quiet"
+    command += (
+        " --seed 5 --ortho-params qr --attack-steps 9 --device cpu --out elsewhere --quiet --resume"
+    )
     assert cli.main(command.split()) == 0
     config = recipes.digits(
         epochs=3,
@@ -57,7 +64,7 @@ def test_every_option_of_train_changes_its_field(calls):
         attack_steps=9,
         device="cpu",
     )
-    assert calls == [("train", (config, Path("elsewhere")), {"progress": False})]
+    assert calls == [("train", (config, Path("elsewhere")), {"progress": False, "resume": True})]
 
 
 def test_certify_passes_its_options(calls):
@@ -119,3 +126,30 @@ def test_trains_and_certifies_for_real(tmp_path, capsys, monkeypatch):
     accuracy = float(trained.split("clean accuracy")[1].split("%")[0])
     assert accuracy > 60  # observed 83.3
     assert "none changed class" in trained
+
+
+def test_convert_saves_the_model_and_prints_the_report(tmp_path, capsys, monkeypatch):
+    (tmp_path / "small_net.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 1, 2), nn.BatchNorm2d(8), nn.ReLU())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    out = tmp_path / "new.pt"
+    command = f"convert small_net:make --norm centering --activation abs --out {out}"
+    assert cli.main(command.split()) == 0
+    assert "3 changed, 0 skipped, 0 noted" in capsys.readouterr().out
+    new = torch.load(out, weights_only=False)
+    assert new(torch.ones(1, 3, 4, 4)).shape == (1, 8, 2, 2)
+    again = f"convert torch.nn:Identity --checkpoint {tmp_path / 'absent.pt'} --out {out}"
+    for wrong, message in (
+        (f"convert small_net --out {out}", "package.module:function"),
+        (f"convert small_net:absent --out {out}", "must have a function of that name"),
+        (f"convert no_such_file:make --out {out}", "No module named"),
+        (f"convert pathlib:Path --out {out}", "must return a torch.nn.Module"),
+        (f"convert small_net:make --fallback nothing --out {out}", "fallback must be one of"),
+        (again, "absent.pt"),
+    ):
+        assert cli.main(wrong.split()) == 1
+        assert message in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Certificates of Lipschitz constants and of robustness: proofs, and attacks that try them."""
 
 from orthonet.certify import _zoo_rules  # noqa: F401 (registers them)
+from orthonet.certify._apgd import apgd_l2
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import (
     LipschitzCertificate,
@@ -48,6 +49,7 @@ __all__ = [
     "sequence_bound",
     "recurrent_bound",
     "pgd_l2",
+    "apgd_l2",
     "attack_certificate",
     "AttackReport",
     "lipschitz_estimate",

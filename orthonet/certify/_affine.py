@@ -31,7 +31,7 @@ from orthonet.linalg._rounding import (
 if TYPE_CHECKING:
     from orthonet.certify._propagate import State
 
-__all__ = ["Action", "Island", "action_of", "linear_part", "materialise", "roundings_of"]
+__all__ = ["Action", "Island", "action_of", "linear_part", "materialise", "moves", "roundings_of"]
 
 _RANGE = 2.0**100  # constants beyond it are left to the product of norms
 _LOW = 1 / _RANGE
@@ -74,6 +74,12 @@ def action_of(state: State) -> Action | None:
     if name in ("div", "linear", "batch_norm") and not _moves_first(state):
         return None
     return action
+
+
+def moves(state: State) -> bool:
+    """Whether an operation only moves, copies or leaves out entries."""
+    action = action_of(state)
+    return action is not None and action.moves
 
 
 def _moves_first(state: State) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,9 @@ from orthonet.certify import (  # noqa: F401
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._lower import lower_bound
-from orthonet.certify._mlp import mlp_bound
 from orthonet.certify._norms import EFFORTS, Effort, limits
 from orthonet.certify._norms import effort as with_effort
-from orthonet.certify._propagate import Row, Walker, propagate
+from orthonet.certify._propagate import Walker, propagate
 from orthonet.certify._radius import pairwise_constants
 from orthonet.certify._rules import Operand
 from orthonet.errors import UncertifiableError
@@ -52,8 +50,9 @@ def certify(
             do not matter, shape and dtype do.
         effort: `"fast"`: coarse bounds of large convolutions, islands up to side 128, no search
             from below. `"default"`: islands up to side 1024. `"tight"`: up to 4096, the best of
-            several bounds, a longer search, and for multilayer perceptrons
-            [`mlp_bound`][orthonet.certify.mlp_bound].
+            several bounds, a longer search. Chains of affine maps and activations anywhere in the
+            graph are bounded by [`mlp_bound`][orthonet.certify.mlp_bound], too: by its closed form
+            up to width 256 with `"default"`, by its descent up to 1024 with `"tight"`.
         lower: Search for a secant from below, so that the gap is seen (not with `"fast"`).
 
     Shape:
@@ -85,33 +84,7 @@ def certify(
                      for s in walker.outputs)  # fmt: skip
     shapes = tuple(tuple(x.shape[1:]) for x in examples)
     shape = shapes[0] if len(shapes) == 1 else shapes
-    found = LipschitzCertificate(walker.bound, walker.rows(), shape, pairs, below, each, walker)
-    return _tightened(found, model) if effort == "tight" else found
-
-
-def _tightened(certificate: LipschitzCertificate, model: nn.Module) -> LipschitzCertificate:
-    """With the bound of a multilayer perceptron, if the model is one and that is smaller."""
-    if not isinstance(model, nn.Sequential):
-        return certificate
-    shape = certificate.input_shape
-    if len(shape) > 1:
-        flat = [m for m in model.modules() if not isinstance(m, nn.Sequential)]
-        if not flat or not isinstance(flat[0], nn.Flatten):
-            return certificate
-    try:
-        found = mlp_bound(model)
-    except UncertifiableError:
-        return certificate  # not a perceptron
-    constant, pairs = certificate.constant, certificate.pairs
-    if found.pairs is not None:
-        pairs = found.pairs if pairs is None else torch.minimum(pairs, found.pairs)
-    rows = certificate.rows
-    if found.constant.value < constant.value:
-        constant = found.constant
-        value, kind = constant.value, constant.kind
-        row = Row("<root>", "all layers", shape, value, value, found.method, kind, found.seconds)
-        rows = (*rows, row)
-    return replace(certificate, constant=constant, rows=rows, pairs=pairs, outputs=(constant,))
+    return LipschitzCertificate(walker.bound, walker.rows(), shape, pairs, below, each, walker)
 
 
 def _pairs(walker: Walker) -> Tensor | None:
@@ -130,10 +103,13 @@ def _pairs(walker: Walker) -> Tensor | None:
         if island is not None:
             features = walker.bound_of(state.start).value
             found.append(pairwise_constants(island.matrix, features, whole, island.error))
+    chain = walker.perceptron(state)
+    if chain is not None and chain.bound.pairs is not None:
+        features = walker.bound_of(chain.start).value
+        scaled = chain.bound.pairs * features
+        found.append(scaled if features == 1.0 else scaled * (1.0 + 2.0**-51))
     tables = [t for t in found if t is not None]
-    if len(tables) == 2:
-        return torch.minimum(*tables)
-    return tables[0] if tables else None
+    return torch.stack(tables).amin(0) if tables else None
 
 
 def _check_examples(examples: tuple[Tensor, ...]) -> None:

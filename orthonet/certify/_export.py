@@ -116,7 +116,8 @@ def export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
             program = torch.export.export(
                 twin, samples, dynamic_shapes=_free_batch(twin, samples, batch), strict=False
             )
-            if any(_writes(node) for node in program.graph.nodes):
+            graphs = [m for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
+            if any(_writes(node) for m in graphs for node in m.graph.nodes):
                 program = program.run_decompositions({})
     except FAILURES as error:
         refuse_export(model, samples, marker.visited[-1], error)
@@ -265,7 +266,7 @@ def _fold(program: Program) -> None:
     moving = set(program.inputs)
     constants = program.constants
     for node in program.nodes:
-        if node.op == "placeholder":
+        if node.op in ("placeholder", "get_attr"):  # a graph of its own is no value
             continue
         parents = program.parents(node)
         shape_only = op_name(node) in _SHAPE_ONLY

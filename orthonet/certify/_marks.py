@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from orthonet import functional
 from orthonet.certify._rules import function_leaves, module_rule
+from orthonet.reparametrizers._registration import bake
 
 __all__ = ["ROOT", "LeafCall", "Marked", "Marker", "mark_of", "marked_copy"]
 
@@ -137,6 +138,8 @@ def marked_copy(model: nn.Module) -> tuple[nn.Module, Marker]:
         if _is_plain(module) and id(module) not in memo:
             memo[id(module)] = module.to_plain()  # type: ignore[operator]
     twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        bake(module)
     marker = Marker()
     originals = dict(model.named_modules())
     for path, module in twin.named_modules():

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from orthonet import _checks
 from orthonet.certify._advice import ADVICE
-from orthonet.certify._affine import Island, action_of, materialise
+from orthonet.certify._affine import Island, action_of, materialise, moves
 from orthonet.certify._bound import Bound
 from orthonet.certify._consistency import check_same_function, check_samples_apart
 from orthonet.certify._export import Program, export, fill, op_name, path_of, source_of
@@ -22,6 +22,7 @@ from orthonet.certify._form_rules import form_of
 from orthonet.certify._forms import form_bound
 from orthonet.certify._marks import ROOT, LeafCall, mark_of
 from orthonet.certify._norms import limits, matrix_norm
+from orthonet.certify._perceptron import Perceptron, perceptron_of
 from orthonet.certify._pieces import Pieces
 from orthonet.certify._rules import (
     REARRANGEMENT,
@@ -88,6 +89,8 @@ class State:
 
 
 _IDENTITY = Bound(1.0, kind="exact")
+_SMALL_IMAGES = {"fast": -1, "default": 256, "tight": math.inf}
+"""Pixels up to which the torus of an island may be much too large, so that the product is tried."""
 
 
 def propagate(model: nn.Module, examples: tuple[Tensor, ...], prefix: str = "") -> Walker:
@@ -111,6 +114,7 @@ class Walker:
         self.pieces = Pieces(self)
         self.forms: dict[Any, Any] = {}
         self.matrices: dict[State, Island | None] = {}
+        self.chains: dict[State, Perceptron | None] = {}
         self.bound = Bound(0.0, kind="exact")
         self.outputs: list[State | None] = []
 
@@ -301,15 +305,22 @@ class Walker:
         """The island or the product, whichever is smaller, and its row of the table.
 
         The product is left out where the island gives the norm itself, and, unless the effort is
-        tight, where it is one convolution: it costs as much again and hardly ever wins.
+        tight, for convolutions of large images: it costs as much again and hardly ever wins. A
+        chain of affine maps and activations that ends here is bounded as a perceptron, too.
         """
         start, outer = time.perf_counter(), self.nested
         self.nested = 0.0
         best = self._island(state)
-        if best is None or (best[2][3].kind != "exact" and limits().name == "tight"):
+        small = math.prod(state.start.shape[1:]) <= _SMALL_IMAGES[limits().name]
+        if best is None or (best[2][3].kind != "exact" and small):
             product = self._product(state)
             if best is None or product[0].value <= best[0].value:
                 best = product
+        chain = self.perceptron(state)
+        if chain is not None:
+            whole = chain.whole(state, self.bound_of(chain.start), _IDENTITY)
+            if whole[0].value < best[0].value:
+                best = whole
         bound, state.used, row = best
         seconds = time.perf_counter() - start
         seconds, self.nested = seconds - self.nested, outer + seconds
@@ -318,12 +329,18 @@ class Walker:
             state.row = Row(path, op, shape, gain.value, bound.value, method, gain.kind, seconds)
         return bound
 
+    def perceptron(self, state: State) -> Perceptron | None:
+        """The chain of affine maps and activations that ends in a node, if it is tried."""
+        if state not in self.chains:
+            self.chains[state] = perceptron_of(self, state)
+        return self.chains[state]
+
     def _island(self, state: State) -> Any:
         """The bound of a node by all affine operations since the last other one, joined."""
         source, states = state.source, state.island
         if source is None or not isinstance(state.node.meta.get("val"), Tensor):
             return None
-        weighty = [s for s in states if not _moves(s)]
+        weighty = [s for s in states if not moves(s)]
         still = all(s.step is not None and s.step.method == REARRANGEMENT
                     for s in states if s not in weighty)  # fmt: skip
         if len(states) == 1 or (len(weighty) <= 1 and still):
@@ -380,8 +397,3 @@ class Walker:
         row = (call.path, call.op, call.operands[0].shape, gain, step.method)
         silent = mark_of(state.node) is not None and step.method == REARRANGEMENT
         return bound, state.parents, None if silent else row
-
-
-def _moves(state: State) -> bool:
-    action = action_of(state)
-    return action is not None and action.moves

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from orthonet import _checks
-from orthonet.reparametrizers import adopt, remove
+from orthonet.reparametrizers._registration import bake
 
 __all__ = ["to_plain"]
 
@@ -53,15 +52,5 @@ def to_plain(model: nn.Module) -> nn.Module:
             memo[id(module)] = export()
     plain = copy.deepcopy(model, memo)
     for module in plain.modules():
-        if is_parametrized(module):
-            _bake(module)
+        bake(module)
     return plain
-
-
-def _bake(module: nn.Module) -> None:
-    """Make the constrained tensors of a copy ordinary ones."""
-    adopt(module)  # a class made by torch is shared with the original, which would lose its tensors
-    for name in list(module.parametrizations):  # type: ignore[arg-type]
-        learns = any(p.requires_grad for p in module.parametrizations[name].parameters())  # type: ignore[index]
-        remove(module, name)
-        getattr(module, name).requires_grad_(learns)

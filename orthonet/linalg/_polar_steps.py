@@ -181,13 +181,13 @@ class _Defect(NamedTuple):
 
     def coefficients(self, c: series.Polynomial) -> series.Polynomial:
         """Those of the polynomial in `e`, with the factor mean^(-1/2) if that is a number."""
-        if isinstance(self.mean, float):
-            return tuple(ck * self.mean**-0.5 / self.unit**k for k, ck in enumerate(c))
-        return c
+        if isinstance(self.mean, Tensor):
+            return c
+        return tuple(ck * self.mean**-0.5 / self.unit**k for k, ck in enumerate(c))
 
     def scaled(self, p: Tensor) -> Tensor:
         """What the coefficients could not take up."""
-        return p if isinstance(self.mean, float) else p.mul_(self.mean.rsqrt())
+        return p.mul_(self.mean.rsqrt()) if isinstance(self.mean, Tensor) else p
 
 
 def _read_defect(x: Tensor, gram: Tensor | None = None) -> _Defect:
@@ -205,10 +205,10 @@ def _read_defect(x: Tensor, gram: Tensor | None = None) -> _Defect:
 def _start(w: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor | None, _Defect]:
     """X = W, or W / scale where W cannot be squared in this precision; the scale; its defect."""
     start = _read_defect(w, gram)
-    if isinstance(start.mean, float):
-        low = high = start.mean
-    else:
+    if isinstance(start.mean, Tensor):
         low, high = map(float, torch.aminmax(start.mean))
+    else:
+        low = high = start.mean
     limits = torch.finfo(w.dtype)
     if limits.tiny**0.5 < low and high < limits.max**0.5:
         return w, None, start

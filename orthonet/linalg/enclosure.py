@@ -118,7 +118,9 @@ def _scaled_bound(blocks: Tensor, floor: float) -> float:
     gram_error = add_up(mul_up(cost(m + 2), norm2), 4 * m * n * UNDERFLOW)
 
     estimate = max(_largest_eigenvalue(gram), floor * floor)
-    for margin in _MARGINS:
+    margins = list(_MARGINS)
+    while margins:
+        margin = margins[0]
         tau = estimate * (1.0 + margin) + 8 * n * UNIT_ROUNDOFF * estimate + UNDERFLOW
         if tau >= norm2:
             break
@@ -127,6 +129,12 @@ def _scaled_bound(blocks: Tensor, floor: float) -> float:
         diagonal.add_(tau)
         factor, info = torch.linalg.cholesky_ex(shifted)
         if bool((info != 0).any()):
+            # A block that the screening passed over, or else a margin that was too small.
+            higher = _largest_eigenvalue(gram[info != 0])
+            if higher > estimate * (1.0 + margins[0]):
+                estimate = higher
+            else:
+                margins.pop(0)
             continue
         residual = sqrt_up(squared_norm_up(shifted - factor @ factor.mH, batch_dims=1))
         rounding = add_up(

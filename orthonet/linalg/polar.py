@@ -191,9 +191,9 @@ def _recentre(x: Tensor, decision: Decision | None) -> tuple[Tensor, Tensor | fl
 @torch.library.custom_op("orthonet::recentre_", mutates_args=("x",))
 def _recentre_op(x: Tensor) -> tuple[Tensor, Tensor]:
     u, scale = _recentre(x, None)
-    if isinstance(scale, float):
-        return u.contiguous(), u.new_full((1, 1), scale)
-    return u.contiguous(), scale.clone()
+    if isinstance(scale, Tensor):
+        return u.contiguous(), scale.clone()
+    return u.contiguous(), u.new_full((1, 1), scale)
 
 
 @_recentre_op.register_fake

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.recipes._checkpoint import write_atomically, write_json
 from orthonet.recipes._data import require_package
+from orthonet.recipes._files import write_atomically, write_json
 from orthonet.recipes._run import _versions
 
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: checkpoints and JSON."""
+"""Checkpoints of trained models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,32 +15,10 @@ from torch import nn
 from orthonet import _checks
 from orthonet.recipes._config import TrainConfig
 from orthonet.recipes._data import require_package
+from orthonet.recipes._files import write_atomically
 from orthonet.recipes._train import build
 
 FORMAT = "orthonet checkpoint 1"
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then move it there in one step.
-
-    Whoever reads `path` sees the old file or the new one, never a part; if `write` fails, the old
-    file stays and the temporary one goes.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            write(file)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
-def write_json(path: Path, content: Any) -> Path:
-    """Write `content` as indented JSON, atomically."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    return write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, config: TrainConfig) -> Path:

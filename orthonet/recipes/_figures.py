@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orthonet.recipes._checkpoint import write_atomically
 from orthonet.recipes._data import require_package
+from orthonet.recipes._files import write_atomically
 from orthonet.recipes._spectra import Spectrum
 
 # Okabe & Ito: told apart with every kind of colour vision, and in grey by their dashes.

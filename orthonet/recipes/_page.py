@@ -19,8 +19,8 @@ from orthonet.certify import (
     report_html,
 )
 from orthonet.convert import to_plain
-from orthonet.recipes._checkpoint import write_atomically
 from orthonet.recipes._evaluate import Evaluation
+from orthonet.recipes._files import write_atomically
 from orthonet.recipes._spectra import layer_spectra
 
 

@@ -16,12 +16,13 @@ from torch import nn
 
 from orthonet import _checks
 from orthonet.convert import to_plain
-from orthonet.recipes._checkpoint import load_checkpoint, save_checkpoint, write_json
+from orthonet.recipes._checkpoint import load_checkpoint, save_checkpoint
 from orthonet.recipes._cifar import load_cifar10
 from orthonet.recipes._config import TrainConfig
 from orthonet.recipes._data import Split, load, require_package
 from orthonet.recipes._evaluate import Evaluation, evaluate
 from orthonet.recipes._figures import radius_figure, spectra_figure, training_figure
+from orthonet.recipes._files import write_json
 from orthonet.recipes._page import CertificateReport, certificate_alone, write_page
 from orthonet.recipes._spectra import layer_spectra
 from orthonet.recipes._train import fit
@@ -67,16 +68,25 @@ class Report:
         }
 
 
-def train(config: TrainConfig, out: str | os.PathLike[str], *, progress: bool = False) -> Report:
+def train(
+    config: TrainConfig,
+    out: str | os.PathLike[str],
+    *,
+    progress: bool = False,
+    resume: bool = False,
+) -> Report:
     """Train, certify and attack a model, and write what came out.
 
     Into the folder `out` go `checkpoint.pt` (right after training), `metrics.json` and the pictures
-    `training.png`, `certified_accuracy.png` and `singular_values.png`.
+    `training.png`, `certified_accuracy.png` and `singular_values.png`. While it trains, `state.pt`
+    and `log.csv` are replaced after every epoch, each in one step, so that a process that is killed
+    loses one epoch at most.
 
     Args:
         config: What to run: `digits()` or `mnist5k()`, changed as you like.
         out: A folder, made if it is missing.
         progress: Whether to show progress bars on the standard error stream.
+        resume: Whether to go on from `state.pt` in `out`, if there is one.
 
     Returns:
         The report.
@@ -89,7 +99,7 @@ def train(config: TrainConfig, out: str | os.PathLike[str], *, progress: bool = 
     require_package("matplotlib", "matplotlib")  # better now than after the training
     folder, data = Path(out), _data(config)
     start = time.perf_counter()
-    model, history = fit(config, data, progress=progress)
+    model, history = fit(config, data, progress=progress, folder=folder, resume=resume)
     seconds = {"training": time.perf_counter() - start}
     checkpoint = save_checkpoint(folder / "checkpoint.pt", model, config)
     report = _certified(model, config, data, history, seconds, progress)

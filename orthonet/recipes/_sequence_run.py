@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from orthonet.recipes._checkpoint import write_atomically, write_json
 from orthonet.recipes._data import require_package
+from orthonet.recipes._files import write_atomically, write_json
 from orthonet.recipes._gradient_flow import gradient_norms
 from orthonet.recipes._run import _versions
 from orthonet.recipes._sequence_config import SequenceConfig

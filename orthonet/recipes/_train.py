@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from orthonet.models import create
 from orthonet.recipes._augment import random_affine, random_crop
 from orthonet.recipes._config import TrainConfig
 from orthonet.recipes._data import Images, Split, require_package
+from orthonet.recipes._files import write_csv
+from orthonet.recipes._resume import Resumable
 
 FOLLOWED_RADIUS = 0.5
 
@@ -28,7 +31,12 @@ def build(config: TrainConfig) -> nn.Module:
 
 
 def fit(
-    config: TrainConfig, data: Split, *, progress: bool = False
+    config: TrainConfig,
+    data: Split,
+    *,
+    progress: bool = False,
+    folder: Path | None = None,
+    resume: bool = False,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     r"""Train the model of `config`.
 
@@ -36,6 +44,10 @@ def fit(
         config: What to train, and how.
         data: Training images; the test images are only looked at.
         progress: Whether to show a progress bar (of tqdm) on the standard error stream.
+        folder: Where `state.pt` (all that the rest of the training depends on) and `log.csv` are
+            replaced after every epoch; nothing is written without it.
+        resume: Whether to go on from `state.pt`, if there is one. What follows is what an
+            uninterrupted training would have done.
 
     Returns:
         The model in eval mode, and a row for every epoch: its number, learning rate, mean training
@@ -44,7 +56,8 @@ def fit(
         certified accuracy at radius 0.5 if the constant is the K that was asked for).
 
     Raises:
-        ValueError: The images do not fit the model, or the loss is not finite.
+        ValueError: The images do not fit the model, the loss is not finite, or `state.pt` is that
+            of another configuration.
         ModuleNotFoundError: A progress bar is asked for and tqdm is missing.
     """
     model = build(config)
@@ -61,8 +74,13 @@ def fit(
         cycle_momentum=config.optimizer == "adam",
     )
     history: list[dict[str, float]] = []
+    state = Resumable(model, optimizer, schedule, generator)
+    if folder is not None and resume:
+        history = state.load(folder / "state.pt", config)
     bar = _progress_bar(config.epochs) if progress else None
-    for epoch in range(1, config.epochs + 1):
+    if bar is not None:
+        bar.update(len(history))
+    for epoch in range(len(history) + 1, config.epochs + 1):
         model.train()
         rate, total, right = schedule.get_last_lr()[0], 0.0, 0
         for x, y in _batches(train, config, generator):
@@ -88,6 +106,9 @@ def fit(
             "test_margin_accuracy": followed,
         }
         history.append(row)
+        if folder is not None:
+            state.save(folder / "state.pt", config, history)
+            write_csv(folder / "log.csv", history)
         if bar is not None:
             bar.set_postfix(loss=f"{row['loss']:.3f}", test=f"{accuracy:.1%}")
             bar.update()

@@ -16,10 +16,10 @@ import torch
 from orthonet import _checks
 from orthonet.layers import available
 from orthonet.models import convnet_zoo
-from orthonet.recipes._checkpoint import write_json
 from orthonet.recipes._config import RADII, TrainConfig
 from orthonet.recipes._data import DATASETS, Images, Split, load, require_package
 from orthonet.recipes._evaluate import evaluate
+from orthonet.recipes._files import write_json
 from orthonet.recipes._run import _versions
 from orthonet.recipes._train import fit
 from orthonet.recipes._zoo_cost import StepCost, step_cost

@@ -152,8 +152,8 @@ class OrthoKernel(CachedWeight):
     def factors(self) -> KernelFactors:
         """The present orthogonal factors, in the dtype of the computation."""
         parts = (self.outer, self.embedding, self.bases)
-        values = (None if part is None else part.compute() for part in parts)
-        return KernelFactors(*values, self._weights())
+        outer, embedding, bases = (None if part is None else part.compute() for part in parts)
+        return KernelFactors(outer, embedding, bases, self._weights())
 
     def kept_factors(self) -> KernelFactors:
         """As `factors`, each computed once per optimizer step and kept by its part.
@@ -164,7 +164,8 @@ class OrthoKernel(CachedWeight):
         if not self.caching or self.dtype != compute_dtype(self.dtype):
             return self.factors()
         parts = (self.outer, self.embedding, self.bases)
-        return KernelFactors(*(p if p is None else p() for p in parts), self._weights())
+        outer, embedding, bases = (None if part is None else part() for part in parts)
+        return KernelFactors(outer, embedding, bases, self._weights())
 
     def _weights(self) -> Tensor | None:
         """Zeros and ones, whose gradient goes to the scores."""

@@ -288,3 +288,20 @@ def remove(module: nn.Module, tensor_name: str, *, keep_value: bool = True) -> n
     if is_parametrized(module):
         _adopt(module)
     return module
+
+
+@torch.no_grad()
+def bake(module: nn.Module) -> None:
+    """Make all constrained tensors of a module, which must be a copy, ordinary parameters.
+
+    A class made by torch is shared with the original, which would lose its tensors; it is taken
+    over first.
+    """
+    if not is_parametrized(module):
+        return
+    _adopt(module)
+    lists: Any = module.parametrizations
+    for name in list(lists):
+        learns = any(p.requires_grad for p in lists[name].parameters())
+        remove(module, name)
+        getattr(module, name).requires_grad_(learns)

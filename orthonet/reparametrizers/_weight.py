@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.linalg import haar, polar_svd
 from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg._ranks import whole
 from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._group import Group
 from orthonet.reparametrizers._normalizers import BatchedIdentity
@@ -86,7 +87,8 @@ class OrthoWeight(CachedWeight):
             return self._constrain(stored)
 
     def _constrain(self, stored: Tensor) -> Tensor:
-        stored = stored.to(compute_dtype(stored.dtype))
+        # A shard of FSDP2, outside of the forward pass of its unit, is gathered by all processes.
+        stored = whole(stored).to(compute_dtype(stored.dtype))
         # A view is no parameter, so a warm orthogonalizer does not write to it.
         return self.orthogonalizer(
             self.normalizer(stored.view_as(stored) if self._sharded else stored)

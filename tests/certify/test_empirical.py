@@ -8,6 +8,7 @@ from orthonet import layers
 from orthonet.certify import (
     Bound,
     LipschitzCertificate,
+    apgd_l2,
     attack_certificate,
     certify,
     lipschitz_estimate,
@@ -21,6 +22,26 @@ def linear_problem(classes: int, dtype=torch.float64):
     with torch.no_grad():
         logits = model(x)
     return model, x, logits
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4])
+def test_adaptive_attack_meets_the_distance_and_stays_in_the_ball(classes):
+    model, x, logits = linear_problem(classes)
+    y = logits.argmax(1) if classes > 1 else (logits[:, 0] > 0).long()
+    distance = certify(model, x).radius(logits)
+    for factor, share in ((1 - 1e-6, 0.0), (1 + 1e-2, 0.9)):
+        points = apgd_l2(model, x, y, distance * factor, restarts=3, bounds=None)
+        assert bool(((points - x).norm(dim=1) <= distance * factor).all())
+        after = model(points)
+        changed = (after.argmax(1) if classes > 1 else (after[:, 0] > 0).long()) != y
+        # observed 0 and all but 2 of 60: it follows the nearest rival only
+        assert float(changed.double().mean()) >= share
+        assert share > 0 or not bool(changed.any())
+    boxed = apgd_l2(model, x, y, 0.5)
+    assert float(boxed.min()) >= 0.0
+    assert float(boxed.max()) <= 1.0
+    with pytest.raises(ValueError, match="every radius must be finite"):
+        apgd_l2(model, x, y, -1.0)
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -13,8 +13,6 @@ from orthonet.convert import orthogonalize
 from orthonet.layers import MaxMin, OrthoConv2d, OrthoLinear
 from orthonet.testing import singular_values
 
-torchvision = pytest.importorskip("torchvision")
-
 ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-12}  # observed 2.6e-6 and 7e-15
 
 
@@ -240,6 +238,7 @@ TORCHVISION = {  # options, kinds of the modules that stay, with weights="reset"
 
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_models_of_torchvision_go_through(name):
+    torchvision = pytest.importorskip("torchvision")
     options, stay = TORCHVISION[name]
     with torch.device("cpu" if name == "resnet18" else "meta"):  # to see what is exchanged
         model = getattr(torchvision.models, name)()
@@ -258,6 +257,7 @@ def test_models_of_torchvision_go_through(name):
 
 
 def test_a_residual_block_trains_and_its_layers_stay_orthogonal():
+    torchvision = pytest.importorskip("torchvision")
     block = torchvision.models.resnet.BasicBlock
     shortcut = nn.Sequential(nn.Conv2d(4, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
     model = nn.Sequential(block(4, 8, 2, shortcut), nn.Flatten(), nn.Linear(128, 4))
@@ -276,6 +276,7 @@ def test_a_residual_block_trains_and_its_layers_stay_orthogonal():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "vit_b_16"])
 def test_models_of_torchvision_are_projected(name):
+    torchvision = pytest.importorskip("torchvision")
     model = getattr(torchvision.models, name)().eval()
     new, report = converted(model, fallback="aol")
     assert all(row.moved is not None for row in report.changed)

@@ -17,6 +17,7 @@ from orthonet.reparametrizers import (
     BatchedIdentity,
     BatchedQROrthogonalization,
     OrthoParams,
+    _polar,
     register,
 )
 
@@ -126,6 +127,10 @@ def sharded(rank, params=PARAMS, reference_params=PARAMS):
                 q.mul_(1.5)
 
 
+def written(*_):
+    raise AssertionError("a lent parameter is written to")
+
+
 def run(rank: int, path: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
@@ -133,6 +138,7 @@ def run(rank: int, path: str) -> None:
         replicated(rank)
         sharded(rank)
         # A warm start must not write to parameters that are lent: it takes the cold way.
+        _polar.recentre_ = written
         sharded(rank, POLAR_WARM_ORTHO_PARAMS, POLAR_ORTHO_PARAMS)
     finally:
         distributed.destroy_process_group()

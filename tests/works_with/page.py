@@ -90,15 +90,20 @@ def render(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run all cells, or those of the columns that are named, and write results and page."""
-    wanted = sys.argv[1:] or list(COLUMNS)
+    """Run all cells, or those of the columns that are named, and write results and page.
+
+    With `--missing` only the cells that the results lack.
+    """
+    missing = "--missing" in sys.argv
+    wanted = [name for name in sys.argv[1:] if name in COLUMNS] or list(COLUMNS)
     known = json.loads(RESULTS.read_text())["cells"] if RESULTS.exists() else {}
     cells = {name: known.get(name, {}) for name in COLUMNS}
     for name in wanted:
-        start = time.process_time()
-        cells[name] = {row: cell_of(name, row) for row in ROWS}
+        start, kept = time.process_time(), cells[name] if missing else {}
+        cells[name] = {row: kept.get(row) or cell_of(name, row) for row in ROWS}
         seconds = time.process_time() - start
-        sys.stdout.write(f"{name}: {len(ROWS)} cells, {seconds:.0f} CPU seconds\n")
+        count = len(ROWS) - len(kept)
+        sys.stdout.write(f"{name}: {count} cells, {seconds:.0f} CPU seconds\n")
     results = {"torch": torch.__version__.split("+")[0], "cells": cells}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     if all(len(entries) == len(ROWS) for entries in cells.values()):

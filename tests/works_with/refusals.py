@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from orthonet.errors import UncertifiableError
 from tests.works_with.rows import Row
 
 __all__ = ["Refusal", "refusal"]
@@ -33,6 +34,17 @@ CUSTOM_OPERATOR = Refusal(
     "must override the setup_context staticmethod",
     "`torch.func.grad` does not differentiate custom operators; loop over the samples",
 )
+GATES = Refusal(
+    UncertifiableError,
+    "gates multiply states",
+    "gates multiply states, so that the map of sequences has no Lipschitz constant",
+)
+PRODUCT = Refusal(
+    AssertionError,
+    "looser than that of the layer",
+    "the bound 1 rests on how the weights inside the layer belong together; stock layers get the "
+    "product of their norms, which is sound and looser: certify the layer itself",
+)
 _NO_PLAIN_WEIGHT = ("bro", "cpl", "sll", "sandwich", "soc", "lot", "lipnext")
 
 
@@ -43,6 +55,10 @@ def refusal(column: str, row: Row) -> Refusal | None:
         if name in _NO_PLAIN_WEIGHT or row.name == "cayley (convolution)":
             return NO_PROJECTION
         return SYMPLECTIC if row.name == "symplectic" else None
+    if column == "certificate":
+        if row.name in ("OrthoGRU", "OrthoLSTM"):
+            return GATES
+        return PRODUCT if name in ("cpl", "sll", "sandwich") else None
     if column == "per_sample" and row.name == "lot (convolution)":
         return CUSTOM_OPERATOR
     return None

@@ -1,0 +1,70 @@
+"""A training that is killed goes on after its last whole epoch, as if nothing had happened."""
+
+import csv
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from orthonet.recipes import Images, Split, digits, fit, load
+
+SMALL = {"model_arguments": {"channels": (4, 8), "hidden": (16,)}, "epochs": 4}
+SCRIPT = """
+import sys
+from pathlib import Path
+from orthonet.recipes import Images, Split, digits, fit, load
+from tests.recipes.test_resume import few, SMALL
+fit(digits(**SMALL), few(), folder=Path(sys.argv[1]), resume=True)
+"""
+
+
+def few() -> Split:
+    data = load("digits")
+    return Split(Images(*(t[:80] for t in data.train)), Images(*(t[:20] for t in data.test)))
+
+
+def test_a_killed_process_loses_one_epoch_at_most(tmp_path):
+    model, history = fit(digits(**SMALL), few())
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log, deadline = tmp_path / "log.csv", time.monotonic() + 120
+    try:
+        while not log.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = len(log.read_text().splitlines()) - 1
+    assert done >= 1
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    # the state is replaced before the log, so at most one row is missing there
+    assert len(saved["history"]) in (done, done + 1)
+    resumed, rows = fit(digits(**SMALL), few(), folder=tmp_path, resume=True)
+    assert rows == history or all(
+        row == pytest.approx(other, rel=1e-3) for row, other in zip(rows, history, strict=True)
+    )
+    for name, tensor in model.state_dict().items():
+        # another number of threads sums in another order: 1e-6
+        assert torch.allclose(tensor, resumed.state_dict()[name], atol=1e-4)
+    with log.open() as file:
+        assert [int(float(row["epoch"])) for row in csv.DictReader(file)] == [1, 2, 3, 4]
+
+
+def test_a_state_between_epochs_is_all_there_is(tmp_path):
+    model, history = fit(digits(**SMALL), few())
+    fit(digits(**SMALL), few(), folder=tmp_path)
+    saved = (tmp_path / "state.pt").read_bytes()
+    again, rows = fit(digits(**SMALL), few(), folder=tmp_path, resume=True)  # nothing is left to do
+    assert rows == history
+    assert (tmp_path / "state.pt").read_bytes() == saved
+    states = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in states)
+    other = dataclasses.replace(digits(**SMALL), lr=0.5)
+    with pytest.raises(ValueError, match="same configuration"):
+        fit(other, few(), folder=tmp_path, resume=True)
