@@ -13,6 +13,7 @@ from orthonet import _checks
 from orthonet.layers._conv import OrthoConv2d
 from orthonet.layers._linear import OrthoLinear, UnitNormLinear
 from orthonet.layers._zoo import _fourier, _lipnext, _rescaled, _residual, _sandwich, _soc
+from orthonet.reparametrizers._kernel_methods import ReshapedKernel
 from orthonet.reparametrizers._mapped import ScaledWeight
 
 __all__ = [
@@ -235,8 +236,11 @@ def _lipnext_conv(
 def _ortho_conv(*args: Any, lipschitz: float = 1.0, **kwargs: Any) -> OrthoConv2d:
     """`OrthoConv2d` with a factor."""
     layer = OrthoConv2d(*args, **kwargs)
-    if lipschitz != 1.0:
-        layer.parametrization = ScaledWeight(layer.parametrization, lipschitz)
+    kernel = layer.parametrization
+    if isinstance(kernel, ReshapedKernel):  # its own factor: the names of the state stay
+        kernel.gain *= lipschitz
+    elif lipschitz != 1.0:
+        layer.parametrization = ScaledWeight(kernel, lipschitz)
     return layer
 
 

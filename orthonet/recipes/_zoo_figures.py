@@ -33,12 +33,17 @@ def zoo_figure(path: Path, report: ZooReport) -> Path:
         label = f"PGD at {radii[middle]:g}" if place == 0 else None
         left.plot([100 * attacked] * 2, [place - 0.4, place + 0.4], color=ORANGE, lw=2, label=label)
     left.set(xlabel="test images (%)", xlim=(0, 100), yticks=list(places), yticklabels=names)
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False, ncols=3)
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, ncols=3)
     seconds = [1e3 * row["seconds_per_step"] for row in rows]
     right.plot(seconds, list(places), "o", color=BLUE, label="ms a training step")
     memory = [row["saved_bytes"] / 2**20 for row in rows]
     right.plot(memory, list(places), "s", color=GREY, label="MB kept for backward")
-    right.set(xscale="log", xlabel="cost, logarithmic")
-    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+    low, high = min(seconds + memory), max(seconds + memory)
+    ticks = [m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5)]
+    ticks = [t for t in ticks if low / 2.5 <= t <= 2.5 * high]
+    right.set(xscale="log", xlabel="cost, logarithmic", xlim=(ticks[0], ticks[-1]))
+    right.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    right.minorticks_off()
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     figure.suptitle(f"{report.config['dataset']}: one network, its layer swapped")
     return _save(figure, path, left, right)
