@@ -118,8 +118,8 @@ def _train(
     )  # fmt: skip
     _checks.require(
         kind is recipes.TrainConfig or int(os.environ.get("WORLD_SIZE", "1")) == 1,
-        "orthonet train", "a recipe of several processes must be one of images",
-        "Start it without torchrun", recipe=recipe,
+        "orthonet train", "only recipes of images run in several processes",
+        "Start this one without torchrun", recipe=recipe,
     )  # fmt: skip
     options = {"resume": True} if resume else {}
     return run(build(**changes), folder, progress=progress, **options)
