@@ -30,6 +30,7 @@ MODELS = {
     "convnet_digits": ({}, (1, 8, 8)),
     "convnet_mnist": ({"channels": (8, 8, 8), "hidden": (16,)}, (1, 28, 28)),
     "convnet_zoo": ({"width": 8, "hidden": 16}, (1, 8, 8)),
+    "convnet_xs": ({"in_shape": (2, 4, 4), "width": 4, "depth": 1}, (2, 4, 4)),
 }
 CASES = [(name, arguments, shape) for name, (arguments, shape) in MODELS.items()]
 
