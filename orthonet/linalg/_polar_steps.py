@@ -243,16 +243,21 @@ def _rounded_up(b: float) -> float:
 
 
 def _by_polynomials(
-    w: Tensor, keep_inverse: bool = False, far: bool = True, gram: Tensor | None = None
+    w: Tensor,
+    keep_inverse: bool = False,
+    far: bool = True,
+    gram: Tensor | None = None,
+    tolerance: float | None = None,
 ) -> _Approach:
     """Multiply W by polynomials in its defect until the error of the last one is rounding.
 
     `far` allows those for intervals that are only estimated. `gram` is W^T W, and overwritten.
+    The error of a singular value that the last polynomial may leave is `tolerance`.
 
     Bounds of ||E||_2, each closer than the one before and read when it is needed: ||E||_F,
     ||E^2||_F^(1/2), and ||E^3||_F^(1/3) from the part of degree 4.
     """
-    tolerance, n = series.tolerance(w.dtype), w.shape[-1]
+    n, tolerance = w.shape[-1], series.tolerance(w.dtype) if tolerance is None else tolerance
     first, second, fourth = (series.reach(degree, tolerance) for degree in (1, 2, 4))
     # How often it is worth while to take a step from far away.
     patience = 0 if not far else 3 if n <= _SMALL or not w.is_cpu else 1
@@ -357,7 +362,9 @@ def bjorck_polar(w: Tensor, beta: float, niters: int) -> Factors:
     """
     if 0 in w.shape:
         return Factors.bare(w.clone())
-    found = _by_polynomials(w, keep_inverse=True)
+    # closer than elsewhere: the errors of the factors of a convolution add up
+    unit = torch.finfo(w.dtype).eps
+    found = _by_polynomials(w, keep_inverse=True, tolerance=unit)
     if found.u is not None:
         return Factors.bare(found.u, found.inverse)
     n, x = w.shape[-1], w / rms_scale(w)
@@ -372,7 +379,7 @@ def bjorck_polar(w: Tensor, beta: float, niters: int) -> Factors:
     for step in range(niters + 40):
         defect = float(gram_defect(gram).amax())
         if step and defect <= _WITHIN * n**0.5:
-            u = _by_polynomials(x, far=False, gram=gram.clone()).u
+            u = _by_polynomials(x, far=False, gram=gram.clone(), tolerance=unit).u
             if u is not None:
                 return Factors.bare(u)
         late = step >= niters
