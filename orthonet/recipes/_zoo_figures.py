@@ -38,7 +38,8 @@ def zoo_figure(path: Path, report: ZooReport) -> Path:
     right.plot(seconds, list(places), "o", color=BLUE, label="ms a training step")
     memory = [row["saved_bytes"] / 2**20 for row in rows]
     right.plot(memory, list(places), "s", color=GREY, label="MB kept for backward")
-    low, high = min(seconds + memory), max(seconds + memory)
+    costs = [*seconds, *memory] or [1.0]  # no run may have stayed finite
+    low, high = min(costs), max(costs)
     ticks = [m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5)]
     ticks = [t for t in ticks if low / 2.5 <= t <= 2.5 * high]
     right.set(xscale="log", xlabel="cost, logarithmic", xlim=(ticks[0], ticks[-1]))

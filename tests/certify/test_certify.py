@@ -147,9 +147,10 @@ def test_residual_concatenation_and_shared_modules():
         (lambda x, f: f(x) + f(-x), 0.0),  # affine: what it computes counts
     ):
         model = Lambda(function, shared).eval()
-        bound = certify(model, x).constant.value
+        bound = certify(model, x, effort="fast").constant.value
         assert bound == pytest.approx(expected, rel=1e-9, abs=1e-12)
-        assert bound >= steepest(model, x) * (1 - 1e-12)
+        closer = certify(model, x).constant.value  # knows two affine maps in a chain
+        assert steepest(model, x) * (1 - 1e-12) <= closer <= bound
 
 
 def test_scales_and_constant_models():
@@ -178,7 +179,7 @@ def test_certify_writes_nothing_and_repeats_itself():
 
 def test_table_and_json():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2)).eval()
-    certificate = certify(model, torch.zeros(1, 3, 5, 5))
+    certificate = certify(model, torch.zeros(1, 3, 5, 5), effort="fast")
     table = certificate.table()
     assert [line.split()[1] for line in table.splitlines()[2:-1]] == [
         "conv2d", "relu", "flatten", "linear",

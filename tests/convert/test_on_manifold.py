@@ -46,7 +46,7 @@ def test_weights_are_equal_there_and_back_and_after_steps(name):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     moved = on_manifold(model)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert torch.allclose(out(moved, x), out(model, x), atol=1e-12)  # 1e-15
+    assert torch.allclose(out(moved, x), out(model, x), atol=1e-12)  # observed 8.9e-16
     optimizer = StiefelAdam(manifold_groups(moved, lr=1e-2), lr=1e-2)
     before = out(moved, x).square().mean().item()
     for _ in range(5):
@@ -57,9 +57,9 @@ def test_weights_are_equal_there_and_back_and_after_steps(name):
     for group in optimizer.param_groups:
         for p in group["params"] if group["stiefel"] else ():
             error = (torch.linalg.svdvals(p.detach().double()) - 1).abs().max()
-            assert error <= 1e-12  # 1e-15
+            assert error <= 1e-12  # observed 1.6e-15
     back = trivialize(moved)
-    assert torch.allclose(out(back, x), out(moved, x), atol=1e-12)  # 1e-14
+    assert torch.allclose(out(back, x), out(moved, x), atol=1e-12)  # observed 2.2e-14
     assert [n for n, _ in back.named_parameters()] == [n for n, _ in model.named_parameters()]
     assert back.state_dict().keys() == model.state_dict().keys()
 
@@ -74,9 +74,9 @@ def test_every_preset_comes_back(preset, shape):
     layer.train()
     weight = layer.weight.detach().clone()
     moved = on_manifold(layer)
-    assert torch.allclose(moved.weight, weight, atol=2e-6)  # 4e-7
+    assert torch.allclose(moved.weight, weight, atol=2e-6)  # observed 0
     for back in (trivialize(moved), trivialize(moved, orthonet.QR_ORTHO_PARAMS)):
-        assert torch.allclose(back.weight, weight, atol=3e-6)  # 1.2e-6
+        assert torch.allclose(back.weight, weight, atol=3e-6)  # observed 7.7e-7
     back = trivialize(moved.eval())
     assert not any(m.training for m in back.modules())
 
@@ -89,7 +89,7 @@ def test_copies_pickles_and_plain_layers_go_on():
     file.seek(0)
     others = [copy.deepcopy(moved), torch.load(file, weights_only=False), to_plain(moved)]
     assert all(torch.allclose(other(x), moved(x), atol=1e-6) for other in others)
-    assert torch.allclose(trivialize(others[1])(x), model(x), atol=2e-6)  # 4e-7
+    assert torch.allclose(trivialize(others[1])(x), model(x), atol=2e-6)  # observed 1.2e-7
     assert len(orthonet.fuse(moved)) == 0
     compiled = torch.compile(moved, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(x), moved(x), atol=1e-6)
@@ -104,7 +104,7 @@ def test_the_certificate_stays():
         moved(torch.randn(8, 6)).sin().sum().backward()
         optimizer.step()
     constants = [certify(m.eval(), torch.randn(2, 6)).constant.value for m in (model, moved)]
-    assert constants == pytest.approx([1.0, 1.0], abs=1e-5)  # 2e-6
+    assert constants == pytest.approx([1.0, 1.0], abs=1e-5)  # observed 1.2e-6
 
 
 def test_a_plain_linear_layer_needs_nothing_else():

@@ -62,7 +62,7 @@ def replicated(rank):
         optimizer = make(manifold_groups(model), process_group=group)
         train(wrapped, optimizer, batches()[:, rank])
         error = differ(model.parameters(), reference.parameters())
-        assert error < 1e-6, error  # 1.2e-7
+        assert error < 1e-6, error  # observed 1.2e-7
         for state in optimizer.state.values():  # all processes hold the same
             for value in state.values():
                 others = [torch.empty_like(value) for _ in range(2)]
@@ -80,7 +80,7 @@ def hooked(rank):
         optimizer = torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)
         retract_after_step(optimizer, matrices, riemannian=True, process_group=group)
         train(m, optimizer, xs)
-    assert differ(model.parameters(), reference.parameters()) < 1e-6  # 1.2e-7
+    assert differ(model.parameters(), reference.parameters()) < 1e-6  # observed 6e-8
 
 
 def sharded(rank):
@@ -95,7 +95,7 @@ def sharded(rank):
             optimizer = make(manifold_groups(model), process_group=group)
             train(model, optimizer, batches()[:, rank])
             full = [p.full_tensor() for p in model.parameters()]
-            assert differ(full, reference.parameters()) < 1e-6  # 1.5e-7
+            assert differ(full, reference.parameters()) < 1e-6  # observed 1.2e-7
 
 
 def run(rank: int, path: str) -> None:

@@ -54,7 +54,7 @@ def test_steps_stay_on_the_manifold_and_descend(make, dtype):
     targets = [polar_svd(p.detach() + 0.3 * t) for p, t in zip(params, targets, strict=True)]
     before = float(distance(params, targets).detach())
     train(make(params), params, targets, 60)
-    # 8.5e-7, 6e-16 at most
+    # observed 4.2e-7 at most
     assert sigma_error(params) <= (2e-6 if dtype == torch.float32 else 1e-12)
     assert float(distance(params, targets).detach()) < 0.1 * before
 
@@ -74,7 +74,7 @@ def test_batched_steps_are_those_of_the_formulas(make):
         for i, g in enumerate(step):
             twins[i] = reference.step(i, twins[i], g)
         for p, twin in zip(params, twins, strict=True):
-            assert torch.allclose(p, twin, rtol=0, atol=1e-12)  # 1e-15
+            assert torch.allclose(p, twin, rtol=0, atol=1e-12)  # observed 4.2e-15
 
 
 @optimizers
@@ -87,7 +87,7 @@ def test_orthogonal_maps_of_rows_and_columns_commute_with_a_step(make):
         other.grad = left @ one.grad @ right
         for step in steps:
             step.step()
-    assert torch.allclose(left @ one @ right, other, rtol=0, atol=1e-12)  # 2e-15
+    assert torch.allclose(left @ one @ right, other, rtol=0, atol=1e-12)  # observed 3.9e-16
 
 
 def test_adam_of_constant_gradients_moves_by_the_learning_rate():
@@ -97,7 +97,7 @@ def test_adam_of_constant_gradients_moves_by_the_learning_rate():
     x.grad = torch.randn_like(x)
     StiefelAdam([x], lr=1e-4).step()
     moved = (x.detach() - before).square().mean().sqrt().item()
-    assert moved == pytest.approx(1e-4, rel=1e-4)  # 3e-8 relative
+    assert moved == pytest.approx(1e-4, rel=1e-4)  # observed 1.5e-11
 
 
 @optimizers
@@ -109,7 +109,7 @@ def test_gradients_of_any_scale_leave_orthogonal_matrices(make, scale):
         for p in params:
             p.grad = torch.randn_like(p) * scale
         optimizer.step()
-    assert sigma_error(params) <= 2e-6  # 6e-7
+    assert sigma_error(params) <= 2e-6  # observed 6.9e-7
 
 
 @optimizers
@@ -122,7 +122,7 @@ def test_a_thousand_steps_do_not_drift(make):
         optimizer.step()
         if step % 100 == 99:
             worst = max(worst, sigma_error([p]))
-    assert worst <= 1e-6  # 6.6e-7
+    assert worst <= 1e-6  # observed 7.3e-7
 
 
 @optimizers
@@ -152,7 +152,7 @@ def test_plain_groups_move_as_by_torch(make):
         optimizer.step()
         twin.step()
     for p, q in zip(plain, other, strict=True):
-        assert torch.allclose(p, q, rtol=0, atol=1e-6)  # 2e-7
+        assert torch.allclose(p, q, rtol=0, atol=1e-6)  # observed 1.2e-7
 
 
 @optimizers
@@ -184,7 +184,7 @@ def test_parameters_that_join_late_have_their_own_count():
     alone.grad = y.grad.clone()
     together.step()
     single.step()
-    assert torch.allclose(y, alone, rtol=0, atol=1e-14)  # 1e-16
+    assert torch.allclose(y, alone, rtol=0, atol=1e-14)  # observed 3.3e-16
 
 
 def test_closures_schedulers_and_clipping():
@@ -239,7 +239,7 @@ def test_compiled_step_is_the_eager_one():
         compiled()
         steps[1].step()
     for p, q in zip(params, others, strict=True):
-        assert torch.allclose(p, q, rtol=0, atol=1e-6)  # 0.0
+        assert torch.allclose(p, q, rtol=0, atol=1e-6)  # observed 5.4e-7
 
 
 HOOKED = {
@@ -265,7 +265,7 @@ def test_any_optimizer_retracts_after_its_step(make, riemannian):
         optimizer.zero_grad()
         distance(params, targets).backward()
         optimizer.step()
-        assert sigma_error(params) <= 2e-6  # 6e-7
+        assert sigma_error(params) <= 2e-6  # observed 8.1e-7
     assert float(distance(params, targets).detach()) < 0.1 * before
     hook.remove()
     train(optimizer, params, [2 * t for t in start], 3)
@@ -283,7 +283,9 @@ def test_the_hook_leaves_other_parameters_alone():
         module(x).sin().sum().backward()
         step.step()
     assert torch.equal(layer.bias, twin.bias)
-    assert torch.allclose(layer.weight, polar_svd(twin.weight.detach()), atol=2e-6)  # 2e-7
+    assert torch.allclose(
+        layer.weight, polar_svd(twin.weight.detach()), atol=2e-6
+    )  # observed 4.2e-7
 
 
 def test_what_cannot_be_done_is_refused():

@@ -30,6 +30,8 @@ MODELS = {
     "convnet": ({"in_shape": (2, 8, 8), "num_classes": 3}, (2, 8, 8)),
     "convnet_digits": ({}, (1, 8, 8)),
     "convnet_mnist": ({}, (1, 28, 28)),
+    "convnet_xs": ({"in_shape": (2, 4, 4), "width": 4, "depth": 1}, (2, 4, 4)),
+    "convnet_zoo": ({"width": 8, "hidden": 16}, (1, 8, 8)),
     "mlp": ({"in_features": 12, "num_classes": 3}, (12,)),
     "mlp_digits": ({}, (1, 8, 8)),
 }

@@ -118,7 +118,8 @@ def test_the_recipe_is_that_of_the_paper_and_runs(tmp_path, monkeypatch, capsys)
     text = capsys.readouterr().out
     assert "none changed class" in text
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"checkpoint.pt", "metrics.json", "certified_accuracy.png", "training.png"}
+    pictures = {"certified_accuracy.png", "training.png"}
+    assert names == {"checkpoint.pt", "state.pt", "log.csv", "metrics.json", *pictures}
     missing = ["train", "cifar10-xs", "--data-root", str(tmp_path / "nothing"), "--quiet"]
     assert cli.main(missing) == 1
     assert "--data-root" in capsys.readouterr().err

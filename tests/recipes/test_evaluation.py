@@ -153,7 +153,9 @@ def test_run_writes_its_files(report, config):
     folder = report.files[0].parent
     names = ["checkpoint.pt", "metrics.json", "training.png", "certified_accuracy.png"]
     assert [path.name for path in report.files] == [*names, "singular_values.png"]
-    assert sorted(folder.iterdir()) == sorted(report.files)
+    assert sorted(folder.iterdir()) == sorted(
+        [*report.files, folder / "log.csv", folder / "state.pt"]  # of the training, to go on
+    )
     metrics = json.loads((folder / "metrics.json").read_text())
     assert TrainConfig.from_dict(metrics["config"]) == config
     assert metrics["history"] == report.history

@@ -67,7 +67,7 @@ def test_offset_is_that_of_the_radius():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": "cifar10"}, "TrainConfig: dataset must be one of"),
+        ({"dataset": "svhn"}, "TrainConfig: dataset must be one of"),
         ({"model": "resnet50"}, "model must be one of"),
         ({"ortho_params": "svd"}, "ortho_params must be one of 'default'"),
         ({"epochs": 0}, "epochs must be an integer >= 1"),
