@@ -25,9 +25,10 @@ from orthonet.linalg._matrix import (
 __all__ = [
     "Factors",
     "Measured",
-    "bjorck_polar",
+    "by_polynomials",
     "centred_below",
     "finish",
+    "finish_by_svd",
     "gram_polar",
     "largest_norm",
     "measure",
@@ -37,7 +38,6 @@ __all__ = [
 ]
 
 _NEAR = 0.62  # norm of E up to which its series converge well
-_WITHIN = 0.35  # root mean square of the eigenvalues of E from where its norm is worth measuring
 _SMALL = 128  # sizes and batches up to which products are much cheaper than factorizations
 
 
@@ -87,7 +87,7 @@ def gram_polar(w: Tensor) -> Factors:
     """Polar factor of each matrix, by the cheapest way that its Gram matrix allows."""
     if 0 in w.shape:
         return Factors.bare(w.clone())
-    found = _by_polynomials(w, keep_inverse=True)
+    found = by_polynomials(w, keep_inverse=True)
     if found.u is not None:
         return Factors.bare(found.u, found.inverse)
     factors, scale = _by_eigenvectors(found.x), found.scale
@@ -102,7 +102,7 @@ def recentred_polar(w: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float |
     """
     if 0 in w.shape:
         return w.clone(), w.new_ones(*w.shape[:-2], 1, 1), None
-    found = _by_polynomials(w)
+    found = by_polynomials(w)
     u = _by_eigenvectors(found.x).u if found.u is None else found.u
     scale = written = found.mean**0.5 if found.scale is None else found.scale
     if found.scale is not None:
@@ -242,7 +242,7 @@ def _rounded_up(b: float) -> float:
     return min(_NEAR, 2.0 ** (math.ceil(8.0 * math.log2(b)) / 8.0))
 
 
-def _by_polynomials(
+def by_polynomials(
     w: Tensor,
     keep_inverse: bool = False,
     far: bool = True,
@@ -351,47 +351,10 @@ def _scaled_newton_schulz(x: Tensor, eigenvalues: Tensor) -> Tensor:
         alpha = math.sqrt(3.0 / (1.0 + low + low * low))
         x = newton_schulz(alpha * x, alpha * alpha * gram, 0.5)
         low = 0.5 * alpha * low * (3.0 - (alpha * low) ** 2)
-    return _finish_by_svd(w, x, x.mT @ x)
+    return finish_by_svd(w, x, x.mT @ x)
 
 
-def bjorck_polar(w: Tensor, beta: float, niters: int) -> Factors:
-    """Polynomials and, where they do not reach, `niters` Björck steps at most until they do.
-
-    What is not within their reach then is finished by plain steps while these make progress, and by
-    an SVD otherwise.
-    """
-    if 0 in w.shape:
-        return Factors.bare(w.clone())
-    # closer than elsewhere: the errors of the factors of a convolution add up
-    unit = torch.finfo(w.dtype).eps
-    found = _by_polynomials(w, keep_inverse=True, tolerance=unit)
-    if found.u is not None:
-        return Factors.bare(found.u, found.inverse)
-    n, x = w.shape[-1], w / rms_scale(w)
-    gram = symmetric_product(x, x)
-    # sigma_max^2 <= the smaller of two norms of the Gram matrix; the iteration keeps signs (and
-    # contracts) below (1 + beta) / beta, so scale down only what might lie above.
-    row_sum = gram.abs().sum(-1).amax(-1)
-    bound = torch.minimum(row_sum, torch.linalg.matrix_norm(gram))[..., None, None]
-    shrink = (0.95 * (1.0 + beta) / beta / bound).clamp(max=1.0)
-    x, gram = x * shrink.sqrt(), gram * shrink
-    previous = math.inf
-    for step in range(niters + 40):
-        defect = float(gram_defect(gram).amax())
-        if step and defect <= _WITHIN * n**0.5:
-            u = _by_polynomials(x, far=False, gram=gram.clone(), tolerance=unit).u
-            if u is not None:
-                return Factors.bare(u)
-        late = step >= niters
-        if not defect < math.inf or (late and defect > 0.75 * previous and defect > 0.5):
-            break
-        previous = defect
-        x = newton_schulz(x, gram, 0.5 if late else beta)
-        gram = symmetric_product(x, x)
-    return Factors.bare(_finish_by_svd(w, x, gram))
-
-
-def _finish_by_svd(w: Tensor, x: Tensor, gram: Tensor) -> Tensor:
+def finish_by_svd(w: Tensor, x: Tensor, gram: Tensor) -> Tensor:
     """Replace the matrices of the batch that have not arrived by their SVD polar factor."""
     arrived = math.sqrt(torch.finfo(w.dtype).eps)
     failed = ~(gram_defect(gram).reshape(-1) <= arrived)

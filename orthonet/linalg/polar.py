@@ -15,6 +15,7 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.linalg._matrix import in_transform, on_tall
+from orthonet.linalg._polar_bjorck import bjorck_polar
 from orthonet.linalg._polar_gradient import (
     centred_gradient,
     differentiable_gradient,
@@ -25,7 +26,6 @@ from orthonet.linalg._polar_gradient import (
 from orthonet.linalg._polar_steps import (
     Factors,
     Measured,
-    bjorck_polar,
     centred_below,
     finish,
     gram_polar,

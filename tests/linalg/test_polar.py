@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from orthonet import linalg
-from orthonet.linalg import _polar_series, _polar_steps
+from orthonet.linalg import _polar_bjorck, _polar_series
 from orthonet.testing import MATRIX_CASES, MATRIX_SHAPES, hard_matrix, orthogonality_error
 from tests.references import polar_gradient_reference, polar_reference
 
@@ -50,13 +50,13 @@ def test_every_beta_and_budget_arrive(beta):
 
 def test_budget_and_step_size_are_read(monkeypatch):
     steps = []
-    original = _polar_steps.newton_schulz
+    original = _polar_bjorck.newton_schulz
 
     def counting(x, gram, beta):
         steps.append(beta)
         return original(x, gram, beta)
 
-    monkeypatch.setattr(_polar_steps, "newton_schulz", counting)
+    monkeypatch.setattr(_polar_bjorck, "newton_schulz", counting)
     w = hard_matrix("kappa_1e3", (8, 8), torch.float64)
     linalg.polar(w, beta=0.25, niters=3)
     assert steps[:3] == [0.25] * 3
