@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from orthonet import _checks
-from orthonet.certify._empirical import _check_attack, _gain, _inside
-from orthonet.certify._secants import _TINY, _lengths, _noise, _rows, _unit
+from orthonet.certify._empirical import _ball, _gain
+from orthonet.certify._secants import _TINY, _rows, _unit
 
 __all__ = ["apgd_l2"]
 
@@ -57,32 +56,18 @@ def apgd_l2(
         rounded points, is at most `radius`.
 
     Raises:
-        ValueError: The model is in train mode, or a radius is negative or not finite.
+        ValueError: The model is in train mode, x lies outside the box, or a radius is negative or
+            not finite.
 
     References:
         F. Croce, M. Hein, Reliable evaluation of adversarial robustness with an ensemble of
         diverse parameter-free attacks, ICML 2020, algorithm 1 and equation 6.
     """
-    _check_attack("apgd_l2", model, x, y)
-    _checks.positive_int("apgd_l2", steps=steps, restarts=restarts)
-    x, y = x.detach(), y.detach().reshape(-1).to(x.device)
-    size = torch.as_tensor(radius, dtype=torch.float64, device=x.device).expand(len(x))
-    _checks.require(
-        bool((size.isfinite() & (size >= 0)).all()),
-        "apgd_l2",
-        "every radius must be finite and non-negative",
-        "Leave out the samples that need no attack",
-        radius=radius,
-    )
-    low, high = bounds if bounds is not None else (-torch.inf, torch.inf)
-    ball = _rows(size.to(x.dtype), x)
-
-    def project(delta: Tensor) -> Tensor:
-        delta = (x + delta).clamp(low, high) - x
-        return delta * (ball / _rows(_lengths(delta).clamp_min(_TINY), x)).clamp(max=1.0)
+    ball = _ball("apgd_l2", model, x, y, radius, bounds, steps, restarts)
+    x, y = ball.x, ball.y
 
     def climb(delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        point = (x + delta).clamp(low, high).requires_grad_()
+        point = ball.point(delta).requires_grad_()
         with torch.enable_grad():
             logits = model(point)
             value = _dlr(logits, y)
@@ -91,8 +76,8 @@ def apgd_l2(
 
     found, found_gain = torch.zeros_like(x), None
     for restart in range(restarts):
-        delta = project(_unit(_noise(x, generator)) * ball) if restart else torch.zeros_like(x)
-        before, best, top = delta, delta, torch.full_like(size, -torch.inf).to(x.dtype)
+        delta = ball.start(generator) if restart else torch.zeros_like(x)
+        before, best, top = delta, delta, torch.full_like(ball.radius, -torch.inf).to(x.dtype)
         length = torch.full_like(top, 2.0)
         last, mark, rises, since = top, top, torch.zeros_like(top), 0
         period = max(1, round(0.22 * steps))
@@ -106,9 +91,9 @@ def apgd_l2(
             rises, since, last = rises + (value > last), since + 1, value
             higher = value > top
             top, best = torch.where(higher, value, top), torch.where(_rows(higher, x), delta, best)
-            goal = project(delta + _rows(length, x) * ball * ascent)
+            goal = ball.project(delta + _rows(length, x) * ball.rows * ascent)
             share = 0.75 if step else 1.0
-            moved = project(delta + share * (goal - delta) + (1.0 - share) * (delta - before))
+            moved = ball.project(delta + share * (goal - delta) + (1.0 - share) * (delta - before))
             before, delta = delta, moved
             if since >= period:
                 stuck = (rises < 0.75 * since) | (top <= mark)
@@ -116,4 +101,4 @@ def apgd_l2(
                 delta = torch.where(_rows(stuck, x), best, delta)
                 mark, rises, since = top, torch.zeros_like(top), 0
                 period = max(max(1, round(0.06 * steps)), period - max(1, round(0.03 * steps)))
-    return _inside(x, found, size, low, high)
+    return ball.inside(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,79 @@ def _check_attack(owner: str, model: nn.Module, x: Tensor, y: Tensor) -> None:
     )  # fmt: skip
 
 
+class _Ball(NamedTuple):
+    """The samples, their labels, the l2 balls around them, and the box of valid inputs."""
+
+    x: Tensor
+    y: Tensor
+    radius: Tensor  # in float64
+    low: float
+    high: float
+
+    @property
+    def rows(self) -> Tensor:
+        """The radii, as they multiply perturbations."""
+        return _rows(self.radius.to(self.x.dtype), self.x)
+
+    def point(self, delta: Tensor) -> Tensor:
+        """The valid input at a perturbation."""
+        return (self.x + delta).clamp(self.low, self.high)
+
+    def project(self, delta: Tensor) -> Tensor:
+        """The perturbation, cut off at the box and shortened to the ball."""
+        delta = self.point(delta) - self.x
+        shrink = self.rows / _rows(_lengths(delta).clamp_min(_TINY), self.x)
+        return delta * shrink.clamp(max=1.0)
+
+    def start(self, generator: torch.Generator | None) -> Tensor:
+        """A random perturbation on the sphere, as far as the box allows."""
+        return self.project(_unit(_noise(self.x, generator)) * self.rows)
+
+    def inside(self, delta: Tensor) -> Tensor:
+        """The point, shortened until the rounded one lies within the radius in float64."""
+        x = self.x
+        result, done = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for factor in (1.0, 1.0 - 1e-7, 1.0 - 1e-6, 1.0 - 1e-5, 1.0 - 1e-4, 0.99, 0.9, 0.5):
+            point = self.point(factor * delta)
+            good = (_lengths(point.double() - x.double()) <= self.radius) & ~done
+            result = torch.where(_rows(good, x), point, result)
+            done |= good
+        return result
+
+
+def _ball(
+    owner: str,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    radius: float | Tensor,
+    bounds: tuple[float, float] | None,
+    steps: int,
+    restarts: int,
+) -> _Ball:
+    """What an attack works on, checked."""
+    _check_attack(owner, model, x, y)
+    _checks.positive_int(owner, steps=steps, restarts=restarts)
+    x, y = x.detach(), y.detach().reshape(-1).to(x.device)
+    size = torch.as_tensor(radius, dtype=torch.float64, device=x.device).expand(len(x))
+    _checks.require(
+        bool((size.isfinite() & (size >= 0)).all()),
+        owner,
+        "every radius must be finite and non-negative",
+        "Leave out the samples that need no attack",
+        radius=radius,
+    )
+    low, high = bounds if bounds is not None else (-torch.inf, torch.inf)
+    _checks.require(
+        bool(((x >= low) & (x <= high)).all()),
+        owner,
+        "x must lie inside the box of valid inputs",
+        "Pass raw pixels and normalize inside the model, or use bounds=None",
+        bounds=bounds,
+    )
+    return _Ball(x, y, size, low, high)
+
+
 def pgd_l2(
     model: nn.Module,
     x: Tensor,
@@ -89,31 +163,8 @@ def pgd_l2(
     References:
         A. Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018.
     """
-    _check_attack("pgd_l2", model, x, y)
-    _checks.positive_int("pgd_l2", steps=steps, restarts=restarts)
-    x, y = x.detach(), y.detach().reshape(-1).to(x.device)
-    size = torch.as_tensor(radius, dtype=torch.float64, device=x.device).expand(len(x))
-    _checks.require(
-        bool((size.isfinite() & (size >= 0)).all()),
-        "pgd_l2",
-        "every radius must be finite and non-negative",
-        "Leave out the samples that need no attack",
-        radius=radius,
-    )
-    low, high = bounds if bounds is not None else (-torch.inf, torch.inf)
-    _checks.require(
-        bool(((x >= low) & (x <= high)).all()),
-        "pgd_l2",
-        "x must lie inside the box of valid inputs",
-        "Pass raw pixels and normalize inside the model, or use bounds=None",
-        bounds=bounds,
-    )
-    ball = _rows(size.to(x.dtype), x)
-
-    def project(delta: Tensor) -> Tensor:
-        delta = (x + delta).clamp(low, high) - x
-        return delta * (ball / _rows(_lengths(delta).clamp_min(_TINY), x)).clamp(max=1.0)
-
+    ball = _ball("pgd_l2", model, x, y, radius, bounds, steps, restarts)
+    x, y = ball.x, ball.y
     best = torch.zeros_like(x)
     with torch.no_grad():
         clean = model(x)
@@ -121,12 +172,12 @@ def pgd_l2(
     for restart in range(restarts):
         delta, rival = torch.zeros_like(x), None
         if restart:
-            delta = project(_unit(_noise(x, generator)) * ball)
+            delta = ball.start(generator)
         if restart and clean.ndim > 1 and clean.shape[1] > 1:
             rank = (restart - 1) % (clean.shape[1] - 1)
             rival = _rivals(clean, y).argsort(1, descending=True)[:, rank]
         for step in range(steps + 1):
-            point = (x + delta).clamp(low, high).requires_grad_()
+            point = ball.point(delta).requires_grad_()
             with torch.enable_grad():
                 logits = model(point)
                 (gradient,) = torch.autograd.grad(_gain(logits, y, rival).sum(), point)
@@ -136,19 +187,8 @@ def pgd_l2(
             best = torch.where(_rows(better, x), delta, best)
             # From half the diameter down, so that the last steps settle on the sphere.
             length = 2.0 * (1.0 - step / (steps + 1)) ** 2
-            delta = project(delta + length * ball * _unit(gradient))
-    return _inside(x, best, size, low, high)
-
-
-def _inside(x: Tensor, delta: Tensor, radius: Tensor, low: float, high: float) -> Tensor:
-    """The point x + delta, shortened until the rounded point lies within the radius in float64."""
-    result, done = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    for factor in (1.0, 1.0 - 1e-7, 1.0 - 1e-6, 1.0 - 1e-5, 1.0 - 1e-4, 0.99, 0.9, 0.5):
-        point = (x + factor * delta).clamp(low, high)
-        good = (_lengths(point.double() - x.double()) <= radius) & ~done
-        result = torch.where(_rows(good, x), point, result)
-        done |= good
-    return result
+            delta = ball.project(delta + length * ball.rows * _unit(gradient))
+    return ball.inside(best)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orthonet import _checks
-from orthonet.linalg._matrix import in_transform
+from orthonet.linalg._matrix import is_traced
 
 __all__ = ["circular_pad"]
 
@@ -56,7 +56,7 @@ def circular_pad(input: Tensor, pad: Sequence[int]) -> Tensor:
     )
     if not any(pads):
         return input
-    if torch.compiler.is_compiling() or in_transform():
+    if is_traced():
         return F.pad(input, pads, mode="circular") if input.ndim > dims else _wrap(input, pads)
     return _CircularPad.apply(input, pads)  # type: ignore[return-value]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.functional._activations import absolute, max_min
-from orthonet.linalg._matrix import in_transform
+from orthonet.linalg._matrix import in_forward_mode, in_transform
 
 __all__ = ["NONLINEARITIES", "mod_relu", "recurrence", "recurrence_loop"]
 
@@ -106,7 +106,7 @@ def recurrence(
     """
     _check(x, h0, weight_ih, weight_hh, bias, nonlinearity, threshold)
     arguments = (x, h0, weight_ih, weight_hh, bias, nonlinearity, threshold)
-    if in_transform() or torch.autograd.forward_ad._current_level >= 0:
+    if in_transform() or in_forward_mode():
         return recurrence_loop(*arguments)
     if torch.compiler.is_compiling():
         states, _ = _forward_op(*arguments)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from orthonet.layers._rnn_base import RecurrentLayer, State, at_last
 from orthonet.layers._rnn_cells import RecurrentCell
-from orthonet.linalg._matrix import in_transform
+from orthonet.linalg._matrix import in_forward_mode, is_traced
 from orthonet.manifolds._trivialization import Triv
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
@@ -20,8 +20,7 @@ __all__ = ["OrthoGRU", "OrthoGRUCell", "OrthoLSTM", "OrthoLSTMCell"]
 
 def _differentiated_by_torch() -> bool:
     """Whether PyTorch's own sequence kernels cannot be used."""
-    tracing = torch.compiler.is_compiling() or in_transform()
-    return tracing or torch.autograd.forward_ad._current_level >= 0
+    return is_traced() or in_forward_mode()
 
 
 class _GatedLayer(RecurrentLayer):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthonet.linalg._matrix import in_transform
+from orthonet.linalg._matrix import is_traced
 
 __all__ = ["filter_signal"]
 
@@ -36,7 +36,7 @@ def filter_signal(
     """
     left = bases if weights is None else bases * weights.unsqueeze(-2)
     signal = signal.contiguous()
-    if torch.compiler.is_compiling() or in_transform():
+    if is_traced():
         return _filter(signal, left, bases, axes, steps)
     return _Filter.apply(signal, left, bases, axes, steps)  # type: ignore[return-value]
 

@@ -14,6 +14,7 @@ __all__ = [
     "add_identity",
     "compute_dtype",
     "gram_defect",
+    "in_forward_mode",
     "in_transform",
     "is_traced",
     "minus_transpose",
@@ -51,6 +52,11 @@ def in_transform(*tensors: Tensor) -> bool:
 def is_traced(*tensors: Tensor) -> bool:
     """Whether code must be one graph of plain operations: under a compiler or a transform."""
     return torch.compiler.is_compiling() or in_transform(*tensors)
+
+
+def in_forward_mode() -> bool:
+    """Whether `torch.autograd.forward_ad` is running, which wants plain operations or a jvp."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def on_tall(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

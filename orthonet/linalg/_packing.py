@@ -7,7 +7,6 @@ traces, compiles and maps over batches like any arithmetic.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -90,6 +89,7 @@ class _UnpackSkew(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, n: int) -> Tensor:
+        ctx.n = n
         m = n - 1  # the strict triangle is a whole one of this size, a row below the first
         rows, columns = _rectangle(m)
         shift = rows - m
@@ -109,8 +109,7 @@ class _UnpackSkew(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         packed, _ = tangents
-        n = round(0.5 + math.sqrt(0.25 + 2.0 * packed.shape[-1]))
-        return unpack_skew(packed, n)
+        return unpack_skew(packed, ctx.n)
 
 
 def pack_symmetric(a: Tensor) -> Tensor:

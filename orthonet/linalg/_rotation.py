@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._matrix import add_identity, is_traced
+from orthonet.linalg._matrix import add_identity, in_forward_mode, is_traced
 from orthonet.linalg.exponential import matrix_exponential
 
 __all__ = [
@@ -59,7 +59,7 @@ def rotated_cayley(base: Tensor, a: Tensor) -> Tensor:
     \(Y \, dA \, (I - A/2)^{-1}\): backward takes one solve with the same factors and one product.
     Large A (\(\|A\|_2\) above about 4, estimated) are polished. B is a constant.
     """
-    if a.is_meta or is_traced(a, base) or torch.autograd.forward_ad._current_level >= 0:
+    if a.is_meta or is_traced(a, base) or in_forward_mode():
         inverse, _ = torch.linalg.inv_ex(add_identity(a * -0.5, 1.0))
         return polished(base @ (2.0 * inverse - _identity_like(a)))
     result = _RotatedCayley.apply(base, a)

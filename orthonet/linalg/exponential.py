@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._matrix import add_identity, compute_dtype, in_transform
+from orthonet.linalg._matrix import add_identity, compute_dtype, is_traced
 from orthonet.linalg._polar_steps import recentred_polar
 from orthonet.linalg.polar import AtCentre
 
@@ -64,7 +64,7 @@ def matrix_exponential(a: Tensor, *, degree: int = 12) -> Tensor:
     _require_square("matrix_exponential", a)
     _checks.positive_int("matrix_exponential", degree=degree)
     work = a.to(compute_dtype(a.dtype))
-    if torch.compiler.is_compiling() or in_transform():
+    if is_traced():
         return torch.linalg.matrix_exp(work).to(a.dtype)
     norm = float(work.detach().abs().sum(-2).amax()) if work.numel() else 0.0
     _checks.require(
@@ -183,7 +183,7 @@ def rotate_base(w: Tensor, base: Tensor, *, degree: int = 12) -> Tensor:
 
 def _polished(u: Tensor) -> Tensor:
     """Remove truncation and rounding: the polar factor, whose gradient takes two products here."""
-    if torch.compiler.is_compiling() or in_transform():
+    if is_traced():
         for _ in range(2):
             u = u @ add_identity(u.mT @ u * -0.5, 1.5)
         return u

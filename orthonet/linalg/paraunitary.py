@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._matrix import in_transform
+from orthonet.linalg._matrix import is_traced
 
 __all__ = ["apply_projectors"]
 
@@ -67,7 +67,7 @@ def apply_projectors(
     axes = tuple(channel + 1 + d for d in dims)
     left = bases if weights is None else bases * weights.unsqueeze(-2)
     kernel = kernel.contiguous()
-    if torch.compiler.is_compiling() or in_transform():
+    if is_traced():
         return _chain(kernel, left, bases, axes)
     return _Chain.apply(kernel, left, bases, axes)  # type: ignore[return-value]
 

@@ -42,6 +42,8 @@ def test_adaptive_attack_meets_the_distance_and_stays_in_the_ball(classes):
     assert float(boxed.max()) <= 1.0
     with pytest.raises(ValueError, match="every radius must be finite"):
         apgd_l2(model, x, y, -1.0)
+    with pytest.raises(ValueError, match="apgd_l2: x must lie inside the box"):
+        apgd_l2(model, x + 2.0, y, 1.0)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
