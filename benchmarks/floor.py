@@ -4,7 +4,8 @@ python -m benchmarks.floor [--quick] [--threads N] [--seconds S] [--out DIR]
 
 One step (the parameter moves, the weight is computed, a gradient is pulled back) is run once under
 a recorder that notes every matrix product, factorization and triangular solve with its operands.
-The floor is the time that these calls alone take, in their order, each once; what the step takes
+The floor is the time that these calls alone take, in their order, each once (all times are the
+least over interleaved rounds); what the step takes
 beyond is passes over memory, looking at the residual, autograd and Python. "least" is two products
 there and two back: no map onto orthogonal matrices that looks at its residual takes fewer.
 Units as in benchmarks/orthogonalizers.py. For the Cayley map, step and floor are compared with
@@ -59,7 +60,7 @@ class Settings:
     cayley: tuple[int, ...] = (64, 256, 1024)
     kept: tuple[int, ...] = (64, 256, 512)
     seconds: float = 8.0  # per shape
-    rounds: tuple[int, int] = (3, 40)
+    rounds: tuple[int, int] = (3, 300)
     lr: float = 1e-4
 
 
@@ -130,11 +131,11 @@ def measure(shape: tuple[int, ...], settings: Settings) -> list[dict[str, Any]]:
         x @ (x.mT @ y)
 
     steps["least"] = least
-    timings = harness.interleaved(steps, UNIT, seconds=settings.seconds, rounds=settings.rounds)
+    best = harness.fastest(steps, seconds=settings.seconds, rounds=settings.rounds)
     return [
         {"shape": "x".join(map(str, shape)), "preset": preset, "calls": recorders[preset].summary(),
-         "least": timings["least"].ratio, "floor": timings[f"{preset} floor"].ratio,
-         "step": timings[preset].ratio, "unit_seconds": timings[UNIT].seconds}
+         "least": best["least"] / best[UNIT], "floor": best[f"{preset} floor"] / best[UNIT],
+         "step": best[preset] / best[UNIT], "unit_seconds": best[UNIT]}
         for preset in PRESETS
     ]  # fmt: skip
 
@@ -167,9 +168,9 @@ def measure_kept(n: int, settings: Settings) -> dict[str, Any]:
         "kept": lambda: kept_start(moved, u),
         "cold": lambda: polar(moved),
     }
-    timings = harness.interleaved(steps, UNIT, seconds=settings.seconds, rounds=settings.rounds)
+    best = harness.fastest(steps, seconds=settings.seconds, rounds=settings.rounds)
     distance = float((kept_start(moved, u) - polar(moved)).abs().max())
-    return {"n": n, "kept": timings["kept"].ratio, "cold": timings["cold"].ratio,
+    return {"n": n, "kept": best["kept"] / best[UNIT], "cold": best["cold"] / best[UNIT],
             "kept_calls": record(steps["kept"]).summary(),
             "cold_calls": record(steps["cold"]).summary(), "distance": distance}  # fmt: skip
 
@@ -188,12 +189,10 @@ def measure_cayley(n: int, settings: Settings) -> list[dict[str, Any]]:
         steps[name], recorders[name] = step, record(step)
         steps[f"{name} floor"] = recorders[name].replay
     base = GEOTORCH if GEOTORCH in recorders else "torch"
-    rounds = settings.rounds
-    timings = harness.interleaved(steps, base, seconds=settings.seconds, rounds=rounds)
-    below = timings[f"{base} floor"].ratio
+    best = harness.fastest(steps, seconds=settings.seconds, rounds=settings.rounds)
     return [
         {"shape": f"{n}x{n}", "library": name, "calls": recorder.summary(),
-         "step": timings[name].ratio, "floor": timings[f"{name} floor"].ratio / below}
+         "step": best[name] / best[base], "floor": best[f"{name} floor"] / best[f"{base} floor"]}
         for name, recorder in recorders.items()
     ]  # fmt: skip
 
