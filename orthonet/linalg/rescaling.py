@@ -181,6 +181,7 @@ def convolution_norm_upper(kernel: Tensor, *, groups: int = 1, niters: int = 6) 
     blocks = blocks.flatten(0, -3)
     if blocks.shape[-2] < blocks.shape[-1]:
         blocks = blocks.mH
+    blocks = blocks.resolve_conj().contiguous()
     with torch.no_grad():
         bound = _gram_bound(blocks, niters)
     if torch.is_grad_enabled() and blocks.requires_grad:
@@ -196,19 +197,34 @@ def _gram_bound(
     """Upper bounds (batch,) of the norms of matrices, by Gram iteration."""
     log_norm = blocks.new_zeros(blocks.shape[:-2], dtype=blocks.real.dtype)
     weight = 1.0
-    for _ in range(niters):
-        scale = torch.linalg.matrix_norm(blocks.detach())
+    for i in range(niters):
+        scale = _frobenius(blocks.detach())
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         log_norm = log_norm + weight * scale.log()
-        blocks = blocks / scale[..., None, None]
-        blocks = blocks.mH @ blocks
+        blocks = _divided(blocks, scale)
+        # from the second on the matrix is its own adjoint
+        blocks = (blocks if i else blocks.mH) @ blocks
         weight /= 2
-    # vector_norm of real and imaginary parts: its gradient at 0 is 0
-    flat = torch.view_as_real(blocks).flatten(-3) if blocks.is_complex() else blocks.flatten(-2)
-    norm = torch.linalg.vector_norm(flat, dim=-1)
+    norm = _frobenius(blocks)
     positive = norm > 0
     safe = torch.where(positive, norm, torch.ones_like(norm))
     return torch.where(positive, safe**weight * log_norm.exp(), torch.zeros_like(norm))
+
+
+def _divided(blocks: Tensor, scale: Tensor) -> Tensor:
+    """Matrices over a positive number each; real arithmetic, which is several times faster."""
+    if not blocks.is_complex():
+        return blocks / scale[:, None, None]
+    return torch.view_as_complex(torch.view_as_real(blocks) / scale[:, None, None, None])
+
+
+def _frobenius(blocks: Tensor) -> Tensor:
+    """Frobenius norms (batch,), from real and imaginary parts: the gradient at 0 is 0.
+
+    The norm of a complex tensor takes as long as several products of these matrices.
+    """
+    flat = torch.view_as_real(blocks).flatten(-3) if blocks.is_complex() else blocks.flatten(-2)
+    return torch.linalg.vector_norm(flat, dim=-1)
 
 
 def normalized_spectral(kernel: Tensor, *, groups: int = 1) -> Tensor:
