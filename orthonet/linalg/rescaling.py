@@ -124,20 +124,41 @@ def overlap(kernel_size: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return math.prod([-(-k // s) for k, s in zip(kernel_size, stride, strict=True)])
 
 
-def normalized_frobenius(kernel: Tensor, *, reads: int = 1) -> Tensor:
-    r"""Divide by \(\sqrt{r}\,\|K\|_F\): norm at most 1, since \(\|K\|_2 \le \|K\|_F\).
+def normalized_frobenius(kernel: Tensor, *, groups: int = 1, reads: int | None = None) -> Tensor:
+    r"""Divide each group by a bound of the Frobenius norm of its symbol: norm at most 1.
+
+    \(\|S(f)\|_2^2 \le \|S(f)\|_F^2 = \sum_{lag} a_{lag} e^{i f \cdot lag} \le \sum_{lag}
+    |a_{lag}|\) with the autocorrelation \(a_{lag} = \sum_t \langle K_t, K_{t + lag} \rangle\). A
+    strided convolution has norm at most \(\sqrt{reads}\,\|K\|_F\) too, and the smaller one is
+    taken. A matrix, and a kernel with one tap that is not 0, is divided by its Frobenius norm.
 
     Args:
-        kernel: Matrix or kernel.
-        reads: How many windows read one pixel, see `overlap`.
+        kernel: Matrix or kernel, of any scale.
+        groups: Groups of the convolution.
+        reads: How many windows read one pixel, see `overlap`; None if that is not known.
 
     Shape:
-        Any; zero stays zero.
+        (c_out, c_in / groups, *taps), up to three tap dims. Output: the same; a zero group stays
+        zero.
+
+    Guarantee:
+        \(\|W\|_2 \le 1\) up to rounding, on every grid, for zero or circular padding and any
+        stride.
     """
-    work = _unit_scale(kernel.to(compute_dtype(kernel.dtype)))
-    norm = torch.linalg.vector_norm(work)
-    norm = torch.where(norm > 0, norm, torch.ones_like(norm))
-    return (work / (norm * math.sqrt(reads))).to(kernel.dtype)
+    work = _unit_scale(kernel.to(compute_dtype(kernel.dtype))).unflatten(0, (groups, -1))
+    dims = kernel.ndim - 2
+    if dims == 0:
+        squares = work.square().flatten(1).sum(1)
+    else:
+        flat = work.flatten(1, 2)  # (groups, entries of a tap, *taps)
+        padding = tuple(size - 1 for size in kernel.shape[2:])
+        lags = _CONVOLUTIONS[dims](flat.flatten(0, 1)[None], flat, padding=padding, groups=groups)
+        squares = lags.abs().flatten(2).sum(-1).flatten()
+        if reads is not None:
+            squares = torch.minimum(squares, reads * flat.square().flatten(1).sum(1))
+    squares = torch.where(squares > 0, squares, torch.ones_like(squares))
+    scaled = work * squares.rsqrt().view(-1, *(1,) * (work.ndim - 1))
+    return scaled.flatten(0, 1).to(kernel.dtype)
 
 
 def convolution_norm_upper(kernel: Tensor, *, groups: int = 1, niters: int = 6) -> Tensor:

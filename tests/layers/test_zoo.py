@@ -12,6 +12,7 @@ from orthonet.certify import certify
 from orthonet.convert import to_plain
 from orthonet.errors import NotOnManifoldError
 from orthonet.layers import available, make_conv, make_linear, method
+from orthonet.linalg import normalized_frobenius
 from orthonet.testing import (
     LAYER_LAWS,
     MATRIX_CASES,
@@ -315,6 +316,24 @@ def test_registry():
         make_conv("eco", 4, 4, 3)
     with pytest.raises(ValueError, match="its own name"):
         layers.register_method(method("aol"))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_frobenius_bounds_the_symbol_of_each_group(groups):
+    kernel = torch.randn(6, 4 // groups, 3, 3, dtype=torch.float64)
+    made = normalized_frobenius(kernel, groups=groups, reads=9)
+    n = 24  # a fine grid: the maximum of a polynomial of degree 2 lies close to it
+    symbols = torch.fft.fft2(made.unflatten(0, (groups, -1)), s=(n, n))
+    squares = symbols.abs().square().sum((1, 2)).flatten(1).amax(1)
+    assert bool((squares <= 1 + 1e-12).all())
+    assert bool((squares >= 0.4).all())  # observed 0.62 to 1 for 20 seeds
+    for factor in (1.0, 1e-30):
+        tap = torch.zeros(6, 4 // groups, 3, 3)
+        tap[:, :, 0, 2] = factor * torch.randn(6, 4 // groups)
+        norms = normalized_frobenius(tap, groups=groups).unflatten(0, (groups, -1)).flatten(1)
+        torch.testing.assert_close(norms.norm(dim=1), torch.ones(groups))
+    strided = torch.ones(1, 1, 2, 2)
+    torch.testing.assert_close(normalized_frobenius(strided, reads=1), strided / 2)
 
 
 @pytest.mark.parametrize("name", available())
