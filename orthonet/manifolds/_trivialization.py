@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
+from orthonet.linalg._matrix import without_autocast
 from orthonet.linalg._packing import pack_skew, unpack_skew
 from orthonet.linalg._rotation import (
     complement_reflector,
@@ -23,7 +24,7 @@ from orthonet.linalg._rotation import (
 )
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._log_volume import frame_log_volume
-from orthonet.manifolds._parametrization import Parametrization, without_autocast
+from orthonet.manifolds._parametrization import Parametrization
 
 __all__ = ["FrameTrivialization", "SignedTrivialization", "Trivialization", "Triv", "check_triv"]
 
