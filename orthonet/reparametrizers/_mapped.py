@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg._matrix import compute_dtype, without_autocast
 from orthonet.reparametrizers._cache import CachedWeight
 
 __all__ = ["MappedWeight"]
@@ -70,7 +70,7 @@ class MappedWeight(CachedWeight):
         return self._compute(self.original).to(self.original.dtype)
 
     def _compute(self, original: Tensor) -> Tensor:
-        with torch.autocast(original.device.type, enabled=False):
+        with without_autocast(original):
             weight = self.function(original.to(compute_dtype(original.dtype)))
             return weight if self.lipschitz == 1.0 else weight * self.lipschitz
 

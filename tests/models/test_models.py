@@ -29,6 +29,10 @@ MODELS = {
     ),
     "convnet_digits": ({}, (1, 8, 8)),
     "convnet_mnist": ({"channels": (8, 8, 8), "hidden": (16,)}, (1, 28, 28)),
+    "convnet_images": (
+        {"in_shape": (3, 14, 9), "num_classes": 4, "width": 4, "patch": 2, "smallest": 2},
+        (3, 14, 9),
+    ),
     "convnet_zoo": ({"width": 8, "hidden": 16}, (1, 8, 8)),
     "convnet_xs": ({"in_shape": (2, 4, 4), "width": 4, "depth": 1}, (2, 4, 4)),
 }
