@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _harness as harness
-from benchmarks import convolutions, linear_step, manifolds, orthogonalizers, rnn
+from benchmarks import convolutions, linear_step, manifolds, optim, orthogonalizers, rnn, shared_out
 
 # Benchmarks whose page shows what they print, by the name of their JSON file.
 PRINTED = {
     module.__name__.rpartition(".")[2]: module.summary
-    for module in (orthogonalizers, linear_step, convolutions, manifolds, rnn)
+    for module in (orthogonalizers, linear_step, convolutions, manifolds, rnn, optim, shared_out)
 }
 Cell = Callable[[Mapping[str, Any], Mapping[str, Any]], str]
 DOCS = Path(__file__).parents[1] / "docs"
