@@ -80,6 +80,7 @@ class State:
     step: Step | None = None
     bound: Bound | None = None
     row: Row | None = None
+    seconds: float = 0.0  # what the rule of its module took
     used: list[State] = field(default_factory=list)
     """The nodes whose bounds the bound was made from."""
 
@@ -258,7 +259,7 @@ class Walker:
         return as_step(rule(state.call), state.call)
 
     def _leaf_step(self, state: State, leaf: LeafCall) -> Step:
-        call, target = state.call, leaf.target
+        start, call, target = time.perf_counter(), state.call, leaf.target
         if not isinstance(target, nn.Module):
             rule = function_rule(target)
             return as_step(rule(call) if rule else None, call)
@@ -277,6 +278,7 @@ class Walker:
             raise
         except ValueError as error:
             call.refuse(f"its bound could not be computed ({error})", "Correct it")
+        state.seconds = time.perf_counter() - start
         return as_step(result, call)
 
     def _child(self, call: Call, module: nn.Module, state: State) -> Callable[..., Bound]:
@@ -326,6 +328,7 @@ class Walker:
         seconds, self.nested = seconds - self.nested, outer + seconds
         if row is not None:
             path, op, shape, gain, method = row
+            seconds += state.seconds
             state.row = Row(path, op, shape, gain.value, bound.value, method, gain.kind, seconds)
         return bound
 

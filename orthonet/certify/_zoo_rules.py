@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from orthonet import layers
 from orthonet.certify._bound import Bound
 from orthonet.certify._module_rules import BoundOf, Shape, _refuse
+from orthonet.certify._norms import conv_norm
 from orthonet.certify._rules import (
     COPY,
     REARRANGEMENT,
@@ -33,7 +34,6 @@ from orthonet.certify._sizes import (
 )
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg._rounding import add_up, div_up, mul_up, up
-from orthonet.linalg.convolution_bounds import convolution_norm_bound
 from orthonet.linalg.enclosure import spectral_norm_bound
 
 __all__: list[str] = []
@@ -198,7 +198,7 @@ def _residual_conv(module: Any, input_shape: Shape) -> Step:
     size = _image(module, input_shape)
     weight, scale = _weights(module)
     scale = scale.view(-1, 1, 1, 1)
-    norm = convolution_norm_bound(
+    norm = conv_norm(
         weight * (scale / 2).sqrt(),
         size,
         padding=module._pad,
@@ -229,7 +229,7 @@ def _soc(module: Any, input_shape: Shape) -> Step:
     if not torch.equal(grouped, -grouped.transpose(1, 2).flip(-2, -1)):
         _refuse(module, "the kernel must be skew", "Make it by L = M - M^T, as the layer does")
     terms = module._number_of_terms(deployed.dtype)
-    norm = convolution_norm_bound(
+    norm = conv_norm(
         kernel,
         size,
         padding=module._pad,

@@ -140,6 +140,9 @@ def normalized_frobenius(kernel: Tensor, *, reads: int = 1) -> Tensor:
     return (work / (norm * math.sqrt(reads))).to(kernel.dtype)
 
 
+_PRODUCTS_A_SCALE = 3  # from norm 1 the largest entry falls to no less than rank^-5: no underflow
+
+
 def convolution_norm_upper(kernel: Tensor, *, groups: int = 1, niters: int = 6) -> Tensor:
     r"""A differentiable upper bound of the norm of a convolution on every grid.
 
@@ -189,23 +192,29 @@ def convolution_norm_upper(kernel: Tensor, *, groups: int = 1, niters: int = 6) 
     return (bound.amax() * largest / math.sqrt(slack)).to(kernel.dtype)
 
 
+def _lengths(blocks: Tensor) -> Tensor:
+    """Frobenius norms (batch,), by real and imaginary parts: the gradient at 0 is 0."""
+    flat = torch.view_as_real(blocks).flatten(-3) if blocks.is_complex() else blocks.flatten(-2)
+    return torch.linalg.vector_norm(flat, dim=-1)
+
+
 def _gram_bound(
     blocks: Tensor,  # (batch, m, n), m >= n
     niters: int,
 ) -> Tensor:
     """Upper bounds (batch,) of the norms of matrices, by Gram iteration."""
+    blocks = blocks.contiguous()
     log_norm = blocks.new_zeros(blocks.shape[:-2], dtype=blocks.real.dtype)
     weight = 1.0
-    for _ in range(niters):
-        scale = torch.linalg.matrix_norm(blocks.detach())
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        log_norm = log_norm + weight * scale.log()
-        blocks = blocks / scale[..., None, None]
+    for step in range(niters):
+        if step % _PRODUCTS_A_SCALE == 0:
+            scale = _lengths(blocks.detach())
+            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+            log_norm = log_norm + weight * scale.log()
+            blocks = blocks / scale[..., None, None]
         blocks = blocks.mH @ blocks
         weight /= 2
-    # vector_norm of real and imaginary parts: its gradient at 0 is 0
-    flat = torch.view_as_real(blocks).flatten(-3) if blocks.is_complex() else blocks.flatten(-2)
-    norm = torch.linalg.vector_norm(flat, dim=-1)
+    norm = _lengths(blocks)
     positive = norm > 0
     safe = torch.where(positive, norm, torch.ones_like(norm))
     return torch.where(positive, safe**weight * log_norm.exp(), torch.zeros_like(norm))
