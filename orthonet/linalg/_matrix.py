@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ __all__ = [
     "require_finite",
     "rms_scale",
     "symmetric_product",
+    "without_autocast",
 ]
 
 
@@ -57,6 +59,17 @@ def is_traced(*tensors: Tensor) -> bool:
 def in_forward_mode() -> bool:
     """Whether `torch.autograd.forward_ad` is running, which wants plain operations or a jvp."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Switch autocast off, on devices that know it; nothing is entered where it is off."""
+    kind = tensor.device.type
+    # The compilers of early versions cannot ask, and every device that they compile for knows it.
+    if not torch.compiler.is_compiling() and not (
+        torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    ):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def on_tall(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from orthonet import _checks
-from orthonet.linalg._matrix import rms_scale
+from orthonet.linalg._matrix import is_traced, rms_scale
 
 __all__ = ["gram_iteration", "power_iteration"]
 
@@ -36,16 +35,37 @@ def power_iteration(w: Tensor, u: Tensor, *, niters: int = 3) -> tuple[Tensor, T
         An estimate: at most \(\|W\|_2\) up to rounding, by an unknown amount.
     """
     _checks.positive_int("power_iteration", niters=niters)
-    with torch.no_grad():
-        start, matrix = u, w.detach() / rms_scale(w.detach())
-        v = u.new_zeros(*w.shape[:-2], w.shape[-1])
-        for _ in range(niters):
-            v = F.normalize((matrix.mT @ u.unsqueeze(-1)).squeeze(-1), dim=-1)
-            u = F.normalize((matrix @ v.unsqueeze(-1)).squeeze(-1), dim=-1)
-        norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
-        u = torch.where((norm > 0.5) & (norm < 2.0), u, start)  # comparisons with NaN are false
+    u, v = leading_vectors(w, u, niters)
     sigma = (u.unsqueeze(-2) @ w @ v.unsqueeze(-1)).squeeze(-1).squeeze(-1)
     return sigma, u, v
+
+
+@torch.no_grad()
+def leading_vectors(w: Tensor, u: Tensor, niters: int) -> tuple[Tensor, Tensor]:
+    """The vectors u (*batch, m) and v (*batch, n) of `power_iteration`."""
+    start, x = u.unsqueeze(-1), w.detach()
+    if not _squares_are_in_range(x):
+        x = x / rms_scale(x)
+    column, row = start, x.new_zeros(*x.shape[:-2], x.shape[-1], 1)
+    for _ in range(niters):
+        row = x.mT @ column
+        column = x @ row
+        column = column / _length(column).clamp_min(1e-30)
+    length = _length(column)
+    column = torch.where((length > 0.5) & (length < 2.0), column, start)  # false for NaN
+    return column.squeeze(-1), (row / _length(row).clamp_min(1e-30)).squeeze(-1)
+
+
+def _length(columns: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(columns, dim=-2, keepdim=True)
+
+
+def _squares_are_in_range(x: Tensor) -> bool:
+    """Whether W^T W v and its norm neither overflow nor underflow; not asked for if it is slow."""
+    if not x.is_cpu or is_traced(x) or not x.numel():
+        return False
+    low, high = torch.aminmax(torch.linalg.vector_norm(x, dim=(-2, -1)))
+    return float(low) > 1e-6 and float(high) < 1e6
 
 
 def gram_iteration(w: Tensor, *, niters: int = 6) -> Tensor:

@@ -8,7 +8,6 @@ decay, optimizer state or communication is spent on entries that nothing reads.
 from __future__ import annotations
 
 import abc
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,23 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg._matrix import compute_dtype, without_autocast
 
 if TYPE_CHECKING:
     from orthonet.manifolds._base import Manifold, Membership
 
-__all__ = ["Parametrization", "without_autocast"]
-
-
-def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Switch autocast off, on devices that know it."""
-    kind = tensor.device.type
-    # The compilers of early versions cannot ask, and every device that they compile for knows it.
-    if not torch.compiler.is_compiling() and not (
-        torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    ):
-        return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)
+__all__ = ["Parametrization"]
 
 
 class Parametrization(nn.Module, abc.ABC):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
+from orthonet.linalg._matrix import without_autocast
 from orthonet.linalg._packing import pack_skew, unpack_skew
 from orthonet.linalg._rotation import (
     complement_reflector,
@@ -23,7 +24,7 @@ from orthonet.linalg._rotation import (
 )
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._log_volume import frame_log_volume
-from orthonet.manifolds._parametrization import Parametrization, without_autocast
+from orthonet.manifolds._parametrization import Parametrization
 
 __all__ = ["FrameTrivialization", "SignedTrivialization", "Trivialization", "Triv", "check_triv"]
 
@@ -135,8 +136,10 @@ class FrameTrivialization(Trivialization):
         n, k = self._sizes
         base = torch.eye(n, k, device=device, dtype=dtype).expand(*self.batch_shape, n, k).clone()
         self.register_buffer("base", base.mT.contiguous() if self.transposed else base)
-        reflector = complement_reflector(base) if not base.is_meta else torch.empty_like(base)
-        self.register_buffer("reflector", reflector if k < n else reflector[..., :0, :])
+        reflector = None  # not an empty one: writers of checkpoints take two such for one
+        if k < n:
+            reflector = torch.empty_like(base) if base.is_meta else complement_reflector(base)
+        self.register_buffer("reflector", reflector)
 
     @property
     def _sizes(self) -> tuple[int, int]:

@@ -17,6 +17,8 @@ from orthonet.models import mlp
 from orthonet.recipes._beyond import BeyondReport, grid, optimize
 from orthonet.recipes._data import require_package
 from orthonet.recipes._figures import BLUE, GREY, ORANGE, _figure, _save
+from orthonet.recipes._log import writer_class
+from orthonet.recipes._processes import joined, part_of
 from orthonet.recipes._shapes import SHAPES
 
 
@@ -126,8 +128,12 @@ def sphere_trace(
 
 
 def train_sdf(
-    config: SDFConfig, out: str | os.PathLike[str], *, progress: bool = False
-) -> BeyondReport:
+    config: SDFConfig,
+    out: str | os.PathLike[str],
+    *,
+    progress: bool = False,
+    tensorboard: bool = False,
+) -> BeyondReport | None:
     """Fit a 1-Lipschitz network to the signed distance of a shape and trace rays against it.
 
     The network never overestimates the distance to its own surface, which is what a ray tracer
@@ -139,10 +145,12 @@ def train_sdf(
         config: What to run.
         out: A folder, made if it is missing.
         progress: Whether to show a progress bar on the standard error stream.
+        tensorboard: Whether to write every row of the training into `tensorboard` in `out` too.
 
     Returns:
-        The report; its figures are `mean_error`, `largest_error` (from the shape's distance, on
-        fresh points), `constant`, `rays`, `hits` and `overshoots`.
+        The report, None in all processes of `torchrun` but the first. Its figures are `mean_error`,
+        `largest_error` (from the shape's distance, on fresh points), `constant`, `rays`, `hits` and
+        `overshoots`.
 
     Raises:
         ModuleNotFoundError: A package of the extra `demo` is missing.
@@ -154,6 +162,8 @@ def train_sdf(
         distance fields*, Computer Graphics Forum 2024.
     """
     require_package("matplotlib", "matplotlib")
+    if tensorboard:
+        writer_class()
     shape = SHAPES[config.shape]
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
@@ -161,12 +171,16 @@ def train_sdf(
         model = mlp(shape.dimension, 1, hidden=(config.hidden,) * 3, activation="group_sort")
 
     def loss_of() -> Tensor:
-        x = _points(config, config.batch_size, generator)
+        x = part_of(_points(config, config.batch_size, generator))
         return (model(x)[:, 0] - shape.distance(x)).square().mean()
 
-    history = optimize(
-        model, loss_of, iterations=config.iterations, lr=config.lr, progress=progress, name="sdf"
-    )
+    with joined("cpu") as rank:
+        history = optimize(
+            model, loss_of, iterations=config.iterations, lr=config.lr, progress=progress,
+            name="sdf", folder=Path(out), tensorboard=tensorboard,
+        )  # fmt: skip
+    if rank != 0:
+        return None
     model = model.double().requires_grad_(False)
     constant = certify(model, torch.zeros(1, shape.dimension).double()).constant.value
     x = torch.rand(20_000, shape.dimension, generator=generator).double() * 2 - 1

@@ -10,14 +10,14 @@ taken, since fused optimizers do not count up the version of a tensor. Where a v
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.reparametrizers._cache_record import STATE, Stamps, Structure, probe
+from orthonet.reparametrizers._cache_record import GROUP, STATE, Stamps, Structure, probe
 from orthonet.reparametrizers._cache_state import count_step, steps, usable
 from orthonet.reparametrizers._defer import deferred, undeferred
 from orthonet.reparametrizers._pullback import Computation, attach, own_graph
@@ -34,8 +34,7 @@ __all__ = [
     "slot_of",
 ]
 
-GROUP = "_group"  # the attribute of a module whose value is computed together with others'
-GIVEN = "_given"  # ... and that of its value while something made of it is computed
+GIVEN = "_given"  # the attribute of a module for its value, while something made of it is computed
 
 _local = threading.local()  # .computing: this thread is inside of `evaluate`
 
@@ -177,7 +176,7 @@ def hit(module: nn.Module) -> Tensor | None:
     if current is None or not usable(module):
         return None
     structure, stamps, kept, index = current
-    if not (kept.current(index) and structure.fits(module) and stamps.hold()):
+    if not (kept.current(index) and stamps.hold() and structure.fits(module)):
         return None
     return kept.get(index, stamps.requires_grad and torch.is_grad_enabled())
 
@@ -197,18 +196,20 @@ def read(module: CachedWeight) -> Tensor:
     """The value of `module.evaluate()`, from the slot where possible."""
     if torch.compiler.is_compiling():
         return module.evaluate()
-    value = hit(module)
-    return _compute(module) if value is None else value
-
-
-def _compute(module: CachedWeight) -> Tensor:
     slot = slot_of(module)
+    seen = slot.current
+    value = hit(module)
+    return _compute(module, slot, seen) if value is None else value
+
+
+def _compute(module: CachedWeight, slot: Slot, seen: object) -> Tensor:
     with slot.lock:  # while another thread computes, the module holds aliases of its parameters
         if not usable(module) or getattr(_local, "computing", False):
             return module.evaluate()
-        value = hit(module)  # another thread may have been faster
-        if value is not None:
-            return value
+        if slot.current is not seen:  # another thread may have been faster
+            value = hit(module)
+            if value is not None:
+                return value
         slot.current = None  # free what is out of date first
         structure = keepable(module)
         if structure is None:
@@ -227,7 +228,7 @@ def _keep(module: CachedWeight, structure: Structure) -> Tensor:
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     random = None if recorded in structure.audited else _random_states(tensors)
     if recorded:
-        computation = _compute_on_aliases(module, tensors)
+        computation = _compute_on_aliases(module, structure)
     else:
         with torch.inference_mode(False), torch.no_grad():
             computation = Computation((), (), (module.evaluate(),))
@@ -246,7 +247,7 @@ def _keep(module: CachedWeight, structure: Structure) -> Tensor:
     return module.evaluate() if value is None else value
 
 
-def _compute_on_aliases(module: CachedWeight, tensors: Sequence[Tensor]) -> Computation:
+def _compute_on_aliases(module: CachedWeight, structure: Structure) -> Computation:
     """Evaluate with an alias in place of every tensor of `module` that requires a gradient.
 
     The aliases share memory and version counter with what they stand for, so the module may write
@@ -256,7 +257,6 @@ def _compute_on_aliases(module: CachedWeight, tensors: Sequence[Tensor]) -> Comp
     aliases: dict[int, Tensor] = {}
     inputs: list[Tensor] = []
     swapped: list[tuple[dict[str, Any], str, Tensor | None]] = []
-    skipped: set[nn.Module] = set()
 
     def swap(place: dict[str, Any], name: str, tensor: Tensor) -> None:
         if id(tensor) not in aliases:
@@ -268,22 +268,12 @@ def _compute_on_aliases(module: CachedWeight, tensors: Sequence[Tensor]) -> Comp
         place[name] = aliases[id(tensor)]
 
     try:
-        with torch.inference_mode(False), undeferred():
-            for part in module.modules():
-                if part in skipped:
-                    continue
-                group = vars(part).get(GROUP)
-                value = None if group is None else group.value(part)
-                if value is not None:
-                    skipped.update(part.modules())
-                    if value.requires_grad:
-                        swap(vars(part), GIVEN, value)
-                    continue
-                for place in (part._parameters, part._buffers):
-                    for name, tensor in tuple(place.items()):
-                        if tensor is not None and tensor.requires_grad:
-                            swap(place, name, tensor)
         with own_graph() as hooked:
+            replaced = _replace_grouped(module, swap) if structure.grouped else ()
+            for part, place, name in structure.homes:
+                tensor = place[name]
+                if tensor.requires_grad and part not in replaced:
+                    swap(place, name, tensor)
             output = module.evaluate()
     finally:
         for place, name, before in reversed(swapped):
@@ -291,8 +281,26 @@ def _compute_on_aliases(module: CachedWeight, tensors: Sequence[Tensor]) -> Comp
                 del place[name]
             else:
                 place[name] = before
-    watched = [t for t in tensors if isinstance(t, nn.Parameter)]
+    watched = [t for t in structure.tensors if isinstance(t, nn.Parameter)]
     return Computation(inputs, list(aliases.values()), (output,), watched, hooked)
+
+
+def _replace_grouped(
+    module: nn.Module, swap: Callable[[dict[str, Any], str, Tensor], None]
+) -> set[int]:
+    """Give the parts that belong to a group their values; return the identities of all therein."""
+    replaced: set[int] = set()
+    for part in module.modules():
+        group = vars(part).get(GROUP)
+        if group is None or id(part) in replaced:
+            continue
+        with undeferred():
+            value = group.value(part)
+        if value is not None:
+            replaced.update(map(id, part.modules()))
+            if value.requires_grad:
+                swap(vars(part), GIVEN, value)
+    return replaced
 
 
 def _random_states(tensors: Sequence[Tensor]) -> list[bytes]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["INTERNAL", "STATE", "Stamps", "Structure", "probe"]
+__all__ = ["GROUP", "INTERNAL", "STATE", "Stamps", "Structure", "probe"]
 
 STATE = "_cached"  # the attribute of a module that holds its slot
+GROUP = "_group"  # ... and that of what computes its value together with others'
 # What every module has: its hooks, which do not enter a value, and what is looked at below.
 INTERNAL = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 
@@ -25,6 +26,8 @@ class Structure:
         "attributes",
         "audited",
         "count",
+        "grouped",
+        "homes",
         "names",
         "parts",
         "probes",
@@ -42,7 +45,12 @@ class Structure:
         held = list(self.attributes)
         self.parts = []  # the same of the sub-modules
         self.sized = []  # dictionaries that must not grow
+        self.homes: list[tuple[int, dict[str, Any], str]] = []  # of parameters and buffers
+        self.grouped = False  # whether a part is computed together with others
         for part in module.modules():
+            self.grouped = self.grouped or vars(part).get(GROUP) is not None
+            for place in (part._parameters, part._buffers):
+                self.homes += [(id(part), place, n) for n, t in place.items() if t is not None]
             contents = [part._parameters, part._buffers, part._modules]
             self.sized += contents
             self.parts += [_values(d, tuple(d)) for d in contents if d]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg._matrix import compute_dtype, without_autocast
 from orthonet.reparametrizers._cache import (
     GIVEN,
     Kept,
@@ -116,7 +116,7 @@ class Batch:
         return Computation(originals, (leaf,), outputs, originals, hooked, spread)
 
     def _run(self, matrices: Tensor) -> list[Tensor]:
-        with torch.autocast(matrices.device.type, enabled=False):
+        with without_autocast(matrices):
             for step in self.steps:
                 matrices = step(matrices)
         pieces = zip(matrices.split(self.counts), self.shapes, strict=True)

@@ -13,7 +13,7 @@ from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg import apply_projectors, block_convolution
 from orthonet.linalg._filtering import filter_signal
-from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg._matrix import compute_dtype, without_autocast
 from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._kernel_fit import KernelFactors, fit_factors
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
@@ -177,7 +177,7 @@ class OrthoKernel(CachedWeight):
     def evaluate(self) -> Tensor:
         """Compute the kernel, in the dtype of the parameters."""
         first = self._parts()[0].original
-        with torch.autocast(first.device.type, enabled=False):
+        with without_autocast(first):
             kernel = self.compose(self.factors())
             return (kernel if self.gain == 1.0 else self.gain * kernel).to(first.dtype)
 
@@ -218,7 +218,7 @@ class OrthoKernel(CachedWeight):
     def convolve(self, x: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
         """Convolve (N, C_in, *sizes) without padding, factor by factor: no kernel is formed."""
         first = self._parts()[0].original
-        with torch.autocast(first.device.type, enabled=False):
+        with without_autocast(first):
             factors = self.kept_factors()
         signal = x.unflatten(1, (self.groups, self.inner)).movedim(0, 2)  # (g, c, n, *sizes)
         if factors.embedding is not None:

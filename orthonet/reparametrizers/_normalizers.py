@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg import power_iteration
-from orthonet.linalg._matrix import compute_dtype, in_transform
+from orthonet.linalg._matrix import compute_dtype, in_forward_mode, in_transform, is_traced
+from orthonet.linalg.spectral import leading_vectors
 
 __all__ = ["BatchedIdentity", "BatchedPowerIteration", "L2Normalize"]
 
@@ -95,14 +97,22 @@ class BatchedPowerIteration(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
         r"""Return `w` divided by its estimated norm."""
         start = self.u.to(w.dtype)
-        sigma, u, _ = power_iteration(w, start, niters=self.power_it_niter)
+        if is_traced(w) or in_forward_mode():
+            sigma, u, _ = power_iteration(w, start, niters=self.power_it_niter)
+            result = w / self._divisor(w, sigma[..., None, None])
+        else:
+            u, v = leading_vectors(w, start, self.power_it_niter)
+            result = _DividedByNorm.apply(w, u.unsqueeze(-1), v.unsqueeze(-1), self._divisor)
         if self.training and not in_transform():
             with torch.no_grad():
                 self.u.copy_(u)
-        size = min(self.weight_shape[-2:])
-        scale = torch.linalg.matrix_norm(w.detach()) * max(size, 1) ** -0.5
-        floor = torch.finfo(w.dtype).tiny ** 0.5
-        return w / (sigma + self.eps * scale).clamp_min(floor)[..., None, None]
+        return result  # type: ignore[return-value]
+
+    def _divisor(self, w: Tensor, sigma: Tensor) -> Tensor:
+        """What `w` is divided by, (*batch, 1, 1)."""
+        size = max(min(w.shape[-2:]), 1)
+        scale = torch.linalg.vector_norm(w.detach(), dim=(-2, -1), keepdim=True)
+        return torch.add(sigma, scale, alpha=self.eps * size**-0.5).clamp_min(_floor(w))
 
     def right_inverse(self, w: Tensor) -> Tensor:
         """Return `w`: exact for weights of unit norm."""
@@ -113,6 +123,37 @@ class BatchedPowerIteration(nn.Module):
             f"weight_shape={self.weight_shape}, power_it_niter={self.power_it_niter}, "
             f"eps={self.eps}"
         )
+
+
+def _floor(w: Tensor) -> float:
+    return torch.finfo(w.dtype).tiny ** 0.5
+
+
+class _DividedByNorm(torch.autograd.Function):
+    r"""\(Y = W / s\) with \(s = u^\top W v\), and what the divisor adds to it, as one node.
+
+    \(\nabla_W = (G - \langle G, Y \rangle\, u v^\top) / s\), without the second term where W is so
+    small that s is a constant.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, u: Tensor, v: Tensor, divisor: Any) -> Tensor:
+        sigma = (u * (w @ v)).sum(-2, keepdim=True)
+        s = divisor(w, sigma)
+        result = w / s
+        ctx.save_for_backward(w, u, v, s, result)
+        ctx.divisor = divisor
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        w, u, v, s, result = ctx.saved_tensors
+        if torch.is_grad_enabled():  # differentiated again
+            s = ctx.divisor(w, (u * (w @ v)).sum(-2, keepdim=True))
+            result = w / s
+        inner = (grad * result).sum((-2, -1), keepdim=True)
+        inner = inner * (s.detach() > _floor(w))
+        return (grad - (inner * u) @ v.mT) / s, None, None, None
 
 
 class L2Normalize(nn.Module):

@@ -7,18 +7,20 @@ inputs to the outputs, owned by a `Computation`; the node pulls gradients back t
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from orthonet import _checks
+from orthonet.linalg._matrix import without_autocast
 
 __all__ = ["Computation", "Gradients", "attach", "own_graph"]
 
 _autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
+_engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -54,9 +56,11 @@ class Computation:
         if not pairs:
             return (None,) * len(self.inputs)
         outputs, given = zip(*pairs, strict=True)
-        with torch.autocast(self.leaves[0].device.type, enabled=False):
-            pulled = torch.autograd.grad(
-                outputs, self.leaves, given, retain_graph=True, allow_unused=True
+        with without_autocast(self.leaves[0]):
+            # torch.autograd.grad(outputs, self.leaves, given, retain_graph=True, allow_unused=True)
+            # without its checks of the arguments, which take as long as the engine
+            pulled = _engine.run_backward(
+                outputs, given, True, False, self.leaves, True, accumulate_grad=False
             )
         return pulled if self.spread is None else self.spread(pulled, grads)
 
@@ -68,7 +72,7 @@ class Computation:
             return result
         outputs, given = zip(*pairs, strict=True)
         spread, count = self.spread, len(self.leaves)
-        with own_graph() as hooked, torch.autocast(given[0].device.type, enabled=False):
+        with own_graph() as hooked, without_autocast(given[0]):
             aliases = [g.detach().requires_grad_() for g in given]
             pulled = torch.autograd.grad(
                 outputs, self.leaves, aliases, create_graph=True, allow_unused=True
@@ -108,19 +112,26 @@ class Computation:
         )
 
 
-@contextlib.contextmanager
-def own_graph() -> Iterator[bool]:
+class own_graph:  # noqa: N801 (spelled as torch.no_grad)
     """Record a graph that no surrounding mode or hook on saved tensors (checkpointing) sees.
 
     Yields whether such hooks had to be kept away; autograd does not check then that what it has
     saved is unchanged.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        if _saving_hooks() is None:
-            yield False
-        else:
-            with torch.autograd.graph.saved_tensors_hooks(_same, _same):
-                yield True
+
+    __slots__ = ("_stack",)
+
+    def __enter__(self) -> bool:
+        self._stack, hooked = ExitStack(), _saving_hooks() is not None
+        if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+            self._stack.enter_context(torch.inference_mode(False))
+            self._stack.enter_context(torch.enable_grad())
+        if hooked:
+            self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
+        return hooked
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
 
 
 def _saving_hooks() -> Any:

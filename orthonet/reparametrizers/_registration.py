@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from orthonet import _checks
+from orthonet.linalg._matrix import without_autocast
 from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._plain_values import load_plain, reset_parameters
 
@@ -32,9 +33,7 @@ class CachedParametrizationList(CachedWeight, ParametrizationList):
     def evaluate(self) -> Tensor:
         """Compute the tensor from the originals, in full precision also under autocast."""
         first: Any = self.original if self.is_tensor else self.original0
-        if first.is_meta:  # which autocast does not know
-            return ParametrizationList.forward(self)
-        with torch.autocast(first.device.type, enabled=False):
+        with without_autocast(first):
             return ParametrizationList.forward(self)
 
     def project_(self, value: Tensor, owner: object = None) -> float:

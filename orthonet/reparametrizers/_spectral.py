@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.linalg import haar
-from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg._matrix import compute_dtype, without_autocast
 from orthonet.linalg.fourier import kernel_symbol
 
 __all__ = ["FourierWeight"]
@@ -53,7 +53,7 @@ class FourierWeight(nn.Module):
     def forward(self, size: tuple[int, int]) -> Tensor:
         """Return the blocks on a torus of this height and width."""
         stored = self.original
-        with torch.autocast(stored.device.type, enabled=False):
+        with without_autocast(stored):
             kernel = stored.to(compute_dtype(stored.dtype))
             return self.function(kernel_symbol(kernel, size, dilation=self.dilation))
 

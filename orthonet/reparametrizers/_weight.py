@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.linalg import haar, polar_svd
-from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg._matrix import compute_dtype, without_autocast
 from orthonet.linalg._ranks import whole
 from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._group import Group
@@ -79,12 +79,8 @@ class OrthoWeight(CachedWeight):
             value = self._group.value(self)
             if value is not None:
                 return value
-        stored = self.original
-        kind = stored.device.type
-        if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(kind):
-            return self._constrain(stored)  # the context below costs as much as a small matrix
-        with torch.autocast(kind, enabled=False):
-            return self._constrain(stored)
+        with without_autocast(self.original):
+            return self._constrain(self.original)
 
     def _constrain(self, stored: Tensor) -> Tensor:
         # A shard of FSDP2, outside of the forward pass of its unit, is gathered by all processes.
