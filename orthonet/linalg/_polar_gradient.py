@@ -73,12 +73,12 @@ def centred_gradient(u: Tensor, scale: Tensor | float, grad: Tensor) -> Tensor:
             return torch.addmm(grad, u, s, beta=1.0 / scale, alpha=-0.5 / scale)
         return (grad - u @ s.mul_(0.5)).div_(scale)
     # U U^T G = G then, which spares the difference of S and its transpose
-    inner, half = grad.mT @ u, 0.5 / scale
-    if u.ndim == 2 and isinstance(half, float):
-        return torch.addmm(grad, u, inner, beta=half, alpha=-half)
+    inner = grad.mT @ u
+    if u.ndim == 2 and isinstance(scale, float):
+        return torch.addmm(grad, u, inner, beta=0.5 / scale, alpha=-0.5 / scale)
     if u.ndim == 3:
-        return torch.baddbmm(grad, u, inner, alpha=-1.0).mul_(half)
-    return (grad - u @ inner).mul_(half)
+        return torch.baddbmm(grad, u, inner, beta=0.5, alpha=-0.5).div_(scale)
+    return (grad - u @ inner).div_(2.0 * scale)
 
 
 def differentiable_gradient(w: Tensor, u: Tensor, grad: Tensor) -> Tensor:

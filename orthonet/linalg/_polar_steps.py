@@ -104,7 +104,9 @@ def recentred_polar(w: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float |
         return w.clone(), w.new_ones(*w.shape[:-2], 1, 1), None
     found = by_polynomials(w)
     u = _by_eigenvectors(found.x).u if found.u is None else found.u
-    scale = written = found.mean**0.5 if found.scale is None else found.scale
+    mean = found.mean
+    root = mean.sqrt() if isinstance(mean, Tensor) else mean**0.5
+    scale = written = root if found.scale is None else found.scale
     if found.scale is not None:
         written = found.scale * (w != 0).any(-1).any(-1)[..., None, None]
     return u, scale, None if found.defect <= centred_below(w) else written
@@ -159,7 +161,7 @@ def finish(w: Tensor, measured: Measured, bound: float) -> tuple[Tensor, Tensor]
 
 def _defect(gram: Tensor) -> tuple[Tensor, Tensor]:
     """E = gram / mean - I, and the mean eigenvalue of the Gram matrix, (*batch, 1, 1)."""
-    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).unsqueeze(-1)
     return add_identity(gram.div_(mean), -1.0), mean
 
 

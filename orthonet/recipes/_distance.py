@@ -45,7 +45,7 @@ class SDFConfig:
     batch_size: int = 512
     iterations: int = 1200
     lr: float = 0.02
-    rays: int = 120
+    rays: int = 160
     trace_steps: int = 80
     seed: int = 0
 
@@ -249,7 +249,10 @@ def _rays(config: SDFConfig, dimension: int) -> tuple[Tensor, Tensor]:
 
 def _levels(axes: Any, x: Tensor, y: Tensor, values: Tensor, title: str) -> None:
     levels = [round(-0.3 + 0.1 * i, 1) for i in range(14)]
-    filled = axes.contourf(x, y, values, levels=levels, cmap="RdBu", extend="both", alpha=0.8)
+    middle = require_package("matplotlib.colors", "matplotlib").TwoSlopeNorm(0.0, -0.5, 1.0)
+    filled = axes.contourf(
+        x, y, values, levels=levels, cmap="RdBu", norm=middle, extend="both", alpha=0.8
+    )
     axes.contour(x, y, values, levels=[0.0], colors="black", linewidths=1.6)
     axes.figure.colorbar(filled, ax=axes, shrink=0.8)
     axes.set(aspect="equal", title=title)
@@ -286,6 +289,7 @@ def _space_picture(path: Path, model: nn.Module, config: SDFConfig, trace: Trace
     shade[trace.hit] = 0.15 + 0.75 * (normal @ (light / light.norm())).clamp_min(0.0)
     left.imshow(shade.reshape(side, side).numpy(), cmap="gray", vmin=0, vmax=1, origin="lower")
     left.set(xticks=[], yticks=[], title="the network, sphere-traced")
+    left.spines[:].set_visible(False)
     plane = grid(-1.2, 1.2, 160)
     x, z = plane.unbind(-1)
     cut = torch.stack((x, torch.zeros_like(x), z), -1).flatten(0, 1)
@@ -293,4 +297,4 @@ def _space_picture(path: Path, model: nn.Module, config: SDFConfig, trace: Trace
     _levels(right, x, z, values, "cut through the axis")
     truth = SHAPES[config.shape].distance(cut).reshape(160, 160)
     right.contour(x, z, truth, levels=[0.0], colors=ORANGE, linestyles="--")
-    return _save(figure, path, left, right)
+    return _save(figure, path, right)

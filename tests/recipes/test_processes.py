@@ -69,8 +69,8 @@ def test_two_processes_train_as_one(tmp_path):
         for rows, its in zip(alone, pair, strict=True):
             assert len(rows) >= 3
             for row, other in zip(rows, its, strict=True):
-                # observed 1e-6 at most; the sums are made in another order. Raw weights differ, where
-                # the weight made of them has no derivative and Adam divides rounding by itself.
+                # The sums are made in another order. Raw weights differ more: where the weight made
+                # of them has no derivative, Adam divides rounding by itself.
                 assert row == pytest.approx(other, rel=1e-4, abs=1e-6), name
         logs = sorted(path.name for path in (tmp_path / "two" / name).glob("*.csv"))
         assert logs == (["lstm.csv", "orthonet.csv"] if name == "copying" else ["log.csv"])
