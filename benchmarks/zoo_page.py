@@ -1,9 +1,10 @@
 """Write the comparison of the zoo, docs/zoo-benchmark.md and its pictures, from its JSON.
 
-python -m benchmarks.zoo_page [--check]
+python -m benchmarks.zoo_page [--check] [--costs]
 
 The JSON is that of `orthonet bench zoo --dataset NAME --out FOLDER`, FOLDER/zoo.json, kept as
-benchmarks/results/zoo_NAME.json.
+benchmarks/results/zoo_NAME.json. `--costs` measures the cost of a step again, of all methods in
+turn, and writes it into the JSON: those of a comparison come from different hours of a machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pathlib import Path
 
 from benchmarks import _harness as harness
 from benchmarks.page import DOCS, fill
-from orthonet.recipes import ZooReport
+from orthonet.recipes import ZooConfig, ZooReport, load
+from orthonet.recipes._files import write_json
+from orthonet.recipes._zoo import _planned
 from orthonet.recipes._zoo_figures import zoo_figure
 from orthonet.recipes._zoo_report import HEADER
 
@@ -58,11 +61,34 @@ def protocol(report: ZooReport) -> str:
     )
 
 
+def with_costs(report: ZooReport, rounds: int = 3) -> ZooReport:
+    """The report with the cost of a step of every method, the least of some rounds."""
+    config = dict(report.config)
+    config["methods"] = tuple(dict.fromkeys(run["method"] for run in report.runs))
+    plan, images = ZooConfig(**config), load(config["dataset"]).train
+    costs = {}
+    for _ in range(rounds):
+        for name in plan.methods:
+            found = _planned(plan, name, 0, images)[1]
+            costs[name] = min(costs.get(name, found), found)
+    runs = []
+    for run in report.runs:
+        cost = costs[run["method"]]
+        runs.append({**run, "seconds_per_step": cost.seconds, "saved_bytes": cost.saved_bytes})
+    return ZooReport(config, tuple(runs))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="fail when the page is out of date")
-    check = parser.parse_args().check
-    found = reports()
+    parser.add_argument("--costs", action="store_true", help="measure the cost of a step again")
+    arguments = parser.parse_args()
+    check, found = arguments.check, reports()
+    if arguments.costs:
+        found = {name: with_costs(report) for name, report in found.items()}
+        for name, report in found.items():
+            content = {**report.to_dict(), "protocol": ZooConfig(**report.config).protocol()}
+            write_json(harness.RESULTS / f"zoo_{name}.json", content)
     old = PAGE.read_text()
     new = fill(old, tables(found))
     if check and new != old:

@@ -25,6 +25,10 @@ _FIELDS = (
     ("radius", float, "radius that the loss asks for"),
     ("temperature", float, "temperature of the loss"),
     ("seed", int, "seed of weights, order and augmentation"),
+    ("image_size", int, "folder: side of the images that the network sees"),
+    ("min_scale", float, "folder: smallest share of a picture that a random crop keeps"),
+    ("workers", int, "folder: processes that read pictures, for each that trains"),
+    ("evaluated", int, "folder: pictures that are certified and attacked, 0 for all"),
     ("delay", int, "copying: blanks between the symbols and their recall"),
     ("hidden", int, "sequences: features of the state; w1, sdf, flow: width of the hidden layers"),
     ("iterations", int, "sequences, w1, sdf, flow: optimizer steps"),
@@ -99,11 +103,13 @@ def _train(
     progress: bool,
     out: Path | None = None,
     resume: bool = False,
+    tensorboard: bool = False,
     **changes: Any,
 ) -> Any:
     folder = out or Path("runs") / recipe
     kind, build, run = _plan(recipe)
-    if "layer" in changes and kind is recipes.TrainConfig:
+    images = issubclass(kind, recipes.TrainConfig)
+    if "layer" in changes and images:
         changes["model_arguments"] = {"layer": changes.pop("layer")}
     known = {field.name for field in dataclasses.fields(kind)}
     foreign = [f"--{name.replace('_', '-')}" for name in changes if name not in known]
@@ -112,16 +118,11 @@ def _train(
         "Leave it out, or choose another recipe", options=", ".join(foreign),
     )  # fmt: skip
     _checks.require(
-        not resume or kind is recipes.TrainConfig, "orthonet train",
+        not resume or images, "orthonet train",
         "--resume must come with a recipe of images", "Leave it out: others run in one go",
         recipe=recipe,
     )  # fmt: skip
-    _checks.require(
-        kind is recipes.TrainConfig or int(os.environ.get("WORLD_SIZE", "1")) == 1,
-        "orthonet train", "only recipes of images run in several processes",
-        "Start this one without torchrun", recipe=recipe,
-    )  # fmt: skip
-    options = {"resume": True} if resume else {}
+    options = {name: True for name, on in (("resume", resume), ("tensorboard", tensorboard)) if on}
     return run(build(**changes), folder, progress=progress, **options)
 
 
@@ -134,7 +135,8 @@ def _plan(recipe: str) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
         return (
             recipes.SequenceConfig, recipes.SEQUENCE_RECIPES[recipe], recipes.train_sequences
         )  # fmt: skip
-    return recipes.TrainConfig, recipes.RECIPES[recipe], recipes.train
+    kind = recipes.FolderConfig if recipe == "folder" else recipes.TrainConfig
+    return kind, recipes.RECIPES[recipe], recipes.train
 
 
 def _convert(source: str, *, progress: bool, out: Path, **options: Any) -> convert.ConversionReport:
@@ -144,6 +146,10 @@ def _convert(source: str, *, progress: bool, out: Path, **options: Any) -> conve
 def _bench(
     subject: str, *, progress: bool, out: Path | None = None, **changes: Any
 ) -> recipes.ZooReport:
+    _checks.require(
+        int(os.environ.get("WORLD_SIZE", "1")) == 1, "orthonet bench",
+        "a comparison must run in one process", "Start it without torchrun", subject=subject,
+    )  # fmt: skip
     config = recipes.ZooConfig(**changes)
     folder = out or Path("runs") / f"{subject}-{config.dataset}-{config.budget}"
     return recipes.bench_zoo(config, folder, progress=progress)
@@ -182,7 +188,14 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", default=None,
         help="images: go on after the last epoch in the folder of the results",
     )  # fmt: skip
-    train.add_argument("--data-root", help="cifar10-xs, seq-mnist: folder of the data")
+    train.add_argument(
+        "--tensorboard", action="store_true", default=None,
+        help="write every row of the training for TensorBoard too",
+    )  # fmt: skip
+    train.add_argument(
+        "--data", "--data-root", dest="data_root", metavar="DIR",
+        help="folder, cifar10-xs, seq-mnist: folder of the data",
+    )  # fmt: skip
     train.add_argument("--out", type=Path, help="folder of the results (runs/RECIPE)")
 
     certify = commands.add_parser("certify", help="certify and attack a trained network again")

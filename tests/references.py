@@ -103,13 +103,14 @@ class StiefelReference:
             beta1, beta2 = o["betas"]
             g = _tangent_part(x, grad)
             if x.shape[0] == x.shape[1]:  # the momentum in coordinates, X times it in the space
-                state["m"] = beta1 * before + (1 - beta1) * x.T @ g
-                m = x @ state["m"]
+                state["m"] = m = beta1 * before + (1 - beta1) * x.T @ g
             else:
                 state["m"] = m = _tangent_part(x, beta1 * before + (1 - beta1) * grad)
             state["v"] = beta2 * state["v"] + (1 - beta2) * g.square().mean()
             root = (state["v"] / (1 - beta2**t)) ** 0.5
             d = m / (1 - beta1**t) / (root + o["eps"])
+            if x.shape[0] == x.shape[1]:
+                return _turned(x, o["lr"] * d)
         else:
             mu = o["momentum"]
             share = 1.0 if t == 1 else 1.0 - o.get("dampening", 0.0)
@@ -121,8 +122,17 @@ class StiefelReference:
                 a = d @ d.T
                 d = 3.4445 * d - 4.7750 * a @ d + 2.0315 * a @ a @ d
             d = _tangent_part(x, d)
-        u, _, vh = torch.linalg.svd(x - o["lr"] * d, full_matrices=False)
-        return u @ vh
+        return _nearest(x - o["lr"] * d)
+
+
+def _turned(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The nearest orthogonal matrix of X (I - B + B^2 / 2)."""
+    return _nearest(x - x @ b + x @ b @ b / 2)
+
+
+def _nearest(y: torch.Tensor) -> torch.Tensor:
+    u, _, vh = torch.linalg.svd(y, full_matrices=False)
+    return u @ vh
 
 
 def _tangent_part(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

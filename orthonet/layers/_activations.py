@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +134,8 @@ class HouseholderActivation(nn.Module):
         Singla, Singla, Feizi, ICLR 2022, equation 3, https://arxiv.org/abs/2108.04062
     """
 
+    _angles: ClassVar[tuple[int, ...]] = ()  # for each pair
+
     def __init__(
         self,
         channels: int,
@@ -147,7 +150,8 @@ class HouseholderActivation(nn.Module):
         )
         self.channels = channels
         self.dim = dim
-        self.theta = nn.Parameter(torch.empty(channels // 2, device=device, dtype=dtype))
+        shape = (*self._angles, channels // 2)
+        self.theta = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

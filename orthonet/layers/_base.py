@@ -26,6 +26,16 @@ class ConstrainedWeight:
     parametrization: nn.Module
     bias: Tensor | None
     _plain_class: ClassVar[type[nn.Module]]
+    _factor: float = 1.0  # what the weight of the sub-module is multiplied by; no part of the state
+
+    def _set_factor(self, lipschitz: float) -> None:
+        _checks.in_range(type(self), 1e-30, 1e30, lipschitz=lipschitz)
+        self._factor = float(lipschitz)
+
+    @property
+    def lipschitz(self) -> float:
+        """The constant K that was asked of the layer."""
+        return self._factor * getattr(self.parametrization, "lipschitz", 1.0)
 
     @property
     def weight(self) -> Tensor:
@@ -34,7 +44,8 @@ class ConstrainedWeight:
         Assigning a tensor that satisfies the constraint sets the parameters; another one raises
         [`NotOnManifoldError`][orthonet.errors.NotOnManifoldError] and changes nothing.
         """
-        return self._modules["parametrization"]()  # type: ignore[attr-defined, misc]
+        weight = self._modules["parametrization"]()  # type: ignore[attr-defined, misc]
+        return weight if self._factor == 1.0 else weight * self._factor
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "weight":
@@ -47,7 +58,7 @@ class ConstrainedWeight:
             "Assign a tensor",
             weight=type(value),
         )
-        self.parametrization.assign_(value.detach(), self)  # type: ignore[operator]
+        self.parametrization.assign_(value.detach() / self._factor, self)  # type: ignore[operator]
 
     def project_(self, weight: Tensor) -> float:
         r"""Set the weight to the constrained one nearest to `weight` that the layer finds.
@@ -55,7 +66,9 @@ class ConstrainedWeight:
         Returns:
             The relative distance \(\|W_{new} - W\|_F / \|W\|_F\) that the projection moved it.
         """
-        return self.parametrization.project_(weight.detach(), self)  # type: ignore[operator]
+        return self.parametrization.project_(  # type: ignore[operator]
+            weight.detach() / self._factor, self
+        )
 
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to zero; nothing happens on the meta device."""
@@ -69,7 +82,7 @@ class ConstrainedWeight:
         plain = self._plain_class.__new__(self._plain_class)
         nn.Module.__init__(plain)
         for name, value in vars(self).items():
-            if name not in vars(plain):
+            if name not in vars(plain) and name != "_factor":
                 setattr(plain, name, copy.deepcopy(value))
         plain.weight = nn.Parameter(self.weight.detach().clone())
         bias = self.bias
@@ -88,8 +101,14 @@ class ConstrainedWeight:
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Also accept the `weight` of a plain `nn` layer: it is projected, with a warning."""
+        """Also accept the `weight` of a plain `nn` layer: it is projected, with a warning.
+
+        And the names that layers of a constant other than 1 had before theirs were those of 1.
+        """
         plain, own = f"{prefix}weight", f"{prefix}parametrization."
+        if not hasattr(self.parametrization, "weight"):
+            for key in [key for key in state_dict if key.startswith(f"{own}weight.")]:
+                state_dict[own + key.removeprefix(f"{own}weight.")] = state_dict.pop(key)
         if plain in state_dict and not any(key.startswith(own) for key in state_dict):
             weight = state_dict.pop(plain)
             try:
@@ -110,7 +129,9 @@ class ConstrainedWeight:
         if any(t.is_meta for t in self.parametrization.state_dict().values()):
             parametrization = parametrization.to_empty(device=device)
             parametrization.reset_parameters()  # type: ignore[operator]
-        moved = parametrization.project_(weight.detach(), self)  # type: ignore[operator]
+        moved = parametrization.project_(  # type: ignore[operator]
+            weight.detach() / self._factor, self
+        )
         if moved > torch.finfo(weight.dtype).eps ** 0.5:
             name = type(self).__name__
             sentence = _checks.message(

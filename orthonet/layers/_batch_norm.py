@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -84,6 +86,13 @@ class _BatchLipNorm(nn.Module):
         y = (x - mean.to(x.dtype).view(shape)) * self.gains(variance).to(x.dtype).view(shape)
         return y if self.bias is None else y + self.bias.to(x.dtype).view(shape)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **options: Any
+    ) -> None:
+        """Also accept what `nn.BatchNorm2d` and its like have saved."""
+        state_dict.pop(f"{prefix}num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
+
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps:g}, momentum={self.momentum}"
 
@@ -99,7 +108,7 @@ class BatchLipNorm2d(_BatchLipNorm):
 
     Channels are centred and brought to variances in a fixed proportion, that of the squared
     weights; the channel that is amplified most has gain 1. In eval mode the running statistics are
-    used and nothing is written.
+    used and nothing is written. A checkpoint of `nn.BatchNorm2d` loads.
 
     Args:
         num_features: number of channels.

@@ -39,12 +39,14 @@ class _OrthoConv(OrthoConvNd):
         method: str = "aoc",
         ranks: str = "half",
         apply_by: str = "auto",
+        lipschitz: float = 1.0,
     ) -> None:
         _checks.one_of(type(self), ("auto", "kernel", "factors"), apply_by=apply_by)
         self._build(
             in_channels, out_channels, groups=groups, bias=bias, padding_mode=padding_mode,
             device=device, dtype=dtype, ortho_params=ortho_params, method=method, ranks=ranks,
-            kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
+            lipschitz=lipschitz, kernel_size=kernel_size, stride=stride, padding=padding,
+            dilation=dilation,
         )  # fmt: skip
         _checks.require(
             method == "aoc" or apply_by != "factors",
@@ -64,6 +66,7 @@ class _OrthoConv(OrthoConvNd):
             output = self.parametrization.convolve(  # type: ignore[operator]
                 self._padded(input), self.stride, self.dilation
             )
+            output = output if self._factor == 1.0 else output * self._factor
             if self.bias is not None:
                 output = output + self.bias.view(-1, *(1,) * len(self.kernel_size))
             return output if input.ndim == output.ndim else output.squeeze(0)
@@ -195,6 +198,7 @@ class OrthoConv2d(_OrthoConv, nn.Conv2d):
         apply_by: "kernel", "factors" (the input is sent through the factors and no kernel is
             formed), or "auto": by what
             `layer.application(input)` expects to be faster.
+        lipschitz: The constant K of the layer: the kernel is K times what is said below.
 
     Shape:
         As `nn.Conv2d`, unbatched input included.

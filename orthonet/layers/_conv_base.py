@@ -52,6 +52,7 @@ class OrthoConvNd(ConstrainedWeight):
         ortho_params: OrthoParams,
         method: str,
         ranks: str,
+        lipschitz: float,
         **arguments: Any,
     ) -> None:
         nn.Module.__init__(self)  # type: ignore[arg-type]
@@ -101,6 +102,7 @@ class OrthoConvNd(ConstrainedWeight):
             *rows, self.kernel_size, self._tap_stride(), groups, ortho_params, device, dtype,
             gain=gain, **options,
         )  # fmt: skip
+        self._set_factor(lipschitz)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype))
         else:
@@ -168,6 +170,8 @@ class OrthoConvNd(ConstrainedWeight):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()  # type: ignore[misc]
+        if self._factor != 1.0:
+            text = f"{text}, lipschitz={self._factor:g}"
         return text if self.method == "aoc" else f"{text}, method={self.method!r}"
 
     def adjoint(self, y: Tensor, input_size: tuple[int, ...] | None = None) -> Tensor:
@@ -205,7 +209,7 @@ class OrthoConvNd(ConstrainedWeight):
     def inverse(self, y: Tensor) -> Tensor:
         r"""Return the x that the layer maps to `y`, when the layer is orthogonal and square.
 
-        That is \(A^\top (y - b)\): exact, since \(A^\top A = A A^\top = I\).
+        That is \(A^\top (y - b) / K^2\): exact, since \(A^\top A = A A^\top = K^2 I\).
 
         Shape:
             `y`: (N, C_out, *output_size); result: (N, C_in, *input_size).
@@ -235,4 +239,4 @@ class OrthoConvNd(ConstrainedWeight):
         )
         if self.bias is not None:
             y = y - self.bias.view(-1, *(1,) * len(self.kernel_size))
-        return self.adjoint(y) / getattr(self.parametrization, "lipschitz", 1.0) ** 2
+        return self.adjoint(y) / self._factor**2

@@ -42,11 +42,12 @@ class _OrthoConvTranspose(OrthoConvNd):
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
         method: str = "aoc",
         ranks: str = "half",
+        lipschitz: float = 1.0,
     ) -> None:
         self._build(
             in_channels, out_channels, groups=groups, bias=bias, padding_mode=padding_mode,
             device=device, dtype=dtype, ortho_params=ortho_params, method=method, ranks=ranks,
-            kernel_size=kernel_size, stride=stride, padding=padding,
+            lipschitz=lipschitz, kernel_size=kernel_size, stride=stride, padding=padding,
             output_padding=output_padding, dilation=dilation,
         )  # fmt: skip
         if padding_mode == "circular":
@@ -177,6 +178,7 @@ class OrthoConvTranspose2d(_OrthoConvTranspose, nn.ConvTranspose2d):
         ortho_params: Which normalizer and orthogonalizer make the factors.
         method: "aoc" or "rko", as for `OrthoConv2d`.
         ranks: "half" or "free", as for `OrthoConv2d`.
+        lipschitz: The constant K of the layer: the kernel is K times what is said below.
 
     Shape:
         As `nn.ConvTranspose2d`, unbatched input included.

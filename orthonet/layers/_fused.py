@@ -39,6 +39,7 @@ def fused_linear(layer: nn.Linear, x: Tensor) -> Tensor | None:
         or not x.requires_grad
         or not torch.is_grad_enabled()
         or type(weight) is not OrthoWeight
+        or layer._factor != 1.0
         or weight._group is not None
         or weight._forward_hooks
         or weight._forward_pre_hooks

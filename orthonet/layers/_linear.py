@@ -19,7 +19,6 @@ from orthonet.reparametrizers import (
     OrthoParams,
     OrthoWeight,
 )
-from orthonet.reparametrizers._mapped import ScaledWeight
 
 __all__ = ["OrthoLinear", "UnitNormLinear"]
 
@@ -43,13 +42,16 @@ class _ConstrainedLinear(ConstrainedWeight, nn.Linear):
         nn.Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
-        if lipschitz != 1.0:
-            parametrization = ScaledWeight(parametrization, lipschitz)
         self.parametrization = parametrization
+        self._set_factor(lipschitz)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self._factor == 1.0 else f"{text}, lipschitz={self._factor:g}"
 
 
 class OrthoLinear(_ConstrainedLinear):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from orthonet import functional
 from orthonet._checks import in_range, positive_int, require
-from orthonet.layers._activations import MaxMin
+from orthonet.layers._activations import HouseholderActivation, MaxMin
 
 __all__ = [
     "OPLU",
@@ -170,7 +170,7 @@ class NActivation(nn.Module):
         return f"{self.channels}, dim={self.dim}"
 
 
-class HouseholderActivation2(nn.Module):
+class HouseholderActivation2(HouseholderActivation):
     r"""Turn and reflect pairs of channels in four learnable sectors (order 2).
 
     Three angles for each pair, see `orthonet.functional.householder_order2`. They start at
@@ -194,22 +194,7 @@ class HouseholderActivation2(nn.Module):
         Singla, Singla, Feizi, ICLR 2022, https://arxiv.org/abs/2108.04062
     """
 
-    def __init__(
-        self,
-        channels: int,
-        dim: int = 1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        positive_int(self, channels=channels)
-        require(
-            channels % 2 == 0, self, "channels must be even", "Add or drop one", channels=channels
-        )
-        self.channels = channels
-        self.dim = dim
-        self.theta = nn.Parameter(torch.empty(3, channels // 2, device=device, dtype=dtype))
-        self.reset_parameters()
+    _angles = (3,)
 
     def reset_parameters(self) -> None:
         """Set the angles to their first values."""
@@ -219,9 +204,6 @@ class HouseholderActivation2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.householder_order2(x, self.theta, self.dim)
-
-    def extra_repr(self) -> str:
-        return f"{self.channels}, dim={self.dim}"
 
 
 class ChannelShuffle(nn.Module):

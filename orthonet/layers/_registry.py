@@ -13,8 +13,6 @@ from orthonet import _checks
 from orthonet.layers._conv import OrthoConv2d
 from orthonet.layers._linear import OrthoLinear, UnitNormLinear
 from orthonet.layers._zoo import _fourier, _lipnext, _rescaled, _residual, _sandwich, _soc
-from orthonet.reparametrizers._kernel_methods import ReshapedKernel
-from orthonet.reparametrizers._mapped import ScaledWeight
 
 __all__ = [
     "Method",
@@ -233,24 +231,12 @@ def _lipnext_conv(
     )
 
 
-def _ortho_conv(*args: Any, lipschitz: float = 1.0, **kwargs: Any) -> OrthoConv2d:
-    """`OrthoConv2d` with a factor."""
-    layer = OrthoConv2d(*args, **kwargs)
-    kernel = layer.parametrization
-    if isinstance(kernel, ReshapedKernel):  # its own factor: the names of the state stay
-        kernel.gain *= lipschitz
-    elif lipschitz != 1.0:
-        layer.parametrization = ScaledWeight(kernel, lipschitz)
-    return layer
-
-
-_ortho_conv.layer = OrthoConv2d  # type: ignore[attr-defined]
-_rko_conv = partial(_ortho_conv, method="rko")
+_rko_conv = partial(OrthoConv2d, method="rko")
 _rko_conv.layer = OrthoConv2d  # type: ignore[attr-defined]
 _lipnext_conv.layer = _lipnext.LipNeXtBlock2d  # type: ignore[attr-defined]
 
 for _entry in (
-    Method("ortho", "AOC, BCOP and RKO composed", OrthoLinear, _ortho_conv, "orthogonal",
+    Method("ortho", "AOC, BCOP and RKO composed", OrthoLinear, OrthoConv2d, "orthogonal",
            source="Li 2019, Boissin 2025"),
     Method("aol", "Almost-orthogonal", _rescaled.AOLLinear, _rescaled.AOLConv2d, "1-Lipschitz",
            source="Prach & Lampert 2022"),

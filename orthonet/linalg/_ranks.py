@@ -72,6 +72,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def put_(tensor: Tensor, value: Tensor) -> None:
     """Copy `value`, which all processes hold, into `tensor` or its shard of this process."""
+    if value is tensor:  # changed in place
+        return
     if not hasattr(tensor, "full_tensor"):
         tensor.copy_(value)
         return

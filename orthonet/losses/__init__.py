@@ -12,11 +12,16 @@ from orthonet.losses._functional import (
     soft_hinge_kr_multiclass,
 )
 from orthonet.losses._modules import (
+    CertificateRegularizationLoss,
+    EMMALoss,
     HKRLoss,
     HKRMulticlassLoss,
     KRLoss,
+    LogitAnnealingLoss,
+    MultiMarginLoss,
     OffsetCrossEntropyLoss,
     SoftHKRMulticlassLoss,
+    TRADESLoss,
 )
 from orthonet.losses._regularized import (
     certificate_regularization,
@@ -27,11 +32,16 @@ from orthonet.losses._regularized import (
 )
 
 __all__ = [
+    "CertificateRegularizationLoss",
+    "EMMALoss",
     "HKRLoss",
     "HKRMulticlassLoss",
     "KRLoss",
+    "LogitAnnealingLoss",
+    "MultiMarginLoss",
     "OffsetCrossEntropyLoss",
     "SoftHKRMulticlassLoss",
+    "TRADESLoss",
     "certificate_regularization",
     "emma",
     "hinge_kr",

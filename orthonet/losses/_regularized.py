@@ -47,9 +47,7 @@ def emma(
         Hu, Zou, Wang, Leino & Fredrikson, *Unlocking deterministic robustness certification on
         ImageNet*, NeurIPS 2023 (efficient margin maximization).
     """
-    _checks.in_range("emma", 0.0, 1e6, radius=radius)
-    _positive("emma", lipschitz=lipschitz)
-    _checks.one_of("emma", REDUCTIONS, reduction=reduction)
+    check_emma("emma", radius, lipschitz, reduction)
     _check_classes("emma", logits, target)
     true = logits.gather(1, target.long()[:, None])
     raised = (true - logits).detach().clamp(0.0, math.sqrt(2) * lipschitz * radius)
@@ -83,9 +81,7 @@ def logit_annealing(
     References:
         Lai, Huang, Wang & Zhang, ICML 2025 (logit annealing loss).
     """
-    _checks.in_range("logit_annealing", 0.0, 1e6, offset=offset, beta=beta)
-    _positive("logit_annealing", temperature=temperature)
-    _checks.one_of("logit_annealing", REDUCTIONS, reduction=reduction)
+    check_logit_annealing("logit_annealing", offset, temperature, beta, reduction)
     _check_classes("logit_annealing", logits, target)
     wanted = F.one_hot(target.long(), logits.shape[1]).to(logits.dtype)
     log_p = F.log_softmax((logits - offset * wanted) / temperature, 1)
@@ -119,8 +115,7 @@ def certificate_regularization(
     References:
         Singla, Singla & Feizi, ICLR 2022 (certificate regularization).
     """
-    _checks.in_range("certificate_regularization", 0.0, 1e6, weight=weight)
-    _checks.one_of("certificate_regularization", REDUCTIONS, reduction=reduction)
+    check_weight("certificate_regularization", reduction, weight=weight)
     _check_classes("certificate_regularization", logits, target)
     loss = F.cross_entropy(logits, target.long(), reduction="none")
     return _reduce(loss - weight * F.relu(_margin(logits, target)), reduction)
@@ -153,8 +148,7 @@ def trades(
         Zhang et al., *Theoretically principled trade-off between robustness and accuracy*, ICML
         2019.
     """
-    _checks.in_range("trades", 0.0, 1e6, beta=beta)
-    _checks.one_of("trades", REDUCTIONS, reduction=reduction)
+    check_weight("trades", reduction, beta=beta)
     _check_classes("trades", logits, target)
     _checks.require(
         perturbed.shape == logits.shape, "trades", "logits and perturbed must have one shape",
@@ -190,10 +184,35 @@ def multi_margin(
         Crammer & Singer, *On the algorithmic implementation of multiclass kernel-based vector
         machines*, JMLR 2001.
     """
-    _positive("multi_margin", margin=margin)
-    _checks.one_of("multi_margin", REDUCTIONS, reduction=reduction)
+    check_margin("multi_margin", margin, reduction)
     _check_classes("multi_margin", logits, target)
     return _reduce(F.relu(margin - _margin(logits, target)), reduction)
+
+
+def check_emma(owner: object, radius: float, lipschitz: float, reduction: str) -> None:
+    """The arguments of EMMA."""
+    check_weight(owner, reduction, radius=radius)
+    _positive(owner, lipschitz=lipschitz)
+
+
+def check_logit_annealing(
+    owner: object, offset: float, temperature: float, beta: float, reduction: str
+) -> None:
+    """The arguments of the logit annealing loss."""
+    check_weight(owner, reduction, offset=offset, beta=beta)
+    _positive(owner, temperature=temperature)
+
+
+def check_margin(owner: object, margin: float, reduction: str) -> None:
+    """The arguments of the hinge."""
+    _positive(owner, margin=margin)
+    _checks.one_of(owner, REDUCTIONS, reduction=reduction)
+
+
+def check_weight(owner: object, reduction: str, **values: float) -> None:
+    """The reduction, and numbers that may be 0."""
+    _checks.in_range(owner, 0.0, 1e6, **values)
+    _checks.one_of(owner, REDUCTIONS, reduction=reduction)
 
 
 def _margin(logits: Tensor, target: Tensor) -> Tensor:

@@ -136,8 +136,10 @@ class FrameTrivialization(Trivialization):
         n, k = self._sizes
         base = torch.eye(n, k, device=device, dtype=dtype).expand(*self.batch_shape, n, k).clone()
         self.register_buffer("base", base.mT.contiguous() if self.transposed else base)
-        reflector = complement_reflector(base) if not base.is_meta else torch.empty_like(base)
-        self.register_buffer("reflector", reflector if k < n else reflector[..., :0, :])
+        reflector = None  # not an empty one: writers of checkpoints take two such for one
+        if k < n:
+            reflector = torch.empty_like(base) if base.is_meta else complement_reflector(base)
+        self.register_buffer("reflector", reflector)
 
     @property
     def _sizes(self) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Small 1-Lipschitz classifiers, plain `nn.Sequential` of the library's layers, by name."""
 
-from orthonet.models._convnet import convnet, convnet_digits, convnet_mnist
+from orthonet.models._convnet import convnet, convnet_digits, convnet_images, convnet_mnist
 from orthonet.models._mlp import mlp, mlp_digits
 from orthonet.models._registry import create, list_models, register
 from orthonet.models._xs import convnet_xs
@@ -9,6 +9,7 @@ from orthonet.models._zoo import convnet_zoo
 __all__ = [
     "convnet",
     "convnet_digits",
+    "convnet_images",
     "convnet_mnist",
     "convnet_xs",
     "convnet_zoo",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -113,3 +114,67 @@ def convnet_digits(**arguments: Any) -> nn.Sequential:
 def convnet_mnist(**arguments: Any) -> nn.Sequential:
     """[`convnet`][orthonet.models.convnet] for the 28x28 digits of MNIST; same keywords."""
     return convnet((1, 28, 28), 10, **arguments)
+
+
+@register
+def convnet_images(
+    in_shape: Sequence[int] = (3, 224, 224),
+    num_classes: int = 1000,
+    *,
+    width: int = 32,
+    widest: int = 512,
+    depth: int = 1,
+    patch: int | None = None,
+    smallest: int = 7,
+    hidden: Sequence[int] = (),
+    **arguments: Any,
+) -> nn.Sequential:
+    """[`convnet`][orthonet.models.convnet] for images of any size.
+
+    A first convolution with the stride `patch`, then stages that halve the image and double the
+    channels, until its shorter side is `smallest` pixels or less; in front of each halving stand
+    `depth` 3x3 convolutions. With the defaults 56, 28, 14 and 7 pixels with 32, 64, 128 and 256
+    channels.
+
+    Args:
+        in_shape: Channels, height and width of an input.
+        num_classes: Number of logits.
+        width: Channels of the first convolution, even.
+        widest: Channels at most.
+        depth: 3x3 convolutions of a stage.
+        patch: Kernel size and stride of the first convolution; 1 stands for a 3x3 convolution
+            without a stride. By default the power of 2 that leaves 64 pixels or less.
+        smallest: Where the stages end, in pixels of the shorter side.
+        hidden: Widths of the hidden linear layers.
+        arguments: `activation`, `head`, `lipschitz` and `ortho_params` of `convnet`.
+
+    Guarantee:
+        That of `convnet`.
+
+    Raises:
+        ValueError: An argument out of range.
+
+    Examples:
+        >>> net = convnet_images((3, 40, 30), 5, width=8, smallest=10)
+        >>> [m.out_channels for m in net if hasattr(m, "out_channels")], net.head.in_features
+        ([8, 8, 16, 16, 32], 1120)
+    """
+    owner, shape = "convnet_images", tuple(in_shape)
+    _checks.require(len(shape) == 3, owner, "in_shape must be (channels, height, width)",
+                    "Give all three", in_shape=in_shape)  # fmt: skip
+    _checks.positive_int(owner, width=width, widest=widest, depth=depth, smallest=smallest)
+    side = min(shape[1:])
+    patch = 1 << max(0, math.ceil(math.log2(max(1, side) / 64))) if patch is None else patch
+    _checks.positive_int(owner, height=shape[1], width=shape[2], patch=patch)
+    layers = [(width, patch, patch) if patch > 1 else (width, 3, 1)]
+    side //= patch
+    while side > smallest:
+        layers += [(width, 3, 1)] * depth
+        width = min(2 * width, max(width, widest))
+        layers.append((width, 4, 2))
+        side //= 2
+    channels, kernel_sizes, strides = zip(*layers, strict=True)
+    return convnet(
+        shape, num_classes, channels=channels, kernel_sizes=kernel_sizes, strides=strides,
+        hidden=hidden, **arguments,
+    )  # fmt: skip

@@ -19,6 +19,7 @@ from orthonet.optim._stiefel_steps import residual, retract
 __all__ = ["StiefelOptimizer", "require_matrices", "require_orthogonal"]
 
 State = dict[str, Tensor]
+Read = tuple[Block, tuple[Tensor, Tensor, State]]  # a block; its points, gradients and states
 
 
 def require_matrices(owner: object, params: Sequence[Tensor]) -> None:
@@ -155,15 +156,19 @@ class StiefelOptimizer(Optimizer):
             tensors = self._read(block, names)
             if owner == rank:
                 mine.append((block, tensors))
-        ys = [_moved(x, *self._direction(x, g, s, group), group["lr"]) for _, (x, g, s) in mine]
+        moved = self._move(mine, group)
         results = {
-            id(block): (x, state)
-            for (block, (_, _, state)), x in zip(mine, retract(ys), strict=True)
+            id(block): (x, state) for (block, (_, _, state)), x in zip(mine, moved, strict=True)
         }
         if self.process_group is not None:
             self._exchange(found, owners, results, names)
         for block in found:
             self._write(block, *results[id(block)], names)
+
+    def _move(self, mine: list[Read], group: dict[str, Any]) -> list[Tensor]:
+        """The new points of blocks that were read; their states are changed."""
+        ys = [_moved(x, *self._direction(x, g, s, group), group["lr"]) for _, (x, g, s) in mine]
+        return retract(ys)
 
     def _kept(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of the states like the parameter that this group needs."""

@@ -12,15 +12,18 @@ from orthonet.recipes._cifar import load_cifar10
 from orthonet.recipes._config import (
     ORTHO_PARAMS,
     RECIPES,
+    FolderConfig,
     TrainConfig,
     cifar10_xs,
     digits,
+    folder,
     mnist5k,
 )
 from orthonet.recipes._data import Images, Split, load, stratified_split
 from orthonet.recipes._distance import SDFConfig, Trace, sphere_trace, train_sdf
 from orthonet.recipes._evaluate import Evaluation, evaluate
 from orthonet.recipes._flow import FlowConfig, Inverse, ResidualFlow, invert, train_flow
+from orthonet.recipes._folder import ImageFolders
 from orthonet.recipes._gradient_flow import gradient_norms
 from orthonet.recipes._run import Report, certify_checkpoint, train
 from orthonet.recipes._sequence_config import (
@@ -41,6 +44,8 @@ __all__ = [
     "BeyondReport",
     "Evaluation",
     "FlowConfig",
+    "FolderConfig",
+    "ImageFolders",
     "Images",
     "Inverse",
     "ORTHO_PARAMS",
@@ -66,6 +71,7 @@ __all__ = [
     "digits",
     "evaluate",
     "fit",
+    "folder",
     "gradient_norms",
     "invert",
     "layer_spectra",

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.recipes._data import require_package
 from orthonet.recipes._files import write_atomically, write_json
+from orthonet.recipes._log import Log
+from orthonet.recipes._processes import rank_and_size, replica_of, totals
 from orthonet.recipes._run import _versions
 
 
@@ -68,8 +70,14 @@ def optimize(
     lr: float,
     progress: bool,
     name: str,
+    folder: Path,
+    tensorboard: bool,
 ) -> list[dict[str, float]]:
     """Adam on a one-cycle schedule; a row of the history for each fiftieth of the iterations.
+
+    The rows go into `log.csv` in `folder`, and into TensorBoard if wanted. Where torch.distributed
+    is initialized, `loss_of` is the mean over this process' part of what all have drawn, and the
+    gradient is averaged over them.
 
     Raises:
         ValueError: The loss is not finite.
@@ -78,29 +86,45 @@ def optimize(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=max(4, iterations), pct_start=0.1 if iterations >= 20 else 0.5
     )
+    rank, size = rank_and_size()
+    progress = progress and rank == 0
     bar = require_package("tqdm", "tqdm").tqdm(total=iterations, desc=name) if progress else None
+    replica = replica_of(_Loss(model, loss_of))
     history, every = [], max(1, iterations // 50)
     model.train()
-    for iteration in range(1, iterations + 1):
-        loss = loss_of()
-        value = loss.item()
-        _checks.require(
-            math.isfinite(value), f"orthonet train {name}", "the loss must stay finite",
-            "Lower the learning rate", iteration=iteration, lr=lr,
-        )  # fmt: skip
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if iteration < iterations:
-            schedule.step()
-        if iteration % every == 0 or iteration == iterations:
-            history.append({"iteration": iteration, "loss": value})
-        if bar is not None:
-            bar.update()
+    with Log(None if rank else folder, "iteration", [], tensorboard=tensorboard) as log:
+        for iteration in range(1, iterations + 1):
+            loss = replica()
+            value = loss.item()
+            _checks.require(
+                math.isfinite(value), f"orthonet train {name}", "the loss must stay finite",
+                "Lower the learning rate", iteration=iteration, lr=lr,
+            )  # fmt: skip
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if iteration < iterations:
+                schedule.step()
+            if iteration % every == 0 or iteration == iterations:
+                history.append({"iteration": iteration, "loss": totals(value)[0] / size})
+                log.add(history[-1])
+            if bar is not None:
+                bar.update()
     if bar is not None:
         bar.close()
     model.eval()
     return history
+
+
+class _Loss(nn.Module):
+    """The loss as the output of a module, whose gradients `DistributedDataParallel` averages."""
+
+    def __init__(self, model: nn.Module, loss_of: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.model, self.loss_of = model, loss_of
+
+    def forward(self) -> Tensor:
+        return self.loss_of()
 
 
 def grid(low: float, high: float, number: int, *, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from orthonet import _checks, reparametrizers
 from orthonet.models import list_models
@@ -83,8 +83,10 @@ class TrainConfig:
     attack_steps: int = 40
     data_root: str = "data"
 
+    _SOURCES: ClassVar[tuple[str, ...]] = (*DATASETS, "cifar10")
+
     def __post_init__(self) -> None:
-        _checks.one_of(self, (*DATASETS, "cifar10"), dataset=self.dataset)
+        _checks.one_of(self, self._SOURCES, dataset=self.dataset)
         _checks.one_of(self, ("adam", "sgd"), optimizer=self.optimizer)
         _checks.one_of(self, list_models(), model=self.model)
         _checks.one_of(self, tuple(ORTHO_PARAMS), ortho_params=self.ortho_params)
@@ -136,6 +138,8 @@ class TrainConfig:
         Raises:
             ValueError: A field that this version does not know, or a value out of range.
         """
+        if values.get("dataset") in FolderConfig._SOURCES:
+            cls = FolderConfig
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         _checks.require(
@@ -143,6 +147,38 @@ class TrainConfig:
             "Use the version of orthonet that wrote the checkpoint", unknown=unknown,
         )  # fmt: skip
         return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderConfig(TrainConfig):
+    """A run on pictures in the folders of their classes; all of `TrainConfig`, and these.
+
+    What `model_arguments` does not say of `in_shape` and `num_classes` is that of the folder.
+
+    Attributes:
+        image_size: Side of the square images that the network sees.
+        min_scale: Smallest share of a picture that a random crop keeps, before it is resized.
+        workers: Processes that read pictures, for each that trains; never more than there are
+            cores, 0 for none.
+        evaluated: Validation pictures, evenly spaced, that are certified and attacked in the end;
+            0 for all of them.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+
+    image_size: int = 224
+    min_scale: float = 0.25
+    workers: int = 4
+    evaluated: int = 1000
+
+    _SOURCES: ClassVar[tuple[str, ...]] = ("folder",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _checks.positive_int(self, image_size=self.image_size)
+        _checks.in_range(self, 1e-3, 1.0, min_scale=self.min_scale)
+        _checks.non_negative_int(self, workers=self.workers, evaluated=self.evaluated)
 
 
 def digits(**changes: Any) -> TrainConfig:
@@ -215,4 +251,38 @@ def cifar10_xs(**changes: Any) -> TrainConfig:
     return TrainConfig(**{**values, **changes})
 
 
-RECIPES = {"cifar10-xs": cifar10_xs, "digits": digits, "mnist5k": mnist5k}
+def folder(**changes: Any) -> FolderConfig:
+    r"""Pictures in folders, as those of ImageNet lie: DIR/train/CLASS/* and DIR/val/CLASS/*.
+
+    Name DIR as `data_root`, from the shell by `--data`; torchvision reads it (the extra `vision`).
+    Pictures are cropped at random, resized and mirrored to train on; the shorter side becomes
+    256/224 of `image_size` and the centre is cut out to validate on, and it is there that
+    perturbations have their radius. Loss and optimizer are those of `cifar10_xs`. Start it by
+    `torchrun` for several processes.
+
+    Args:
+        changes: Fields of [`FolderConfig`][orthonet.recipes.FolderConfig] to set differently.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+    values: dict[str, Any] = {
+        "dataset": "folder",
+        "model": "convnet_images",
+        "epochs": 90,
+        "batch_size": 256,
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "radius": 2 * 36 / 255,
+        "temperature": 0.25,
+        "shift": 0.0,
+        "rotation": 0.0,
+        "zoom": 0.0,
+        "shear": 0.0,
+        "flip": True,
+        "radii": (36 / 255, 72 / 255, 0.5, 1.0),
+    }
+    return FolderConfig(**{**values, **changes})
+
+
+RECIPES = {"cifar10-xs": cifar10_xs, "digits": digits, "folder": folder, "mnist5k": mnist5k}

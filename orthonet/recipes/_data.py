@@ -104,7 +104,7 @@ def stratified_split(labels: Tensor, test_size: int, seed: int = 0) -> tuple[Ten
     return (~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
 
 
-def require_package(module: str, package: str) -> ModuleType:
+def require_package(module: str, package: str, extra: str = "demo") -> ModuleType:
     """Import an optional module, or say which extra installs it.
 
     Raises:
@@ -115,5 +115,5 @@ def require_package(module: str, package: str) -> ModuleType:
     except ModuleNotFoundError:
         _checks.fail(
             "orthonet.recipes", f"the package {package} must be installed",
-            'Run: pip install "orthonet[demo]"', ModuleNotFoundError, missing=module,
+            f'Run: pip install "orthonet[{extra}]"', ModuleNotFoundError, missing=module,
         )  # fmt: skip

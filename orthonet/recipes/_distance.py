@@ -17,6 +17,8 @@ from orthonet.models import mlp
 from orthonet.recipes._beyond import BeyondReport, grid, optimize
 from orthonet.recipes._data import require_package
 from orthonet.recipes._figures import BLUE, GREY, ORANGE, _figure, _save
+from orthonet.recipes._log import writer_class
+from orthonet.recipes._processes import joined, part_of
 from orthonet.recipes._shapes import SHAPES
 
 
@@ -43,7 +45,7 @@ class SDFConfig:
     batch_size: int = 512
     iterations: int = 1200
     lr: float = 0.02
-    rays: int = 120
+    rays: int = 160
     trace_steps: int = 80
     seed: int = 0
 
@@ -126,8 +128,12 @@ def sphere_trace(
 
 
 def train_sdf(
-    config: SDFConfig, out: str | os.PathLike[str], *, progress: bool = False
-) -> BeyondReport:
+    config: SDFConfig,
+    out: str | os.PathLike[str],
+    *,
+    progress: bool = False,
+    tensorboard: bool = False,
+) -> BeyondReport | None:
     """Fit a 1-Lipschitz network to the signed distance of a shape and trace rays against it.
 
     The network never overestimates the distance to its own surface, which is what a ray tracer
@@ -139,10 +145,12 @@ def train_sdf(
         config: What to run.
         out: A folder, made if it is missing.
         progress: Whether to show a progress bar on the standard error stream.
+        tensorboard: Whether to write every row of the training into `tensorboard` in `out` too.
 
     Returns:
-        The report; its figures are `mean_error`, `largest_error` (from the shape's distance, on
-        fresh points), `constant`, `rays`, `hits` and `overshoots`.
+        The report, None in all processes of `torchrun` but the first. Its figures are `mean_error`,
+        `largest_error` (from the shape's distance, on fresh points), `constant`, `rays`, `hits` and
+        `overshoots`.
 
     Raises:
         ModuleNotFoundError: A package of the extra `demo` is missing.
@@ -154,6 +162,8 @@ def train_sdf(
         distance fields*, Computer Graphics Forum 2024.
     """
     require_package("matplotlib", "matplotlib")
+    if tensorboard:
+        writer_class()
     shape = SHAPES[config.shape]
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
@@ -161,12 +171,16 @@ def train_sdf(
         model = mlp(shape.dimension, 1, hidden=(config.hidden,) * 3, activation="group_sort")
 
     def loss_of() -> Tensor:
-        x = _points(config, config.batch_size, generator)
+        x = part_of(_points(config, config.batch_size, generator))
         return (model(x)[:, 0] - shape.distance(x)).square().mean()
 
-    history = optimize(
-        model, loss_of, iterations=config.iterations, lr=config.lr, progress=progress, name="sdf"
-    )
+    with joined("cpu") as rank:
+        history = optimize(
+            model, loss_of, iterations=config.iterations, lr=config.lr, progress=progress,
+            name="sdf", folder=Path(out), tensorboard=tensorboard,
+        )  # fmt: skip
+    if rank != 0:
+        return None
     model = model.double().requires_grad_(False)
     constant = certify(model, torch.zeros(1, shape.dimension).double()).constant.value
     x = torch.rand(20_000, shape.dimension, generator=generator).double() * 2 - 1
@@ -235,7 +249,10 @@ def _rays(config: SDFConfig, dimension: int) -> tuple[Tensor, Tensor]:
 
 def _levels(axes: Any, x: Tensor, y: Tensor, values: Tensor, title: str) -> None:
     levels = [round(-0.3 + 0.1 * i, 1) for i in range(14)]
-    filled = axes.contourf(x, y, values, levels=levels, cmap="RdBu", extend="both", alpha=0.8)
+    middle = require_package("matplotlib.colors", "matplotlib").TwoSlopeNorm(0.0, -0.5, 1.0)
+    filled = axes.contourf(
+        x, y, values, levels=levels, cmap="RdBu", norm=middle, extend="both", alpha=0.8
+    )
     axes.contour(x, y, values, levels=[0.0], colors="black", linewidths=1.6)
     axes.figure.colorbar(filled, ax=axes, shrink=0.8)
     axes.set(aspect="equal", title=title)
@@ -272,6 +289,7 @@ def _space_picture(path: Path, model: nn.Module, config: SDFConfig, trace: Trace
     shade[trace.hit] = 0.15 + 0.75 * (normal @ (light / light.norm())).clamp_min(0.0)
     left.imshow(shade.reshape(side, side).numpy(), cmap="gray", vmin=0, vmax=1, origin="lower")
     left.set(xticks=[], yticks=[], title="the network, sphere-traced")
+    left.spines[:].set_visible(False)
     plane = grid(-1.2, 1.2, 160)
     x, z = plane.unbind(-1)
     cut = torch.stack((x, torch.zeros_like(x), z), -1).flatten(0, 1)
@@ -279,4 +297,4 @@ def _space_picture(path: Path, model: nn.Module, config: SDFConfig, trace: Trace
     _levels(right, x, z, values, "cut through the axis")
     truth = SHAPES[config.shape].distance(cut).reshape(160, 160)
     right.contour(x, z, truth, levels=[0.0], colors=ORANGE, linestyles="--")
-    return _save(figure, path, left, right)
+    return _save(figure, path, right)

@@ -32,7 +32,8 @@ def training_figure(path: Path, history: Sequence[Mapping[str, float]], title: s
         label = f"{label}: {values[-1]:.1f} %"
         right.plot(epochs, values, dash, color=colour, lw=2, label=label)
     low = min(100 * row["test_margin_accuracy"] for row in history[len(history) // 4 :])
-    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(max(0, 10 * math.floor(low / 10)), 100))
+    bottom = min(90, 10 * math.floor(low / 10))
+    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(bottom, 100))
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
     figure.suptitle(title)
     return _save(figure, path, left, right)

@@ -19,6 +19,8 @@ from orthonet.layers import OrthoLinear, Scale
 from orthonet.recipes._beyond import BeyondReport, grid, optimize
 from orthonet.recipes._data import require_package
 from orthonet.recipes._figures import BLUE, _figure, _save
+from orthonet.recipes._log import writer_class
+from orthonet.recipes._processes import joined, part_of
 from orthonet.reparametrizers import QR_ORTHO_PARAMS
 
 
@@ -187,8 +189,12 @@ def invert(flow: ResidualFlow, z: Tensor, constants: Sequence[float], steps: int
 
 
 def train_flow(
-    config: FlowConfig, out: str | os.PathLike[str], *, progress: bool = False
-) -> BeyondReport:
+    config: FlowConfig,
+    out: str | os.PathLike[str],
+    *,
+    progress: bool = False,
+    tensorboard: bool = False,
+) -> BeyondReport | None:
     """Fit a flow by maximum likelihood, check its inverse and its total mass, and draw it.
 
     Into the folder `out` go `metrics.json`, `model.pt` and `density.png`.
@@ -197,12 +203,14 @@ def train_flow(
         config: What to run.
         out: A folder, made if it is missing.
         progress: Whether to show a progress bar on the standard error stream.
+        tensorboard: Whether to write every row of the training into `tensorboard` in `out` too.
 
     Returns:
-        The report; its figures are `nats` (mean negative log-likelihood of fresh points),
-        `base_nats` (that of the best single normal law), `mass` (integral of the density over
-        [-4, 4]^2), `constant` (largest proved constant of a branch), `inverse_error` (largest
-        proved error of the inverse) and `round_trip` (the largest found).
+        The report, None in all processes of `torchrun` but the first. Its figures are `nats` (mean
+        negative log-likelihood of fresh points), `base_nats` (that of the best single normal law),
+        `mass` (integral of the density over [-4, 4]^2), `constant` (largest proved constant of a
+        branch), `inverse_error` (largest proved error of the inverse) and `round_trip` (the largest
+        found).
 
     Raises:
         ModuleNotFoundError: A package of the extra `demo` is missing.
@@ -210,6 +218,8 @@ def train_flow(
         OSError: `out` cannot be written.
     """
     require_package("matplotlib", "matplotlib")
+    if tensorboard:
+        writer_class()
     draw = DENSITIES[config.density]
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
@@ -217,11 +227,15 @@ def train_flow(
         flow = ResidualFlow(config.blocks, config.hidden, config.contraction)
 
     def loss_of() -> Tensor:
-        return -flow.log_density(draw(config.batch_size, generator)).mean()
+        return -flow.log_density(part_of(draw(config.batch_size, generator))).mean()
 
-    history = optimize(
-        flow, loss_of, iterations=config.iterations, lr=config.lr, progress=progress, name="flow"
-    )
+    with joined("cpu") as rank:
+        history = optimize(
+            flow, loss_of, iterations=config.iterations, lr=config.lr, progress=progress,
+            name="flow", folder=Path(out), tensorboard=tensorboard,
+        )  # fmt: skip
+    if rank != 0:
+        return None
     flow = flow.double().requires_grad_(False)
     origin = torch.zeros(1, 2, dtype=torch.float64)
     constants = [certify(branch, origin).constant.value for branch in flow.branches]

@@ -18,11 +18,13 @@ from orthonet import _checks
 from orthonet.convert import to_plain
 from orthonet.recipes._checkpoint import load_checkpoint, save_checkpoint
 from orthonet.recipes._cifar import load_cifar10
-from orthonet.recipes._config import TrainConfig
+from orthonet.recipes._config import FolderConfig, TrainConfig
 from orthonet.recipes._data import Split, load, require_package
 from orthonet.recipes._evaluate import Evaluation, evaluate
 from orthonet.recipes._figures import radius_figure, spectra_figure, training_figure
 from orthonet.recipes._files import write_json
+from orthonet.recipes._folder import ImageFolders
+from orthonet.recipes._log import writer_class
 from orthonet.recipes._page import CertificateReport, certificate_alone, write_page
 from orthonet.recipes._processes import joined
 from orthonet.recipes._spectra import layer_spectra
@@ -75,6 +77,7 @@ def train(
     *,
     progress: bool = False,
     resume: bool = False,
+    tensorboard: bool = False,
 ) -> Report | None:
     """Train, certify and attack a model, and write what came out.
 
@@ -87,27 +90,41 @@ def train(
     first one does the rest.
 
     Args:
-        config: What to run: `digits()` or `mnist5k()`, changed as you like.
+        config: What to run: `digits()`, `mnist5k()`, `cifar10_xs()` or `folder()`, changed as you
+            like.
         out: A folder, made if it is missing.
         progress: Whether to show progress bars on the standard error stream.
         resume: Whether to go on from `state.pt` in `out`, if there is one.
+        tensorboard: Whether to write every row of the training into `tensorboard` in `out` too.
 
     Returns:
         The report; None in all processes of `torchrun` but the first.
 
     Raises:
-        ModuleNotFoundError: A package of the extra `demo` is missing.
+        ModuleNotFoundError: A package of the extras `demo`, `vision` (for folders) or `tensorboard`
+            is missing.
         ValueError: A value of `config` that training cannot work with.
         OSError: `out` cannot be written.
     """
     require_package("matplotlib", "matplotlib")  # better now than after the training
-    folder, data = Path(out), _data(config)
+    if tensorboard:
+        writer_class()
+    folder = Path(out)
+    source: Split | ImageFolders
+    if isinstance(config, FolderConfig):
+        source = ImageFolders(config)
+        config = source.completed()
+    else:
+        source = _data(config)
     start = time.perf_counter()
     with joined(config.device) as rank:
         progress = progress and rank == 0
-        model, history = fit(config, data, progress=progress, folder=folder, resume=resume)
+        model, history = fit(
+            config, source, progress=progress, folder=folder, resume=resume, tensorboard=tensorboard
+        )
     if rank != 0:
         return None
+    data = source if isinstance(source, Split) else source.evaluated()
     seconds = {"training": time.perf_counter() - start}
     checkpoint = save_checkpoint(folder / "checkpoint.pt", model, config)
     report = _certified(model, config, data, history, seconds, progress)
@@ -163,6 +180,8 @@ def certify_checkpoint(
 def _data(config: TrainConfig) -> Split:
     if config.dataset == "cifar10":
         return load_cifar10(config.data_root)
+    if isinstance(config, FolderConfig):
+        return ImageFolders(config).evaluated()
     return load(config.dataset)
 
 

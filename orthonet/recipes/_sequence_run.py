@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from orthonet.recipes._data import require_package
 from orthonet.recipes._files import write_atomically, write_json
 from orthonet.recipes._gradient_flow import gradient_norms
+from orthonet.recipes._log import Log, writer_class
+from orthonet.recipes._processes import joined
 from orthonet.recipes._run import _versions
 from orthonet.recipes._sequence_config import SequenceConfig
 from orthonet.recipes._sequence_data import Batch, Task, task_of
@@ -99,38 +101,58 @@ class SequenceReport:
 
 
 def train_sequences(
-    config: SequenceConfig, out: str | os.PathLike[str], *, progress: bool = False
-) -> SequenceReport:
+    config: SequenceConfig,
+    out: str | os.PathLike[str],
+    *,
+    progress: bool = False,
+    tensorboard: bool = False,
+) -> SequenceReport | None:
     """Train every model of `config` on the same sequences and write what came out.
 
     Into the folder `out` go `metrics.json`, the weights of each model as `MODEL.pt` (a state_dict),
-    and the pictures `training.png` and `gradient_norms.png`.
+    its history as `MODEL.csv`, and the pictures `training.png` and `gradient_norms.png`.
+
+    Started by `torchrun`, the processes train together; the first one does the rest.
 
     Args:
         config: What to run: `copying()` or `seq_mnist()`, changed as you like.
         out: A folder, made if it is missing.
         progress: Whether to show progress bars on the standard error stream.
+        tensorboard: Whether to write every row of the training into `tensorboard` in `out` too.
 
     Returns:
-        The report.
+        The report; None in all processes of `torchrun` but the first.
 
     Raises:
-        ModuleNotFoundError: A package of the extra `demo`, or torchvision, is missing.
+        ModuleNotFoundError: A package of the extra `demo`, torchvision, or tensorboard is missing.
         ValueError: The loss is not finite.
         OSError: `out` cannot be written.
     """
     require_package("matplotlib", "matplotlib")  # better now than after the training
-    folder, task = Path(out), task_of(config)
-    results, skipped, files = [], [], []
-    for name in config.models:
-        model = build_sequence_model(config, name, task)
-        if model is None:
-            skipped.append(name)
-            continue
-        bar = progress_bar(config.iterations, name) if progress else None
-        history = fit_sequences(model, config, task, bar=bar, name=name)
-        if bar is not None:
-            bar.close()
+    if tensorboard:
+        writer_class()
+    folder = Path(out)
+    trained, skipped = [], []
+    with joined(config.device) as rank:
+        task = task_of(config)
+        for name in config.models:
+            model = build_sequence_model(config, name, task)
+            if model is None:
+                skipped.append(name)
+                continue
+            bar = progress_bar(config.iterations, name) if progress and rank == 0 else None
+            log = Log(
+                folder if rank == 0 else None, "iteration", [], name=name, tensorboard=tensorboard
+            )
+            with log:
+                history = fit_sequences(model, config, task, bar=bar, name=name, log=log.add)
+            if bar is not None:
+                bar.close()
+            trained.append((name, model, history))
+    if rank != 0:
+        return None
+    results, files = [], []
+    for name, model, history in trained:
         results.append(_result(name, model, config, task, history))
         state = {key: value.cpu() for key, value in model.state_dict().items()}
         files.append(

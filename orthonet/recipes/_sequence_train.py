@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 from orthonet import _checks
 from orthonet.layers import OrthoRNN
 from orthonet.recipes._data import require_package
+from orthonet.recipes._processes import part_of, rank_and_size, replica_of, totals
 from orthonet.recipes._sequence_config import COPIED, SequenceConfig
 from orthonet.recipes._sequence_data import Batch, Task
 
@@ -94,9 +95,18 @@ def parameter_groups(model: nn.Module, config: SequenceConfig) -> list[dict[str,
 
 
 def fit_sequences(
-    model: SequenceModel, config: SequenceConfig, task: Task, *, bar: Any = None, name: str = ""
+    model: SequenceModel,
+    config: SequenceConfig,
+    task: Task,
+    *,
+    bar: Any = None,
+    name: str = "",
+    log: Callable[[dict[str, float]], object] | None = None,
 ) -> list[dict[str, float]]:
     """Train one model.
+
+    Where torch.distributed is initialized, all processes draw the same sequences, each takes its
+    part, and the gradient is that of the whole batch.
 
     Args:
         model: The model, trained in place.
@@ -104,6 +114,7 @@ def fit_sequences(
         task: Where the batches come from.
         bar: A progress bar to move on, or None.
         name: Name of the model, for the bar and for errors.
+        log: Called with every row as soon as it is there.
 
     Returns:
         A row every `log_every` steps, and for the last: the number of the step, the loss and the
@@ -117,9 +128,12 @@ def fit_sequences(
     history: list[dict[str, float]] = []
     start = time.perf_counter()
     model.train()
+    size = rank_and_size()[1]
+    replica = replica_of(model)
     for iteration in range(1, config.iterations + 1):
         batch = task.draw(generator)
-        logits = model(batch.x)
+        batch = Batch(part_of(batch.x, 1), part_of(batch.y, -1))
+        logits = replica(batch.x)
         loss = F.cross_entropy(logits.flatten(0, -2), batch.y.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -129,7 +143,10 @@ def fit_sequences(
         if config.rebase and iteration % config.rebase == 0 and isinstance(model.rnn, OrthoRNN):
             model.rnn.update_base()
         if iteration % config.log_every == 0 or iteration == config.iterations:
-            value = loss.item()
+            summed = totals(
+                loss.item(), score(logits.detach(), batch, config), device=config.device
+            )
+            value, right = (total / size for total in summed)
             _checks.require(
                 math.isfinite(value), "fit_sequences", "the loss must stay finite",
                 "Lower the learning rates, or set clip", model=name, iteration=iteration,
@@ -137,10 +154,12 @@ def fit_sequences(
             row = {
                 "iteration": iteration,
                 "loss": value,
-                "score": score(logits.detach(), batch, config),
+                "score": right,
                 "seconds": time.perf_counter() - start,
             }
             history.append(row)
+            if log is not None:
+                log(row)
             if bar is not None:
                 bar.set_postfix(loss=f"{value:.4f}", score=f"{row['score']:.1%}")
         if bar is not None:

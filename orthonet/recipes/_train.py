@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from orthonet import _checks
 from orthonet.losses import OffsetCrossEntropyLoss
 from orthonet.models import create
-from orthonet.recipes._augment import random_affine, random_crop
 from orthonet.recipes._config import TrainConfig
 from orthonet.recipes._data import Images, Split, require_package
-from orthonet.recipes._files import write_csv
-from orthonet.recipes._processes import rank_and_size, totals
+from orthonet.recipes._log import Log
+from orthonet.recipes._processes import rank_and_size, replica_of, totals
 from orthonet.recipes._resume import Resumable
+from orthonet.recipes._sources import InMemory, Source
 
 FOLLOWED_RADIUS = 0.5
 
@@ -34,26 +33,28 @@ def build(config: TrainConfig) -> nn.Module:
 
 def fit(
     config: TrainConfig,
-    data: Split,
+    data: Split | Source,
     *,
     progress: bool = False,
     folder: Path | None = None,
     resume: bool = False,
+    tensorboard: bool = False,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     r"""Train the model of `config`.
 
-    Where torch.distributed is initialized, the processes train one model together: all draw the
-    same batches, each takes its part, and the gradient is that of the whole batch. Only the first
-    one writes.
+    Where torch.distributed is initialized, the processes train one model together: each takes its
+    part of every batch, and the gradient is that of the whole batch. Only the first one writes.
 
     Args:
         config: What to train, and how.
-        data: Training images; the test images are only looked at.
+        data: Training images; the test images are only looked at. Or a source of batches, as the
+            recipe for folders has it.
         progress: Whether to show a progress bar (of tqdm) on the standard error stream.
         folder: Where `state.pt` (all that the rest of the training depends on) and `log.csv` are
             replaced after every epoch; nothing is written without it.
         resume: Whether to go on from `state.pt`, if there is one. What follows is what an
             uninterrupted training would have done.
+        tensorboard: Whether to write every row into `folder / "tensorboard"` too.
 
     Returns:
         The model in eval mode, and a row for every epoch: its number, learning rate, mean training
@@ -64,12 +65,12 @@ def fit(
     Raises:
         ValueError: The images do not fit the model, the loss is not finite, or `state.pt` is that
             of another configuration.
-        ModuleNotFoundError: A progress bar is asked for and tqdm is missing.
+        ModuleNotFoundError: A progress bar or TensorBoard is asked for and its package is missing.
     """
     model = build(config)
     generator = torch.Generator().manual_seed(config.seed)
-    train, test = (Images(*(t.to(config.device) for t in images)) for images in data)
-    steps = config.epochs * math.ceil(len(train.x) / config.batch_size)
+    source = InMemory(config, data) if isinstance(data, Split) else data
+    steps = config.epochs * math.ceil(source.number / config.batch_size)
     loss_fn = OffsetCrossEntropyLoss(config.offset, config.temperature)
     optimizer = optimizer_of(config, model)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -79,53 +80,52 @@ def fit(
         pct_start=config.warmup,
         cycle_momentum=config.optimizer == "adam",
     )
-    history: list[dict[str, float]] = []
     rank, size = rank_and_size()
-    replica = DistributedDataParallel(model, broadcast_buffers=False) if size > 1 else model
+    replica = replica_of(model)
     state = Resumable(model, optimizer, schedule, generator)
+    history: list[dict[str, float]] = []
     if folder is not None and resume:
         history = state.load(folder / "state.pt", config)
+    writes = folder is not None and rank == 0
+    log = Log(folder if writes else None, "epoch", history, tensorboard=tensorboard)
     bar = _progress_bar(config.epochs) if progress else None
     if bar is not None:
         bar.update(len(history))
-    for epoch in range(len(history) + 1, config.epochs + 1):
-        model.train()
-        rate, total, right = schedule.get_last_lr()[0], 0.0, 0.0
-        for x, y in _batches(train, config, generator):
-            whole = len(y)
-            if whole >= size:  # fewer images than processes: each takes all of them
-                x, y = x[rank::size], y[rank::size]
-            share = len(y) * size / whole if whole >= size else 1.0
-            logits = replica(x)
-            loss = loss_fn(logits, y)
-            _checks.require(
-                math.isfinite(loss.item()), "fit", "the loss must stay finite",
-                "Lower the learning rate", epoch=epoch, lr=rate,
-            )  # fmt: skip
-            optimizer.zero_grad()
-            (loss * share).backward()
-            optimizer.step()
-            schedule.step()
-            counted = share * whole / size  # images of this process
-            total += loss.item() * counted
-            right += float((logits.argmax(1) == y).float().mean()) * counted
-        total, right = totals(total, right, device=config.device)
-        accuracy, followed = _follow(model, test, config.lipschitz)
-        row = {
-            "epoch": epoch,
-            "lr": rate,
-            "loss": total / len(train.y),
-            "train_accuracy": right / len(train.y),
-            "test_accuracy": accuracy,
-            "test_margin_accuracy": followed,
-        }
-        history.append(row)
-        if folder is not None and rank == 0:
-            state.save(folder / "state.pt", config, history)
-            write_csv(folder / "log.csv", history)
-        if bar is not None:
-            bar.set_postfix(loss=f"{row['loss']:.3f}", test=f"{accuracy:.1%}")
-            bar.update()
+    with log:
+        for epoch in range(len(history) + 1, config.epochs + 1):
+            model.train()
+            rate, sums = schedule.get_last_lr()[0], (0.0, 0.0, 0.0)
+            for part in source.batches(epoch, generator, rank, size):
+                logits = replica(part.x)
+                loss = loss_fn(logits, part.y)
+                _checks.require(
+                    math.isfinite(loss.item()), "fit", "the loss must stay finite",
+                    "Lower the learning rate", epoch=epoch, lr=rate,
+                )  # fmt: skip
+                optimizer.zero_grad()
+                (loss * part.share).backward()
+                optimizer.step()
+                schedule.step()
+                right = float((logits.argmax(1) == part.y).float().mean())
+                found = (loss.item() * part.counted, right * part.counted, part.counted)
+                sums = tuple(map(sum, zip(sums, found, strict=True)))
+            total, right, number = totals(*sums, device=config.device)
+            accuracy, followed = _follow(model, source.tests(rank, size), config)
+            row = {
+                "epoch": epoch,
+                "lr": rate,
+                "loss": total / number,
+                "train_accuracy": right / number,
+                "test_accuracy": accuracy,
+                "test_margin_accuracy": followed,
+            }
+            history.append(row)
+            if folder is not None and rank == 0:
+                state.save(folder / "state.pt", config, history)
+            log.add(row)
+            if bar is not None:
+                bar.set_postfix(loss=f"{row['loss']:.3f}", test=f"{accuracy:.1%}")
+                bar.update()
     if bar is not None:
         bar.close()
     return model.eval(), history
@@ -138,31 +138,23 @@ def optimizer_of(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer
     return torch.optim.Adam(model.parameters(), lr=config.lr)
 
 
-def _batches(
-    images: Images, config: TrainConfig, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    order = torch.randperm(len(images.y), generator=generator).to(images.y.device)
-    for batch in order.split(config.batch_size):
-        x = random_affine(
-            images.x[batch],
-            generator,
-            shift=config.shift,
-            rotation=config.rotation,
-            zoom=config.zoom,
-            shear=config.shear,
-        )
-        x = random_crop(x, generator, crop=config.crop, flip=config.flip)
-        yield x, images.y[batch]
-
-
 @torch.no_grad()
-def _follow(model: nn.Module, test: Images, lipschitz: float) -> tuple[float, float]:
-    logits = model.eval()(test.x)
-    true = logits.gather(1, test.y[:, None]).squeeze(1)
-    others = logits.scatter(1, test.y[:, None], -math.inf).amax(1)
-    margin = true - others
-    wanted = math.sqrt(2) * lipschitz * FOLLOWED_RADIUS
-    return (margin > 0).float().mean().item(), (margin > wanted).float().mean().item()
+def _follow(
+    model: nn.Module, batches: Iterable[Images], config: TrainConfig
+) -> tuple[float, float]:
+    """Accuracy, and the share of margins above the one that is followed, over all processes."""
+    model.eval()
+    wanted = math.sqrt(2) * config.lipschitz * FOLLOWED_RADIUS
+    right = followed = number = 0
+    for x, y in batches:
+        logits = model(x)
+        true = logits.gather(1, y[:, None]).squeeze(1)
+        margin = true - logits.scatter(1, y[:, None], -math.inf).amax(1)
+        right += int((margin > 0).sum())
+        followed += int((margin > wanted).sum())
+        number += len(y)
+    right, followed, number = totals(right, followed, number, device=config.device)
+    return right / number, followed / number
 
 
 def _progress_bar(epochs: int) -> Any:

@@ -17,6 +17,8 @@ from orthonet.models import mlp
 from orthonet.recipes._beyond import BeyondReport, grid, optimize
 from orthonet.recipes._data import require_package
 from orthonet.recipes._figures import BLUE, GREY, ORANGE, _figure, _save
+from orthonet.recipes._log import writer_class
+from orthonet.recipes._processes import joined, part_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +115,12 @@ def mean_below(values: Tensor, width: float, risk: float) -> float:
 
 
 def train_w1(
-    config: W1Config, out: str | os.PathLike[str], *, progress: bool = False
-) -> BeyondReport:
+    config: W1Config,
+    out: str | os.PathLike[str],
+    *,
+    progress: bool = False,
+    tensorboard: bool = False,
+) -> BeyondReport | None:
     r"""Train a critic f by the Kantorovich-Rubinstein loss, and bound the distance from below.
 
     By duality \(W_1 \ge (E f(Y) - E f(X)) / K\) for every f of constant K, and K is certified. The
@@ -126,10 +132,11 @@ def train_w1(
         config: What to run.
         out: A folder, made if it is missing.
         progress: Whether to show a progress bar on the standard error stream.
+        tensorboard: Whether to write every row of the training into `tensorboard` in `out` too.
 
     Returns:
-        The report; its figures are `distance`, `estimate` (the mean), `lower` (with confidence) and
-        `constant`.
+        The report, None in all processes of `torchrun` but the first. Its figures are `distance`,
+        `estimate` (the mean), `lower` (with confidence) and `constant`.
 
     Raises:
         ModuleNotFoundError: A package of the extra `demo` is missing.
@@ -141,18 +148,24 @@ def train_w1(
         distances by 1-Lipschitz networks).
     """
     require_package("matplotlib", "matplotlib")
+    if tensorboard:
+        writer_class()
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = mlp(config.dimension, 1, hidden=(config.hidden, config.hidden))
 
     def loss_of() -> Tensor:
-        inner, outer = shells(config, config.batch_size, generator)
+        inner, outer = map(part_of, shells(config, config.batch_size, generator))
         return model(inner).mean() - model(outer).mean()
 
-    history = optimize(
-        model, loss_of, iterations=config.iterations, lr=config.lr, progress=progress, name="w1"
-    )
+    with joined("cpu") as rank:
+        history = optimize(
+            model, loss_of, iterations=config.iterations, lr=config.lr, progress=progress,
+            name="w1", folder=Path(out), tensorboard=tensorboard,
+        )  # fmt: skip
+    if rank != 0:
+        return None
     model = model.double()
     constant = certify(model, torch.zeros(1, config.dimension).double()).constant.value
     figures = {"distance": config.gap, **_bounds(model, constant, config, generator)}

@@ -31,7 +31,7 @@ _SHAPES = {"digits": (1, 8, 8), "mnist5k": (1, 28, 28)}
 # Highest learning rate of Adam; of 0.005, 0.02 and 0.06 the best on validation images of the
 # training set of digits. The others take the default, which was best for them.
 LEARNING_RATES: Mapping[str, float] = {
-    "aol": 0.005, "frobenius": 0.005, "sandwich": 0.005, "sll": 0.06,
+    "aol": 0.005, "liresnet": 0.005, "sandwich": 0.005, "sll": 0.06, "spectral": 0.005,
 }  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 HEADER = (
-    "method", "accuracy", "certified", "PGD", "average radius", "constant", "ms a step",
-    "saved MB", "parameters", "epochs", "broken", "not finite",
+    "method", "seeds", "accuracy", "certified", "spread", "PGD", "average radius", "constant",
+    "ms a step", "saved MB", "parameters", "epochs", "broken", "not finite",
 )  # fmt: skip
 
 
@@ -36,8 +36,9 @@ class ZooReport:
     def rows(self) -> list[dict[str, Any]]:
         """Means over the seeds, one row for each method, the best average radius first.
 
-        The numbers of attacked, broken and non-finite results are sums; of a method none of whose
-        runs was finite only these are there.
+        The spread is the standard deviation of the certified accuracies, with the number of seeds
+        as its divisor. The numbers of attacked, broken and non-finite results are sums; of a method
+        none of whose runs was finite only these are there.
         """
         rows = []
         for name in dict.fromkeys(run["method"] for run in self.runs):
@@ -69,10 +70,13 @@ class ZooReport:
         cells = []
         for row in self.rows():
             if "accuracy" not in row:
-                cells.append([row["method"], *["-"] * 9, "-", str(row["not_finite"])])
+                seeds, missing = str(row["seeds"]), ["-"] * (len(HEADER) - 3)
+                cells.append([row["method"], seeds, *missing, str(row["not_finite"])])
                 continue
             cells.append([
-                row["method"], _percent(row["accuracy"]), _percents(row["certified"]),
+                row["method"], str(row["seeds"]), _percent(row["accuracy"]),
+                _percents(row["certified"]),
+                _percents(row["spread"]) if row["seeds"] > 1 + row["not_finite"] else "-",
                 _percents(row["attacked"]), f"{row['average_radius']:.3f}",
                 f"{row['constant']:.7f}", f"{1e3 * row['seconds_per_step']:.1f}",
                 f"{row['saved_bytes'] / 2**20:.1f}", f"{row['parameters']:.0f}",

@@ -12,7 +12,7 @@ from orthonet.errors import NotOnManifoldError
 from orthonet.linalg._matrix import compute_dtype, without_autocast
 from orthonet.reparametrizers._cache import CachedWeight
 
-__all__ = ["MappedWeight", "ScaledWeight"]
+__all__ = ["MappedWeight"]
 
 _ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-8}
 
@@ -141,48 +141,3 @@ class MappedWeight(CachedWeight):
         name = getattr(self.function, "func", self.function)
         scale = "" if self.lipschitz == 1.0 else f", lipschitz={self.lipschitz:g}"
         return f"{getattr(name, '__name__', name)}, shape={tuple(self.original.shape)}{scale}"
-
-
-class ScaledWeight(CachedWeight):
-    r"""K times the weight of another sub-module.
-
-    Args:
-        weight: The sub-module that computes the weight.
-        lipschitz: The factor K.
-
-    Shape:
-        Output: that of `weight`.
-
-    Raises:
-        ValueError: `lipschitz` is not a positive finite number.
-    """
-
-    def __init__(self, weight: nn.Module, lipschitz: float) -> None:
-        super().__init__()
-        _checks.in_range(self, 1e-30, 1e30, lipschitz=lipschitz)
-        self.weight = weight
-        self.lipschitz = float(lipschitz)
-
-    @property
-    def orthogonal(self) -> bool:
-        """Whether the weight that is scaled is that of an orthogonal convolution."""
-        return getattr(self.weight, "orthogonal", False)
-
-    def evaluate(self) -> Tensor:
-        """Compute the scaled weight."""
-        return self.weight() * self.lipschitz
-
-    def reset_parameters(self) -> None:
-        """Draw the weight anew."""
-        self.weight.reset_parameters()  # type: ignore[operator]
-
-    def assign_(self, w: Tensor, owner: object = None) -> None:
-        """Make `w` the scaled weight; errors are those of the sub-module, about w / K."""
-        self.weight.assign_(w / self.lipschitz, owner or self)  # type: ignore[operator]
-
-    def project_(self, w: Tensor, owner: object = None) -> float:
-        """Make K times the projection of w / K the weight; return its relative distance."""
-        return self.weight.project_(w / self.lipschitz, owner or self)  # type: ignore[operator]
-
-    def extra_repr(self) -> str:
-        return f"lipschitz={self.lipschitz:g}"

@@ -81,3 +81,18 @@ def test_batch_lip_norm_reloads_and_has_constant_one():
     values = torch.linalg.svdvals(jacobian(layer, x[0]))
     assert float(values.max()) == pytest.approx(1.0, abs=1e-6)
     assert float(values.min()) < 0.5
+
+
+def test_batch_lip_norm_takes_the_checkpoint_of_batch_norm():
+    """With weights of 1 the two differ by one factor, the largest gain."""
+    plain, layer = nn.BatchNorm2d(4).double(), layers.BatchLipNorm2d(4).double()
+    for _ in range(3):
+        plain(torch.randn(6, 4, 3, 3, dtype=torch.float64) * 3)
+    layer.load_state_dict(plain.state_dict(), strict=True)
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    gain = (plain.running_var + plain.eps).rsqrt().max()
+    torch.testing.assert_close(layer.eval()(x), plain.eval()(x) / gain, rtol=1e-12, atol=1e-12)
+    with pytest.raises(RuntimeError, match="running_var"):
+        state = plain.state_dict()
+        del state["running_var"]
+        layer.load_state_dict(state)

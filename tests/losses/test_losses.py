@@ -227,6 +227,21 @@ MODULES = [
         {"alpha": 0.3, "margin": 0.8, "temperature": 0.4},
         "classes",
     ),
+    (losses.EMMALoss, losses.emma, {"radius": 0.4, "lipschitz": 2.0}, "classes"),
+    (
+        losses.LogitAnnealingLoss,
+        losses.logit_annealing,
+        {"offset": 0.6, "temperature": 0.4, "beta": 2.0},
+        "classes",
+    ),
+    (
+        losses.CertificateRegularizationLoss,
+        losses.certificate_regularization,
+        {"weight": 0.7},
+        "classes",
+    ),
+    (losses.MultiMarginLoss, losses.multi_margin, {"margin": 0.8}, "classes"),
+    (losses.TRADESLoss, losses.trades, {"beta": 0.7}, "two"),
 ]
 MODULE_IDS = [case[0].__name__ for case in MODULES]
 
@@ -234,11 +249,12 @@ MODULE_IDS = [case[0].__name__ for case in MODULES]
 @pytest.mark.parametrize(("module", "function", "arguments", "kind"), MODULES, ids=MODULE_IDS)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_module_is_its_function(module, function, arguments, kind, reduction):
-    x, y = sample(kind)
+    x, y = sample("classes" if kind == "two" else kind)
+    given = (x, x.flip(1), y) if kind == "two" else (x, y)
     loss = module(**arguments, reduction=reduction)
-    expected = function(x, y, **arguments, reduction=reduction)
+    expected = function(*given, **arguments, reduction=reduction)
     for same in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
-        assert torch.equal(same(x, y), expected)
+        assert torch.equal(same(*given), expected)
     for name, value in {**arguments, "reduction": reduction}.items():
         assert f"{name}={value!r}" in repr(loss)
 
@@ -278,6 +294,14 @@ def test_target_may_be_a_narrow_integer(scores, classes):
         (lambda: HKRLoss(margin=True), "margin=True"),
         (lambda: HKRMulticlassLoss(alpha=-0.1), "HKRMulticlassLoss: alpha"),
         (lambda: SoftHKRMulticlassLoss(temperature=-1), "SoftHKRMulticlassLoss: temperature"),
+        (lambda: losses.EMMALoss(-1.0), "EMMALoss: radius"),
+        (lambda: losses.EMMALoss(1.0, 0.0), "EMMALoss: lipschitz"),
+        (lambda: losses.LogitAnnealingLoss(beta=-1.0), "LogitAnnealingLoss: beta"),
+        (lambda: losses.LogitAnnealingLoss(temperature=0.0), "temperature must be"),
+        (lambda: losses.CertificateRegularizationLoss(-1.0), "weight=-1"),
+        (lambda: losses.TRADESLoss(beta=-1.0), "TRADESLoss: beta"),
+        (lambda: losses.MultiMarginLoss(0.0), "MultiMarginLoss: margin"),
+        (lambda: losses.MultiMarginLoss(reduction="avg"), "MultiMarginLoss: reduction"),
     ],
 )
 def test_bad_arguments_are_refused(call, message):

@@ -29,6 +29,10 @@ MODELS = {
     ),
     "convnet_digits": ({}, (1, 8, 8)),
     "convnet_mnist": ({"channels": (8, 8, 8), "hidden": (16,)}, (1, 28, 28)),
+    "convnet_images": (
+        {"in_shape": (3, 14, 9), "num_classes": 4, "width": 4, "patch": 2, "smallest": 2},
+        (3, 14, 9),
+    ),
     "convnet_zoo": ({"width": 8, "hidden": 16}, (1, 8, 8)),
     "convnet_xs": ({"in_shape": (2, 4, 4), "width": 4, "depth": 1}, (2, 4, 4)),
 }
@@ -47,8 +51,8 @@ def test_model_is_1_lipschitz(name, arguments, shape):
     for x in (torch.rand(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)):
         jacobian = torch.autograd.functional.jacobian(lambda x: model(x[None])[0], x)
         largest = torch.linalg.matrix_norm(jacobian.flatten(1), ord=2).item()
-        assert largest <= 1 + 1e-12  # observed 1 + 9e-16
-        # A random projection from many features to few classes loses most of it; observed .25 to 1.
+        assert largest <= 1 + 1e-12  # observed 1 at most, with three seeds
+        # A random projection from many features to few classes loses most of it; observed .28 to 1.
         assert largest > 0.1
 
 
@@ -161,7 +165,7 @@ def test_the_constant_is_what_was_asked_for(name, arguments, shape, lipschitz):
     largest = torch.linalg.matrix_norm(jacobian.flatten(1), ord=2).item()
     constant = certify(model, x[:1]).constant.value
     assert largest <= constant
-    assert constant == pytest.approx(lipschitz, rel=1e-6)  # observed 2.2e-8 at most
+    assert constant == pytest.approx(lipschitz, rel=1e-6)  # observed 2.3e-8 at most
 
 
 def test_a_constant_that_is_none_is_refused():
@@ -183,7 +187,7 @@ def test_the_network_of_the_zoo_with_each_layer(layer):
     jacobian = torch.autograd.functional.jacobian(lambda x: model(x[None])[0], x[0].double())
     largest = torch.linalg.matrix_norm(jacobian.flatten(1), ord=2).item()
     constant = certify(model, x[:1].double()).constant.value
-    assert 0 < largest <= constant <= 2 * (1 + 1e-6)  # observed 2 (1 + 3e-9) at most
+    assert 0 < largest <= constant <= 2 * (1 + 1e-6)  # observed 2 (1 + 1.1e-9) at most
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,8 @@ def test_crops_are_windows_of_the_padded_image_and_flips_mirror():
     same = (windows == found[:, None]).flatten(2).all(2)
     assert same.any(1).all()
     used = same.float().argmax(1)
-    assert len(used.unique()) > 15  # observed 26 of 50 with 40 images
-    assert 8 < (used >= 25).sum() < 32  # observed 21
+    assert len(used.unique()) > 15  # observed 29 of 50 with 40 images
+    assert 8 < (used >= 25).sum() < 32  # observed 22
     assert torch.equal(random_crop(x, generator, crop=0, flip=False), x)
 
 
@@ -90,7 +90,7 @@ def test_the_network_has_its_constant(layer):
     jacobian = torch.autograd.functional.jacobian(lambda x: model(x[None])[0], x)
     largest = torch.linalg.matrix_norm(jacobian.flatten(1), ord=2).item()
     constant = certify(model, x[None]).constant.value
-    assert 0 < largest <= constant <= 0.5 * (1 + 1e-6)  # observed 0.5 (1 + 2e-11)
+    assert 0 < largest <= constant <= 0.5 * (1 + 1e-6)  # observed 0.5 (1 + 3.6e-10) at most
 
 
 def test_the_network_has_the_size_of_the_comparison():

@@ -10,6 +10,7 @@ from orthonet.layers import available
 from orthonet.models import convnet_zoo
 from orthonet.recipes import Images, Split, ZooConfig, ZooReport, bench_zoo
 from orthonet.recipes import _zoo as zoo
+from orthonet.recipes import _zoo_report as zoo_report
 from orthonet.recipes._train import build
 from orthonet.recipes._zoo_cost import step_cost
 
@@ -63,6 +64,15 @@ def test_a_run_is_written_after_each_method_and_goes_on(few, tmp_path, monkeypat
     assert made == [("sll", 1)]
     assert longer.runs[:2] == tuple(content["runs"])
     assert [row["seeds"] for row in longer.rows()] == [2, 2]
+    seeds, certified, spread = (
+        zoo_report.HEADER.index(n) for n in ("seeds", "certified", "spread")
+    )
+    for row in longer.cells():
+        each = [100 * run["certified"][1] for run in longer.runs if run["method"] == row[0]]
+        assert row[seeds] == "2"
+        assert row[certified].split(" / ")[1] == f"{sum(each) / 2:.1f}"
+        assert row[spread].split(" / ")[1] == f"{abs(each[0] - each[1]) / 2:.1f}"
+    assert {row[spread] for row in report.cells()} == {"-"}  # one seed has none
     with pytest.raises(ValueError, match=r"epochs=.*there 2"):
         bench_zoo(tiny(epochs=3), tmp_path)
 
@@ -76,6 +86,7 @@ def test_a_loss_that_is_not_finite_is_a_result(few, tmp_path, monkeypatch):
     assert report.rows()[0]["not_finite"] == 1
     assert "NOT FINITE" in report.line(report.runs[0])
     assert report.summary().count("\n") >= 3
+    assert len(report.cells()[0]) == len(zoo_report.HEADER)
 
 
 @pytest.mark.parametrize("method", ["aol", "bro", "soc", "sll", "sandwich"])

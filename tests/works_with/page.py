@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tests.works_with import trainers  # noqa: F401 (its columns)
 from tests.works_with.columns import COLUMNS
 from tests.works_with.refusals import refusal
 from tests.works_with.rows import ROWS

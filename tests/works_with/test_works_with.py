@@ -1,6 +1,7 @@
 """Every cell of the table: green, or an error whose text is tested; and the page made of it."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -16,6 +17,12 @@ from tests.works_with.rows import ROWS
 
 # What every change should look at; the whole of the expensive columns is under `slow`.
 SAMPLE = ("OrthoLinear", "OrthoConv2d, kernel 3, stride 2", "orthogonal", "aol (convolution)")
+NEEDED = {
+    "onnx": ("onnxruntime", "onnxscript"),
+    "safetensors": ("safetensors",),
+    "lightning": ("lightning.pytorch",),
+    "accelerate": ("accelerate",),
+}
 CELLS = [
     pytest.param(
         column, row, id=f"{column}-{row}",
@@ -28,10 +35,10 @@ CELLS = [
 
 @pytest.mark.parametrize(("column", "row"), CELLS)
 def test_cell(column, row):
-    for needed in {"onnx": ("onnxruntime", "onnxscript"), "safetensors": ("safetensors",)}.get(
-        column, ()
-    ):
-        pytest.importorskip(needed)
+    for needed in NEEDED.get(column, ()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other libraries about their own imports
+            pytest.importorskip(needed)
     found = cell_of(column, row)
     recorded = json.loads(RESULTS.read_text())["cells"][column][row]
     assert found == recorded

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.layers._base import ConstrainedWeight
+from orthonet.layers._base import ConstrainedWeight, WithoutPlainWeight
 from orthonet.linalg import haar
+from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._mapped import MappedWeight
 
 __all__ = [
+    "CachedParts",
+    "InnerWeight",
     "MappedConv2d",
     "MappedLinear",
+    "SameSizeConv2d",
     "adopt_arguments",
     "check_circular",
     "delta_orthogonal",
@@ -109,6 +113,105 @@ def same_padding(layer: Any) -> tuple[int, int]:
         dilation=layer.dilation,
     )
     return wanted  # type: ignore[return-value]
+
+
+class CachedParts(CachedWeight):
+    """A parametrization of several tensors, computed once per optimizer step and once in eval.
+
+    They are kept as one, so that what holds for the cache of a weight holds for them.
+    """
+
+    def compute(self) -> tuple[Tensor, ...]:
+        """Compute the tensors."""
+        _checks.fail(
+            self, "a subclass must define compute()", "Let it return the tensors", TypeError
+        )
+
+    def _shapes(self) -> tuple[torch.Size, ...]:
+        """Their shapes."""
+        _checks.fail(
+            self, "a subclass must define _shapes()", "Let it return their shapes", TypeError
+        )
+
+    def evaluate(self) -> Tensor:
+        """All of them in one vector."""
+        return torch.cat([part.reshape(-1) for part in self.compute()])
+
+    def forward(self) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the tensors."""
+        shapes = self._shapes()
+        pieces = super().forward().split([shape.numel() for shape in shapes])
+        return tuple(piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True))
+
+
+class InnerWeight(WithoutPlainWeight, nn.Module):
+    """A layer with a sub-module of parameters that is no linear map with a plain weight."""
+
+    parametrization: nn.Module
+    bias: Tensor | None
+    lipschitz: float
+
+    def _set_constant(self, lipschitz: float) -> None:
+        _checks.in_range(type(self), 1e-30, 1e30, lipschitz=lipschitz)
+        self.lipschitz = float(lipschitz)
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew and set the bias to zero; nothing happens on the meta device."""
+        self.parametrization.reset_parameters()  # type: ignore[operator]
+        if self.bias is not None and not self.bias.is_meta:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return "" if self.lipschitz == 1.0 else f"lipschitz={self.lipschitz:g}"
+
+
+class SameSizeConv2d(InnerWeight):
+    """Such a layer with convolutions that keep the image size."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: str
+
+    def _adopt(self, in_channels: int, out_channels: int, **arguments: Any) -> None:
+        if arguments["padding"] == "same" and arguments["stride"] not in (1, (1, 1)):
+            arguments["padding"] = 0  # refused below, in our words
+        adopt_arguments(self, in_channels, out_channels, **arguments)
+        self._pad = same_padding(self)
+
+    def _check_input(self, input: Tensor) -> None:
+        _checks.require(
+            input.ndim in (3, 4) and input.shape[-3] == self.in_channels,
+            self,
+            f"the input must be (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W)",
+            "Check the number of channels and of dimensions",
+            shape=tuple(input.shape),
+        )
+        _checks.require(
+            self.padding_mode == "zeros"
+            or all(n >= p for n, p in zip(input.shape[-2:], self._pad, strict=True)),
+            self,
+            "with circular padding the image must be as large as the padding",
+            "Use a smaller kernel or a larger image",
+            input_size=tuple(input.shape[-2:]),
+            padding=self._pad,
+        )
+
+    def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+        top, left = self._pad
+        if self.padding_mode == "circular":
+            x = nn.functional.pad(x, (left, left, top, top), mode="circular")
+            top = left = 0
+        return nn.functional.conv2d(x, kernel, bias, 1, (top, left), self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"padding_mode={self.padding_mode!r}"
+        )
+        return ", ".join(filter(None, [text, super().extra_repr()]))
 
 
 def check_circular(layer: Any, input: Tensor) -> None:

@@ -86,9 +86,9 @@ class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
         ValueError: a size is not a positive integer, or another argument out of range.
 
     References:
-        Hu et al., *LipNeXt: scaling up Lipschitz-based certified robustness to billion-parameter
-        models*, ICLR 2026 (spatial shift module, beta-Abs); there is no public code, and positions
-        are not encoded here.
+        Hu, Hu & Fredrikson, *LipNeXt: scaling up Lipschitz-based certified robustness to
+        billion-parameter models*, ICLR 2026, arXiv:2601.18513 (spatial shift module, beta-Abs);
+        there is no public code, and positions are not encoded here.
     """
 
     bias: Tensor | None

@@ -162,9 +162,10 @@ class FrobeniusLinear(MappedLinear):
 
 
 class FrobeniusConv2d(MappedConv2d):
-    r"""`nn.Conv2d` with a kernel divided by its Frobenius norm and by \(\sqrt r\).
+    r"""`nn.Conv2d` with a kernel divided by a bound of the Frobenius norm of its symbol.
 
-    r is the number of windows that read one pixel, the product of ceil(kernel_size / stride).
+    The bound is \(\big(\sum_{lag} |\sum_t \langle K_t, K_{t + lag} \rangle|\big)^{1/2}\), or
+    \(\sqrt r\,\|K\|_F\) where that is less, r the number of windows that read one pixel.
     Arguments and errors are those of [`AOLConv2d`][orthonet.layers.AOLConv2d].
 
     Guarantee:
@@ -176,7 +177,8 @@ class FrobeniusConv2d(MappedConv2d):
     """
 
     def _map(self) -> Callable[[Tensor], Tensor]:
-        return partial(normalized_frobenius, reads=overlap(self.kernel_size, self.stride))
+        reads = overlap(self.kernel_size, self.stride)
+        return partial(normalized_frobenius, groups=self.groups, reads=reads)
 
 
 def _residual_kernel(kernel: Tensor, *, groups: int = 1) -> Tensor:

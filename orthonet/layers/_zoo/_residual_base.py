@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from orthonet import _checks
-from orthonet.layers._base import WithoutPlainWeight
 from orthonet.layers._zoo._base import (
-    adopt_arguments,
+    CachedParts,
+    InnerWeight,
+    SameSizeConv2d,
     delta_orthogonal,
     match_channels,
     new_bias,
-    same_padding,
 )
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg.rescaling import convolution_norm_upper, gershgorin_scale
@@ -38,7 +38,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-class SlopedWeight(nn.Module):
+class SlopedWeight(CachedParts):
     r"""The matrix or kernel J of a residual layer, and the diagonal of \(T \succeq J J^\top\).
 
     Returns J and \(2 / t\), both in float32 at least; rows with t = 0 are zero and get 0.
@@ -61,7 +61,10 @@ class SlopedWeight(nn.Module):
         self.register_parameter("log_scale", scale)
         self.reset_parameters()
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def _shapes(self) -> tuple[torch.Size, ...]:
+        return self.original.shape, self.original.shape[:1]
+
+    def compute(self) -> tuple[Tensor, Tensor]:
         """Return J and 2 / t."""
         stored = self.original
         with torch.autocast(stored.device.type, enabled=False):
@@ -96,13 +99,11 @@ class SlopedWeight(nn.Module):
         return f"shape={tuple(self.original.shape)}"
 
 
-class _Residual(WithoutPlainWeight, nn.Module):
+class _Residual(InnerWeight):
     """What the four layers share."""
 
     parametrization: SlopedWeight
     activation: nn.Module
-    bias: Tensor | None
-    lipschitz: float
 
     def _finish(
         self,
@@ -115,19 +116,9 @@ class _Residual(WithoutPlainWeight, nn.Module):
     ) -> None:
         owner = type(self)
         _checks.one_of(owner, tuple(ACTIVATIONS), activation=activation)
-        _checks.in_range(owner, 1e-30, 1e30, lipschitz=lipschitz)
+        self._set_constant(lipschitz)
         self.activation = ACTIVATIONS[activation]()
-        self.lipschitz = float(lipschitz)
         new_bias(self, hidden if bias else None, device, dtype)
-
-    def reset_parameters(self) -> None:
-        """Draw the weight anew and set the bias to zero; nothing happens on the meta device."""
-        self.parametrization.reset_parameters()
-        if self.bias is not None and not self.bias.is_meta:
-            nn.init.zeros_(self.bias)
-
-    def extra_repr(self) -> str:
-        return "" if self.lipschitz == 1.0 else f"lipschitz={self.lipschitz:g}"
 
 
 class _PlainResidual(nn.Module):
@@ -225,16 +216,10 @@ class ResidualLinear(_Residual):
         )
 
 
-class ResidualConv2d(_Residual):
+class ResidualConv2d(_Residual, SameSizeConv2d):
     """CPL and SLL on images."""
 
     _free = False
-    kernel_size: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    padding_mode: str
-    in_channels: int
-    out_channels: int
 
     def __init__(
         self,
@@ -255,13 +240,10 @@ class ResidualConv2d(_Residual):
         lipschitz: float = 1.0,
     ) -> None:
         super().__init__()
-        if padding == "same" and stride not in (1, (1, 1)):
-            padding = 0  # refused below, in our words
-        adopt_arguments(
-            self, in_channels, out_channels, kernel_size=kernel_size, stride=stride,
-            padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
+        self._adopt(
+            in_channels, out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
+            dilation=dilation, groups=groups, padding_mode=padding_mode,
         )  # fmt: skip
-        self._pad = same_padding(self)
         width = max(in_channels, out_channels)
         hidden = width if hidden_channels is None else hidden_channels
         _checks.positive_int(type(self), hidden_channels=hidden)
@@ -286,33 +268,20 @@ class ResidualConv2d(_Residual):
         self.parametrization = SlopedWeight(shape, groups, self._free, device, dtype)
         self._finish(hidden, activation, bias, lipschitz, device, dtype)
 
-    def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-        top, left = self._pad
-        if self.padding_mode == "circular":
-            x = nn.functional.pad(x, (left, left, top, top), mode="circular")
-            top = left = 0
-        return nn.functional.conv2d(x, kernel, bias, 1, (top, left), self.dilation, self.groups)
-
     def _adjoint_kernel(self, kernel: Tensor) -> Tensor:
         split = kernel.unflatten(0, (self.groups, -1)).transpose(1, 2)
         return split.flip(-2, -1).flatten(0, 1)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to `input`, batched or not."""
-        _checks.require(
-            input.ndim in (3, 4) and input.shape[-3] == self.in_channels,
-            self,
-            f"the input must be (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W)",
-            "Check the number of channels and of dimensions",
-            shape=tuple(input.shape),
-        )
+        self._check_input(input)
         weight, scale = self.parametrization()
         with torch.autocast(input.device.type, enabled=False):
             x = match_channels(input.to(weight.dtype), weight.shape[1] * self.groups)
             bias = None if self.bias is None else self.bias.to(weight.dtype)
             inside = self.activation(self._convolve(x, weight, bias)) * scale.view(-1, 1, 1)
             y = match_channels(
-                x - self._convolve(inside, self._adjoint_kernel(weight), None), self.out_channels
+                x - self._convolve(inside, self._adjoint_kernel(weight)), self.out_channels
             )
             y = y if self.lipschitz == 1.0 else y * self.lipschitz
         return y.to(input.dtype)
@@ -339,10 +308,3 @@ class ResidualConv2d(_Residual):
         match = _matching(width, (self.in_channels, self.out_channels), -3, self.lipschitz)
         plain = _PlainResidual(inner, copy.deepcopy(self.activation), outer, match)
         return fx.symbolic_trace(plain).train(self.training)
-
-    def extra_repr(self) -> str:
-        text = (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"padding_mode={self.padding_mode!r}"
-        )
-        return ", ".join(filter(None, [text, super().extra_repr()]))

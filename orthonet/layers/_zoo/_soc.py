@@ -8,13 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.layers._base import WithoutPlainWeight
-from orthonet.layers._zoo._base import (
-    adopt_arguments,
-    match_channels,
-    new_bias,
-    same_padding,
-)
+from orthonet.layers._zoo._base import CachedParts, SameSizeConv2d, match_channels, new_bias
 from orthonet.layers._zoo._export import circular_twin, image_size_of
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg.rescaling import convolution_norm_upper
@@ -24,7 +18,7 @@ __all__ = ["SOCConv2d", "SkewKernel"]
 _TERMS = {torch.float32: 12, torch.float64: 20}
 
 
-class SkewKernel(nn.Module):
+class SkewKernel(CachedParts):
     r"""A kernel L with \(L^\top = -L\), of norm at most `reach`, and its bound.
 
     \(L = M - M^\top\), divided by the bound of its norm where that exceeds `reach`; the adjoint
@@ -45,7 +39,10 @@ class SkewKernel(nn.Module):
         self.original = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def _shapes(self) -> tuple[torch.Size, ...]:
+        return self.original.shape, torch.Size()
+
+    def compute(self) -> tuple[Tensor, Tensor]:
         """Return the kernel and an upper bound of its norm, in float32 at least."""
         stored = self.original
         with torch.autocast(stored.device.type, enabled=False):
@@ -65,7 +62,7 @@ class SkewKernel(nn.Module):
         return f"shape={tuple(self.original.shape)}, reach={self.reach:g}"
 
 
-class SOCConv2d(WithoutPlainWeight, nn.Module):
+class SOCConv2d(SameSizeConv2d):
     r"""Skew orthogonal convolution: \(y = e^{L} x\), the exponential series applied to the image.
 
     \(T_n(L) = \sum_{i < n} L^i / i!\) is applied term by term. For a skew L the eigenvalues are
@@ -114,14 +111,6 @@ class SOCConv2d(WithoutPlainWeight, nn.Module):
         arXiv:2105.11417 (there the remainder is left out).
     """
 
-    bias: Tensor | None
-    in_channels: int
-    out_channels: int
-    padding_mode: str
-    kernel_size: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
     def __init__(
         self,
         in_channels: int,
@@ -142,18 +131,14 @@ class SOCConv2d(WithoutPlainWeight, nn.Module):
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        if padding == "same" and stride not in (1, (1, 1)):
-            padding = 0  # refused below, in our words
-        adopt_arguments(
-            self, in_channels, out_channels, kernel_size=kernel_size, stride=stride,
-            padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
+        self._adopt(
+            in_channels, out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
+            dilation=dilation, groups=groups, padding_mode=padding_mode,
         )  # fmt: skip
-        self._pad = same_padding(self)
-        _checks.in_range(type(self), 1e-30, 1e30, lipschitz=lipschitz)
+        self._set_constant(lipschitz)
         _checks.in_range(type(self), 1e-3, 10.0, reach=reach)
         if terms is not None:
             _checks.positive_int(type(self), terms=terms)
-        self.lipschitz = float(lipschitz)
         self.terms = terms
         self.image_size = image_size_of(type(self), image_size)
         width = max(in_channels, out_channels) // groups
@@ -161,12 +146,6 @@ class SOCConv2d(WithoutPlainWeight, nn.Module):
             (groups * width, width, *self.kernel_size), groups, float(reach), device, dtype
         )
         new_bias(self, out_channels if bias else None, device, dtype)
-
-    def reset_parameters(self) -> None:
-        """Draw the kernel anew and set the bias to zero; nothing happens on the meta device."""
-        self.parametrization.reset_parameters()
-        if self.bias is not None and not self.bias.is_meta:
-            nn.init.zeros_(self.bias)
 
     def _number_of_terms(self, dtype: torch.dtype) -> int:
         return self.terms or _TERMS[dtype]
@@ -191,31 +170,9 @@ class SOCConv2d(WithoutPlainWeight, nn.Module):
         total = total.unflatten(-3, (self.groups, -1))
         return match_channels(total, self.out_channels // self.groups).flatten(-4, -3)
 
-    def _convolve(self, x: Tensor, kernel: Tensor) -> Tensor:
-        top, left = self._pad
-        if self.padding_mode == "circular":
-            x = nn.functional.pad(x, (left, left, top, top), mode="circular")
-            top = left = 0
-        return nn.functional.conv2d(x, kernel, None, 1, (top, left), self.dilation, self.groups)
-
     def forward(self, input: Tensor) -> Tensor:
         """Apply the exponential to `input`, batched or not, and add the bias."""
-        _checks.require(
-            input.ndim in (3, 4) and input.shape[-3] == self.in_channels,
-            self,
-            f"the input must be (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W)",
-            "Check the number of channels and of dimensions",
-            shape=tuple(input.shape),
-        )
-        _checks.require(
-            self.padding_mode == "zeros"
-            or all(n >= p for n, p in zip(input.shape[-2:], self._pad, strict=True)),
-            self,
-            "with circular padding the image must be as large as the padding",
-            "Use a smaller kernel or a larger image",
-            input_size=tuple(input.shape[-2:]),
-            padding=self._pad,
-        )
+        self._check_input(input)
         y = self.linear(input if input.ndim == 4 else input.unsqueeze(0))
         if self.bias is not None:
             y = y + self.bias.view(-1, 1, 1)
@@ -235,7 +192,4 @@ class SOCConv2d(WithoutPlainWeight, nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"padding_mode={self.padding_mode!r}, terms={self.terms}"
-        )
+        return f"{super().extra_repr()}, terms={self.terms}"
