@@ -139,26 +139,24 @@ class _Recomputed(torch.autograd.Function):
 
 def _taylor(powers: list[Tensor], degree: int) -> Tensor:
     """Taylor polynomial of the exponential, grouped in powers of the last of `powers`."""
-    block = len(powers)
-    result: Tensor | float | None = None
+    block, constant = len(powers), 0.0
+    result: Tensor | None = None
     for start in range(degree // block * block, -1, -block):
         factors = [1.0 / math.factorial(k) for k in range(start, min(start + block, degree + 1))]
         if len(factors) == 1 and result is None:
-            result = factors[0]  # times the identity
+            constant = factors[0]  # the highest group is a multiple of the identity
             continue
         first = factors[1] if block > 1 else 0.0
         group = add_identity(powers[0] * first, factors[0])
         for power, factor in zip(powers[1:], factors[2:], strict=False):
             group = torch.add(group, power, alpha=factor)
         if result is None:
-            result = group
-        elif isinstance(result, float):
-            result = torch.add(group, powers[-1], alpha=result)
+            result = torch.add(group, powers[-1], alpha=constant) if constant else group
         elif group.ndim == 2:
             result = torch.addmm(group, result, powers[-1])
         else:
             result = group + result @ powers[-1]
-    return powers[0] if not isinstance(result, Tensor) else result
+    return powers[0] if result is None else result
 
 
 def rotate_base(w: Tensor, base: Tensor, *, degree: int = 12) -> Tensor:
