@@ -54,8 +54,10 @@ NORMALIZED = {
     "group": (lambda: nn.GroupNorm(2, 4), (4, 3, 5)),
     "instance": (lambda: nn.InstanceNorm2d(3, affine=True), (3, 4, 4)),
     "root mean square": (lambda: nn.RMSNorm(12, eps=1e-4), (12,)),
-    "instance, stored": (lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
-                         (3, 4, 4)),
+    "instance, stored": (
+        lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+        (3, 4, 4),
+    ),
     "softmax": (lambda: nn.Softmax(1), (5, 3)),
     "log-softmax": (lambda: nn.LogSoftmax(2), (2, 9)),
 }
