@@ -20,15 +20,18 @@ from benchmarks import (
     convolutions,
     linear_step,
     manifolds,
+    optim,
     orthogonalizers,
     rnn,
+    shared_out,
 )
 
 # Benchmarks whose page shows what they print, by the name of their JSON file.
 PRINTED = {
     module.__name__.rpartition(".")[2]: module.summary
     for module in (
-        orthogonalizers, linear_step, convolutions, manifolds, rnn, certificates, certificate_peers
+        orthogonalizers, linear_step, convolutions, manifolds, rnn, optim, shared_out, certificates,
+        certificate_peers,
     )
 }  # fmt: skip
 Cell = Callable[[Mapping[str, Any], Mapping[str, Any]], str]
