@@ -143,6 +143,14 @@ def _check_model(model: nn.Module) -> None:
         )
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
         _checks.require(
+            not nn.parameter.is_lazy(tensor),
+            "certify",
+            "weights must be initialized",
+            "Call the model once: a lazy module makes its weights when it sees an input",
+            UncertifiableError,
+            path=path,
+        )
+        _checks.require(
             tensor.dtype not in (torch.float16, torch.bfloat16),
             "certify",
             "weights must be float32 or float64",
