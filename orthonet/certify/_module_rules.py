@@ -75,3 +75,13 @@ def _lp_pool_function(call: Call) -> Step:
 @register_rule(nn.Softsign, nn.Tanhshrink)
 def _unit_slope(module: nn.Module, input_shape: Shape) -> Step:
     return exact(1.0, "largest slope", 64.0)
+
+
+@register_rule(nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+def _attention(module: nn.Module, input_shape: Shape) -> Step:
+    _refuse(
+        module,
+        "dot-product attention has no Lipschitz constant: its scores are products of activations",
+        "Mix tokens by a constant matrix or a convolution instead, or bound the inputs and "
+        "register a rule for this class with @register_rule",
+    )

@@ -183,7 +183,7 @@ class Walker:
             self._refuse(
                 node,
                 "a value that depends on the input must be float32 or float64",
-                "Comparisons, indices and casts to fewer bits jump, so they have no constant",
+                "Comparisons, indices and casts to fewer bits jump, complex numbers have no rules",
             )
         return tuple(rest)
 
