@@ -33,6 +33,7 @@ docs: $(VENV)/.test          ## the documentation, into site/
 
 bench: $(VENV)/.bench        ## everything against its peers, and the pages that show it
 	$(BIN)/python -m benchmarks.orthogonalizers --lr 1e-4 --threads 2
+	$(BIN)/python -m benchmarks.floor --threads 2
 	$(BIN)/python -m benchmarks.linear_step --threads 2
 	$(BIN)/python -m benchmarks.convolutions --threads 2
 	$(BIN)/python -m benchmarks.manifolds --threads 2

@@ -18,6 +18,7 @@ from benchmarks import (
     certificate_peers,
     certificates,
     convolutions,
+    floor,
     linear_step,
     manifolds,
     optim,
@@ -30,8 +31,8 @@ from benchmarks import (
 PRINTED = {
     module.__name__.rpartition(".")[2]: module.summary
     for module in (
-        orthogonalizers, linear_step, convolutions, manifolds, rnn, optim, shared_out, certificates,
-        certificate_peers,
+        orthogonalizers, floor, linear_step, convolutions, manifolds, rnn, optim, shared_out,
+        certificates, certificate_peers,
     )
 }  # fmt: skip
 Cell = Callable[[Mapping[str, Any], Mapping[str, Any]], str]

@@ -62,7 +62,9 @@ class BatchedPolarOrthogonalization(Orthogonalizer):
     that an earlier penalty has saved for backward (autograd reports it); or when passing an
     `nn.Parameter` of another model to `functional_call`. No other start is kept for these cases: a
     factor of an earlier parameter does not commute with the present Gram matrix, so an iteration
-    from it ends at another orthogonal matrix than the polar factor.
+    from it ends at another orthogonal matrix than the polar factor, unless it solves the Lyapunov
+    equation of the gradient in forward too. That takes more products than the cold way and was
+    slower at every size measured (`benchmarks/floor.py`, last table).
 
     Args:
         weight_shape: Shape (*batch, m, n) of the weights.
@@ -157,8 +159,10 @@ class BatchedAutoOrthogonalization(BatchedPolarOrthogonalization):
     | otherwise | Cholesky-QR2 | shifted Cholesky-QR |
 
     The CPU column follows `benchmarks/orthogonalizers.py`: at every shape there (64x64 to 512x512,
-    2048x256, 16x64x64) Cholesky-QR2 is the fastest of the maps that leave the parameter alone (1.1
-    to 3.9 times faster than Householder reflections), and re-centring faster again. It is as safe
+    2048x256, 16x64x64) Cholesky-QR2 is the fastest of the maps that leave the parameter alone, if
+    not by much: Householder reflections without a normalizer ("QR alone" there) take 1.0 to 1.5
+    times its CPU time on one thread, and the preset `QR_ORTHO_PARAMS`, of which a power iteration
+    is part, 1.1 to 1.9 times. Re-centring is 1.6 to 2.1 times faster again. Cholesky-QR2 is as safe
     as the others, since it measures its residual and ends in the shifted round or in Householder
     reflections. On accelerators the shifted round is taken at once, as a failed attempt would have
     to be reported to the host; no time was measured there. Both entries of a row are the same map

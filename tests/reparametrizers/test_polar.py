@@ -438,7 +438,7 @@ def test_early_products_leave_warm_training_exact():
         optimizer.zero_grad()
         (w * torch.linspace(-1, 1, 32)).sum().backward()
         optimizer.step()
-    with pytest.raises(ValueError, match="early_dtype must be one of None, torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"early_dtype must be one of None, torch\.bfloat16"):
         BatchedPolarOrthogonalization((3, 3), early_dtype=torch.float32)
     with pytest.raises(ValueError, match="early_dtype goes with the way"):
         linalg.polar(weight().detach(), niters=3, early_dtype=torch.bfloat16)
