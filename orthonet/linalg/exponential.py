@@ -143,7 +143,7 @@ def _taylor(powers: list[Tensor], degree: int) -> Tensor:
     result: Tensor | None = None
     for start in range(degree // block * block, -1, -block):
         factors = [1.0 / math.factorial(k) for k in range(start, min(start + block, degree + 1))]
-        if len(factors) == 1 and result is None:
+        if len(factors) == 1 and result is None and not constant:
             constant = factors[0]  # the highest group is a multiple of the identity
             continue
         first = factors[1] if block > 1 else 0.0
