@@ -33,10 +33,15 @@ docs: $(VENV)/.test          ## the documentation, into site/
 
 bench: $(VENV)/.bench        ## everything against its peers, and the pages that show it
 	$(BIN)/python -m benchmarks.orthogonalizers --lr 1e-4 --threads 2
+	$(BIN)/python -m benchmarks.floor --threads 2
 	$(BIN)/python -m benchmarks.linear_step --threads 2
 	$(BIN)/python -m benchmarks.convolutions --threads 2
 	$(BIN)/python -m benchmarks.manifolds --threads 2
 	$(BIN)/python -m benchmarks.rnn --threads 2
+	$(BIN)/python -m benchmarks.certificates
+	$(BIN)/python -m benchmarks.certificate_peers
+	$(BIN)/python -m benchmarks.optim --steps 1000
+	$(BIN)/python -m benchmarks.shared_out
 	$(BIN)/python -m benchmarks.presets
 	$(BIN)/python -m benchmarks.page
 

@@ -45,13 +45,18 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize()
 
 
-def _time(step: Step, loops: int, device: torch.device) -> float:
+def _time(
+    step: Step,
+    loops: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     _synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(loops):
         step()
     _synchronize(device)
-    return (time.perf_counter() - start) / loops
+    return (clock() - start) / loops
 
 
 def interleaved(
@@ -88,6 +93,28 @@ def interleaved(
         low, middle, high = statistics.quantiles(ratios, n=4)
         timings[name] = Timing(statistics.median(samples), middle, low, high, done)
     return timings
+
+
+def fastest(
+    steps: Mapping[str, Step], *, seconds: float = 6.0, rounds: tuple[int, int] = (5, 200)
+) -> dict[str, float]:
+    """Seconds of every step, the least over shuffled rounds: what it takes undisturbed.
+
+    CPU time with one thread, which other processes disturb little, and wall time with several.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    device, loops = torch.device("cpu"), {}
+    for name, step in steps.items():
+        _time(step, 1, device)
+        loops[name] = max(1, min(50, int(1e-3 / max(_time(step, 1, device), 1e-6))))
+    best, order = dict.fromkeys(steps, float("inf")), list(steps)
+    start, done = time.perf_counter(), 0
+    while done < rounds[0] or (done < rounds[1] and time.perf_counter() - start < seconds):
+        random.Random(done).shuffle(order)
+        for name in order:
+            best[name] = min(best[name], _time(steps[name], loops[name], device, clock))
+        done += 1
+    return best
 
 
 def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:

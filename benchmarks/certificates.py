@@ -2,90 +2,204 @@
 
     python -m benchmarks.certificates
 
-Three tables: single convolutions against the truth by Lanczos iteration (from below), small affine
-islands against their dense matrix, and whole networks with the rows that cost most.
+Single convolutions against the truth by Lanczos iteration (from below), the median over many
+small convolutions and affine islands, a trained perceptron between its product of norms and the
+steepest secant, and whole networks with the rows that cost most.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import statistics
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import _harness as harness
 from orthonet import layers
-from orthonet.certify import LipschitzCertificate, certify
+from orthonet.certify import certify, mlp_bound
 from orthonet.linalg import convolution_norm_bound
 
+PACKAGES = ("orthonet", "torchvision")
+EFFORTS = ("fast", "default", "tight")
+ROWS = 5  # of each network, the largest constants
 
-def largest_singular_value(kernel: Tensor, size: tuple[int, int], stride: int, pad: int) -> float:
-    """From below, by Lanczos iteration on the operator and its adjoint, in float64."""
-    kernel = kernel.double()
-    x = torch.zeros(1, kernel.shape[1], *size, dtype=torch.float64, requires_grad=True)
-    image = F.conv2d(x, kernel, None, stride, pad)
+
+def operator_norm(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> float:
+    """The norm of an affine map, from below, by Lanczos iteration in float64 (240 products)."""
+    x = torch.zeros(1, *shape, dtype=torch.float64, requires_grad=True)
+    image = function(x)
+    offset = image.detach()
 
     def normal(v: Tensor) -> Tensor:
         with torch.no_grad():
-            w = F.conv2d(v.reshape(x.shape), kernel, None, stride, pad)
+            w = function(v.reshape(x.shape)) - offset
         return torch.autograd.grad(image, x, w, retain_graph=True)[0].flatten()
 
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(x.numel(), dtype=torch.float64, generator=generator)
     basis, diagonal, beside = [v / v.norm()], [], []
-    for _ in range(240):
+    for _ in range(min(240, x.numel())):
         w = normal(basis[-1])
         diagonal.append(float(basis[-1] @ w))
         q = torch.stack(basis)
         for _ in range(2):
             w = w - q.T @ (q @ w)
         beside.append(float(w.norm()))
+        if beside[-1] < 1e-12 * diagonal[0]:
+            break
         basis.append(w / beside[-1])
     matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    off = torch.tensor(beside[:-1], dtype=torch.float64)
+    off = torch.tensor(beside[: len(diagonal) - 1], dtype=torch.float64)
     matrix = matrix + torch.diag(off, 1) + torch.diag(off, -1)
     return float(torch.linalg.eigvalsh(matrix)[-1].sqrt())
 
 
-class Block(nn.Module):
-    """The basic block of ResNet-18."""
+# single maps ----------------------------------------------------------------------------------
 
-    def __init__(self, inside: int, width: int, stride: int) -> None:
+
+def convolutions(quick: bool) -> list[dict[str, Any]]:
+    """Bound / truth and CPU seconds of single zero-padded convolutions, for each effort."""
+    torch.manual_seed(0)
+    cases = [(16, 16, 3, 8, 1), (3, 64, 7, 32, 2), (64, 64, 3, 32, 1), (64, 128, 3, 32, 2)]
+    rows = []
+    for inside, outside, taps, size, stride in cases[: 2 if quick else None]:
+        conv = nn.Conv2d(inside, outside, taps, stride, taps // 2, bias=False)
+        nn.init.normal_(conv.weight, std=(inside * taps * taps) ** -0.5)
+        kernel = conv.weight.detach().clone()
+        truth = operator_norm(conv.double(), (inside, size, size))
+        for effort in EFFORTS:
+            start = time.process_time()
+            found = convolution_norm_bound(
+                kernel, (size, size), stride=stride, padding=taps // 2,
+                effort=effort,  # type: ignore[arg-type]
+            )  # fmt: skip
+            seconds = time.process_time() - start
+            name = f"{inside}->{outside} k{taps} s{stride}, {size}x{size}"
+            rows.append({"case": name, "effort": effort, "excess": found.value / truth - 1.0,
+                         "seconds": seconds, "method": found.method})  # fmt: skip
+    return rows
+
+
+class _Sum(nn.Module):
+    """x + f(x), or f(x) + g(x)."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inside, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = nn.Sequential()
-        if stride != 1 or inside != width:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(inside, width, 1, stride, bias=False), nn.BatchNorm2d(width)
-            )
+        self.first, self.second = first, second
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
-        y += self.downsample(x)
-        return F.relu(y, inplace=True)
+        return self.first(x) + self.second(x)
 
 
-def resnet18(classes: int = 1000) -> nn.Module:
-    """The architecture of torchvision's resnet18, with its initialization and fresh statistics."""
-    blocks: list[nn.Module] = []
-    inside = 64
-    for width, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        blocks += [Block(inside, width, stride), Block(width, width, 1)]
-        inside = width
-    model = nn.Sequential(
-        nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
-        nn.MaxPool2d(3, 2, 1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(512, classes),
-    )  # fmt: skip
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return model.eval()
+def _norm(channels: int) -> nn.Module:
+    module = nn.BatchNorm2d(channels)
+    module.running_mean.normal_()  # type: ignore[union-attr]
+    module.running_var.uniform_(0.2, 3.0)  # type: ignore[union-attr]
+    nn.init.uniform_(module.weight, 0.3, 2.0)
+    return module
+
+
+def _convolution(seed: int) -> tuple[nn.Module, int]:
+    """A zero-padded convolution of some shape, and its input channels."""
+    taps, stride = (3, 5, 3, 7)[seed % 4], (1, 1, 2)[seed % 3]
+    inside, outside = (4, 8, 12)[seed % 3], (4, 8, 16)[seed // 3 % 3]
+    groups = (1, 2)[seed // 4 % 2]
+    return nn.Conv2d(inside, outside, taps, stride, taps // 2, groups=groups), inside
+
+
+def _island(seed: int) -> tuple[nn.Module, int]:
+    """Affine operations in a row, as they stand in networks."""
+    kinds: list[Callable[[], nn.Module]] = [
+        lambda: nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), _norm(16)),
+        lambda: _Sum(nn.Identity(), nn.Conv2d(8, 8, 3, padding=1)),
+        lambda: _Sum(nn.Sequential(nn.Conv2d(8, 16, 1, 2), _norm(16)),
+                     nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), _norm(16))),
+        lambda: nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(8, 8, 1)),
+        lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
+        lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 16, 1), _norm(16)),
+    ]  # fmt: skip
+    return kinds[seed % len(kinds)](), 8
+
+
+def medians(quick: bool) -> list[dict[str, Any]]:
+    """Bound / truth over many maps, with the default effort."""
+    rows = []
+    for name, make in (("zero-padded convolutions", _convolution), ("affine islands", _island)):
+        for size in (8, 24):
+            excess = []
+            for seed in range(6 if quick else 24):
+                torch.manual_seed(seed)
+                module, channels = make(seed)
+                module = module.double().eval()
+                shape = (channels, size, size + seed % 3)
+                example = torch.zeros(1, *shape, dtype=torch.float64)
+                bound = certify(module, example, lower=False).constant.value
+                with torch.no_grad():
+                    for parameter in module.parameters():
+                        parameter.requires_grad_(False)
+                excess.append(bound / operator_norm(module, shape) - 1.0)
+            rows.append({"maps": f"{name} at {size}x{size}", "count": len(excess),
+                         "least": min(excess), "median": statistics.median(excess),
+                         "largest": max(excess)})  # fmt: skip
+    return rows
+
+
+# networks -------------------------------------------------------------------------------------
+
+
+def glyphs(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Ten classes of 8x8 images: a random stroke pattern each, shifted, faded and with noise."""
+    generator = torch.Generator().manual_seed(123)
+    patterns = (torch.rand(10, 6, 6, generator=generator) > 0.55).float()
+    generator.manual_seed(seed)
+    labels = torch.randint(0, 10, (count,), generator=generator)
+    images = torch.zeros(count, 8, 8)
+    for image, label in zip(images, labels, strict=True):
+        a, b = torch.randint(0, 3, (2,), generator=generator).tolist()
+        ink = 0.6 + 0.4 * float(torch.rand(1, generator=generator))
+        image[a : a + 6, b : b + 6] = ink * patterns[label]
+    noise = 0.15 * torch.randn(images.shape, generator=generator)
+    return (images + noise).clamp(0.0, 1.0).flatten(1), labels
+
+
+def trained_perceptron(depth: int = 5, width: int = 64, epochs: int = 30) -> nn.Module:
+    """A plain ReLU network of `depth` linear layers that was fitted to the glyphs."""
+    torch.manual_seed(0)
+    x, labels = glyphs(4000, 0)
+    parts: list[nn.Module] = []
+    for a, b in itertools.pairwise([64, *[width] * (depth - 1), 10]):
+        parts += [nn.Linear(a, b), nn.ReLU()]
+    model = nn.Sequential(*parts[:-1])
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(x)).split(128):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[chosen]), labels[chosen]).backward()
+            optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+def perceptron(quick: bool) -> dict[str, Any]:
+    """A trained 5x64 perceptron: what is proved from above, and found from below."""
+    model = trained_perceptron(epochs=2 if quick else 30)
+    x, labels = glyphs(500, 1)
+    accuracy = float((model(x).argmax(1) == labels).float().mean())
+    rows = []
+    lower = 0.0
+    for effort in EFFORTS:
+        start = time.process_time()
+        found = certify(model, x[:32], effort=effort)  # type: ignore[arg-type]
+        seconds = time.process_time() - start
+        lower = max(lower, 0.0 if found.lower is None else found.lower.value)
+        rows.append({"effort": effort, "bound": found.constant.value, "seconds": seconds})
+    return {"accuracy": accuracy, "product": mlp_bound(model, effort="fast").product,
+            "lower": lower, "bounds": rows}  # fmt: skip
 
 
 def ortho_resnet() -> nn.Module:
@@ -100,53 +214,115 @@ def ortho_resnet() -> nn.Module:
         layers.OrthoConv2d(3, 32, 3, padding=1), layers.MaxMin(), block(32), block(32),
         layers.SpaceToDepth2d(2), layers.OrthoConv2d(128, 64, 3, padding=1), layers.MaxMin(),
         block(64), block(64), nn.Flatten(), layers.OrthoLinear(64 * 64, 10),
-    ).eval()  # fmt: skip
+    )  # fmt: skip
 
 
-def convolutions() -> None:
-    """Bound / truth and CPU seconds of single convolutions, for each effort."""
-    print(f"{'convolution':34s}{'effort':10s}{'bound / truth':>14s}{'CPU s':>8s}  method")
-    torch.manual_seed(0)
-    for shape, size, stride in (
-        ((16, 16, 3, 3), 8, 1), ((64, 3, 7, 7), 32, 2), ((64, 64, 3, 3), 32, 1),
-        ((128, 64, 3, 3), 32, 2),
-    ):  # fmt: skip
-        kernel = torch.randn(shape) / (shape[1] * shape[2] * shape[3]) ** 0.5
-        pad = shape[2] // 2
-        truth = largest_singular_value(kernel, (size, size), stride, pad)
-        name = f"{shape[1]}->{shape[0]} k{shape[2]} s{stride} zeros {size}x{size}"
-        for effort in ("fast", "default", "tight"):
-            start = time.process_time()
-            found = convolution_norm_bound(
-                kernel, (size, size), stride=stride, padding=pad, effort=effort
-            )
-            seconds = time.process_time() - start
-            ratio = found.value / truth
-            print(f"{name:34s}{effort:10s}{ratio:14.4f}{seconds:8.2f}  {found.method}")
+def _torchvision() -> nn.Module:
+    import torchvision
+
+    return torchvision.models.resnet18(weights=None)
 
 
-def network(name: str, model: nn.Module, x: Tensor, effort: str) -> LipschitzCertificate:
-    """Certify and print the bound, the time and the rows with the largest constants."""
-    start, wall = time.process_time(), time.perf_counter()
-    found = certify(model, x, effort=effort, lower=False)  # type: ignore[arg-type]
-    seconds, wall = time.process_time() - start, time.perf_counter() - wall
-    print(
-        f"\n{name} ({effort}): bound {found.constant.value:.6g}, {seconds:.1f} CPU s, {wall:.1f} s"
-    )
-    for row in sorted(found.rows, key=lambda r: -r.constant)[:5]:
-        print(f"    {row.constant:10.4g}  {row.path:24s}{row.op:28s}{row.method}")
-    return found
+def networks(quick: bool) -> list[dict[str, Any]]:
+    """Bound, seconds and the rows with the largest constants of whole networks."""
+    cases: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+        "orthogonal ResNet, 3x16x16": (ortho_resnet, (3, 16, 16)),
+        "torchvision ResNet-18, 3x64x64": (_torchvision, (3, 64, 64)),
+    }
+    rows = []
+    for name, (make, shape) in cases.items():
+        if quick and "torchvision" in name:
+            continue
+        torch.manual_seed(0)
+        try:
+            model = make().eval()
+        except ModuleNotFoundError:
+            rows.append({"network": name, "error": "torchvision is not installed"})
+            continue
+        x = torch.zeros(1, *shape)
+        for effort in ("fast", "default"):
+            start, wall = time.process_time(), time.perf_counter()
+            found = certify(model, x, effort=effort, lower=False)  # type: ignore[arg-type]
+            seconds, wall = time.process_time() - start, time.perf_counter() - wall
+            largest = sorted(found.rows, key=lambda row: -row.constant)[:ROWS]
+            shown = [{"path": r.path, "op": r.op, "constant": r.constant, "method": r.method}
+                     for r in largest]  # fmt: skip
+            rows.append({"network": name, "effort": effort, "bound": found.constant.value,
+                         "excess": found.constant.value - 1.0, "seconds": seconds, "wall": wall,
+                         "steps": len(found.rows), "rows": shown})  # fmt: skip
+    return rows
+
+
+# output ---------------------------------------------------------------------------------------
+
+
+def run(quick: bool = False) -> dict[str, Any]:
+    """All measurements."""
+    return {
+        "convolutions": convolutions(quick),
+        "medians": medians(quick),
+        "perceptron": perceptron(quick),
+        "networks": networks(quick),
+        "environment": harness.environment(packages=PACKAGES),
+    }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The tables, in Markdown."""
+    rows = result["convolutions"]
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        mine = {row["effort"]: row for row in rows if row["case"] == case}
+        cells = [f"{_ratio(mine[e]['excess'])} ({mine[e]['seconds']:.2g} s)" for e in EFFORTS]
+        lines.append([case, *cells, mine["default"]["method"]])
+    head = ["zero-padded convolution: bound / truth", *EFFORTS, "default by"]
+    texts = [harness.table(head, lines)]
+    lines = [
+        [row["maps"], row["count"], *(_ratio(row[k]) for k in ("least", "median", "largest"))]
+        for row in result["medians"]
+    ]
+    texts.append(harness.table(["bound / truth", "maps", "least", "median", "largest"], lines))
+    mlp = result["perceptron"]
+    lines = [["product of norms", f"{mlp['product']:.4g}", f"{mlp['product'] / mlp['lower']:.3g}",
+              ""]]  # fmt: skip
+    for row in mlp["bounds"]:
+        lines.append([f"`effort=\"{row['effort']}\"`", f"{row['bound']:.4g}",
+                      f"{row['bound'] / mlp['lower']:.3g}", f"{row['seconds']:.2g}"])  # fmt: skip
+    lines.append(["steepest secant", f"{mlp['lower']:.4g}", "1", ""])
+    head = ["trained 5x64 perceptron", "constant", "over the steepest secant", "CPU s"]
+    texts.append(harness.table(head, lines))
+    lines, dominant = [], []
+    for row in result["networks"]:
+        if "error" in row:
+            lines.append([row["network"], row["error"], "", "", ""])
+            continue
+        near = abs(row["excess"]) < 0.01
+        bound = _ratio(row["excess"]) if near else f"{row['bound']:.4g}"
+        lines.append([row["network"], row["effort"], bound, f"{row['seconds']:.2g}",
+                      f"{row['wall']:.2g}"])  # fmt: skip
+        if row["effort"] == "default" and not near:
+            dominant.append((row["network"], row["rows"]))
+    texts.append(harness.table(["network", "effort", "bound", "CPU s", "s"], lines))
+    for name, largest in dominant:
+        lines = [[f"`{r['path']}`", r["op"], f"{r['constant']:.4g}", r["method"]] for r in largest]
+        texts.append(harness.table([f"{name}, by row", "operation", "constant", "method"], lines))
+    return "\n\n".join(texts)
+
+
+def _ratio(excess: float) -> str:
+    """1 + excess, as short as it says something."""
+    return f"{1.0 + excess:.4f}" if abs(excess) >= 5e-4 else f"1 {excess:+.0e}".replace("+", "+ ")
 
 
 def main() -> None:
-    """Print all tables."""
+    """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--effort", default="default", choices=("fast", "default", "tight"))
-    effort = parser.parse_args().effort
-    convolutions()
-    torch.manual_seed(0)
-    network("orthogonal ResNet at 3x16x16", ortho_resnet(), torch.zeros(1, 3, 16, 16), effort)
-    network("ResNet-18 at 3x64x64", resnet18(), torch.zeros(1, 3, 64, 64), effort)
+    parser.add_argument("--quick", action="store_true", help="few and small maps and networks")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="directory of the JSON")
+    options = parser.parse_args()
+    result = run(options.quick)
+    print(summary(result))
+    harness.write("certificates", result, options.out)
 
 
 if __name__ == "__main__":

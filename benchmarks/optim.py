@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +105,33 @@ def drift(start: list[Tensor], steps: int, lr: float) -> float:
     return residual(params)
 
 
+def summary(result: dict[str, Any]) -> str:
+    """A Markdown table, and the drift."""
+    header = ["optimizer", "ms a step", "products a matrix", "over StiefelAdam", "residual", "MiB"]
+    cells = [
+        (
+            r["optimizer"],
+            f"{r['milliseconds']:.1f}",
+            f"{r['products']:.1f}",
+            f"{r['over_StiefelAdam']:.2f}",
+            f"{r['residual']:.1e}",
+            f"{r['state_bytes'] / 2**20:.1f}",
+        )
+        for r in result["rows"]
+    ]
+    text = (
+        f"{result['layers']} matrices of {result['size']}x{result['size']}, "
+        f"lr {result['lr']:g}, CPU time of one step:\n\n{harness.table(header, cells)}"
+    )
+    if "drift" in result:
+        drifted = result["drift"]
+        text += (
+            f"\n\nStiefelAdam after {drifted['steps']} steps: max |sigma - 1| "
+            f"{drifted['residual']:.1e}."
+        )
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
@@ -111,6 +139,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--steps", type=int, default=50, help="of the residual; 1000 in full")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="directory of the JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -137,19 +166,6 @@ def main() -> None:
             "state_bytes": kept(optimizer),
         }
         rows.append(row)
-    header = ["optimizer", "ms a step", "products a matrix", "over StiefelAdam", "residual", "MiB"]
-    cells = [
-        (
-            r["optimizer"],
-            f"{r['milliseconds']:.1f}",
-            f"{r['products']:.1f}",
-            f"{r['over_StiefelAdam']:.2f}",
-            f"{r['residual']:.1e}",
-            f"{r['state_bytes'] / 2**20:.1f}",
-        )
-        for r in rows
-    ]
-    print(harness.table(header, cells))
     result: dict[str, Any] = {
         "environment": harness.environment(packages=("geoopt",)),
         "layers": arguments.layers,
@@ -162,8 +178,8 @@ def main() -> None:
             "steps": arguments.steps,
             "residual": drift(start, arguments.steps, arguments.lr),
         }
-        print(f"\nafter {arguments.steps} steps: {result['drift']['residual']:.2e}")
-    print(f"written: {harness.write('optim', result)}")
+    path = harness.write("optim", result, arguments.out)
+    print(f"{summary(result)}\n\nwritten to {path}")
 
 
 if __name__ == "__main__":

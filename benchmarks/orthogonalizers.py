@@ -38,7 +38,12 @@ from benchmarks._candidates import (
 from orthonet import caching, reparametrizers
 from orthonet.testing import orthogonality_error
 
-OUR_PRESETS = (*PRESETS, "POLAR", "POLAR_WARM", "AUTO")
+ALONE = {  # maps of which the preset has a normalizer that they do not need
+    "QR alone": reparametrizers.OrthoParams(
+        reparametrizers.BatchedIdentity, reparametrizers.BatchedQROrthogonalization
+    )
+}
+OUR_PRESETS = (*PRESETS, *ALONE, "POLAR", "POLAR_WARM", "AUTO")
 UNIT = "unit"
 
 
@@ -65,7 +70,7 @@ QUICK = Settings(shapes=((8, 8), (2, 6, 4)), seconds=0.0, rounds=(3, 3))
 def modules(shape: tuple[int, ...]) -> Iterator[tuple[Candidate, nn.Module, Callable[[], Tensor]]]:
     """Each installed candidate: the module that holds its parameters, and how to read a weight."""
     for preset in OUR_PRESETS:
-        params = getattr(reparametrizers, f"{preset}_ORTHO_PARAMS")
+        params = ALONE.get(preset) or getattr(reparametrizers, f"{preset}_ORTHO_PARAMS")
         weight = reparametrizers.OrthoWeight(shape, params)
         yield Candidate(OURS, preset), weight, weight
     # The peer's pass-through weight is cut from its parameter: there is no backward to time.

@@ -14,13 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _harness as harness
-from benchmarks import convolutions, linear_step, manifolds, orthogonalizers, rnn
+from benchmarks import (
+    certificate_peers,
+    certificates,
+    convolutions,
+    floor,
+    linear_step,
+    manifolds,
+    optim,
+    orthogonalizers,
+    rnn,
+    shared_out,
+)
 
 # Benchmarks whose page shows what they print, by the name of their JSON file.
 PRINTED = {
     module.__name__.rpartition(".")[2]: module.summary
-    for module in (orthogonalizers, linear_step, convolutions, manifolds, rnn)
-}
+    for module in (
+        orthogonalizers, floor, linear_step, convolutions, manifolds, rnn, optim, shared_out,
+        certificates, certificate_peers,
+    )
+}  # fmt: skip
 Cell = Callable[[Mapping[str, Any], Mapping[str, Any]], str]
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (DOCS / "benchmarks.md", DOCS / "guide" / "presets.md")

@@ -14,6 +14,8 @@ import argparse
 import os
 import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed, multiprocessing, nn
@@ -86,32 +88,50 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=20.0, help="per preset")
     parser.add_argument("--presets", nargs="+", default=["DEFAULT", "POLAR", "POLAR_WARM"])
+    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="directory of the JSON")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     with multiprocessing.Manager() as manager, tempfile.TemporaryDirectory() as folder:
         shared = manager.dict()
         multiprocessing.spawn(work, args=(f"{folder}/store", options, shared), nprocs=2)
         best = dict(shared)
-    rows, kept = [], {}
-    for preset, ((one, one_wall), (two, two_wall)) in (
-        (p, (b["one"], b["two"])) for p, b in best.items()
-    ):
-        kept[preset] = {"one": one, "two": two, "one_wall": one_wall, "two_wall": two_wall}
-        figures = (one * 1e3, two * 1e3, two / one, two_wall / one_wall)
-        rows.append(
-            [preset, *(f"{x:.1f}" for x in figures[:2]), *(f"{x:.2f}" for x in figures[2:])]
+    kept = {
+        preset: {"one": one, "two": two, "one_wall": one_wall, "two_wall": two_wall}
+        for preset, ((one, one_wall), (two, two_wall)) in (
+            (p, (b["one"], b["two"])) for p, b in best.items()
         )
+    }
+    chosen = {name: getattr(options, name) for name in ("layers", "size", "seconds", "presets")}
+    result = {"environment": harness.environment(), "options": chosen, "presets": kept}
+    path = harness.write("shared_out", result, options.out)
+    print(f"{summary(result)}\n\nwritten to {path}")
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Two Markdown tables: what was measured, and the model for more ranks."""
+    rows = [
+        [
+            preset,
+            f"{r['one'] * 1e3:.1f}",
+            f"{r['two'] * 1e3:.1f}",
+            f"{r['two'] / r['one']:.2f}",
+            f"{r['two_wall'] / r['one_wall']:.2f}",
+        ]
+        for preset, r in result["presets"].items()
+    ]
     header = ["preset", "one, ms", "two, ms", "ratio of CPU", "ratio of wall"]
-    print(harness.table(header, rows), end="\n\n")
+    measured = harness.table(header, rows)
     layers, size = 64, 1024
     rows = []
     for ranks in (1, 2, 8, 32, 64, 512):
         flops, sent = model_of(layers, size, ranks, 10.0)
         rows.append([ranks, f"{flops / 1e9:.0f}", f"{sent / 2**20:.0f}"])
-    print(f"{layers} layers of {size}x{size}, 10 products forward and backward (modelled)")
-    print(harness.table(["ranks", "GFLOP of the busiest", "MiB sent by each"], rows))
-    result = {"environment": harness.environment(), "options": vars(options), "presets": kept}
-    print(f"written: {harness.write('shared_out', result)}")
+    modelled = harness.table(["ranks", "GFLOP of the busiest", "MiB sent by each"], rows)
+    return (
+        f"{result['options']['layers']} layers of {result['options']['size']} features, one "
+        f"process beside one of two:\n\n{measured}\n\n{layers} layers of {size} features, 10 "
+        f"products forward and backward, modelled:\n\n{modelled}"
+    )
 
 
 if __name__ == "__main__":

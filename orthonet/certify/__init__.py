@@ -2,6 +2,7 @@
 
 from orthonet.certify import _zoo_rules  # noqa: F401 (registers them)
 from orthonet.certify._apgd import apgd_l2
+from orthonet.certify._autoattack import auto_attack_l2
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import (
     LipschitzCertificate,
@@ -50,6 +51,7 @@ __all__ = [
     "recurrent_bound",
     "pgd_l2",
     "apgd_l2",
+    "auto_attack_l2",
     "attack_certificate",
     "AttackReport",
     "lipschitz_estimate",

@@ -46,8 +46,8 @@ def certify(
 
     Args:
         model: Any module in eval mode that maps tensors to tensors.
-        example_input: A batch of inputs, or one batch for each argument of the model; the values
-            do not matter, shape and dtype do.
+        example_input: A batch of inputs, or one batch for each argument of the model. The bound
+            depends on shape and dtype only; the search from below starts from the values.
         effort: `"fast"`: coarse bounds of large convolutions, islands up to side 128, no search
             from below. `"default"`: islands up to side 1024. `"tight"`: up to 4096, the best of
             several bounds, a longer search. Chains of affine maps and activations anywhere in the
@@ -142,6 +142,14 @@ def _check_model(model: nn.Module) -> None:
             path=path or type(module).__name__,
         )
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        _checks.require(
+            not nn.parameter.is_lazy(tensor),
+            "certify",
+            "weights must be initialized",
+            "Call the model once: a lazy module makes its weights when it sees an input",
+            UncertifiableError,
+            path=path,
+        )
         _checks.require(
             tensor.dtype not in (torch.float16, torch.bfloat16),
             "certify",

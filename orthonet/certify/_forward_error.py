@@ -117,7 +117,7 @@ class _Errors:
             )
         order = [operand._state for operand in call.operands]
         if isinstance(step.roundings, Rounding):
-            return self._compound(step, step.roundings, state, order[0])
+            return self._compound(step, step.roundings, state, order)
         carried = torch.zeros_like(self.ball)
         own = torch.zeros_like(self.ball)
         relative = self.relative(step.roundings)
@@ -148,13 +148,20 @@ class _Errors:
             near = near + self.walker.bound_of(parent).value * self.ball
         return normalization_error(state.call, values, near, error, self.relative)
 
-    def _compound(self, step: Step, rounding: Rounding, state: State, parent: State) -> Tensor:
-        """The error of a map of one operand that counts its roundings itself."""
-        error = self.of(parent)
-        own = rounding.size * (self.size(parent) + error) + rounding.offset
-        own = own * self.relative(rounding.count, rounding.stages)
+    def _compound(
+        self, step: Step, rounding: Rounding, state: State, parents: list[State]
+    ) -> Tensor:
+        """The error of a map that counts its roundings itself."""
+        carried, size = torch.zeros_like(self.ball), torch.zeros_like(self.ball)
+        for gain, parent in zip(step.gains, parents, strict=True):
+            error = self.of(parent)
+            carried = carried + gain.value * error
+            size = size + self.size(parent) + error
+        own = (rounding.size * size + rounding.offset) * self.relative(
+            rounding.count, rounding.stages
+        )
         tiny = rounding.count * math.prod(state.shape) ** 0.5 * max(1.0, rounding.size) * 2.0**-120
-        return (step.gains[0].value * error + own + tiny) * _SAFE
+        return (carried + own + tiny) * _SAFE
 
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from orthonet.certify._bound import Bound
 from orthonet.certify._forward_error import forward_error
@@ -24,33 +25,36 @@ __all__ = ["lower_bound"]
 
 _LENGTHS = (1.0, 16.0, 256.0, 4096.0)
 _UNPROVED = 1e-6
+_MOST_STEPS, _MOST_STARTS = 3, 4  # as multiples of those of an effort
+_OVERHEAD = 2e5  # floating-point operations that the calls of a small model are worth
 
 
 def lower_bound(walker: Walker, examples: Sequence[Tensor]) -> Bound | None:
     """The ratio |f(b) - f(a)| / |b - a| of two points, less what rounding can have added.
 
-    The points are found by ascent on the Jacobian; the ratio is that of values of the function
-    itself, in float64 with the deployed weights. Where the rounding of an operation is not known
-    it is taken to be less than 1e-6 of the ratio.
+    The points are found by ascent on the Jacobian, from the examples and from noise around them;
+    the ratio is that of values of the function itself, in float64 with the deployed weights.
+    Where the rounding of an operation is not known it is taken to be less than 1e-6 of the ratio.
     """
-    steps, starts = limits().search, limits().starts
-    if not steps:
+    if not limits().search:
         return None
     function = Replay(walker.program).eval()
     generator = torch.Generator().manual_seed(0)
     points = torch.cat(
         [
-            x[:1].detach().cpu().double().flatten(1)
+            x.detach().cpu().double().flatten(1)
             if len(x)
             else torch.zeros(1, *x.shape[1:], dtype=torch.float64).flatten(1)
             for x in examples
         ],
         1,
     )
-    noise = torch.randn(starts, points.shape[1], generator=generator, dtype=torch.float64)
-    noise[0] = 0.0
+    steps, starts = _extent(function, points[:1])
+    copies = points[torch.arange(starts) % len(points)]
+    noise = torch.randn(copies.shape, generator=generator, dtype=torch.float64)
+    noise[: len(points)] = 0.0
     found = steepest_secant(
-        function, points + noise, steps=steps, step_size=0.5, generator=generator
+        function, copies + noise, steps=steps, step_size=0.3, generator=generator
     )
     if found is None:
         return Bound(0.0, kind="estimate")
@@ -69,3 +73,15 @@ def lower_bound(walker: Walker, examples: Sequence[Tensor]) -> Bound | None:
         ratio = (rise - float(errors.sum())) / run if run else 0.0
         best = max(best, ratio if ratio == ratio else 0.0)
     return Bound(best, kind="estimate")
+
+
+def _extent(function: Replay, point: Tensor) -> tuple[int, int]:
+    """Steps and starts of the search: as many as its work allows, at least those of the effort."""
+    allowed = limits()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        function(point)
+    rounds = allowed.work / (6.0 * (counter.get_total_flops() + _OVERHEAD))  # two points, and back
+    more = max(1.0, rounds / (allowed.search * allowed.starts))
+    starts = int(allowed.starts * min(_MOST_STARTS, more**0.5))
+    return min(_MOST_STEPS * allowed.search, int(allowed.search * more**0.5)), starts

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -146,10 +147,22 @@ def marked_copy(model: nn.Module) -> tuple[nn.Module, Marker]:
         original = originals.get(path)
         readable = path or ROOT
         if original is not None and module_rule(original) is not None:
+            _freeze(module)
             module.forward = marker.around(original, readable, module.forward)
         module.register_forward_pre_hook(lambda m, args, p=readable: marker.visited.append(p))
         module.register_forward_hook(lambda m, args, out: marker.visited.pop() and None)
     return twin, marker
+
+
+@torch.no_grad()
+def _freeze(module: nn.Module) -> None:
+    """Compute the weights of a layer of ours once, so that their computation is not traced."""
+    weights = getattr(module, "parametrization", None)
+    if not isinstance(weights, nn.Module) or not type(module).__module__.startswith("orthonet."):
+        return
+    if not inspect.signature(weights.forward).parameters:
+        value = weights()
+        weights.forward = lambda: value
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from orthonet import functional
 from orthonet.certify._bound import Bound
 from orthonet.certify._norms import matrix_norm
-from orthonet.certify._rules import COPY, Call, Operand, Step, exact, register_rule, upper
+from orthonet.certify._rules import COPY, Call, Operand, Rounding, Step, exact, register_rule, upper
 from orthonet.linalg._rounding import add_up, div_up, down, mul_up, up
 
 __all__: list[str] = []
@@ -91,7 +91,16 @@ def _normalization(call: Call) -> Step:
     if call.op == "instance_norm" and not call.get(5, "use_input_stats", True):
         scaled = Call("batch_norm", call.path, (*call.args[:5], False, 0.1, eps), {},
                       call.output_shape, call.source)  # fmt: skip
-        return _batch_norm(scaled)._replace(roundings=None)
+        step = _batch_norm(scaled)
+        repeats = math.sqrt(math.prod(call.output_shape[1:]))
+        variance, size = call.constant(4, "running_var") + eps, step.gains[0].value
+        offset = float((call.constant(3, "running_mean") * variance.rsqrt()).norm())
+        if call.get(1, "weight", None) is not None:
+            offset *= float(call.constant(1, "weight").abs().max())
+        if call.get(2, "bias", None) is not None:
+            offset += float(call.constant(2, "bias").norm())
+        rounding = Rounding(8.0, size, offset * repeats * (1.0 + 2.0**-40))
+        return step._replace(roundings=rounding)
     gain = 1.0
     if call.get(scale, "weight", None) is not None:
         gain = float(call.constant(scale, "weight").abs().max())

@@ -11,10 +11,11 @@ from torch import nn
 
 from orthonet import _checks, layers
 from orthonet.certify._bound import Bound
-from orthonet.certify._rules import Call, Step, exact, register_rule, upper
+from orthonet.certify._rules import Call, Rounding, Step, exact, register_rule, upper
 from orthonet.certify._spatial_rules import _each, lp_step
 from orthonet.errors import UncertifiableError
-from orthonet.linalg._rounding import add_up, mul_up, sqrt_up, up
+from orthonet.layers._residual import root_mean_square
+from orthonet.linalg._rounding import sqrt_up, up
 
 __all__: list[str] = []
 
@@ -44,13 +45,15 @@ def _adaptive_pool(module: nn.Module, input_shape: Shape) -> Step:
     return upper(up(1.0 + 2.0**-48), "by construction", math.prod(input_shape) + 16.0)
 
 
-@register_rule(layers.L2NormResidual, nested=True)
-def _l2_norm(module: layers.L2NormResidual, input_shape: Shape, bound_of: BoundOf) -> Step:
-    branch = bound_of(module.branch, input_shape)
-    if branch.value == 1.0:
-        return upper(1.0, "branch 1")
-    square = mul_up(0.5, add_up(1.0, mul_up(branch.value, branch.value)))
-    return upper(sqrt_up(square), f"branch {branch.value:.6g}")
+@register_rule(root_mean_square)
+def _pair(call: Call) -> Step:
+    """The norm of a pair is 1-Lipschitz, so its root mean square is with both gains halved."""
+    if len(call.operands) != 2:
+        call.refuse("both arguments must depend on the input", "Use the norm of one of them")
+    half = Bound(sqrt_up(0.5))
+    # Squares below 2^-126 are lost, roots below 2^-63: that much in units of the roundings.
+    rounding = Rounding(16.0, 1.0, math.prod(call.output_shape) ** 0.5 * 2.0**-42)
+    return Step((half, half), "root mean square of two", "hypot", rounding)
 
 
 @register_rule(nn.LPPool1d, nn.LPPool2d, nn.LPPool3d)
@@ -72,3 +75,13 @@ def _lp_pool_function(call: Call) -> Step:
 @register_rule(nn.Softsign, nn.Tanhshrink)
 def _unit_slope(module: nn.Module, input_shape: Shape) -> Step:
     return exact(1.0, "largest slope", 64.0)
+
+
+@register_rule(nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+def _attention(module: nn.Module, input_shape: Shape) -> Step:
+    _refuse(
+        module,
+        "dot-product attention has no Lipschitz constant: its scores are products of activations",
+        "Mix tokens by a constant matrix or a convolution instead, or bound the inputs and "
+        "register a rule for this class with @register_rule",
+    )

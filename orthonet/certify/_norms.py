@@ -27,8 +27,9 @@ class Limits:
         name: Its name.
         side: The shorter side of the largest matrix of an island.
         entries: Its largest number of entries.
-        search: Steps of the search from below; 0 for none.
-        starts: Points that it starts from.
+        search: Steps of the search from below, at least; 0 for none.
+        starts: Points that it starts from, at least.
+        work: Floating-point operations that it may take beyond that.
     """
 
     name: Effort
@@ -36,12 +37,13 @@ class Limits:
     entries: int
     search: int
     starts: int
+    work: float = 0.0
 
 
 EFFORTS: dict[str, Limits] = {
     "fast": Limits("fast", 128, 2**18, 0, 0),
-    "default": Limits("default", 1024, 2**22, 30, 4),
-    "tight": Limits("tight", 4096, 2**24, 120, 8),
+    "default": Limits("default", 1024, 2**22, 30, 4, 1e10),
+    "tight": Limits("tight", 4096, 2**24, 120, 8, 2e11),
 }
 
 

@@ -80,6 +80,7 @@ class State:
     step: Step | None = None
     bound: Bound | None = None
     row: Row | None = None
+    seconds: float = 0.0  # what the rule of its module took
     used: list[State] = field(default_factory=list)
     """The nodes whose bounds the bound was made from."""
 
@@ -119,10 +120,9 @@ class Walker:
         self.outputs: list[State | None] = []
 
     def walk(self) -> None:
-        inputs = self.program.inputs
         for node in self.program.nodes:
             shape = self._shape(node, node.meta.get("val"))
-            if node in inputs:
+            if node in self.program.inputs:
                 call = Call("input", ROOT, (), {}, shape)
                 self.states[node] = State(node, call, shape, {}, bound=_IDENTITY)
             else:
@@ -183,7 +183,7 @@ class Walker:
             self._refuse(
                 node,
                 "a value that depends on the input must be float32 or float64",
-                "Comparisons, indices and casts to fewer bits jump, so they have no constant",
+                "Comparisons, indices and casts to fewer bits jump, complex numbers have no rules",
             )
         return tuple(rest)
 
@@ -258,7 +258,7 @@ class Walker:
         return as_step(rule(state.call), state.call)
 
     def _leaf_step(self, state: State, leaf: LeafCall) -> Step:
-        call, target = state.call, leaf.target
+        start, call, target = time.perf_counter(), state.call, leaf.target
         if not isinstance(target, nn.Module):
             rule = function_rule(target)
             return as_step(rule(call) if rule else None, call)
@@ -277,6 +277,7 @@ class Walker:
             raise
         except ValueError as error:
             call.refuse(f"its bound could not be computed ({error})", "Correct it")
+        state.seconds = time.perf_counter() - start
         return as_step(result, call)
 
     def _child(self, call: Call, module: nn.Module, state: State) -> Callable[..., Bound]:
@@ -323,7 +324,7 @@ class Walker:
                 best = whole
         bound, state.used, row = best
         seconds = time.perf_counter() - start
-        seconds, self.nested = seconds - self.nested, outer + seconds
+        seconds, self.nested = seconds - self.nested + state.seconds, outer + seconds
         if row is not None:
             path, op, shape, gain, method = row
             state.row = Row(path, op, shape, gain.value, bound.value, method, gain.kind, seconds)
@@ -351,8 +352,8 @@ class Walker:
         gain, method = found
         before = self.bound_of(source)
         bound = gain if before is _IDENTITY else before * gain
-        named = [s for s in states if not (s.step and s.step.method == REARRANGEMENT)]
-        ops = list(dict.fromkeys(s.call.op.removeprefix("_native_") for s in named))
+        named = (s.call for s in states if not (s.step and s.step.method == REARRANGEMENT))
+        ops = list(dict.fromkeys(call.op.removeprefix("_native_") for call in named))
         name = "+".join(ops[:3]) + ("+..." if len(ops) > 3 else "")
         return bound, [source], (states[0].call.path, name, source.shape, gain, method)
 
@@ -392,8 +393,7 @@ class Walker:
             refined = self.pieces.refined(state)
             if refined is not None and refined.value < bound.value:
                 bound, step = refined, step._replace(method=f"{step.method}, matrix of constants")
-        kind = step.gains[0].kind if len(step.gains) == 1 else "upper"
-        gain = Bound(step.gains[0].value, kind=kind)
+        gain = step.gains[0] if len(step.gains) == 1 else Bound(step.gains[0].value)
         row = (call.path, call.op, call.operands[0].shape, gain, step.method)
         silent = mark_of(state.node) is not None and step.method == REARRANGEMENT
         return bound, state.parents, None if silent else row

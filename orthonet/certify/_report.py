@@ -66,7 +66,8 @@ def report_html(
     Args:
         certificate: What `certify` returned.
         title: The heading of the page.
-        estimate: What was found from below, to show how far the bound may be from the truth.
+        estimate: What was found from below, to show how far the bound may be from the truth;
+            by default the `lower` of the certificate, from which all rounding is taken off.
         spectra: (layer, operator, singular values from the largest) of each layer.
         curve: The certified accuracy, see `certified_curve`.
         attacked: The accuracy under an attack, by radius.
@@ -82,6 +83,7 @@ def report_html(
             estimate.kind == "estimate", "report_html", "estimate must come from below",
             "Pass what lipschitz_estimate returns", estimate=estimate,
         )  # fmt: skip
+    estimate = certificate.lower if estimate is None else estimate
     parts = [_facts(certificate, estimate, curve), _table(certificate)]
     if curve is not None:
         parts.append(_accuracy(curve, attacked or {}))
@@ -112,7 +114,7 @@ def _facts(
     name = "exact constant" if constant.kind == "exact" else "proved upper bound"
     facts = [(f"{name} ({constant.norm})", f"{constant.value:.9g}")]
     if estimate is not None:
-        facts.append(("found from below", f"{estimate.value:.6g}"))
+        facts.append(("reached by a secant", f"{estimate.value:.6g}"))
         if estimate.value > 0:
             facts.append(("at most too large by", f"{constant.value / estimate.value:.3g} times"))
     shape = "×".join(map(str, certificate.input_shape))

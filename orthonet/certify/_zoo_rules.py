@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import layers
-from orthonet.certify._bound import Bound
-from orthonet.certify._module_rules import BoundOf, Shape, _refuse
+from orthonet.certify._module_rules import Shape, _refuse
+from orthonet.certify._norms import conv_norm
 from orthonet.certify._rules import (
     COPY,
     REARRANGEMENT,
@@ -32,8 +32,7 @@ from orthonet.certify._sizes import (
     fourier_roundings,
 )
 from orthonet.linalg._matrix import compute_dtype
-from orthonet.linalg._rounding import add_up, div_up, mul_up, up
-from orthonet.linalg.convolution_bounds import convolution_norm_bound
+from orthonet.linalg._rounding import add_up, mul_up, up
 from orthonet.linalg.enclosure import spectral_norm_bound
 
 __all__: list[str] = []
@@ -198,7 +197,7 @@ def _residual_conv(module: Any, input_shape: Shape) -> Step:
     size = _image(module, input_shape)
     weight, scale = _weights(module)
     scale = scale.view(-1, 1, 1, 1)
-    norm = convolution_norm_bound(
+    norm = conv_norm(
         weight * (scale / 2).sqrt(),
         size,
         padding=module._pad,
@@ -229,7 +228,7 @@ def _soc(module: Any, input_shape: Shape) -> Step:
     if not torch.equal(grouped, -grouped.transpose(1, 2).flip(-2, -1)):
         _refuse(module, "the kernel must be skew", "Make it by L = M - M^T, as the layer does")
     terms = module._number_of_terms(deployed.dtype)
-    norm = convolution_norm_bound(
+    norm = conv_norm(
         kernel,
         size,
         padding=module._pad,
@@ -312,12 +311,3 @@ def _batch_lip_norm(module: Any, input_shape: Shape) -> Step:
     largest, repeats = float(gains.abs().max()), math.prod(input_shape[1:])
     offset = _length(gains * mean, repeats) + _length(module.bias, repeats)
     return exact(largest, "diagonal of running statistics", Rounding(4.0, largest, offset))
-
-
-@register_rule(layers.PrescaledResidual, nested=True)
-def _prescaled(module: layers.PrescaledResidual, input_shape: Shape, bound_of: BoundOf) -> Step:
-    branch: Bound = bound_of(module.branch, input_shape)
-    with torch.no_grad():  # as forward computes them: the divisor is 1 + gain, rounded
-        gain, divisor = module.gain, float(_float64(module, 1 + module.gain))
-    value = div_up(add_up(1.0, mul_up(float(_float64(module, gain)), branch.value)), divisor)
-    return upper(value, f"branch {branch.value:.6g}")

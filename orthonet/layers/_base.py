@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.errors import ProjectionWarning
+from orthonet.reparametrizers._plain_values import filled_copy, warn_projected
 
 __all__ = ["ConstrainedWeight", "WithoutPlainWeight"]
 
@@ -124,24 +123,12 @@ class ConstrainedWeight:
 
     def _projected(self, weight: Tensor) -> nn.Module:
         """A copy of the parametrization that holds the projection of `weight`."""
-        device = torch.device("cpu") if weight.is_meta else weight.device
-        parametrization = copy.deepcopy(self.parametrization)
-        if any(t.is_meta for t in self.parametrization.state_dict().values()):
-            parametrization = parametrization.to_empty(device=device)
-            parametrization.reset_parameters()  # type: ignore[operator]
-        moved = parametrization.project_(  # type: ignore[operator]
-            weight.detach() / self._factor, self
-        )
-        if moved > torch.finfo(weight.dtype).eps ** 0.5:
-            name = type(self).__name__
-            sentence = _checks.message(
-                name,
-                "a plain weight was loaded and projected onto the constraint",
-                "Fine-tune, or load a checkpoint of this class to keep its weights exactly",
-                relative_distance=round(moved, 6),
-                shape=tuple(weight.shape),
-            )
-            warnings.warn(sentence, ProjectionWarning, stacklevel=2)
+        parametrization = filled_copy(self.parametrization, weight)
+        moved = parametrization.project_(weight.detach() / self._factor, self)
+        warn_projected(
+            type(self).__name__, "a plain weight was loaded and projected onto the constraint",
+            weight.dtype, relative_distance=moved, shape=tuple(weight.shape),
+        )  # fmt: skip
         return parametrization
 
 

@@ -201,6 +201,16 @@ class AdditiveResidual(_Residual):
         return (1 + branch) / 2
 
 
+def root_mean_square(
+    x: Tensor,  # (*shape)
+    y: Tensor,  # (*shape)
+) -> Tensor:
+    """Return the root of the mean of both squares, in the dtype of x; no gradient at zero."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    x_wide, y_wide = x.to(wide), y.to(wide)
+    return safe_sqrt((x_wide * x_wide + y_wide * y_wide) / 2).to(x.dtype)
+
+
 class L2NormResidual(_Residual):
     r"""\(\sqrt{(x^2 + f(x)^2) / 2}\) entry by entry.
 
@@ -226,10 +236,7 @@ class L2NormResidual(_Residual):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._branch(x)
-        wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-        x_wide, y_wide = x.to(wide), y.to(wide)
-        return safe_sqrt((x_wide * x_wide + y_wide * y_wide) / 2).to(x.dtype)
+        return root_mean_square(x, self._branch(x))
 
     def lipschitz_bound(self, branch: float) -> float:
         """Constant of the whole for a branch of constant `branch`."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.errors import ProjectionWarning
 from orthonet.linalg import polar_svd
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.manifolds import Stiefel
@@ -19,6 +16,7 @@ from orthonet.manifolds._trivialization import Triv
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams, OrthoWeight
 from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._orthogonalizers import require_semi_orthogonal
+from orthonet.reparametrizers._plain_values import filled_copy, warn_projected
 
 __all__ = [
     "INITIALIZATIONS",
@@ -227,7 +225,7 @@ class RecurrentKernels:
         error_msgs: list[str],
     ) -> None:
         """Also accept the kernels of the `nn` twin: they are projected, with a warning."""
-        moved = 0.0
+        moved, dtype = 0.0, torch.float32
         for name in self.recurrent:
             plain, own = f"{prefix}{name}", f"{prefix}recurrent.{name}."
             if plain not in state_dict or any(key.startswith(own) for key in state_dict):
@@ -238,28 +236,19 @@ class RecurrentKernels:
             except ValueError as error:
                 error_msgs.append(f"{plain}: {error}")
                 continue
-            if distance > torch.finfo(weight.dtype).eps ** 0.5:
-                moved = max(moved, distance)
+            moved, dtype = max(moved, distance), weight.dtype
             state_dict.update(kernel.state_dict(prefix=own))
-        if moved:
-            sentence = _checks.message(
-                self,
-                "plain recurrent kernels were loaded and projected onto the constraint",
-                "Fine-tune, or load a checkpoint of this class to keep its weights exactly",
-                largest_relative_distance=round(moved, 6),
-            )
-            warnings.warn(sentence, ProjectionWarning, stacklevel=2)
+        warn_projected(
+            self, "plain recurrent kernels were loaded and projected onto the constraint", dtype,
+            largest_relative_distance=moved,
+        )  # fmt: skip
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def _projected(self, name: str, weight: Tensor) -> tuple[nn.Module, float]:
         """A copy of a kernel that holds the projection of `weight`."""
-        kernel: Any = copy.deepcopy(self.recurrent[name])
-        if any(t.is_meta for t in kernel.state_dict().values()):
-            device = torch.device("cpu") if weight.is_meta else weight.device
-            kernel = kernel.to_empty(device=device)
-            kernel.reset_parameters()
+        kernel = filled_copy(self.recurrent[name], weight)
         return kernel, kernel.project_(self._unstacked(name, weight), self)
 
 

@@ -2,7 +2,7 @@
 
 from orthonet.linalg.convolution import block_convolution
 from orthonet.linalg.convolution_bounds import NormBound, convolution_norm_bound
-from orthonet.linalg.enclosure import spectral_norm_bound
+from orthonet.linalg.enclosure import gram_norm_bound, spectral_norm_bound
 from orthonet.linalg.exponential import cayley, matrix_exponential, rotate_base, skew
 from orthonet.linalg.factorization import cholesky_qr, qr
 from orthonet.linalg.fourier import apply_symbol, kernel_symbol
@@ -44,6 +44,7 @@ __all__ = [
     "convolution_norm_upper",
     "gershgorin_scale",
     "gram_iteration",
+    "gram_norm_bound",
     "haar",
     "kernel_symbol",
     "matrix_exponential",

@@ -103,15 +103,16 @@ def add_identity(a: Tensor, scale: float = 1.0) -> Tensor:
     return a
 
 
-def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
+def symmetric_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a^T b where that is symmetric; for large matrices, only the blocks on and above the diagonal.
 
     The blocks below are copied, so that ten of sixteen have to be computed.
     """
     n = b.shape[-1]
     if a.ndim > 2 or n < _BLOCKS_FROM or n % 4 or not a.is_cpu:
-        return a.mT @ b
-    out, width = b.new_empty(n, n), n // 4
+        return torch.matmul(a.mT, b, out=out)
+    out = b.new_empty(n, n) if out is None else out
+    width = n // 4
     for i in range(0, n, width):
         torch.mm(a[:, i : i + width].T, b[:, i:], out=out[i : i + width, i:])
         if i:
@@ -119,11 +120,11 @@ def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def minus_transpose(s: Tensor) -> Tensor:
+def minus_transpose(s: Tensor, out: Tensor | None = None) -> Tensor:
     """S - s^T for square s; the transpose is copied first where that is faster."""
     if s.ndim > 2 or s.shape[-1] <= 128 or not s.is_cpu:
-        return s - s.mT
-    transposed = s.T.contiguous()
+        return torch.sub(s, s.mT, out=out)
+    transposed = s.T.contiguous() if out is None else out.copy_(s.T)
     return torch.sub(s, transposed, out=transposed)
 
 

@@ -7,6 +7,7 @@ traces, compiles and maps over batches like any arithmetic.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 from orthonet.linalg._matrix import is_traced
 
 __all__ = [
+    "pack_difference",
     "pack_skew",
     "pack_symmetric",
     "pack_triangle",
+    "unpack_real_skew",
     "unpack_skew",
     "unpack_symmetric",
     "unpack_triangle",
@@ -84,27 +87,75 @@ def unpack_skew(packed: Tensor, n: int) -> Tensor:
     return _UnpackSkew.apply(packed, n)  # type: ignore[return-value]
 
 
+_TABLES_TO = 256  # size of a matrix up to which a table of places is faster, and not large
+
+
+@functools.lru_cache(maxsize=16)
+def _places(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where the entries of an n x n matrix come from and their signs, and where they go to.
+
+    Indices into the coordinates and signs, one for each entry of the matrix; indices into its
+    entries, those below the diagonal and those above, one for each coordinate.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        count = n * (n - 1) // 2
+        numbers = torch.arange(1.0, count + 1.0, dtype=torch.float64, device=device)
+        signed = _unpack_by_blocks(numbers, n).flatten()
+        source = (signed.abs().long() - 1).clamp_min(0)
+        below = torch.empty(count, dtype=torch.long, device=device)
+        (places,) = torch.nonzero(signed > 0, as_tuple=True)
+        below[source[places]] = places
+        above = below % n * n + below // n
+        return source, signed.sign().float(), below, above
+
+
+def unpack_real_skew(packed: Tensor, n: int) -> Tensor:
+    """`unpack_skew` of real coordinates without a graph, n >= 2."""
+    if n > _TABLES_TO or (packed.dtype != torch.float32 and packed.dtype != torch.float64):
+        return _unpack_by_blocks(packed, n)
+    source, sign, _, _ = _places(n, packed.device)
+    a = packed.index_select(-1, source).mul_(sign)
+    return a.view(*packed.shape[:-1], n, n)
+
+
+def pack_difference(g: Tensor) -> Tensor:
+    """`pack_skew(g - g^T)` without a graph, the adjoint of `unpack_real_skew`."""
+    n = g.shape[-1]
+    if n > _TABLES_TO:
+        return pack_skew(g - g.mT)
+    _, _, below, above = _places(n, g.device)
+    flat = g.flatten(-2)
+    return flat.index_select(-1, below).sub_(flat.index_select(-1, above))
+
+
+def _unpack_by_blocks(packed: Tensor, n: int) -> Tensor:
+    """`unpack_real_skew` in copies of blocks."""
+    m = n - 1  # the strict triangle is a whole one of this size, a row below the first
+    rows, columns = _rectangle(m)
+    shift = rows - m
+    rectangle = packed.unflatten(-1, (rows, columns))
+    lower = packed.new_zeros(*packed.shape[:-1], n, n)
+    triangle = lower[..., 1:, :-1]
+    triangle[..., :, :columns] = rectangle[..., shift:, :].tril()
+    corner = rectangle[..., : m - columns, 1 - shift :]
+    triangle[..., columns:, columns:] = corner.triu().mT
+    return lower - lower.mT
+
+
 class _UnpackSkew(torch.autograd.Function):
     """`unpack_skew` of real coordinates with few passes over memory, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, n: int) -> Tensor:
         ctx.n = n
-        m = n - 1  # the strict triangle is a whole one of this size, a row below the first
-        rows, columns = _rectangle(m)
-        shift = rows - m
-        rectangle = packed.unflatten(-1, (rows, columns))
-        lower = packed.new_zeros(*packed.shape[:-1], n, n)
-        triangle = lower[..., 1:, :-1]
-        triangle[..., :, :columns] = rectangle[..., shift:, :].tril()
-        corner = rectangle[..., : m - columns, 1 - shift :]
-        triangle[..., columns:, columns:] = corner.triu().mT
-        return lower - lower.mT
+        return unpack_real_skew(packed, n)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (g,) = grads
-        return pack_skew(g - g.mT), None
+        if torch.is_grad_enabled() or is_traced(g):
+            return pack_skew(g - g.mT), None
+        return pack_difference(g), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:

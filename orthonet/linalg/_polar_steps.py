@@ -23,6 +23,7 @@ from orthonet.linalg._matrix import (
 )
 
 __all__ = [
+    "Approach",
     "Factors",
     "Measured",
     "by_polynomials",
@@ -58,7 +59,7 @@ class Factors(NamedTuple):
         return Factors(u, empty if basis is None else basis, u.new_empty(*batch, 0))
 
 
-class _Approach(NamedTuple):
+class Approach(NamedTuple):
     """What the polynomial passes found: U or nothing, and how far the start was."""
 
     u: Tensor | None
@@ -94,15 +95,18 @@ def gram_polar(w: Tensor) -> Factors:
     return factors if scale is None else factors._replace(values=factors.values * scale[..., 0])
 
 
-def recentred_polar(w: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float | None]:
+def recentred_polar(
+    w: Tensor, found: Approach | None = None
+) -> tuple[Tensor, Tensor | float, Tensor | float | None]:
     """U, the scale c = ||W||_F / sqrt(n) (1 for zero), and what U is to be multiplied by to be W.
 
     The last is c, but 0 for a zero matrix, which stays; it is None where W is c U to rounding
-    already. Scales are numbers for a single matrix whose scale the host has read.
+    already. Scales are numbers for a single matrix whose scale the host has read. `found` is what
+    polynomials have made of W, if they have been tried.
     """
     if 0 in w.shape:
         return w.clone(), w.new_ones(*w.shape[:-2], 1, 1), None
-    found = by_polynomials(w)
+    found = by_polynomials(w) if found is None else found
     u = _by_eigenvectors(found.x).u if found.u is None else found.u
     mean = found.mean
     root = mean.sqrt() if isinstance(mean, Tensor) else mean**0.5
@@ -250,7 +254,7 @@ def by_polynomials(
     far: bool = True,
     gram: Tensor | None = None,
     tolerance: float | None = None,
-) -> _Approach:
+) -> Approach:
     """Multiply W by polynomials in its defect until the error of the last one is rounding.
 
     `far` allows those for intervals that are only estimated. `gram` is W^T W, and overwritten.
@@ -264,7 +268,7 @@ def by_polynomials(
     # How often it is worth while to take a step from far away.
     patience = 0 if not far else 3 if n <= _SMALL or not w.is_cpu else 1
     x, scale, now = _start(w, gram)
-    found = _Approach(None, None, now.norm(now.e), now.mean, x, scale)
+    found = Approach(None, None, now.norm(now.e), now.mean, x, scale)
     keep_inverse = keep_inverse and scale is None and found.defect > 0.2 * n**0.5
     inverse, bound, step = None, found.defect, 0
     while step < 12 and bound < math.inf:

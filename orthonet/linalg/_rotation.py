@@ -15,6 +15,7 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.linalg._matrix import add_identity, in_forward_mode, is_traced
+from orthonet.linalg._packing import pack_difference, pack_skew, unpack_real_skew, unpack_skew
 from orthonet.linalg.exponential import matrix_exponential
 
 __all__ = [
@@ -51,40 +52,52 @@ def polished(q: Tensor) -> Tensor:
     return q + step
 
 
-def rotated_cayley(base: Tensor, a: Tensor) -> Tensor:
+def rotated_cayley(base: Tensor, coordinates: Tensor) -> Tensor:
     r"""\(B (I - A/2)^{-1} (I + A/2)\) for orthogonal B and skew-Hermitian A, the Cayley map.
+
+    A is given by its coordinates, see `unpack_skew`.
 
     It agrees with \(B e^A\) to second order. With \(Y = B (I - A/2)^{-1}\) it is \(2 Y - B\), so
     that one factorization and one solve compute it, and a change of A moves it by
     \(Y \, dA \, (I - A/2)^{-1}\): backward takes one solve with the same factors and one product.
     Large A (\(\|A\|_2\) above about 4, estimated) are polished. B is a constant.
     """
-    if a.is_meta or is_traced(a, base) or in_forward_mode():
+    n = base.shape[-1]
+    if coordinates.is_meta or is_traced(coordinates, base) or in_forward_mode() or n < 2:
+        a = unpack_skew(coordinates, n)
         inverse, _ = torch.linalg.inv_ex(add_identity(a * -0.5, 1.0))
         return polished(base @ (2.0 * inverse - _identity_like(a)))
-    result = _RotatedCayley.apply(base, a)
-    return result if _is_small(a) else polished(result)  # type: ignore[return-value]
+    if coordinates.is_complex():
+        return _RotatedCayley.apply(base, unpack_skew(coordinates, n), False)  # type: ignore[return-value]
+    return _RotatedCayley.apply(base, coordinates, True)  # type: ignore[return-value]
 
 
 class _RotatedCayley(torch.autograd.Function):
+    """The map of A, or of its coordinates where it is `packed`, as one node."""
+
     @staticmethod
-    def forward(ctx: Any, base: Tensor, a: Tensor) -> Tensor:
+    def forward(ctx: Any, base: Tensor, given: Tensor, packed: bool) -> Tensor:
+        a = unpack_real_skew(given, base.shape[-1]) if packed else given
         # Transposed throughout: the memory of B^T and of I + A/2 is in the order of LAPACK.
         adjoint = add_identity(a * -0.5, 1.0).mH
         factors, pivots, _ = torch.linalg.lu_factor_ex(adjoint)
         y = torch.linalg.lu_solve(factors, pivots, base.mH.expand(a.shape)).mH
-        ctx.save_for_backward(a, base, y, factors, pivots)
-        return torch.sub(y, base, alpha=0.5).mul_(2.0)
+        ctx.save_for_backward(given, base, y, factors, pivots)
+        ctx.packed = packed
+        result = torch.sub(y, base, alpha=0.5).mul_(2.0)
+        return result if _is_small(a) else polished(result)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
         (g,) = grads
-        a, base, y, factors, pivots = ctx.saved_tensors
+        given, base, y, factors, pivots = ctx.saved_tensors
         if torch.is_grad_enabled():  # a derivative of this one is wanted
+            a = unpack_skew(given, base.shape[-1]) if ctx.packed else given
             inverse, _ = torch.linalg.inv_ex(add_identity(a * -0.5, 1.0))
-            return None, (base @ inverse).mH @ g @ inverse.mH
-        z = torch.linalg.lu_solve(factors, pivots, g.mH, adjoint=True).mH
-        return None, y.mH @ z
+            grad = (base @ inverse).mH @ g @ inverse.mH
+            return None, pack_skew(grad - grad.mT) if ctx.packed else grad, None
+        grad = y.mH @ torch.linalg.lu_solve(factors, pivots, g.mH, adjoint=True).mH
+        return None, pack_difference(grad) if ctx.packed else grad, None
 
 
 def _is_small(a: Tensor) -> bool:
@@ -92,7 +105,8 @@ def _is_small(a: Tensor) -> bool:
     with torch.no_grad():
         # Eigenvalues of real ones come in pairs: ||A||_F^2 >= 2 ||A||_2^2.
         norm = torch.linalg.vector_norm(a, dim=(-2, -1))
-        if bool((norm <= _UNPOLISHED * (1.0 if a.is_complex() else math.sqrt(2.0))).all()):
+        largest = norm.item() if a.ndim == 2 else norm.amax().item() if norm.numel() else 0.0
+        if largest <= _UNPOLISHED * (1.0 if a.is_complex() else math.sqrt(2.0)):
             return True
         x = torch.linspace(1.0, 2.0, a.shape[-1], dtype=a.dtype, device=a.device)[:, None]
         x = a @ (a @ (a @ x))  # an overflow makes the ratio NaN, which is not small

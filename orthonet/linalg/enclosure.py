@@ -7,6 +7,8 @@ residual of a Cholesky factorization.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from orthonet.linalg._rounding import (
     up,
 )
 
-__all__ = ["spectral_norm_bound"]
+__all__ = ["gram_norm_bound", "spectral_norm_bound"]
 
 _MARGINS = (1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 4e-7, 2e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
 _CHUNK = 2**23  # entries of Gram matrices that are held at once
@@ -33,6 +35,8 @@ _TINY = 16  # up to here eigvalsh takes every block
 _SCREENING = 8
 _CANDIDATES = 8
 _KRYLOV = 100
+_PRODUCTS = 8
+_OUTWARD = 1.0 + 2.0**-50  # covers four roundings of non-negative terms, and its own
 
 
 def spectral_norm_bound(matrix: Tensor) -> float:
@@ -42,7 +46,7 @@ def spectral_norm_bound(matrix: Tensor) -> float:
     larger $\tau$ is proved: if $R$ is the computed Cholesky factor of $\tau I - G$, then
     $\tau I - G = R R^* + E \succeq -\|E\|$, hence
     $\|A\|_2^2 \le \tau + \|E\| + \|A^* A - G\|$. Every term is bounded from above in float64 with
-    outward rounding. If no factorization succeeds the Frobenius norm is returned.
+    outward rounding. If no factorization succeeds the bound by Gram iteration is returned.
 
     Args:
         matrix: A finite real or complex tensor, of any dtype and device; it is brought to
@@ -68,14 +72,51 @@ def spectral_norm_bound(matrix: Tensor) -> float:
         S. M. Rump, Verification of positive definiteness, BIT 46 (2006).
         N. J. Higham, Accuracy and Stability of Numerical Algorithms (2002), chapters 3 and 10.
     """
+    return _by_blocks(matrix, "spectral_norm_bound", _scaled_bound)
+
+
+def gram_norm_bound(matrix: Tensor, *, niters: int = 8) -> float:
+    r"""A proved upper bound of $\|A\|_2$ by Gram iteration; over batch dims the largest.
+
+    $G_0 = A$, $G_{k+1} = \mathrm{fl}(G_k^* G_k) / s_k$ with powers of two $s_k$. As
+    $\|G_k\|^2 = \|G_k^* G_k\| \le s_k \|G_{k+1}\| + e_k$, where $e_k$ bounds the rounding of
+    the product, the Frobenius norm of the last one gives a bound of the first, from the back to
+    the front, every term rounded outward. Nothing but products of matrices is needed;
+    [`spectral_norm_bound`][orthonet.linalg.spectral_norm_bound] is tighter and, with a
+    factorization in the place of most products, usually faster.
+
+    Args:
+        matrix: As there.
+        niters: Number K of Gram products; 0 gives the Frobenius norm.
+
+    Shape:
+        matrix: (*batch, m, n)
+
+    Guarantee:
+        Upper bound of the exact norm of the given floats; at most $r^{2^{-K-1}}$ times the norm
+        for rank r, up to rounding.
+
+    Raises:
+        ValueError: `matrix` has fewer than two dims or contains NaN or infinity.
+
+    References:
+        B. Delattre, Q. Barthelemy, A. Araujo, A. Allauzen, Efficient bound of Lipschitz constant
+        for convolutional layers by Gram iteration, ICML 2023 (in exact arithmetic).
+    """
+    _checks.non_negative_int("gram_norm_bound", niters=niters)
+    return _by_blocks(matrix, "gram_norm_bound", lambda blocks, floor: _gram_bound(blocks, niters))
+
+
+def _by_blocks(matrix: Tensor, owner: str, bound: Callable[..., float]) -> float:
+    """The largest bound of blocks that are scaled to entries of modulus at most about 2."""
     _checks.require(
         matrix.ndim >= 2,
-        "spectral_norm_bound",
+        owner,
         "matrix must have shape (*batch, m, n)",
         "Reshape the weight to a matrix first, e.g. weight.flatten(1)",
         matrix=matrix,
     )
-    matrix = _exact_float64(matrix, "spectral_norm_bound")
+    matrix = _exact_float64(matrix, owner)
     blocks = matrix.reshape(-1, *matrix.shape[-2:]) if matrix.numel() else matrix.new_zeros(0, 1, 1)
     scale = power_of_two_scale(blocks)
     if scale == 0.0:
@@ -86,7 +127,7 @@ def spectral_norm_bound(matrix: Tensor) -> float:
     size = blocks.shape[-1]
     largest = 0.0
     for chunk in blocks.split(max(1, _CHUNK // size**2)):
-        largest = max(largest, _scaled_bound(chunk, floor=largest))
+        largest = max(largest, bound(chunk, floor=largest))
     lost = sqrt_up(blocks.shape[-2] * size) * UNDERFLOW  # entries flushed by the scaling
     return mul_up(add_up(largest, lost), scale)
 
@@ -110,8 +151,7 @@ def _scaled_bound(blocks: Tensor, floor: float) -> float:
     `floor` is a number that the caller has to return at least anyway: proving less is no use.
     """
     m, n = blocks.shape[-2:]
-    # A complex product is at most a few real ones (also by Gauss's three-product scheme).
-    cost = (lambda k: mul_up(4.0, gamma(2 * k + 4))) if blocks.is_complex() else gamma
+    cost = _cost(blocks)
     norm2 = squared_norm_up(blocks, batch_dims=1)
     gram = blocks.mH @ blocks
     gram = (gram + gram.mH) * 0.5  # exactly Hermitian, with a real diagonal
@@ -144,7 +184,43 @@ def _scaled_bound(blocks: Tensor, floor: float) -> float:
             4 * n * n * UNDERFLOW,
         )
         return sqrt_up(min(add_up(tau, residual, rounding, gram_error), norm2))
-    return sqrt_up(norm2)
+    return min(sqrt_up(norm2), _gram_bound(blocks, _PRODUCTS))
+
+
+def _cost(blocks: Tensor) -> Callable[[int], float]:
+    """The error of a product of k terms, relative to that of the absolute values.
+
+    A complex product is at most a few real ones (also by Gauss's three-product scheme).
+    """
+    return (lambda k: mul_up(4.0, gamma(2 * k + 4))) if blocks.is_complex() else gamma
+
+
+def _gram_bound(blocks: Tensor, niters: int) -> float:
+    """The bound by Gram iteration for (b, m, n) blocks, with entries of modulus at most about 2."""
+    cost = _cost(blocks)
+    steps: list[tuple[Tensor, Tensor]] = []  # (scale of the product, error of the product)
+    for _ in range(niters):
+        m, n = blocks.shape[-2:]
+        error = _squares(blocks) * cost(m + 2) + 4 * m * n * UNDERFLOW
+        blocks = blocks.mH @ blocks
+        exponent = torch.frexp(blocks.abs().amax(dim=(-2, -1)))[1] - 1
+        scale = torch.ldexp(torch.ones_like(error), exponent)
+        blocks = blocks / scale[:, None, None]
+        lost = scale * (n * UNDERFLOW)  # entries flushed by the scaling
+        steps.append((scale, (error + lost) * _OUTWARD + UNDERFLOW))
+    bound = _squares(blocks).sqrt() * _OUTWARD
+    for scale, error in reversed(steps):
+        bound = ((scale * bound + error) * _OUTWARD).sqrt() * _OUTWARD
+    return float(bound.max())
+
+
+def _squares(blocks: Tensor) -> Tensor:
+    """Not less than the squared Frobenius norm of each block, cf. `squared_norm_up`."""
+    if blocks.is_complex():
+        blocks = torch.view_as_real(blocks.resolve_conj())
+    squares = blocks.square().flatten(1)
+    count = squares.shape[1]
+    return squares.sum(1) * up(1.0 + 2.0 * gamma(2 * count + 4)) + 2 * count * UNDERFLOW
 
 
 def _largest_eigenvalue(gram: Tensor) -> float:

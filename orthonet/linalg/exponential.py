@@ -3,15 +3,17 @@ r"""Maps from skew-symmetric matrices to rotations: the exponential and the Cayl
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._matrix import add_identity, compute_dtype, is_traced
+from orthonet.linalg._matrix import add_identity, compute_dtype, in_forward_mode, is_traced
+from orthonet.linalg._polar_gradient import centred_gradient
 from orthonet.linalg._polar_steps import recentred_polar
-from orthonet.linalg.polar import AtCentre
+from orthonet.linalg.polar import polar, save_centred, saved_centred
 
 __all__ = ["cayley", "matrix_exponential", "rotate_base", "skew"]
 
@@ -41,7 +43,8 @@ def matrix_exponential(a: Tensor, *, degree: int = 12) -> Tensor:
     r"""Matrix exponential by scaling and squaring of the Taylor polynomial of given `degree`.
 
     \(e^A = \bigl(T_d(A / 2^s)\bigr)^{2^s}\), with \(s\) the least integer for which the first
-    neglected term of the scaled series is below the unit roundoff. The polynomial is evaluated
+    neglected term of the scaled series is below the unit roundoff, by a bound from the norms of the
+    powers of A that are computed anyway. The polynomial is evaluated
     with about \(2 \sqrt d\) products (Paterson & Stockmeyer). Under `torch.compile` and in
     `torch.func` transforms, where \(s\) may not depend on the data, PyTorch's own
     `torch.linalg.matrix_exp` computes the same function. Only A is kept for backward, which walks
@@ -64,9 +67,14 @@ def matrix_exponential(a: Tensor, *, degree: int = 12) -> Tensor:
     _require_square("matrix_exponential", a)
     _checks.positive_int("matrix_exponential", degree=degree)
     work = a.to(compute_dtype(a.dtype))
-    if is_traced():
+    if is_traced(work) or in_forward_mode():
         return torch.linalg.matrix_exp(work).to(a.dtype)
-    norm = float(work.detach().abs().sum(-2).amax()) if work.numel() else 0.0
+    return _Recomputed.apply(_exponential, work, degree).to(a.dtype)  # type: ignore[union-attr]
+
+
+def _exponential(a: Tensor, degree: int, normal: bool = False) -> Tensor:
+    """Scaling, Taylor polynomial and squaring; `normal` says that A is skew-symmetric."""
+    norm = float(a.detach().abs().sum(-2).amax()) if a.numel() else 0.0
     _checks.require(
         math.isfinite(norm),
         "matrix_exponential",
@@ -74,59 +82,81 @@ def matrix_exponential(a: Tensor, *, degree: int = 12) -> Tensor:
         "Lower the learning rate or clip gradients; the weight holds NaN or Inf",
         norm=norm,
     )
-    unit = torch.finfo(work.dtype).eps / 2
+    before = max(0, math.ceil(math.log2(norm)) - 8) if norm > 0 else 0
+    if before:  # or its powers might overflow
+        a, norm = a * 2.0**-before, norm * 2.0**-before
+    powers = [a]
+    while len(powers) < math.isqrt(degree):
+        powers.append(powers[-1] @ a)
+    unit = torch.finfo(a.dtype).eps / 2
     reach = (unit * math.factorial(degree + 1)) ** (1.0 / (degree + 1))
-    squarings = max(0, math.ceil(math.log2(norm / reach))) if norm > 0 else 0
-    return _Recomputed.apply(work, degree, squarings).to(a.dtype)  # type: ignore[union-attr]
-
-
-def _scale_and_square(a: Tensor, degree: int, squarings: int) -> Tensor:
-    result = _taylor(a * 2.0**-squarings, degree)
-    for _ in range(squarings):
+    bound = _bound(powers, norm, normal)
+    squarings = max(0, math.ceil(math.log2(bound / reach))) if bound > 0 else 0
+    if squarings:
+        powers = [p * 2.0 ** (-squarings * k) for k, p in enumerate(powers, 1)]
+    result = _taylor(powers, degree)
+    for _ in range(squarings + before):
         result = result @ result
     return result
 
 
+def _bound(powers: list[Tensor], norm: float, normal: bool) -> float:
+    r"""A number b with \(\|A^k\| \le b^k\) for all k that the truncated series neglects.
+
+    The norm of A; that of a power, to the root, where A is normal; the larger of those of two
+    consecutive powers in general (Al-Mohy & Higham, theorem 4.2).
+    """
+    roots = [norm]
+    for k, power in enumerate(powers[1:], 2):
+        size = float(torch.linalg.vector_norm(power.detach(), dim=(-2, -1)).amax())
+        if not normal and k == len(powers) == 2:
+            roots.append((size * norm) ** (1 / 3))
+        roots.append(size ** (1 / k))
+    if normal:
+        return min(roots)
+    return min(norm, max(roots[1:3])) if len(roots) > 2 else norm
+
+
 class _Recomputed(torch.autograd.Function):
-    """Scaling and squaring that keeps its input only, and walks the way again in backward."""
+    """A function of one tensor that keeps this only, and is computed again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, degree: int, squarings: int) -> Tensor:
+    def forward(ctx: Any, function: Callable[..., Tensor], a: Tensor, *constants: Any) -> Tensor:
         ctx.save_for_backward(a)
-        ctx.way = degree, squarings
-        return _scale_and_square(a, degree, squarings)
+        ctx.function, ctx.constants = function, constants
+        return function(a, *constants)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (a,) = ctx.saved_tensors
         again = torch.is_grad_enabled()
         with torch.enable_grad():
             x = a if again else a.detach().requires_grad_()
-            result = _scale_and_square(x, *ctx.way)
+            result = ctx.function(x, *ctx.constants)
             (grad,) = torch.autograd.grad(result, x, grad, create_graph=again)
-        return grad, None, None
+        return None, grad, *(None,) * len(ctx.constants)
 
 
-def _taylor(a: Tensor, degree: int) -> Tensor:
-    """Taylor polynomial of the exponential, grouped in powers of a^block."""
-    block = max(1, math.isqrt(degree))
-    identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand(a.shape)
-    powers = [identity, a]
-    while len(powers) <= block:
-        powers.append(powers[-1] @ a)
+def _taylor(powers: list[Tensor], degree: int) -> Tensor:
+    """Taylor polynomial of the exponential, grouped in powers of the last of `powers`."""
+    block, constant = len(powers), 0.0
     result: Tensor | None = None
     for start in range(degree // block * block, -1, -block):
         factors = [1.0 / math.factorial(k) for k in range(start, min(start + block, degree + 1))]
-        group = powers[len(factors) - 1] * factors[-1]
-        for power, factor in zip(powers, factors[:-1], strict=False):
+        if len(factors) == 1 and result is None:
+            constant = factors[0]  # the highest group is a multiple of the identity
+            continue
+        first = factors[1] if block > 1 else 0.0
+        group = add_identity(powers[0] * first, factors[0])
+        for power, factor in zip(powers[1:], factors[2:], strict=False):
             group = torch.add(group, power, alpha=factor)
         if result is None:
-            result = group
-        elif a.ndim == 2:
-            result = torch.addmm(group, result, powers[block])
+            result = torch.add(group, powers[-1], alpha=constant) if constant else group
+        elif group.ndim == 2:
+            result = torch.addmm(group, result, powers[-1])
         else:
-            result = group + result @ powers[block]
-    return identity if result is None else result
+            result = group + result @ powers[-1]
+    return powers[0] if result is None else result
 
 
 def rotate_base(w: Tensor, base: Tensor, *, degree: int = 12) -> Tensor:
@@ -169,26 +199,63 @@ def rotate_base(w: Tensor, base: Tensor, *, degree: int = 12) -> Tensor:
         return rotate_base(w.mT, base.mT, degree=degree).mT
     dtype = compute_dtype(w.dtype)
     x, b = w.to(dtype), base.to(dtype)
-    m, n = w.shape[-2:]
-    if m < 3 * n:
-        product = x @ b.mT
-        rotated = matrix_exponential(product - product.mT, degree=degree) @ b
-    else:
-        left, right = torch.cat([x, -b], -1), torch.cat([b, x], -1)
-        top = torch.cat([right.mT @ left, right.mT @ b], -1)
-        block = torch.cat([top, top.new_zeros(*top.shape[:-2], n, 3 * n)], -2)
-        rotated = b + left @ matrix_exponential(block, degree=degree)[..., : 2 * n, 2 * n :]
-    return _polished(rotated).to(w.dtype)
-
-
-def _polished(u: Tensor) -> Tensor:
-    """Remove truncation and rounding: the polar factor, whose gradient takes two products here."""
-    if is_traced():
+    if is_traced(x, b) or in_forward_mode():
+        u = _rotated(x, b, degree, matrix_exponential)
         for _ in range(2):
             u = u @ add_identity(u.mT @ u * -0.5, 1.5)
-        return u
-    result, scale, _ = recentred_polar(u.detach())
-    return AtCentre.apply(u, result, scale)  # type: ignore[return-value]
+        return u.to(w.dtype)
+    return _RotatedBase.apply(x, b, degree).to(w.dtype)  # type: ignore[union-attr]
+
+
+def _rotated(
+    x: Tensor, b: Tensor, degree: int, exponential: Callable[..., Tensor] | None = None
+) -> Tensor:
+    """The rotated base up to truncation and rounding."""
+    n = x.shape[-1]
+    if x.shape[-2] < 3 * n:
+        product = x @ b.mT
+        a = product - product.mT
+        if exponential is None:
+            return _exponential(a, degree, normal=True) @ b
+        return exponential(a, degree=degree) @ b
+    left, right = torch.cat([x, -b], -1), torch.cat([b, x], -1)
+    top = torch.cat([right.mT @ left, right.mT @ b], -1)
+    block = torch.cat([top, top.new_zeros(*top.shape[:-2], n, 3 * n)], -2)
+    series = (exponential or _exponential)(block, degree=degree)[..., : 2 * n, 2 * n :]
+    return b + left @ series
+
+
+class _RotatedBase(torch.autograd.Function):
+    """The polar factor of `_rotated`, which keeps W, B and itself, and walks the way again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, b: Tensor, degree: int) -> Tensor:
+        result, scale, _ = recentred_polar(_rotated(x, b, degree))
+        save_centred(ctx, scale, x, b, result)
+        ctx.degree = degree
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x, b, result), scale = saved_centred(ctx)
+        wanted = [i for i in range(2) if ctx.needs_input_grad[i]]
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            inputs = [x, b]
+            if not again:
+                inputs = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+            rotated = _rotated(*inputs, ctx.degree)  # type: ignore[arg-type]
+            if again:  # differentiated again
+                rotated = polar(rotated)
+            else:
+                grad = centred_gradient(result, scale, grad)
+            found = torch.autograd.grad(
+                rotated, [inputs[i] for i in wanted], grad, create_graph=again
+            )
+        grads: list[Tensor | None] = [None, None]
+        for i, g in zip(wanted, found, strict=True):
+            grads[i] = g
+        return grads[0], grads[1], None
 
 
 def _require_square(name: str, a: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from orthonet import _checks
 from orthonet.linalg._matrix import in_transform, on_tall
 from orthonet.linalg._polar_bjorck import bjorck_polar
+from orthonet.linalg._polar_early import polynomials_with_early
 from orthonet.linalg._polar_gradient import (
     centred_gradient,
     differentiable_gradient,
@@ -86,7 +87,13 @@ def polar_svd(w: Tensor) -> Tensor:
 
 
 @on_tall
-def polar(w: Tensor, *, beta: float | None = None, niters: int | None = None) -> Tensor:
+def polar(
+    w: Tensor,
+    *,
+    beta: float | None = None,
+    niters: int | None = None,
+    early_dtype: torch.dtype | None = None,
+) -> Tensor:
     r"""Nearest semi-orthogonal matrix, to working precision, whatever the input.
 
     By default the way there is chosen from the Gram matrix, per call: a polynomial in
@@ -111,6 +118,11 @@ def polar(w: Tensor, *, beta: float | None = None, niters: int | None = None) ->
         w: Matrices of any scale and rank.
         beta: Björck step size, in (0, 1]; 0.5 if only `niters` is given.
         niters: Björck steps before the further measures; 12 if only `beta` is given.
+        early_dtype: `torch.bfloat16` or `torch.float16`: the products are in this dtype while W is
+            far from orthogonal (an estimated \(\|E\|\) above 0.62), and in that of the
+            computation afterwards. The result is as orthogonal as without it, and the gradient
+            formula the same, but the rounding of the early products turns it away from the polar
+            factor, by a few times their unit of rounding (0.4 per cent) and the condition number.
 
     Shape:
         `w`: (*batch, m, n). Output: the same.
@@ -123,7 +135,8 @@ def polar(w: Tensor, *, beta: float | None = None, niters: int | None = None) ->
         numbers up to about 1e6 in float32); for zero input \(H\) is taken as \(I\).
 
     Raises:
-        ValueError: `beta` or `niters` is out of range, or `w` has a NaN or infinite entry.
+        ValueError: `beta` or `niters` is out of range, they and `early_dtype` are both given, or
+            `w` has a NaN or infinite entry.
 
     References:
         Higham (2008), chapter 8; Chen & Chow, *A stable scaling of Newton-Schulz for improving the
@@ -131,7 +144,16 @@ def polar(w: Tensor, *, beta: float | None = None, niters: int | None = None) ->
         \(W = U H\), e.g. Kenney & Laub, *Polar decomposition and matrix sign function condition
         estimates*, SIAM J. Sci. Stat. Comput. 12 (1991).
     """
+    if early_dtype is not None:
+        _checks.one_of("polar", (None, torch.bfloat16, torch.float16), early_dtype=early_dtype)
     if beta is not None or niters is not None:
+        _checks.require(
+            early_dtype is None,
+            "polar",
+            "early_dtype goes with the way that is chosen by itself",
+            "Leave out beta and niters, or early_dtype",
+            early_dtype=early_dtype,
+        )
         beta, niters = 0.5 if beta is None else beta, 12 if niters is None else niters
         _checks.require(
             0.0 < beta <= 1.0,
@@ -142,10 +164,12 @@ def polar(w: Tensor, *, beta: float | None = None, niters: int | None = None) ->
         )
         _checks.non_negative_int("polar", niters=niters)
         return _apply(w, float(beta), int(niters))[0]
-    return _apply(w, None, None)[0]
+    return _apply(w, None, None, early_dtype)[0]
 
 
-def recentre_(w: Tensor, decision: Decision | None = None) -> tuple[Tensor, Tensor | float]:
+def recentre_(
+    w: Tensor, decision: Decision | None = None, early: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | float]:
     r"""Polar factor U of `w`, and `w` itself overwritten by \(c\,U\), \(c = \|w\|_F / \sqrt n\).
 
     The point on the manifold and the norm of `w` stay; \(H = c I\) afterwards, so the gradient at
@@ -157,6 +181,7 @@ def recentre_(w: Tensor, decision: Decision | None = None) -> tuple[Tensor, Tens
         w: A leaf of float32 or float64, (*batch, m, n).
         decision: What `measure` of `w` (transposed, if wide) gave, and its bound as the number
             that the host has read: nothing else is read then, unless the bound is large.
+        early: See `early_dtype` of `polar`.
 
     Shape:
         Output: U like `w`, and c, (*batch, 1, 1) or a number if the host has read it; 1 for zero.
@@ -170,34 +195,37 @@ def recentre_(w: Tensor, decision: Decision | None = None) -> tuple[Tensor, Tens
     x = w.detach()
     x = x if x.shape[-2] >= x.shape[-1] else x.mT
     if torch.compiler.is_compiling():
-        u, scale = _recentre_op(x)
+        u, scale = _recentre_op(x, early)
     else:
-        u, scale = _recentre(x, decision)
+        u, scale = _recentre(x, decision, early)
     return (u if x.shape == w.shape and w.shape[-2] >= w.shape[-1] else u.mT), scale
 
 
-def _recentre(x: Tensor, decision: Decision | None) -> tuple[Tensor, Tensor | float]:
+def _recentre(
+    x: Tensor, decision: Decision | None, early: torch.dtype | None
+) -> tuple[Tensor, Tensor | float]:
     found = None if decision is None else finish(x, *decision)
     if decision is not None and found is not None:
         u, scale = found
         written = None if decision[1] <= centred_below(x) else scale
     else:
-        u, scale, written = recentred_polar(x)
+        start = None if early is None or 0 in x.shape else polynomials_with_early(x, early)
+        u, scale, written = recentred_polar(x, start)
     if written is not None:
         torch.mul(u, written, out=x)
     return u, scale
 
 
 @torch.library.custom_op("orthonet::recentre_", mutates_args=("x",))
-def _recentre_op(x: Tensor) -> tuple[Tensor, Tensor]:
-    u, scale = _recentre(x, None)
+def _recentre_op(x: Tensor, early: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    u, scale = _recentre(x, None, early)
     if isinstance(scale, Tensor):
         return u.contiguous(), scale.clone()
     return u.contiguous(), u.new_full((1, 1), scale)
 
 
 @_recentre_op.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, early: torch.dtype | None) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-2], 1, 1)
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(shape)
 
@@ -207,36 +235,48 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "orthonet::polar",
     mutates_args=(),
-    schema="(Tensor w, float? beta, int? niters) -> Tensor",
+    schema="(Tensor w, float? beta, int? niters, ScalarType? early) -> Tensor",
 )
-def _polar_op(w: Tensor, beta: float | None, niters: int | None) -> Tensor:
-    return _polar_forward(w, beta, niters).u.contiguous()
+def _polar_op(
+    w: Tensor, beta: float | None, niters: int | None, early: torch.dtype | None
+) -> Tensor:
+    return _polar_forward(w, beta, niters, early).u.contiguous()
 
 
 @_polar_op.register_fake
-def _(w: Tensor, beta: float | None, niters: int | None) -> Tensor:
+def _(w: Tensor, beta: float | None, niters: int | None, early: torch.dtype | None) -> Tensor:
     return torch.empty_like(w, memory_format=torch.contiguous_format)
 
 
-def _polar_forward(w: Tensor, beta: float | None, niters: int | None) -> Factors:
-    if beta is None or niters is None:
-        return gram_polar(w)
-    return bjorck_polar(w, beta, niters)
+def _polar_forward(
+    w: Tensor, beta: float | None, niters: int | None, early: torch.dtype | None
+) -> Factors:
+    if beta is not None and niters is not None:
+        return bjorck_polar(w, beta, niters)
+    if early is not None and 0 not in w.shape:
+        u = polynomials_with_early(w, early).u
+        if u is not None:
+            return Factors.bare(u)
+    return gram_polar(w)
 
 
-def _apply(w: Tensor, beta: float | None, niters: int | None) -> Any:
+def _apply(
+    w: Tensor, beta: float | None, niters: int | None, early: torch.dtype | None = None
+) -> Any:
     function = _Polar if torch.compiler.is_compiling() else _PolarForward
-    return function.apply(w, beta, niters)
+    return function.apply(w, beta, niters, early)
 
 
 class _Polar(torch.autograd.Function):
     """The polar factor of tall matrices, with its implicit gradient; see `Factors`."""
 
     @staticmethod
-    def forward(w: Tensor, beta: float | None, niters: int | None) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        w: Tensor, beta: float | None, niters: int | None, early: torch.dtype | None
+    ) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():
-            return tuple(Factors.bare(_polar_op(w, beta, niters)))
-        return tuple(_polar_forward(w, beta, niters))
+            return tuple(Factors.bare(_polar_op(w, beta, niters, early)))
+        return tuple(_polar_forward(w, beta, niters, early))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -249,23 +289,23 @@ class _Polar(torch.autograd.Function):
         ctx.save_for_forward(inputs[0], u)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (w, *rest), grad = ctx.saved_tensors, grads[0]
         if grad is None:
-            return None, None, None
+            return None, None, None, None
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or in_transform(grad):
             u = _apply(w, None, None)[0] if ctx.of_basis else rest[0]
-            return differentiable_gradient(w, u, grad), None, None
+            return differentiable_gradient(w, u, grad), None, None, None
         if ctx.of_values:
-            return eigen_gradient(w, rest[0], rest[1], grad), None, None
+            return eigen_gradient(w, rest[0], rest[1], grad), None, None, None
         pull_back = inverse_gradient if ctx.of_basis else gradient
-        return pull_back(w, rest[0], grad), None, None
+        return pull_back(w, rest[0], grad), None, None, None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Any, w: Tensor, beta: float | None, niters: int | None
+        info: Any, in_dims: Any, w: Tensor, *options: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _apply(w.movedim(in_dims[0], 0), beta, niters), (0, 0, 0)
+        return _apply(w.movedim(in_dims[0], 0), *options), (0, 0, 0)
 
 
 class _PolarForward(_Polar):

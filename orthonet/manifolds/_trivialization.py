@@ -172,9 +172,11 @@ class FrameTrivialization(Trivialization):
 
     def _point(self, coordinates: Tensor) -> Tensor:
         n, k = self._sizes
-        a, c = self.split(coordinates)
         base = self.base.to(coordinates.dtype)
         base = base.mT if self.transposed else base
+        if self.triv == "cayley" and n == k and self.rotate:
+            return rotated_cayley(base, coordinates)  # square, so never transposed
+        a, c = self.split(coordinates)
         if self.triv == "cayley":
             q = self._cayley(base, a, c)
         elif n == k:
@@ -192,8 +194,8 @@ class FrameTrivialization(Trivialization):
         return q.mT if self.transposed else q
 
     def _cayley(self, base: Tensor, a: Tensor, c: Tensor) -> Tensor:
-        if not c.shape[-2]:
-            return rotated_cayley(base, a)
+        if not c.shape[-2]:  # no coordinate
+            return base.clone()
         # B (2 N - I) + B_perp C N, with one product with N
         both = torch.add(times_complement(self.reflector.to(c.dtype), c), base, alpha=2.0)
         return polished(both @ frame_cayley_inverse(a, c) - base)

@@ -13,7 +13,7 @@ from orthonet.linalg._matrix import minus_transpose
 from orthonet.optim._base import Read, State, StiefelOptimizer
 from orthonet.optim._batches import Block
 from orthonet.optim._plain import adam_step, sgd_step
-from orthonet.optim._rotations import EVERY, Turn, rotate
+from orthonet.optim._rotations import EVERY, Turn, Workspace, rotate
 from orthonet.optim._stiefel_steps import newton_schulz_sign, symmetric_part, tangent
 
 __all__ = ["StiefelAdam", "StiefelMuon", "StiefelSGD"]
@@ -208,22 +208,25 @@ class StiefelAdam(StiefelOptimizer):
         if eager:
             self._require_finite([grad for _, (_, grad, _) in square if grad.is_cpu])
         moved = iter(super()._move(others, group))
-        turns = (self._turn(read, group) for read in square)  # one after the other, while near
+        work = Workspace()
+        turns = (self._turn(read, group, work) for read in square)  # one by one, while all is near
         turned = iter(rotate(turns if eager else list(turns)))
         return [next(turned if b.shape[0] == b.shape[1] else moved) for b, _ in mine]
 
-    def _turn(self, read: Read, group: dict[str, Any]) -> Turn:
+    def _turn(self, read: Read, group: dict[str, Any], work: Workspace) -> Turn:
         """The step of square matrices: P_X(G) = X A with A = skew(X^T G), moments of A."""
         (block, (x, grad, state)), (beta1, _) = read, group["betas"]
         # 0.5 X^T G: the factor costs nothing inside the product
         product = torch.addmm if x.ndim == 2 else torch.baddbmm
-        a = minus_transpose(product(grad, x.mT, grad, beta=0.0, alpha=0.5))
+        inner = product(grad, x.mT, grad, beta=0.0, alpha=0.5, out=work.take("moved", x))
+        a = minus_transpose(inner, work.take("change", x))
         before = state["exp_avg"]
         own = before.is_cpu and not torch.compiler.is_compiling()
         m = before.lerp_(a, 1.0 - beta1) if own else before.lerp(a, 1.0 - beta1)
         state["exp_avg"] = m
         factor = _adam_factor(state, _mean_square(a), group) * group["lr"]
-        return Turn(x, m * factor, self._looks(block, state), own)
+        b = torch.mul(m, factor, out=work.take("b", x))
+        return Turn(x, b, self._looks(block, state), own, work)
 
     def _looks(self, block: Block, state: State) -> bool:
         """Whether it is time to measure the defect, or the points were changed from outside."""

@@ -20,9 +20,25 @@ from orthonet.linalg import polar
 from orthonet.linalg._matrix import add_identity, symmetric_product
 from orthonet.optim._stiefel_steps import retract
 
-__all__ = ["EVERY", "Turn", "coefficients", "rotate"]
+__all__ = ["EVERY", "Turn", "Workspace", "coefficients", "rotate"]
 
 EVERY = 16  # steps from one look at the defect to the next
+
+
+class Workspace:
+    """Memory that the matrices of a step use one after the other: new memory is slow to touch."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, like: Tensor) -> Tensor | None:
+        """Memory for a single large matrix on the CPU; None for others."""
+        if like.ndim > 2 or not like.is_cpu or torch.compiler.is_compiling():
+            return None
+        key = (name, like.shape, like.dtype)
+        if key not in self._kept:
+            self._kept[key] = torch.empty(like.shape, dtype=like.dtype)
+        return self._kept[key]
 
 
 class Turn(NamedTuple):
@@ -33,12 +49,14 @@ class Turn(NamedTuple):
         b: Skew-symmetric matrices B: the step is X R(B), about X - X B.
         look: Whether to measure the defect of X and take it away.
         own: Whether `x` may be changed.
+        work: Memory; `b` may lie in it, since a step on the CPU is done before the next is asked.
     """
 
     x: Tensor
     b: Tensor
     look: bool
     own: bool
+    work: Workspace
 
 
 def rotate(turns: Iterable[Turn]) -> list[Tensor]:
@@ -69,11 +87,12 @@ def rotate(turns: Iterable[Turn]) -> list[Tensor]:
 
 def _measure(turn: Turn) -> tuple[Tensor, Tensor | None, Tensor]:
     r"""\(B^\top B = -B^2\), the defect of X, and bounds of their norms."""
-    square = symmetric_product(turn.b, turn.b)
+    take = turn.work.take
+    square = symmetric_product(turn.b, turn.b, take("square", turn.b))
     bound = largest_of_pairs(square)
     if not turn.look:
         return square, None, torch.stack([bound, torch.zeros_like(bound)])
-    defect = add_identity(symmetric_product(turn.x, turn.x), -1.0)
+    defect = add_identity(symmetric_product(turn.x, turn.x, take("defect", turn.x)), -1.0)
     norm = torch.linalg.vector_norm(defect, dim=(-2, -1)).amax()
     return square, defect, torch.stack([bound, norm])
 
@@ -91,9 +110,10 @@ def largest_of_pairs(square: Tensor) -> Tensor:
     n = square.shape[-1]
     norm = torch.linalg.vector_norm(square, dim=(-2, -1))
     mean = square.diagonal(dim1=-2, dim2=-1).sum(-1) / n
-    # (1e-5: norm and trace are rounded)
-    variance = (norm.square() * ((1.0 + 1e-5) / n) - mean.square()).clamp_min(0.0)
-    apart = mean + (variance * (max(n - 2, 0) / 2.0)).sqrt()
+    # in units of the norm; 1e-5, since norm and trace are rounded
+    share = mean / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    deviation = ((1.0 + 1e-5) / n - share.square()).clamp_min(0.0).sqrt()
+    apart = mean + norm * deviation * math.sqrt(max(n - 2, 0) / 2.0)
     return torch.minimum(norm, apart).amax() * (1.0 + 1e-5)
 
 
@@ -128,19 +148,20 @@ def coefficients(reach: float, dtype: torch.dtype) -> tuple[float, ...]:
 def _turned(turn: Turn, square: Tensor, defect: Tensor | None, reach: float, off: float) -> Tensor:
     x, b = turn.x, turn.b
     p = coefficients(reach, x.dtype)
-    # what the first order in the defect leaves, with the commutator of defect and B
-    left = off * (off + math.sqrt(max(reach, 0.0)))
-    if not p or not left <= torch.finfo(x.dtype).eps:
+    # What the first order in the defect leaves, with half the commutator of defect and B. The
+    # bound of the defect is that of Frobenius, many times too large for rounding.
+    left = off * (off + 0.5 * math.sqrt(max(reach, 0.0)))
+    if not p or not left <= 4.0 * torch.finfo(x.dtype).eps:
         return retract([_taylor(x, b, square)])[0]
     if len(p) == 2:
         change = square.mul_(-p[1])
     else:
-        change = _symmetric_sum(square, -p[1], p[2])
+        change = _symmetric_sum(square, -p[1], p[2], turn.work.take("change", x))
     add_identity(change, p[0] - 1.0)
     if defect is not None:
         change.sub_(defect, alpha=0.5)
     change.sub_(b)
-    moved = x @ change
+    moved = torch.matmul(x, change, out=turn.work.take("moved", x) if turn.own else None)
     return x.add_(moved) if turn.own else moved.add_(x)
 
 
@@ -149,7 +170,7 @@ def _taylor(x: Tensor, b: Tensor, square: Tensor) -> Tensor:
     return x - x @ torch.add(b, square, alpha=0.5)
 
 
-def _symmetric_sum(a: Tensor, linear: float, quadratic: float) -> Tensor:
+def _symmetric_sum(a: Tensor, linear: float, quadratic: float, out: Tensor | None = None) -> Tensor:
     """Linear A + quadratic A^2 for symmetric A; of large matrices ten of sixteen blocks."""
     n = a.shape[-1]
     if a.ndim > 2:
@@ -157,8 +178,9 @@ def _symmetric_sum(a: Tensor, linear: float, quadratic: float) -> Tensor:
         a = a.flatten(0, -3)
         return torch.baddbmm(a, a, a, beta=linear, alpha=quadratic).view(shape)
     if n < 384 or n % 4 or not a.is_cpu:
-        return torch.addmm(a, a, a, beta=linear, alpha=quadratic)
-    out, width = torch.empty_like(a), n // 4
+        return torch.addmm(a, a, a, beta=linear, alpha=quadratic, out=out)
+    out = torch.empty_like(a) if out is None else out
+    width = n // 4
     for i in range(0, n, width):
         rows = slice(i, i + width)
         torch.addmm(a[rows, i:], a[rows], a[:, i:], beta=linear, alpha=quadratic, out=out[rows, i:])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.errors import ProjectionWarning
 
-__all__ = ["load_plain", "reset_parameters"]
+__all__ = ["filled_copy", "load_plain", "reset_parameters", "warn_projected"]
 
 
 @torch.no_grad()
@@ -109,13 +109,29 @@ def _projected(module: nn.Module, name: str, entry: Any, value: Tensor) -> nn.Mo
                 tensor.zero_()
         _start(twin)
     moved = twin.project_(value.detach(), module)
-    if moved > torch.finfo(value.dtype).eps ** 0.5:
-        sentence = _checks.message(
-            type(module).__name__,
-            f"a plain {name} was loaded and projected onto its constraint",
-            "Fine-tune, or load a checkpoint of the constrained module to keep its values exactly",
-            relative_distance=round(moved, 6),
-            shape=tuple(value.shape),
-        )
-        warnings.warn(sentence, ProjectionWarning, stacklevel=2)
+    warn_projected(
+        type(module).__name__, f"a plain {name} was loaded and projected onto its constraint",
+        value.dtype, relative_distance=moved, shape=tuple(value.shape),
+    )  # fmt: skip
     return twin
+
+
+def filled_copy(module: nn.Module, like: Tensor) -> Any:
+    """A copy; one that is on the meta device is drawn anew on the device of `like`, or the CPU."""
+    twin: Any = copy.deepcopy(module)
+    if any(t.is_meta for t in twin.state_dict().values()):
+        twin = twin.to_empty(device="cpu" if like.is_meta else like.device)
+        twin.reset_parameters()
+    return twin
+
+
+def warn_projected(owner: object, what: str, dtype: torch.dtype, **values: Any) -> None:
+    """Warn that plain values were projected, unless the first of `values`, how far, is rounding."""
+    name, moved = next(iter(values.items()))
+    if moved <= torch.finfo(dtype).eps ** 0.5:
+        return
+    sentence = _checks.message(
+        owner, what, "Fine-tune, or load a checkpoint of this class to keep its weights exactly",
+        **{**values, name: round(moved, 6)},
+    )  # fmt: skip
+    warnings.warn(sentence, ProjectionWarning, stacklevel=3)

@@ -62,21 +62,31 @@ class BatchedPolarOrthogonalization(Orthogonalizer):
     that an earlier penalty has saved for backward (autograd reports it); or when passing an
     `nn.Parameter` of another model to `functional_call`. No other start is kept for these cases: a
     factor of an earlier parameter does not commute with the present Gram matrix, so an iteration
-    from it ends at another orthogonal matrix than the polar factor.
+    from it ends at another orthogonal matrix than the polar factor, unless it solves the Lyapunov
+    equation of the gradient in forward too. That takes more products than the cold way and was
+    slower at every size measured (`benchmarks/floor.py`, last table).
 
     Args:
         weight_shape: Shape (*batch, m, n) of the weights.
         warm: Re-centre the parameter in training.
+        early_dtype: `torch.bfloat16` or `torch.float16`: the dtype of the products while the
+            parameter is far from orthogonal, for devices on which they are cheap; the last ones are
+            in full precision. Without `warm` the weight differs from the nearest orthogonal matrix
+            by their rounding, and the gradient as much from that of the weight; see
+            [`polar`][orthonet.linalg.polar]. With it, only jumps are affected, and the gradient is
+            exact.
 
     Shape:
         Input and output: `weight_shape`.
 
     Guarantee:
         \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) (float32), \(10^{-12}\) (float64) for every finite
-        input, in train and eval mode, at every step; finite gradients; no state of its own.
+        input, in train and eval mode, at every step, whatever `early_dtype`; finite gradients; no
+        state of its own.
 
     Raises:
-        ValueError: `weight_shape` is not a matrix shape, or the weight is not finite.
+        ValueError: `weight_shape` is not a matrix shape, another argument is not one of those
+            named, or the weight is not finite.
 
     Examples:
         >>> BatchedPolarOrthogonalization((3, 3))
@@ -88,14 +98,23 @@ class BatchedPolarOrthogonalization(Orthogonalizer):
         retraction, applied when the weight is read.
     """
 
-    def __init__(self, weight_shape: Sequence[int], warm: bool = False) -> None:
+    def __init__(
+        self,
+        weight_shape: Sequence[int],
+        warm: bool = False,
+        early_dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(weight_shape)
         _checks.one_of(self, (False, True), warm=warm)
+        _checks.one_of(self, (None, torch.bfloat16, torch.float16), early_dtype=early_dtype)
         self.warm = warm
+        self.early_dtype = early_dtype
 
     def _orthogonalize(self, w: Tensor) -> Tensor:
         centred = self.recentre_(w)
-        return polar(w) if centred is None else AtCentre.apply(w, *centred)  # type: ignore[return-value]
+        if centred is None:
+            return polar(w, early_dtype=self.early_dtype)
+        return AtCentre.apply(w, *centred)  # type: ignore[return-value]
 
     def recentre_(self, w: Tensor) -> tuple[Tensor, Tensor | float] | None:
         """Overwrite `w` by c U and return U and c, (*batch, 1, 1) or a number.
@@ -106,7 +125,7 @@ class BatchedPolarOrthogonalization(Orthogonalizer):
             return None
         if self._fresh:
             self._fresh = False
-        return recentre_(w, self._decision(w))
+        return recentre_(w, self._decision(w), self.early_dtype)
 
     def _decision(self, w: Tensor) -> Decision | None:
         """On an accelerator, what has been measured and read for all such modules at once."""
@@ -127,7 +146,8 @@ class BatchedPolarOrthogonalization(Orthogonalizer):
         )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, warm={self.warm}"
+        early = "" if self.early_dtype is None else f", early_dtype={self.early_dtype}"
+        return f"{super().extra_repr()}, warm={self.warm}{early}"
 
 
 class BatchedAutoOrthogonalization(BatchedPolarOrthogonalization):
@@ -139,8 +159,10 @@ class BatchedAutoOrthogonalization(BatchedPolarOrthogonalization):
     | otherwise | Cholesky-QR2 | shifted Cholesky-QR |
 
     The CPU column follows `benchmarks/orthogonalizers.py`: at every shape there (64x64 to 512x512,
-    2048x256, 16x64x64) Cholesky-QR2 is the fastest of the maps that leave the parameter alone (1.1
-    to 3.9 times faster than Householder reflections), and re-centring faster again. It is as safe
+    2048x256, 16x64x64) Cholesky-QR2 is the fastest of the maps that leave the parameter alone, if
+    not by much: Householder reflections without a normalizer ("QR alone" there) take 1.0 to 1.5
+    times its CPU time on one thread, and the preset `QR_ORTHO_PARAMS`, of which a power iteration
+    is part, 1.1 to 1.9 times. Re-centring is 1.6 to 2.1 times faster again. Cholesky-QR2 is as safe
     as the others, since it measures its residual and ends in the shifted round or in Householder
     reflections. On accelerators the shifted round is taken at once, as a failed attempt would have
     to be reported to the host; no time was measured there. Both entries of a row are the same map
@@ -169,6 +191,9 @@ class BatchedAutoOrthogonalization(BatchedPolarOrthogonalization):
         >>> BatchedAutoOrthogonalization((64, 32), warm=True).method("cpu")
         'polar'
     """
+
+    def __init__(self, weight_shape: Sequence[int], warm: bool = False) -> None:
+        super().__init__(weight_shape, warm)
 
     def recentre_(self, w: Tensor) -> tuple[Tensor, Tensor | float] | None:
         """As in the base class, where the choice is the polar factor."""

@@ -288,6 +288,23 @@ def test_refusals(name):
         certify(model, torch.randn(4, 6))
 
 
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), "attention has no Lip"),
+        (lambda: Lambda(lambda x, f: f(x, x, x)[0],
+                        nn.MultiheadAttention(8, 2, batch_first=True)), "attention has no Lip"),
+        (lambda: nn.Sequential(nn.LazyLinear(3)), "weights must be initialized"),
+        (lambda: nn.LayerNorm(8, eps=0.0), "must have a positive eps"),
+        (lambda: Lambda(lambda x: torch.fft.rfft(x).abs()), "complex numbers have no rules"),
+    ],
+    ids=["encoder", "attention", "lazy", "layer norm", "complex"],
+)  # fmt: skip
+def test_modules_that_are_refused(module, message):
+    with pytest.raises(UncertifiableError, match=message):
+        certify(module().eval(), torch.randn(1, 5, 8))
+
+
 def test_an_unknown_module_is_named_with_its_path():
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), Gated())).eval()
     with pytest.raises(UncertifiableError, match=r"operation='mul', path='1\.1'.*"):

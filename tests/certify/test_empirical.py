@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from orthonet.certify import (
     LipschitzCertificate,
     apgd_l2,
     attack_certificate,
+    auto_attack_l2,
     certify,
     lipschitz_estimate,
     pgd_l2,
@@ -111,6 +113,48 @@ def test_a_wrong_certificate_is_found_out():
     report = attack_certificate(model, wrong, x, logits.argmax(1), bounds=None)
     assert report.broken > 30  # of 60; observed 60
     assert report.attacked_accuracy < 0.5
+
+
+@pytest.mark.parametrize("version", ["rand", pytest.param("standard", marks=pytest.mark.slow)])
+def test_autoattack_breaks_no_certificate(version):
+    """Just inside the certified radius of each sample nothing changes, far outside much does."""
+    pytest.importorskip("torchattacks")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), layers.OrthoLinear(25, 16), layers.MaxMin(),
+                          layers.UnitNormLinear(16, 5)).eval()  # fmt: skip
+    x = torch.rand(6, 1, 5, 5)
+    with torch.no_grad():
+        logits = model(x)
+    y = logits.argmax(1)
+    radius = certify(model, x).radius(logits)
+    state = torch.get_rng_state()
+    points = auto_attack_l2(model, x, y, radius, version=version)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(points, x)  # where a class changed, the certificate would be broken
+    points = auto_attack_l2(model, x, y, 8 * radius, version="rand")
+    changed = model(points).argmax(1) != y
+    assert int(changed.sum()) >= 3  # of 6; observed 6
+    distance = (points.double() - x.double()).flatten(1).norm(dim=1)
+    assert bool((distance <= 8 * radius).all())
+    assert float(points.min()) >= 0.0
+    assert float(points.max()) <= 1.0
+
+
+def test_what_autoattack_cannot_do(monkeypatch):
+    model, x, logits = linear_problem(3, torch.float32)
+    y = logits.argmax(1)
+    with pytest.raises(ValueError, match="at least four classes"):
+        auto_attack_l2(model, x, y, 0.1, version="rand")
+    with pytest.raises(ValueError, match="x must be float32"):
+        auto_attack_l2(model.double(), x.double(), y, 0.1)
+    model, x, logits = linear_problem(4, torch.float32)
+    with pytest.raises(ValueError, match="x must lie inside the box"):
+        auto_attack_l2(model, x + 2.0, logits.argmax(1), 0.1)
+    with pytest.raises(ValueError, match=r"images .* of at least 5x5 pixels"):
+        auto_attack_l2(model, x, logits.argmax(1), 0.1)
+    monkeypatch.setitem(sys.modules, "torchattacks", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install \"orthonet\[attack\]\""):
+        auto_attack_l2(model, x, logits.argmax(1), 0.1, version="rand")
 
 
 def test_estimate_is_below_the_constant_and_near_it():

@@ -54,6 +54,10 @@ NORMALIZED = {
     "group": (lambda: nn.GroupNorm(2, 4), (4, 3, 5)),
     "instance": (lambda: nn.InstanceNorm2d(3, affine=True), (3, 4, 4)),
     "root mean square": (lambda: nn.RMSNorm(12, eps=1e-4), (12,)),
+    "instance, stored": (
+        lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+        (3, 4, 4),
+    ),
     "softmax": (lambda: nn.Softmax(1), (5, 3)),
     "log-softmax": (lambda: nn.LogSoftmax(2), (2, 9)),
 }
@@ -84,11 +88,43 @@ def test_rounding_of_normalizations_is_bounded(name):
     assert bool(found.rounding(x, dtype=torch.float64).lt(bound).all())
 
 
+RESIDUALS = {
+    "root mean square": lambda: layers.L2NormResidual(nn.Linear(12, 12)),
+    "prescaled": lambda: layers.PrescaledResidual(nn.Linear(12, 12), 0.3),
+}
+
+
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_rounding_of_residuals_is_bounded_at_any_scale(name):
+    """Also where the squares of the entries underflow in float32."""
+    torch.manual_seed(3)
+    model = nn.Sequential(RESIDUALS[name](), nn.Linear(12, 4)).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.bias.zero_()
+    found = certify(model, torch.zeros(1, 12), lower=False)
+    x = torch.randn(30, 12) * torch.logspace(-30, 4, 30)[:, None]
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        observed = torch.linalg.vector_norm(model(x) - exact(x.double()), dim=1)
+    bound = found.rounding(x)
+    assert bool((observed <= bound).all())
+    assert float(bound[-1]) < 1e4 * float(observed[-1])
+
+
 def test_what_cannot_be_bounded_is_refused():
-    model = nn.Sequential(nn.Linear(5, 5), layers.L2NormResidual(nn.Linear(5, 5)))
-    found = certify(model.eval(), torch.zeros(1, 5))
+    class States(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.RNN(5, 5, batch_first=True)
+
+        def forward(self, x):
+            return self.rnn(x)[0]
+
+    found = certify(States().eval(), torch.zeros(1, 3, 5))
     with pytest.raises(UncertifiableError, match="rounding of this operation is not known"):
-        found.rounding(torch.zeros(1, 5))
+        found.rounding(torch.zeros(1, 3, 5))
     with pytest.raises(ValueError, match="dtype must be a floating-point dtype"):
         found.rounding(torch.zeros(1, 5), dtype=torch.int32)
     again = pickle.loads(pickle.dumps(found))

@@ -36,6 +36,11 @@ def test_the_page_holds_everything_and_loads_nothing():
     for row in certificate.rows:
         assert row.method in text
     assert f"{certificate.constant.value:.9g}" in text and torch.__version__ in text
+    assert "reached by a secant</dt><dd>0.5</dd>" in text
+    assert certificate.lower is not None
+    alone = report_html(certificate)
+    assert f"reached by a secant</dt><dd>{certificate.lower.value:.6g}</dd>" in alone
+    assert f"{certificate.constant.value / certificate.lower.value:.3g} times" in alone
     with pytest.raises(ValueError, match="estimate must come from below"):
         report_html(certificate, estimate=Bound(1.0))
 

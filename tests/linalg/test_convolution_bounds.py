@@ -43,7 +43,7 @@ def random_convolution(circular: bool):
 
 @pytest.mark.parametrize("circular", [False, True], ids=["zeros", "circular"])
 def test_bound_exceeds_the_dense_norm(circular):
-    ratios = {"auto": [], "dense": [], "fourier": []}
+    ratios = {"auto": [], "dense": [], "fourier": [], "gram": [], "unfoldings": []}
     for _ in range(60):
         kernel, size, keywords = random_convolution(circular)
         dense = convolution_by_unit_vectors(kernel, size, **keywords)
@@ -57,6 +57,9 @@ def test_bound_exceeds_the_dense_norm(circular):
                 assert found[-1] <= 1 + 1e-9  # observed 4e-12
     assert statistics.median(ratios["auto"]) <= 1.05
     assert max(ratios["dense"]) <= 1 + 1e-9
+    assert statistics.median(ratios["unfoldings"]) <= 2.0  # observed 1.1 and 1.3
+    for gram, fourier in zip(ratios["gram"], ratios["fourier"], strict=True):
+        assert fourier * (1 - 1e-9) <= gram <= 1.02 * fourier  # rank 8 at most: 1.005
     if not circular:  # observed 1.053 on maps of 3 to 9 pixels, where the torus is much larger
         assert statistics.median(ratios["fourier"]) <= 1.1
 
@@ -106,11 +109,23 @@ def test_circular_convolution_is_exact_in_the_blocks():
 @pytest.mark.parametrize("scale", [1e-310, 1e-150, 1e150, 1e300])
 def test_scales(scale):
     kernel = torch.randn(3, 2, 3, 3, dtype=torch.float64).clamp(-2, 2)
-    for method in ("dense", "fourier"):
+    for method in ("dense", "fourier", "gram", "unfoldings"):
         unit = convolution_norm_bound(kernel, (6, 6), padding=1, method=method).value
         scaled = convolution_norm_bound(kernel * scale, (6, 6), padding=1, method=method).value
         # at 1e-310 the weights themselves keep only 13 digits
         assert scaled / scale == pytest.approx(unit, rel=1e-11)
+
+
+def test_unfoldings_where_they_are_exact_and_beside_a_coarse_grid():
+    """A positive kernel of rank one has the norm of its sum, in the limit of large images."""
+    kernel = torch.ones(1, 1, 3, 3, dtype=torch.float64)
+    fast = convolution_norm_bound(kernel, (64, 64), padding=1, effort="fast")
+    assert fast.method == "unfoldings of the kernel"
+    assert 8.9 < fast.value <= 9 * (1 + 1e-12)  # a coarse grid gives 9.4
+    strided = convolution_norm_bound(kernel, (64, 64), stride=3, method="unfoldings")
+    assert strided.value == pytest.approx(3.0, rel=1e-12)  # every pixel is read once
+    large = torch.randn(300, 300, 3, dtype=torch.float64)
+    assert "unfold" not in convolution_norm_bound(large, (64,), padding=1, effort="fast").method
 
 
 def test_same_padding_of_an_even_kernel():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from orthonet.linalg import _rounding as rounding
-from orthonet.linalg.enclosure import spectral_norm_bound
+from orthonet.linalg.enclosure import gram_norm_bound, spectral_norm_bound
 
 
 def is_positive_semidefinite(a: list[list[Fraction]]) -> bool:
@@ -66,6 +66,33 @@ def test_bound_holds_in_exact_arithmetic(kind):
         assert exceeds_norm(bound, matrix)
         if kind != "denormal" and matrix.any():  # there one unit in the last place is large
             assert not exceeds_norm(bound * (1 - 1e-9), matrix)
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_gram_iteration_holds_in_exact_arithmetic(kind):
+    for niters in (0, 1, 3, 8, 40):
+        matrix = HARD[kind](random.randint(1, 8), random.randint(1, 6))
+        bound = gram_norm_bound(matrix, niters=niters)
+        assert exceeds_norm(bound, matrix)
+        rank = min(matrix.shape)
+        if kind != "denormal" and matrix.any():
+            allowed = rank ** (0.5 ** (niters + 1)) * (1 + 1e-9)
+            assert not exceeds_norm(bound / allowed * (1 - 1e-9), matrix)
+
+
+def test_gram_iteration_of_batches_and_complex_blocks():
+    blocks = torch.randn(5, 6, 4, dtype=torch.complex128) * torch.tensor(
+        [1e-200, 1.0, 0.0, 3.0, 1e-5], dtype=torch.float64
+    ).reshape(5, 1, 1)
+    truth = float(torch.linalg.matrix_norm(blocks, 2).max())
+    for tensor in (blocks, blocks.mH, blocks[:0], blocks * 0):
+        bound = gram_norm_bound(tensor)
+        expected = truth if tensor.numel() and bool(tensor.any()) else 0.0
+        assert expected * (1 - 1e-12) <= bound <= expected * 4 ** (1 / 512) * (1 + 1e-12)
+    with pytest.raises(ValueError, match="gram_norm_bound: every entry must be finite"):
+        gram_norm_bound(torch.full((2, 2), math.inf))
+    with pytest.raises(ValueError, match="niters must be"):
+        gram_norm_bound(torch.eye(2), niters=-1)
 
 
 def test_svd_alone_is_not_a_bound():

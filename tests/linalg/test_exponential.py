@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from orthonet import linalg
+from orthonet.linalg import exponential
 from orthonet.testing import orthogonality_error
 from tests.references import rotation_reference
 
@@ -74,3 +75,42 @@ def test_bad_input_is_refused():
         linalg.matrix_exponential(torch.full((2, 2), torch.nan))
     with pytest.raises(ValueError, match="w and base must have one shape"):
         linalg.rotate_base(torch.ones(2, 3), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (5, 3), (8, 2), (2, 8), (2, 4, 4)], ids=str)
+def test_rotate_base_keeps_two_matrices_and_differentiates_twice(shape):
+    base = linalg.haar(shape, dtype=torch.float64)
+    w = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    with_base = base.clone().requires_grad_()
+
+    def squared(w, base):
+        # the map on and off the manifold: the base is moved by gradcheck too
+        return linalg.rotate_base(w, base).square()
+
+    assert torch.autograd.gradcheck(squared, (w, base))
+    assert torch.autograd.gradgradcheck(squared, (w, base))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        q = linalg.rotate_base(w, with_base)
+    own = {t.untyped_storage().data_ptr() for t in (w, with_base)}
+    new = {t.untyped_storage().data_ptr(): t.numel() for t in kept}
+    # the result, and a scale for each matrix; the coordinates and the base are the caller's
+    assert sum(n for place, n in new.items() if place not in own) <= q.numel() + 4
+
+
+def test_powers_bound_the_squarings(monkeypatch):
+    """A spread spectrum is not squared as often as its largest column sum asks for."""
+    a = linalg.skew(torch.randn(64, 64, dtype=torch.float64))
+    products = []
+    original = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda x, y: products.append(1) or original(x, y)
+    )
+    w = linalg.rotate_base(a / 8, torch.eye(64, dtype=torch.float64))
+    few = len(products)
+    products.clear()
+    monkeypatch.setattr(exponential, "_bound", lambda powers, norm, normal: norm)
+    linalg.rotate_base(a / 8, torch.eye(64, dtype=torch.float64))
+    assert few < len(products)  # observed 10 and 11
+    truth = torch.matrix_exp((a - a.mT) / 8)
+    torch.testing.assert_close(w, truth, rtol=0, atol=1e-12)  # observed 2e-14

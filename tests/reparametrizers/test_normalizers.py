@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from orthonet.errors import NotOnManifoldError
+from orthonet.linalg import power_iteration
 from orthonet.reparametrizers import (
     BatchedIdentity,
     BatchedPowerIteration,
@@ -102,3 +103,25 @@ def test_l2_normalize_reads_its_dtype():
     assert torch.autograd.gradcheck(L2Normalize(torch.float64), (x,))
     with pytest.raises(ValueError, match=r"dtype must be a floating-point torch\.dtype"):
         L2Normalize(torch.int64)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (2, 3, 5)], ids=str)
+def test_gradient_of_power_iteration_is_that_of_its_estimate(shape):
+    module = BatchedPowerIteration(shape, eps=1e-3).double().eval()
+    w = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def slow(w):
+        sigma, _, _ = power_iteration(w, module.u, niters=3)
+        scale = torch.linalg.matrix_norm(w.detach()) * min(shape[-2:]) ** -0.5
+        return w / (sigma + 1e-3 * scale)[..., None, None]
+
+    direction = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(module(w), slow(w))
+    first = [torch.autograd.grad(f(w), w, direction, create_graph=True)[0] for f in (module, slow)]
+    torch.testing.assert_close(*first)
+    second = [torch.autograd.grad(g, w, direction)[0] for g in first]
+    torch.testing.assert_close(*second)
+    tiny = (1e-25 * w.detach()).float().requires_grad_()  # the divisor is a constant there
+    (gradient,) = torch.autograd.grad(module.float()(tiny), tiny, direction.float())
+    floor = torch.finfo(torch.float32).tiny ** 0.5
+    torch.testing.assert_close(gradient, direction.float() / floor)

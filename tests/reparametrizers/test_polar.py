@@ -15,6 +15,7 @@ from orthonet.layers import OrthoLinear
 from orthonet.linalg import _polar_series
 from orthonet.reparametrizers import (
     BatchedAutoOrthogonalization,
+    BatchedIdentity,
     BatchedPolarOrthogonalization,
     OrthoWeight,
     _polar,
@@ -395,3 +396,49 @@ def test_auto_tells_its_choice_and_makes_it(monkeypatch):
     torch.testing.assert_close(warm(w), polar_reference(w))
     with pytest.raises(ValueError, match="BatchedPolarOrthogonalization: warm must be one of"):
         BatchedPolarOrthogonalization((3, 3), warm=2)
+
+
+@pytest.mark.parametrize("early", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kappa", [3.0, 10.0, 1e6])
+@pytest.mark.parametrize("shape", [(48, 48), (16, 80), (2, 24, 24)], ids=str)
+def test_early_products_in_a_short_dtype(shape, kappa, early):
+    u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    sigma = torch.linspace(1.0, 1.0 / kappa, min(shape[-2:]), dtype=torch.float64)
+    w = ((u * sigma) @ vh).float().requires_grad_()
+    result = linalg.polar(w, early_dtype=early)
+    assert orthogonality_error(result) <= 2e-6  # observed 8e-7
+    if kappa > 10.0:  # what is nearest is ill-defined to the short precision then
+        return
+    unit, direction = torch.finfo(early).eps, torch.randn(shape)
+    turned = float((result.detach() - polar_reference(w.detach())).abs().max())
+    # the short products have been taken, and turn a little; observed 2e-4 to 4e-3
+    assert 1e-5 < turned <= 0.5 * unit * kappa
+    (ours,) = torch.autograd.grad(result, w, direction)
+    truth = polar_gradient_reference(w.detach(), direction)
+    # observed 0.12 of what is allowed
+    assert float((ours.double() - truth).norm() / truth.norm()) <= unit * kappa
+
+
+def test_early_products_leave_warm_training_exact():
+    params = orthonet.OrthoParams(
+        spectral_normalizer=BatchedIdentity,
+        orthogonalizer=orthonet.ClassParam(
+            BatchedPolarOrthogonalization, warm=True, early_dtype=torch.bfloat16
+        ),
+    )
+    weight = OrthoWeight((32, 32), params)
+    optimizer = torch.optim.Adam(weight.parameters(), lr=1e-2)
+    for step in range(20):
+        if step == 10:  # a jump: the early products are taken
+            with torch.no_grad():
+                weight.original.normal_()
+        w = weight()
+        assert orthogonality_error(w) <= 2e-6  # observed 5e-7
+        assert relative_gradient_error(weight) <= 1e-5  # observed 4e-7
+        optimizer.zero_grad()
+        (w * torch.linspace(-1, 1, 32)).sum().backward()
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"early_dtype must be one of None, torch\.bfloat16"):
+        BatchedPolarOrthogonalization((3, 3), early_dtype=torch.float32)
+    with pytest.raises(ValueError, match="early_dtype goes with the way"):
+        linalg.polar(weight().detach(), niters=3, early_dtype=torch.bfloat16)

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.layers._base import ConstrainedWeight, WithoutPlainWeight
 from orthonet.linalg import haar
+from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._mapped import MappedWeight
 
 __all__ = [
+    "CachedParts",
     "InnerWeight",
     "MappedConv2d",
     "MappedLinear",
@@ -111,6 +113,35 @@ def same_padding(layer: Any) -> tuple[int, int]:
         dilation=layer.dilation,
     )
     return wanted  # type: ignore[return-value]
+
+
+class CachedParts(CachedWeight):
+    """A parametrization of several tensors, computed once per optimizer step and once in eval.
+
+    They are kept as one, so that what holds for the cache of a weight holds for them.
+    """
+
+    def compute(self) -> tuple[Tensor, ...]:
+        """Compute the tensors."""
+        _checks.fail(
+            self, "a subclass must define compute()", "Let it return the tensors", TypeError
+        )
+
+    def _shapes(self) -> tuple[torch.Size, ...]:
+        """Their shapes."""
+        _checks.fail(
+            self, "a subclass must define _shapes()", "Let it return their shapes", TypeError
+        )
+
+    def evaluate(self) -> Tensor:
+        """All of them in one vector."""
+        return torch.cat([part.reshape(-1) for part in self.compute()])
+
+    def forward(self) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the tensors."""
+        shapes = self._shapes()
+        pieces = super().forward().split([shape.numel() for shape in shapes])
+        return tuple(piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True))
 
 
 class InnerWeight(WithoutPlainWeight, nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from orthonet import _checks
 from orthonet.layers._zoo._base import (
+    CachedParts,
     InnerWeight,
     SameSizeConv2d,
     delta_orthogonal,
@@ -37,7 +38,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-class SlopedWeight(nn.Module):
+class SlopedWeight(CachedParts):
     r"""The matrix or kernel J of a residual layer, and the diagonal of \(T \succeq J J^\top\).
 
     Returns J and \(2 / t\), both in float32 at least; rows with t = 0 are zero and get 0.
@@ -60,7 +61,10 @@ class SlopedWeight(nn.Module):
         self.register_parameter("log_scale", scale)
         self.reset_parameters()
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def _shapes(self) -> tuple[torch.Size, ...]:
+        return self.original.shape, self.original.shape[:1]
+
+    def compute(self) -> tuple[Tensor, Tensor]:
         """Return J and 2 / t."""
         stored = self.original
         with torch.autocast(stored.device.type, enabled=False):

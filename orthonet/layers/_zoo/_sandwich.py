@@ -18,11 +18,12 @@ from orthonet.layers._zoo._residual_base import ACTIVATIONS
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg.fourier import apply_symbol
 from orthonet.linalg.unitary import cayley_rectangular
+from orthonet.reparametrizers._cache import CachedWeight
 
 __all__ = ["SandwichConv2d", "SandwichLinear"]
 
 
-class _Pair(nn.Module):
+class _Pair(CachedWeight):
     r"""The matrices A, B with \(A A^\top + B B^\top = I\), by the Cayley transform."""
 
     def __init__(
@@ -39,12 +40,16 @@ class _Pair(nn.Module):
         )
         self.reset_parameters()
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Return A (out, out) and B (out, in), in float32 at least."""
+    def evaluate(self) -> Tensor:
+        """A and B, transposed and one below the other, in float32 at least."""
         stored = self.original
         with torch.autocast(stored.device.type, enabled=False):
-            q = cayley_rectangular(stored.to(compute_dtype(stored.dtype)))
-            return q[: self.outside].mT, q[self.outside :].mT
+            return cayley_rectangular(stored.to(compute_dtype(stored.dtype)))
+
+    def forward(self) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return A (out, out) and B (out, in)."""
+        q = super().forward()
+        return q[: self.outside].mT, q[self.outside :].mT
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.layers._zoo._base import SameSizeConv2d, match_channels, new_bias
+from orthonet.layers._zoo._base import CachedParts, SameSizeConv2d, match_channels, new_bias
 from orthonet.layers._zoo._export import circular_twin, image_size_of
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg.rescaling import convolution_norm_upper
@@ -18,7 +18,7 @@ __all__ = ["SOCConv2d", "SkewKernel"]
 _TERMS = {torch.float32: 12, torch.float64: 20}
 
 
-class SkewKernel(nn.Module):
+class SkewKernel(CachedParts):
     r"""A kernel L with \(L^\top = -L\), of norm at most `reach`, and its bound.
 
     \(L = M - M^\top\), divided by the bound of its norm where that exceeds `reach`; the adjoint
@@ -39,7 +39,10 @@ class SkewKernel(nn.Module):
         self.original = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def _shapes(self) -> tuple[torch.Size, ...]:
+        return self.original.shape, torch.Size()
+
+    def compute(self) -> tuple[Tensor, Tensor]:
         """Return the kernel and an upper bound of its norm, in float32 at least."""
         stored = self.original
         with torch.autocast(stored.device.type, enabled=False):

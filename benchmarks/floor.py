@@ -1,0 +1,248 @@
+"""What a step cannot be faster than: its products and factorizations alone, beside the whole step.
+
+python -m benchmarks.floor [--quick] [--threads N] [--seconds S] [--out DIR]
+
+One step (the parameter moves, the weight is computed, a gradient is pulled back) is run once under
+a recorder that notes every matrix product, factorization and triangular solve with its operands.
+The floor is the time that these calls alone take, in their order, each once (all times are the
+least over interleaved rounds); what the step takes
+beyond is passes over memory, looking at the residual, autograd and Python. "least" is two products
+there and two back: no map onto orthogonal matrices that looks at its residual takes fewer.
+Units as in benchmarks/orthogonalizers.py. For the Cayley map, step and floor are compared with
+those of geotorch: the ratio of the floors is what remains when all else costs nothing. Last,
+the forward pass of a parameter that may not be written to, cold and from the last factor.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import _harness as harness
+from benchmarks._candidates import GEOTORCH, disturbed
+from benchmarks.manifolds import candidates
+from benchmarks.orthogonalizers import UNIT, training_step
+from orthonet import caching, reparametrizers
+from orthonet.linalg import polar
+from orthonet.linalg._matrix import add_identity
+from orthonet.linalg._polar_gradient import _conjugate_gradients
+
+# Operators that count as arithmetic, and what the table calls them.
+NAMES = {
+    "mm": "product", "bmm": "product", "addmm": "product", "baddbmm": "product",
+    "linalg_cholesky_ex": "Cholesky", "cholesky_inverse": "inverse", "linalg_inv_ex": "inverse",
+    "linalg_solve_triangular": "triangular solve", "_linalg_eigh": "eigh", "linalg_qr": "QR",
+    "linalg_lu_factor_ex": "LU", "linalg_lu_solve": "LU solve", "_linalg_solve_ex": "solve",
+}  # fmt: skip
+PRESETS = ("POLAR_WARM", "POLAR", "CHOLESKY")
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured."""
+
+    shapes: tuple[tuple[int, ...], ...] = (
+        (64, 64),
+        (256, 256),
+        (512, 512),
+        (2048, 256),
+        (16, 64, 64),
+    )
+    cayley: tuple[int, ...] = (64, 256, 1024)
+    kept: tuple[int, ...] = (64, 256, 512)
+    seconds: float = 8.0  # per shape
+    rounds: tuple[int, int] = (3, 300)
+    lr: float = 1e-4
+
+
+QUICK = Settings(shapes=((8, 8), (2, 6, 4)), cayley=(6,), kept=(8,), seconds=0.0, rounds=(3, 3))
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the calls of the operators in `NAMES`, with copies of their operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        # A product with a column is a pass over memory, not what is counted here.
+        columns = name in ("mm", "bmm") and args[1].shape[-1] == 1
+        if name in NAMES and not columns:
+            self.names[NAMES[name]] += 1
+            self.calls.append(
+                (func, tuple(map(_copy, args)), {k: _copy(v) for k, v in kwargs.items()})
+            )
+        return func(*args, **kwargs)
+
+    def replay(self) -> None:
+        """The same calls again, and nothing else."""
+        for func, args, kwargs in self.calls:
+            func(*args, **kwargs)
+
+    def summary(self) -> str:
+        return ", ".join(f"{count} {name}" for name, count in self.names.items())
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def record(step: harness.Step) -> Recorder:
+    """What one step calls, after one that brings it into its steady state."""
+    step()
+    recorder = Recorder()
+    with recorder:
+        step()
+    return recorder
+
+
+def measure(shape: tuple[int, ...], settings: Settings) -> list[dict[str, Any]]:
+    """One row a preset: floor and step in units."""
+    small = min(shape[-2:])
+    left, right = torch.randn(*shape[:-2], max(shape[-2:]), small), torch.randn(small, small)
+    right = right.expand(*shape[:-2], -1, -1).contiguous()
+    direction, steps, recorders = torch.randn(shape), {UNIT: lambda: left @ right}, {}
+    for preset in PRESETS:
+        weight = reparametrizers.OrthoWeight(
+            shape, getattr(reparametrizers, f"{preset}_ORTHO_PARAMS")
+        )
+        steps[preset] = training_step(weight, weight, direction, settings.lr)
+        recorders[preset] = record(steps[preset])
+        steps[f"{preset} floor"] = recorders[preset].replay
+    x, y = torch.randn(left.shape), torch.randn(left.shape)
+
+    def least() -> None:
+        y @ (x.mT @ x)
+        x @ (x.mT @ y)
+
+    steps["least"] = least
+    best = harness.fastest(steps, seconds=settings.seconds, rounds=settings.rounds)
+    return [
+        {"shape": "x".join(map(str, shape)), "preset": preset, "calls": recorders[preset].summary(),
+         "least": best["least"] / best[UNIT], "floor": best[f"{preset} floor"] / best[UNIT],
+         "step": best[preset] / best[UNIT], "unit_seconds": best[UNIT]}
+        for preset in PRESETS
+    ]  # fmt: skip
+
+
+def kept_start(m: Tensor, u: Tensor) -> Tensor:
+    """The polar factor of a nearby M from that of before, without writing to M.
+
+    With \\(U^\\top M = H + S\\), \\(HK + KH = 2 S\\) turns U by \\(e^K\\) to second order.
+    """
+    for _ in range(4):
+        inner = u.mT @ m
+        skew = inner - inner.mT
+        k = _conjugate_gradients(0.5 * (inner + inner.mT), skew)
+        if k is None:
+            break
+        u = u @ add_identity(k + 0.5 * (k @ k), 1.0)
+        u = u @ add_identity(u.mT @ u * -0.5, 1.5)
+        if float(torch.linalg.vector_norm(k)) <= 1e-3:  # its square is rounding
+            break
+    return u
+
+
+def measure_kept(n: int, settings: Settings) -> dict[str, Any]:
+    """Forward passes of a square parameter that may not be written to, from what is kept."""
+    m = disturbed(torch.linalg.qr(torch.randn(n, n)).Q)
+    moved = m + settings.lr * torch.randn(n, n).sign()
+    u, unit = polar(m), torch.randn(n, n)
+    steps: dict[str, harness.Step] = {
+        UNIT: lambda: unit @ unit,
+        "kept": lambda: kept_start(moved, u),
+        "cold": lambda: polar(moved),
+    }
+    best = harness.fastest(steps, seconds=settings.seconds, rounds=settings.rounds)
+    distance = float((kept_start(moved, u) - polar(moved)).abs().max())
+    return {"n": n, "kept": best["kept"] / best[UNIT], "cold": best["cold"] / best[UNIT],
+            "kept_calls": record(steps["kept"]).summary(),
+            "cold_calls": record(steps["cold"]).summary(), "distance": distance}  # fmt: skip
+
+
+def measure_cayley(n: int, settings: Settings) -> list[dict[str, Any]]:
+    """One row a library: step and floor of the square Cayley map, over those of geotorch."""
+    direction, steps, recorders = torch.randn(n, n), {}, {}
+    for name, layer in candidates(n, n, "cayley").items():
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(disturbed(parameter.view(1, -1)).view_as(parameter))
+
+        def step(layer: nn.Module = layer) -> None:
+            (layer.weight * direction).sum().backward()
+
+        steps[name], recorders[name] = step, record(step)
+        steps[f"{name} floor"] = recorders[name].replay
+    base = GEOTORCH if GEOTORCH in recorders else "torch"
+    best = harness.fastest(steps, seconds=settings.seconds, rounds=settings.rounds)
+    return [
+        {"shape": f"{n}x{n}", "library": name, "calls": recorder.summary(),
+         "step": best[name] / best[base], "floor": best[f"{name} floor"] / best[f"{base} floor"]}
+        for name, recorder in recorders.items()
+    ]  # fmt: skip
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Everything, as one JSON-able result."""
+    torch.manual_seed(0)
+    with caching(False):
+        rows = [row for shape in settings.shapes for row in measure(shape, settings)]
+        cayley = [row for n in settings.cayley for row in measure_cayley(n, settings)]
+        kept = [measure_kept(n, settings) for n in settings.kept]
+    return {"lr": settings.lr, "rows": rows, "cayley": cayley, "kept": kept,
+            "environment": harness.environment("cpu", [GEOTORCH])}  # fmt: skip
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Units of the presets, then the Cayley map over geotorch's."""
+    lines = [
+        [f"{r['shape']} {r['preset']}", r["calls"], f"{r['least']:.1f}", f"{r['floor']:.1f}",
+         f"{r['step']:.1f}", f"{r['step'] / r['floor']:.2f}"]
+        for r in result["rows"]
+    ]  # fmt: skip
+    first = harness.table(["", "calls", "least", "floor", "step", "step / floor"], lines)
+    lines = [
+        [f"{r['shape']} {r['library']}", r["calls"], f"{r['floor']:.2f}", f"{r['step']:.2f}"]
+        for r in result["cayley"]
+    ]
+    header = ["Cayley map", "calls", "floor over geotorch's", "step over geotorch's"]
+    second = harness.table(header, lines)
+    header = ["forward, parameter not written", "calls, kept start", "calls, cold", "kept", "cold"]
+    lines = [
+        [f"{r['n']}x{r['n']}", r["kept_calls"], r["cold_calls"], f"{r['kept']:.1f}",
+         f"{r['cold']:.1f}"]
+        for r in result["kept"]
+    ]  # fmt: skip
+    return f"{first}\n\n{second}\n\n{harness.table(header, lines)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, figures of no meaning")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--seconds", type=float, default=Settings.seconds, help="per shape")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="directory of the JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    result = run(QUICK if arguments.quick else Settings(seconds=arguments.seconds))
+    path = harness.write("floor", result, arguments.out)
+    print(f"{summary(result)}\n\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()

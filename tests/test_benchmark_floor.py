@@ -1,0 +1,31 @@
+"""The benchmark of floors runs at tiny sizes, and counts what a step calls."""
+
+import torch
+
+from benchmarks import floor
+
+
+def test_every_step_has_a_floor():
+    result = floor.run(floor.QUICK)
+    assert {row["preset"] for row in result["rows"]} == set(floor.PRESETS)
+    warm = next(row for row in result["rows"] if row["preset"] == "POLAR_WARM")
+    assert warm["calls"].endswith("product")
+    assert 4 <= int(warm["calls"].split()[0]) <= 6  # 2 or 3 forward, 2 backward
+    assert all(row["floor"] > 0 and row["step"] > 0 for row in (*result["rows"], *result["cayley"]))
+    assert all(row["distance"] <= 1e-5 for row in result["kept"])  # observed 6e-7
+    assert "POLAR_WARM" in floor.summary(result)
+
+
+def test_the_recorder_counts_and_replays():
+    a = torch.eye(3)
+    recorder = floor.Recorder()
+    with recorder:
+        a @ a
+        torch.linalg.solve_triangular(a, a, upper=True)
+        a @ a[:, :1]  # a pass over memory
+        a + a
+    assert recorder.summary() == "1 product, 1 triangular solve"
+    again = floor.Recorder()
+    with again:
+        recorder.replay()
+    assert again.summary() == recorder.summary()
