@@ -235,16 +235,18 @@ def _(x: Tensor, early: torch.dtype | None) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "orthonet::polar",
     mutates_args=(),
-    schema="(Tensor w, float? beta, int? niters, ScalarType? early) -> Tensor",
+    schema="(Tensor w, float? beta, int? niters, ScalarType? early=None) -> Tensor",
 )
 def _polar_op(
-    w: Tensor, beta: float | None, niters: int | None, early: torch.dtype | None
+    w: Tensor, beta: float | None, niters: int | None, early: torch.dtype | None = None
 ) -> Tensor:
     return _polar_forward(w, beta, niters, early).u.contiguous()
 
 
 @_polar_op.register_fake
-def _(w: Tensor, beta: float | None, niters: int | None, early: torch.dtype | None) -> Tensor:
+def _(
+    w: Tensor, beta: float | None, niters: int | None, early: torch.dtype | None = None
+) -> Tensor:
     return torch.empty_like(w, memory_format=torch.contiguous_format)
 
 

@@ -186,11 +186,11 @@ def test_bad_values_are_refused(build, words):
         build()
 
 
-def test_a_loss_that_is_not_finite_stops():
+def test_a_loss_that_is_not_finite_stops(tmp_path):
     with pytest.raises(ValueError, match="finite"):
         recipes._beyond.optimize(
             torch.nn.Linear(1, 1), lambda: torch.tensor(math.nan), iterations=1, lr=1.0,
-            progress=False, name="w1",
+            progress=False, name="w1", folder=tmp_path, tensorboard=False,
         )  # fmt: skip
 
 
