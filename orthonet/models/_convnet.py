@@ -157,7 +157,7 @@ def convnet_images(
     Examples:
         >>> net = convnet_images((3, 40, 30), 5, width=8, smallest=10)
         >>> [m.out_channels for m in net if hasattr(m, "out_channels")], net.head.in_features
-        ([8, 8, 16, 16, 32], 1120)
+        ([8, 8, 16, 16, 32], 2240)
     """
     owner, shape = "convnet_images", tuple(in_shape)
     _checks.require(len(shape) == 3, owner, "in_shape must be (channels, height, width)",
