@@ -116,6 +116,8 @@ class _Errors:
                 "roundings from its rule",
             )
         order = [operand._state for operand in call.operands]
+        if callable(step.roundings):
+            return self._compound(step, step.roundings(self.relative), state, order)
         if isinstance(step.roundings, Rounding):
             return self._compound(step, step.roundings, state, order)
         carried = torch.zeros_like(self.ball)

@@ -19,6 +19,7 @@ from orthonet.certify._rules import (
     Rounding,
     Step,
     exact,
+    of_squares,
     register_rule,
     upper,
 )
@@ -336,7 +337,8 @@ def _norm(call: Call) -> Step:
         call.refuse("a norm must be the Euclidean one", "Use ord=2")
     places = call.feature_dims(call.get(2, "dim", None))
     count = math.prod(call.operand.shape[place] for place in places)
-    return exact(1.0, "a norm is 1-Lipschitz", count + 4.0)
+    rounding = of_squares(count, math.prod(call.output_shape), count)
+    return exact(1.0, "a norm is 1-Lipschitz", rounding)
 
 
 @register_rule("cat", "stack")

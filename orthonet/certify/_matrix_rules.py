@@ -10,7 +10,17 @@ from torch import Tensor
 from orthonet import functional
 from orthonet.certify._bound import Bound
 from orthonet.certify._norms import matrix_norm
-from orthonet.certify._rules import COPY, Call, Operand, Rounding, Step, exact, register_rule, upper
+from orthonet.certify._rules import (
+    COPY,
+    Call,
+    Operand,
+    Rounding,
+    Step,
+    exact,
+    of_squares,
+    register_rule,
+    upper,
+)
 from orthonet.linalg._rounding import add_up, div_up, down, mul_up, up
 
 __all__: list[str] = []
@@ -143,4 +153,5 @@ def _pooling(call: Call) -> Step:
         call.refuse("the batch dimension must not be pooled", "Add a channel dimension")
     # The scale is a float that was computed in a few roundings.
     count = math.prod(call.operand.shape)
-    return upper(add_up(1.0, 2.0**-48), "by construction", count + 16.0)
+    rounding = of_squares(count, math.prod(call.output_shape), count)
+    return upper(add_up(1.0, 2.0**-48), "by construction", rounding)

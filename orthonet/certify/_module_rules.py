@@ -11,7 +11,7 @@ from torch import nn
 
 from orthonet import _checks, layers
 from orthonet.certify._bound import Bound
-from orthonet.certify._rules import Call, Rounding, Step, exact, register_rule, upper
+from orthonet.certify._rules import Call, Rounding, Step, exact, of_squares, register_rule, upper
 from orthonet.certify._spatial_rules import _each, lp_step
 from orthonet.errors import UncertifiableError
 from orthonet.layers._residual import root_mean_square
@@ -42,7 +42,8 @@ def _adaptive_pool(module: nn.Module, input_shape: Shape) -> Step:
     if len(input_shape) < len(module.output_size):  # type: ignore[arg-type]
         _refuse(module, "the input must have a batch dimension", "Use x.unsqueeze(0)")
     # The scale is a float that was computed in a few roundings.
-    return upper(up(1.0 + 2.0**-48), "by construction", math.prod(input_shape) + 16.0)
+    size = math.prod(input_shape)
+    return upper(up(1.0 + 2.0**-48), "by construction", of_squares(size, size, size))
 
 
 @register_rule(root_mean_square)
@@ -61,7 +62,8 @@ def _lp_pool(module: nn.LPPool2d, input_shape: Shape) -> Step:
     dims = int(type(module).__name__[-2])
     window = _each(module.kernel_size, dims)
     stride = _each(module.stride or window, dims)
-    return lp_step(module.norm_type, window, stride, module.ceil_mode)
+    size = math.prod(input_shape)
+    return lp_step(module.norm_type, window, stride, module.ceil_mode, size)
 
 
 @register_rule(F.lp_pool1d, F.lp_pool2d, F.lp_pool3d)
@@ -69,7 +71,8 @@ def _lp_pool_function(call: Call) -> Step:
     dims = int(call.op[-2])
     window = _each(call.get(2, "kernel_size", 1), dims)
     stride = _each(call.get(3, "stride", None) or window, dims)
-    return lp_step(call.get(1, "norm_type", 2), window, stride, call.get(4, "ceil_mode", False))
+    order, ceil = call.get(1, "norm_type", 2), call.get(4, "ceil_mode", False)
+    return lp_step(order, window, stride, ceil, math.prod(call.operand.shape))
 
 
 @register_rule(nn.Softsign, nn.Tanhshrink)

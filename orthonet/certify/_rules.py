@@ -7,6 +7,7 @@ graph that the call was found in.
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,6 +75,18 @@ class Rounding(NamedTuple):
     stages: int = 1
 
 
+Roundings = float | Rounding | Callable[[Callable[..., float]], Rounding] | None
+
+
+def of_squares(count: float, outputs: int, terms: int) -> Rounding:
+    """The rounding of `outputs` roots of sums of squares, each of `terms` at most.
+
+    Squares below 2^-126 are lost in float32, so that a root may lose the root of `terms` times
+    2^-63: that much in units of the roundings, of which there are 16 at least.
+    """
+    return Rounding(count + 16.0, 1.0 + 2.0**-40, math.sqrt(float(outputs) * terms) * 2.0**-42)
+
+
 class Step(NamedTuple):
     """What a rule returns: one gain for each operand and how the gains add up.
 
@@ -85,11 +98,11 @@ class Step(NamedTuple):
     gains: tuple[Bound, ...]
     method: str
     combine: Literal["sum", "hypot"] = "sum"
-    roundings: float | Rounding | None = None
+    roundings: Roundings = None
     """How many roundings an entry of the output sees in a forward pass: its error is at most
     gamma of that number times (the gains on the absolute operands + the absolute output), in the
-    l2 norm. 0 for maps that only compare and copy; a `Rounding` for compound maps; None where
-    nothing is known."""
+    l2 norm. 0 for maps that only compare and copy; a `Rounding` for compound maps, or what makes
+    one of the function that gives gamma; None where nothing is known."""
 
 
 REARRANGEMENT = "rearrangement"
@@ -98,12 +111,12 @@ COPY = 0.0
 """The roundings of a map whose outputs are copies of inputs."""
 
 
-def exact(value: float, method: str, roundings: float | Rounding | None = None) -> Step:
+def exact(value: float, method: str, roundings: Roundings = None) -> Step:
     """The constant of a map of one operand, attained up to rounding."""
     return Step((Bound(value, kind="exact"),), method, roundings=roundings)
 
 
-def upper(value: float, method: str, roundings: float | Rounding | None = None) -> Step:
+def upper(value: float, method: str, roundings: Roundings = None) -> Step:
     """A proved bound of the constant of a map of one operand."""
     return Step((Bound(value),), method, roundings=roundings)
 

@@ -9,6 +9,7 @@ state, two input sequences lead to states whose distances e obey \(e_t \le a e_{
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from orthonet import _checks, layers
 from orthonet.certify._bound import Bound
-from orthonet.certify._rules import Step, register_rule, upper
+from orthonet.certify._recurrent_error import StepConstants, absolute_norm, recurrent_rounding
+from orthonet.certify._rules import Rounding, Step, register_rule, upper
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import add_up, div_up, down, hypot_up, mul_up, sqrt_up, up
 from orthonet.linalg.enclosure import spectral_norm_bound
@@ -110,8 +112,7 @@ def recurrent_bound(layer: nn.Module, steps: int, *, final: bool = False) -> Bou
     )
     rnn: Any = layer
     bound = 1.0
-    for number in range(rnn.num_layers):
-        suffixes = [f"_l{number}"] + ([f"_l{number}_reverse"] if rnn.bidirectional else [])
+    for number, suffixes in enumerate(_suffixes(rnn)):
         ends = final and number + 1 == rnn.num_layers
         parts = [
             sequence_bound(steps, *_step_constants(rnn, suffix), final=ends).value
@@ -122,6 +123,12 @@ def recurrent_bound(layer: nn.Module, steps: int, *, final: bool = False) -> Bou
 
 
 # --- the constants of one step -----------------------------------------------------------------
+
+
+def _suffixes(rnn: Any) -> list[list[str]]:
+    """The names of the directions, layer by layer."""
+    ends = ["", "_reverse"] if rnn.bidirectional else [""]
+    return [[f"_l{number}{end}" for end in ends] for number in range(rnn.num_layers)]
 
 
 def _norm(rnn: nn.Module, tensor: Tensor) -> float:
@@ -148,6 +155,22 @@ def _step_constants(rnn: Any, suffix: str) -> tuple[float, float]:
         )
     kernel, weight_ih = (getattr(rnn, f"weight_{kind}{suffix}") for kind in ("hh", "ih"))
     return _norm(rnn, kernel), _norm(rnn, weight_ih)
+
+
+def _absolute_constants(rnn: Any, suffix: str) -> StepConstants:
+    """The constants of a step with those of its absolute values, for its rounding."""
+    biases = [getattr(rnn, f"bias_{kind}{suffix}", None) for kind in ("ih", "hh")]
+    bias = add_up(*(up(float(b.detach().double().norm())) for b in biases if b is not None))
+    if isinstance(rnn, layers.ContractiveRNN):
+        weight_ih, kernel, linear = rnn.step_weights(suffix)
+        inner, leak = absolute_norm(weight_ih), float(rnn.leak)
+        states = add_up(mul_up(leak, absolute_norm(kernel)), absolute_norm(linear))
+        inner, bias = mul_up(leak, inner), mul_up(leak, bias)
+    else:
+        kernel, weight_ih = (getattr(rnn, f"weight_{kind}{suffix}") for kind in ("hh", "ih"))
+        states, inner = absolute_norm(kernel), absolute_norm(weight_ih)
+    count = sum(weight_ih.shape)
+    return StepConstants(*_step_constants(rnn, suffix), states, inner, bias, count)
 
 
 def _refuse(module: nn.Module, requirement: str, advice: str) -> NoReturn:
@@ -233,14 +256,22 @@ def _steps_of(module: Any, input_shape: tuple[int, ...]) -> int:
 def _recurrent(module: Any, input_shape: tuple[int, ...]) -> Step:
     steps = _steps_of(module, input_shape)
     bound = recurrent_bound(module, steps)
-    return upper(bound.value, f"all states of {steps} steps, l2 over time")
+    return upper(
+        bound.value, f"all states of {steps} steps, l2 over time", _roundings(module, steps)
+    )
 
 
 @register_rule(layers.FinalState)
 def _final(module: layers.FinalState, input_shape: tuple[int, ...]) -> Step:
     steps = _steps_of(module.rnn, input_shape)
-    bound = recurrent_bound(module.rnn, steps, final=True)
-    return upper(bound.value, f"last state of {steps} steps, l2 over time")
+    rnn: Any = module.rnn
+    bound = recurrent_bound(rnn, steps, final=True)
+    return upper(bound.value, f"last state of {steps} steps, l2 over time", _roundings(rnn, steps))
+
+
+def _roundings(rnn: Any, steps: int) -> Callable[[Callable[..., float]], Rounding]:
+    stacked = [[_absolute_constants(rnn, end) for end in ends] for ends in _suffixes(rnn)]
+    return recurrent_rounding(stacked, steps, _toeplitz_norm)
 
 
 @register_rule(nn.LSTM, nn.GRU, layers.OrthoLSTM, layers.OrthoGRU)

@@ -13,7 +13,7 @@ from torch import Tensor
 from orthonet import _checks
 from orthonet.certify._bound import Bound
 from orthonet.certify._norms import conv_norm, matrix_norm
-from orthonet.certify._rules import COPY, Call, Step, exact, register_rule, upper
+from orthonet.certify._rules import COPY, Call, Step, exact, of_squares, register_rule, upper
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import add_up, mul_up, sqrt_up, up
 from orthonet.linalg.convolution_bounds import NormBound
@@ -156,7 +156,9 @@ def _shared(count: int) -> str:
     return "disjoint windows" if count == 1 else f"{count} windows share"
 
 
-def lp_step(order: float, window: Sequence[int], stride: Sequence[int], ceil: bool) -> Step:
+def lp_step(
+    order: float, window: Sequence[int], stride: Sequence[int], ceil: bool, size: int
+) -> Step:
     """The 2-norm of windows: the constant is the root of how many windows share a pixel."""
     shared = math.prod(-(-k // s) for k, s in zip(window, stride, strict=True))
     if order not in (2, 2.0) or ceil:
@@ -166,7 +168,8 @@ def lp_step(order: float, window: Sequence[int], stride: Sequence[int], ceil: bo
         )  # fmt: skip
     # the average is multiplied by the size of the window: a few roundings
     value = mul_up(sqrt_up(shared), up(1.0 + 2.0**-48))
-    return upper(value, _shared(shared), math.prod(window) + 70.0)
+    rounding = of_squares(math.prod(window) + 54.0, size, math.prod(window))
+    return upper(value, _shared(shared), rounding._replace(size=value))
 
 
 def _average(call: Call, dims: int, axis: Callable[[Tensor, int], Tensor]) -> Step:
