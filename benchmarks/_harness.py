@@ -49,8 +49,9 @@ def _time(
     step: Step,
     loops: int,
     device: torch.device,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> float:
+    clock = clock or time.perf_counter
     _synchronize(device)
     start = clock()
     for _ in range(loops):
