@@ -14,7 +14,10 @@ from torch import distributed, multiprocessing
 
 from orthonet.recipes import Images, Split, digits, fit, load
 
-SMALL = {"model_arguments": {"channels": (4, 8), "hidden": (16,)}, "epochs": 4}
+# Not MaxMin: where a patch is black, the biases of a pair meet after a step of Adam, which moves
+# each by the learning rate, and rounding would choose between them.
+MODEL = {"channels": (4, 8), "hidden": (16,), "activation": "abs"}
+SMALL = {"model_arguments": MODEL, "epochs": 4}
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -74,7 +77,7 @@ def test_two_processes_train_as_one(tmp_path):
     (state, rows), (other, _) = (torch.load(tmp_path / f"result{rank}") for rank in (0, 1))
     for name, tensor in model.state_dict().items():
         assert torch.equal(state[name], other[name])
-        assert torch.allclose(tensor, state[name], atol=1e-4)  # 2e-6
+        assert torch.allclose(tensor, state[name], atol=1e-4)  # observed 5e-6
     for row, its in zip(history, rows, strict=True):
         assert row["loss"] == pytest.approx(its["loss"], rel=1e-3)
         assert row["train_accuracy"] == pytest.approx(its["train_accuracy"], abs=0.03)
