@@ -1,6 +1,6 @@
 """Orthogonalization shared out among two processes: its share of a step beside that of one.
 
-python -m benchmarks.shared_out [--layers 8] [--size 512] [--seconds 20]
+python -m benchmarks.shared_out [--layers 8] [--sizes 512 1024] [--seconds 10]
 
 Two processes on this machine (gloo), one thread each. Printed is the CPU time of one process, the
 least of interleaved rounds: of reading all weights after an optimizer step and pulling gradients
@@ -11,6 +11,7 @@ model of `docs/guide/caching.md` for more ranks: what one computes and sends in 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import tempfile
 import time
@@ -43,10 +44,10 @@ def work(rank: int, path: str, options: argparse.Namespace, result: dict) -> Non
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     try:
-        for preset in options.presets:
-            models = {kind: build(options.layers, options.size, preset) for kind in ("one", "two")}
+        for preset, size in itertools.product(options.presets, options.sizes):
+            models = {kind: build(options.layers, size, preset) for kind in ("one", "two")}
             orthonet.share_among_ranks(models["two"])
-            grads = [torch.randn(options.size, options.size) for _ in range(options.layers)]
+            grads = [torch.randn(size, size) for _ in range(options.layers)]
             best = {kind: [float("inf"), float("inf")] for kind in models}
             start, rounds = time.perf_counter(), 0
             while rounds < 3 or _go_on(start, options.seconds):
@@ -59,7 +60,7 @@ def work(rank: int, path: str, options: argparse.Namespace, result: dict) -> Non
                     best[kind] = [min(a, b) for a, b in zip(best[kind], spent, strict=True)]
                 rounds += 1
             if rank == 0:
-                result[preset] = best
+                result[f"{preset}, {size}"] = best
     finally:
         distributed.destroy_process_group()
 
@@ -85,8 +86,8 @@ def model_of(layers: int, size: int, ranks: int, products: float) -> tuple[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--seconds", type=float, default=20.0, help="per preset")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--seconds", type=float, default=10.0, help="per row")
     parser.add_argument("--presets", nargs="+", default=["DEFAULT", "POLAR", "POLAR_WARM"])
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="directory of the JSON")
     options = parser.parse_args()
@@ -101,7 +102,7 @@ def main() -> None:
             (p, (b["one"], b["two"])) for p, b in best.items()
         )
     }
-    chosen = {name: getattr(options, name) for name in ("layers", "size", "seconds", "presets")}
+    chosen = {name: getattr(options, name) for name in ("layers", "sizes", "seconds", "presets")}
     result = {"environment": harness.environment(), "options": chosen, "presets": kept}
     path = harness.write("shared_out", result, options.out)
     print(f"{summary(result)}\n\nwritten to {path}")
@@ -119,7 +120,7 @@ def summary(result: dict[str, Any]) -> str:
         ]
         for preset, r in result["presets"].items()
     ]
-    header = ["preset", "one, ms", "two, ms", "ratio of CPU", "ratio of wall"]
+    header = ["preset, features", "one, ms", "two, ms", "ratio of CPU", "ratio of wall"]
     measured = harness.table(header, rows)
     layers, size = 64, 1024
     rows = []
@@ -128,8 +129,8 @@ def summary(result: dict[str, Any]) -> str:
         rows.append([ranks, f"{flops / 1e9:.0f}", f"{sent / 2**20:.0f}"])
     modelled = harness.table(["ranks", "GFLOP of the busiest", "MiB sent by each"], rows)
     return (
-        f"{result['options']['layers']} layers of {result['options']['size']} features, one "
-        f"process beside one of two:\n\n{measured}\n\n{layers} layers of {size} features, 10 "
+        f"{result['options']['layers']} layers, one process "
+        f"beside one of two:\n\n{measured}\n\n{layers} layers of {size} features, 10 "
         f"products forward and backward, modelled:\n\n{modelled}"
     )
 

@@ -65,9 +65,34 @@ def exchange(pieces: Sequence[Tensor], owners: Sequence[int], group: Any) -> lis
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor that the shards of all processes make; a plain one is that already."""
+    """The tensor that the shards of all processes make; a plain one is that already.
+
+    Its gradient is the mean over the processes, as that of a unit of FSDP2 is: each has seen its
+    own part of the batch.
+    """
     gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
+    if gather is None:
+        return tensor
+    if not (torch.is_grad_enabled() and tensor.requires_grad):
+        return gather()
+    from torch.distributed.tensor import Partial
+
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    gathered = gather(grad_placements=[Partial()] * mesh.ndim)
+    return _Divided.apply(gathered, float(mesh.size()))  # type: ignore[return-value]
+
+
+class _Divided(torch.autograd.Function):
+    """The identity, whose gradient is divided."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: float) -> Tensor:
+        ctx.by = by
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad / ctx.by, None
 
 
 def put_(tensor: Tensor, value: Tensor) -> None:
