@@ -190,6 +190,7 @@ def run(rank: int, path: str, what) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     try:
         what(rank)
+        distributed.barrier()  # nobody leaves while another still talks
     finally:
         distributed.destroy_process_group()
 

@@ -105,6 +105,7 @@ def run(rank: int, path: str) -> None:
         replicated(rank)
         hooked(rank)
         sharded(rank)
+        distributed.barrier()  # nobody leaves while another still talks
     finally:
         distributed.destroy_process_group()
 

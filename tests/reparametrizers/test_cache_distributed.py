@@ -140,6 +140,7 @@ def run(rank: int, path: str) -> None:
         # A warm start must not write to parameters that are lent: it takes the cold way.
         _polar.recentre_ = written
         sharded(rank, POLAR_WARM_ORTHO_PARAMS, POLAR_ORTHO_PARAMS)
+        distributed.barrier()  # nobody leaves while another still talks
     finally:
         distributed.destroy_process_group()
 
