@@ -15,13 +15,12 @@ constant a of a step, in l2 over time,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from orthonet.certify._rules import Rounding
-from orthonet.certify._sizes import absolute_matrix
 from orthonet.linalg._rounding import add_up, hypot_up, mul_up, sqrt_up
 
-__all__ = ["StepConstants", "absolute_norm", "recurrent_rounding"]
+__all__ = ["StepConstants", "recurrent_rounding"]
 
 
 class StepConstants(NamedTuple):
@@ -54,14 +53,12 @@ def recurrent_rounding(
                 lag = toeplitz(steps, part.state)
                 whole = add_up(part.absolute_state, 2.0)
                 far = toeplitz(steps, add_up(part.state, mul_up(g, whole)))
+                through = add_up(part.gain, mul_up(g, part.absolute_gain))
                 offset = mul_up(root, part.bias)
                 found = (
-                    mul_up(far, add_up(part.gain, mul_up(g, part.absolute_gain)), value[0]),
-                    mul_up(far, add_up(
-                        mul_up(add_up(part.gain, mul_up(g, part.absolute_gain)), value[1]),
-                        mul_up(add_up(1.0, g), offset),
-                    )),
-                )  # fmt: skip
+                    mul_up(far, through, value[0]),
+                    mul_up(far, add_up(mul_up(through, value[1]), mul_up(add_up(1.0, g), offset))),
+                )
                 values.append(found)
                 carried = mul_up(lag, part.gain)
                 errors.append(tuple(
@@ -76,12 +73,3 @@ def recurrent_rounding(
         return Rounding(count, max(error[0], widest), error[1], 2)
 
     return rounding
-
-
-def absolute_norm(*matrices: Any) -> float:
-    """The sum of the norms of the matrices of absolute values."""
-    total = 0.0
-    for matrix in matrices:
-        if matrix is not None:
-            total = add_up(total, absolute_matrix(matrix))
-    return total

@@ -9,7 +9,6 @@ state, two input sequences lead to states whose distances e obey \(e_t \le a e_{
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 
 from orthonet import _checks, layers
 from orthonet.certify._bound import Bound
-from orthonet.certify._recurrent_error import StepConstants, absolute_norm, recurrent_rounding
-from orthonet.certify._rules import Rounding, Step, register_rule, upper
+from orthonet.certify._recurrent_error import StepConstants, recurrent_rounding
+from orthonet.certify._rules import Step, register_rule, upper
+from orthonet.certify._sizes import absolute_matrix
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import add_up, div_up, down, hypot_up, mul_up, sqrt_up, up
 from orthonet.linalg.enclosure import spectral_norm_bound
@@ -102,6 +102,11 @@ def recurrent_bound(layer: nn.Module, steps: int, *, final: bool = False) -> Bou
         >>> recurrent_bound(layer, 50, final=True).value < recurrent_bound(layer, 50).value
         True
     """
+    _require_vanilla(layer)
+    return _bound_of(_constants(layer), steps, final)
+
+
+def _require_vanilla(layer: nn.Module) -> None:
     _checks.require(
         isinstance(layer, (nn.RNN, layers.OrthoRNN, layers.ContractiveRNN)),
         "recurrent_bound",
@@ -110,14 +115,14 @@ def recurrent_bound(layer: nn.Module, steps: int, *, final: bool = False) -> Bou
         UncertifiableError,
         layer=type(layer),
     )
-    rnn: Any = layer
+
+
+def _bound_of(stacked: list[list[StepConstants]], steps: int, final: bool) -> Bound:
+    """The product over the layers; the directions of one lie side by side."""
     bound = 1.0
-    for number, suffixes in enumerate(_suffixes(rnn)):
-        ends = final and number + 1 == rnn.num_layers
-        parts = [
-            sequence_bound(steps, *_step_constants(rnn, suffix), final=ends).value
-            for suffix in suffixes
-        ]
+    for number, directions in enumerate(stacked, 1):
+        ends = final and number == len(stacked)
+        parts = [sequence_bound(steps, d.state, d.gain, final=ends).value for d in directions]
         bound = mul_up(bound, hypot_up(*parts))
     return Bound(bound)
 
@@ -125,10 +130,13 @@ def recurrent_bound(layer: nn.Module, steps: int, *, final: bool = False) -> Bou
 # --- the constants of one step -----------------------------------------------------------------
 
 
-def _suffixes(rnn: Any) -> list[list[str]]:
-    """The names of the directions, layer by layer."""
+def _constants(rnn: Any) -> list[list[StepConstants]]:
+    """The constants of a step, for each layer and direction."""
     ends = ["", "_reverse"] if rnn.bidirectional else [""]
-    return [[f"_l{number}{end}" for end in ends] for number in range(rnn.num_layers)]
+    return [
+        [_step_constants(rnn, f"_l{number}{end}") for end in ends]
+        for number in range(rnn.num_layers)
+    ]
 
 
 def _norm(rnn: nn.Module, tensor: Tensor) -> float:
@@ -138,39 +146,30 @@ def _norm(rnn: nn.Module, tensor: Tensor) -> float:
     return spectral_norm_bound(tensor)
 
 
-def _step_constants(rnn: Any, suffix: str) -> tuple[float, float]:
-    """The constants of a step in the state and in the input."""
-    if isinstance(rnn, layers.ContractiveRNN):
-        weight_ih, kernel, linear = rnn.step_weights(suffix)
-        state = mul_up(rnn.leak, _norm(rnn, kernel))
-        if linear is not None:
-            state = add_up(state, _norm(rnn, linear))
-        return state, mul_up(rnn.leak, _norm(rnn, weight_ih))
-    threshold = getattr(rnn, f"threshold{suffix}", None)
-    if threshold is not None and not bool((threshold <= 0).all()):
-        _refuse(
-            rnn,
-            "modReLU with a positive shift jumps at zero, so it has no Lipschitz constant",
-            "Clamp the shifts to be <= 0, or use nonlinearity='abs' or 'max_min'",
-        )
-    kernel, weight_ih = (getattr(rnn, f"weight_{kind}{suffix}") for kind in ("hh", "ih"))
-    return _norm(rnn, kernel), _norm(rnn, weight_ih)
-
-
-def _absolute_constants(rnn: Any, suffix: str) -> StepConstants:
-    """The constants of a step with those of its absolute values, for its rounding."""
+def _step_constants(rnn: Any, suffix: str) -> StepConstants:
+    """The constants of a step in the state and in the input, of its matrices and of |them|."""
     biases = [getattr(rnn, f"bias_{kind}{suffix}", None) for kind in ("ih", "hh")]
     bias = add_up(*(up(float(b.detach().double().norm())) for b in biases if b is not None))
+    leak, linear = 1.0, None
     if isinstance(rnn, layers.ContractiveRNN):
         weight_ih, kernel, linear = rnn.step_weights(suffix)
-        inner, leak = absolute_norm(weight_ih), float(rnn.leak)
-        states = add_up(mul_up(leak, absolute_norm(kernel)), absolute_norm(linear))
-        inner, bias = mul_up(leak, inner), mul_up(leak, bias)
+        leak = float(rnn.leak)
     else:
+        threshold = getattr(rnn, f"threshold{suffix}", None)
+        if threshold is not None and not bool((threshold <= 0).all()):
+            _refuse(
+                rnn,
+                "modReLU with a positive shift jumps at zero, so it has no Lipschitz constant",
+                "Clamp the shifts to be <= 0, or use nonlinearity='abs' or 'max_min'",
+            )
         kernel, weight_ih = (getattr(rnn, f"weight_{kind}{suffix}") for kind in ("hh", "ih"))
-        states, inner = absolute_norm(kernel), absolute_norm(weight_ih)
-    count = sum(weight_ih.shape)
-    return StepConstants(*_step_constants(rnn, suffix), states, inner, bias, count)
+    state, size = mul_up(leak, _norm(rnn, kernel)), mul_up(leak, absolute_matrix(kernel))
+    if linear is not None:
+        state, size = add_up(state, _norm(rnn, linear)), add_up(size, absolute_matrix(linear))
+    return StepConstants(
+        state, mul_up(leak, _norm(rnn, weight_ih)), size,
+        mul_up(leak, absolute_matrix(weight_ih)), mul_up(leak, bias), sum(weight_ih.shape),
+    )  # fmt: skip
 
 
 def _refuse(module: nn.Module, requirement: str, advice: str) -> NoReturn:
@@ -252,26 +251,23 @@ def _steps_of(module: Any, input_shape: tuple[int, ...]) -> int:
     return input_shape[0]
 
 
+def _step(rnn: Any, input_shape: tuple[int, ...], what: str, final: bool) -> Step:
+    steps = _steps_of(rnn, input_shape)
+    _require_vanilla(rnn)
+    stacked = _constants(rnn)
+    method = f"{what} of {steps} steps, l2 over time"
+    rounding = recurrent_rounding(stacked, steps, _toeplitz_norm)
+    return upper(_bound_of(stacked, steps, final).value, method, rounding)
+
+
 @register_rule(nn.RNN, layers.OrthoRNN, layers.ContractiveRNN)
 def _recurrent(module: Any, input_shape: tuple[int, ...]) -> Step:
-    steps = _steps_of(module, input_shape)
-    bound = recurrent_bound(module, steps)
-    return upper(
-        bound.value, f"all states of {steps} steps, l2 over time", _roundings(module, steps)
-    )
+    return _step(module, input_shape, "all states", final=False)
 
 
 @register_rule(layers.FinalState)
 def _final(module: layers.FinalState, input_shape: tuple[int, ...]) -> Step:
-    steps = _steps_of(module.rnn, input_shape)
-    rnn: Any = module.rnn
-    bound = recurrent_bound(rnn, steps, final=True)
-    return upper(bound.value, f"last state of {steps} steps, l2 over time", _roundings(rnn, steps))
-
-
-def _roundings(rnn: Any, steps: int) -> Callable[[Callable[..., float]], Rounding]:
-    stacked = [[_absolute_constants(rnn, end) for end in ends] for ends in _suffixes(rnn)]
-    return recurrent_rounding(stacked, steps, _toeplitz_norm)
+    return _step(module.rnn, input_shape, "last state", final=True)
 
 
 @register_rule(nn.LSTM, nn.GRU, layers.OrthoLSTM, layers.OrthoGRU)

@@ -214,6 +214,13 @@ def mnist5k(**changes: Any) -> TrainConfig:
     return TrainConfig(**{**values, **changes})
 
 
+# Loss and optimizer of "1-Lipschitz layers compared"; nothing is moved but by crops and flips.
+_COMPARED: dict[str, Any] = {
+    "batch_size": 256, "optimizer": "sgd", "lr": 0.1, "radius": 2 * 36 / 255, "temperature": 0.25,
+    "shift": 0.0, "rotation": 0.0, "zoom": 0.0, "shear": 0.0, "flip": True,
+}  # fmt: skip
+
+
 def cifar10_xs(**changes: Any) -> TrainConfig:
     r"""The network "XS" of "1-Lipschitz layers compared" on CIFAR-10, for a GPU.
 
@@ -235,20 +242,10 @@ def cifar10_xs(**changes: Any) -> TrainConfig:
         "dataset": "cifar10",
         "model": "convnet_xs",
         "epochs": 100,
-        "batch_size": 256,
-        "optimizer": "sgd",
-        "lr": 0.1,
-        "radius": 2 * 36 / 255,
-        "temperature": 0.25,
-        "shift": 0.0,
-        "rotation": 0.0,
-        "zoom": 0.0,
-        "shear": 0.0,
         "crop": 4,
-        "flip": True,
         "radii": (36 / 255, 72 / 255, 108 / 255, 1.0),
     }
-    return TrainConfig(**{**values, **changes})
+    return TrainConfig(**{**_COMPARED, **values, **changes})
 
 
 def folder(**changes: Any) -> FolderConfig:
@@ -270,19 +267,9 @@ def folder(**changes: Any) -> FolderConfig:
         "dataset": "folder",
         "model": "convnet_images",
         "epochs": 90,
-        "batch_size": 256,
-        "optimizer": "sgd",
-        "lr": 0.1,
-        "radius": 2 * 36 / 255,
-        "temperature": 0.25,
-        "shift": 0.0,
-        "rotation": 0.0,
-        "zoom": 0.0,
-        "shear": 0.0,
-        "flip": True,
         "radii": (36 / 255, 72 / 255, 0.5, 1.0),
     }
-    return FolderConfig(**{**values, **changes})
+    return FolderConfig(**{**_COMPARED, **values, **changes})
 
 
 RECIPES = {"cifar10-xs": cifar10_xs, "digits": digits, "folder": folder, "mnist5k": mnist5k}

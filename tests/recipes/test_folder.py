@@ -3,11 +3,9 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ import torch
 from orthonet import cli, recipes
 from orthonet.recipes import FolderConfig, ImageFolders, TrainConfig, load_checkpoint
 from tests.recipes.pictures import make_pictures
+from tests.recipes.test_resume import killed_after_an_epoch
 
 pytest.importorskip("torchvision")
 
@@ -178,15 +177,7 @@ recipes.fit(source.completed(), source, folder=Path(sys.argv[2]), resume=True)
 def test_a_killed_training_goes_on(pictures, tmp_path):
     """Killed while workers read; the rest is what it would have been."""
     command = [sys.executable, "-c", SCRIPT, str(pictures), str(tmp_path)]
-    process = subprocess.Popen(command, env=ENVIRONMENT)
-    log, deadline = tmp_path / "log.csv", time.monotonic() + 120
-    try:
-        while not log.exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    killed_after_an_epoch(command, tmp_path)
     saved = torch.load(tmp_path / "state.pt", weights_only=True)["history"]
     assert 1 <= len(saved) <= 6
     source = ImageFolders(config(pictures, epochs=6, workers=1))

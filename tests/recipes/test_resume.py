@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,11 +33,10 @@ def few() -> Split:
     return Split(Images(*(t[:80] for t in data.train)), Images(*(t[:20] for t in data.test)))
 
 
-def test_a_killed_process_loses_one_epoch_at_most(tmp_path):
-    model, history = fit(digits(**SMALL), few())
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+def killed_after_an_epoch(command: list[str], folder: Path) -> Path:
+    """Kill a training as soon as it has written the log of its folder, and return that."""
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    log, deadline = tmp_path / "log.csv", time.monotonic() + 120
+    log, deadline = folder / "log.csv", time.monotonic() + 120
     try:
         while not log.exists():
             assert process.poll() is None and time.monotonic() < deadline
@@ -44,6 +44,13 @@ def test_a_killed_process_loses_one_epoch_at_most(tmp_path):
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+    return log
+
+
+def test_a_killed_process_loses_one_epoch_at_most(tmp_path):
+    model, history = fit(digits(**SMALL), few())
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    log = killed_after_an_epoch(command, tmp_path)
     done = len(log.read_text().splitlines()) - 1
     assert done >= 1
     saved = torch.load(tmp_path / "state.pt", weights_only=True)

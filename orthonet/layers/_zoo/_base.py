@@ -24,6 +24,7 @@ __all__ = [
     "SameSizeConv2d",
     "adopt_arguments",
     "check_circular",
+    "check_image",
     "delta_orthogonal",
     "match_channels",
     "new_bias",
@@ -182,13 +183,7 @@ class SameSizeConv2d(InnerWeight):
         self._pad = same_padding(self)
 
     def _check_input(self, input: Tensor) -> None:
-        _checks.require(
-            input.ndim in (3, 4) and input.shape[-3] == self.in_channels,
-            self,
-            f"the input must be (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W)",
-            "Check the number of channels and of dimensions",
-            shape=tuple(input.shape),
-        )
+        check_image(self, input)
         _checks.require(
             self.padding_mode == "zeros"
             or all(n >= p for n, p in zip(input.shape[-2:], self._pad, strict=True)),
@@ -212,6 +207,17 @@ class SameSizeConv2d(InnerWeight):
             f"padding_mode={self.padding_mode!r}"
         )
         return ", ".join(filter(None, [text, super().extra_repr()]))
+
+
+def check_image(layer: Any, input: Tensor) -> None:
+    """Refuse what is no image, or batch of images, of the channels of a layer."""
+    _checks.require(
+        input.ndim in (3, 4) and input.shape[-3] == layer.in_channels,
+        layer,
+        f"the input must be (N, {layer.in_channels}, H, W) or ({layer.in_channels}, H, W)",
+        "Check the number of channels and of dimensions",
+        shape=tuple(input.shape),
+    )
 
 
 def check_circular(layer: Any, input: Tensor) -> None:

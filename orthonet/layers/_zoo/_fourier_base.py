@@ -12,6 +12,7 @@ from orthonet.layers._base import WithoutPlainWeight
 from orthonet.layers._zoo._base import (
     adopt_arguments,
     check_circular,
+    check_image,
     match_channels,
     new_bias,
 )
@@ -175,13 +176,7 @@ class FourierConv2d(WithoutPlainWeight, nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `input`, batched or not, on its torus."""
         size = tuple(input.shape[-2:])
-        _checks.require(
-            input.ndim in (3, 4) and input.shape[-3] == self.in_channels,
-            self,
-            f"the input must be (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W)",
-            "Check the number of channels and of dimensions",
-            shape=tuple(input.shape),
-        )
+        check_image(self, input)
         _checks.require(
             self.image_size is None or size == self.image_size,
             self,

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from orthonet import _checks, functional
 from orthonet.layers._base import WithoutPlainWeight
 from orthonet.layers._piecewise import BetaAbs
-from orthonet.layers._zoo._base import match_channels, new_bias
+from orthonet.layers._zoo._base import check_image, match_channels, new_bias
 from orthonet.reparametrizers import POLAR_ORTHO_PARAMS, OrthoParams, OrthoWeight
 
 __all__ = ["LipNeXtBlock2d", "SpatialShift2d"]
@@ -130,13 +130,7 @@ class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the block to `input`, batched or not."""
-        _checks.require(
-            input.ndim in (3, 4) and input.shape[-3] == self.in_channels,
-            self,
-            f"the input must be (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W)",
-            "Check the number of channels and of dimensions",
-            shape=tuple(input.shape),
-        )
+        check_image(self, input)
         rotation, mixing = self.rotation.compute(), self.mixing.compute()
         with torch.autocast(input.device.type, enabled=False):
             x = match_channels(input.to(rotation.dtype), rotation.shape[0])
