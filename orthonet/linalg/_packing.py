@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orthonet.linalg._matrix import is_traced
+from orthonet.linalg._matrix import add_identity, is_traced
 
 __all__ = [
+    "identity_minus_half_skew",
     "pack_difference",
     "pack_skew",
     "pack_symmetric",
@@ -116,6 +117,24 @@ def unpack_real_skew(packed: Tensor, n: int) -> Tensor:
     source, sign, _, _ = _places(n, packed.device)
     a = packed.index_select(-1, source).mul_(sign)
     return a.view(*packed.shape[:-1], n, n)
+
+
+def identity_minus_half_skew(packed: Tensor, n: int) -> Tensor:
+    r"""\(I - A/2\) for the A of `unpack_real_skew`, without a graph, n >= 2."""
+    if n > _TABLES_TO or (packed.dtype != torch.float32 and packed.dtype != torch.float64):
+        return add_identity(_unpack_by_blocks(packed * -0.5, n), 1.0)
+    source, _, _, _ = _places(n, packed.device)
+    identity, half = _identity_and_half(n, packed.device, packed.dtype)
+    entries = packed.index_select(-1, source).view(*packed.shape[:-1], n, n)
+    return torch.addcmul(identity, entries, half)
+
+
+@functools.lru_cache(maxsize=8)
+def _identity_and_half(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The identity, and -1/2 times the signs of `_places`."""
+    with torch.inference_mode(False), torch.no_grad():
+        half = _places(n, device)[1].view(n, n).to(dtype) * -0.5
+        return torch.eye(n, dtype=dtype, device=device), half
 
 
 def pack_difference(g: Tensor) -> Tensor:

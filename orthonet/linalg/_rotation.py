@@ -15,7 +15,13 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.linalg._matrix import add_identity, in_forward_mode, is_traced
-from orthonet.linalg._packing import pack_difference, pack_skew, unpack_real_skew, unpack_skew
+from orthonet.linalg._packing import (
+    identity_minus_half_skew,
+    pack_difference,
+    pack_skew,
+    unpack_real_skew,
+    unpack_skew,
+)
 from orthonet.linalg.exponential import matrix_exponential
 
 __all__ = [
@@ -33,6 +39,10 @@ __all__ = [
 # Norm up to which a Cayley map needs no polishing: |sigma - 1| up to 1.0e-6 was seen at 4, for
 # n = 16 to 1024 in float32, and 1.5e-6 at 8.
 _UNPOLISHED = 4.0
+
+# Side up to which three products took less time than a solve with factors and one product:
+# 0.8 of it at 64, 0.9 at 128, 1.0 at 256, on one and on two threads.
+_PRODUCTS_TO = 192
 
 # Highest degree of the Taylor polynomial -> matrix products that it takes (see `_taylor`).
 _DEGREES = (5, 9, 13)
@@ -73,45 +83,58 @@ def rotated_cayley(base: Tensor, coordinates: Tensor) -> Tensor:
 
 
 class _RotatedCayley(torch.autograd.Function):
-    """The map of A, or of its coordinates where it is `packed`, as one node."""
+    r"""The map of A, or of its coordinates where it is `packed`, as one node.
+
+    Backward needs \(Y^* G M^*\) with \(M = (I - A/2)^{-1} = B^* Y\): for small matrices the two
+    products \(G (Y^* B)\) take less time than a solve, and the factors are not saved.
+    """
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, given: Tensor, packed: bool) -> Tensor:
-        a = unpack_real_skew(given, base.shape[-1]) if packed else given
+        n = base.shape[-1]
+        x = identity_minus_half_skew(given, n) if packed else add_identity(given * -0.5, 1.0)
         # Transposed throughout: the memory of B^T and of I + A/2 is in the order of LAPACK.
-        adjoint = add_identity(a * -0.5, 1.0).mH
-        factors, pivots, _ = torch.linalg.lu_factor_ex(adjoint)
-        y = torch.linalg.lu_solve(factors, pivots, base.mH.expand(a.shape)).mH
-        ctx.save_for_backward(given, base, y, factors, pivots)
+        factors, pivots, _ = torch.linalg.lu_factor_ex(x.mT if packed else x.mH)
+        right = base.mT if packed else base.mH
+        right = right if base.ndim == x.ndim else right.expand(x.shape)
+        y = torch.linalg.lu_solve(factors, pivots, right)
+        y = y.mT if packed else y.mH
+        ctx.save_for_backward(given, base, y, *(() if n <= _PRODUCTS_TO else (factors, pivots)))
         ctx.packed = packed
-        result = torch.sub(y, base, alpha=0.5).mul_(2.0)
-        return result if _is_small(a) else polished(result)
+        result = torch.lerp(base, y, 2.0)
+        return result if _is_small(given, packed, n) else polished(result)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
         (g,) = grads
-        given, base, y, factors, pivots = ctx.saved_tensors
+        given, base, y, *factors = ctx.saved_tensors
         if torch.is_grad_enabled():  # a derivative of this one is wanted
             a = unpack_skew(given, base.shape[-1]) if ctx.packed else given
             inverse, _ = torch.linalg.inv_ex(add_identity(a * -0.5, 1.0))
             grad = (base @ inverse).mH @ g @ inverse.mH
             return None, pack_skew(grad - grad.mT) if ctx.packed else grad, None
-        grad = y.mH @ torch.linalg.lu_solve(factors, pivots, g.mH, adjoint=True).mH
+        adjoint = y.mH
+        if factors:
+            grad = adjoint @ torch.linalg.lu_solve(*factors, g.mH, adjoint=True).mH
+        else:
+            grad = adjoint @ (g @ (adjoint @ base))
         return None, pack_difference(grad) if ctx.packed else grad, None
 
 
-def _is_small(a: Tensor) -> bool:
-    """Whether the norm of each skew-Hermitian matrix is below `_UNPOLISHED`, by an estimate."""
-    with torch.no_grad():
-        # Eigenvalues of real ones come in pairs: ||A||_F^2 >= 2 ||A||_2^2.
-        norm = torch.linalg.vector_norm(a, dim=(-2, -1))
-        largest = norm.item() if a.ndim == 2 else norm.amax().item() if norm.numel() else 0.0
-        if largest <= _UNPOLISHED * (1.0 if a.is_complex() else math.sqrt(2.0)):
-            return True
-        x = torch.linspace(1.0, 2.0, a.shape[-1], dtype=a.dtype, device=a.device)[:, None]
-        x = a @ (a @ (a @ x))  # an overflow makes the ratio NaN, which is not small
-        before = torch.linalg.vector_norm(x, dim=-2)
-        return bool((torch.linalg.vector_norm(a @ x, dim=-2) <= _UNPOLISHED * before).all())
+def _is_small(given: Tensor, packed: bool, n: int) -> bool:
+    """Whether the norm of each skew-Hermitian A is at most `_UNPOLISHED`, by an estimate."""
+    # Eigenvalues of real ones come in pairs: ||A||_F^2 >= 2 ||A||_2^2, and twice the squares of the
+    # coordinates are ||A||_F^2.
+    norm = torch.linalg.vector_norm(given, dim=-1 if packed else (-2, -1))
+    if norm.ndim:
+        norm = norm.amax() if norm.numel() else norm.sum()
+    if norm.item() <= _UNPOLISHED:
+        return True
+    a = unpack_real_skew(given, n) if packed else given
+    x = torch.linspace(1.0, 2.0, n, dtype=a.dtype, device=a.device)[:, None]
+    x = a @ (a @ (a @ x))  # an overflow makes the ratio NaN, which is not small
+    before = torch.linalg.vector_norm(x, dim=-2)
+    return bool((torch.linalg.vector_norm(a @ x, dim=-2) <= _UNPOLISHED * before).all())
 
 
 def skew_exponential(a: Tensor) -> Tensor:

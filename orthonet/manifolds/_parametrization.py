@@ -93,8 +93,12 @@ class Parametrization(nn.Module, abc.ABC):
                 shape=tuple(coordinates.shape),
             )
         with without_autocast(coordinates):
-            point = self._point(coordinates.to(compute_dtype(coordinates.dtype)))
-        return point.to(coordinates.dtype).reshape(self.value_shape)
+            if coordinates.dtype is torch.float32:  # what follows, in fewer steps
+                point = self._point(coordinates)
+            else:
+                point = self._point(coordinates.to(compute_dtype(coordinates.dtype)))
+                point = point.to(coordinates.dtype)
+        return point if point.shape == self.value_shape else point.reshape(self.value_shape)
 
     @torch.no_grad()
     def right_inverse(self, x: Tensor, *, project: bool = False) -> Tensor:

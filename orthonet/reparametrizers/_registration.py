@@ -32,9 +32,16 @@ class CachedParametrizationList(CachedWeight, ParametrizationList):
 
     def evaluate(self) -> Tensor:
         """Compute the tensor from the originals, in full precision also under autocast."""
-        first: Any = self.original if self.is_tensor else self.original0
-        with without_autocast(first):
-            return ParametrizationList.forward(self)
+        if self.is_tensor:
+            originals: tuple[Any, ...] = (self.original,)
+        else:
+            originals = tuple(getattr(self, f"original{i}") for i in range(self.ntensors))
+        with without_autocast(originals[0]):
+            first, *rest = self
+            value = first(*originals)
+            for stage in rest:
+                value = stage(value)
+        return value
 
     def project_(self, value: Tensor, owner: object = None) -> float:
         """Make what the parametrizations make of `value` the value; return the relative distance.

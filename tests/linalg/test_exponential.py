@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from orthonet import linalg
-from orthonet.linalg import exponential
+from orthonet.linalg import _rotation, exponential
+from orthonet.linalg._packing import pack_skew, unpack_skew
 from orthonet.testing import orthogonality_error
 from tests.references import rotation_reference
 
@@ -36,6 +37,25 @@ def test_cayley_is_a_rotation_and_inverts():
     eye = torch.eye(6, dtype=torch.float64)
     torch.testing.assert_close(torch.linalg.solve(q + eye, q - eye), a)
     torch.testing.assert_close(torch.linalg.det(q), torch.ones(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("products_to", [0, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("batch", [(), (3,), (0,)], ids=str)
+@pytest.mark.parametrize("scale", [0.1, 30.0])  # the large one is polished
+def test_rotated_cayley_is_the_map_by_dense_solves(monkeypatch, products_to, dtype, batch, scale):
+    monkeypatch.setattr(_rotation, "_PRODUCTS_TO", products_to)
+    a = scale * torch.randn(*batch, 6, 6, dtype=dtype)
+    coordinates = pack_skew(a - a.mH).requires_grad_()
+    base = torch.linalg.qr(torch.randn(6, 6, dtype=dtype)).Q
+    direction = torch.randn(*batch, 6, 6, dtype=dtype)
+    q = _rotation.rotated_cayley(base, coordinates)
+    (gradient,) = torch.autograd.grad((q * direction).real.sum(), coordinates)
+    half, eye = unpack_skew(coordinates, 6) / 2, torch.eye(6, dtype=dtype)
+    expected = base @ torch.linalg.solve(eye - half, eye + half)
+    (reference,) = torch.autograd.grad((expected * direction).real.sum(), coordinates)
+    torch.testing.assert_close(q, expected, rtol=0, atol=1e-12)  # observed 6e-15
+    torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-12)  # observed 4e-15
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 5), (6, 4), (4, 6), (12, 3), (3, 12), (2, 9, 3)])
