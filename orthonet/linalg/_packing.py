@@ -8,6 +8,7 @@ traces, compiles and maps over batches like any arithmetic.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ def pack_difference(g: Tensor) -> Tensor:
     """`pack_skew(g - g^T)` without a graph, the adjoint of `unpack_real_skew`."""
     n = g.shape[-1]
     if n > _TABLES_TO:
-        return pack_skew(g - g.mT)
+        return _pack_by_blocks(g)
     _, _, below, above = _places(n, g.device)
     flat = g.flatten(-2)
     return flat.index_select(-1, below).sub_(flat.index_select(-1, above))
@@ -158,7 +159,43 @@ def _unpack_by_blocks(packed: Tensor, n: int) -> Tensor:
     triangle[..., :, :columns] = rectangle[..., shift:, :].tril()
     corner = rectangle[..., : m - columns, 1 - shift :]
     triangle[..., columns:, columns:] = corner.triu().mT
-    return lower - lower.mT
+    for rows, left in _blocks(n):
+        for columns in left:
+            torch.neg(lower[..., rows, columns].mT, out=lower[..., columns, rows])
+        diagonal = lower[..., rows, rows]
+        diagonal.sub_(diagonal.mT.clone())
+    return lower
+
+
+def _pack_by_blocks(g: Tensor) -> Tensor:
+    """`pack_difference` in passes over blocks."""
+    n = g.shape[-1]
+    difference = torch.empty_like(g, memory_format=torch.contiguous_format)
+    for rows, left in _blocks(n):
+        for columns in (*left, rows):
+            block, mirrored = g[..., rows, columns], g[..., columns, rows].mT
+            torch.sub(block, mirrored, out=difference[..., rows, columns])
+    a = difference[..., 1:, :-1]  # of whose triangle the part above the diagonal is not read
+    m = n - 1
+    rows, columns = _rectangle(m)
+    shift = rows - m
+    rectangle = g.new_zeros(*g.shape[:-2], rows, columns)
+    rectangle[..., shift:, :] = a[..., :, :columns].tril()
+    size = m - columns
+    rectangle[..., :size, 1 - shift :] += a[..., columns:, columns:].mT.triu()
+    return rectangle.flatten(-2)
+
+
+# Side of the blocks in which a matrix is transposed: a quarter of the time of one pass at n = 1024,
+# whose rows lie at one place of the processor's cache.
+_BLOCK = 256
+
+
+def _blocks(n: int) -> Iterator[tuple[slice, list[slice]]]:
+    """The blocks of a lower triangle: rows, and the columns that lie left of the diagonal one."""
+    slices = [slice(start, start + _BLOCK) for start in range(0, n, _BLOCK)]
+    for i, rows in enumerate(slices):
+        yield rows, slices[:i]
 
 
 class _UnpackSkew(torch.autograd.Function):

@@ -19,7 +19,6 @@ from orthonet.linalg._packing import (
     identity_minus_half_skew,
     pack_difference,
     pack_skew,
-    unpack_real_skew,
     unpack_skew,
 )
 from orthonet.linalg.exponential import matrix_exponential
@@ -37,8 +36,10 @@ __all__ = [
 ]
 
 # Norm up to which a Cayley map needs no polishing: |sigma - 1| up to 1.0e-6 was seen at 4, for
-# n = 16 to 1024 in float32, and 1.5e-6 at 8.
+# n = 16 to 1024 in float32, and 1.5e-6 at 8. Where ||A||_F / sqrt(2) is 8, it was up to 1.1e-6, for
+# A of any rank.
 _UNPOLISHED = 4.0
+_UNPOLISHED_TOTAL = 8.0
 
 # Side up to which three products took less time than a solve with factors and one product:
 # 0.8 of it at 64, 0.9 at 128, 1.0 at 256, on one and on two threads.
@@ -94,15 +95,15 @@ class _RotatedCayley(torch.autograd.Function):
         n = base.shape[-1]
         x = identity_minus_half_skew(given, n) if packed else add_identity(given * -0.5, 1.0)
         # Transposed throughout: the memory of B^T and of I + A/2 is in the order of LAPACK.
-        factors, pivots, _ = torch.linalg.lu_factor_ex(x.mT if packed else x.mH)
-        right = base.mT if packed else base.mH
+        left, right = (x.mT, base.mT) if packed else (x.mH, base.mH)
         right = right if base.ndim == x.ndim else right.expand(x.shape)
+        factors, pivots, _ = torch.linalg.lu_factor_ex(left)
         y = torch.linalg.lu_solve(factors, pivots, right)
         y = y.mT if packed else y.mH
         ctx.save_for_backward(given, base, y, *(() if n <= _PRODUCTS_TO else (factors, pivots)))
         ctx.packed = packed
         result = torch.lerp(base, y, 2.0)
-        return result if _is_small(given, packed, n) else polished(result)
+        return result if _is_small(given, x, packed) else polished(result)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
@@ -121,20 +122,22 @@ class _RotatedCayley(torch.autograd.Function):
         return None, pack_difference(grad) if ctx.packed else grad, None
 
 
-def _is_small(given: Tensor, packed: bool, n: int) -> bool:
-    """Whether the norm of each skew-Hermitian A is at most `_UNPOLISHED`, by an estimate."""
-    # Eigenvalues of real ones come in pairs: ||A||_F^2 >= 2 ||A||_2^2, and twice the squares of the
-    # coordinates are ||A||_F^2.
+def _is_small(given: Tensor, x: Tensor, packed: bool) -> bool:
+    """Whether the rounding of the map of each skew-Hermitian A needs no polishing; `x` is I - A/2.
+
+    By the Frobenius norm, from the coordinates where they are `packed` (twice the squares of which
+    add up to its square), then by an estimate of the spectral norm.
+    """
     norm = torch.linalg.vector_norm(given, dim=-1 if packed else (-2, -1))
     if norm.ndim:
         norm = norm.amax() if norm.numel() else norm.sum()
-    if norm.item() <= _UNPOLISHED:
+    if norm.item() <= _UNPOLISHED_TOTAL * (1.0 if packed else math.sqrt(2.0)):
         return True
-    a = unpack_real_skew(given, n) if packed else given
-    x = torch.linspace(1.0, 2.0, n, dtype=a.dtype, device=a.device)[:, None]
-    x = a @ (a @ (a @ x))  # an overflow makes the ratio NaN, which is not small
-    before = torch.linalg.vector_norm(x, dim=-2)
-    return bool((torch.linalg.vector_norm(a @ x, dim=-2) <= _UNPOLISHED * before).all())
+    v = torch.linspace(1.0, 2.0, x.shape[-1], dtype=x.dtype, device=x.device)[:, None]
+    for _ in range(2):  # an overflow makes the ratio NaN, which is not small
+        v = v - x @ v
+    after, before = (torch.linalg.vector_norm(t, dim=-2) for t in (v - x @ v, v))
+    return bool((after <= 0.5 * _UNPOLISHED * before).all())
 
 
 def skew_exponential(a: Tensor) -> Tensor:

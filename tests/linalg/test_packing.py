@@ -23,14 +23,16 @@ def test_triangles_survive_the_round_trip(n, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("block", [3, 256])
 @pytest.mark.parametrize("n", [2, 3, 4, 7, 12])
-def test_tables_of_places_are_the_copies_of_blocks(monkeypatch, n, dtype):
+def test_tables_of_places_are_the_copies_of_blocks(monkeypatch, n, block, dtype):
     packed = torch.randn(3, n * (n - 1) // 2, dtype=dtype)
     gradient = torch.randn(3, n, n, dtype=dtype)
     by_table = packing.unpack_real_skew(packed, n), packing.pack_difference(gradient)
     shifted = packing.identity_minus_half_skew(packed, n)
     assert torch.equal(shifted, torch.eye(n, dtype=dtype) - by_table[0] / 2)
     monkeypatch.setattr(packing, "_TABLES_TO", 0)
+    monkeypatch.setattr(packing, "_BLOCK", block)
     assert torch.equal(shifted, packing.identity_minus_half_skew(packed, n))
     assert torch.equal(by_table[0], packing.unpack_real_skew(packed, n))
     assert torch.equal(by_table[1], packing.pack_difference(gradient))
