@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orthonet.linalg._matrix import in_transform
+
 __all__ = [
     "block_reflector",
     "cayley_parameter",
@@ -182,15 +184,12 @@ def unitary_polar(w: Tensor) -> Tensor:
     """
     if w.shape[-2] < w.shape[-1]:
         return unitary_polar(w.mH).mH
+    if in_transform(w):
+        return _Transformed.apply(w)[0]  # type: ignore[index]
     return torch.ops.orthonet.unitary_polar(w)[0]  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op(
-    "orthonet::unitary_polar",
-    mutates_args=(),
-    schema="(Tensor w) -> (Tensor, Tensor, Tensor)",
-)
-def _unitary_polar(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _polar_parts(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, eigenvectors and eigenvalues of H, where W = U H and H is positive."""
     real = torch.float64 if w.dtype in (torch.float64, torch.complex128) else torch.float32
     eps = torch.finfo(real).eps
@@ -213,6 +212,14 @@ def _unitary_polar(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u.contiguous(), vectors.contiguous(), (sigma * scale.squeeze(-1)).contiguous()
 
 
+_unitary_polar = torch.library.custom_op(
+    "orthonet::unitary_polar",
+    _polar_parts,
+    mutates_args=(),
+    schema="(Tensor w) -> (Tensor, Tensor, Tensor)",
+)
+
+
 @_unitary_polar.register_fake
 def _(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n = w.shape[-1]
@@ -221,16 +228,19 @@ def _(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return w.new_empty(w.shape), vectors, w.new_empty(*w.shape[:-2], n, dtype=real)
 
 
-@torch.library.custom_op(
-    "orthonet::unitary_polar_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor u, Tensor vectors, Tensor sigma) -> Tensor",
-)
-def _unitary_polar_backward(grad: Tensor, u: Tensor, vectors: Tensor, sigma: Tensor) -> Tensor:
+def _pull_back(grad: Tensor, u: Tensor, vectors: Tensor, sigma: Tensor) -> Tensor:
     inner = vectors.mH @ (u.mH @ grad) @ vectors
     skew = (inner - inner.mH) / (sigma.unsqueeze(-1) + sigma.unsqueeze(-2)).to(u.dtype)
     outside = (grad - u @ (u.mH @ grad)) @ vectors
     return ((u @ (vectors @ skew)) + outside / sigma.unsqueeze(-2).to(u.dtype)) @ vectors.mH
+
+
+_unitary_polar_backward = torch.library.custom_op(
+    "orthonet::unitary_polar_backward",
+    _pull_back,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor u, Tensor vectors, Tensor sigma) -> Tensor",
+)
 
 
 @_unitary_polar_backward.register_fake
@@ -247,3 +257,25 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
 
 
 _unitary_polar.register_autograd(_backward, setup_context=_setup)
+
+
+class _Transformed(torch.autograd.Function):
+    """The same for `torch.func`, which does not differentiate operators with an own gradient."""
+
+    @staticmethod
+    def forward(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _polar_parts(w)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _setup(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _pull_back(grads[0], *ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], w: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _Transformed.apply(w.movedim(in_dims[0], 0)), (0, 0, 0)  # type: ignore[return-value]

@@ -29,11 +29,6 @@ SYMPLECTIC = Refusal(
     "too far from the symplectic group to be projected",
     "an arbitrary matrix has no projection onto the symplectic group",
 )
-CUSTOM_OPERATOR = Refusal(
-    RuntimeError,
-    "must override the setup_context staticmethod",
-    "`torch.func.grad` does not differentiate custom operators; loop over the samples",
-)
 GATES = Refusal(
     UncertifiableError,
     "gates multiply states",
@@ -59,6 +54,4 @@ def refusal(column: str, row: Row) -> Refusal | None:
         if row.name in ("OrthoGRU", "OrthoLSTM"):
             return GATES
         return PRODUCT if name in ("cpl", "sll", "sandwich") else None
-    if column == "per_sample" and row.name == "lot (convolution)":
-        return CUSTOM_OPERATOR
     return None
