@@ -117,11 +117,6 @@ def _train(
         not foreign, "orthonet train", f"an option must be one of the recipe {recipe!r}",
         "Leave it out, or choose another recipe", options=", ".join(foreign),
     )  # fmt: skip
-    _checks.require(
-        not resume or images, "orthonet train",
-        "--resume must come with a recipe of images", "Leave it out: others run in one go",
-        recipe=recipe,
-    )  # fmt: skip
     options = {name: True for name, on in (("resume", resume), ("tensorboard", tensorboard)) if on}
     return run(build(**changes), folder, progress=progress, **options)
 
@@ -186,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--resume", action="store_true", default=None,
-        help="images: go on after the last epoch in the folder of the results",
+        help="go on after the last epoch, or row of the log, in the folder of the results",
     )  # fmt: skip
     train.add_argument(
         "--tensorboard", action="store_true", default=None,

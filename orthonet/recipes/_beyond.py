@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,13 @@ from orthonet.recipes._data import require_package
 from orthonet.recipes._files import write_atomically, write_json
 from orthonet.recipes._log import Log
 from orthonet.recipes._processes import rank_and_size, replica_of, totals
+from orthonet.recipes._resume import Resumable
 from orthonet.recipes._run import _versions
+
+if TYPE_CHECKING:
+    from orthonet.recipes._distance import SDFConfig
+    from orthonet.recipes._flow import FlowConfig
+    from orthonet.recipes._wasserstein import W1Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,35 +71,42 @@ class BeyondReport:
 def optimize(
     model: nn.Module,
     loss_of: Callable[[], Tensor],
+    generator: torch.Generator,
+    config: W1Config | SDFConfig | FlowConfig,
     *,
-    iterations: int,
-    lr: float,
     progress: bool,
     name: str,
     folder: Path,
+    resume: bool,
     tensorboard: bool,
 ) -> list[dict[str, float]]:
     """Adam on a one-cycle schedule; a row of the history for each fiftieth of the iterations.
 
-    The rows go into `log.csv` in `folder`, and into TensorBoard if wanted. Where torch.distributed
-    is initialized, `loss_of` is the mean over this process' part of what all have drawn, and the
-    gradient is averaged over them.
+    The rows go into `log.csv` in `folder`, and into TensorBoard if wanted; with each `state.pt` is
+    replaced, from which `resume` goes on. Where torch.distributed is initialized, `loss_of` is the
+    mean over this process' part of what all have drawn from `generator`, and the gradient is
+    averaged over them.
 
     Raises:
-        ValueError: The loss is not finite.
+        ValueError: The loss is not finite, or `state.pt` is that of another configuration.
     """
+    iterations, lr, fields = config.iterations, config.lr, dataclasses.asdict(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=max(4, iterations), pct_start=0.1 if iterations >= 20 else 0.5
     )
     rank, size = rank_and_size()
     progress = progress and rank == 0
-    bar = require_package("tqdm", "tqdm").tqdm(total=iterations, desc=name) if progress else None
+    state, every = Resumable(model, optimizer, schedule, generator), max(1, iterations // 50)
+    history = state.load(folder / "state.pt", fields) if resume else []
+    done = int(history[-1]["iteration"]) if history else 0
+    bar = None
+    if progress:
+        bar = require_package("tqdm", "tqdm").tqdm(total=iterations, initial=done, desc=name)
     replica = replica_of(_Loss(model, loss_of))
-    history, every = [], max(1, iterations // 50)
     model.train()
-    with Log(None if rank else folder, "iteration", [], tensorboard=tensorboard) as log:
-        for iteration in range(1, iterations + 1):
+    with Log(None if rank else folder, "iteration", history, tensorboard=tensorboard) as log:
+        for iteration in range(done + 1, iterations + 1):
             loss = replica()
             value = loss.item()
             _checks.require(
@@ -107,6 +120,8 @@ def optimize(
                 schedule.step()
             if iteration % every == 0 or iteration == iterations:
                 history.append({"iteration": iteration, "loss": totals(value)[0] / size})
+                if rank == 0:
+                    state.save(folder / "state.pt", fields, history)
                 log.add(history[-1])
             if bar is not None:
                 bar.update()

@@ -132,6 +132,7 @@ def train_sdf(
     out: str | os.PathLike[str],
     *,
     progress: bool = False,
+    resume: bool = False,
     tensorboard: bool = False,
 ) -> BeyondReport | None:
     """Fit a 1-Lipschitz network to the signed distance of a shape and trace rays against it.
@@ -145,6 +146,7 @@ def train_sdf(
         config: What to run.
         out: A folder, made if it is missing.
         progress: Whether to show a progress bar on the standard error stream.
+        resume: Whether to go on from `state.pt` in `out`, if there is one.
         tensorboard: Whether to write every row of the training into `tensorboard` in `out` too.
 
     Returns:
@@ -154,7 +156,7 @@ def train_sdf(
 
     Raises:
         ModuleNotFoundError: A package of the extra `demo` is missing.
-        ValueError: The loss is not finite.
+        ValueError: The loss is not finite, or `state.pt` is that of another configuration.
         OSError: `out` cannot be written.
 
     References:
@@ -176,8 +178,8 @@ def train_sdf(
 
     with joined("cpu") as rank:
         history = optimize(
-            model, loss_of, iterations=config.iterations, lr=config.lr, progress=progress,
-            name="sdf", folder=Path(out), tensorboard=tensorboard,
+            model, loss_of, generator, config, progress=progress, name="sdf",
+            folder=Path(out), resume=resume, tensorboard=tensorboard,
         )  # fmt: skip
     if rank != 0:
         return None

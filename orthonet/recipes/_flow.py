@@ -193,6 +193,7 @@ def train_flow(
     out: str | os.PathLike[str],
     *,
     progress: bool = False,
+    resume: bool = False,
     tensorboard: bool = False,
 ) -> BeyondReport | None:
     """Fit a flow by maximum likelihood, check its inverse and its total mass, and draw it.
@@ -203,6 +204,7 @@ def train_flow(
         config: What to run.
         out: A folder, made if it is missing.
         progress: Whether to show a progress bar on the standard error stream.
+        resume: Whether to go on from `state.pt` in `out`, if there is one.
         tensorboard: Whether to write every row of the training into `tensorboard` in `out` too.
 
     Returns:
@@ -214,7 +216,7 @@ def train_flow(
 
     Raises:
         ModuleNotFoundError: A package of the extra `demo` is missing.
-        ValueError: The loss is not finite.
+        ValueError: The loss is not finite, or `state.pt` is that of another configuration.
         OSError: `out` cannot be written.
     """
     require_package("matplotlib", "matplotlib")
@@ -231,8 +233,8 @@ def train_flow(
 
     with joined("cpu") as rank:
         history = optimize(
-            flow, loss_of, iterations=config.iterations, lr=config.lr, progress=progress,
-            name="flow", folder=Path(out), tensorboard=tensorboard,
+            flow, loss_of, generator, config, progress=progress, name="flow",
+            folder=Path(out), resume=resume, tensorboard=tensorboard,
         )  # fmt: skip
     if rank != 0:
         return None

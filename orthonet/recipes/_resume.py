@@ -1,7 +1,8 @@
-"""The state of a training between two epochs, in one file."""
+"""The state of a training between two epochs (rows of its log), in one file."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from torch import nn
 
 from orthonet import _checks
-from orthonet.recipes._config import TrainConfig
 from orthonet.recipes._files import write_atomically
 
 __all__ = ["Resumable"]
@@ -24,36 +24,38 @@ class Resumable:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None,
         generator: torch.Generator,
     ) -> None:
         self.parts: dict[str, Any] = {
             "model": model,
             "optimizer": optimizer,
-            "schedule": schedule,
+            **({} if schedule is None else {"schedule": schedule}),
         }
         self.generator = generator
 
-    def save(self, path: Path, config: TrainConfig, history: list[dict[str, float]]) -> Path:
+    def save(self, path: Path, config: Mapping[str, Any], history: list[dict[str, float]]) -> Path:
         """Replace the file in one step."""
         content = {
             "format": _FORMAT,
-            "config": config.to_dict(),
+            "config": dict(config),
             "history": history,
             "generator": self.generator.get_state(),
             **{name: part.state_dict() for name, part in self.parts.items()},
         }
         return write_atomically(path, lambda file: torch.save(content, file))
 
-    def load(self, path: Path, config: TrainConfig) -> list[dict[str, float]]:
-        """Take up the state of the file, if there is one, and return the rows of its epochs."""
+    def load(
+        self, path: Path, config: Mapping[str, Any], device: torch.device | str = "cpu"
+    ) -> list[dict[str, float]]:
+        """Take up the state of the file, if there is one, and return its rows."""
         if not path.exists():
             return []
-        content = torch.load(path, map_location=config.device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True)
         found = content.get("config") if isinstance(content, dict) else None
         _checks.require(
-            found == config.to_dict() and content.get("format") == _FORMAT,
-            "fit",
+            found == dict(config) and content.get("format") == _FORMAT,
+            "--resume",
             "the state to go on from must be that of the same configuration",
             "Resume with the options of the first run, or train into another folder",
             path=str(path),

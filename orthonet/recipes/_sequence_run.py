@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from orthonet.recipes._data import require_package
 from orthonet.recipes._files import write_atomically, write_json
 from orthonet.recipes._gradient_flow import gradient_norms
-from orthonet.recipes._log import Log, writer_class
+from orthonet.recipes._log import writer_class
 from orthonet.recipes._processes import joined
 from orthonet.recipes._run import _versions
 from orthonet.recipes._sequence_config import SequenceConfig
@@ -24,7 +24,6 @@ from orthonet.recipes._sequence_train import (
     assess,
     build_sequence_model,
     fit_sequences,
-    progress_bar,
 )
 
 
@@ -105,6 +104,7 @@ def train_sequences(
     out: str | os.PathLike[str],
     *,
     progress: bool = False,
+    resume: bool = False,
     tensorboard: bool = False,
 ) -> SequenceReport | None:
     """Train every model of `config` on the same sequences and write what came out.
@@ -118,6 +118,7 @@ def train_sequences(
         config: What to run: `copying()` or `seq_mnist()`, changed as you like.
         out: A folder, made if it is missing.
         progress: Whether to show progress bars on the standard error stream.
+        resume: Whether to go on from the states in `out`, if there are any: `MODEL.state.pt`.
         tensorboard: Whether to write every row of the training into `tensorboard` in `out` too.
 
     Returns:
@@ -125,7 +126,7 @@ def train_sequences(
 
     Raises:
         ModuleNotFoundError: A package of the extra `demo`, torchvision, or tensorboard is missing.
-        ValueError: The loss is not finite.
+        ValueError: The loss is not finite, or a state is that of another configuration.
         OSError: `out` cannot be written.
     """
     require_package("matplotlib", "matplotlib")  # better now than after the training
@@ -140,14 +141,10 @@ def train_sequences(
             if model is None:
                 skipped.append(name)
                 continue
-            bar = progress_bar(config.iterations, name) if progress and rank == 0 else None
-            log = Log(
-                folder if rank == 0 else None, "iteration", [], name=name, tensorboard=tensorboard
-            )
-            with log:
-                history = fit_sequences(model, config, task, bar=bar, name=name, log=log.add)
-            if bar is not None:
-                bar.close()
+            history = fit_sequences(
+                model, config, task, name=name, folder=folder, progress=progress, resume=resume,
+                tensorboard=tensorboard,
+            )  # fmt: skip
             trained.append((name, model, history))
     if rank != 0:
         return None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch.nn.utils import parametrizations
 from orthonet import _checks
 from orthonet.layers import OrthoRNN
 from orthonet.recipes._data import require_package
+from orthonet.recipes._log import Log
 from orthonet.recipes._processes import part_of, rank_and_size, replica_of, totals
+from orthonet.recipes._resume import Resumable
 from orthonet.recipes._sequence_config import COPIED, SequenceConfig
 from orthonet.recipes._sequence_data import Batch, Task
 
@@ -99,9 +102,11 @@ def fit_sequences(
     config: SequenceConfig,
     task: Task,
     *,
-    bar: Any = None,
-    name: str = "",
-    log: Callable[[dict[str, float]], object] | None = None,
+    name: str,
+    folder: Path,
+    progress: bool = False,
+    resume: bool = False,
+    tensorboard: bool = False,
 ) -> list[dict[str, float]]:
     """Train one model.
 
@@ -112,58 +117,70 @@ def fit_sequences(
         model: The model, trained in place.
         config: How.
         task: Where the batches come from.
-        bar: A progress bar to move on, or None.
-        name: Name of the model, for the bar and for errors.
-        log: Called with every row as soon as it is there.
+        name: Name of the model, for the bar, for errors and for the files.
+        folder: Where `NAME.csv` and `NAME.state.pt` (all that the rest of the training depends on)
+            are replaced with every row.
+        progress: Whether to show a progress bar.
+        resume: Whether to go on from `NAME.state.pt`, if there is one.
+        tensorboard: Whether to write every row into `folder / "tensorboard"` too.
 
     Returns:
         A row every `log_every` steps, and for the last: the number of the step, the loss and the
         score of the batch (accuracy; in "copying" the share of symbols recalled), seconds so far.
 
     Raises:
-        ValueError: The loss is not finite.
+        ValueError: The loss is not finite, or the state is that of another configuration.
     """
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.RMSprop(parameter_groups(model, config), lr=config.lr, alpha=0.9)
-    history: list[dict[str, float]] = []
-    start = time.perf_counter()
+    rank, size = rank_and_size()
+    state, path = Resumable(model, optimizer, None, generator), folder / f"{name}.state.pt"
+    fields = {**config.to_dict(), "models": name}  # other models may join in later
+    history = state.load(path, fields, config.device) if resume else []
+    done, before = (int(history[-1]["iteration"]), history[-1]["seconds"]) if history else (0, 0.0)
+    bar = _progress_bar(config.iterations, done, name) if progress and rank == 0 else None
+    start = time.perf_counter() - before
     model.train()
-    size = rank_and_size()[1]
     replica = replica_of(model)
-    for iteration in range(1, config.iterations + 1):
-        batch = task.draw(generator)
-        batch = Batch(part_of(batch.x, 1), part_of(batch.y, -1))
-        logits = replica(batch.x)
-        loss = F.cross_entropy(logits.flatten(0, -2), batch.y.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        if config.clip:
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-        if config.rebase and iteration % config.rebase == 0 and isinstance(model.rnn, OrthoRNN):
-            model.rnn.update_base()
-        if iteration % config.log_every == 0 or iteration == config.iterations:
-            summed = totals(
-                loss.item(), score(logits.detach(), batch, config), device=config.device
-            )
-            value, right = (total / size for total in summed)
-            _checks.require(
-                math.isfinite(value), "fit_sequences", "the loss must stay finite",
-                "Lower the learning rates, or set clip", model=name, iteration=iteration,
-            )  # fmt: skip
-            row = {
-                "iteration": iteration,
-                "loss": value,
-                "score": right,
-                "seconds": time.perf_counter() - start,
-            }
-            history.append(row)
-            if log is not None:
-                log(row)
+    writes = folder if rank == 0 else None
+    with Log(writes, "iteration", history, name=name, tensorboard=tensorboard) as log:
+        for iteration in range(done + 1, config.iterations + 1):
+            batch = task.draw(generator)
+            batch = Batch(part_of(batch.x, 1), part_of(batch.y, -1))
+            logits = replica(batch.x)
+            loss = F.cross_entropy(logits.flatten(0, -2), batch.y.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            if config.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step()
+            if config.rebase and iteration % config.rebase == 0 and isinstance(model.rnn, OrthoRNN):
+                model.rnn.update_base()
+            if iteration % config.log_every == 0 or iteration == config.iterations:
+                summed = totals(
+                    loss.item(), score(logits.detach(), batch, config), device=config.device
+                )
+                value, right = (total / size for total in summed)
+                _checks.require(
+                    math.isfinite(value), "fit_sequences", "the loss must stay finite",
+                    "Lower the learning rates, or set clip", model=name, iteration=iteration,
+                )  # fmt: skip
+                row = {
+                    "iteration": iteration,
+                    "loss": value,
+                    "score": right,
+                    "seconds": time.perf_counter() - start,
+                }
+                history.append(row)
+                if rank == 0:
+                    state.save(path, fields, history)
+                log.add(row)
+                if bar is not None:
+                    bar.set_postfix(loss=f"{value:.4f}", score=f"{row['score']:.1%}")
             if bar is not None:
-                bar.set_postfix(loss=f"{value:.4f}", score=f"{row['score']:.1%}")
-        if bar is not None:
-            bar.update()
+                bar.update()
+    if bar is not None:
+        bar.close()
     return history
 
 
@@ -186,6 +203,6 @@ def assess(model: SequenceModel, config: SequenceConfig, task: Task) -> Mapping[
     return {"loss": loss / total, "score": share / total}
 
 
-def progress_bar(total: int, name: str) -> Any:
-    """A bar of tqdm on the standard error stream."""
-    return require_package("tqdm", "tqdm").tqdm(total=total, unit="step", desc=name)
+def _progress_bar(total: int, done: int, name: str) -> Any:
+    tqdm = require_package("tqdm", "tqdm").tqdm
+    return tqdm(total=total, initial=done, unit="step", desc=name)

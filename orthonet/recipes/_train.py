@@ -85,7 +85,7 @@ def fit(
     state = Resumable(model, optimizer, schedule, generator)
     history: list[dict[str, float]] = []
     if folder is not None and resume:
-        history = state.load(folder / "state.pt", config)
+        history = state.load(folder / "state.pt", config.to_dict(), config.device)
     writes = folder is not None and rank == 0
     log = Log(folder if writes else None, "epoch", history, tensorboard=tensorboard)
     bar = _progress_bar(config.epochs) if progress else None
@@ -121,7 +121,7 @@ def fit(
             }
             history.append(row)
             if folder is not None and rank == 0:
-                state.save(folder / "state.pt", config, history)
+                state.save(folder / "state.pt", config.to_dict(), history)
             log.add(row)
             if bar is not None:
                 bar.set_postfix(loss=f"{row['loss']:.3f}", test=f"{accuracy:.1%}")

@@ -119,6 +119,7 @@ def train_w1(
     out: str | os.PathLike[str],
     *,
     progress: bool = False,
+    resume: bool = False,
     tensorboard: bool = False,
 ) -> BeyondReport | None:
     r"""Train a critic f by the Kantorovich-Rubinstein loss, and bound the distance from below.
@@ -132,6 +133,7 @@ def train_w1(
         config: What to run.
         out: A folder, made if it is missing.
         progress: Whether to show a progress bar on the standard error stream.
+        resume: Whether to go on from `state.pt` in `out`, if there is one.
         tensorboard: Whether to write every row of the training into `tensorboard` in `out` too.
 
     Returns:
@@ -140,7 +142,7 @@ def train_w1(
 
     Raises:
         ModuleNotFoundError: A package of the extra `demo` is missing.
-        ValueError: The loss is not finite.
+        ValueError: The loss is not finite, or `state.pt` is that of another configuration.
         OSError: `out` cannot be written.
 
     References:
@@ -161,8 +163,8 @@ def train_w1(
 
     with joined("cpu") as rank:
         history = optimize(
-            model, loss_of, iterations=config.iterations, lr=config.lr, progress=progress,
-            name="w1", folder=Path(out), tensorboard=tensorboard,
+            model, loss_of, generator, config, progress=progress, name="w1",
+            folder=Path(out), resume=resume, tensorboard=tensorboard,
         )  # fmt: skip
     if rank != 0:
         return None

@@ -189,8 +189,9 @@ def test_bad_values_are_refused(build, words):
 def test_a_loss_that_is_not_finite_stops(tmp_path):
     with pytest.raises(ValueError, match="finite"):
         recipes._beyond.optimize(
-            torch.nn.Linear(1, 1), lambda: torch.tensor(math.nan), iterations=1, lr=1.0,
-            progress=False, name="w1", folder=tmp_path, tensorboard=False,
+            torch.nn.Linear(1, 1), lambda: torch.tensor(math.nan), torch.Generator(),
+            W1Config(iterations=1), progress=False, name="w1", folder=tmp_path, resume=False,
+            tensorboard=False,
         )  # fmt: skip
 
 

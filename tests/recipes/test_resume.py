@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
+from orthonet import recipes
 from orthonet.recipes import Images, Split, digits, fit, load
+from orthonet.recipes import _log as log_module
 
 # Not MaxMin: where a patch is black, the biases of a pair meet after a step of Adam, which moves
 # each by the learning rate, and rounding would choose between them.
@@ -33,10 +35,10 @@ def few() -> Split:
     return Split(Images(*(t[:80] for t in data.train)), Images(*(t[:20] for t in data.test)))
 
 
-def killed_after_an_epoch(command: list[str], folder: Path) -> Path:
+def killed_after_an_epoch(command: list[str], folder: Path, name: str = "log") -> Path:
     """Kill a training as soon as it has written the log of its folder, and return that."""
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    log, deadline = folder / "log.csv", time.monotonic() + 120
+    log, deadline = folder / f"{name}.csv", time.monotonic() + 120
     try:
         while not log.exists():
             assert process.poll() is None and time.monotonic() < deadline
@@ -104,3 +106,75 @@ def test_a_state_between_epochs_is_all_there_is(tmp_path):
     other = dataclasses.replace(digits(**SMALL), lr=0.5)
     with pytest.raises(ValueError, match="same configuration"):
         fit(other, few(), folder=tmp_path, resume=True)
+
+
+OTHERS = {
+    "w1": (recipes.train_w1, recipes.W1Config(iterations=12, hidden=4, batch_size=8, samples=50)),
+    "sdf": (recipes.train_sdf, recipes.SDFConfig(iterations=12, hidden=4, batch_size=8)),
+    "flow": (recipes.train_flow, recipes.FlowConfig(iterations=12, hidden=4, blocks=1)),
+    "copying": (
+        recipes.train_sequences,
+        recipes.copying(
+            delay=3, hidden=6, batch_size=4, iterations=12, log_every=4, models=("orthonet", "lstm")
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_recipes_go_on_too(monkeypatch, tmp_path, name):
+    train, config = OTHERS[name]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    expected = train(config, whole)
+    add, rows = log_module.Log.add, 0
+
+    def interrupted(self, row):
+        nonlocal rows
+        rows += 1
+        if rows == 5:  # of three of each model in "copying": in the second one
+            raise KeyboardInterrupt
+        add(self, row)
+
+    monkeypatch.setattr(log_module.Log, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, broken)
+    monkeypatch.undo()
+    found = train(config, broken, resume=True)
+    files = ("orthonet.pt", "lstm.pt") if name == "copying" else ("model.pt",)
+    for file in files:
+        weights = (torch.load(folder / file, weights_only=True) for folder in (whole, broken))
+        for one, other in zip(*(w.values() for w in weights), strict=True):
+            assert torch.equal(one, other)
+    for log in whole.glob("*.csv"):
+        ours, theirs = (
+            list(csv.DictReader((folder / log.name).read_text().splitlines()))
+            for folder in (broken, whole)
+        )
+        assert len(ours) == len(theirs)
+        for mine, its in zip(ours, theirs, strict=True):
+            assert {**mine, "seconds": 0} == {**its, "seconds": 0}
+    if name == "copying":
+        assert [r.loss for r in found.results] == [r.loss for r in expected.results]
+    else:
+        assert dict(found.figures) == dict(expected.figures)
+    with pytest.raises(ValueError, match="same configuration"):
+        train(dataclasses.replace(config, lr=config.lr / 2), broken, resume=True)
+
+
+def test_a_killed_training_on_sequences_goes_on(tmp_path):
+    command = [
+        sys.executable, "-m", "orthonet", "train", "copying", "--delay", "3", "--hidden", "6",
+        "--batch-size", "4", "--iterations", "1000", "--models", "orthonet", "--resume",
+        "--quiet", "--out", str(tmp_path),
+    ]  # fmt: skip
+    log = killed_after_an_epoch(command, tmp_path, "orthonet")
+    done = len(log.read_text().splitlines()) - 1
+    state = torch.load(tmp_path / "orthonet.state.pt", weights_only=True)
+    assert done >= 1
+    assert len(state["history"]) in (done, done + 1)
+    assert not (tmp_path / "metrics.json").exists()
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    with log.open() as file:
+        iterations = [int(float(row["iteration"])) for row in csv.DictReader(file)]
+    assert iterations == list(range(10, 1001, 10))
+    assert (tmp_path / "metrics.json").exists()
