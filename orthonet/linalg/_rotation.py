@@ -134,7 +134,7 @@ def _is_small(given: Tensor, x: Tensor, packed: bool) -> bool:
     if norm.item() <= _UNPOLISHED_TOTAL * (1.0 if packed else math.sqrt(2.0)):
         return True
     v = torch.linspace(1.0, 2.0, x.shape[-1], dtype=x.dtype, device=x.device)[:, None]
-    for _ in range(2):  # an overflow makes the ratio NaN, which is not small
+    for _ in range(3):  # an overflow makes the ratio NaN, which is not small
         v = v - x @ v
     after, before = (torch.linalg.vector_norm(t, dim=-2) for t in (v - x @ v, v))
     return bool((after <= 0.5 * _UNPOLISHED * before).all())
