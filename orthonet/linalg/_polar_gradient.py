@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthonet.linalg._matrix import add_identity, minus_transpose, symmetric_product
+from orthonet.linalg._matrix import add_identity, cholesky, minus_transpose, symmetric_product
 
 __all__ = [
     "centred_gradient",
@@ -134,7 +134,7 @@ def _spread(h: Tensor) -> float:
 
 
 def _inverse(h: Tensor) -> Tensor | None:
-    lower, info = torch.linalg.cholesky_ex(h)
+    lower, info = cholesky(h)
     return None if bool(info.any()) else torch.cholesky_inverse(lower)
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from orthonet import linalg
+from orthonet.linalg import _matrix
 from orthonet.testing import MATRIX_CASES, MATRIX_SHAPES, hard_matrix, orthogonality_error
 from tests.references import qr_reference
 
@@ -96,3 +97,26 @@ def test_haar_is_seeded_orthogonal_and_has_both_determinants():
     assert 0.25 < share < 0.75  # 64 fair coins; outside with probability 4e-5
     # the first entry has variance 1/n: mean of squares of 64 * 25 entries is exactly 1/5
     assert abs(float(q[:, 0, 0].square().mean()) - 0.2) < 0.08
+
+
+@pytest.mark.parametrize("n", [127, 128, 256])
+def test_padded_cholesky_is_the_plain_one(n, dtype):
+    w = torch.randn(2 * n, n, dtype=dtype)
+    gram = w.mT @ w
+    lower, info = _matrix.cholesky(gram)
+    assert int(info) == 0
+    torch.testing.assert_close(lower, torch.linalg.cholesky(gram))
+    gram[5, 5] = -1.0
+    assert int(_matrix.cholesky(gram)[1]) == 6  # the row at which it stops
+
+
+@pytest.mark.parametrize("shape", [(130, 130), (300, 200)])
+def test_large_systems_from_the_left(shape):
+    w = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn_like(w)
+    q = linalg.cholesky_qr(w)
+    (gradient,) = torch.autograd.grad((q * direction).sum(), w)
+    expected = qr_reference(w)
+    (reference,) = torch.autograd.grad((expected * direction).sum(), w)
+    torch.testing.assert_close(q, expected, atol=1e-12, rtol=0)  # observed 4e-15
+    torch.testing.assert_close(gradient, reference, atol=1e-10, rtol=1e-10)  # observed 4e-13
