@@ -1,20 +1,17 @@
 r"""Products of paraunitary factors \(V V^\top + (I - V V^\top) z\), with their own backward.
 
-The kernel of an orthogonal convolution is made of such factors. A chain of them is one node of the
-autograd graph, and each factor costs two products with its basis; no projector is ever formed.
+The kernel of an orthogonal convolution is made of such factors.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._matrix import is_traced
+from orthonet.linalg._projector_product import multiply_projectors
 
 __all__ = ["apply_projectors"]
 
@@ -64,80 +61,13 @@ def apply_projectors(
         taps=taps,
         bases=bases,
     )
-    axes = tuple(channel + 1 + d for d in dims)
+    batch = kernel.shape[:channel]
+    count = math.prod(batch)
+    flat = kernel.movedim(-1, channel + 1)
     left = bases if weights is None else bases * weights.unsqueeze(-2)
-    kernel = kernel.contiguous()
-    if is_traced():
-        return _chain(kernel, left, bases, axes)
-    return _Chain.apply(kernel, left, bases, axes)  # type: ignore[return-value]
-
-
-def _chain(kernel: Tensor, left: Tensor, right: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The product as ordinary differentiable operations."""
-    channel = right.ndim - 3
-    for a, b, axis in zip(left.unbind(channel), right.unbind(channel), axes, strict=True):
-        flat = kernel.flatten(channel + 1)
-        inside = a @ (b.mT @ flat)
-        three, shape = _around(kernel.shape, axis)
-        now, later = inside.reshape(three), (flat - inside).reshape(three)
-        none = torch.zeros_like(now[:, :1])
-        kernel = (torch.cat([now, none], 1) + torch.cat([none, later], 1)).view(shape)
-    return kernel
-
-
-def _around(shape: torch.Size, axis: int) -> tuple[tuple[int, int, int], tuple[int, ...]]:
-    """`shape` as (everything before, the taps that grow, everything behind), and when grown."""
-    three = (math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
-    return three, (*shape[:axis], shape[axis] + 1, *shape[axis + 1 :])
-
-
-class _Chain(torch.autograd.Function):
-    """`_chain` as one node; kept for backward are the partial products and their coordinates."""
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, kernel: Tensor, left: Tensor, right: Tensor, axes: tuple[int, ...]
-    ) -> Tensor:
-        channel = right.ndim - 3
-        partial, inner = [], []
-        result = kernel
-        for a, b, axis in zip(left.unbind(channel), right.unbind(channel), axes, strict=True):
-            partial.append(result)
-            flat = result.flatten(channel + 1)
-            inner.append(b.mT @ flat)
-            inside = a @ inner[-1]
-            three, shape = _around(result.shape, axis)
-            grown = inside.new_empty(three[0], three[1] + 1, three[2])
-            now = inside.view(three)
-            grown[:, :1] = now[:, :1]
-            torch.sub(flat.view(three), now, out=grown[:, 1:])
-            grown[:, 1:-1] += now[:, 1:]
-            result = grown.view(shape)
-        ctx.save_for_backward(kernel, left, right, *partial[1:], *inner)
-        ctx.axes = axes
-        return result if axes else kernel.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        kernel, left, right, *saved = ctx.saved_tensors
-        axes = ctx.axes
-        if not axes:
-            return grad, torch.zeros_like(left), torch.zeros_like(right), None
-        if torch.is_grad_enabled():  # differentiated again
-            again = _chain(kernel, left, right, axes)
-            return *torch.autograd.grad(again, (kernel, left, right), grad, create_graph=True), None
-        partial, inner = [kernel, *saved[: len(axes) - 1]], saved[len(axes) - 1 :]
-        channel = right.ndim - 3
-        to_left, to_right = torch.empty_like(left), torch.empty_like(right)
-        for i in reversed(range(len(axes))):
-            before, index = partial[i], (slice(None),) * channel + (i,)
-            three, _ = _around(before.shape, axes[i])
-            taps = grad.contiguous().view(three[0], three[1] + 1, three[2])
-            flat = before.flatten(channel + 1)
-            first = (taps[:, :-1] - taps[:, 1:]).reshape(flat.shape)
-            coordinates = left[index].mT @ first
-            to_left[index] = first @ inner[i].mT
-            to_right[index] = flat @ coordinates.mT
-            grad = right[index] @ coordinates
-            grad = grad.view(three).add_(taps[:, 1:]).view(before.shape)
-        return grad, to_left, to_right, None
+    left = left.reshape(count, *bases.shape[-3:])
+    right = None if weights is None else bases.reshape(left.shape)
+    product = multiply_projectors(
+        flat.reshape(count, *flat.shape[channel:]), left, right, dims, channels_first=True
+    )
+    return product.view(*batch, *product.shape[1:]).movedim(channel + 1, -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,6 +141,15 @@ class FrameTrivialization(Trivialization):
         if k < n:
             reflector = torch.empty_like(base) if base.is_meta else complement_reflector(base)
         self.register_buffer("reflector", reflector)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **options: Any
+    ) -> None:
+        # Earlier versions kept an empty one beside a square base.
+        name = f"{prefix}reflector"
+        if self.reflector is None and name in state_dict and state_dict[name].numel() == 0:
+            del state_dict[name]  # of the copy that `load_state_dict` has made
+        super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
 
     @property
     def _sizes(self) -> tuple[int, int]:

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg import apply_projectors, block_convolution
+from orthonet.linalg import block_convolution
 from orthonet.linalg._filtering import filter_signal
 from orthonet.linalg._matrix import compute_dtype, without_autocast
+from orthonet.linalg._projector_product import multiply_projectors
 from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._kernel_fit import KernelFactors, fit_factors
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
@@ -183,37 +184,40 @@ class OrthoKernel(CachedWeight):
 
     def compose(self, factors: KernelFactors) -> Tensor:
         """The kernel that a set of orthogonal factors makes, without the gain."""
-        kernel = self.delay(self.start(factors), factors)
-        kernel = kernel.movedim(-1, 1 if self.contracting else 2)
+        kernel = self.delayed(factors)
         if not self.contracting and factors.outer is not None:
             outer = factors.outer.unflatten(-1, (self.channels, *self.block))
             kernel = block_convolution(outer, kernel, spatial_dims=len(self.stride))
         return kernel.reshape(self.shape)
 
     def start(self, factors: KernelFactors) -> Tensor:
-        """What the paraunitary factors act on, (groups, channels, *taps, columns).
+        """What the paraunitary factors act on.
 
-        The transpose of R when contracting, U (or I) with a single tap when expanding.
+        Returns:
+            R, (groups, out, channels, *taps), when contracting; when expanding U (or I) with a
+            single tap, (groups, channels, in, *taps).
         """
         outer, embedding = factors.outer, factors.embedding
+        ones = (1,) * len(self.stride)
         if embedding is not None:
-            return embedding.unflatten(-1, (*(1,) * len(self.stride), self.inner))
+            return embedding.view(*embedding.shape, *ones)
         if outer is None:
             _checks.fail(self, "a kernel has an outer factor or an embedding", "Pass factors()")
         if self.contracting:
-            return outer.unflatten(-1, (self.channels, *self.block)).movedim(1, -1)
+            return outer.unflatten(-1, (self.channels, *self.block))
         eye = torch.eye(self.channels, dtype=outer.dtype, device=outer.device)
-        eye = eye.expand(self.groups, -1, -1)
-        return eye.unflatten(-1, (*(1,) * len(self.stride), self.inner))
+        return eye.view(1, *eye.shape, *ones).expand(self.groups, *eye.shape, *ones)
 
-    def delay(self, kernel: Tensor, factors: KernelFactors) -> Tensor:
-        """Multiply by all paraunitary factors, dimension by dimension."""
-        bases = factors.bases
+    def delayed(self, factors: KernelFactors) -> Tensor:
+        """`start`, in that layout, multiplied by all paraunitary factors."""
+        start, bases, weights = self.start(factors), factors.bases, factors.weights
         if bases is None:
-            pad = [n for d in reversed(self.delays) for n in (d // 2, d - d // 2)]
-            return F.pad(kernel, [0, 0, *pad])
-        taps = len(self.stride)
-        return apply_projectors(kernel, bases, taps=taps, dim=self.dims, weights=factors.weights)
+            return F.pad(start, [n for d in reversed(self.delays) for n in (d // 2, d - d // 2)])
+        left = bases if weights is None else bases * weights.unsqueeze(-2)
+        right = None if weights is None else bases
+        return multiply_projectors(
+            start, left, right, self.dims, channels_first=not self.contracting
+        )
 
     def convolve(self, x: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
         """Convolve (N, C_in, *sizes) without padding, factor by factor: no kernel is formed."""

@@ -165,7 +165,7 @@ class _Problem:
             seen = self.undelay(self.seen_by_delays(factors.outer), factors)
             factors = factors._replace(embedding=polar_svd(seen.flatten(2)))
         if factors.outer is not None:
-            middle = kernel.delay(kernel.start(factors), factors)
+            middle = kernel.delayed(factors).movedim(2, -1)
             factors = factors._replace(outer=self.best_outer(middle))
         return factors
 
@@ -252,7 +252,8 @@ class _Problem:
                 break
             if factors.bases is not None:
                 seen = self.seen_by_delays(factors.outer)
-                factors = self.sweep_bases(seen, kernel.start(factors), factors)
+                start = kernel.start(factors).movedim(1 if kernel.contracting else 2, -1)
+                factors = self.sweep_bases(seen, start, factors)
             factors = self.best_ends(factors)
         return factors, distance
 

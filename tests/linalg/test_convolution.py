@@ -48,7 +48,7 @@ SHIFTS = [(0, 0, 0), (0, 1, 1), (1, 0, 1), ()]
 @pytest.mark.parametrize("weighted", [False, True])
 def test_chain_of_factors_has_the_gradients_of_its_steps(dims, weighted):
     """One node for all factors, against autograd through the operations it replaces."""
-    from orthonet.linalg.paraunitary import _chain
+    from orthonet.linalg._projector_product import chain
 
     kernel = torch.randn(2, 3, 2, 1, 4, dtype=torch.float64, requires_grad=True)
     bases = torch.randn(2, len(dims), 3, 2, dtype=torch.float64, requires_grad=True)
@@ -59,7 +59,7 @@ def test_chain_of_factors_has_the_gradients_of_its_steps(dims, weighted):
         return linalg.apply_projectors(kernel, bases, taps=2, dim=dims, weights=weights)
 
     left = bases * weights.unsqueeze(-2) if weighted else bases
-    expected = _chain(kernel, left, bases, tuple(2 + d for d in dims))
+    expected = chain(kernel, left, bases, tuple(2 + d for d in dims))
     result = ours(*inputs)
     torch.testing.assert_close(result, expected)
     direction = torch.randn_like(result)
@@ -67,6 +67,52 @@ def test_chain_of_factors_has_the_gradients_of_its_steps(dims, weighted):
     theirs = torch.autograd.grad(expected, inputs, direction, materialize_grads=True)
     for one, other in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one, other)
+
+
+PRODUCTS = [  # taps before, which of them each factor lengthens, rows
+    ((1,), (0, 0), 5),
+    ((1,), (0,) * 7, 4),  # pairs, then one alone
+    ((1, 1), (0, 0, 1, 1), 4),
+    ((1, 1), (0, 0, 0, 0, 1, 1), 4),  # polynomials of different degrees
+    ((1, 1), (0, 0, 1), 4),
+    ((1, 1), (0, 1, 0), 4),  # the same dimension twice
+    ((1, 1), (0, 0, 1, 1), 1),  # too few rows for polynomials
+    ((2, 1), (0, 1, 1, 1), 6),
+    ((2, 2), (0, 0, 1), 7),
+    ((1, 1, 1), (0, 0, 1, 1, 1, 2, 2), 3),
+    ((1, 2, 1), (0, 0, 0, 0, 1, 2, 2, 2, 2), 4),
+]
+
+
+@pytest.mark.parametrize(("taps", "axes", "rows"), PRODUCTS, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("channels_first", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_product_of_factors_has_the_values_and_gradients_of_their_chain(
+    taps, axes, rows, weighted, channels_first, batch
+):
+    """Whichever way is taken, against the factors one by one, in both layouts."""
+    from orthonet.linalg._projector_product import chain, multiply_projectors
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    sizes, columns = ((5, rows), 2) if channels_first else ((rows, 5), 1)
+    start, left, right = draw(batch, *sizes, *taps), *(draw(batch, len(axes), 5, 2) for _ in "lr")
+    inputs = (start, left, right) if weighted else (start, left)
+    result = multiply_projectors(
+        start, left, right if weighted else None, axes, channels_first=channels_first
+    )
+    expected = chain(
+        start.movedim(columns, -1), left, right if weighted else left, tuple(2 + a for a in axes)
+    ).movedim(-1, columns)
+    assert result.is_contiguous()
+    # observed: 8e-11 beside values of 1e5, the factors being no projectors
+    torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-9)
+    direction = torch.randn_like(result)
+    mine = torch.autograd.grad(result, inputs, direction)
+    for one, other in zip(mine, torch.autograd.grad(expected, inputs, direction), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-9)
 
 
 def test_chain_of_factors_can_be_differentiated_twice_and_transformed():

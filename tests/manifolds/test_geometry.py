@@ -242,3 +242,18 @@ def test_the_dimension_is_the_rank_of_the_differential(space, shape, options):
         for column in j.mT[:3]:
             v = column.reshape(shape)
             assert relative(space.tangent(x, v), v) <= 1e-8
+
+
+def test_checkpoints_with_an_empty_reflector_load():
+    """Beside a square base there is none; earlier versions saved an empty one."""
+    from orthonet import constraints
+
+    square, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    constraints.orthogonal(square, "weight"), constraints.orthogonal(other, "weight")
+    saved = square.state_dict()
+    assert not any(name.endswith("reflector") for name in saved)
+    place = next(name for name in saved if name.endswith("base")).removesuffix("base")
+    saved[f"{place}reflector"] = torch.empty(4, 0)
+    other.load_state_dict(saved)
+    assert torch.equal(other.weight, square.weight)
+    assert f"{place}reflector" in saved  # what the caller holds is left alone
