@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 # --- matrices ------------------------------------------------------------------------------
 
@@ -138,3 +139,31 @@ def _nearest(y: torch.Tensor) -> torch.Tensor:
 def _tangent_part(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     s = x.T @ v
     return v - x @ (s + s.T) / 2
+
+
+# --- autocast ------------------------------------------------------------------------------
+
+
+class RoundedWeights(TorchFunctionMode):
+    """Runs a model as under autocast, but rounds nothing except the weights it would round."""
+
+    _AFFINE = (
+        F.linear, F.conv1d, F.conv2d, F.conv3d,
+        F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+    )  # fmt: skip
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func not in self._AFFINE or not torch.is_autocast_enabled("cpu"):
+            return func(*args, **(kwargs or {}))
+        x, *rest = args
+        rest = [a.to(self.dtype).to(a.dtype) if isinstance(a, Tensor) else a for a in rest]
+        with torch.autocast("cpu", enabled=False):
+            return func(x, *rest, **(kwargs or {}))
+
+    def run(self, model, x: Tensor) -> Tensor:
+        with self, torch.autocast("cpu", self.dtype):
+            return model(x)

@@ -3,7 +3,7 @@
 from orthonet.certify import _zoo_rules  # noqa: F401 (registers them)
 from orthonet.certify._apgd import apgd_l2
 from orthonet.certify._autoattack import auto_attack_l2
-from orthonet.certify._bound import Bound
+from orthonet.certify._bound import Bound, Row
 from orthonet.certify._certificate import (
     LipschitzCertificate,
     certified_accuracy,
@@ -20,7 +20,6 @@ from orthonet.certify._empirical import (
 from orthonet.certify._local import local_bound, local_radius
 from orthonet.certify._metrics import empirical_accuracy
 from orthonet.certify._mlp import MLPBound, mlp_bound
-from orthonet.certify._propagate import Row
 from orthonet.certify._radius import RadiusCurve
 from orthonet.certify._report import report_html
 from orthonet.certify._rules import Call, Operand, Step, register_rule

@@ -14,6 +14,8 @@ ADVICE = {
     "embedding": "A lookup by index has no constant: certify the model behind it",
     "lstm": "Its gates multiply, so it has no global constant: use a vanilla RNN, unrolled",
     "gru": "Its gates multiply: use a vanilla RNN, unrolled",
+    "wrap_with_autocast": "Take torch.autocast out of forward and pass certify(..., "
+    "autocast=torch.bfloat16): the weights are rounded where it is on",
     "bmm": "The product of two tensors that depend on the input, as in attention, has no "
     "Lipschitz constant",
 }

@@ -9,7 +9,7 @@ from orthonet import _checks
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import add_up, hypot_up, mul_up
 
-__all__ = ["Bound", "Kind"]
+__all__ = ["Bound", "Kind", "Row"]
 
 Kind = Literal["exact", "upper", "estimate"]
 
@@ -89,3 +89,28 @@ def _values(bounds: tuple[Bound, ...]) -> list[float]:
             other=bounds[0],
         )
     return [bound.value for bound in bounds]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of the certificate: an operation, or several affine ones that were joined.
+
+    Attributes:
+        path: The module it belongs to.
+        op: The class of the module or the name of the operation, joined by `+`.
+        input_shape: The shape of one sample that it reads.
+        constant: Its own Lipschitz constant; of several operands the one of the first.
+        cumulative: The constant from the input of the model to its output.
+        method: How the constant was obtained.
+        kind: How far it can be trusted, see `Bound`.
+        seconds: What it took.
+    """
+
+    path: str
+    op: str
+    input_shape: tuple[int, ...]
+    constant: float
+    cumulative: float
+    method: str
+    kind: str
+    seconds: float

@@ -20,9 +20,9 @@ from orthonet.certify import (  # noqa: F401
     _module_rules,
     _spatial_rules,
 )
-from orthonet.certify._bound import Bound
+from orthonet.certify._bound import Bound, Row
 from orthonet.certify._forward_error import forward_error, unit_roundoffs
-from orthonet.certify._propagate import Row, Walker
+from orthonet.certify._propagate import Walker
 from orthonet.certify._radius import (
     RadiusCurve,
     certified_radius,
@@ -30,6 +30,7 @@ from orthonet.certify._radius import (
     correct_within,
     reach,
 )
+from orthonet.certify._regions import autocast_region
 from orthonet.errors import UncertifiableError
 
 __all__ = ["LipschitzCertificate", "certified_accuracy", "certified_curve"]
@@ -53,6 +54,7 @@ class LipschitzCertificate:
         lower: A bound from below, of kind `"estimate"`, by a secant of the function; None if it
             was not searched for. `constant.value / lower.value` bounds how loose the bound is.
         outputs: The bound of each output by itself.
+        autocast: The dtype of `torch.autocast` under which the bound holds; None without.
     """
 
     constant: Bound
@@ -61,6 +63,7 @@ class LipschitzCertificate:
     pairs: Tensor | None = field(default=None, repr=False)
     lower: Bound | None = None
     outputs: tuple[Bound, ...] = ()
+    autocast: torch.dtype | None = None
     _walker: Walker | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,6 +96,8 @@ class LipschitzCertificate:
         text.insert(1, "-" * len(text[0]))
         value, kind = self.constant.value, self.constant.kind
         last = f"Lipschitz constant ({self.constant.norm}, {kind}): {value:.9g}"
+        if self.autocast is not None:
+            last += f" under {_name(self.autocast)} autocast"
         if self.lower is not None:
             last += f"; at least {self.lower.value:.6g} is reached"
         return "\n".join([*text, last])
@@ -104,6 +109,7 @@ class LipschitzCertificate:
             "lower": None if self.lower is None else asdict(self.lower),
             "outputs": [asdict(bound) for bound in self.outputs],
             "input_shape": self.input_shape,
+            "autocast": None if self.autocast is None else _name(self.autocast),
             "rows": [asdict(row) for row in self.rows],
             "pairs": None if self.pairs is None else self.pairs.tolist(),
             "versions": {
@@ -122,7 +128,7 @@ class LipschitzCertificate:
         labels: Tensor | None = None,
         target: Tensor | None = None,
         inputs: Tensor | Sequence[Tensor] | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         r"""The distance, in units of the input, within which the predicted class cannot change.
 
@@ -203,7 +209,7 @@ class LipschitzCertificate:
         inputs: Tensor | Sequence[Tensor],
         *,
         within: Tensor | float = 0.0,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         r"""How far the outputs of a forward pass can be from exact arithmetic, in the l2 norm.
 
@@ -213,8 +219,12 @@ class LipschitzCertificate:
         Args:
             inputs: A batch for the model.
             within: The bound holds for all points within this distance, one for each sample.
-            dtype: Of the forward pass. `torch.bfloat16` and `torch.float16` stand for autocast:
-                weights and activations are rounded to it, sums are accumulated in float32.
+            dtype: Of the forward pass; None for what the model was certified in: the dtypes of its
+                values, under autocast those that PyTorch gives to each operation. Otherwise one
+                dtype for all of it; `torch.bfloat16` and `torch.float16` then also round every
+                weight. Sums are accumulated in float32 at least (on CUDA only with
+                `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False`, and
+                its twin for fp16).
 
         Shape:
             inputs: (N, *); returns (N,), float64
@@ -222,7 +232,8 @@ class LipschitzCertificate:
         Guarantee:
             Upper bound if every product, sum and quotient is rounded to nearest, in any order,
             with or without fused multiplications (so not TF32), elementary functions are accurate
-            to 64 units in the last place, and nothing overflows.
+            to 64 units in the last place, and nothing overflows. In float16 the bound is infinite
+            where something might.
 
         Raises:
             UncertifiableError: The rounding of an operation is not known, or the certificate was
@@ -236,10 +247,10 @@ class LipschitzCertificate:
             UncertifiableError,
         )
         _checks.require(
-            unit_roundoffs(dtype) is not None,
+            dtype is None or unit_roundoffs(dtype) is not None,
             "LipschitzCertificate",
             "dtype must be a floating-point dtype",
-            "Choose torch.float32, float64, bfloat16 or float16",
+            "Leave it out, or choose torch.float32, float64, bfloat16 or float16",
             dtype=dtype,
         )
         batch = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
@@ -257,6 +268,10 @@ class LipschitzCertificate:
         """
         counts = correct_within(logits, labels, self.radius(logits), radii)
         return [count / max(1, len(labels)) for count in counts]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @torch.no_grad()
@@ -310,7 +325,9 @@ def certified_curve(
     tensor = next(iter((*model.parameters(), *model.buffers())), None)
     curves = []
     for inputs, labels in loader:
-        logits = model(inputs if tensor is None else inputs.to(tensor.device))
+        inputs = inputs if tensor is None else inputs.to(tensor.device)
+        with autocast_region(inputs.device, certificate.autocast):
+            logits = model(inputs)
         curves.append(certificate.curve(logits, labels, norm=norm))
     _checks.require(
         sum(curve.samples for curve in curves) > 0,

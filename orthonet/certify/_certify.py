@@ -22,6 +22,7 @@ from orthonet.certify._norms import EFFORTS, Effort, limits
 from orthonet.certify._norms import effort as with_effort
 from orthonet.certify._propagate import Walker, propagate
 from orthonet.certify._radius import pairwise_constants
+from orthonet.certify._regions import HALF
 from orthonet.certify._rules import Operand
 from orthonet.errors import UncertifiableError
 
@@ -34,6 +35,7 @@ def certify(
     *,
     effort: Effort = "default",
     lower: bool = True,
+    autocast: torch.dtype | None = None,
 ) -> LipschitzCertificate:
     r"""Prove an upper bound of the l2 Lipschitz constant of a model, for each sample.
 
@@ -54,6 +56,10 @@ def certify(
             graph are bounded by [`mlp_bound`][orthonet.certify.mlp_bound], too: by its closed form
             up to width 256 with `"default"`, by its descent up to 1024 with `"tight"`.
         lower: Search for a secant from below, so that the gap is seen (not with `"fast"`).
+        autocast: Certify the model as it runs under `torch.autocast` to this dtype, `bfloat16` or
+            `float16`: with the weights of each operation rounded where PyTorch rounds them, which
+            is found out by running it. `radius(logits, inputs=...)` then takes off the rounding
+            of that forward pass, operation by operation in the dtype that it has there.
 
     Shape:
         example_input: (N, *), the batch first
@@ -65,7 +71,8 @@ def certify(
     Raises:
         UncertifiableError: The model is in train mode, holds NaN or half-precision weights, mixes
             samples, cannot be traced, or does something that no rule covers. The message names
-            the operation and the module and says what to do.
+            the operation and the module and says what to do. Under autocast also: weights leave
+            the range of float16, or are rounded inside of a module that has one rule for all.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval()
@@ -75,16 +82,19 @@ def certify(
     examples = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
     _check_examples(examples)
     _checks.one_of("certify", tuple(EFFORTS), effort=effort)
+    _checks.one_of("certify", (None, *HALF), autocast=autocast)
+    _check_region(examples[0].device)
     _check_model(model)
     with torch.no_grad(), with_effort(effort):
-        walker = propagate(model, examples)
+        walker = propagate(model, examples, autocast=autocast)
         pairs = _pairs(walker)
         below = lower_bound(walker, examples) if lower else None
         each = tuple(Bound(0.0, kind="exact") if s is None else walker.bound_of(s)
                      for s in walker.outputs)  # fmt: skip
     shapes = tuple(tuple(x.shape[1:]) for x in examples)
     shape = shapes[0] if len(shapes) == 1 else shapes
-    return LipschitzCertificate(walker.bound, walker.rows(), shape, pairs, below, each, walker)
+    return LipschitzCertificate(walker.bound, walker.rows(), shape, pairs, below, each,
+                                autocast, walker)  # fmt: skip
 
 
 def _pairs(walker: Walker) -> Tensor | None:
@@ -131,6 +141,18 @@ def _check_examples(examples: tuple[Tensor, ...]) -> None:
     )
 
 
+def _check_region(device: torch.device) -> None:
+    kind = device.type
+    _checks.require(
+        not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)),
+        "certify",
+        "autocast must be off around the call",
+        "Pass the dtype as certify(..., autocast=torch.bfloat16) instead",
+        UncertifiableError,
+        device=kind,
+    )
+
+
 def _check_model(model: nn.Module) -> None:
     for path, module in model.named_modules():
         _checks.require(
@@ -154,7 +176,7 @@ def _check_model(model: nn.Module) -> None:
             tensor.dtype not in (torch.float16, torch.bfloat16),
             "certify",
             "weights must be float32 or float64",
-            "Call model.float(): the rounding of half precision would exceed most margins",
+            "Call model.float(), and pass autocast=torch.bfloat16 to certify the rounded weights",
             UncertifiableError,
             path=path,
             dtype=tensor.dtype,

@@ -11,11 +11,13 @@ from torch.fx.node import map_arg
 from orthonet import _checks
 from orthonet.certify._export import FAILURES, Program, refuse_export
 from orthonet.certify._marks import ROOT
+from orthonet.certify._regions import autocast_region
 from orthonet.errors import UncertifiableError
 
 __all__ = ["check_samples_apart", "check_same_function"]
 
 _TOLERANCE = 1e-4  # of the largest output: kernels may differ by batch size, branches differ more
+_HALF_TOLERANCE = 2.0**-5  # of outputs in half precision, after several roundings
 
 
 def _outputs(model: nn.Module, program: Program, size: int) -> list[Tensor]:
@@ -28,10 +30,12 @@ def _outputs(model: nn.Module, program: Program, size: int) -> list[Tensor]:
             return []
 
 
-def _close(a: list[Tensor], b: list[Tensor]) -> bool:
+def _close(a: list[Tensor], b: list[Tensor], tolerance: float = _TOLERANCE) -> bool:
     scale = max([float(t.abs().max()) for t in a if t.numel()], default=0.0)
     return len(a) == len(b) and all(
-        x.shape == y.shape and torch.allclose(x, y, rtol=0, atol=_TOLERANCE * scale, equal_nan=True)
+        x.shape == y.shape
+        and x.dtype == y.dtype
+        and torch.allclose(x, y, rtol=0, atol=tolerance * scale, equal_nan=True)
         for x, y in zip(a, b, strict=True)
     )
 
@@ -43,11 +47,13 @@ def check_same_function(model: nn.Module, program: Program) -> None:
         UncertifiableError: They do not.
     """
     size = len(program.samples[0])
-    first, again = (_outputs(model, program, size) for _ in range(2))
+    with autocast_region(program.samples[0].device, program.autocast):
+        first, again = (_outputs(model, program, size) for _ in range(2))
     with torch.no_grad():
         traced = _run(program)
+    tolerance = _TOLERANCE if program.autocast is None else _HALF_TOLERANCE
     _checks.require(
-        _close(first, again) and _close(first, traced),
+        _close(first, again, tolerance) and _close(first, traced, tolerance),
         "certify",
         "the model must be a function of its input alone",
         "Remove random numbers and state that forward reads or writes, and writing in place into "
@@ -58,6 +64,8 @@ def check_same_function(model: nn.Module, program: Program) -> None:
 
 def check_samples_apart(model: nn.Module, program: Program) -> None:
     """Run the model on one sample and on two: they must not see the others of their batch.
+
+    Without autocast, whose roundings would hide a little of the others.
 
     Raises:
         UncertifiableError: They do, or the map depends on the batch size.
@@ -84,7 +92,8 @@ def _run(program: Program) -> list[Tensor]:
     for node in program.graph.nodes:
         if node.op == "call_function" and node not in env:
             args, kwargs = map_arg((node.args, node.kwargs), value)
-            env[node] = node.target(*args, **kwargs)
+            with program.region(node):
+                env[node] = node.target(*args, **kwargs)
     return [value(node) for node in program.outputs]
 
 

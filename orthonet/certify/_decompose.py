@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from orthonet.certify._regions import DECOMPOSED, REGION_OFF
 from orthonet.certify._rules import function_rule
 
 __all__ = ["decompose", "inline_regions"]
@@ -52,24 +53,32 @@ def decompose(graph: fx.Graph, nodes: list[fx.Node]) -> None:
         added = [n for n in graph.nodes if n not in before]
         for new in added:
             new.meta.setdefault("val", None)
-            for key in ("nn_module_stack", "stack_trace"):
+            new.meta[DECOMPOSED] = True
+            for key in ("nn_module_stack", "stack_trace", REGION_OFF):
                 if key in node.meta:
                     new.meta[key] = node.meta[key]
         _replace(node, result)
 
 
-def inline_regions(module: fx.GraphModule) -> None:
-    """Put the operations of every region in which autocast is off in the place of the region."""
+def inline_regions(module: fx.GraphModule, autocast: torch.dtype | None = None) -> None:
+    """Put the operations of regions in which autocast is off, or to `autocast`, in their place."""
     graph = module.graph
     for node in list(graph.nodes):
-        if getattr(node.target, "__name__", "") != _REGION or node.args[2]:
+        if getattr(node.target, "__name__", "") != _REGION:
             continue
-        inner: Any = module.get_submodule(str(node.args[4].target))
-        inline_regions(inner)
+        _, dtype, enabled, _, body, *operands = node.args
+        if enabled and (autocast is None or dtype != autocast):
+            continue
+        inner: Any = module.get_submodule(str(body.target))
+        inline_regions(inner, autocast)
         formal = (n for n in inner.graph.nodes if n.op == "placeholder")
-        mapping = dict(zip(formal, node.args[5:], strict=True))
+        mapping = dict(zip(formal, operands, strict=True))
+        before = set(graph.nodes)
         with graph.inserting_before(node):
             result: Any = graph.graph_copy(inner.graph, mapping)
+        for new in graph.nodes:
+            if new not in before:
+                new.meta.setdefault(REGION_OFF, not enabled)
         _replace(node, result)
 
 

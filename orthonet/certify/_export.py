@@ -6,6 +6,7 @@ model: the weights of a certificate are the deployed ones to the last bit.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import warnings
@@ -21,9 +22,10 @@ from torch.fx.node import map_arg
 from orthonet import _checks
 from orthonet.certify._decompose import decompose, inline_regions
 from orthonet.certify._marks import ROOT, LeafCall, Marked, mark_of, marked_copy
+from orthonet.certify._regions import REGION_OFF, autocast_region
 from orthonet.errors import UncertifiableError
 
-__all__ = ["BATCH", "FAILURES", "BatchDependent", "Program", "export", "refuse_export"]
+__all__ = ["BATCH", "FAILURES", "BatchDependent", "Program", "export", "refuse", "refuse_export"]
 
 BATCH = 3
 """The batch size of the probe; constants are also computed for one less."""
@@ -56,6 +58,9 @@ class Program:
         batch: The name of the free batch size.
         graph: All of it, also what lies inside of the calls.
         samples: The batch that the model was traced with.
+        moving: The nodes of the graph whose values depend on the input.
+        autocast: The dtype of autocast, None where it is off.
+        dtypes: The dtypes of the floating values that were found under autocast.
     """
 
     nodes: list[fx.Node]
@@ -67,6 +72,25 @@ class Program:
     batch: str = ""
     graph: fx.Graph = field(default_factory=fx.Graph)
     samples: tuple[Tensor, ...] = ()
+    moving: set[fx.Node] = field(default_factory=set)
+    autocast: torch.dtype | None = None
+    dtypes: dict[fx.Node, torch.dtype] = field(default_factory=dict)
+
+    def dtype_of(self, node: fx.Node) -> torch.dtype:
+        """The dtype of the value of a node, of the first of several values."""
+        value = node.meta.get("val")
+        while isinstance(value, (tuple, list)):
+            value = value[0]
+        found = self.dtypes.get(node)
+        return found or (value.dtype if isinstance(value, Tensor) else self.samples[0].dtype)
+
+    def autocast_at(self, node: fx.Node) -> torch.dtype | None:
+        """The dtype of autocast where a node is run."""
+        return None if node.meta.get(REGION_OFF) else self.autocast
+
+    def region(self, node: fx.Node) -> contextlib.AbstractContextManager[Any]:
+        """Autocast as it is where a node is run."""
+        return autocast_region(self.samples[0].device, self.autocast_at(node))
 
     def parents(self, node: fx.Node) -> list[fx.Node]:
         mark = mark_of(node)
@@ -100,8 +124,12 @@ def op_name(node: fx.Node) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
+def export(
+    model: nn.Module, inputs: tuple[Tensor, ...], autocast: torch.dtype | None = None
+) -> Program:
     """Export `model` with a free batch size and fold its constants.
+
+    Under autocast it is traced as it runs there; the constants are rounded by `round_constants`.
 
     Raises:
         UncertifiableError: The model cannot be exported, writes its state, draws random numbers,
@@ -111,7 +139,10 @@ def export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
     twin, marker = marked_copy(model)
     batch = torch.export.Dim("batch", min=2, max=64)
     try:
-        with marker.functions(twin), torch.no_grad(), warnings.catch_warnings():
+        with (
+            marker.functions(twin), torch.no_grad(), warnings.catch_warnings(),
+            autocast_region(samples[0].device, autocast),
+        ):  # fmt: skip
             warnings.simplefilter("ignore")
             program = torch.export.export(
                 twin, samples, dynamic_shapes=_free_batch(twin, samples, batch), strict=False
@@ -120,7 +151,8 @@ def export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
             if any(_writes(node) for m in graphs for node in m.graph.nodes):
                 program = program.run_decompositions({})
     except FAILURES as error:
-        refuse_export(model, samples, marker.visited[-1], error)
+        with autocast_region(samples[0].device, autocast):
+            refuse_export(model, samples, marker.visited[-1], error)
     signature = program.graph_signature
     if signature.buffers_to_mutate:
         _checks.fail(
@@ -148,11 +180,12 @@ def export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
     constants: dict[fx.Node, Any] = {
         n: state[stored[n.name]].detach() for n in placeholders if n.name in stored
     }
-    inline_regions(program.graph_module)
+    inline_regions(program.graph_module, autocast)
     for node in graph.nodes:  # graphs of their own, in which autocast is on
         if node.op == "get_attr":
             constants[node] = program.graph_module.get_submodule(str(node.target))
-    result = Program([], nodes, outputs, constants, marker.calls)
+    result = Program([], nodes, outputs, constants, marker.calls, samples=samples)
+    result.autocast = autocast
     result.graph = graph
     result.batch = str(nodes[0].meta["val"].shape[0])
     for node in graph.nodes:
@@ -162,9 +195,9 @@ def export(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
     moving = _moving(graph.nodes, nodes)
     decompose(graph, [n for n in _needed(result, list(graph.nodes)) if n in moving])
     result.outputs = [_outputs(last)[i] for i in places]
+    result.moving = _moving(graph.nodes, nodes)
     result.nodes = _needed(result, list(graph.nodes))
     _fold(result)
-    result.samples = samples
     return result
 
 
@@ -274,8 +307,8 @@ def _fold(program: Program) -> None:
             moving.add(node)
             continue
         if node.op == "call_function" and not shape_only and _is_random(node):
-            _refuse(node, "the model must be a function of its input alone",
-                    "Remove the random numbers, or draw them once into a buffer")  # fmt: skip
+            refuse(node, "the model must be a function of its input alone",
+                   "Remove the random numbers, or draw them once into a buffer")  # fmt: skip
         values = [_evaluate(node, program, size) for size in (BATCH, BATCH - 1)]
         constants[node] = values[0] if _same(*values) else BatchDependent(values[0])
     program.nodes = [n for n in program.nodes if n in moving]
@@ -304,7 +337,7 @@ def _evaluate(node: fx.Node, program: Program, size: int) -> Any:
         return found
 
     args, kwargs = map_arg((node.args, node.kwargs), value)
-    with torch.no_grad():
+    with torch.no_grad(), program.region(node):
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -314,7 +347,7 @@ def _evaluate_call(node: fx.Node, program: Program) -> Any:
     values = {k: program.constants[n] for k, n in program.entries.get(number, {}).items()}
     target = call.target
     args, kwargs = fill(call.args, values), {k: fill(v, values) for k, v in call.kwargs.items()}
-    with torch.no_grad():
+    with torch.no_grad(), program.region(node):
         result = target(*args, **kwargs)
     tensors: list[Tensor] = []
 
@@ -347,7 +380,7 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and not isinstance(a, Tensor) and a == b
 
 
-def _refuse(node: fx.Node, requirement: str, advice: str) -> None:
+def refuse(node: fx.Node, requirement: str, advice: str) -> None:
     details = {"operation": op_name(node), "path": path_of(node)}
     if source_of(node):
         details["source"] = source_of(node)

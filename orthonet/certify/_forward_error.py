@@ -3,7 +3,8 @@ r"""How far a forward pass in floating point can be from the function that it st
 With u the unit roundoff, a sum of k products is computed with an error of at most
 $\gamma_k |W| |x|$, entry by entry. Norm by norm along the graph: the error of an operation is its
 Lipschitz constant times the errors of what it reads, plus what it rounds itself, for which the
-magnitudes at the given inputs count.
+magnitudes at the given inputs count. Each operation has the unit roundoff of its own dtype; what
+it reads in a wider one is rounded first.
 
 N. J. Higham, Accuracy and Stability of Numerical Algorithms (2002), chapter 3.
 """
@@ -11,7 +12,7 @@ N. J. Higham, Accuracy and Stability of Numerical Algorithms (2002), chapter 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,10 @@ _UNITS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24,
 _SAFE = 1.0 + 2.0**-40  # for the float64 roundings of this bookkeeping itself
 
 
+_TINY = {torch.float16: 2.0**-22}  # what an entry loses by underflow, four times; else 2^-120
+_LARGEST = {torch.float16: 65504.0}
+
+
 def unit_roundoffs(dtype: torch.dtype) -> tuple[float, float] | None:
     """The roundoffs of storage and of sums: half precision accumulates in float32."""
     if dtype not in _UNITS:
@@ -41,15 +46,17 @@ def unit_roundoffs(dtype: torch.dtype) -> tuple[float, float] | None:
 
 
 def forward_error(
-    walker: Walker, inputs: Sequence[Tensor], within: Tensor | float, dtype: torch.dtype
+    walker: Walker, inputs: Sequence[Tensor], within: Tensor | float, dtype: torch.dtype | None
 ) -> Tensor:
-    """Upper bounds (N,) of the l2 error of the outputs, anywhere within a radius of the inputs."""
-    storage, sums = unit_roundoffs(dtype) or (0.0, 0.0)
+    """Upper bounds (N,) of the l2 error of the outputs, anywhere within a radius of the inputs.
+
+    All operations are run in `dtype`; for None in those that they were certified in.
+    """
     with torch.no_grad():
         values = replay(walker.program, [x.detach().cpu().double() for x in inputs])
         ball = torch.as_tensor(within, dtype=torch.float64).expand(len(inputs[0]))
-        exact = _Errors(walker, values, torch.zeros_like(ball), 2.0**-53, 2.0**-53, None)
-        errors = _Errors(walker, values, ball, storage, sums, exact)
+        exact = _Errors(walker, values, torch.zeros_like(ball), torch.float64, None)
+        errors = _Errors(walker, values, ball, dtype, exact)
         total = torch.zeros_like(ball)
         for state in walker.outputs:
             if state is not None:
@@ -58,26 +65,50 @@ def forward_error(
 
 
 class _Errors:
-    """The errors of all nodes for one dtype and one radius."""
+    """The errors of all nodes for one dtype, or for their own, and one radius."""
 
     def __init__(
-        self, walker: Walker, values: dict[Any, Any], ball: Tensor, storage: float, sums: float,
+        self, walker: Walker, values: dict[Any, Any], ball: Tensor, dtype: torch.dtype | None,
         exact: _Errors | None,
     ) -> None:  # fmt: skip
-        self.walker, self.values, self.ball = walker, values, ball
-        self.storage, self.sums, self.exact = storage, sums, exact
+        self.walker, self.values, self.ball, self.dtype = walker, values, ball, dtype
+        self.exact = exact
         self.known: dict[State, Tensor] = {}
         for state in walker.states.values():  # in order, so that nothing recurses deeply
             self.of(state)
 
-    def relative(self, roundings: float, stages: int = 1) -> float:
-        """(1 + storage)^(3 stages) (1 + gamma_k) - 1; nothing for copies."""
-        if not roundings:
-            return 0.0
-        gamma = roundings * self.sums / max(1.0 - roundings * self.sums, 2.0**-60)
-        if self.storage == self.sums:
-            return gamma * _SAFE
-        return (math.expm1(3 * stages * math.log1p(self.storage) + math.log1p(gamma))) * _SAFE
+    def dtype_of(self, state: State) -> torch.dtype:
+        """The dtype that an operation stores its output in."""
+        return self.dtype or self.walker.program.dtype_of(state.node)
+
+    def gamma(self, state: State) -> Callable[..., float]:
+        """The function of a number of roundings that bounds the relative error of an entry.
+
+        (1 + storage)^(3 stages) (1 + gamma_k) - 1; nothing for copies.
+        """
+        storage, sums = unit_roundoffs(self.dtype_of(state)) or (0.0, 0.0)
+
+        def relative(roundings: float, stages: int = 1) -> float:
+            gamma = _sums(roundings, self.dtype_of(state))
+            if storage == sums or not roundings:
+                return gamma
+            return math.expm1(3 * stages * math.log1p(storage) + math.log1p(gamma)) * _SAFE
+
+        return relative
+
+    def tiny(self, state: State, roundings: float) -> float:
+        """What underflow takes from an entry."""
+        dtype = self.dtype_of(state)
+        return max(roundings * 2.0**-120, _TINY.get(dtype, 0.0) if roundings else 0.0)
+
+    def read(self, parent: State, state: State) -> tuple[Tensor, Tensor]:
+        """The error and the size of an operand as an operation reads it: in its own dtype."""
+        error, size = self.of(parent), self.size(parent)
+        mine, other = self.dtype_of(state), self.dtype_of(parent)
+        if _UNITS[mine] > _UNITS[other]:
+            lost = (size + error) * _UNITS[mine]
+            error = (error + lost + math.prod(parent.shape) ** 0.5 * self.tiny(state, 1.0)) * _SAFE
+        return error, size
 
     def size(self, state: State) -> Tensor:
         """The norm of a node anywhere in the ball, in exact arithmetic."""
@@ -95,15 +126,17 @@ class _Errors:
     def of(self, state: State) -> Tensor:
         """The error of a node."""
         if state not in self.known:
-            self.known[state] = self._find(state)
+            found = self._find(state)
+            largest = _LARGEST.get(self.dtype_of(state))
+            if largest is not None and isinstance(self.values[state.node], Tensor):
+                self.known[state] = found  # for the size of a node without a twin
+                found = torch.where(self.size(state) + found < largest, found, math.inf)
+            self.known[state] = found
         return self.known[state]
 
     def _find(self, state: State) -> Tensor:
         if not state.parents:  # an input: exact, but for its cast to half precision
-            cast = self.storage if self.storage != self.sums else 0.0
-            value = self.values[state.node]
-            norm = torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1)
-            return (norm + self.ball) * cast
+            return self._input(state)
         step, call = self.walker.step_of(state), state.call
         if step.roundings is None and len(state.parents) == 1:
             normalized = self._normalized(state, state.parents[0])
@@ -116,39 +149,62 @@ class _Errors:
                 "roundings from its rule",
             )
         order = [operand._state for operand in call.operands]
+        relative = self.gamma(state)
         if callable(step.roundings):
-            return self._compound(step, step.roundings(self.relative), state, order)
+            return self._compound(step, step.roundings(relative), state, order)
         if isinstance(step.roundings, Rounding):
             return self._compound(step, step.roundings, state, order)
         carried = torch.zeros_like(self.ball)
         own = torch.zeros_like(self.ball)
-        relative = self.relative(step.roundings)
         absolute = _absolute_gain(call)
+        once = absolute is not None and self.dtype is None and call.op not in _TRANSPOSED
+        share = _sums(step.roundings, self.dtype_of(state)) if once else relative(
+            step.roundings, _stages(call)
+        )  # fmt: skip
         for gain, parent in zip(step.gains, order, strict=True):
-            error = self.of(parent)
-            carried = carried + gain.value * error
-            if relative:
-                own = own + (absolute or gain.value) * (self.size(parent) + error)
-        if relative:
+            error, size = self.read(parent, state)
+            carried = carried + _times(gain.value, error)
+            if share:
+                own = own + _times(absolute or gain.value, size + error)
+        if share:
             if absolute is None:
                 self.known[state] = carried  # for the size of a node without a twin
                 own = own + self.size(state) + carried
             own = own + _offset(state)
             wide = math.prod(state.shape) ** 0.5 * max(1.0, absolute or 1.0)
-            own = own * relative + step.roundings * wide * 2.0**-120
+            own = own * share + wide * self.tiny(state, step.roundings)
+            if once and _UNITS[self.dtype_of(state)] > 2.0**-24:  # operands are rounded already
+                self.known[state] = own = own + carried
+                own = own + ((1.0 + _UNITS[self.dtype_of(state)]) ** 2 - 1.0) * (
+                    self.size(state) + own + _offset(state)
+                )
+                carried = torch.zeros_like(own)
         return (carried + own) * _SAFE
+
+    def _input(self, state: State) -> Tensor:
+        """The rounding of an input to the dtype that the whole model is run in."""
+        storage, sums = unit_roundoffs(self.dtype_of(state)) or (0.0, 0.0)
+        value = self.values[state.node]
+        norm = torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1)
+        if storage == sums:
+            return torch.zeros_like(norm)
+        return (norm + self.ball) * storage + math.prod(state.shape) ** 0.5 * self.tiny(state, 1.0)
 
     def _normalized(self, state: State, parent: State) -> Tensor | None:
         """The error of a normalization by the statistics of its input."""
-        error, values = self.of(parent), self.values[parent.node]
+        values = self.values[parent.node]
         if not isinstance(values, Tensor):
             return None
+        error, _ = self.read(parent, state)
         near = error
         if self.exact is not None:
             near = near + self.exact.of(parent)
         if bool((self.ball > 0).any()):
             near = near + self.walker.bound_of(parent).value * self.ball
-        return normalization_error(state.call, values, near, error, self.relative)
+        found = normalization_error(state.call, values, near, error, self.gamma(state))
+        if found is None:
+            return None
+        return found + math.prod(state.shape) ** 0.5 * self.tiny(state, 1.0)
 
     def _compound(
         self, step: Step, rounding: Rounding, state: State, parents: list[State]
@@ -156,14 +212,33 @@ class _Errors:
         """The error of a map that counts its roundings itself."""
         carried, size = torch.zeros_like(self.ball), torch.zeros_like(self.ball)
         for gain, parent in zip(step.gains, parents, strict=True):
-            error = self.of(parent)
-            carried = carried + gain.value * error
-            size = size + self.size(parent) + error
-        own = (rounding.size * size + rounding.offset) * self.relative(
+            error, large = self.read(parent, state)
+            carried = carried + _times(gain.value, error)
+            size = size + large + error
+        own = (rounding.size * size + rounding.offset) * self.gamma(state)(
             rounding.count, rounding.stages
         )
-        tiny = rounding.count * math.prod(state.shape) ** 0.5 * max(1.0, rounding.size) * 2.0**-120
-        return (carried + own + tiny) * _SAFE
+        wide = math.prod(state.shape) ** 0.5 * max(1.0, rounding.size)
+        return (carried + own + wide * self.tiny(state, rounding.count)) * _SAFE
+
+
+def _sums(roundings: float, dtype: torch.dtype) -> float:
+    """Gamma of a number of roundings of sums."""
+    unit = (unit_roundoffs(dtype) or (0.0, 0.0))[1]
+    return roundings * unit / max(1.0 - roundings * unit, 2.0**-60) * _SAFE
+
+
+def _stages(call: Call) -> int:
+    """How often a sum is stored: a transposed convolution may add its taps in half precision."""
+    if call.op not in _TRANSPOSED:
+        return 1
+    taps = math.prod(call.constant(1, "weight").shape[2:])
+    return 1 + math.ceil(taps / 3)
+
+
+def _times(gain: float, error: Tensor) -> Tensor:
+    """The product, of an infinite error and no gain 0."""
+    return gain * error if gain else torch.zeros_like(error)
 
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from orthonet import _checks
 from orthonet.certify._advice import ADVICE
 from orthonet.certify._affine import Island, action_of, materialise, moves
-from orthonet.certify._bound import Bound
+from orthonet.certify._autocast import round_constants
+from orthonet.certify._bound import Bound, Row
 from orthonet.certify._consistency import check_same_function, check_samples_apart
 from orthonet.certify._export import Program, export, fill, op_name, path_of, source_of
 from orthonet.certify._form_rules import form_of
@@ -37,32 +38,7 @@ from orthonet.certify._rules import (
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import add_up
 
-__all__ = ["Row", "State", "Walker", "propagate"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One step of the certificate: an operation, or several affine ones that were joined.
-
-    Attributes:
-        path: The module it belongs to.
-        op: The class of the module or the name of the operation, joined by `+`.
-        input_shape: The shape of one sample that it reads.
-        constant: Its own Lipschitz constant; of several operands the one of the first.
-        cumulative: The constant from the input of the model to its output.
-        method: How the constant was obtained.
-        kind: How far it can be trusted, see `Bound`.
-        seconds: What it took.
-    """
-
-    path: str
-    op: str
-    input_shape: tuple[int, ...]
-    constant: float
-    cumulative: float
-    method: str
-    kind: str
-    seconds: float
+__all__ = ["State", "Walker", "propagate"]
 
 
 @dataclass(eq=False)
@@ -94,9 +70,14 @@ _SMALL_IMAGES = {"fast": -1, "default": 256, "tight": math.inf}
 """Pixels up to which the torus of an island may be much too large, so that the product is tried."""
 
 
-def propagate(model: nn.Module, examples: tuple[Tensor, ...], prefix: str = "") -> Walker:
+def propagate(
+    model: nn.Module, examples: tuple[Tensor, ...], prefix: str = "",
+    autocast: torch.dtype | None = None,
+) -> Walker:  # fmt: skip
     """Bound the l2 -> l2 constant of `model`, sample by sample, in the shapes of `examples`."""
-    program = export(model, examples)
+    program = export(model, examples, autocast)
+    if autocast is not None:
+        round_constants(program)
     check_same_function(model, program)
     walker = Walker(model, program, prefix)
     walker.walk()  # names the operation that mixes samples, where it knows it
@@ -179,7 +160,7 @@ class Walker:
                 "A certificate is given for each sample on its own; reshape with "
                 "x.flatten(1) or x.reshape(x.shape[0], ...)",
             )
-        if value.dtype not in (torch.float32, torch.float64):
+        if value.dtype not in (torch.float32, torch.float64, self.program.autocast):
             self._refuse(
                 node,
                 "a value that depends on the input must be float32 or float64",
@@ -288,7 +269,7 @@ class Walker:
             name = next((n for n, m in module.named_modules() if m is child), "")
             example = torch.zeros(1, *input_shape, dtype=value.dtype, device=value.device)
             path = ".".join(part for part in (call.path, name) if part not in (ROOT, ""))
-            walker = propagate(child, (example,), path)
+            walker = propagate(child, (example,), path, self.program.autocast_at(state.node))
             self.extra.extend(walker.rows())
             return walker.bound
 

@@ -11,11 +11,11 @@ from torch.fx.node import map_arg
 
 from orthonet.certify._export import BATCH, BatchDependent, Program, op_name
 from orthonet.certify._marks import mark_of
+from orthonet.certify._regions import CASTS
 
 __all__ = ["Replay", "replay"]
 
 _CHECKS = {"_assert_tensor_metadata"}  # of the dtype that the model was exported in
-_CASTS = {"_to_copy", "to", "float", "double", "type_as"}
 
 
 def replay(program: Program, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
@@ -44,11 +44,11 @@ def replay(program: Program, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
         if node.op != "call_function" or node in program.constants or op_name(node) in _CHECKS:
             continue
         args, kwargs = map_arg((node.args, node.kwargs), value)
-        if "dtype" in kwargs and kwargs["dtype"] in (torch.float32, torch.float64):
+        if "dtype" in kwargs and getattr(kwargs["dtype"], "is_floating_point", False):
             kwargs = {**kwargs, "dtype": torch.float64}
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu")}
-        casts = op_name(node) in _CASTS and isinstance(node.meta.get("val"), Tensor)
+        casts = op_name(node) in CASTS and isinstance(node.meta.get("val"), Tensor)
         if mark_of(node) is not None:
             env[node] = args[0]
         elif casts and node.meta["val"].is_floating_point():

@@ -38,7 +38,8 @@ def rank_and_size(group: Any) -> tuple[int, int]:
 def exchange(pieces: Sequence[Tensor], owners: Sequence[int], group: Any) -> list[Tensor]:
     """What the owners hold, of every piece; of those of others only shape and dtype are looked at.
 
-    One all-gather for each dtype, of as many elements from each rank as the largest share has.
+    One all-gather for each dtype, of as many elements from each rank as the largest share has. With
+    gloo, whose all-gather takes four times the CPU time, a broadcast from each rank, all at once.
     """
     rank, size = rank_and_size(group)
     result = list(pieces)
@@ -54,7 +55,18 @@ def exchange(pieces: Sequence[Tensor], owners: Sequence[int], group: Any) -> lis
         if shares[rank]:
             own = [pieces[i].reshape(-1) for i in shares[rank]]
             torch.cat(own, out=sent[: sum(sizes[rank])])
-        dist.all_gather(list(received.unbind()), sent, group=group)
+        if dist.get_backend(group) == "gloo":
+            works = [
+                dist.broadcast(
+                    received[owner, : sum(sizes[owner])], dist.get_global_rank(group, owner),
+                    group=group, async_op=True,
+                )
+                for owner in range(size) if shares[owner]
+            ]  # fmt: skip
+            for pending in works:
+                pending.wait()  # type: ignore[union-attr]
+        else:
+            dist.all_gather(list(received.unbind()), sent, group=group)
         for other in range(size):
             if other == rank or not shares[other]:
                 continue

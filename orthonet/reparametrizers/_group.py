@@ -48,7 +48,11 @@ def kind(weight: OrthoWeight, *, mode: bool = False) -> list[Any]:
 
 
 class Batch:
-    """The normalizer and the orthogonalizer of several weights, for all matrices at once."""
+    """The normalizer and the orthogonalizer of several weights, for all matrices at once.
+
+    A single weight is computed as it stands: products of matrices are faster than those of batches
+    of one, and nothing is copied.
+    """
 
     def __init__(
         self, members: Sequence[OrthoWeight], structures: Sequence[Structure | None] = ()
@@ -58,7 +62,8 @@ class Batch:
         self.shapes = [m.original.shape for m in members]
         self.counts = [math.prod(shape[:-2]) for shape in self.shapes]
         self.steps = [copy.deepcopy(s) for s in (members[0].normalizer, members[0].orthogonalizer)]
-        size = (sum(self.counts), *self.shapes[0][-2:])
+        self.alone = len(members) == 1
+        size = tuple(self.shapes[0]) if self.alone else (sum(self.counts), *self.shapes[0][-2:])
         for step in self.steps:
             for part in step.modules():
                 if "weight_shape" in vars(part):
@@ -83,8 +88,11 @@ class Batch:
         work = compute_dtype(dtype)
         with torch.inference_mode(False), torch.no_grad():
             state = self._gather(members)
-            pieces = [t.view(n, *t.shape[-2:]) for t, n in zip(originals, self.counts, strict=True)]
-            leaf = torch.cat(pieces).to(work)
+            if self.alone:  # shares memory and version counter with the parameter
+                leaf = originals[0].detach().to(work)
+            else:
+                sizes = zip(originals, self.counts, strict=True)
+                leaf = torch.cat([t.view(n, *t.shape[-2:]) for t, n in sizes]).to(work)
         if recorded:
             # A parameter where the modules get one without the batch: they may write to it.
             leaf = nn.Parameter(leaf) if dtype == work else leaf.requires_grad_()
@@ -96,7 +104,8 @@ class Batch:
             with torch.inference_mode(False), torch.no_grad():
                 outputs = self._run(leaf)
         with torch.inference_mode(False), torch.no_grad():
-            self._scatter(originals, None if leaf._version == before else leaf, state)
+            moved = leaf._version != before and not self.alone
+            self._scatter(originals, leaf if moved else None, state)
 
         def spread(pulled: Gradients, grads: Sequence[Tensor | None]) -> Gradients:
             grad = pulled[0]
@@ -104,7 +113,7 @@ class Batch:
                 return (None,) * len(self.shapes)
             pieces = [
                 piece.reshape(shape).to(dtype)
-                for piece, shape in zip(grad.split(self.counts), self.shapes, strict=True)
+                for piece, shape in zip(self._split(grad), self.shapes, strict=True)
             ]
             if not grads:
                 return tuple(pieces)
@@ -119,8 +128,11 @@ class Batch:
         with without_autocast(matrices):
             for step in self.steps:
                 matrices = step(matrices)
-        pieces = zip(matrices.split(self.counts), self.shapes, strict=True)
+        pieces = zip(self._split(matrices), self.shapes, strict=True)
         return [piece.view(shape) for piece, shape in pieces]
+
+    def _split(self, batch: Tensor) -> Sequence[Tensor]:
+        return (batch,) if self.alone else batch.split(self.counts)
 
     def _gather(self, members: Sequence[OrthoWeight]) -> list[tuple[Tensor, int, list[Tensor]]]:
         """Fill the buffers of the batch from those of the members: (batch, version, theirs)."""
@@ -135,7 +147,8 @@ class Batch:
                         continue
                     values = [p._buffers[buffer] for p in parts]
                     sizes = zip(values, self.shapes, self.counts, strict=True)
-                    batch = torch.cat([v.reshape(n, *v.shape[len(s) - 2 :]) for v, s, n in sizes])
+                    pieces = [v.reshape(n, *v.shape[len(s) - 2 :]) for v, s, n in sizes]
+                    batch = values[0].clone() if self.alone else torch.cat(pieces)
                     part._buffers[buffer] = batch
                     state.append((batch, batch._version, values))
         return state
@@ -149,10 +162,10 @@ class Batch:
         """Give the members what the modules have written."""
         for batch, version, values in state:
             if batch._version != version:
-                for value, piece in zip(values, batch.split(self.counts), strict=True):
+                for value, piece in zip(values, self._split(batch), strict=True):
                     value.copy_(piece.view_as(value))
         if written is not None:
-            for original, piece in zip(originals, written.split(self.counts), strict=True):
+            for original, piece in zip(originals, self._split(written), strict=True):
                 if original.requires_grad:
                     original.copy_(piece.view_as(original))
 

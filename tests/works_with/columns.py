@@ -20,6 +20,7 @@ from orthonet.constraints import update_base
 from orthonet.convert import to_plain
 from orthonet.errors import ProjectionWarning
 from orthonet.testing import jacobian, laws
+from tests.references import RoundedWeights
 from tests.works_with.rows import Row, excess
 
 __all__ = ["COLUMNS", "Column"]
@@ -288,6 +289,24 @@ def certificate(row: Row) -> None:
     if exported > ours * (1 + 1e-5):
         raise AssertionError("the bound of the stock layers is looser than that of the layer")
     assert math.isclose(ours, exported, rel_tol=1e-5)
+
+
+@column("certificate under autocast", slow=True)
+def autocast_certificate(row: Row) -> None:
+    """For bfloat16 and float16: above the Jacobian with the weights as used; rounding enclosed."""
+    layer, x = row.make(), row.input()
+    train(layer, row)
+    layer.eval()
+    for dtype in (torch.bfloat16, torch.float16):
+        found = certify(layer, x, effort="fast", autocast=dtype)
+        twin = RoundedWeights(dtype)
+        matrix = jacobian(lambda v, twin=twin: twin.run(layer, v), x[0]).double()
+        assert float(torch.linalg.matrix_norm(matrix, 2)) <= found.constant.value * (1 + 1e-6)
+        with torch.no_grad():
+            with torch.autocast("cpu", dtype):
+                used = layer(x).double()
+            off = (used - twin.run(layer, x).double()).flatten(1).norm(dim=1)
+        assert bool((off <= found.rounding(x)).all())  # observed 40 % of it at most
 
 
 @column("`torch.compile(fullgraph=True)`", slow=True)

@@ -54,4 +54,6 @@ def refusal(column: str, row: Row) -> Refusal | None:
         if row.name in ("OrthoGRU", "OrthoLSTM"):
             return GATES
         return PRODUCT if name in ("cpl", "sll", "sandwich") else None
+    if column == "autocast_certificate" and row.name in ("OrthoGRU", "OrthoLSTM"):
+        return GATES
     return None

@@ -5,12 +5,7 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
 
-from orthonet.certify import certify
-from orthonet.convert import to_plain
-from orthonet.errors import UncertifiableError
-from orthonet.testing import jacobian
 from tests.works_with.columns import COLUMNS
 from tests.works_with.page import PAGE, RESULTS, cell_of, render
 from tests.works_with.rows import ROWS
@@ -77,31 +72,3 @@ def test_muon_of_torch():
     assert (values - 1).abs().max() < 1e-5  # observed 3.6e-7
     with pytest.raises(ValueError, match="only supports 2D"):
         torch.optim.Muon(ROWS["OrthoConv2d, kernel 3"].make().parameters())
-
-
-class Autocast(nn.Module):
-    """A model that is run in half precision."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.model(x).float()
-
-
-def test_certificate_of_the_weights_that_autocast_uses():
-    """The graph under autocast is refused; the rounded weights have a certificate of their own."""
-    row = ROWS["OrthoLinear"]
-    layer, x = row.make().eval(), row.input()
-    with pytest.raises(UncertifiableError, match="wrap_with_autocast"):
-        certify(Autocast(layer).eval(), x)
-    rounded = to_plain(layer).bfloat16().float()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        used = layer(torch.eye(8)) - layer(torch.zeros(8))  # products with 0 and 1 are exact
-    torch.testing.assert_close(used.float().T, rounded.weight.detach(), rtol=0, atol=0)
-    bound = certify(rounded, x).constant.value
-    norm = float(torch.linalg.matrix_norm(jacobian(rounded, x[0]).double(), 2))
-    assert norm <= bound
-    assert 1 < bound < 1.01  # the rounding of bfloat16, which float32 hides
