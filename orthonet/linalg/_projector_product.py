@@ -48,7 +48,7 @@ def multiply_projectors(
     Returns:
         The product in the layout of `start`, contiguous.
     """
-    if is_traced() or torch.jit.is_tracing():
+    if is_traced() or torch._C._get_tracing_state() is not None:
         return _as_chain(start, left, left if right is None else right, axes, channels_first)
     return _Product.apply(start, left, right, axes, channels_first)  # type: ignore[return-value]
 
