@@ -132,6 +132,13 @@ def _check_examples(examples: tuple[Tensor, ...]) -> None:
             "of the model on embedded tokens, for a lookup by index has no constant",
             example_input=example,
         )
+        _checks.require(
+            bool(example.isfinite().all()),
+            "certify",
+            "example_input must be finite",
+            "Pass zeros, or samples of the data",
+            shape=tuple(example.shape),
+        )
     _checks.require(
         len({len(x) for x in examples}) == 1,
         "certify",
@@ -154,6 +161,22 @@ def _check_region(device: torch.device) -> None:
 
 
 def _check_model(model: nn.Module) -> None:
+    tensors = [*model.parameters(), *model.buffers()]
+    _checks.require(
+        not torch.is_inference_mode_enabled() and not any(t.is_inference() for t in tensors),
+        "certify",
+        "neither the call nor the weights may be of inference mode",
+        "Make the model and call certify outside of torch.inference_mode()",
+        UncertifiableError,
+    )
+    _checks.require(
+        not any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()),
+        "certify",
+        "no part of the model may be compiled by TorchScript",
+        "Pass the module that was traced or scripted",
+        UncertifiableError,
+        model=type(model).__name__,
+    )
     for path, module in model.named_modules():
         _checks.require(
             not module.training,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,6 +111,7 @@ def _with_parameter(call: Call) -> Step:
                 "softplus must have beta > 0 and threshold >= 20, for it jumps at the threshold",
                 "Use the default threshold",
             )
+        return exact(amplification(call), "largest slope", _softplus_rounding(call))
     elif call.op == "prelu":
         slopes.append(float(call.constant(1, "weight").abs().max()))
     roundings = COPY if call.op == "clamp" else 2.0 if call.op in _PIECEWISE else _SMOOTH
@@ -117,6 +119,19 @@ def _with_parameter(call: Call) -> Step:
 
 
 _PIECEWISE = {"leaky_relu", "rrelu", "prelu"}
+
+
+def _softplus_rounding(call: Call) -> Callable[[Callable[..., float]], Rounding]:
+    """Beyond the rounding of log1p(exp(x)), the jump to x at the threshold, below float32's."""
+    beta, threshold = _number(call, 1, "beta", 1.0), _number(call, 2, "threshold", 20.0)
+    root = math.sqrt(float(math.prod(call.output_shape))) * (1.0 + 2.0**-40)
+    jump = math.log1p(math.exp(-threshold)) / beta * (1.0 + 2.0**-40)
+
+    def rounding(relative: Callable[..., float]) -> Rounding:
+        # |softplus(x)| is at most |x| + log(2) / beta, and the gain adds |x| once more.
+        return Rounding(_SMOOTH, 2.0, root * (0.7 / beta + jump / relative(_SMOOTH)))
+
+    return rounding
 
 
 def _number(call: Call, position: int, name: str, default: float) -> float:

@@ -166,6 +166,15 @@ class Walker:
                 "a value that depends on the input must be float32 or float64",
                 "Comparisons, indices and casts to fewer bits jump, complex numbers have no rules",
             )
+        before = [n.meta.get("val") for n in node.all_input_nodes if n in self.states]
+        if value.dtype == torch.float32 and any(
+            isinstance(v, Tensor) and v.dtype == torch.float64 for v in before
+        ):
+            self._refuse(
+                node,
+                "a float64 value that depends on the input must not be cast to float32",
+                "Casts to fewer bits jump: pass a float32 example_input, or call model.double()",
+            )
         return tuple(rest)
 
     # visiting ---------------------------------------------------------------------------------

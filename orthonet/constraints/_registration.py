@@ -11,12 +11,20 @@ from torch.nn.utils import parametrize
 
 from orthonet import _checks, reparametrizers
 from orthonet.constraints._list import ConstrainedList
-from orthonet.manifolds import Manifold, Parametrization
+from orthonet.manifolds import (
+    Manifold,
+    Parametrization,
+    ProductManifold,
+    Rn,
+    Symmetric,
+    Unitary,
+)
 from orthonet.manifolds._maps import ProjectedParametrization
 
 __all__ = ["Init", "M", "assign", "constrain", "parametrizations_of", "register"]
 
 M = TypeVar("M", bound=nn.Module)
+_COMPLEX = (Unitary, Symmetric, Rn, ProductManifold)
 Init = Literal["keep", "project", "sample"] | str | Tensor | None
 
 
@@ -66,6 +74,15 @@ def constrain(
             "Pass the name of a parameter or buffer, such as 'weight'",
             tensor_name=tensor_name,
         )
+    _checks.require(
+        not tensor.is_complex() or isinstance(space, _COMPLEX),
+        "constrain",
+        "a complex tensor must go into a space that has complex points",
+        "Use orthonet.unitary or orthonet.symmetric (Hermitian), or constrain real and imaginary "
+        "part as one real tensor",
+        space=space,
+        dtype=tensor.dtype,
+    )
     chained = parametrize.is_parametrized(module, tensor_name)
     parametrization = _build(space, tensor, flatten, chained, options)
     value = _initial(parametrization, tensor.detach(), init)

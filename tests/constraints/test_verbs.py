@@ -292,6 +292,16 @@ def test_complex_parameters_take_unitary():
         module.weight = 2.0 * module.weight.detach()
 
 
+@pytest.mark.parametrize("verb", [V.orthogonal, V.grassmannian, V.skew, V.sphere, V.invertible])
+def test_complex_parameters_are_refused_by_real_spaces(verb):
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))
+    before = module.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"complex tensor.*dtype=torch\.complex64.*unitary"):
+        verb(module, "weight")
+    assert torch.equal(module.weight, before)
+
+
 def test_whole_modules_run_with_constrained_parts():
     lstm = V.product(nn.LSTM(3, 4), "weight_hh_l0", (Stiefel(), Stiefel(), SO(), SO(det=-1)))
     attention = V.orthogonal(nn.MultiheadAttention(4, 2), "in_proj_weight")

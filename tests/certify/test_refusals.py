@@ -1,0 +1,46 @@
+"""Models that a certificate must refuse or pay for: jumps, and what cannot be walked."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from orthonet.certify import certify
+from orthonet.errors import UncertifiableError
+
+
+class Narrow(nn.Module):
+    def forward(self, x):
+        return x.float().double() - (1 + 2e-8)
+
+
+def test_a_cast_to_fewer_bits_jumps():
+    with pytest.raises(UncertifiableError, match="must not be cast to float32"):
+        certify(Narrow().eval(), torch.zeros(1, 1, dtype=torch.float64))
+    certify(nn.Linear(2, 2).eval(), torch.zeros(1, 2))
+
+
+def test_the_jump_of_softplus_is_counted_as_rounding():
+    """At the threshold torch steps from log(1 + e^x) down to x, by 2e-9, which float64 sees."""
+    model = nn.Softplus().double().eval()
+    found = certify(model, torch.zeros(1, 1, dtype=torch.float64))
+    x = torch.tensor([[20.0]], dtype=torch.float64)
+    step = float((model(x) - model(x + 1e-12)).abs())
+    assert 2e-9 < step < float(found.rounding(x, dtype=torch.float64)) < 3e-9
+    assert float(found.rounding(x.float())) < 2e-4  # 64 roundings of float32 of 2 * 20 and 0.7
+
+
+def test_what_cannot_be_walked_is_named():
+    x = torch.zeros(1, 6)
+    with pytest.raises(ValueError, match="example_input must be finite"):
+        certify(nn.Linear(6, 3).eval(), x + torch.nan)
+    with pytest.raises(UncertifiableError, match="norm_type 2"):
+        certify(nn.LPPool2d(3, 2).eval(), torch.randn(2, 3, 6, 6))  # whose output holds NaN
+    with torch.inference_mode(), pytest.raises(UncertifiableError, match="inference mode"):
+        certify(nn.Linear(6, 3).eval(), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(nn.Linear(6, 3).eval(), x)
+    with pytest.raises(UncertifiableError, match="TorchScript"):
+        certify(traced, x)
