@@ -28,7 +28,8 @@ def test_the_jump_of_softplus_is_counted_as_rounding():
     x = torch.tensor([[20.0]], dtype=torch.float64)
     step = float((model(x) - model(x + 1e-12)).abs())
     assert 2e-9 < step < float(found.rounding(x, dtype=torch.float64)) < 3e-9
-    assert float(found.rounding(x.float())) < 2e-4  # 64 roundings of float32 of 2 * 20 and 0.7
+    low = float(found.rounding(x.float(), dtype=torch.float32))
+    assert step < low < 2e-4  # observed 1.6e-4: 64 roundings of 2 * 20 + 0.7
 
 
 def test_what_cannot_be_walked_is_named():
