@@ -163,7 +163,8 @@ def _check_region(device: torch.device) -> None:
 def _check_model(model: nn.Module) -> None:
     tensors = [*model.parameters(), *model.buffers()]
     _checks.require(
-        not torch.is_inference_mode_enabled() and not any(t.is_inference() for t in tensors),
+        not torch.is_inference_mode_enabled()
+        and not any(t.is_inference() for t in tensors if not nn.parameter.is_lazy(t)),
         "certify",
         "neither the call nor the weights may be of inference mode",
         "Make the model and call certify outside of torch.inference_mode()",
