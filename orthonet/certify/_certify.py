@@ -161,24 +161,15 @@ def _check_region(device: torch.device) -> None:
 
 
 def _check_model(model: nn.Module) -> None:
-    tensors = [*model.parameters(), *model.buffers()]
-    _checks.require(
-        not torch.is_inference_mode_enabled()
-        and not any(t.is_inference() for t in tensors if not nn.parameter.is_lazy(t)),
-        "certify",
-        "neither the call nor the weights may be of inference mode",
-        "Make the model and call certify outside of torch.inference_mode()",
-        UncertifiableError,
-    )
-    _checks.require(
-        not any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()),
-        "certify",
-        "no part of the model may be compiled by TorchScript",
-        "Pass the module that was traced or scripted",
-        UncertifiableError,
-        model=type(model).__name__,
-    )
     for path, module in model.named_modules():
+        _checks.require(
+            not isinstance(module, torch.jit.ScriptModule),
+            "certify",
+            "no part of the model may be compiled by TorchScript",
+            "Pass the module that was traced or scripted",
+            UncertifiableError,
+            path=path or type(module).__name__,
+        )
         _checks.require(
             not module.training,
             "certify",
@@ -193,6 +184,14 @@ def _check_model(model: nn.Module) -> None:
             "certify",
             "weights must be initialized",
             "Call the model once: a lazy module makes its weights when it sees an input",
+            UncertifiableError,
+            path=path,
+        )
+        _checks.require(
+            not (tensor.is_inference() or torch.is_inference_mode_enabled()),
+            "certify",
+            "neither the call nor the weights may be of inference mode",
+            "Make the model and call certify outside of torch.inference_mode()",
             UncertifiableError,
             path=path,
         )

@@ -18,6 +18,7 @@ from orthonet.certify._rules import (
     Call,
     Operand,
     Rounding,
+    Roundings,
     Step,
     exact,
     of_squares,
@@ -94,7 +95,7 @@ def _gelu(call: Call) -> Step:
 
 @register_rule("leaky_relu", "rrelu", "elu", "celu", "softplus", "clamp", "prelu")
 def _with_parameter(call: Call) -> Step:
-    slopes = [1.0]
+    slopes, roundings = [1.0], _ROUNDINGS.get(call.op, _SMOOTH)
     if call.op == "leaky_relu":
         slopes.append(abs(_number(call, 1, "negative_slope", 0.01)))
     elif call.op == "rrelu":
@@ -111,14 +112,13 @@ def _with_parameter(call: Call) -> Step:
                 "softplus must have beta > 0 and threshold >= 20, for it jumps at the threshold",
                 "Use the default threshold",
             )
-        return exact(amplification(call), "largest slope", _softplus_rounding(call))
+        roundings = _softplus_rounding(call)
     elif call.op == "prelu":
         slopes.append(float(call.constant(1, "weight").abs().max()))
-    roundings = COPY if call.op == "clamp" else 2.0 if call.op in _PIECEWISE else _SMOOTH
     return exact(mul_up(max(slopes), amplification(call)), "largest slope", roundings)
 
 
-_PIECEWISE = {"leaky_relu", "rrelu", "prelu"}
+_ROUNDINGS: dict[str, Roundings] = {"leaky_relu": 2.0, "rrelu": 2.0, "prelu": 2.0, "clamp": COPY}
 
 
 def _softplus_rounding(call: Call) -> Callable[[Callable[..., float]], Rounding]:

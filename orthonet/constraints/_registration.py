@@ -11,20 +11,12 @@ from torch.nn.utils import parametrize
 
 from orthonet import _checks, reparametrizers
 from orthonet.constraints._list import ConstrainedList
-from orthonet.manifolds import (
-    Manifold,
-    Parametrization,
-    ProductManifold,
-    Rn,
-    Symmetric,
-    Unitary,
-)
+from orthonet.manifolds import Manifold, Parametrization
 from orthonet.manifolds._maps import ProjectedParametrization
 
 __all__ = ["Init", "M", "assign", "constrain", "parametrizations_of", "register"]
 
 M = TypeVar("M", bound=nn.Module)
-_COMPLEX = (Unitary, Symmetric, Rn, ProductManifold)
 Init = Literal["keep", "project", "sample"] | str | Tensor | None
 
 
@@ -75,7 +67,7 @@ def constrain(
             tensor_name=tensor_name,
         )
     _checks.require(
-        not tensor.is_complex() or isinstance(space, _COMPLEX),
+        not tensor.is_complex() or space.has_complex,
         "constrain",
         "a complex tensor must go into a space that has complex points",
         "Use orthonet.unitary or orthonet.symmetric (Hermitian), or constrain real and imaginary "

@@ -175,15 +175,7 @@ def _pack_by_blocks(g: Tensor) -> Tensor:
         for columns in (*left, rows):
             block, mirrored = g[..., rows, columns], g[..., columns, rows].mT
             torch.sub(block, mirrored, out=difference[..., rows, columns])
-    a = difference[..., 1:, :-1]  # of whose triangle the part above the diagonal is not read
-    m = n - 1
-    rows, columns = _rectangle(m)
-    shift = rows - m
-    rectangle = g.new_zeros(*g.shape[:-2], rows, columns)
-    rectangle[..., shift:, :] = a[..., :, :columns].tril()
-    size = m - columns
-    rectangle[..., :size, 1 - shift :] += a[..., columns:, columns:].mT.triu()
-    return rectangle.flatten(-2)
+    return pack_skew(difference)  # which does not read what lies above the diagonal
 
 
 # Side of the blocks in which a matrix is transposed: a quarter of the time of one pass at n = 1024,

@@ -96,7 +96,6 @@ class _RotatedCayley(torch.autograd.Function):
         x = identity_minus_half_skew(given, n) if packed else add_identity(given * -0.5, 1.0)
         # Transposed throughout: the memory of B^T and of I + A/2 is in the order of LAPACK.
         left, right = (x.mT, base.mT) if packed else (x.mH, base.mH)
-        right = right if base.ndim == x.ndim else right.expand(x.shape)
         factors, pivots, _ = torch.linalg.lu_factor_ex(left)
         y = torch.linalg.lu_solve(factors, pivots, right)
         y = y.mT if packed else y.mH

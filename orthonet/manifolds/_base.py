@@ -53,6 +53,7 @@ class Manifold(abc.ABC):
     """
 
     event_ndim: ClassVar[int] = 2
+    has_complex: ClassVar[bool] = False  # whether a complex tensor can be a point
 
     # --- what a space must say -----------------------------------------------------------------
 

@@ -23,6 +23,8 @@ __all__ = ["Symplectic", "SymplecticTrivialization", "Unitary"]
 class Unitary(Stiefel):
     r"""Complex matrices with orthonormal columns, \(X^* X = I\): the complex `Stiefel`."""
 
+    has_complex = True
+
     def dimension(self, shape: Sequence[int]) -> int:
         """2 n k - k², the real dimension."""
         n, k = max(shape[-2:]), min(shape[-2:])

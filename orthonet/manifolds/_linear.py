@@ -91,6 +91,7 @@ class Rn(_VectorSpace):
     r"""All tensors: no constraint. Each one counts as a single point whatever its shape."""
 
     event_ndim = 0
+    has_complex = True
 
     def dimension(self, shape: Sequence[int]) -> int:
         """Always 1 for each entry, which are all batch dimensions here."""
@@ -111,6 +112,8 @@ class Rn(_VectorSpace):
 @dataclass(frozen=True)
 class Symmetric(_VectorSpace):
     r"""Symmetric (complex: Hermitian) matrices, \(X = X^*\), of dimension n (n + 1) / 2."""
+
+    has_complex = True
 
     def _shape_problem(self, shape: Sequence[int]) -> str | None:
         return square_problem(shape)

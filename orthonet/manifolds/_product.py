@@ -43,6 +43,7 @@ class ProductManifold(Manifold):
             spaces=self.spaces,
         )
         _checks.one_of(self, (-2, -1), dim=self.dim)
+        object.__setattr__(self, "has_complex", all(space.has_complex for space in self.spaces))
         if self.sizes is not None:
             object.__setattr__(self, "sizes", tuple(self.sizes))
             _checks.require(
