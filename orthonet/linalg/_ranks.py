@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-__all__ = ["assign", "exchange", "put_", "rank_and_size", "whole"]
+__all__ = ["assign", "collect", "exchange", "put_", "rank_and_size", "whole"]
 
 
 def assign(costs: Sequence[float], size: int) -> list[int]:
@@ -74,6 +74,60 @@ def exchange(pieces: Sequence[Tensor], owners: Sequence[int], group: Any) -> lis
             for i, part in zip(shares[other], parts, strict=True):
                 result[i] = part.view(pieces[i].shape)
     return result
+
+
+def collect(shards: Sequence[Any], owners: Sequence[int], group: Any) -> dict[int, Tensor]:
+    """The whole tensors that this process owns, of shards (DTensor) which all processes hold.
+
+    One all-to-all for each dtype: every process sends each of its shards to the owner only. Where
+    the mesh has more than one dimension or other processes than `group`, all tensors are gathered
+    by all.
+    """
+    rank, size = rank_and_size(group)
+    if not all(_in_rows(t, size) for t in shards):
+        gathered = [t.full_tensor() for t in shards]  # a collective: all of them, by all
+        return {i: gathered[i] for i, owner in enumerate(owners) if owner == rank}
+    result: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(t.dtype for t in shards):
+        taken: list[list[int]] = [[] for _ in range(size)]
+        for i, owner in enumerate(owners):
+            if shards[i].dtype == dtype:
+                taken[owner].append(i)
+        local = [[shards[i].to_local().reshape(-1) for i in share] for share in taken]
+        sent = torch.cat([piece for share in local for piece in share])
+        shapes = {i: _shapes(shards[i], size) for i in taken[rank]}
+        lengths = [[shapes[i][other].numel() for i in taken[rank]] for other in range(size)]
+        received = sent.new_empty(sum(map(sum, lengths)))
+        dist.all_to_all_single(
+            received,
+            sent,
+            [sum(row) for row in lengths],
+            [sum(piece.numel() for piece in share) for share in local],
+            group=group,
+        )
+        pieces = iter(received.split([n for row in lengths for n in row]))
+        parts: dict[int, list[Tensor]] = {i: [] for i in taken[rank]}
+        for other in range(size):
+            for i in taken[rank]:
+                parts[i].append(next(pieces).view(shapes[i][other]))
+        result |= {i: torch.cat(found, shards[i].placements[0].dim) for i, found in parts.items()}
+    return result
+
+
+def _in_rows(tensor: Any, size: int) -> bool:
+    """Whether the tensor is cut along one dimension among as many processes."""
+    mesh, placement = tensor.device_mesh, tensor.placements[0]
+    return mesh.ndim == 1 and mesh.size() == size and placement.is_shard()
+
+
+def _shapes(tensor: Any, size: int) -> list[torch.Size]:
+    """The shapes of the shards: equal ones, as far as the rows go (torch.chunk)."""
+    dim, shape = tensor.placements[0].dim, list(tensor.shape)
+    rows = -(-shape[dim] // size)
+    return [
+        torch.Size([*shape[:dim], max(0, min(rows, shape[dim] - r * rows)), *shape[dim + 1 :]])
+        for r in range(size)
+    ]
 
 
 def whole(tensor: Tensor) -> Tensor:

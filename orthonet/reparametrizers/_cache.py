@@ -56,6 +56,9 @@ def invalidate(module: nn.Module | None = None) -> None:
         slot = vars(part).get(STATE)
         if slot is not None:
             slot.current = None
+        group = vars(part).get(GROUP)
+        if group is not None:
+            group.forget()
 
 
 class Slot:

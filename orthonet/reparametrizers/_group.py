@@ -192,6 +192,9 @@ class Group:
         if not any(ref() is weight for ref in self.members):
             self.members.append(weakref.ref(weight))
 
+    def forget(self) -> None:
+        """Compute anew at the next read; values in the slots of the members are not meant."""
+
     def value(self, weight: OrthoWeight) -> Tensor | None:
         """The value of one member in the dtype of the computation; None where it is not kept."""
         value = vars(weight).get(GIVEN)

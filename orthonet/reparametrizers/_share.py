@@ -17,6 +17,7 @@ from orthonet.reparametrizers._cache_state import steps, usable
 from orthonet.reparametrizers._fuse import _require_batchable, unfuse
 from orthonet.reparametrizers._group import Batch, Group, kind
 from orthonet.reparametrizers._pullback import Computation
+from orthonet.reparametrizers._share_shards import ShardedGroup, require_alike
 from orthonet.reparametrizers._weight import OrthoWeight
 
 __all__ = ["share_among_ranks"]
@@ -27,26 +28,36 @@ _LARGEST_BATCHED = 256  # smaller side up to which matrices of one shape share a
 def share_among_ranks(module: nn.Module, process_group: Any = None) -> tuple[tuple[str, ...], ...]:
     r"""Let each process orthogonalize its part of a model, and all have the results.
 
-    For data-parallel training (DistributedDataParallel, or gradients averaged by hand), where all
-    processes hold the same parameters and would compute the same matrices. With it, the first read
-    of a weight after an optimizer step has each process compute its matrices, of layers and of the
-    factors of kernels alike, and one all-gather hands them round. In backward the gradients of the
+    For data-parallel training (DistributedDataParallel, FSDP2, or gradients averaged by hand),
+    where all processes would compute the same matrices, of layers and of the factors of kernels
+    alike. Matrices are assigned by cost \(n k^2\), the largest first, to the process with the
+    least to do, so that the share of the orthogonalization in the cost of a step falls with the
+    number of processes.
+
+    **Whole parameters.** The first read of a weight after an optimizer step has each process
+    compute its matrices, and one all-gather hands them round. In backward the gradients of the
     matrices are summed where these were computed, and pulled back there; the other processes return
     zeros. The mean over the processes, which DistributedDataParallel forms anyway, is then the
-    gradient without sharing. The share of the orthogonalization in the cost of a step falls with
-    the number of processes; what is sent is one matrix each way.
+    gradient without sharing. What is sent is one matrix each way.
 
-    Matrices are assigned by cost \(n k^2\), the largest first, to the process with the least to do.
+    **Shards** (`fully_shard`, called before). The first unit that runs after an optimizer step has
+    each process collect its raw parameters, in the dtype of the shards (also with a policy of
+    mixed precision), and compute its matrices, which only it keeps; every forward pass takes
+    matrices from their owners, and every backward pass sums their gradients there. What is sent on
+    top of FSDP2's own traffic is the raw parameter once per step, a matrix in each forward and one
+    in each backward pass. Other tensors or attributes of the normalizers and orthogonalizers that
+    you change are seen after the next optimizer step, or `invalidate(module)`.
 
     It acts in training mode with gradients enabled. All processes must then read weights at the
     same places of the program, since that is a collective; in `eval()` or under `torch.no_grad()`
-    each process computes for itself, as do copies and pickles of the model. If only some processes
-    evaluate the model, let them do so after `optimizer.step()`, when all have to compute anew, or
-    on a copy. It rests on the cache:
-    with that off, or under torch.compile, each process computes everything. `unfuse` undoes it.
+    each process computes for itself, as do copies and pickles of the model, and reads outside of
+    the units of FSDP2. If only some processes evaluate the model, let them do so after
+    `optimizer.step()`, when all have to compute anew, or on a copy. It rests on the cache: with
+    that off, or under torch.compile, each process computes everything. `unfuse` undoes it.
 
     Args:
-        module: The model, of `nn.Module`; before or after it is wrapped.
+        module: The model, of `nn.Module`; before or after DistributedDataParallel wraps it, after
+            `fully_shard`.
         process_group: The processes; a new group of all of them if None.
 
     Returns:
@@ -54,9 +65,8 @@ def share_among_ranks(module: nn.Module, process_group: Any = None) -> tuple[tup
 
     Raises:
         RuntimeError: torch.distributed is not initialized.
-        ValueError: The parameters are shards (FSDP2), which no process holds as a whole; or the
-            normalizer or the orthogonalizer of some weights cannot be batched. Nothing has been
-            changed.
+        ValueError: Some parameters are shards and others are not; or the normalizer or the
+            orthogonalizer of some weights cannot be batched. Nothing has been changed.
 
     Examples:
         In each process of `torchrun`:
@@ -72,29 +82,29 @@ def share_among_ranks(module: nn.Module, process_group: Any = None) -> tuple[tup
         RuntimeError,
     )
     found = [(n, m) for n, m in module.named_modules() if isinstance(m, OrthoWeight)]
-    for name, weight in found:
-        _require_whole(weight)
+    weights = [weight for _, weight in found]
+    sharded = require_alike(weights)
+    for name, weight in found if not sharded else ():
         _require_batchable(name, weight)
     unfuse(module)
     group = dist.new_group() if process_group is None else process_group
-    shared = SharedGroup(group, [weight for _, weight in found])
-    for _, weight in found:
+    costs = [_cost(weight) for weight in weights]
+    shared = (ShardedGroup if sharded else SharedGroup)(group, weights, costs)
+    for weight in weights:
         setattr(weight, GROUP, shared)
     invalidate(module)
-    size = rank_and_size(group)[1]
     return tuple(
         tuple(name for (name, _), owner in zip(found, shared.owners, strict=True) if owner == rank)
-        for rank in range(size)
+        for rank in range(shared.size)
     )
 
 
 def _require_whole(weight: OrthoWeight) -> None:
     _checks.require(
-        type(weight.original) is nn.Parameter,
+        type(weight.original) is nn.Parameter and not weight._sharded,
         "share_among_ranks",
-        "every process must hold the whole parameters, as under DistributedDataParallel",
-        "Under FSDP2, use orthonet.convert.on_manifold(model) and an optimizer of orthonet.optim "
-        "with process_group=, which shares the work out",
+        "the parameters must be whole in every process, as they were when the work was shared out",
+        "Call fully_shard before share_among_ranks",
         parameter=type(weight.original).__name__,
     )
 
@@ -105,13 +115,15 @@ class SharedGroup(Group):
     Copies and pickles belong to no group.
     """
 
-    def __init__(self, process_group: Any, weights: Sequence[OrthoWeight]) -> None:
+    def __init__(
+        self, process_group: Any, weights: Sequence[OrthoWeight], costs: list[float]
+    ) -> None:
         super().__init__()
         self.process_group = process_group
         for weight in weights:
             self.join(weight)
         self.rank, self.size = rank_and_size(process_group)
-        self.owners = assign([_cost(weight) for weight in weights], self.size)
+        self.owners = assign(costs, self.size)
         self.batches: list[tuple[Batch, list[int]]] = []
         self.known: list[Any] = []
 

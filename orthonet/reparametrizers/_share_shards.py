@@ -1,0 +1,180 @@
+"""Orthogonalization shared out among processes that hold shards of the parameters (FSDP2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+
+from orthonet import _checks
+from orthonet.linalg._matrix import compute_dtype, without_autocast
+from orthonet.linalg._ranks import assign, collect, exchange, rank_and_size
+from orthonet.reparametrizers._cache_state import steps, usable
+from orthonet.reparametrizers._group import Group
+from orthonet.reparametrizers._pullback import own_graph
+from orthonet.reparametrizers._weight import OrthoWeight
+
+__all__ = ["ShardedGroup", "require_alike"]
+
+
+def _is_shard(parameter: Tensor) -> bool:
+    """Whether this process holds a part of the parameter only."""
+    return hasattr(parameter, "full_tensor")
+
+
+class ShardedGroup(Group):
+    """The matrices of a model whose parameters are shards, each kept by the process it falls to.
+
+    When a unit of FSDP2 runs for the first time after an optimizer step, every process collects the
+    raw parameters that fall to it, in the dtype of the shards, and computes its matrices, with a
+    graph from them. A forward pass takes each matrix from its owner, and a backward pass sums its
+    gradient there, pulls it back, and gives the result to the unit, whose other processes add
+    zeros. So no process keeps more matrices between the layers than its part.
+    """
+
+    def __init__(
+        self, process_group: Any, weights: Sequence[OrthoWeight], costs: list[float]
+    ) -> None:
+        super().__init__()
+        self.process_group = process_group
+        self.rank, self.size = rank_and_size(process_group)
+        self.owners = assign(costs, self.size)
+        self.places = {id(weight): i for i, weight in enumerate(weights)}
+        for weight in weights:
+            self.join(weight)
+        # FSDP2 puts full parameters in the place of these during a forward pass; these are what the
+        # optimizer has
+        self.shards = [weight.original for weight in weights]
+        self.stamp: Any = None
+        self.graphs: dict[int, tuple[Tensor, Tensor]] = {}  # of this process: leaf and matrix
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return type(None), ()
+
+    def forget(self) -> None:
+        """Compute anew at the next read."""
+        self.stamp = None
+
+    def value(self, weight: OrthoWeight) -> Tensor | None:
+        """The value of one member within its unit of FSDP2 in training; None elsewhere."""
+        original = weight.original
+        if _is_shard(original) or not (
+            usable(weight)
+            and weight.training
+            and torch.is_grad_enabled()
+            and original.requires_grad
+        ):
+            return None
+        with self.lock:
+            now = (steps(), [t._version for t in self.shards])
+            if self.stamp != now:
+                self._compute()
+                self.stamp = now
+            return _Lent.apply(original, self, self.places[id(weight)])  # type: ignore[return-value]
+
+    def _compute(self) -> None:
+        members = [m for ref in self.members if (m := ref()) is not None]
+        _checks.require(
+            len(members) == len(self.owners) and all(m._group is self for m in members),
+            "share_among_ranks",
+            "the model must have the matrices that it had when the work was shared out",
+            "Call share_among_ranks again in all processes",
+            RuntimeError,
+        )
+        self.graphs = {}  # free what is out of date first
+        collected = collect([t.detach() for t in self.shards], self.owners, self.process_group)
+        for i, raw in collected.items():
+            self.graphs[i] = _computed(members[i], raw)
+        written = [
+            (buffer, owner)
+            for m, owner in zip(members, self.owners, strict=True)
+            for step in (m.normalizer, m.orthogonalizer)
+            for buffer in step.buffers()
+        ]
+        if written:
+            pieces, owners = zip(*written, strict=True)
+            received = exchange([t.detach() for t in pieces], owners, self.process_group)
+            with torch.no_grad():
+                for buffer, owner, value in zip(pieces, owners, received, strict=True):
+                    if owner != self.rank:
+                        buffer.copy_(value)
+
+    def lend(self, index: int, like: Tensor) -> Tensor:
+        """A copy of one matrix for every process, from its owner."""
+        owner = self.owners[index]
+        if owner == self.rank:
+            value = self.graphs[index][1].detach().clone(memory_format=torch.contiguous_format)
+        else:
+            value = like.new_empty(like.shape, dtype=compute_dtype(self.shards[index].dtype))
+        dist.broadcast(
+            value, dist.get_global_rank(self.process_group, owner), group=self.process_group
+        )
+        return value
+
+    def pull_back(self, index: int, grad: Tensor) -> Tensor | None:
+        """The gradient of the raw parameter at the owner; None in the other processes."""
+        owner = self.owners[index]
+        summed = grad.clone(memory_format=torch.contiguous_format)
+        dist.reduce(
+            summed, dist.get_global_rank(self.process_group, owner), group=self.process_group
+        )
+        if owner != self.rank:
+            return None
+        leaf, matrix = self.graphs[index]
+        with without_autocast(leaf):
+            return torch.autograd.grad(matrix, leaf, summed, retain_graph=True)[0]
+
+
+def _computed(weight: OrthoWeight, raw: Tensor) -> tuple[Tensor, Tensor]:
+    """A leaf of the value `raw` and the matrix of `weight` computed from it, with a graph."""
+    with torch.inference_mode(False):
+        leaf = raw.to(compute_dtype(raw.dtype)).requires_grad_()
+        with own_graph(), without_autocast(leaf):
+            # a view is no parameter, so nothing writes to it
+            return leaf, weight.orthogonalizer(weight.normalizer(leaf.view_as(leaf)))
+
+
+class _Lent(torch.autograd.Function):
+    """One matrix, from the process that has computed it; its gradient goes there."""
+
+    @staticmethod
+    def forward(ctx: Any, original: Tensor, group: ShardedGroup, index: int) -> Tensor:
+        ctx.group, ctx.index, ctx.dtype, ctx.stamp = group, index, original.dtype, group.stamp
+        return group.lend(index, original)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _checks.require(
+            ctx.group.stamp == ctx.stamp,
+            "backward",
+            "a parameter of a shared-out matrix has been modified since the forward pass",
+            "Call backward before the parameters change, or run the forward pass again",
+            RuntimeError,
+        )
+        pulled = ctx.group.pull_back(ctx.index, grad)
+        if pulled is None:
+            return grad.new_zeros(grad.shape, dtype=ctx.dtype), None, None
+        return pulled.to(ctx.dtype), None, None
+
+
+def require_alike(weights: Sequence[OrthoWeight]) -> bool:
+    """Whether the parameters are shards; refuse models of which only some are."""
+    kinds = {_is_shard(weight.original) for weight in weights}
+    odd = next((w for w in weights if type(w.original) is not nn.Parameter), None)
+    plain = odd is None or _is_shard(odd.original)
+    _checks.require(
+        len(kinds) < 2 and plain,
+        "share_among_ranks",
+        "the parameters must be whole in every process, or all of them shards of FSDP2",
+        "Call fully_shard on every part that has orthogonal matrices, before share_among_ranks",
+        parameters=sorted({type(w.original).__name__ for w in weights}),
+    )
+    return kinds == {True}
