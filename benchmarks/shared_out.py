@@ -3,9 +3,10 @@
 python -m benchmarks.shared_out [--layers 8] [--sizes 512 1024] [--seconds 10]
 
 Two processes on this machine (gloo), one thread each. Printed is the CPU time of one process, the
-least of interleaved rounds: of reading all weights after an optimizer step and pulling gradients
-back through them, alone and shared out, and of the exchange of the results by itself. Below it the
-model of `docs/guide/caching.md` for more ranks: what one computes and sends in a step.
+least of interleaved rounds, alone and shared out: of reading all weights after an optimizer step
+and pulling gradients back through them, and with FSDP2 of a forward and a backward pass of one
+sample, with the traffic that FSDP2 has in both. Below it the model of `docs/guide/caching.md` for
+more ranks: what one computes and sends in a step.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.fsdp import fully_shard
 
 import orthonet
 from benchmarks import _harness as harness
 from orthonet.linalg._ranks import assign
 
 
-def build(layers: int, size: int, preset: str) -> nn.Sequential:
+def build(layers: int, size: int, preset: str, sharded: bool) -> nn.Sequential:
     """Square layers as after some training, the same in all processes."""
     torch.manual_seed(0)
     params = getattr(orthonet, f"{preset}_ORTHO_PARAMS")
@@ -36,7 +38,17 @@ def build(layers: int, size: int, preset: str) -> nn.Sequential:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.3 * size**-0.5)  # singular values 0.7 to 1.3
+    for part in (*model, model) if sharded else ():
+        fully_shard(part)
     return model
+
+
+def once(model: nn.Sequential, sharded: bool, x: Tensor, grads: list[Tensor]) -> None:
+    """Every weight once, forward and backward; of a model in shards with one sample."""
+    if sharded:
+        model(x).sum().backward()
+    else:
+        torch.autograd.backward([layer.weight for layer in model], grads)
 
 
 def work(rank: int, path: str, options: argparse.Namespace, result: dict) -> None:
@@ -44,10 +56,13 @@ def work(rank: int, path: str, options: argparse.Namespace, result: dict) -> Non
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     try:
-        for preset, size in itertools.product(options.presets, options.sizes):
-            models = {kind: build(options.layers, size, preset) for kind in ("one", "two")}
+        rows = itertools.product((False, True), options.presets, options.sizes)
+        for sharded, preset, size in rows:
+            models = {
+                kind: build(options.layers, size, preset, sharded) for kind in ("one", "two")
+            }
             orthonet.share_among_ranks(models["two"])
-            grads = [torch.randn(size, size) for _ in range(options.layers)]
+            x, grads = torch.randn(1, size), [torch.randn(size, size) for _ in range(options.layers)]
             best = {kind: [float("inf"), float("inf")] for kind in models}
             start, rounds = time.perf_counter(), 0
             while rounds < 3 or _go_on(start, options.seconds):
@@ -55,12 +70,12 @@ def work(rank: int, path: str, options: argparse.Namespace, result: dict) -> Non
                     orthonet.invalidate(model)
                     distributed.barrier()
                     begin, wall = time.process_time(), time.perf_counter()
-                    torch.autograd.backward([layer.weight for layer in model], grads)
+                    once(model, sharded, x, grads)
                     spent = time.process_time() - begin, time.perf_counter() - wall
                     best[kind] = [min(a, b) for a, b in zip(best[kind], spent, strict=True)]
                 rounds += 1
             if rank == 0:
-                result[f"{preset}, {size}"] = best
+                result[f"{preset}, {size}{', FSDP2' if sharded else ''}"] = best
     finally:
         distributed.destroy_process_group()
 
