@@ -58,11 +58,12 @@ def work(rank: int, path: str, options: argparse.Namespace, result: dict) -> Non
     try:
         rows = itertools.product((False, True), options.presets, options.sizes)
         for sharded, preset, size in rows:
-            models = {
-                kind: build(options.layers, size, preset, sharded) for kind in ("one", "two")
-            }
+            models = {kind: build(options.layers, size, preset, sharded) for kind in ("one", "two")}
             orthonet.share_among_ranks(models["two"])
-            x, grads = torch.randn(1, size), [torch.randn(size, size) for _ in range(options.layers)]
+            x, grads = (
+                torch.randn(1, size),
+                [torch.randn(size, size) for _ in range(options.layers)],
+            )
             best = {kind: [float("inf"), float("inf")] for kind in models}
             start, rounds = time.perf_counter(), 0
             while rounds < 3 or _go_on(start, options.seconds):

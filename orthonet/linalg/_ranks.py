@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-__all__ = ["assign", "collect", "exchange", "put_", "rank_and_size", "whole"]
+__all__ = ["assign", "collect", "exchange", "hand_out", "put_", "rank_and_size", "whole"]
 
 
 def assign(costs: Sequence[float], size: int) -> list[int]:
@@ -88,30 +88,92 @@ def collect(shards: Sequence[Any], owners: Sequence[int], group: Any) -> dict[in
         gathered = [t.full_tensor() for t in shards]  # a collective: all of them, by all
         return {i: gathered[i] for i, owner in enumerate(owners) if owner == rank}
     result: dict[int, Tensor] = {}
-    for dtype in dict.fromkeys(t.dtype for t in shards):
-        taken: list[list[int]] = [[] for _ in range(size)]
-        for i, owner in enumerate(owners):
-            if shards[i].dtype == dtype:
-                taken[owner].append(i)
-        local = [[shards[i].to_local().reshape(-1) for i in share] for share in taken]
-        sent = torch.cat([piece for share in local for piece in share])
+    for taken in _shares(shards, owners, size):
+        sent = [[shards[i].to_local() for i in share] for share in taken]
         shapes = {i: _shapes(shards[i], size) for i in taken[rank]}
-        lengths = [[shapes[i][other].numel() for i in taken[rank]] for other in range(size)]
-        received = sent.new_empty(sum(map(sum, lengths)))
-        dist.all_to_all_single(
-            received,
-            sent,
-            [sum(row) for row in lengths],
-            [sum(piece.numel() for piece in share) for share in local],
-            group=group,
-        )
-        pieces = iter(received.split([n for row in lengths for n in row]))
-        parts: dict[int, list[Tensor]] = {i: [] for i in taken[rank]}
-        for other in range(size):
-            for i in taken[rank]:
-                parts[i].append(next(pieces).view(shapes[i][other]))
-        result |= {i: torch.cat(found, shards[i].placements[0].dim) for i, found in parts.items()}
+        expected = [[shapes[i][other] for i in taken[rank]] for other in range(size)]
+        received = _all_to_all(sent, expected, group, _of(shards, taken))
+        for place, i in enumerate(taken[rank]):
+            parts = [received[other][place] for other in range(size)]
+            result[i] = torch.cat(parts, shards[i].placements[0].dim)
     return result
+
+
+def hand_out(
+    wholes: dict[int, Tensor], shards: Sequence[Any], owners: Sequence[int], group: Any
+) -> list[Any]:
+    """The shards of whole tensors that their owners hold, laid out as `shards` are.
+
+    The inverse of `collect`: one all-to-all for each dtype of `shards`, which the results take.
+    """
+    rank, size = rank_and_size(group)
+    if not all(_in_rows(t, size) for t in shards):
+        pieces = [
+            wholes[i].to(t.dtype) if i in wholes else t.to_local().new_empty(t.shape)
+            for i, t in enumerate(shards)
+        ]
+        received = exchange(pieces, owners, group)
+        return [_cut(value, t) for value, t in zip(received, shards, strict=True)]
+    result = list(shards)
+    for taken in _shares(shards, owners, size):
+        sent: list[list[Tensor]] = [[] for _ in range(size)]
+        for i in taken[rank]:
+            lengths = [shape[shards[i].placements[0].dim] for shape in _shapes(shards[i], size)]
+            pieces = wholes[i].to(shards[i].dtype).split(lengths, shards[i].placements[0].dim)
+            for other, piece in enumerate(pieces):
+                sent[other].append(piece)
+        shapes = [[shards[i].to_local().shape for i in share] for share in taken]
+        received = _all_to_all(sent, shapes, group, _of(shards, taken))
+        for share, pieces in zip(taken, received, strict=True):
+            for i, piece in zip(share, pieces, strict=True):
+                result[i] = _laid_out(piece, shards[i])
+    return result
+
+
+def _shares(shards: Sequence[Tensor], owners: Sequence[int], size: int) -> list[list[list[int]]]:
+    """For each dtype, what falls to each rank."""
+    return [
+        [
+            [i for i, owner in enumerate(owners) if owner == rank and shards[i].dtype == dtype]
+            for rank in range(size)
+        ]
+        for dtype in dict.fromkeys(t.dtype for t in shards)
+    ]
+
+
+def _of(shards: Sequence[Any], taken: list[list[int]]) -> Tensor:
+    """One of these shards, for its dtype and device."""
+    return shards[next(i for share in taken for i in share)].to_local()
+
+
+def _all_to_all(
+    sent: list[list[Tensor]], shapes: list[list[torch.Size]], group: Any, like: Tensor
+) -> list[list[Tensor]]:
+    """Lists of tensors for each rank; those of the given shapes from each, all of one kind."""
+    outgoing = torch.cat([like.new_empty(0), *(t.reshape(-1) for row in sent for t in row)])
+    lengths = [[shape.numel() for shape in row] for row in shapes]
+    incoming = like.new_empty(sum(map(sum, lengths)))
+    counts = [sum(row) for row in lengths], [sum(t.numel() for t in row) for row in sent]
+    dist.all_to_all_single(incoming, outgoing, *counts, group=group)
+    pieces = iter(incoming.split([n for row in lengths for n in row]))
+    return [[next(pieces).view(shape) for shape in row] for row in shapes]
+
+
+def _laid_out(local: Tensor, like: Any) -> Any:
+    """A DTensor of this shard, with the layout of another one."""
+    return type(like).from_local(
+        local, like.device_mesh, like.placements, run_check=False,
+        shape=like.shape, stride=like.stride(),
+    )  # fmt: skip
+
+
+def _cut(value: Tensor, like: Any) -> Any:
+    """The shard of this process of a tensor that all hold, with the layout of a DTensor."""
+    from torch.distributed.tensor import Replicate
+
+    mesh = like.device_mesh
+    everywhere = type(like).from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=like.placements)
 
 
 def _in_rows(tensor: Any, size: int) -> bool:

@@ -43,10 +43,13 @@ def share_among_ranks(module: nn.Module, process_group: Any = None) -> tuple[tup
     **Shards** (`fully_shard`, called before). The first unit that runs after an optimizer step has
     each process collect its raw parameters, in the dtype of the shards (also with a policy of
     mixed precision), and compute its matrices, which only it keeps; every forward pass takes
-    matrices from their owners, and every backward pass sums their gradients there. What is sent on
-    top of FSDP2's own traffic is the raw parameter once per step, a matrix in each forward and one
-    in each backward pass. Other tensors or attributes of the normalizers and orthogonalizers that
-    you change are seen after the next optimizer step, or `invalidate(module)`.
+    matrices from their owners, and every backward pass sums their gradients there. When it ends,
+    all processes pull back what is theirs and hand the mean over the processes out to the shards'
+    `grad`; a divisor of its own, skipped reductions and post-accumulate hooks that FSDP2 offers do
+    not reach these parameters. What is sent on top of FSDP2's own traffic is the raw parameter and
+    its gradient once per pass, and a matrix each way. Other tensors or attributes of the
+    normalizers and orthogonalizers that you change are seen after the next optimizer step, or
+    `invalidate(module)`.
 
     It acts in training mode with gradients enabled. All processes must then read weights at the
     same places of the program, since that is a collective; in `eval()` or under `torch.no_grad()`

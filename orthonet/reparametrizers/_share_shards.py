@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
 from orthonet import _checks
 from orthonet.linalg._matrix import compute_dtype, without_autocast
-from orthonet.linalg._ranks import assign, collect, exchange, rank_and_size
+from orthonet.linalg._ranks import assign, collect, exchange, hand_out, rank_and_size
 from orthonet.reparametrizers._cache_state import steps, usable
 from orthonet.reparametrizers._group import Group
 from orthonet.reparametrizers._pullback import own_graph
@@ -32,8 +33,9 @@ class ShardedGroup(Group):
     When a unit of FSDP2 runs for the first time after an optimizer step, every process collects the
     raw parameters that fall to it, in the dtype of the shards, and computes its matrices, with a
     graph from them. A forward pass takes each matrix from its owner, and a backward pass sums its
-    gradient there, pulls it back, and gives the result to the unit, whose other processes add
-    zeros. So no process keeps more matrices between the layers than its part.
+    gradient there; at its end all processes pull back what is theirs, at the same time, and hand
+    the mean out as gradients of the shards. So the unit's own reduction has nothing to do for these
+    parameters, and no process keeps more matrices between the layers than its part.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class ShardedGroup(Group):
         self.shards = [weight.original for weight in weights]
         self.stamp: Any = None
         self.graphs: dict[int, tuple[Tensor, Tensor]] = {}  # of this process: leaf and matrix
+        self.task: int | None = None  # the backward pass that is running
+        self.sums: dict[int, Tensor | None] = {}  # its gradients; None where others own them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         return None
@@ -118,18 +122,41 @@ class ShardedGroup(Group):
         )
         return value
 
-    def pull_back(self, index: int, grad: Tensor) -> Tensor | None:
-        """The gradient of the raw parameter at the owner; None in the other processes."""
+    def add(self, index: int, grad: Tensor) -> None:
+        """Sum the gradient of one matrix at its owner, to be pulled back when backward ends."""
         owner = self.owners[index]
         summed = grad.clone(memory_format=torch.contiguous_format)
         dist.reduce(
             summed, dist.get_global_rank(self.process_group, owner), group=self.process_group
         )
-        if owner != self.rank:
-            return None
-        leaf, matrix = self.graphs[index]
-        with without_autocast(leaf):
-            return torch.autograd.grad(matrix, leaf, summed, retain_graph=True)[0]
+        task = torch._C._current_graph_task_id()
+        if self.task != task:  # what an interrupted backward pass has left is not meant
+            self.task, self.sums = task, {}
+            Variable._execution_engine.queue_callback(self._pull_back)
+        held = self.sums.get(index)
+        mine = summed if held is None else held + summed
+        self.sums[index] = mine if owner == self.rank else None
+
+    @torch.no_grad()
+    def _pull_back(self) -> None:
+        """Give the shards their gradients: each process pulls back what is its own, all at once."""
+        sums, self.task, self.sums = self.sums, None, {}
+        order = sorted(sums)
+        pulled: dict[int, Tensor] = {}
+        for place, index in enumerate(order):
+            summed = sums[index]
+            if summed is not None:
+                leaf, matrix = self.graphs[index]
+                with without_autocast(leaf):
+                    grad = torch.autograd.grad(matrix, leaf, summed, retain_graph=True)[0]
+                pulled[place] = grad / self.size
+        shards = [self.shards[i] for i in order]
+        grads = hand_out(pulled, shards, [self.owners[i] for i in order], self.process_group)
+        for shard, grad in zip(shards, grads, strict=True):
+            if shard.grad is None:
+                shard.grad = grad
+            else:
+                shard.grad += grad
 
 
 def _computed(weight: OrthoWeight, raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,12 +173,12 @@ class _Lent(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, original: Tensor, group: ShardedGroup, index: int) -> Tensor:
-        ctx.group, ctx.index, ctx.dtype, ctx.stamp = group, index, original.dtype, group.stamp
+        ctx.group, ctx.index, ctx.stamp = group, index, group.stamp
         return group.lend(index, original)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         _checks.require(
             ctx.group.stamp == ctx.stamp,
             "backward",
@@ -159,10 +186,8 @@ class _Lent(torch.autograd.Function):
             "Call backward before the parameters change, or run the forward pass again",
             RuntimeError,
         )
-        pulled = ctx.group.pull_back(ctx.index, grad)
-        if pulled is None:
-            return grad.new_zeros(grad.shape, dtype=ctx.dtype), None, None
-        return pulled.to(ctx.dtype), None, None
+        ctx.group.add(ctx.index, grad)
+        return None, None, None  # the shard gets its gradient when backward ends
 
 
 def require_alike(weights: Sequence[OrthoWeight]) -> bool:
