@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from orthonet.certify._export import BATCH, BatchDependent
 from orthonet.certify._marks import mark_of
-from orthonet.certify._rules import canonical
+from orthonet.certify._program import BATCH
+from orthonet.certify._rules import BatchDependent, canonical
 from orthonet.linalg._rounding import (
     UNDERFLOW,
     add_up,
@@ -129,6 +129,26 @@ def _same(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: bool) 
     return args[0]
 
 
+@_register("gather", "index_select", "index", "tril", "triu", "unfold", "im2col", moves=True)
+def _pick(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: bool) -> Any:
+    plain = [v.value if isinstance(v, Constant) else v for v in args]
+    if canonical(target) == "index":
+        plain[1] = [v.value if isinstance(v, Constant) else v for v in args[1]]
+    return target(*plain, **kwargs)
+
+
+@_register("where", "masked_fill", moves=True)
+def _choose(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: bool) -> Any:
+    mask, a, b = args if canonical(target) == "where" else (args[1], args[2], args[0])
+    a, b = (v if isinstance(v, Tensor) else torch.zeros((), dtype=torch.float64) for v in (a, b))
+    return torch.where(mask.value, a, b)
+
+
+@_register("col2im", terms=_wide)
+def _fold(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: bool) -> Any:
+    return target(*args, **kwargs)
+
+
 @_register("sum", "mean", "cumsum", terms=_wide)
 def _reduce(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: bool) -> Any:
     return target(*args, **{k: v for k, v in kwargs.items() if k != "dtype"})
@@ -186,15 +206,23 @@ def _scale(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: bool)
     return a * b if canonical(target) == "mul" else a / b
 
 
-@_register("linear", "matmul", "mm", heavy=True, terms=_wide)
+@_register("linear", "matmul", "mm", "bmm", "mv", heavy=True, terms=_wide)
 def _linear(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: bool) -> Any:
     a, b = (_f64(v, absolute) for v in args[:2])
     return a @ (b.mT if canonical(target) == "linear" else b)
 
 
-@_register("addmm", heavy=True, terms=_wide)
+@_register("addmm", "baddbmm", heavy=True, terms=_wide)
 def _addmm(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: bool) -> Any:
-    return args[1] @ _f64(args[2], absolute)
+    a, b = (_f64(v, absolute) for v in args[1:3])
+    return _f64(kwargs.get("alpha", 1.0), absolute) * (a @ b)
+
+
+@_register("einsum", "tensordot", heavy=True, terms=_wide)
+def _contraction(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: bool) -> Any:
+    if canonical(target) == "tensordot":
+        return target(args[0], _f64(args[1], absolute), *args[2:], **kwargs)
+    return target(args[0], [_f64(v, absolute) for v in args[1]])
 
 
 @_register(*(f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3)), "convolution",
@@ -214,7 +242,7 @@ def _batch_norm(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: 
     return result if canonical(target) == "batch_norm" else (result,)
 
 
-_ONE_OPERAND = set(_ACTIONS) - {"add", "sub", "rsub", "cat", "stack"}
+_ONE_OPERAND = set(_ACTIONS) - {"add", "sub", "rsub", "cat", "stack", "where", "masked_fill"}
 
 
 class Island(NamedTuple):
@@ -235,11 +263,10 @@ def linear_part(states: list[State], source: State, x: Tensor, absolute: bool = 
                 return env[n]
             found = of.constants[n]
             if isinstance(found, BatchDependent):
-                found = found.value
-                if isinstance(found, int) and found == BATCH:
+                if found.rows:
+                    return Constant(found.value[:1].expand(len(x), *found.value.shape[1:]))
+                if isinstance(found.value, int) and found.value == BATCH:
                     return len(x)
-                if isinstance(found, Tensor) and len(found) == BATCH:
-                    return Constant(found[:1].expand(len(x), *found.shape[1:]))
                 raise ValueError("a constant that depends on the batch size")
             return Constant(found) if isinstance(found, Tensor) else found
 
@@ -295,7 +322,7 @@ def _amplification(states: list[State]) -> float | None:
         factors = [wide + 2.0]
         if not action_of(state).moves:  # type: ignore[union-attr]
             op = state.call.op
-            for value in (*state.call.args, *state.call.kwargs.values()):
+            for value in _values((state.call.args, *state.call.kwargs.values())):
                 number = isinstance(value, (int, float)) and not isinstance(value, bool)
                 if not number and not (isinstance(value, Tensor) and value.numel()):
                     continue
@@ -311,6 +338,15 @@ def _amplification(states: list[State]) -> float | None:
                 factors.append(_RANGE)
         spread = mul_up(spread, *factors)
     return spread if spread < 2.0**900 else None
+
+
+def _values(argument: Any) -> list[Any]:
+    """Every value among arguments and lists of them; of equal rows the first."""
+    if isinstance(argument, (tuple, list)):
+        return [v for part in argument for v in _values(part)]
+    if isinstance(argument, BatchDependent) and argument.rows:
+        return [argument.value[:1]]
+    return [argument]
 
 
 def _variance(state: State) -> Tensor:

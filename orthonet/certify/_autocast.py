@@ -6,6 +6,7 @@ makes are watched. The weights of a certificate are then those that the operatio
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orthonet.certify._export import BatchDependent, Program, op_name, refuse
+from orthonet.certify._program import Program, op_name, refuse
 from orthonet.certify._regions import CASTS, DECOMPOSED, HALF
+from orthonet.certify._rules import BatchDependent
 
 __all__ = ["round_constants"]
 
@@ -88,6 +90,6 @@ def _constant(program: Program, node: fx.Node, low: Tensor) -> fx.Node:
     with program.graph.inserting_after(node):
         new = program.graph.call_function(torch.ops.aten.clone.default, (node,))
     new.meta = dict(node.meta)
-    varies = isinstance(program.constants[node], BatchDependent)
-    program.constants[new] = BatchDependent(low) if varies else low
+    found = program.constants[node]
+    program.constants[new] = replace(found, value=low) if isinstance(found, BatchDependent) else low
     return new

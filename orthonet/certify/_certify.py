@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.certify import (  # noqa: F401
+    _contraction_rules,
     _function_rules,
     _matrix_rules,
     _module_rules,
+    _selection_rules,
     _spatial_rules,
 )
 from orthonet.certify._bound import Bound

@@ -9,8 +9,9 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from orthonet import _checks
-from orthonet.certify._export import FAILURES, Program, refuse_export
+from orthonet.certify._export import FAILURES, refuse_export
 from orthonet.certify._marks import ROOT
+from orthonet.certify._program import Program
 from orthonet.certify._regions import autocast_region
 from orthonet.errors import UncertifiableError
 
@@ -20,11 +21,13 @@ _TOLERANCE = 1e-4  # of the largest output: kernels may differ by batch size, br
 _HALF_TOLERANCE = 2.0**-5  # of outputs in half precision, after several roundings
 
 
-def _outputs(model: nn.Module, program: Program, size: int) -> list[Tensor]:
+def _outputs(
+    model: nn.Module, program: Program, size: int, gradients: bool = False
+) -> list[Tensor]:
     inputs = [x[:size].clone() for x in program.samples]
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         try:
-            return _flat(model(*inputs))
+            return [t.detach() for t in _flat(model(*inputs))]
         except FAILURES as error:
             refuse_export(model, inputs, ROOT, error)
             return []
@@ -42,14 +45,14 @@ def _close(a: list[Tensor], b: list[Tensor], tolerance: float = _TOLERANCE) -> b
 
 
 def check_same_function(model: nn.Module, program: Program) -> None:
-    """Run the model twice, and its graph: all three must agree.
+    """Run the model with gradients and without, and its graph: all three must agree.
 
     Raises:
         UncertifiableError: They do not.
     """
     size = len(program.samples[0])
     with autocast_region(program.samples[0].device, program.autocast):
-        first, again = (_outputs(model, program, size) for _ in range(2))
+        first, again = (_outputs(model, program, size, gradients) for gradients in (False, True))
     with torch.no_grad():
         traced = _run(program)
     tolerance = _TOLERANCE if program.autocast is None else _HALF_TOLERANCE
@@ -57,8 +60,8 @@ def check_same_function(model: nn.Module, program: Program) -> None:
         _close(first, again, tolerance) and _close(first, traced, tolerance),
         "certify",
         "the model must be a function of its input alone",
-        "Remove random numbers and state that forward reads or writes, and writing in place into "
-        "the input of a module that has a rule",
+        "Remove random numbers and state that forward reads or writes (gradient mode is one), and "
+        "writing in place into the input of a module that has a rule",
         UncertifiableError,
     )
 

@@ -15,10 +15,11 @@ from torch.fx.node import map_arg
 from orthonet.certify._regions import DECOMPOSED, REGION_OFF
 from orthonet.certify._rules import function_rule
 
-__all__ = ["decompose", "inline_regions"]
+__all__ = ["decompose", "inline_regions", "skip_whole_slices"]
 
 _REGION = "wrap_with_autocast"  # by name: PyTorch 2.6 loads the operation only when it is used
 
+_END = 2**62  # torch writes the largest integer for an open end
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 
@@ -80,6 +81,17 @@ def inline_regions(module: fx.GraphModule, autocast: torch.dtype | None = None) 
             if new not in before:
                 new.meta.setdefault(REGION_OFF, not enabled)
         _replace(node, result)
+
+
+def skip_whole_slices(graph: fx.Graph) -> None:
+    """Take out slices of everything, `x[:]`, so that equal tensors are one node."""
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.slice.Tensor:
+            continue
+        source, _, begin, end, step = (*node.args, *(0, 0, None, 1)[len(node.args) - 1 :])
+        if not begin and (end is None or (isinstance(end, int) and end >= _END)) and step == 1:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
 
 
 def _composite(target: torch._ops.OpOverload) -> Callable[..., Any] | None:

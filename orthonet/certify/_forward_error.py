@@ -21,7 +21,7 @@ from torch import Tensor
 from orthonet.certify._affine import _variance
 from orthonet.certify._normalization_error import normalization_error
 from orthonet.certify._replay import replay
-from orthonet.certify._rules import Call, Operand, Rounding, Step
+from orthonet.certify._rules import BatchDependent, Call, Operand, Rounding, Step
 from orthonet.certify._sizes import absolute_convolution, absolute_matrix
 
 if TYPE_CHECKING:
@@ -276,6 +276,8 @@ def _offset(state: State) -> float:
     if call.op in ("add", "sub", "rsub", "addmm", "rnn_tanh_cell", "rnn_relu_cell", "lerp"):
         total = 0.0
         for value in (*call.args, *call.kwargs.values()):
+            if isinstance(value, BatchDependent) and value.rows:
+                value = value.value[:1]
             if isinstance(value, Tensor) and value.ndim <= 1 + len(state.shape):
                 repeats = max(1.0, math.prod(state.shape) / max(1, value.numel()))
                 total += float(value.detach().double().norm()) * math.sqrt(repeats)

@@ -184,7 +184,7 @@ def _lerp(call: Call) -> Step:
     "clone", "detach", "alias", "lift_fresh_copy", "permute", "transpose", "movedim",
     "t", "pixel_shuffle",
     "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "positive", "pos", "float",
-    "double", "to", "type_as",
+    "double", "to", "type_as", "view_as", "reshape_as",
 )  # fmt: skip
 def _rearrange(call: Call) -> Step:
     # That the batch stays where it is and whole is checked for every operation by its shapes.
@@ -237,17 +237,8 @@ def _select(call: Call) -> Step:
 
 @register_rule("slice")
 def _slice(call: Call) -> Step:
-    begin, end, step = (call.get(i, n, None) for i, n in ((2, "start"), (3, "end"), (4, "step")))
-    whole = (
-        not begin and step in (None, 1) and (end is None or (isinstance(end, int) and end >= _END))
-    )
-    if whole:
-        return Step((_ONE,), REARRANGEMENT, roundings=COPY)
     call.feature_dims(call.get(1, "dim", 0))
     return exact(1.0, "selection", COPY)
-
-
-_END = 2**62  # torch writes the largest integer for an open end
 
 
 @register_rule("index", "index_select")

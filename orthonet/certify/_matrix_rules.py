@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import Tensor
 
 from orthonet import functional
 from orthonet.certify._bound import Bound
+from orthonet.certify._contraction_rules import stacked_step
 from orthonet.certify._norms import matrix_norm
 from orthonet.certify._rules import (
     COPY,
@@ -21,6 +21,7 @@ from orthonet.certify._rules import (
     register_rule,
     upper,
 )
+from orthonet.certify._sizes import absolute_matrix
 from orthonet.linalg._rounding import add_up, div_up, down, mul_up, up
 
 __all__: list[str] = []
@@ -35,24 +36,56 @@ def _matrix(call: Call, weight: Tensor) -> Bound:
     return Bound(matrix_norm(weight), kind="exact")
 
 
-@register_rule("linear", "matmul", "mm", "addmm")
+@register_rule("linear")
 def _linear(call: Call) -> Step:
-    args: tuple[Any, ...] = call.args
-    if call.op == "addmm":
-        if any(call.get(i, n, 1) != 1 for i, n in ((3, "beta"), (4, "alpha"))):
-            call.refuse("addmm must have no factors", "Leave out beta and alpha")
-        args = args[1:]
-    call = Call(call.op, call.path, args, call.kwargs, call.output_shape, call.source)
-    if len(call.operands) == 1 and call.op != "linear" and isinstance(args[1], Operand):
-        weight = call.constant(0, "input")  # acts on the columns of every sample
-        if len(args[1].shape) < 2:
-            call.refuse("dim 0 must stay the batch", "Use x @ matrix.T")
+    call.operand  # noqa: B018 (refuses a second one)
+    return _one_matrix(call, call.constant(1, "weight"))
+
+
+def _one_matrix(call: Call, weight: Tensor) -> Step:
+    gain = _matrix(call, weight)
+    size = "{}x{}".format(*weight.shape)
+    return Step((gain,), f"matrix {size}, verified", roundings=max(weight.shape) + 1.0)
+
+
+@register_rule("matmul", "mm", "bmm", "mv")
+def _product(call: Call) -> Step:
+    """X @ W, or W @ x, which acts on the columns of every sample; W may be a stack of matrices."""
+    left = len(call.operands) == 1 and isinstance(call.args[1], Operand)
+    if left:
+        weight = call.constant(0, "input")
     else:
         call.operand  # noqa: B018 (refuses a second one)
-        weight = call.constant(1, "weight" if call.op == "linear" else "other")
-    bound = _matrix(call, weight if call.op == "linear" else weight.T)
-    size = "{}x{}".format(*weight.shape)
-    return Step((bound,), f"matrix {size}, verified", roundings=max(weight.shape) + 1.0)
+        weight = call.constant(1, "other")
+    if weight.ndim != 2:
+        return stacked_step(call, weight, left)
+    if left and len(call.operands[0].shape) < 2:
+        call.refuse("dim 0 must stay the batch", "Use x @ matrix.T")
+    return _one_matrix(call, weight)
+
+
+@register_rule("addmm", "baddbmm")
+def _product_and_shift(call: Call) -> Step:
+    if isinstance(call.args[0], Operand):
+        call.refuse("the tensor to add must be a constant", "Write x + y @ matrix")
+    beta, alpha = (call.get(i, n, 1) for i, n in ((3, "beta"), (4, "alpha")))
+    if not all(isinstance(v, (int, float)) for v in (beta, alpha)):
+        call.refuse("beta and alpha must be numbers", "Use constants of the model")
+    inner = Call(call.op, call.path, call.args[1:], {}, call.output_shape, call.source)
+    step = _product(inner)
+    if alpha == beta == 1 and not isinstance(step.roundings, Rounding):
+        return step
+    alpha = abs(float(alpha))
+    gain = Bound(mul_up(alpha, step.gains[0].value), kind=step.gains[0].kind)
+    added = call.constant(0, "input")
+    repeats = math.prod(call.output_shape) / max(1, added.numel())
+    offset = abs(float(beta)) * float(added.norm()) * math.sqrt(repeats) * (1.0 + 2.0**-40)
+    weight = next(t for t in call.args[1:] if not isinstance(t, Operand))
+    rounding = step.roundings
+    if not isinstance(rounding, Rounding):
+        rounding = Rounding(float(rounding), absolute_matrix(weight))  # type: ignore[arg-type]
+    size = mul_up(alpha, rounding.size)
+    return step._replace(gains=(gain,), roundings=Rounding(rounding.count + 3.0, size, offset))
 
 
 @register_rule("batch_norm", "_native_batch_norm_legit_no_training")

@@ -18,15 +18,18 @@ from orthonet.certify._affine import Island, action_of, materialise, moves
 from orthonet.certify._autocast import round_constants
 from orthonet.certify._bound import Bound, Row
 from orthonet.certify._consistency import check_same_function, check_samples_apart
-from orthonet.certify._export import Program, export, fill, op_name, path_of, source_of
+from orthonet.certify._export import export
+from orthonet.certify._fold import fill
 from orthonet.certify._form_rules import form_of
 from orthonet.certify._forms import form_bound
 from orthonet.certify._marks import ROOT, LeafCall, mark_of
 from orthonet.certify._norms import limits, matrix_norm
 from orthonet.certify._perceptron import Perceptron, perceptron_of
 from orthonet.certify._pieces import Pieces
+from orthonet.certify._program import Program, op_name, path_of, source_of
 from orthonet.certify._rules import (
     REARRANGEMENT,
+    BatchDependent,
     Call,
     Operand,
     Step,
@@ -138,7 +141,13 @@ class Walker:
         return ".".join(p for p in (self.prefix, name) if p not in (ROOT, "")) or ROOT
 
     def _refuse(self, node: fx.Node, requirement: str, advice: str) -> NoReturn:
-        details = {"operation": op_name(node), "path": self.path(node)}
+        mark, name = mark_of(node), op_name(node)
+        if mark is not None:  # a tensor that goes into what has a rule as a whole, or comes out
+            target = self.program.calls[mark[0]].target
+            name = getattr(target, "__name__", type(target).__name__)
+            if mark[1] < -1:
+                name = f"output {-1 - mark[1]} of {name}"
+        details = {"operation": name, "path": self.path(node)}
         details |= {"source": source_of(node)} if source_of(node) else {}
         _checks.fail("certify", requirement, advice, UncertifiableError, **details)
 
@@ -158,7 +167,8 @@ class Walker:
                 node,
                 "dim 0 must stay the batch, neither moved, merged, nor mixed into other dims",
                 "A certificate is given for each sample on its own; reshape with "
-                "x.flatten(1) or x.reshape(x.shape[0], ...)",
+                "x.flatten(1) or x.reshape(x.shape[0], ...). Of a recurrent layer with "
+                "batch_first=True, return the first output alone, or its last step, output[:, -1]",
             )
         if value.dtype not in (torch.float32, torch.float64, self.program.autocast):
             self._refuse(
@@ -216,7 +226,14 @@ class Walker:
         if isinstance(argument, fx.Node):
             state = self.states.get(argument)
             if state is None:
-                return self.program.constants[argument]
+                found = self.program.constants[argument]
+                varies = isinstance(found, BatchDependent) and not found.rows
+                if varies and isinstance(found.value, Tensor):
+                    self._refuse(
+                        argument, "a constant must be the same for every sample",
+                        "A certificate is given for each sample, wherever in the batch it lies",
+                    )  # fmt: skip
+                return found
             return Operand(state.shape, lambda: self.bound_of(state), state)
         if isinstance(argument, (tuple, list)):
             return tuple(self._argument(a) for a in argument)
@@ -303,7 +320,8 @@ class Walker:
         self.nested = 0.0
         best = self._island(state)
         small = math.prod(state.start.shape[1:]) <= _SMALL_IMAGES[limits().name]
-        if best is None or (best[2][3].kind != "exact" and small):
+        free = all(moves(s) for s in state.island)
+        if best is None or free or (best[2][3].kind != "exact" and small):
             product = self._product(state)
             if best is None or product[0].value <= best[0].value:
                 best = product

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from orthonet.certify._export import BATCH, BatchDependent, Program, op_name
 from orthonet.certify._marks import mark_of
+from orthonet.certify._program import BATCH, Program, op_name
 from orthonet.certify._regions import CASTS
+from orthonet.certify._rules import BatchDependent
 
 __all__ = ["Replay", "replay"]
 
@@ -28,11 +29,10 @@ def replay(program: Program, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
             return env[node]
         found = program.constants[node]
         if isinstance(found, BatchDependent):
-            found = found.value
-            if isinstance(found, int):
-                return found * size // BATCH
-            if isinstance(found, Tensor) and len(found) == BATCH:
-                found = found[:1].expand(size, *found.shape[1:])
+            if isinstance(found.value, int):
+                return found.value * size // BATCH
+            rows = found.value[:1] if found.rows else None
+            found = found.value if rows is None else rows.expand(size, *rows.shape[1:])
         if isinstance(found, Tensor):
             found = found.detach().cpu()
             if found.is_complex():

@@ -24,6 +24,7 @@ from orthonet.errors import UncertifiableError
 __all__ = [
     "COPY",
     "REARRANGEMENT",
+    "BatchDependent",
     "Call",
     "Operand",
     "Rounding",
@@ -121,6 +122,19 @@ def upper(value: float, method: str, roundings: Roundings = None) -> Step:
     return Step((Bound(value),), method, roundings=roundings)
 
 
+@dataclass(frozen=True)
+class BatchDependent:
+    """A constant that is not the same for every batch size.
+
+    Attributes:
+        value: It, at one batch size.
+        rows: It is a tensor of equal rows, one for each sample.
+    """
+
+    value: Any
+    rows: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One operation of the model on its way from input to output.
@@ -179,6 +193,8 @@ class Call:
     def constant(self, position: int, name: str) -> Tensor:
         """A constant argument as a float64 tensor on the CPU; finite, or it is refused."""
         value = self.get(position, name, None)
+        if isinstance(value, BatchDependent) and value.rows:
+            value = value.value[:1]  # one for each sample, all the same
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             value = torch.tensor(float(value), dtype=torch.float64)
         if not isinstance(value, Tensor) or value.is_complex():

@@ -1,0 +1,138 @@
+"""Constants of an exported graph: what does not depend on the input is computed once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from orthonet.certify._marks import Marked, mark_of
+from orthonet.certify._program import BATCH, Program, op_name, refuse
+from orthonet.certify._rules import BatchDependent
+
+__all__ = ["fill", "fold", "moving"]
+
+_SHAPE_ONLY = {
+    "sym_size", "sym_numel", "sym_stride", "new_zeros", "new_ones", "new_full", "new_empty",
+    "zeros_like", "ones_like", "full_like", "empty_like", "_assert_tensor_metadata",
+}  # fmt: skip
+
+
+_SHAPED_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
+"""Of the second argument only shape and dtype are read."""
+
+
+def moving(nodes: Any, inputs: list[fx.Node]) -> set[fx.Node]:
+    """The nodes whose values depend on the input, not only on its shape."""
+    found = set(inputs)
+    for node in nodes:
+        if any(n in found for n in _read(node, node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def _read(node: fx.Node, parents: list[fx.Node]) -> list[fx.Node]:
+    """Those of the parents whose values the operation reads, not only their shapes."""
+    name = op_name(node)
+    if name in _SHAPE_ONLY:
+        return []
+    return [node.args[0]] if name in _SHAPED_LIKE else parents  # type: ignore[list-item]
+
+
+def fold(program: Program) -> None:
+    """Compute every needed node that does not depend on the input."""
+    found = set(program.inputs)
+    constants = program.constants
+    for node in program.nodes:
+        if node.op in ("placeholder", "get_attr"):  # a graph of its own is no value
+            continue
+        if any(p in found for p in _read(node, program.parents(node))):
+            found.add(node)
+            continue
+        shape_only = op_name(node) in _SHAPE_ONLY
+        if node.op == "call_function" and not shape_only and _is_random(node):
+            refuse(node, "the model must be a function of its input alone",
+                   "Remove the random numbers, or draw them once into a buffer")  # fmt: skip
+        values = [_evaluate(node, program, size) for size in (BATCH, BATCH - 1)]
+        constants[node] = values[0] if _same(*values) else _varying(*values)
+    program.nodes = [n for n in program.nodes if n in found]
+
+
+def _varying(value: Any, other: Any) -> BatchDependent:
+    """A constant that differs at two batch sizes: by its number of equal rows only, or else."""
+    rows = (
+        isinstance(value, Tensor) and isinstance(other, Tensor) and value.ndim > 0
+        and value.shape[1:] == other.shape[1:]
+        and (len(value), len(other)) == (BATCH, BATCH - 1)
+        and _same(value, value[:1].expand_as(value))
+        and _same(other, value[:1].expand_as(other))
+    )  # fmt: skip
+    return BatchDependent(value, rows)
+
+
+def _is_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags and not (
+        op_name(node) == "dropout" and not node.args[2]
+    )
+
+
+def _evaluate(node: fx.Node, program: Program, size: int) -> Any:
+    """The value of a node at one batch size."""
+    if mark_of(node) is not None and mark_of(node)[1] < 0:  # type: ignore[index]
+        return _evaluate_call(node, program)
+
+    def value(n: fx.Node) -> Any:
+        if n not in program.constants:  # only its shape will be read
+            fake = n.meta["val"]
+            shape = [size if str(s) == program.batch else int(s) for s in fake.shape]
+            return torch.empty(shape, dtype=fake.dtype, device=fake.device)
+        found = program.constants[n]
+        if isinstance(found, BatchDependent):
+            return _evaluate(n, program, size)
+        return found
+
+    args, kwargs = map_arg((node.args, node.kwargs), value)
+    with torch.no_grad(), program.region(node):
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _evaluate_call(node: fx.Node, program: Program) -> Any:
+    number, place = mark_of(node)  # type: ignore[misc]
+    call = program.calls[number]
+    values = {k: program.constants[n] for k, n in program.entries.get(number, {}).items()}
+    target = call.target
+    args, kwargs = fill(call.args, values), {k: fill(v, values) for k, v in call.kwargs.items()}
+    with torch.no_grad(), program.region(node):
+        result = target(*args, **kwargs)
+    tensors: list[Tensor] = []
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, (tuple, list)):
+            for v in value:
+                visit(v)
+
+    visit(result)
+    return tensors[-place - 1]
+
+
+def fill(value: Any, values: dict[int, Any]) -> Any:
+    """The arguments of a call with values in place of the marks."""
+    if isinstance(value, Marked):
+        return values[value.place]
+    if isinstance(value, (tuple, list)):
+        return tuple(fill(v, values) for v in value)
+    return value
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        equal = a.shape == b.shape and a.dtype == b.dtype
+        return equal and bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and not isinstance(a, Tensor) and a == b

@@ -1,0 +1,154 @@
+"""Products with constant tensors and choices by constant masks and indices, against Jacobians."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from orthonet.certify import certify
+from orthonet.errors import UncertifiableError
+from tests.references import jacobian_reference
+
+
+class Fixed(nn.Module):
+    """A function of the input and of constants: a matrix, stacks, a vector, a mask, an index."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        draw = torch.Generator().manual_seed(0)
+        self.register_buffer("w", torch.randn(6, 6, generator=draw))
+        self.register_buffer("heads", torch.randn(3, 6, 2, generator=draw))
+        self.register_buffer("b", torch.randn(6, generator=draw))
+        self.register_buffer("mask", torch.tensor([True, False, True, True, False, True]))
+        self.register_buffer("index", torch.tensor([1, 0, 1]))
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+# The function and the shape of a sample.
+LINEAR = {
+    "einsum": (lambda s, x: torch.einsum("oi,bi->bo", s.w, x), (6,)),
+    "einsum, of the channels": (lambda s, x: torch.einsum("bchw,oc->bohw", x, s.w), (6, 2, 3)),
+    "einsum, heads": (lambda s, x: torch.einsum("bhi,hij->bhj", x, s.heads), (3, 6)),
+    "einsum, sums": (lambda s, x: torch.einsum("bhi,ij->bj", x, s.w), (3, 6)),
+    "einsum, dots": (lambda s, x: torch.einsum("b...i,oi->b...o", x, s.w), (2, 3, 6)),
+    "einsum, implicit": (lambda s, x: torch.einsum("bi,ic", x, s.w), (6,)),
+    "einsum, diagonal": (lambda s, x: torch.einsum("bi,i->bi", x, s.b), (6,)),
+    "einsum, alone": (lambda s, x: torch.einsum("bij->bji", x), (2, 3)),
+    "einsum, alone, sum": (lambda s, x: torch.einsum("bij->bj", x), (2, 3)),
+    "tensordot": (lambda s, x: torch.tensordot(x, s.w, dims=([1], [1])), (6, 2)),
+    "tensordot of two": (lambda s, x: torch.tensordot(x, s.heads, dims=([2, 1], [1, 0])), (3, 6)),
+    "stack": (lambda s, x: x @ s.heads, (3, 2, 6)),
+    "stack on the left": (lambda s, x: s.heads @ x, (3, 2, 4)),
+    "stack of one input": (lambda s, x: x[:, None] @ s.heads, (2, 6)),
+    "stack of one on the left": (lambda s, x: s.heads.mT @ x[:, None], (6, 4)),
+    "vector": (lambda s, x: x @ s.b, (2, 6)),
+    "expanded": (lambda s, x: torch.bmm(x, s.w.expand(x.shape[0], 6, 6)), (2, 6)),
+    "expanded on the left": (lambda s, x: torch.bmm(s.w.expand(x.shape[0], 6, 6), x), (6, 2)),
+    "addmm": (lambda s, x: torch.addmm(s.b, x, s.w, alpha=-0.5, beta=2.0), (6,)),
+    "baddbmm": (
+        lambda s, x: torch.baddbmm(s.b, x, s.w.expand(x.shape[0], 6, 6), alpha=0.3),
+        (2, 6),
+    ),
+    "add, like the input": (lambda s, x: x - s.b.expand_as(x), (6,)),
+    "add, typed like it": (lambda s, x: x + s.b.type_as(x), (6,)),
+    "scale, like the input": (lambda s, x: x * s.b.expand_as(x), (6,)),
+    "view as": (lambda s, x: (x * s.b).view_as(x).reshape_as(x), (6,)),
+    "where": (lambda s, x: torch.where(s.mask, x, 0.0), (6,)),
+    "where, repeated": (lambda s, x: torch.where(s.mask[:, None], x[:, None], s.b), (6,)),
+    "where of two": (lambda s, x: torch.where(s.mask, x @ s.w, x * s.b), (6,)),
+    "where, like it": (lambda s, x: torch.where(s.mask.expand_as(x), s.b, x), (6,)),
+    "masked fill": (lambda s, x: (x @ s.w).masked_fill(s.mask, 3.0) @ s.w, (6,)),
+    "gather": (lambda s, x: x.gather(1, s.index.expand(x.shape[0], 3)), (6,)),
+    "gather of rows": (
+        lambda s, x: x.gather(1, s.index[:, None].expand(x.shape[0], 3, 4)),
+        (2, 4),
+    ),
+    "index": (lambda s, x: x[:, s.index] @ s.w[:3], (6,)),
+    "triangle": (lambda s, x: (x @ s.w).tril(-1) + x.triu(1), (6, 6)),
+    "windows": (lambda s, x: x.unfold(1, 3, 2), (9,)),
+    "patches": (lambda s, x: F.unfold(x, 3, padding=1, stride=2), (2, 5, 6)),
+    "patches, dilated": (lambda s, x: F.unfold(x, 2, dilation=2), (1, 5, 4)),
+    "patches and back": (
+        lambda s, x: F.fold(F.unfold(x, (2, 3)), (4, 5), (2, 3)),
+        (2, 4, 5),
+    ),
+    "convolution by patches": (lambda s, x: s.w[:4, :4] @ F.unfold(x, 2), (1, 4, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_bound_is_the_norm(name, dtype):
+    function, shape = LINEAR[name]
+    model = Fixed(function).to(dtype).eval()
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    found = certify(model, x.to(dtype))
+    jacobian = jacobian_reference(model.double(), x[0])
+    truth = float(torch.linalg.matrix_norm(jacobian, 2))
+    # observed 1e-11 above
+    assert truth * (1 - 1e-12) <= found.constant.value <= truth * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_operation_alone_is_sound(name):
+    """Behind an activation no island takes it up: the rule itself is asked."""
+    function, shape = LINEAR[name]
+    model = Fixed(function).double().eval()
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    both = nn.Sequential(nn.Sigmoid(), model, nn.Tanh()).eval()
+    truth = float(torch.linalg.matrix_norm(jacobian_reference(model, x[0]), 2))
+    found = certify(both, x, lower=False).constant.value
+    assert truth * 0.25 * (1 - 1e-12) <= found <= truth * 0.25 * 1.5
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_rounding_is_bounded(name):
+    function, shape = LINEAR[name]
+    model = Fixed(function).eval()
+    with torch.no_grad():
+        model.b.mul_(100.0)
+    x = 3 * torch.randn(40, *shape)
+    found = certify(model, x[:1], lower=False)
+    seen, exact = model(x).double(), Fixed(function)
+    exact.load_state_dict(model.state_dict())
+    error = (seen - exact.double()(x.double())).flatten(1).norm(dim=1)
+    assert bool((error <= found.rounding(x)).all())
+
+
+REFUSED = {
+    "product": (lambda s, x: torch.einsum("bi,bi->b", x, x), "no Lipschitz constant"),
+    "three": (lambda s, x: torch.einsum("bi,ij,jk->bk", x, s.w, s.w), "multiply constants before"),
+    "batch sum": (lambda s, x: torch.einsum("bi,ij->j", x, s.w), "dim 0 must stay the batch"),
+    "trace": (lambda s, x: torch.einsum("bi,jj->bi", x, s.w), "stand once in a tensor"),
+    "mask of the input": (lambda s, x: torch.where(x > 0, s.b, x), "gt"),
+    "index of the input": (lambda s, x: x.gather(1, x.argsort(1)), "argsort|float32 or float64"),
+    "index of the batch": (
+        lambda s, x: x.gather(1, torch.arange(x.shape[0])[:, None]),
+        "the same for every sample",
+    ),
+    "mask of the batch": (
+        lambda s, x: torch.where((torch.arange(x.shape[0]) > 0)[:, None], x, 2 * x),
+        "the same for every sample",
+    ),
+    "many samples": (
+        lambda s, x: 9 * x if x.shape[0] > 100 else x,
+        "branches .* on the batch size",
+    ),
+    "gradients": (lambda s, x: 9 * x if torch.is_grad_enabled() else x, "gradient mode is one"),
+    "sum of samples": (lambda s, x: s.w[:4, :4] @ x, "dim 0 must stay the batch|any size"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_constant_is_refused(name):
+    function, message = REFUSED[name]
+    with pytest.raises(UncertifiableError, match=message):
+        certify(Fixed(function).eval(), torch.randn(4, 6))
+
+
+def test_the_state_of_a_recurrent_layer_is_refused_by_its_name():
+    with pytest.raises(UncertifiableError, match=r"output 1 of RNN.*return the first"):
+        certify(nn.RNN(4, 5, batch_first=True).eval(), torch.randn(2, 3, 4))
