@@ -29,7 +29,7 @@ from orthonet.linalg._rounding import (
 )
 
 if TYPE_CHECKING:
-    from orthonet.certify._propagate import State
+    from orthonet.certify._state import State
 
 __all__ = ["Action", "Island", "action_of", "linear_part", "materialise", "moves", "roundings_of"]
 

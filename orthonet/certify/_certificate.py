@@ -14,12 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.certify import (  # noqa: F401
-    _function_rules,
-    _matrix_rules,
-    _module_rules,
-    _spatial_rules,
-)
 from orthonet.certify._bound import Bound, Row
 from orthonet.certify._forward_error import forward_error, unit_roundoffs
 from orthonet.certify._propagate import Walker
@@ -254,7 +248,25 @@ class LipschitzCertificate:
             dtype=dtype,
         )
         batch = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        self._check_inputs(batch, within)
         return forward_error(self._walker, batch, within, dtype)  # type: ignore[arg-type]
+
+    def _check_inputs(self, batch: tuple[Any, ...], within: Tensor | float) -> None:
+        nested = bool(self.input_shape) and isinstance(self.input_shape[0], tuple)
+        shapes = self.input_shape if nested else (self.input_shape,)
+        samples = [len(x) if isinstance(x, Tensor) and x.ndim else -1 for x in batch]
+        if isinstance(within, Tensor) and within.ndim:
+            samples.append(len(within))
+        _checks.require(
+            all(isinstance(x, Tensor) for x in batch)
+            and tuple(tuple(x.shape[1:]) for x in batch) == tuple(shapes)
+            and len(set(samples)) == 1,
+            "LipschitzCertificate",
+            f"inputs must be batches of {shapes}, one sample for each row of the logits",
+            "Pass what the model was given",
+            inputs=[tuple(getattr(x, "shape", ())) for x in batch],
+            samples=samples,
+        )
 
     def certified_accuracy(
         self, logits: Tensor, labels: Tensor, radii: Sequence[float]

@@ -15,7 +15,7 @@ from orthonet.certify._forms import Form, Pairs
 from orthonet.certify._rules import Operand
 
 if TYPE_CHECKING:
-    from orthonet.certify._propagate import State
+    from orthonet.certify._state import State
 
 __all__ = ["form_of"]
 

@@ -26,7 +26,7 @@ from orthonet.linalg._rounding import (
 )
 
 if TYPE_CHECKING:
-    from orthonet.certify._propagate import State
+    from orthonet.certify._state import State
 
 __all__ = ["Form", "Pairs", "form_bound"]
 

@@ -25,7 +25,8 @@ from orthonet.certify._rules import BatchDependent, Call, Operand, Rounding, Ste
 from orthonet.certify._sizes import absolute_convolution, absolute_matrix
 
 if TYPE_CHECKING:
-    from orthonet.certify._propagate import State, Walker
+    from orthonet.certify._propagate import Walker
+    from orthonet.certify._state import State
 
 __all__ = ["forward_error", "unit_roundoffs"]
 

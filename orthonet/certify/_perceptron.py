@@ -21,7 +21,8 @@ from orthonet.certify._slopes import Activation, activation_of
 from orthonet.errors import UncertifiableError
 
 if TYPE_CHECKING:
-    from orthonet.certify._propagate import State, Walker
+    from orthonet.certify._propagate import Walker
+    from orthonet.certify._state import State
 
 __all__ = ["Perceptron", "perceptron_of"]
 

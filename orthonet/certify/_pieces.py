@@ -19,7 +19,8 @@ from orthonet.linalg._rounding import add_up, hypot_up, mul_up
 from orthonet.linalg.enclosure import spectral_norm_bound
 
 if TYPE_CHECKING:
-    from orthonet.certify._propagate import State, Walker
+    from orthonet.certify._propagate import Walker
+    from orthonet.certify._state import State
 
 __all__ = ["Pieces"]
 

@@ -6,7 +6,6 @@ import math
 import operator
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -38,34 +37,11 @@ from orthonet.certify._rules import (
     function_rule,
     module_rule,
 )
+from orthonet.certify._state import State
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import add_up
 
-__all__ = ["State", "Walker", "propagate"]
-
-
-@dataclass(eq=False)
-class State:
-    """What is known of one node of the graph."""
-
-    node: fx.Node
-    call: Call
-    shape: tuple[int, ...]
-    constants: dict[fx.Node, Any]
-    parents: list[State] = field(default_factory=list)
-    source: State | None = None
-    """The node that this one is an affine function of; None for the node itself."""
-    island: list[State] = field(default_factory=list)
-    step: Step | None = None
-    bound: Bound | None = None
-    row: Row | None = None
-    seconds: float = 0.0  # what the rule of its module took
-    used: list[State] = field(default_factory=list)
-    """The nodes whose bounds the bound was made from."""
-
-    @property
-    def start(self) -> State:
-        return self.source or self
+__all__ = ["Walker", "propagate"]
 
 
 _IDENTITY = Bound(1.0, kind="exact")

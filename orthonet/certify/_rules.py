@@ -249,7 +249,7 @@ _SPELLINGS = {
 _HARMLESS = {
     "__init__", "__repr__", "__setattr__", "__setstate__", "__getstate__", "__deepcopy__",
     "__reduce_ex__", "_load_from_state_dict", "_save_to_state_dict", "extra_repr",
-    "reset_parameters", "to_plain", "inverse",
+    "reset_parameters", "to_plain", "inverse", "adjoint",
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from orthonet import _checks
@@ -101,7 +102,8 @@ def orthogonalize(
         The constant of the whole model is what [`certify`][orthonet.certify.certify] proves.
 
     Raises:
-        ValueError: An unknown option, a rule that matches no module, or one of another kind.
+        ValueError: An unknown option, a rule that matches no module, one of another kind or with
+            keywords that the layer does not have, or weights that are not finite.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 1, 2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 10))
@@ -125,6 +127,8 @@ def orthogonalize(
     _checks.one_of(owner, (*available(), None), fallback=fallback)
     rules = dict(rules or {})
     _check_rules(model, rules)
+    if weights == "project":
+        _check_finite(model)
     options = {
         "weights": weights, "downsample": downsample, "fallback": fallback, "norm": norm,
         "activation": activation, "pool": pool,
@@ -212,6 +216,22 @@ def _rule(names: list[str], module: nn.Module, rules: Mapping[Any, Rule]) -> Rul
 
 def _matches(key: str | type[nn.Module], name: str, module: nn.Module) -> bool:
     return fnmatch.fnmatchcase(name, key) if isinstance(key, str) else isinstance(module, key)
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        for key, tensor in module.named_parameters(recurse=False):
+            _checks.require(
+                not isinstance(module, CONVERTIBLE)
+                or tensor.is_meta
+                or is_lazy(tensor)
+                or bool(tensor.isfinite().all()),
+                "orthogonalize",
+                "weights must be finite to be projected",
+                "Look for the step of the training that made a NaN or an infinity, or pass "
+                "weights='reset'",
+                parameter=f"{name}.{key}".lstrip("."),
+            )
 
 
 def _check_rules(model: nn.Module, rules: Mapping[Any, Rule]) -> None:

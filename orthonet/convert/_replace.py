@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from orthonet import layers
+from orthonet import _checks, layers
 from orthonet.constraints import orthogonal, product
 from orthonet.errors import NotOnManifoldError
 from orthonet.manifolds import Stiefel
@@ -95,7 +95,16 @@ def layer_twin(
                 raise UnconvertibleError(
                     f"method {method!r} has no convolution of {dims} dimensions"
                 )
-    except (ValueError, TypeError) as error:
+    except TypeError as error:
+        if not options:
+            raise UnconvertibleError(_short(error)) from None
+        _checks.fail(
+            "orthogonalize",
+            f"the keywords of a rule must be those of the layer in the place of nn.{kind.__name__}",
+            str(error),
+            keywords=sorted(options),
+        )
+    except ValueError as error:
         raise UnconvertibleError(_short(error)) from None
     return Twin(twin, *_filled(twin, layer, weights))
 

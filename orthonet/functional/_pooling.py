@@ -178,14 +178,17 @@ def global_l2_norm_pool(x: Tensor, spatial: int, keepdim: bool = False) -> Tenso
 
     Guarantee:
         Lipschitz constant exactly 1 (each norm is 1-Lipschitz and the channels are disjoint);
-        the gradient is 0 at a zero channel.
+        the gradient, and any further one, is 0 at a zero channel. Squares are accumulated in
+        float32 at least.
 
     Examples:
         >>> global_l2_norm_pool(torch.ones(1, 3, 4, 4), spatial=2)
         tensor([[4., 4., 4.]])
     """
     _has_spatial("global_l2_norm_pool", x, spatial)
-    return torch.linalg.vector_norm(x, dim=tuple(range(-spatial, 0)), keepdim=keepdim)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    square = (wide * wide).sum(dim=tuple(range(-spatial, 0)), keepdim=keepdim)
+    return safe_sqrt(square).to(x.dtype)
 
 
 def global_scaled_avg_pool(x: Tensor, spatial: int, keepdim: bool = False) -> Tensor:

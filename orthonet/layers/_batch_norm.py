@@ -62,7 +62,7 @@ class _BatchLipNorm(nn.Module):
         gain = (variance + self.eps).rsqrt()
         if self.weight is not None:
             gain = gain * self.weight.to(gain.dtype)
-        largest = gain.abs().amax()
+        largest = gain.abs().max()
         return gain / torch.where(largest > 0, largest, torch.ones_like(largest))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -111,6 +111,46 @@ class OrthoLinear(_ConstrainedLinear):
         fused = fused_linear(self, input)
         return super().forward(input) if fused is None else fused
 
+    def adjoint(self, y: Tensor) -> Tensor:
+        r"""Apply the transpose of the linear part, \(W^\top y\).
+
+        Shape:
+            `y`: (*, out_features); result: (*, in_features).
+        """
+        self._require_features(y)
+        return y @ self.weight
+
+    def inverse(self, y: Tensor) -> Tensor:
+        r"""Return the x that the layer maps to `y`: \(W^\top (y - b) / K^2\), for square W.
+
+        Shape:
+            `y`: (*, out_features); result: (*, in_features).
+
+        Raises:
+            ValueError: The weight is not square.
+        """
+        _checks.require(
+            self.in_features == self.out_features,
+            self,
+            "only a square layer can be inverted",
+            "Use adjoint(y) / lipschitz ** 2: it is the least-squares solution of W x = y",
+            in_features=self.in_features,
+            out_features=self.out_features,
+        )
+        self._require_features(y)
+        shifted = y if self.bias is None else y - self.bias
+        x = shifted @ self.weight
+        return x if self._factor == 1.0 else x / self._factor**2
+
+    def _require_features(self, y: Tensor) -> None:
+        _checks.require(
+            y.ndim > 0 and y.shape[-1] == self.out_features,
+            self,
+            f"y must have {self.out_features} features in its last dim",
+            "Pass what the layer returns",
+            y=y,
+        )
+
 
 class _UnitRows(CachedWeight):
     """Rows of unit norm: the raw parameter, divided by the norm of each row."""

@@ -214,6 +214,10 @@ class ContractiveRNNCell(nn.Module):
         init: str = "haar",
     ) -> None:
         super().__init__()
+        owner = type(self)
+        _checks.positive_int(owner, input_size=input_size, hidden_size=hidden_size)
+        check_nonlinearity(owner, _NONLINEARITIES, nonlinearity, hidden_size)
+        _check_rates(owner, leak, contraction)
         self.layer = ContractiveRNN(
             input_size, hidden_size, 1, nonlinearity, bias, device=device, dtype=dtype,
             leak=leak, contraction=contraction, ortho_params=ortho_params, triv=triv, init=init,

@@ -153,7 +153,8 @@ def require_finite(owner: str, w: Tensor) -> None:
         bool(torch.isfinite(w).all()),
         owner,
         "w must be finite",
-        "Lower the learning rate or clip gradients; the weight holds NaN or Inf",
+        "Lower the learning rate or clip gradients; the weight holds NaN or Inf, and "
+        "[n for n, p in model.named_parameters() if not p.isfinite().all()] names it",
         shape=tuple(w.shape),
     )
 

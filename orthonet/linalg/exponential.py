@@ -79,7 +79,8 @@ def _exponential(a: Tensor, degree: int, normal: bool = False) -> Tensor:
         math.isfinite(norm),
         "matrix_exponential",
         "the matrix must be finite",
-        "Lower the learning rate or clip gradients; the weight holds NaN or Inf",
+        "Lower the learning rate or clip gradients; the weight holds NaN or Inf, and "
+        "[n for n, p in model.named_parameters() if not p.isfinite().all()] names it",
         norm=norm,
     )
     before = max(0, math.ceil(math.log2(norm)) - 8) if norm > 0 else 0

@@ -137,10 +137,29 @@ class StiefelOptimizer(Optimizer):
                     layout=p.grad.layout,
                 )
             if group["stiefel"]:
-                self._step_on_manifold(params, group)
+                try:
+                    self._step_on_manifold(params, group)
+                except ValueError:
+                    self._refuse_gradients(params)
+                    raise
             elif params:
                 self._step_plain(params, group)
         return loss
+
+    def _refuse_gradients(self, params: list[Tensor]) -> None:
+        """Say so if a gradient that is not finite was the cause; nothing has been moved."""
+        for p in params:
+            grad: Any = p.grad
+            grad = grad.to_local() if hasattr(grad, "to_local") else grad
+            if not bool(grad.isfinite().all()):
+                for counted in params:
+                    self.state[counted]["step"] -= 1
+                _checks.fail(
+                    self,
+                    "gradients must be finite",
+                    "Skip the step, clip the gradients, or lower the learning rate",
+                    shape=tuple(p.shape),
+                )
 
     def _step_on_manifold(self, params: list[Tensor], group: dict[str, Any]) -> None:
         params = [p for p in params if p.numel()]

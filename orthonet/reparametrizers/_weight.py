@@ -50,6 +50,14 @@ class OrthoWeight(CachedWeight):
     ) -> None:
         super().__init__()
         sizes = _checks.weight_shape(self, shape)
+        _checks.require(
+            dtype is None or dtype.is_floating_point,
+            self,
+            "dtype must be a real floating-point dtype",
+            "Choose torch.float32 or torch.float64; orthonet.unitary(module, name) constrains "
+            "complex tensors",
+            dtype=dtype,
+        )
         self.original = nn.Parameter(torch.empty(sizes, device=device, dtype=dtype))
         normalizer, orthogonalizer = ortho_params.build(sizes)
         self.normalizer = normalizer.to(self.original)

@@ -164,3 +164,12 @@ def test_tight_effort_is_smaller_and_holds_against_an_attack():
     assert (
         attack_certificate(model, tight, x, logits.argmax(1), restarts=3, bounds=None).broken == 0
     )
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3), (5, 6), (5, 7), ()])
+def test_inputs_that_do_not_fit_are_refused(shape):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).eval()
+    found = certify(model, torch.zeros(1, 2, 3))
+    with pytest.raises(ValueError, match="one sample for each row of the logits"):
+        found.radius(torch.randn(5, 3), inputs=torch.zeros(shape))
+    assert len(found.radius(torch.randn(5, 3), inputs=torch.zeros(5, 2, 3))) == 5

@@ -286,3 +286,15 @@ def test_models_of_torchvision_are_projected(name):
         if isinstance(module, OrthoLinear):
             values = torch.linalg.svdvals(module.weight)
             assert (values - 1).abs().max() < 1e-5
+
+
+def test_weights_and_keywords_that_cannot_be_used_are_refused():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"must be those of the layer in the place of nn\.Linear"):
+        orthogonalize(model, rules={"1": {"ortho_parms": orthonet.QR_ORTHO_PARAMS}})
+    nn.init.constant_(model[1].weight, float("nan"))
+    with pytest.raises(
+        ValueError, match=r"must be finite to be projected, got parameter='1\.weight'"
+    ):
+        orthogonalize(model)
+    assert bool(orthogonalize(model, weights="reset")[1].weight.isfinite().all())

@@ -157,6 +157,27 @@ def test_export_of_a_copy_leaves_the_original_whole(factory):
     assert plain.state_dict().keys() <= {"weight", "bias"}
 
 
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_adjoint_and_inverse(factor):
+    layer = OrthoLinear(6, 6, dtype=torch.float64, lipschitz=factor)
+    nn.init.normal_(layer.bias)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(layer.inverse(layer(x)), x, rtol=0, atol=1e-13)  # observed 3e-15
+    for wide in (layer, OrthoLinear(6, 4, dtype=torch.float64, lipschitz=factor)):
+        y = torch.randn(2, 5, wide.out_features, dtype=torch.float64)
+        dot = (wide.adjoint(y) * x).sum()
+        torch.testing.assert_close(dot, (y * (wide(x) - wide.bias)).sum(), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="OrthoLinear: only a square layer"):
+        OrthoLinear(6, 4).inverse(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="y must have 6 features"):
+        layer.inverse(torch.zeros(2, 4, dtype=torch.float64))
+
+
+def test_a_complex_dtype_is_refused():
+    with pytest.raises(ValueError, match="dtype must be a real floating-point dtype"):
+        OrthoLinear(3, 3, dtype=torch.complex64)
+
+
 def test_reset_parameters_draws_anew():
     layer = OrthoLinear(6, 5)
     before = layer.weight.detach()

@@ -1,6 +1,7 @@
 """Piecewise isometries, shifts and 1-Lipschitz batch norm: Jacobians, laws, certificates."""
 
 import math
+import warnings
 from functools import partial
 
 import pytest
@@ -96,3 +97,19 @@ def test_batch_lip_norm_takes_the_checkpoint_of_batch_norm():
     del state["running_var"]
     with pytest.raises(RuntimeError, match="running_var"):
         layer.load_state_dict(state)
+
+
+def test_batch_lip_norm_as_onnx():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    layer = layers.BatchLipNorm2d(4)
+    layer(torch.randn(6, 4, 3, 3) * 3)
+    layer.eval()
+    x = torch.randn(2, 4, 3, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(layer, (x,), dynamo=True, verbose=False)
+    model = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), layer(x), rtol=1e-6, atol=1e-6)

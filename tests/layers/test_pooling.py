@@ -53,6 +53,18 @@ def test_linear_pools_without_overlap_are_orthogonal(name):
 
 
 @pytest.mark.parametrize("name", NORMS)
+def test_norms_are_twice_differentiable_at_zero(name):
+    x = torch.randn(1, *SHAPE, dtype=torch.float64)
+    x[:, 0] = 0.0
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(NORMS[name]()(x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad((grad * torch.randn_like(x)).sum(), x)
+    assert bool(second.isfinite().all())
+    assert float(second[:, 0].abs().max()) == 0.0
+    assert float(second[:, 1].abs().max()) > 0.0
+
+
+@pytest.mark.parametrize("name", NORMS)
 def test_norms_have_constant_one(name):
     layer = NORMS[name]()
     assert_lipschitz(layer, SHAPE, attained=True)

@@ -48,6 +48,8 @@ def test_rates_out_of_range(keywords, message):
     for cls in (layers.ContractiveRNN, layers.ContractiveRNNCell):
         with pytest.raises(ValueError, match=message):
             cls(2, 4, **keywords)
+        with pytest.raises(ValueError, match=rf"^{cls.__name__}: "):
+            cls(2, 4, **keywords)
 
 
 # --- bad input ---------------------------------------------------------------------------------

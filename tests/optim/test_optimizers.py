@@ -342,3 +342,18 @@ def test_shares_of_the_ranks_are_within_the_bound_of_graham(size):
         assert sum(loads) == sum(costs)
         if size <= 3:
             assert max(loads) <= (4 / 3 - 1 / (3 * size)) * best + 1e-9
+
+
+@pytest.mark.parametrize("kind", [StiefelSGD, StiefelMuon, StiefelAdam])
+def test_gradients_that_are_not_finite_change_nothing(kind):
+    p = nn.Parameter(torch.eye(5, 3))
+    optimizer = kind([p], lr=0.1)
+    p.grad = torch.randn(5, 3)
+    optimizer.step()
+    before = p.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
+    p.grad = torch.full((5, 3), float("nan"))
+    with pytest.raises(ValueError, match=rf"{kind.__name__}: gradients must be finite, got shape"):
+        optimizer.step()
+    assert torch.equal(p, before[0])
+    for name, value in optimizer.state_dict()["state"][0].items():
+        assert torch.equal(value, before[1][0][name])

@@ -266,6 +266,7 @@ class MappedLinear(ConstrainedWeight, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         _checks.positive_int(type(self), in_features=in_features, out_features=out_features)
+        _checks.in_range(type(self), 1e-30, 1e30, lipschitz=lipschitz)
         self.in_features = in_features
         self.out_features = out_features
         self.parametrization = MappedWeight(
@@ -318,6 +319,7 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
             dilation=self.dilation,
             stride=self.stride,
         )
+        _checks.in_range(type(self), 1e-30, 1e30, lipschitz=lipschitz)
         self.parametrization = self._make(lipschitz, device, dtype)
         new_bias(self, out_channels if bias else None, device, dtype)
 
