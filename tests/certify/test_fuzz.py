@@ -10,6 +10,8 @@ from torch import nn
 
 from orthonet import functional, layers
 from orthonet.certify import certify
+from orthonet.certify._replay import Replay
+from orthonet.errors import UncertifiableError
 from tests.references import jacobian_reference
 
 SCALES = (1.0, 1.0, 1.0, 1e-18, 1e18, 1e-9, 1e9, 1e-40)
@@ -44,8 +46,15 @@ class Mix(nn.Module):
             lambda: torch.lerp(x, f(x), 0.3).flip(1).roll(1, 2),
             lambda: x[:, [0, 0, 3, 2]] - x.clamp(-0.5, 0.5),
             lambda: F.pad(f(x), (1, 1, 0, 2), mode="replicate")[..., 1:-1, :-2].permute(0, 1, 3, 2),
-            lambda: torch.einsum("nchw,dc->ndhw", x, self.shift[:, 0] @ self.shift[:, 0].T),
+            lambda: torch.einsum("nchw,dc->ndhw", f(x), self.shift[:, 0] @ self.shift[:, 0].mT),
+            lambda: torch.where(self.shift > 0, f(x), x),
+            lambda: x.masked_fill(self.shift > 0.5, 1.0) - f(x).tril(),
+            lambda: self.shift[:, 0] @ f(x)[:, :, :1] + self.shift.expand_as(x),
+            lambda: F.fold(F.unfold(f(x), 3, padding=1), x.shape[2:], 3, padding=1),
         )[self.kind]()
+
+
+KINDS = 16
 
 
 def block() -> nn.Module:
@@ -71,10 +80,10 @@ def block() -> nn.Module:
     branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
     if random.random() < 0.6:
         branch.append(random.choice(ACTIVATIONS)())
-    return Mix(branch, random.randrange(11))
+    return Mix(branch, random.randrange(KINDS))
 
 
-def network(seed: int) -> tuple[nn.Module, torch.Tensor]:
+def network(seed: int, scales: tuple[float, ...] = SCALES) -> tuple[nn.Module, torch.Tensor]:
     random.seed(seed)
     torch.manual_seed(seed)
     x = torch.randn(4, 4, random.choice([5, 6]), random.choice([5, 7]), dtype=torch.float64)
@@ -86,7 +95,7 @@ def network(seed: int) -> tuple[nn.Module, torch.Tensor]:
             nn.init.uniform_(module.weight, -2, 2)
         if isinstance(module, nn.Conv2d):
             with torch.no_grad():
-                module.weight.mul_(random.choice(SCALES))
+                module.weight.mul_(random.choice(scales))
     if random.random() < 0.3:
         model.append(nn.Flatten()).append(nn.LazyLinear(3, dtype=torch.float64))
     with torch.no_grad():
@@ -117,6 +126,54 @@ def test_random_networks_are_bounded_from_above():
     gaps = [gap for gap in map(check, range(36)) if gap is not None]
     assert len(gaps) > 25  # observed 33
     assert statistics.median(gaps) < 10  # of bound / largest of 5 Jacobians; observed 1.4
+
+
+def check_autocast(seed: int, dtype: torch.dtype) -> float | None:
+    """The ratio of the bound of the rounding and the rounding of a random network."""
+    try:
+        model, x = network(seed, (1.0, 3.0, 0.1))
+    except (RuntimeError, ValueError):
+        return None
+    model, x = model.float(), x.float()
+    try:
+        found = certify(model, x[:1], lower=False, effort="fast", autocast=dtype)
+        limit = found.rounding(x)
+    except UncertifiableError as refusal:
+        known = (
+            "rounding of",
+            "must run on batches",
+            "autocast must not round",
+            "float32 or float64",
+        )
+        if not any(text in str(refusal) for text in known):
+            raise
+        return None
+    exact = Replay(found._walker.program).eval()  # the function that the certificate is of
+    flat = x.double().flatten(1)
+    for sample in flat[:2]:
+        jacobian = jacobian_reference(exact, sample)
+        truth = float(torch.linalg.matrix_norm(jacobian, 2))
+        assert found.constant.value >= truth * (1 - 1e-9), (seed, dtype, truth, model)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        y = model(x)
+    with torch.no_grad():
+        error = torch.linalg.vector_norm(y.double().flatten(1) - exact(flat), dim=1)
+    assert bool((error <= limit).all()), (seed, dtype, error, limit, model)
+    ratio = (limit / error.clamp_min(1e-30)).median()
+    return float(ratio) if float(error.max()) > 0 else None
+
+
+def test_random_networks_under_autocast_are_bounded_from_above():
+    ratios = [r for r in (check_autocast(s, torch.bfloat16) for s in range(16)) if r is not None]
+    assert len(ratios) >= 12
+    assert statistics.median(ratios) < 1e3  # observed 70
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_many_random_networks_under_autocast_are_bounded_from_above(dtype):
+    ratios = [r for r in (check_autocast(s, dtype) for s in range(2000, 2300)) if r is not None]
+    assert len(ratios) > 200
 
 
 @pytest.mark.slow
