@@ -281,6 +281,9 @@ class StiefelMuon(StiefelOptimizer):
         betas: Of the plain groups: decay of the moments.
         eps: Of the plain groups: added to the root of the second moment.
         weight_decay: For groups with `stiefel=False` only.
+        ns_dtype: The dtype of the Newton-Schulz steps for matrices of float32; those of float64
+            keep theirs. bfloat16 as in Muon, for an approximate direction needs no more: the
+            projections and the retraction around them are of float32.
         process_group: With one, each of its processes moves its part of the matrices, see
             [`StiefelSGD`][orthonet.optim.StiefelSGD].
 
@@ -310,6 +313,7 @@ class StiefelMuon(StiefelOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
+        ns_dtype: torch.dtype = torch.bfloat16,
         process_group: Any = None,
     ) -> None:
         defaults = {
@@ -317,6 +321,7 @@ class StiefelMuon(StiefelOptimizer):
             "momentum": momentum,
             "nesterov": nesterov,
             "ns_steps": ns_steps,
+            "ns_dtype": ns_dtype,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
@@ -327,6 +332,9 @@ class StiefelMuon(StiefelOptimizer):
         super()._check_group(group)
         _checks.in_range(self, 0.0, float("inf"), momentum=group["momentum"])
         _checks.positive_int(self, ns_steps=group["ns_steps"])
+        _checks.one_of(
+            self, (torch.bfloat16, torch.float16, torch.float32), ns_dtype=group["ns_dtype"]
+        )
         _check_adam(self, group)
 
     def _direction(
@@ -335,7 +343,8 @@ class StiefelMuon(StiefelOptimizer):
         momentum, before = group["momentum"], state["momentum_buffer"]
         state["momentum_buffer"] = m = tangent(x, (before * momentum).add_(grad))
         d = _ahead(m, before, momentum) if group["nesterov"] else m
-        return tangent(x, newton_schulz_sign(d, group["ns_steps"])), None
+        dtype = group["ns_dtype"] if x.dtype == torch.float32 else x.dtype
+        return tangent(x, newton_schulz_sign(d, group["ns_steps"], dtype)), None
 
     def _step_plain(self, params: list[Tensor], group: dict[str, Any]) -> None:
         adam_step(params, self.state, group)

@@ -101,12 +101,16 @@ def residual(x: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(add_identity(x.mT @ x, -1.0))
 
 
-def newton_schulz_sign(d: Tensor, steps: int) -> Tensor:
-    """D with its singular values brought near 1, zeros staying zero; three products a step."""
+def newton_schulz_sign(d: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """D with its singular values brought near 1, zeros staying zero; three products a step.
+
+    The products are of `dtype`. A pass contracts errors, so that half precision costs no more than
+    its own rounding.
+    """
     a, b, c = _QUINTIC
     tiny = torch.finfo(d.dtype).tiny
-    x = d / torch.linalg.matrix_norm(d, keepdim=True).clamp_min(tiny)
+    x = (d / torch.linalg.matrix_norm(d, keepdim=True).clamp_min(tiny)).to(dtype)
     for _ in range(steps):
         gram = x.mT @ x
         x = x @ add_identity(gram * b + (gram @ gram) * c, a)
-    return x
+    return x.to(d.dtype)
