@@ -72,8 +72,8 @@ def moving(
     return step
 
 
-def layer_steps(shape: tuple[int, ...], lr: float) -> dict[str, harness.Step]:
-    """A step of every candidate for one layer."""
+def plain_steps(shape: tuple[int, ...], lr: float) -> dict[str, harness.Step]:
+    """A step of the plain layer with each padding."""
     inner, out, k, s, batch, size = shape
     x = torch.randn(batch, inner, size, size, requires_grad=True)
     pads = (k // 2,) * 4
@@ -83,11 +83,18 @@ def layer_steps(shape: tuple[int, ...], lr: float) -> dict[str, harness.Step]:
     def own() -> Tensor:
         return F.conv2d(circular_pad(x, pads), plain.weight, None, s)
 
-    steps = {
+    return {
         PLAIN: moving(plain, lambda: plain(x), [x], lr),
         OWN_PAD: moving(plain, own, [x], lr),
         TORCH_PAD: moving(wrapped, lambda: wrapped(x), [x], lr),
     }
+
+
+def layer_steps(shape: tuple[int, ...], lr: float) -> dict[str, harness.Step]:
+    """A step of every candidate for one layer."""
+    inner, out, k, s, batch, size = shape
+    x = torch.randn(batch, inner, size, size, requires_grad=True)
+    steps = plain_steps(shape, lr)
     for mode in ("zeros", "circular"):
         for preset in OUR_PRESETS:
             params = getattr(reparametrizers, f"{preset}_ORTHO_PARAMS")

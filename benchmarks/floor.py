@@ -9,8 +9,10 @@ least over interleaved rounds); what the step takes
 beyond is passes over memory, looking at the residual, autograd and Python. "least" is two products
 there and two back: no map onto orthogonal matrices that looks at its residual takes fewer.
 Units as in benchmarks/orthogonalizers.py. For the Cayley map, step and floor are compared with
-those of geotorch: the ratio of the floors is what remains when all else costs nothing. Last,
-the forward pass of a parameter that may not be written to, cold and from the last factor.
+those of geotorch: the ratio of the floors is what remains when all else costs nothing. Then
+the forward pass of a parameter that may not be written to, cold and from the last factor. Last, the
+kernels of convolutions with the warm preset: what a whole training step of the layer over that of
+the plain one cannot fall below, with zero padding and with our circular one.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import _harness as harness
 from benchmarks._candidates import GEOTORCH, disturbed
+from benchmarks.convolutions import OWN_PAD, PLAIN, moving, plain_steps
 from benchmarks.manifolds import candidates
 from benchmarks.orthogonalizers import UNIT, training_step
-from orthonet import caching, reparametrizers
+from orthonet import POLAR_WARM_ORTHO_PARAMS, caching, reparametrizers
+from orthonet.layers import OrthoConv2d
 from orthonet.linalg import polar
 from orthonet.linalg._matrix import add_identity
 from orthonet.linalg._polar_gradient import _conjugate_gradients
@@ -59,12 +63,19 @@ class Settings:
     )
     cayley: tuple[int, ...] = (64, 256, 1024)
     kept: tuple[int, ...] = (64, 256, 512)
+    kernels: tuple[tuple[int, int, int, int], ...] = (  # in, out, kernel, stride
+        (64, 64, 3, 1),
+        (256, 256, 3, 1),
+        (64, 128, 3, 2),
+    )
+    inputs: tuple[int, int] = (32, 16)  # batch, pixels on a side
     seconds: float = 8.0  # per shape
     rounds: tuple[int, int] = (3, 300)
     lr: float = 1e-4
 
 
-QUICK = Settings(shapes=((8, 8), (2, 6, 4)), cayley=(6,), kept=(8,), seconds=0.0, rounds=(3, 3))
+QUICK = Settings(shapes=((8, 8), (2, 6, 4)), cayley=(6,), kept=(8,),
+                 kernels=((4, 4, 3, 1),), inputs=(2, 4), seconds=0.0, rounds=(3, 3))  # fmt: skip
 
 
 class Recorder(TorchDispatchMode):
@@ -197,6 +208,20 @@ def measure_cayley(n: int, settings: Settings) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def measure_kernel(shape: tuple[int, int, int, int], settings: Settings) -> dict[str, Any]:
+    """Step and floor of a kernel, beside the whole steps of plain layers."""
+    inner, out, k, s = shape
+    layer = OrthoConv2d(inner, out, k, s, bias=False, ortho_params=POLAR_WARM_ORTHO_PARAMS)
+    step = moving(layer, lambda: layer.weight, [], settings.lr)
+    recorder = record(step)
+    steps = {**plain_steps((*shape, *settings.inputs), settings.lr), "step": step}
+    steps["floor"] = recorder.replay
+    best = harness.fastest(steps, seconds=settings.seconds, rounds=settings.rounds)
+    return {"kernel": f"{inner}->{out} k{k} s{s}", "calls": recorder.summary(),
+            "floor": best["floor"], "step": best["step"],
+            "zeros": best[PLAIN], "circular": best[OWN_PAD]}  # fmt: skip
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """Everything, as one JSON-able result."""
     torch.manual_seed(0)
@@ -204,7 +229,8 @@ def run(settings: Settings) -> dict[str, Any]:
         rows = [row for shape in settings.shapes for row in measure(shape, settings)]
         cayley = [row for n in settings.cayley for row in measure_cayley(n, settings)]
         kept = [measure_kept(n, settings) for n in settings.kept]
-    return {"lr": settings.lr, "rows": rows, "cayley": cayley, "kept": kept,
+        kernels = [measure_kernel(shape, settings) for shape in settings.kernels]
+    return {"lr": settings.lr, "rows": rows, "cayley": cayley, "kept": kept, "kernels": kernels,
             "environment": harness.environment("cpu", [GEOTORCH])}  # fmt: skip
 
 
@@ -228,7 +254,15 @@ def summary(result: dict[str, Any]) -> str:
          f"{r['cold']:.1f}"]
         for r in result["kept"]
     ]  # fmt: skip
-    return f"{first}\n\n{second}\n\n{harness.table(header, lines)}"
+    third = harness.table(header, lines)
+    header = ["kernel, warm", "calls", "floor, ms", "step, ms", "floor over plain zeros",
+              "floor over plain, our pad"]  # fmt: skip
+    lines = [
+        [r["kernel"], r["calls"], f"{r['floor'] * 1e3:.2f}", f"{r['step'] * 1e3:.2f}",
+         f"{1 + r['floor'] / r['zeros']:.2f}", f"{1 + r['floor'] / r['circular']:.2f}"]
+        for r in result["kernels"]
+    ]  # fmt: skip
+    return f"{first}\n\n{second}\n\n{third}\n\n{harness.table(header, lines)}"
 
 
 def main() -> None:

@@ -11,12 +11,16 @@ from orthonet import _checks
 from orthonet.linalg import haar
 from orthonet.linalg._matrix import compute_dtype, without_autocast
 from orthonet.linalg.fourier import kernel_symbol
+from orthonet.reparametrizers._cache import CachedWeight, slot_of
+from orthonet.reparametrizers._cache_state import usable
 
 __all__ = ["FourierWeight"]
 
 
-class FourierWeight(nn.Module):
+class FourierWeight(CachedWeight):
     r"""Blocks \(g(S(f))\) for the symbol S of a free kernel and a function g of matrices.
+
+    Those of the last size that was asked for are kept, as a weight is.
 
     Args:
         shape: Shape (groups, rows, columns, kh, kw) of the kernel.
@@ -47,11 +51,25 @@ class FourierWeight(nn.Module):
         self.dilation = dilation
         self.noise = noise
         self.centre = centre
+        self._size = (1, 1)
         self.original = nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype))
         self.reset_parameters()
 
-    def forward(self, size: tuple[int, int]) -> Tensor:
+    def forward(self, size: tuple[int, int]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the blocks on a torus of this height and width."""
+        if torch.compiler.is_compiling() or not usable(self):
+            return self._blocks(size)
+        slot = slot_of(self)
+        with slot.lock:  # a thread with another size waits
+            if self._size != size:
+                self._size, slot.current = size, None
+            return super().forward()
+
+    def evaluate(self) -> Tensor:
+        """Compute the blocks of the last size that was asked for."""
+        return self._blocks(self._size)
+
+    def _blocks(self, size: tuple[int, int]) -> Tensor:
         stored = self.original
         with without_autocast(stored):
             kernel = stored.to(compute_dtype(stored.dtype))

@@ -1,5 +1,7 @@
 """Parametrizations of several tensors are computed once per step, like those of one."""
 
+import copy
+
 import pytest
 import torch
 
@@ -14,6 +16,9 @@ LAYERS = {
     "sll": (lambda: make_conv("sll", 4, 4, 3, **SAME), (2, 4, 5, 6)),
     "cpl, linear": (lambda: make_linear("cpl", 4, 4), (2, 4)),
     "sll, linear": (lambda: make_linear("sll", 4, 4), (2, 4)),
+    "cayley": (lambda: make_conv("cayley", 4, 4, 3, **SAME), (2, 4, 5, 6)),
+    "bro": (lambda: make_conv("bro", 4, 4, 3, **SAME), (2, 4, 5, 6)),
+    "lot, strided": (lambda: make_conv("lot", 4, 8, 3, 2, **SAME), (2, 4, 6, 4)),
     "sandwich, linear": (lambda: make_linear("sandwich", 4, 6), (2, 4)),
 }
 
@@ -50,3 +55,18 @@ def test_several_tensors_are_computed_once_per_step(make, shape, monkeypatch):
         assert len(counted) == 4
         with caching(False):
             assert torch.equal(layer(x), first[0]) and torch.equal(first[1], first[2])
+
+
+def test_blocks_of_another_size_are_computed_anew():
+    layer = make_conv("cayley", 4, 4, 3, **SAME).double().eval()
+    images = [torch.randn(2, 4, *size, dtype=torch.float64) for size in ((5, 6), (6, 5), (5, 6))]
+    with torch.no_grad():
+        kept = [layer(x) for x in images]
+        with caching(False):
+            for x, y in zip(images, kept, strict=True):
+                assert torch.equal(layer(x), y)
+        layer.parametrization.original.mul_(2.0)
+        twice = layer(images[-1])
+    assert not torch.allclose(twice, kept[-1])
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(images[-1]), twice)
