@@ -115,7 +115,7 @@ class OrthoLinear(_ConstrainedLinear):
         r"""Apply the transpose of the linear part, \(W^\top y\).
 
         Shape:
-            `y`: (*, out_features); result: (*, in_features).
+            `y`: `(*, out_features)`; result: `(*, in_features)`.
         """
         self._require_features(y)
         return y @ self.weight
@@ -124,7 +124,7 @@ class OrthoLinear(_ConstrainedLinear):
         r"""Return the x that the layer maps to `y`: \(W^\top (y - b) / K^2\), for square W.
 
         Shape:
-            `y`: (*, out_features); result: (*, in_features).
+            `y`: `(*, out_features)`; result: `(*, in_features)`.
 
         Raises:
             ValueError: The weight is not square.
