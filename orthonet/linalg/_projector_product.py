@@ -24,7 +24,7 @@ from torch import Tensor
 
 from orthonet.linalg._matrix import is_traced
 
-__all__ = ["chain", "multiply_projectors"]
+__all__ = ["chain", "multiplications", "multiply_projectors"]
 
 
 def multiply_projectors(
@@ -127,6 +127,23 @@ def _plan(taps: tuple[int, ...], n: int, c: int, axes: tuple[int, ...]) -> _Plan
                 sizes[axis] += 1
         first += count
     return _Plan(tuple(steps), families, tuple(sizes[d] for d in order), tuple(order))
+
+
+def multiplications(taps: tuple[int, ...], n: int, c: int, rank: int, axes: tuple[int, ...]) -> int:
+    """How many `multiply_projectors` does, forward, for one kernel of n rows and c channels."""
+    plan = _plan(taps, n, c, axes)
+    rows, total = n * math.prod(taps), 0
+    for step in plan.steps:
+        if isinstance(step, _Single):
+            total += 2 * rows * c * rank
+            rows += rows // step.size
+            continue
+        pairs, odd = divmod(step.count, 2)
+        total += 2 * pairs * c * c * rank + pairs * c**3  # the projectors, and P_1 P_2 of each pair
+        total += sum(3 * (2 * i + 1) * c**3 for i in range(1, pairs))  # pairs with each other
+        total += 2 * odd * step.count * c * c * rank + rows * c * c * (step.count + 1)
+        rows *= step.count + 1
+    return total
 
 
 def _to_rows(order: Sequence[int], channels_first: bool) -> tuple[int, ...]:

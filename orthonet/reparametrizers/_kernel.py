@@ -14,7 +14,7 @@ from orthonet.errors import NotOnManifoldError
 from orthonet.linalg import block_convolution
 from orthonet.linalg._filtering import filter_signal
 from orthonet.linalg._matrix import compute_dtype, without_autocast
-from orthonet.linalg._projector_product import multiply_projectors
+from orthonet.linalg._projector_product import multiplications, multiply_projectors
 from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._kernel_fit import KernelFactors, fit_factors
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
@@ -122,6 +122,9 @@ class OrthoKernel(CachedWeight):
         self.dims = tuple(d for d, count in enumerate(self.delays) for _ in range(count))
         factors = len(self.dims)
         rank = self.channels if ranks == "free" else self.channels // 2
+        taps = self.block if self.contracting else (1,) * len(self.stride)
+        rows = out if self.contracting else self.inner
+        self._composing = multiplications(taps, rows, self.channels, rank, self.dims)
 
         def build(*shape: int) -> OrthoWeight:
             return OrthoWeight((groups, *shape), ortho_params, device, dtype)
@@ -257,23 +260,19 @@ class OrthoKernel(CachedWeight):
 
         With c channels inside, multiplications per group are counted for composing the kernel and
         convolving with it, and for applying the factors to the signal. The products of the second
-        way are narrow, c / 2 wide, and reach about \(c / (c + 96)\) of the speed of the first
-        (fitted on one CPU core for c = 64 to 512, `benchmarks/convolutions.py`); an estimated gain
-        of 1.2 is asked for.
+        way are narrow, c / 2 wide, and reach about \(c / (c + 270)\) of the speed of a convolution;
+        those of the first are small, and reach half of it (fitted with two CPU threads for c = 32
+        to 256, kernels of 3 and 5, strides 1 and 2, and 4 to 16 pixels on a side). An estimated
+        gain of 1.15 is asked for, since the factors keep more for backward.
         """
         if self.bases is None:
             return False
-        c, rank = self.channels, self.bases.shape[-1]
-        out, area = self.shape[0] // self.groups, math.prod(self.block)
-        taps, compose = area if self.contracting else 1, 0
-        for _ in self.dims:
-            compose += 2 * c * rank * taps * (out if self.contracting else self.inner)
-            taps += max(taps // 2, 1)
+        c, rank, out = self.channels, self.bases.shape[-1], self.shape[0] // self.groups
+        area, read = math.prod(self.block), pixels * math.prod(self.stride)
         convolve = pixels * out * self.inner * math.prod(self.kernel_size)
-        read = pixels * math.prod(self.stride)
         ends = pixels * out * c * area + (0 if self.embedding is None else read * c * self.inner)
         factored = ends + len(self.dims) * 2 * c * rank * read
-        return (compose + convolve) * c >= 1.2 * factored * (c + 96)
+        return (2 * self._composing + convolve) * c >= 1.15 * factored * (c + 270)
 
     def reset_parameters(self) -> None:
         """Draw every factor from the Haar distribution; nothing happens on the meta device."""

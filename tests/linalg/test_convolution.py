@@ -115,6 +115,18 @@ def test_product_of_factors_has_the_values_and_gradients_of_their_chain(
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-9)
 
 
+@pytest.mark.parametrize(("taps", "axes", "rows"), PRODUCTS, ids=str)
+def test_multiplications_of_a_product_are_counted(taps, axes, rows):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from orthonet.linalg._projector_product import multiplications, multiply_projectors
+
+    start, bases = torch.randn(1, rows, 6, *taps), torch.randn(1, len(axes), 6, 2)
+    with FlopCounterMode(display=False) as counter:
+        multiply_projectors(start, bases, None, axes)
+    assert counter.get_total_flops() == 2 * multiplications(taps, rows, 6, 2, axes)
+
+
 def test_chain_of_factors_can_be_differentiated_twice_and_transformed():
     kernel = torch.randn(1, 2, 1, 2, dtype=torch.float64, requires_grad=True)
     bases = torch.randn(1, 2, 2, 1, dtype=torch.float64, requires_grad=True)
