@@ -260,10 +260,10 @@ class OrthoKernel(CachedWeight):
 
         With c channels inside, multiplications per group are counted for composing the kernel and
         convolving with it, and for applying the factors to the signal. The products of the second
-        way are narrow, c / 2 wide, and reach about \(c / (c + 270)\) of the speed of a convolution;
+        way are narrow, c / 2 wide, and reach about \(c^2 / (c^2 + 166^2)\) of that of a convolution;
         those of the first are small, and reach half of it (fitted with two CPU threads for c = 32
         to 256, kernels of 3 and 5, strides 1 and 2, and 4 to 16 pixels on a side). An estimated
-        gain of 1.15 is asked for, since the factors keep more for backward.
+        gain of 1.35 is asked for: what is left is the cost of more and smaller calls.
         """
         if self.bases is None:
             return False
@@ -272,7 +272,7 @@ class OrthoKernel(CachedWeight):
         convolve = pixels * out * self.inner * math.prod(self.kernel_size)
         ends = pixels * out * c * area + (0 if self.embedding is None else read * c * self.inner)
         factored = ends + len(self.dims) * 2 * c * rank * read
-        return (2 * self._composing + convolve) * c >= 1.15 * factored * (c + 270)
+        return (2 * self._composing + convolve) * c * c >= 1.35 * factored * (c * c + 166**2)
 
     def reset_parameters(self) -> None:
         """Draw every factor from the Haar distribution; nothing happens on the meta device."""
