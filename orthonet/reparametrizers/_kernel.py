@@ -260,10 +260,10 @@ class OrthoKernel(CachedWeight):
 
         With c channels inside, multiplications per group are counted for composing the kernel and
         convolving with it, and for applying the factors to the signal. The products of the second
-        way are narrow, c / 2 wide, and reach about \(c^2 / (c^2 + 166^2)\) of that of a convolution;
-        those of the first are small, and reach half of it (fitted with two CPU threads for c = 32
-        to 256, kernels of 3 and 5, strides 1 and 2, and 4 to 16 pixels on a side). An estimated
-        gain of 1.35 is asked for: what is left is the cost of more and smaller calls.
+        way are narrow, c / 2 wide, and reach about \(c^2 / (c^2 + 166^2)\) of the speed of a
+        convolution; those of the first are small, and reach half of it (fitted with two CPU threads
+        for c = 32 to 256, kernels of 3 and 5, strides 1 and 2, 4 to 16 pixels on a side). An
+        estimated gain of 1.35 is asked for: what is left is the cost of more and smaller calls.
         """
         if self.bases is None:
             return False
