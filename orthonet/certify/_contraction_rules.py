@@ -14,7 +14,7 @@ from orthonet.certify._bound import Bound
 from orthonet.certify._norms import matrix_norm
 from orthonet.certify._rules import Call, Operand, Rounding, Step, register_rule
 from orthonet.certify._sizes import absolute_matrix
-from orthonet.linalg._rounding import mul_up, sqrt_up
+from orthonet.linalg._rounding import mul_up, power_of_two_scale, sqrt_up, squared_norm_up
 
 __all__ = ["product_step", "stacked_step"]
 
@@ -65,9 +65,9 @@ def _largest(blocks: Tensor) -> tuple[float, bool]:
         return float(blocks.abs().max()), True
     if len(blocks) <= _MATRICES:
         return max(matrix_norm(block) for block in blocks), True
-    squares = blocks.square().sum((1, 2))  # of the Frobenius norms
-    size = float(squares.max()) * (1.0 + blocks[0].numel() * 2.0**-51)
-    return sqrt_up(size), False
+    scale = power_of_two_scale(blocks)  # beside the largest entry what underflows is nothing
+    frobenius = sqrt_up(squared_norm_up(blocks / scale, 1)) if scale else 0.0
+    return mul_up(frobenius, scale), False
 
 
 @register_rule("einsum")

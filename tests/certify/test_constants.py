@@ -152,3 +152,13 @@ def test_what_has_no_constant_is_refused(name):
 def test_the_state_of_a_recurrent_layer_is_refused_by_its_name():
     with pytest.raises(UncertifiableError, match=r"output 1 of RNN.*return the first"):
         certify(nn.RNN(4, 5, batch_first=True).eval(), torch.randn(2, 3, 4))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-170, 1e170])
+def test_many_blocks_are_bounded_by_their_frobenius_norms(scale):
+    weight = scale * torch.randn(300, 2, 3, dtype=torch.float64)
+    found = certify(Fixed(lambda s, x: torch.einsum("bhi,hji->bhj", x, weight)).double().eval(),
+                    torch.zeros(1, 300, 3, dtype=torch.float64), lower=False)  # fmt: skip
+    truth = float(torch.linalg.matrix_norm(weight / scale, 2).max()) * scale
+    # 1.09 was seen
+    assert truth <= found.constant.value <= 1.5 * truth
