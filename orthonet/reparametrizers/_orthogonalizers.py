@@ -246,6 +246,7 @@ class BatchedExponentialOrthogonalization(Orthogonalizer):
     """
 
     base: Tensor
+    _fixed = ("base",)  # buffers that computing the map never writes
 
     def __init__(self, weight_shape: Sequence[int], niters: int = 7) -> None:
         super().__init__(weight_shape)

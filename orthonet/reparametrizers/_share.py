@@ -17,7 +17,7 @@ from orthonet.reparametrizers._cache_state import steps, usable
 from orthonet.reparametrizers._fuse import _require_batchable, unfuse
 from orthonet.reparametrizers._group import Batch, Group, kind
 from orthonet.reparametrizers._pullback import Computation
-from orthonet.reparametrizers._share_shards import ShardedGroup, require_alike
+from orthonet.reparametrizers._share_shards import ShardedGroup, buffers_written, require_alike
 from orthonet.reparametrizers._weight import OrthoWeight
 
 __all__ = ["share_among_ranks"]
@@ -186,7 +186,7 @@ class SharedGroup(Group):
                 outputs[i] = value.detach()
         pieces, owners, written = list(outputs), list(self.owners), []
         for m, owner in zip(members, self.owners, strict=True):
-            state = [b for s in (m.normalizer, m.orthogonalizer) for b in s.buffers()]
+            state = buffers_written(m)
             if hasattr(m.orthogonalizer, "recentre_"):
                 state.append(m.original)  # a warm one may have moved it, to the same point
             written += [(tensor, owner) for tensor in state]

@@ -19,7 +19,7 @@ from orthonet.reparametrizers._group import Group
 from orthonet.reparametrizers._pullback import own_graph
 from orthonet.reparametrizers._weight import OrthoWeight
 
-__all__ = ["ShardedGroup", "require_alike"]
+__all__ = ["ShardedGroup", "buffers_written", "require_alike"]
 
 
 def _is_shard(parameter: Tensor) -> bool:
@@ -99,8 +99,7 @@ class ShardedGroup(Group):
         written = [
             (buffer, owner)
             for m, owner in zip(members, self.owners, strict=True)
-            for step in (m.normalizer, m.orthogonalizer)
-            for buffer in step.buffers()
+            for buffer in buffers_written(m)
         ]
         if written:
             pieces, owners = zip(*written, strict=True)
@@ -157,6 +156,16 @@ class ShardedGroup(Group):
                 shard.grad = grad
             else:
                 shard.grad += grad
+
+
+def buffers_written(weight: OrthoWeight) -> list[Tensor]:
+    """The buffers that computing the matrix may write, such as vectors of power iteration."""
+    return [
+        buffer
+        for step in (weight.normalizer, weight.orthogonalizer)
+        for name, buffer in step.named_buffers()
+        if name not in getattr(step, "_fixed", ())
+    ]
 
 
 def _computed(weight: OrthoWeight, raw: Tensor) -> tuple[Tensor, Tensor]:
