@@ -20,6 +20,7 @@ __all__ = [
     "fail",
     "floating",
     "in_range",
+    "lipschitz_constant",
     "message",
     "non_negative_int",
     "one_of",
@@ -95,6 +96,12 @@ def in_range(owner: object, low: float, high: float, /, **values: Any) -> None:
         good = number and not math.isnan(value) and low <= value <= high
         requirement = f"{name} must be a number in [{low:g}, {high:g}]"
         require(good, owner, requirement, f"Choose {name} inside that interval", **{name: value})
+
+
+def lipschitz_constant(owner: object, lipschitz: Any) -> float:
+    """Return the constant K of a layer as a float, positive and far from the ends of float32."""
+    in_range(owner, 1e-30, 1e30, lipschitz=lipschitz)
+    return float(lipschitz)
 
 
 def one_of(owner: object, choices: Collection[Any], /, **values: Any) -> None:

@@ -28,8 +28,7 @@ class ConstrainedWeight:
     _factor: float = 1.0  # what the weight of the sub-module is multiplied by; no part of the state
 
     def _set_factor(self, lipschitz: float) -> None:
-        _checks.in_range(type(self), 1e-30, 1e30, lipschitz=lipschitz)
-        self._factor = float(lipschitz)
+        self._factor = _checks.lipschitz_constant(type(self), lipschitz)
 
     @property
     def lipschitz(self) -> float:

@@ -59,7 +59,7 @@ def dense_layers(
 
 def scaled(network: nn.Sequential, lipschitz: float) -> nn.Sequential:
     """The 1-Lipschitz network with its outputs times K; without a layer more where K is 1."""
-    _checks.in_range("models", 1e-30, 1e30, lipschitz=lipschitz)
+    _checks.lipschitz_constant("models", lipschitz)
     if lipschitz != 1.0:
         network.add_module("scale", Scale(lipschitz))
     return network

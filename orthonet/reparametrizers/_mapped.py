@@ -56,7 +56,7 @@ class MappedWeight(CachedWeight):
         weight_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        _checks.in_range(self, 1e-30, 1e30, lipschitz=lipschitz)
+        _checks.lipschitz_constant(self, lipschitz)
         self.function = function
         self.initial = initial
         self.inverse = inverse

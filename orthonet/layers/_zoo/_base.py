@@ -153,8 +153,7 @@ class InnerWeight(WithoutPlainWeight, nn.Module):
     lipschitz: float
 
     def _set_constant(self, lipschitz: float) -> None:
-        _checks.in_range(type(self), 1e-30, 1e30, lipschitz=lipschitz)
-        self.lipschitz = float(lipschitz)
+        self.lipschitz = _checks.lipschitz_constant(type(self), lipschitz)
 
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to zero; nothing happens on the meta device."""
@@ -266,7 +265,7 @@ class MappedLinear(ConstrainedWeight, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         _checks.positive_int(type(self), in_features=in_features, out_features=out_features)
-        _checks.in_range(type(self), 1e-30, 1e30, lipschitz=lipschitz)
+        _checks.lipschitz_constant(type(self), lipschitz)
         self.in_features = in_features
         self.out_features = out_features
         self.parametrization = MappedWeight(
@@ -319,7 +318,7 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
             dilation=self.dilation,
             stride=self.stride,
         )
-        _checks.in_range(type(self), 1e-30, 1e30, lipschitz=lipschitz)
+        _checks.lipschitz_constant(type(self), lipschitz)
         self.parametrization = self._make(lipschitz, device, dtype)
         new_bias(self, out_channels if bias else None, device, dtype)
 

@@ -206,7 +206,7 @@ class BROLinear(MappedLinear):
         _checks.positive_int(type(self), in_features=in_features, out_features=out_features)
         size = max(in_features, out_features)
         self.rank = _rank_of(type(self), rank, size)
-        _checks.in_range(type(self), 1e-30, 1e30, lipschitz=lipschitz)
+        _checks.lipschitz_constant(type(self), lipschitz)
         self.in_features = in_features
         self.out_features = out_features
         function = partial(_cropped_reflector, rows=out_features, columns=in_features)

@@ -82,7 +82,7 @@ class FourierConv2d(WithoutPlainWeight, nn.Module):
             padding_mode=padding_mode,
         )  # fmt: skip
         owner = type(self)
-        _checks.in_range(owner, 1e-30, 1e30, lipschitz=lipschitz)
+        _checks.lipschitz_constant(owner, lipschitz)
         if same:
             self._strided_same()
         _checks.require(

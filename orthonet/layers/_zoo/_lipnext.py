@@ -110,7 +110,7 @@ class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
         _checks.positive_int(type(self), in_channels=in_channels, out_channels=out_channels)
-        _checks.in_range(type(self), 1e-30, 1e30, lipschitz=lipschitz)
+        _checks.lipschitz_constant(type(self), lipschitz)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.lipschitz = float(lipschitz)

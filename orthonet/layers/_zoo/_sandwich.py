@@ -118,7 +118,7 @@ class SandwichLinear(WithoutPlainWeight, nn.Module):
         owner = type(self)
         _checks.positive_int(owner, in_features=in_features, out_features=out_features)
         _checks.one_of(owner, tuple(ACTIVATIONS), activation=activation)
-        _checks.in_range(owner, 1e-30, 1e30, lipschitz=lipschitz)
+        _checks.lipschitz_constant(owner, lipschitz)
         self.in_features = in_features
         self.out_features = out_features
         self.lipschitz = float(lipschitz)
