@@ -40,7 +40,8 @@ def export(
     """
     samples = _samples(inputs)
     twin, marker = marked_copy(model)
-    batch = torch.export.Dim("batch", min=2)
+    # PyTorch 2.6 slices no dim without a largest size
+    batch = torch.export.Dim("batch", min=2, max=2**20)
     try:
         with (
             marker.functions(twin), torch.no_grad(), warnings.catch_warnings(),
