@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 from orthonet.certify._marks import mark_of
 from orthonet.certify._program import BATCH
-from orthonet.certify._rules import BatchDependent, canonical
+from orthonet.certify._rules import BatchDependent, Operand, canonical
 from orthonet.linalg._rounding import (
     UNDERFLOW,
     add_up,
@@ -72,6 +72,8 @@ def action_of(state: State) -> Action | None:
     if name in _ONE_OPERAND and operands != 1:
         return None
     if name in ("div", "linear", "batch_norm") and not _moves_first(state):
+        return None
+    if name in ("addmm", "baddbmm") and isinstance(state.call.args[0], Operand):
         return None
     return action
 
@@ -221,7 +223,7 @@ def _addmm(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: bool)
 @_register("einsum", "tensordot", heavy=True, terms=_wide)
 def _contraction(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: bool) -> Any:
     if canonical(target) == "tensordot":
-        return target(args[0], _f64(args[1], absolute), *args[2:], **kwargs)
+        return target(*(_f64(v, absolute) for v in args[:2]), *args[2:], **kwargs)
     return target(args[0], [_f64(v, absolute) for v in args[1]])
 
 
@@ -326,7 +328,7 @@ def _amplification(states: list[State]) -> float | None:
                 number = isinstance(value, (int, float)) and not isinstance(value, bool)
                 if not number and not (isinstance(value, Tensor) and value.numel()):
                     continue
-                size = torch.as_tensor(value).detach().abs().double()
+                size = torch.as_tensor(value).detach().double().abs()
                 if not float(size.max()) < _RANGE or (op == "div" and not float(size.min()) > _LOW):
                     return None
                 factors.append(max(1.0, float(size.max())))

@@ -59,8 +59,12 @@ def round_constants(program: Program) -> None:
         if node.op != "call_function" or known or op_name(node) == "_assert_tensor_metadata":
             continue
         args, kwargs = map_arg((node.args, node.kwargs), value)
-        with torch.no_grad(), program.region(node), _Casts() as casts:
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        try:
+            with torch.no_grad(), program.region(node), _Casts() as casts:
+                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        except RuntimeError as error:
+            refuse(node, f"the operation must run under autocast ({str(error).splitlines()[0]})",
+                   "Put torch.autocast(device, enabled=False) around it in forward")  # fmt: skip
         cast = {id(t) for t in casts.seen}
         if not cast or (op_name(node) in CASTS and node in program.moving):
             continue

@@ -91,6 +91,15 @@ def certify(
         walker = propagate(model, examples, autocast=autocast)
         pairs = _pairs(walker)
         below = lower_bound(walker, examples) if lower else None
+        _checks.require(
+            below is None or below.value <= walker.bound.value * (1.0 + 1e-9),
+            "certify",
+            "the bound must not be below what a search has reached",
+            "A rule is wrong. If all of them are ours, please report the model",
+            UncertifiableError,
+            bound=walker.bound.value,
+            reached=None if below is None else below.value,
+        )
         each = tuple(Bound(0.0, kind="exact") if s is None else walker.bound_of(s)
                      for s in walker.outputs)  # fmt: skip
     shapes = tuple(tuple(x.shape[1:]) for x in examples)

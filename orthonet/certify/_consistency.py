@@ -24,7 +24,9 @@ _HALF_TOLERANCE = 2.0**-5  # of outputs in half precision, after several roundin
 def _outputs(
     model: nn.Module, program: Program, size: int, gradients: bool = False
 ) -> list[Tensor]:
-    inputs = [x[:size].clone() for x in program.samples]
+    leaves = [x[:size].detach().requires_grad_(gradients) for x in program.samples]
+    with torch.set_grad_enabled(gradients):
+        inputs = [leaf.clone() for leaf in leaves]  # which may be written to
     with torch.set_grad_enabled(gradients):
         try:
             return [t.detach() for t in _flat(model(*inputs))]
@@ -75,9 +77,9 @@ def check_samples_apart(model: nn.Module, program: Program) -> None:
         UncertifiableError: They do, or the map depends on the batch size.
     """
     whole = _outputs(model, program, len(program.samples[0]))
-    for size in (1, 2):
+    for size, gradients in ((1, False), (1, True), (2, False)):
         _checks.require(
-            _close([t[:size] for t in whole], _outputs(model, program, size)),
+            _close([t[:size] for t in whole], _outputs(model, program, size, gradients)),
             "certify",
             "the samples of a batch must not depend on each other or on their number",
             "A certificate is given for each sample on its own: keep forward without branches on "

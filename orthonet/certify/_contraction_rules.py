@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orthonet.certify._bound import Bound
 from orthonet.certify._norms import matrix_norm
-from orthonet.certify._rules import Call, Operand, Rounding, Step, register_rule
+from orthonet.certify._rules import BatchDependent, Call, Operand, Rounding, Step, register_rule
 from orthonet.certify._sizes import absolute_matrix
 from orthonet.linalg._rounding import mul_up, power_of_two_scale, sqrt_up, squared_norm_up
 
@@ -44,9 +44,7 @@ def product_step(call: Call, x: str, weight: Tensor, w: str, out: str) -> Step:
     columns = [letter for letter in w if letter in x and letter not in out]
     rows = [letter for letter in w if letter not in x]
     blocks = weight.permute([w.index(letter) for letter in (*shared, *rows, *columns)])
-    blocks = blocks.reshape(
-        math.prod(sizes[c] for c in shared), math.prod(sizes[c] for c in rows), -1
-    )
+    blocks = blocks.reshape([math.prod(sizes[c] for c in part) for part in (shared, rows, columns)])
     summed = math.prod(sizes[c] for c in x[1:] if c not in w and c not in out)
     value, exact = _largest(blocks)
     repeated = sqrt_up(summed)
@@ -93,6 +91,8 @@ def _einsum(call: Call) -> Step:
 
 
 def _rank(constant: Any) -> int:
+    if isinstance(constant, BatchDependent):
+        constant = constant.value
     return constant.ndim if isinstance(constant, Tensor) else 0
 
 
@@ -119,16 +119,17 @@ def _letters(call: Call, equation: Any, ranks: Sequence[int]) -> tuple[list[str]
 
 @register_rule("tensordot")
 def _tensordot(call: Call) -> Step:
-    weight = call.constant(1, "other")
-    rank = len(call.operand.shape) + 1
-    mine = [dim % rank for dim in call.get(2, "dims_self", ())]
-    theirs = [dim % weight.ndim for dim in call.get(3, "dims_other", ())]
-    names = string.ascii_letters
-    x = names[:rank]
-    w = list(names[rank : rank + weight.ndim])
+    """The sum of X W, or of W X where all dims of W are summed, so that the batch stays first."""
+    first = len(call.operands) == 1 and isinstance(call.args[0], Operand)
+    weight = call.constant(*((1, "other") if first else (0, "self")))
+    rank = len(call.operands[0].shape) + 1
+    dims = [call.get(2, "dims_self", ()), call.get(3, "dims_other", ())]
+    mine, theirs = dims if first else dims[::-1]
+    x = string.ascii_letters[:rank]
+    w = list(string.ascii_letters[rank : rank + weight.ndim])
     for a, b in zip(mine, theirs, strict=True):
-        w[b] = x[a]
-    kept = [c for i, c in enumerate(x) if i not in mine]
+        w[b % weight.ndim] = x[a % rank]
+    kept = [c for c in x if c not in w]
     return product_step(call, x, weight, "".join(w), "".join(kept + [c for c in w if c not in x]))
 
 
@@ -139,7 +140,8 @@ def stacked_step(call: Call, weight: Tensor, on_the_left: bool) -> Step:
     names = iter(string.ascii_lowercase)
     x = [next(names) for _ in range(rank)]
     if weight.ndim == 1:
-        return product_step(call, "".join(x), weight, x[-1], "".join(x[:-1]))
+        summed = x[-2] if on_the_left else x[-1]
+        return product_step(call, "".join(x), weight, summed, "".join(c for c in x if c != summed))
     if rank < 3 and on_the_left:
         call.refuse("dim 0 must stay the batch", "Use x @ matrix.T")
     while weight.ndim > rank or (weight.ndim == rank > 2 and weight.shape[0] == 1):
@@ -154,6 +156,8 @@ def stacked_step(call: Call, weight: Tensor, on_the_left: bool) -> Step:
     out = list(lead)
     for dim in range(1, weight.ndim - 1):  # stacks, from the right
         size, place = weight.shape[-2 - dim], len(lead) - dim
+        if size == 1:
+            continue
         if place < 1:
             call.refuse("dim 0 must stay the batch", "Give the input a dim for each stack")
         if shape[place - 1] == size:
@@ -161,5 +165,6 @@ def stacked_step(call: Call, weight: Tensor, on_the_left: bool) -> Step:
         else:
             out[place] = next(names)
             w.insert(0, out[place])
+    weight = weight.reshape([*(n for n in weight.shape[:-2] if n > 1), *weight.shape[-2:]])
     tail = [new, *kept] if on_the_left else [*kept, new]
     return product_step(call, "".join(x), weight, "".join(w), "".join([*out, *tail]))

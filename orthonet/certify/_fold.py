@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ _SHAPE_ONLY = {
 }  # fmt: skip
 
 
+_SIZES = (BATCH, BATCH - 1, 131)
 _SHAPED_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
 """Of the second argument only shape and dtype are read."""
 
@@ -37,39 +39,48 @@ def _read(node: fx.Node, parents: list[fx.Node]) -> list[fx.Node]:
     """Those of the parents whose values the operation reads, not only their shapes."""
     name = op_name(node)
     if name in _SHAPE_ONLY:
-        return []
+        return [parent for parent in parents if parent is not node.args[0]]
     return [node.args[0]] if name in _SHAPED_LIKE else parents  # type: ignore[list-item]
 
 
 def fold(program: Program) -> None:
-    """Compute every needed node that does not depend on the input."""
+    """Compute every needed node that does not depend on the input.
+
+    What depends on the batch size is computed at three of them, the last one large and prime.
+    """
     found = set(program.inputs)
-    constants = program.constants
+    constants, sized = program.constants, {}
     for node in program.nodes:
         if node.op in ("placeholder", "get_attr"):  # a graph of its own is no value
             continue
-        if any(p in found for p in _read(node, program.parents(node))):
+        parents = program.parents(node)
+        if any(p in found for p in _read(node, parents)):
             found.add(node)
             continue
         shape_only = op_name(node) in _SHAPE_ONLY
         if node.op == "call_function" and not shape_only and _is_random(node):
             refuse(node, "the model must be a function of its input alone",
                    "Remove the random numbers, or draw them once into a buffer")  # fmt: skip
-        values = [_evaluate(node, program, size) for size in (BATCH, BATCH - 1)]
-        constants[node] = values[0] if _same(*values) else _varying(*values)
+        varies = any(p in sized or p in found for p in parents)
+        places = range(len(_SIZES) if varies else 1)
+        values = [_evaluate(node, program, place, sized) for place in places]
+        constants[node] = values[0]
+        if not all(_same(values[0], value) for value in values[1:]):
+            sized[node] = values
+            constants[node] = BatchDependent(values[0], _equal_rows(values))
     program.nodes = [n for n in program.nodes if n in found]
 
 
-def _varying(value: Any, other: Any) -> BatchDependent:
-    """A constant that differs at two batch sizes: by its number of equal rows only, or else."""
-    rows = (
-        isinstance(value, Tensor) and isinstance(other, Tensor) and value.ndim > 0
-        and value.shape[1:] == other.shape[1:]
-        and (len(value), len(other)) == (BATCH, BATCH - 1)
-        and _same(value, value[:1].expand_as(value))
-        and _same(other, value[:1].expand_as(other))
-    )  # fmt: skip
-    return BatchDependent(value, rows)
+def _equal_rows(values: list[Any]) -> bool:
+    """Whether these are tensors of one row, repeated for each sample."""
+    return all(
+        isinstance(value, Tensor)
+        and value.ndim > 0
+        and len(value) == size
+        and value.shape[1:] == values[0].shape[1:]
+        and _same(value, values[0][:1].expand_as(value))
+        for value, size in zip(values, _SIZES, strict=True)
+    )
 
 
 def _is_random(node: fx.Node) -> bool:
@@ -79,30 +90,30 @@ def _is_random(node: fx.Node) -> bool:
     )
 
 
-def _evaluate(node: fx.Node, program: Program, size: int) -> Any:
-    """The value of a node at one batch size."""
-    if mark_of(node) is not None and mark_of(node)[1] < 0:  # type: ignore[index]
-        return _evaluate_call(node, program)
+def _evaluate(node: fx.Node, program: Program, place: int, sized: dict[fx.Node, list[Any]]) -> Any:
+    """The value of a node at one of the batch sizes."""
 
     def value(n: fx.Node) -> Any:
-        if n not in program.constants:  # only its shape will be read
-            fake = n.meta["val"]
-            shape = [size if str(s) == program.batch else int(s) for s in fake.shape]
-            return torch.empty(shape, dtype=fake.dtype, device=fake.device)
-        found = program.constants[n]
-        if isinstance(found, BatchDependent):
-            return _evaluate(n, program, size)
-        return found
+        if n in sized:
+            return sized[n][place]
+        if n in program.constants:
+            return program.constants[n]
+        fake = n.meta["val"]  # only its shape will be read
+        shape = [_SIZES[place] if str(s) == program.batch else int(s) for s in fake.shape]
+        return torch.empty(shape, dtype=fake.dtype, device=fake.device)
 
+    mark = mark_of(node)
+    if mark is not None and mark[1] < 0:
+        return _evaluate_call(node, program, value)
     args, kwargs = map_arg((node.args, node.kwargs), value)
     with torch.no_grad(), program.region(node):
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _evaluate_call(node: fx.Node, program: Program) -> Any:
+def _evaluate_call(node: fx.Node, program: Program, value: Callable[[fx.Node], Any]) -> Any:
     number, place = mark_of(node)  # type: ignore[misc]
     call = program.calls[number]
-    values = {k: program.constants[n] for k, n in program.entries.get(number, {}).items()}
+    values = {k: value(n) for k, n in program.entries.get(number, {}).items()}
     target = call.target
     args, kwargs = fill(call.args, values), {k: fill(v, values) for k, v in call.kwargs.items()}
     with torch.no_grad(), program.region(node):

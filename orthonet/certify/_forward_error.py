@@ -216,7 +216,7 @@ class _Errors:
             error, large = self.read(parent, state)
             carried = carried + _times(gain.value, error)
             size = size + large + error
-        own = (rounding.size * size + rounding.offset) * self.gamma(state)(
+        own = (_times(rounding.size, size) + rounding.offset) * self.gamma(state)(
             rounding.count, rounding.stages
         )
         wide = math.prod(state.shape) ** 0.5 * max(1.0, rounding.size)

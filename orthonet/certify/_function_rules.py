@@ -23,6 +23,7 @@ from orthonet.certify._rules import (
     exact,
     of_squares,
     register_rule,
+    scalar_rounding,
     upper,
 )
 from orthonet.linalg._rounding import div_up, mul_up, sqrt_up, up
@@ -70,7 +71,9 @@ _SMOOTH = 64.0
 
 @register_rule(*sorted(_SLOPES.keys() - {"logsumexp"}))
 def _elementwise(call: Call) -> Step:
-    roundings = COPY if call.op in _EXACT else _SMOOTH
+    roundings: Roundings = COPY if call.op in _EXACT else _SMOOTH
+    if call.op == "hardtanh":
+        roundings = scalar_rounding(call, *call.args[1:], *call.kwargs.values())
     return exact(mul_up(_SLOPES[call.op], amplification(call)), "largest slope", roundings)
 
 
@@ -115,10 +118,12 @@ def _with_parameter(call: Call) -> Step:
         roundings = _softplus_rounding(call)
     elif call.op == "prelu":
         slopes.append(float(call.constant(1, "weight").abs().max()))
+    elif call.op == "clamp":
+        roundings = scalar_rounding(call, *call.args[1:], *call.kwargs.values())
     return exact(mul_up(max(slopes), amplification(call)), "largest slope", roundings)
 
 
-_ROUNDINGS: dict[str, Roundings] = {"leaky_relu": 2.0, "rrelu": 2.0, "prelu": 2.0, "clamp": COPY}
+_ROUNDINGS: dict[str, Roundings] = {"leaky_relu": 2.0, "rrelu": 2.0, "prelu": 2.0}
 
 
 def _softplus_rounding(call: Call) -> Callable[[Callable[..., float]], Rounding]:
@@ -163,7 +168,13 @@ def _softmax(call: Call) -> Step:
 def _hypot(call: Call) -> Step:
     if len(call.operands) == 1:
         return exact(amplification(_first(call)), "the length of a pair", _SMOOTH)
-    return Step((_ONE, _ONE), "the length of a pair", "hypot", roundings=_SMOOTH)
+    return Step(_each_repeated(call), "the length of a pair", "hypot", roundings=_SMOOTH)
+
+
+def _each_repeated(call: Call) -> tuple[Bound, ...]:
+    """What the repetition of entries alone does to the norm of each operand."""
+    singles = (Call(call.op, call.path, (x,), {}, call.output_shape) for x in call.operands)
+    return tuple(Bound(amplification(single), kind="exact") for single in singles)
 
 
 @register_rule("lerp")
@@ -213,9 +224,12 @@ def _dropout(call: Call) -> Step:
                "maximum", "minimum", "diagonal")  # fmt: skip
 def _select(call: Call) -> Step:
     if call.op in ("max", "min", "maximum", "minimum") and len(call.operands) == 2:
-        return Step((_ONE, _ONE), "larger or smaller of two", "hypot", COPY)
+        return Step(_each_repeated(call), "larger or smaller of two", "hypot", COPY)
     if call.op in ("maximum", "minimum"):
-        return upper(amplification(_first(call)), "larger or smaller of it and a constant", COPY)
+        rounding = scalar_rounding(call, *call.args)
+        return upper(
+            amplification(_first(call)), "larger or smaller of it and a constant", rounding
+        )
     default: Any = None
     position, name = 1, "dim"
     if call.op == "flip":  # x.flip(1, 2) and x.flip((1, 2))
@@ -230,7 +244,8 @@ def _select(call: Call) -> Step:
     elif call.op in ("sort", "topk"):
         position, default = (1 if call.op == "sort" else 2), -1
     elif isinstance(call.get(1, "dim", None), Tensor):  # torch.max(x, constant)
-        return upper(amplification(call), "larger or smaller of it and a constant", COPY)
+        rounding = scalar_rounding(call, call.get(1, "dim", None))
+        return upper(amplification(call), "larger or smaller of it and a constant", rounding)
     call.feature_dims(call.get(position, name, default))
     return exact(1.0, "selection or order", COPY)
 
@@ -254,7 +269,7 @@ def _index(call: Call) -> Step:
             "an index must be one constant list of integers along a feature dimension",
             "Use slices, or torch.index_select with a constant index",
         )
-    counts = (index.flatten() % call.operand.shape[place]).bincount()
+    counts = (index.flatten() % max(1, call.operand.shape[place])).bincount(minlength=1)
     return exact(sqrt_up(int(counts.max())), "selection, repeated at most so often", COPY)
 
 
@@ -323,7 +338,9 @@ def _scale(call: Call) -> Step:
         if smallest == 0.0:
             call.refuse("the divisor must not be zero", "Add an eps to the constant")
         largest = div_up(1.0, smallest)
-    return exact(mul_up(largest, size), "largest factor", 1.0)
+    value = mul_up(largest, size)
+    same = size == 1.0 or bool((other == other.amax()).all())
+    return (exact if same else upper)(value, "largest factor", 1.0)
 
 
 @register_rule("sum", "mean")

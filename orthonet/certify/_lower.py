@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,9 +43,9 @@ def lower_bound(walker: Walker, examples: Sequence[Tensor]) -> Bound | None:
     generator = torch.Generator().manual_seed(0)
     points = torch.cat(
         [
-            x.detach().cpu().double().flatten(1)
+            x.detach().cpu().double().reshape(len(x), -1)
             if len(x)
-            else torch.zeros(1, *x.shape[1:], dtype=torch.float64).flatten(1)
+            else torch.zeros(1, math.prod(x.shape[1:]), dtype=torch.float64)
             for x in examples
         ],
         1,

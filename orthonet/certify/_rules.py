@@ -36,6 +36,7 @@ __all__ = [
     "function_rule",
     "module_rule",
     "register_rule",
+    "scalar_rounding",
     "upper",
 ]
 
@@ -86,6 +87,23 @@ def of_squares(count: float, outputs: int, terms: int) -> Rounding:
     2^-63: that much in units of the roundings, of which there are 16 at least.
     """
     return Rounding(count + 16.0, 1.0 + 2.0**-40, math.sqrt(float(outputs) * terms) * 2.0**-42)
+
+
+def scalar_rounding(call: Call, *values: Any) -> float | Rounding:
+    """The rounding of a map that only compares and copies, among its entries constant scalars.
+
+    They are rounded to the dtype of the operation; those that bfloat16 holds are everywhere.
+    """
+    scalars = [float(v) for v in values if isinstance(v, (int, float)) or _is_scalar(v)]
+    held = torch.tensor(scalars, dtype=torch.float64).to(torch.bfloat16).double().tolist()
+    lost = [abs(v) for v, w in zip(scalars, held, strict=True) if v != w]
+    if not lost:
+        return COPY
+    return Rounding(1.0, 0.0, max(lost) * math.sqrt(math.prod(call.output_shape)) * (1 + 2.0**-40))
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point()
 
 
 class Step(NamedTuple):

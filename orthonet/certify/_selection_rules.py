@@ -19,6 +19,7 @@ from orthonet.certify._rules import (
     Step,
     exact,
     register_rule,
+    scalar_rounding,
 )
 from orthonet.linalg._rounding import sqrt_up
 
@@ -37,7 +38,8 @@ def _choose(call: Call) -> Step:
         if isinstance(value, Operand):
             single = Call(call.op, call.path, (value,), {}, call.output_shape, call.source)
             gains.append(Bound(amplification(single), kind="exact"))
-    return Step(tuple(gains), "choice by a constant mask", "hypot", COPY)
+    rounding = scalar_rounding(call, *(call.args[place] for place in places))
+    return Step(tuple(gains), "choice by a constant mask", "hypot", rounding)
 
 
 @register_rule("gather")
@@ -55,7 +57,8 @@ def _gather(call: Call) -> Step:
     index = index[0].cpu().movedim(place, 0)
     seen = torch.zeros(call.operand.shape[place], *index.shape[1:])
     seen.scatter_add_(0, index, torch.ones(()).expand(index.shape))
-    return exact(sqrt_up(int(seen.max())), "selection, repeated at most so often", COPY)
+    most = int(seen.max()) if seen.numel() else 0
+    return exact(sqrt_up(most), "selection, repeated at most so often", COPY)
 
 
 @register_rule("tril", "triu")

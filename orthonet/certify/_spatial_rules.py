@@ -13,7 +13,16 @@ from torch import Tensor
 from orthonet import _checks
 from orthonet.certify._bound import Bound
 from orthonet.certify._norms import conv_norm, matrix_norm
-from orthonet.certify._rules import COPY, Call, Step, exact, of_squares, register_rule, upper
+from orthonet.certify._rules import (
+    COPY,
+    Call,
+    Step,
+    exact,
+    of_squares,
+    register_rule,
+    scalar_rounding,
+    upper,
+)
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import add_up, mul_up, sqrt_up, up
 from orthonet.linalg.convolution_bounds import NormBound
@@ -135,7 +144,8 @@ def _pad(call: Call) -> Step:
         mode = "reflect" if call.op.startswith("reflection") else "replicate"
     pads = [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)][::-1]
     sizes = _spatial_dims(call, len(pads), channels=0)
-    return exact(padding_gain(sizes, pads, mode), f"{mode} padding", COPY)
+    value = call.get(3 if call.op == "pad" else 2, "value", None) if call.op not in _PADS else None
+    return exact(padding_gain(sizes, pads, mode), f"{mode} padding", scalar_rounding(call, value))
 
 
 @register_rule("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices",

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from orthonet.certify import certify
+from orthonet.certify import Bound, certify, register_rule
+from orthonet.certify import _rules as rules
+from orthonet.certify._replay import Replay
 from orthonet.errors import UncertifiableError
 from tests.references import jacobian_reference
 
@@ -68,6 +70,10 @@ LINEAR = {
     ),
     "index": (lambda s, x: x[:, s.index] @ s.w[:3], (6,)),
     "triangle": (lambda s, x: (x @ s.w).tril(-1) + x.triu(1), (6, 6)),
+    "mask of a product": (lambda s, x: (x @ s.w) * s.mask * 2.0, (6,)),
+    "stack of one matrix": (lambda s, x: x @ s.w[None], (3, 2, 6)),
+    "vector on the left": (lambda s, x: s.b @ x, (6, 2)),
+    "vector, contracted": (lambda s, x: torch.tensordot(s.b, x * 2.0, dims=([0], [1])), (6,)),
     "windows": (lambda s, x: x.unfold(1, 3, 2), (9,)),
     "patches": (lambda s, x: F.unfold(x, 3, padding=1, stride=2), (2, 5, 6)),
     "patches, dilated": (lambda s, x: F.unfold(x, 2, dilation=2), (1, 5, 4)),
@@ -90,6 +96,7 @@ def test_the_bound_is_the_norm(name, dtype):
     truth = float(torch.linalg.matrix_norm(jacobian, 2))
     # observed 1e-11 above
     assert truth * (1 - 1e-12) <= found.constant.value <= truth * (1 + 1e-9)
+    assert found.lower is None or found.lower.value <= found.constant.value * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -114,7 +121,7 @@ def test_the_rounding_is_bounded(name):
     found = certify(model, x[:1], lower=False)
     seen, exact = model(x).double(), Fixed(function)
     exact.load_state_dict(model.state_dict())
-    error = (seen - exact.double()(x.double())).flatten(1).norm(dim=1)
+    error = (seen - exact.double()(x.double())).reshape(len(x), -1).norm(dim=1)
     assert bool((error <= found.rounding(x)).all())
 
 
@@ -132,6 +139,29 @@ REFUSED = {
     "mask of the batch": (
         lambda s, x: torch.where((torch.arange(x.shape[0]) > 0)[:, None], x, 2 * x),
         "the same for every sample",
+    ),
+    "number of samples": (lambda s, x: x * (1 + x.shape[0] // 4), "argument 'other' must be a con"),
+    "number of entries": (lambda s, x: x * (1 + x.numel() // 24), "argument 'other' must be a con"),
+    "later samples": (
+        lambda s, x: x * (1 + 9 * (torch.arange(x.shape[0]) >= 5).to(x.dtype))[:, None],
+        "the same for every sample",
+    ),
+    "earlier samples": (
+        lambda s, x: x * (1 + (x.new_ones(x.shape[0], 1).cumsum(0) - 3).clamp(min=0)),
+        "the same for every sample",
+    ),
+    "input that learns": (lambda s, x: 9 * x if x.requires_grad else x, "gradient mode is one"),
+    "one sample and gradients": (
+        lambda s, x: 9 * x if x.shape[0] == 1 and torch.is_grad_enabled() else x,
+        "on each other or on their number",
+    ),
+    "filled with the input": (
+        lambda s, x: x.new_full((x.shape[0], 3), x.sum().item()),
+        "certify: ",
+    ),
+    "added to the input": (
+        lambda s, x: torch.addmm(x, x.new_ones(x.shape[0], 6), 1e-3 * s.w) @ s.w,
+        "the tensor to add must be a constant",
     ),
     "many samples": (
         lambda s, x: 9 * x if x.shape[0] > 100 else x,
@@ -162,3 +192,81 @@ def test_many_blocks_are_bounded_by_their_frobenius_norms(scale):
     truth = float(torch.linalg.matrix_norm(weight / scale, 2).max()) * scale
     # 1.09 was seen
     assert truth <= found.constant.value <= 1.5 * truth
+
+
+REPEATED = {
+    "maximum": lambda s, x: torch.maximum(x[:, 1:6], x[:, :1]),
+    "minimum": lambda s, x: torch.minimum(x[:, :1] * 1.0, 1e-3 * x.flip(1)),
+    "max": lambda s, x: torch.max(x[:, :1], 1e-3 * x),
+    "hypot": lambda s, x: torch.hypot(1e-3 * x[:, 1:6], x[:, :1]),
+    "factor": lambda s, x: x[..., None] * s.b,
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_what_broadcasting_repeats_is_counted(name):
+    model = Fixed(REPEATED[name]).double().eval()
+    x = torch.randn(8, 6, dtype=torch.float64)
+    x[:, 0] += 3.0 if name != "minimum" else -3.0
+    truth = max(float(torch.linalg.matrix_norm(jacobian_reference(model, v), 2)) for v in x)
+    found = certify(model, x, lower=False).constant
+    # 2.1 was seen: both operands count as free, and the largest factor for all of them
+    assert truth * (1 - 1e-12) <= found.value <= 2.5 * truth
+    assert name != "factor" or found.kind == "upper"
+
+
+SCALARS = {
+    "masked fill": lambda s, x: (x @ s.w).masked_fill(s.mask, 1.1),
+    "where": lambda s, x: torch.where(s.mask, x @ s.w, 1000.1),
+    "clamp": lambda s, x: (x @ s.w).clamp(min=1.1, max=1000.1),
+    "pad": lambda s, x: F.pad(x @ s.w, (1, 2), value=1.1),
+    "hardtanh": lambda s, x: F.hardtanh(x @ s.w, 1.1, 3.3),
+    "maximum": lambda s, x: torch.maximum(x @ s.w, torch.tensor(1.1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SCALARS)
+def test_the_rounding_of_scalars_counts(name, dtype):
+    model = Fixed(SCALARS[name]).eval()
+    x = 1e-3 * torch.randn(20, 6)
+    found = certify(model, x[:1], lower=False, autocast=dtype)
+    exact = Replay(found._walker.program).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        seen = model(x).double()
+    error = (seen - exact(x.double()).detach()).norm(dim=1)
+    limit = found.rounding(x)
+    assert bool((error <= limit).all())
+    if name != "maximum" or dtype is not None:  # a tensor of float32 is what it is
+        assert float(limit.max()) < 1e4 * float(error.max())  # observed 40
+
+
+def test_masked_attention_weights_have_a_rounding():
+    model = Fixed(lambda s, x: torch.softmax(x.masked_fill(s.mask, float("-inf")), -1)).eval()
+    x = torch.randn(5, 6)
+    limit = certify(model, x, lower=False).rounding(x)
+    assert bool(limit.isfinite().all()) and float(limit.max()) < 1e-3
+
+
+def test_a_bound_below_what_is_reached_is_refused(monkeypatch):
+    monkeypatch.setattr(rules, "_FUNCTIONS", dict(rules._FUNCTIONS))
+    register_rule("tanh")(lambda call: (Bound(0.5), "wrong"))
+    with pytest.raises(UncertifiableError, match="must not be below what a search has reached"):
+        certify(nn.Tanh().eval(), torch.zeros(1, 3))
+
+
+def test_samples_that_are_numbers():
+    assert certify(nn.Tanh().eval(), torch.zeros(4)).constant.value == 1.0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, x: x[:, s.index[:0]],
+        lambda s, x: torch.einsum("bi,io->bo", x, s.w[:, :0]),
+        lambda s, x: x[:, :0].gather(1, s.index[:0].expand(x.shape[0], 0)),
+    ],
+    ids=["index", "product", "gather"],
+)
+def test_of_nothing_nothing_comes(function):
+    assert certify(Fixed(function).eval(), torch.zeros(2, 6)).constant.value == 0.0
