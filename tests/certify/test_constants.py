@@ -85,13 +85,12 @@ LINEAR = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", LINEAR)
-def test_the_bound_is_the_norm(name, dtype):
+def test_the_bound_is_the_norm(name):
     function, shape = LINEAR[name]
-    model = Fixed(function).to(dtype).eval()
+    model = Fixed(function).eval()
     x = torch.randn(2, *shape, dtype=torch.float64)
-    found = certify(model, x.to(dtype))
+    found = certify(model, x.float())
     jacobian = jacobian_reference(model.double(), x[0])
     truth = float(torch.linalg.matrix_norm(jacobian, 2))
     # observed 1e-11 above
