@@ -146,11 +146,6 @@ def _choose(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: bool
     return torch.where(mask.value, a, b)
 
 
-@_register("col2im", terms=_wide)
-def _fold(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: bool) -> Any:
-    return target(*args, **kwargs)
-
-
 @_register("sum", "mean", "cumsum", terms=_wide)
 def _reduce(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: bool) -> Any:
     return target(*args, **{k: v for k, v in kwargs.items() if k != "dtype"})
@@ -158,6 +153,7 @@ def _reduce(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: bool
 
 @_register(*(f"{kind}avg_pool{d}d" for kind in ("", "adaptive_", "_adaptive_") for d in (1, 2, 3)),
            terms=_wide, heavy=True)  # fmt: skip
+@_register("col2im", terms=_wide)
 def _pool(target: Any, args: list[Any], kwargs: dict[str, Any], absolute: bool) -> Any:
     return target(*args, **kwargs)
 

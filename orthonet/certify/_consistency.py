@@ -27,7 +27,6 @@ def _outputs(
     leaves = [x[:size].detach().requires_grad_(gradients) for x in program.samples]
     with torch.set_grad_enabled(gradients):
         inputs = [leaf.clone() for leaf in leaves]  # which may be written to
-    with torch.set_grad_enabled(gradients):
         try:
             return [t.detach() for t in _flat(model(*inputs))]
         except FAILURES as error:

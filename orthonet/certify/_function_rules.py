@@ -28,7 +28,7 @@ from orthonet.certify._rules import (
 )
 from orthonet.linalg._rounding import div_up, mul_up, sqrt_up, up
 
-__all__ = ["amplification"]
+__all__ = ["amplification", "each_repeated"]
 
 _ONE = Bound(1.0, kind="exact")
 
@@ -168,10 +168,10 @@ def _softmax(call: Call) -> Step:
 def _hypot(call: Call) -> Step:
     if len(call.operands) == 1:
         return exact(amplification(_first(call)), "the length of a pair", _SMOOTH)
-    return Step(_each_repeated(call), "the length of a pair", "hypot", roundings=_SMOOTH)
+    return Step(each_repeated(call), "the length of a pair", "hypot", roundings=_SMOOTH)
 
 
-def _each_repeated(call: Call) -> tuple[Bound, ...]:
+def each_repeated(call: Call) -> tuple[Bound, ...]:
     """What the repetition of entries alone does to the norm of each operand."""
     singles = (Call(call.op, call.path, (x,), {}, call.output_shape) for x in call.operands)
     return tuple(Bound(amplification(single), kind="exact") for single in singles)
@@ -224,7 +224,7 @@ def _dropout(call: Call) -> Step:
                "maximum", "minimum", "diagonal")  # fmt: skip
 def _select(call: Call) -> Step:
     if call.op in ("max", "min", "maximum", "minimum") and len(call.operands) == 2:
-        return Step(_each_repeated(call), "larger or smaller of two", "hypot", COPY)
+        return Step(each_repeated(call), "larger or smaller of two", "hypot", COPY)
     if call.op in ("maximum", "minimum"):
         rounding = scalar_rounding(call, *call.args)
         return upper(

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orthonet.certify._advice import ADVICE
-from orthonet.certify._bound import Bound
-from orthonet.certify._function_rules import amplification
+from orthonet.certify._function_rules import each_repeated
 from orthonet.certify._rules import (
     COPY,
     BatchDependent,
@@ -33,13 +32,8 @@ def _choose(call: Call) -> Step:
     mask = call.args[0 if call.op == "where" else 1]
     if isinstance(mask, Operand) or len(call.args) < 3:
         call.refuse("the mask of a choice must be a constant", ADVICE["where"])
-    gains = []
-    for value in (call.args[place] for place in places):
-        if isinstance(value, Operand):
-            single = Call(call.op, call.path, (value,), {}, call.output_shape, call.source)
-            gains.append(Bound(amplification(single), kind="exact"))
     rounding = scalar_rounding(call, *(call.args[place] for place in places))
-    return Step(tuple(gains), "choice by a constant mask", "hypot", rounding)
+    return Step(each_repeated(call), "choice by a constant mask", "hypot", rounding)
 
 
 @register_rule("gather")

@@ -11,13 +11,14 @@ from torch import distributed as dist
 
 from orthonet import _checks
 from orthonet.linalg._matrix import compute_dtype
-from orthonet.linalg._ranks import assign, exchange, rank_and_size
+from orthonet.linalg._ranks import exchange, rank_and_size
 from orthonet.reparametrizers._cache import GIVEN, GROUP, Kept, hit, invalidate, keep, keepable
 from orthonet.reparametrizers._cache_state import steps, usable
 from orthonet.reparametrizers._fuse import _require_batchable, unfuse
-from orthonet.reparametrizers._group import Batch, Group, kind
+from orthonet.reparametrizers._group import Batch, kind
 from orthonet.reparametrizers._pullback import Computation
-from orthonet.reparametrizers._share_shards import ShardedGroup, buffers_written, require_alike
+from orthonet.reparametrizers._share_group import RankGroup, buffers_written
+from orthonet.reparametrizers._share_shards import ShardedGroup, require_alike
 from orthonet.reparametrizers._weight import OrthoWeight
 
 __all__ = ["share_among_ranks"]
@@ -112,29 +113,15 @@ def _require_whole(weight: OrthoWeight) -> None:
     )
 
 
-class SharedGroup(Group):
-    """The matrices of a model, each computed by one process of a group.
-
-    Copies and pickles belong to no group.
-    """
+class SharedGroup(RankGroup):
+    """The matrices of a model whose parameters all processes hold."""
 
     def __init__(
         self, process_group: Any, weights: Sequence[OrthoWeight], costs: list[float]
     ) -> None:
-        super().__init__()
-        self.process_group = process_group
-        for weight in weights:
-            self.join(weight)
-        self.rank, self.size = rank_and_size(process_group)
-        self.owners = assign(costs, self.size)
+        super().__init__(process_group, weights, costs)
         self.batches: list[tuple[Batch, list[int]]] = []
         self.known: list[Any] = []
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return type(None), ()
 
     def value(self, weight: OrthoWeight) -> Tensor | None:
         """The value of one member, computed together with all others in training."""
@@ -150,14 +137,7 @@ class SharedGroup(Group):
             return self._compute(weight) if value is None else value
 
     def _compute(self, weight: OrthoWeight) -> Tensor | None:
-        members = [m for ref in self.members if (m := ref()) is not None]
-        _checks.require(
-            len(members) == len(self.owners) and all(m._group is self for m in members),
-            "share_among_ranks",
-            "the model must have the matrices that it had when the work was shared out",
-            "Call share_among_ranks again in all processes",
-            RuntimeError,
-        )
+        members = self.present()
         for m in members:
             _require_whole(m)
         structures = [keepable(m) for m in members]

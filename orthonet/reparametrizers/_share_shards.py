@@ -13,13 +13,13 @@ from torch.autograd.function import once_differentiable
 
 from orthonet import _checks
 from orthonet.linalg._matrix import compute_dtype, without_autocast
-from orthonet.linalg._ranks import assign, collect, exchange, hand_out, rank_and_size
+from orthonet.linalg._ranks import collect, exchange, hand_out
 from orthonet.reparametrizers._cache_state import steps, usable
-from orthonet.reparametrizers._group import Group
 from orthonet.reparametrizers._pullback import own_graph
+from orthonet.reparametrizers._share_group import RankGroup, buffers_written
 from orthonet.reparametrizers._weight import OrthoWeight
 
-__all__ = ["ShardedGroup", "buffers_written", "require_alike"]
+__all__ = ["ShardedGroup", "require_alike"]
 
 
 def _is_shard(parameter: Tensor) -> bool:
@@ -27,7 +27,7 @@ def _is_shard(parameter: Tensor) -> bool:
     return hasattr(parameter, "full_tensor")
 
 
-class ShardedGroup(Group):
+class ShardedGroup(RankGroup):
     """The matrices of a model whose parameters are shards, each kept by the process it falls to.
 
     When a unit of FSDP2 runs for the first time after an optimizer step, every process collects the
@@ -41,13 +41,8 @@ class ShardedGroup(Group):
     def __init__(
         self, process_group: Any, weights: Sequence[OrthoWeight], costs: list[float]
     ) -> None:
-        super().__init__()
-        self.process_group = process_group
-        self.rank, self.size = rank_and_size(process_group)
-        self.owners = assign(costs, self.size)
+        super().__init__(process_group, weights, costs)
         self.places = {id(weight): i for i, weight in enumerate(weights)}
-        for weight in weights:
-            self.join(weight)
         # FSDP2 puts full parameters in the place of these during a forward pass; these are what the
         # optimizer has
         self.shards = [weight.original for weight in weights]
@@ -55,12 +50,6 @@ class ShardedGroup(Group):
         self.graphs: dict[int, tuple[Tensor, Tensor]] = {}  # of this process: leaf and matrix
         self.task: int | None = None  # the backward pass that is running
         self.sums: dict[int, Tensor | None] = {}  # its gradients; None where others own them
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return type(None), ()
 
     def forget(self) -> None:
         """Compute anew at the next read."""
@@ -84,14 +73,7 @@ class ShardedGroup(Group):
             return _Lent.apply(original, self, self.places[id(weight)])  # type: ignore[return-value]
 
     def _compute(self) -> None:
-        members = [m for ref in self.members if (m := ref()) is not None]
-        _checks.require(
-            len(members) == len(self.owners) and all(m._group is self for m in members),
-            "share_among_ranks",
-            "the model must have the matrices that it had when the work was shared out",
-            "Call share_among_ranks again in all processes",
-            RuntimeError,
-        )
+        members = self.present()
         self.graphs = {}  # free what is out of date first
         collected = collect([t.detach() for t in self.shards], self.owners, self.process_group)
         for i, raw in collected.items():
@@ -156,16 +138,6 @@ class ShardedGroup(Group):
                 shard.grad = grad
             else:
                 shard.grad += grad
-
-
-def buffers_written(weight: OrthoWeight) -> list[Tensor]:
-    """The buffers that computing the matrix may write, such as vectors of power iteration."""
-    return [
-        buffer
-        for step in (weight.normalizer, weight.orthogonalizer)
-        for name, buffer in step.named_buffers()
-        if name not in getattr(step, "_fixed", ())
-    ]
 
 
 def _computed(weight: OrthoWeight, raw: Tensor) -> tuple[Tensor, Tensor]:
