@@ -78,7 +78,6 @@ from orthonet.reparametrizers import (
     fuse,
     invalidate,
     parameter_groups,
-    share_among_ranks,
     unfuse,
 )
 
@@ -141,7 +140,6 @@ __all__ = [
     "positive_semidefinite_low_rank",
     "rebase_every",
     "reparametrizers",
-    "share_among_ranks",
     "skew",
     "sln",
     "sphere",

@@ -12,7 +12,6 @@ from orthonet import _checks
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.manifolds import Stiefel
 from orthonet.reparametrizers import BatchedIdentity, OrthoParams, OrthoWeight
-from orthonet.reparametrizers._cache import hit
 
 __all__ = ["manifold_groups", "on_manifold", "trivialize"]
 
@@ -110,8 +109,7 @@ def on_manifold(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model)
     for source, weight in zip(model.modules(), copied.modules(), strict=True):
         if isinstance(weight, OrthoWeight) and not _is_on_manifold(weight):
-            value = hit(source)  # the weight of now, where a training forward would change it
-            value = (weight.compute() if value is None else value).detach()
+            value = source().detach()
             kept = _OnManifold(weight)
             weight.normalizer = BatchedIdentity(weight.shape)
             weight.orthogonalizer = kept

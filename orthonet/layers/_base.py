@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.reparametrizers._plain_values import filled_copy, warn_projected
+from orthonet.reparametrizers import Weight
+from orthonet.reparametrizers._plain_values import warn_projected
 
 __all__ = ["ConstrainedWeight", "WithoutPlainWeight"]
 
@@ -17,12 +18,12 @@ __all__ = ["ConstrainedWeight", "WithoutPlainWeight"]
 class ConstrainedWeight:
     """Mixin before an `nn` class: `weight` becomes a property computed by a sub-module.
 
-    The sub-module `parametrization` owns the raw parameters, returns the weight when called, and
-    has `assign_`, `project_` and `reset_parameters`. The layer is an ordinary class, so pickle,
+    The sub-module `parametrization`, a [`Weight`][orthonet.reparametrizers.Weight], owns the raw
+    parameters and returns the weight when called. The layer is an ordinary class, so pickle,
     deepcopy, `state_dict`, the meta device, compile and export work as for the `nn` twin.
     """
 
-    parametrization: nn.Module
+    parametrization: Weight
     bias: Tensor | None
     _plain_class: ClassVar[type[nn.Module]]
     _factor: float = 1.0  # what the weight of the sub-module is multiplied by; no part of the state
@@ -42,7 +43,7 @@ class ConstrainedWeight:
         Assigning a tensor that satisfies the constraint sets the parameters; another one raises
         [`NotOnManifoldError`][orthonet.errors.NotOnManifoldError] and changes nothing.
         """
-        weight = self._modules["parametrization"]()  # type: ignore[attr-defined, misc]
+        weight = self.parametrization()
         return weight if self._factor == 1.0 else weight * self._factor
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -56,7 +57,7 @@ class ConstrainedWeight:
             "Assign a tensor",
             weight=type(value),
         )
-        self.parametrization.assign_(value.detach() / self._factor, self)  # type: ignore[operator]
+        self.parametrization.assign_(value.detach() / self._factor, self)
 
     def project_(self, weight: Tensor) -> float:
         r"""Set the weight to the constrained one nearest to `weight` that the layer finds.
@@ -64,13 +65,11 @@ class ConstrainedWeight:
         Returns:
             The relative distance \(\|W_{new} - W\|_F / \|W\|_F\) that the projection moved it.
         """
-        return self.parametrization.project_(  # type: ignore[operator]
-            weight.detach() / self._factor, self
-        )
+        return self.parametrization.project_(weight.detach() / self._factor, self)
 
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to zero; nothing happens on the meta device."""
-        self.parametrization.reset_parameters()  # type: ignore[operator]
+        self.parametrization.reset_parameters()
         if self.bias is not None and not self.bias.is_meta:
             nn.init.zeros_(self.bias)
 
@@ -107,28 +106,18 @@ class ConstrainedWeight:
         if not hasattr(self.parametrization, "weight"):
             for key in [key for key in state_dict if key.startswith(f"{own}weight.")]:
                 state_dict[own + key.removeprefix(f"{own}weight.")] = state_dict.pop(key)
-        if plain in state_dict and not any(key.startswith(own) for key in state_dict):
-            weight = state_dict.pop(plain)
-            try:
-                parametrization = self._projected(weight)
-            except ValueError as error:
-                error_msgs.append(f"{plain}: {error}")
-            else:
-                entries = parametrization.state_dict(prefix=own)
-                state_dict.update(entries)
+        done = self.parametrization.load_plain(
+            state_dict, plain, own, error_msgs, self, lambda w: w.detach() / self._factor
+        )
+        if done is not None:
+            moved, weight = done
+            warn_projected(
+                type(self).__name__, "a plain weight was loaded and projected onto the constraint",
+                weight.dtype, relative_distance=moved, shape=tuple(weight.shape),
+            )  # fmt: skip
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-    def _projected(self, weight: Tensor) -> nn.Module:
-        """A copy of the parametrization that holds the projection of `weight`."""
-        parametrization = filled_copy(self.parametrization, weight)
-        moved = parametrization.project_(weight.detach() / self._factor, self)
-        warn_projected(
-            type(self).__name__, "a plain weight was loaded and projected onto the constraint",
-            weight.dtype, relative_distance=moved, shape=tuple(weight.shape),
-        )  # fmt: skip
-        return parametrization
 
 
 class WithoutPlainWeight:

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.layers._base import ConstrainedWeight
-from orthonet.layers._fused import fused_linear
+from orthonet.layers.turned_linear import turned_linear
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.reparametrizers import (
     DEFAULT_ORTHO_PARAMS,
-    CachedWeight,
     L2Normalize,
     OrthoParams,
     OrthoWeight,
+    Weight,
 )
 
 __all__ = ["OrthoLinear", "UnitNormLinear"]
@@ -36,7 +36,7 @@ class _ConstrainedLinear(ConstrainedWeight, nn.Linear):
         bias: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
-        parametrization: nn.Module,
+        parametrization: Weight,
         lipschitz: float = 1.0,
     ) -> None:
         nn.Module.__init__(self)
@@ -105,11 +105,9 @@ class OrthoLinear(_ConstrainedLinear):
         super().__init__(in_features, out_features, bias, device, dtype, weight, lipschitz)
 
     def forward(self, input: Tensor) -> Tensor:
-        # The weight and its gradient together with the product, where that spares work: square,
-        # warm, training. Anywhere else, and for every further use of the weight in the same step,
-        # the ordinary way through `weight`.
-        fused = fused_linear(self, input)
-        return super().forward(input) if fused is None else fused
+        # Together with the gradient of its input, where that spares a product: square, training.
+        turned = turned_linear(self, input)
+        return super().forward(input) if turned is None else turned
 
     def adjoint(self, y: Tensor) -> Tensor:
         r"""Apply the transpose of the linear part, \(W^\top y\).
@@ -152,7 +150,7 @@ class OrthoLinear(_ConstrainedLinear):
         )
 
 
-class _UnitRows(CachedWeight):
+class _UnitRows(Weight):
     """Rows of unit norm: the raw parameter, divided by the norm of each row."""
 
     def __init__(

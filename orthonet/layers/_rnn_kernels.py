@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +14,9 @@ from orthonet.linalg import polar_svd
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.manifolds import Stiefel
 from orthonet.manifolds._trivialization import Triv
-from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams, OrthoWeight
-from orthonet.reparametrizers._cache import CachedWeight
+from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams, OrthoWeight, Weight
 from orthonet.reparametrizers._orthogonalizers import require_semi_orthogonal
-from orthonet.reparametrizers._plain_values import filled_copy, warn_projected
+from orthonet.reparametrizers._plain_values import warn_projected
 
 __all__ = [
     "INITIALIZATIONS",
@@ -29,7 +29,7 @@ __all__ = [
 INITIALIZATIONS = ("haar", "henaff", "torus", "cayley", "identity")
 
 
-class TrivializedWeight(CachedWeight):
+class TrivializedWeight(Weight):
     """An orthogonal matrix (or stack) by a map from the skew-symmetric ones, around a base.
 
     Args:
@@ -228,16 +228,11 @@ class RecurrentKernels:
         moved, dtype = 0.0, torch.float32
         for name in self.recurrent:
             plain, own = f"{prefix}{name}", f"{prefix}recurrent.{name}."
-            if plain not in state_dict or any(key.startswith(own) for key in state_dict):
-                continue
-            weight = state_dict.pop(plain)
-            try:
-                kernel, distance = self._projected(name, weight)
-            except ValueError as error:
-                error_msgs.append(f"{plain}: {error}")
-                continue
-            moved, dtype = max(moved, distance), weight.dtype
-            state_dict.update(kernel.state_dict(prefix=own))
+            kernel: Any = self.recurrent[name]
+            adapt = functools.partial(self._unstacked, name)
+            done = kernel.load_plain(state_dict, plain, own, error_msgs, self, adapt)
+            if done is not None:
+                moved, dtype = max(moved, done[0]), done[1].dtype
         warn_projected(
             self, "plain recurrent kernels were loaded and projected onto the constraint", dtype,
             largest_relative_distance=moved,
@@ -245,11 +240,6 @@ class RecurrentKernels:
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-    def _projected(self, name: str, weight: Tensor) -> tuple[nn.Module, float]:
-        """A copy of a kernel that holds the projection of `weight`."""
-        kernel = filled_copy(self.recurrent[name], weight)
-        return kernel, kernel.project_(self._unstacked(name, weight), self)
 
 
 def uniform_(parameters: Sequence[Tensor], bound: float) -> None:

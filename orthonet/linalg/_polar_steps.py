@@ -25,14 +25,11 @@ from orthonet.linalg._matrix import (
 __all__ = [
     "Approach",
     "Factors",
-    "Measured",
     "by_polynomials",
     "centred_below",
-    "finish",
     "finish_by_svd",
     "gram_polar",
     "largest_norm",
-    "measure",
     "near_pass",
     "polar_from_svd",
     "recentred_polar",
@@ -119,48 +116,6 @@ def recentred_polar(
 def centred_below(w: Tensor) -> float:
     """The Frobenius norm of the defect that the last pass and rounding leave at most."""
     return 24.0 * torch.finfo(w.dtype).eps * w.shape[-1] ** 0.5
-
-
-class Measured(NamedTuple):
-    """What decides about the passes of a nearly centred matrix, without a word to the host."""
-
-    e: Tensor
-    square: Tensor
-    mean: Tensor
-    bound: Tensor  # of ||E||_2, the largest of the batch; a scalar
-
-
-def measure(w: Tensor) -> Measured:
-    """The defect E of W, its square, and a bound of its norm. Nothing is read."""
-    e, mean = _defect(symmetric_product(w, w))
-    square = symmetric_product(e, e)
-    norms = torch.linalg.vector_norm(torch.stack([e, square]), dim=(-2, -1))
-    norms = norms.reshape(2, -1).amax(-1)
-    return Measured(e, square, mean, torch.minimum(norms[0], norms[1].sqrt()))
-
-
-def finish(w: Tensor, measured: Measured, bound: float) -> tuple[Tensor, Tensor] | None:
-    """Polar factor and scale by passes that `bound` alone decides; nothing is read.
-
-    None where the bound is too large for that (or NaN). The error of each pass bounds the defect
-    that the next one meets, so the last one is within `series.tolerance` of orthogonal.
-    """
-    if not bound <= _NEAR:
-        return None
-    tolerance = series.tolerance(w.dtype)
-    e, square, mean, _ = measured
-    x, scale = w, mean.rsqrt()
-    while True:
-        degree = next((q for q in (1, 2, 4) if bound <= series.reach(q, tolerance)), 0)
-        reach = series.reach(degree, tolerance) if degree else _rounded_up(bound)
-        c, error = series.near(degree or 4, reach)
-        p, _ = near_pass(e, square, degree or 4, c)
-        x = x @ p.mul_(scale)
-        if degree:
-            return x, mean.sqrt()
-        e, scale = _defect(symmetric_product(x, x))
-        square, scale = symmetric_product(e, e), scale.rsqrt()
-        bound = 1.1 * error * (2.0 + error) + 16.0 * torch.finfo(w.dtype).eps * w.shape[-1] ** 0.5
 
 
 def _defect(gram: Tensor) -> tuple[Tensor, Tensor]:

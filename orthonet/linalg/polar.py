@@ -16,9 +16,7 @@ from torch import Tensor
 from orthonet import _checks
 from orthonet.linalg._matrix import in_transform, on_tall
 from orthonet.linalg._polar_bjorck import bjorck_polar
-from orthonet.linalg._polar_early import polynomials_with_early
 from orthonet.linalg._polar_gradient import (
-    centred_gradient,
     differentiable_gradient,
     eigen_gradient,
     gradient,
@@ -26,15 +24,9 @@ from orthonet.linalg._polar_gradient import (
 )
 from orthonet.linalg._polar_steps import (
     Factors,
-    Measured,
-    centred_below,
-    finish,
     gram_polar,
     polar_from_svd,
-    recentred_polar,
 )
-
-Decision = tuple[Measured, float]
 
 __all__ = ["bjorck", "polar", "polar_svd"]
 
@@ -92,7 +84,6 @@ def polar(
     *,
     beta: float | None = None,
     niters: int | None = None,
-    early_dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Nearest semi-orthogonal matrix, to working precision, whatever the input.
 
@@ -118,11 +109,6 @@ def polar(
         w: Matrices of any scale and rank.
         beta: Björck step size, in (0, 1]; 0.5 if only `niters` is given.
         niters: Björck steps before the further measures; 12 if only `beta` is given.
-        early_dtype: `torch.bfloat16` or `torch.float16`: the products are in this dtype while W is
-            far from orthogonal (an estimated \(\|E\|\) above 0.62), and in that of the
-            computation afterwards. The result is as orthogonal as without it, and the gradient
-            formula the same, but the rounding of the early products turns it away from the polar
-            factor, by a few times their unit of rounding (0.4 per cent) and the condition number.
 
     Shape:
         `w`: (*batch, m, n). Output: the same.
@@ -135,8 +121,7 @@ def polar(
         numbers up to about 1e6 in float32); for zero input \(H\) is taken as \(I\).
 
     Raises:
-        ValueError: `beta` or `niters` is out of range, they and `early_dtype` are both given, or
-            `w` has a NaN or infinite entry.
+        ValueError: `beta` or `niters` is out of range, or `w` has a NaN or infinite entry.
 
     References:
         Higham (2008), chapter 8; Chen & Chow, *A stable scaling of Newton-Schulz for improving the
@@ -144,16 +129,7 @@ def polar(
         \(W = U H\), e.g. Kenney & Laub, *Polar decomposition and matrix sign function condition
         estimates*, SIAM J. Sci. Stat. Comput. 12 (1991).
     """
-    if early_dtype is not None:
-        _checks.one_of("polar", (None, torch.bfloat16, torch.float16), early_dtype=early_dtype)
     if beta is not None or niters is not None:
-        _checks.require(
-            early_dtype is None,
-            "polar",
-            "early_dtype goes with the way that is chosen by itself",
-            "Leave out beta and niters, or early_dtype",
-            early_dtype=early_dtype,
-        )
         beta, niters = 0.5 if beta is None else beta, 12 if niters is None else niters
         _checks.require(
             0.0 < beta <= 1.0,
@@ -164,73 +140,7 @@ def polar(
         )
         _checks.non_negative_int("polar", niters=niters)
         return _apply(w, float(beta), int(niters))[0]
-    return _apply(w, None, None, early_dtype)[0]
-
-
-def recentre_(
-    w: Tensor, decision: Decision | None = None, early: torch.dtype | None = None
-) -> tuple[Tensor, Tensor | float]:
-    r"""Polar factor U of `w`, and `w` itself overwritten by \(c\,U\), \(c = \|w\|_F / \sqrt n\).
-
-    The point on the manifold and the norm of `w` stay; \(H = c I\) afterwards, so the gradient at
-    the new `w` is \((G - U\,\mathrm{sym}(U^\top G)) / c\) exactly (`AtCentre`), and the next call
-    starts near its end if `w` has moved little since. Nothing is written where `w` is centred to
-    rounding already, or is zero.
-
-    Args:
-        w: A leaf of float32 or float64, (*batch, m, n).
-        decision: What `measure` of `w` (transposed, if wide) gave, and its bound as the number
-            that the host has read: nothing else is read then, unless the bound is large.
-        early: See `early_dtype` of `polar`.
-
-    Shape:
-        Output: U like `w`, and c, (*batch, 1, 1) or a number if the host has read it; 1 for zero.
-
-    Guarantee:
-        As for [`polar`][orthonet.linalg.polar].
-
-    Raises:
-        ValueError: `w` has a NaN or infinite entry.
-    """
-    x = w.detach()
-    x = x if x.shape[-2] >= x.shape[-1] else x.mT
-    if torch.compiler.is_compiling():
-        u, scale = _recentre_op(x, early)
-    elif x.ndim == 3 and len(x) == 1 and decision is None:  # a single one takes fewer calls
-        u, scale = _recentre(x[0], None, early)
-        u = u[None]
-    else:
-        u, scale = _recentre(x, decision, early)
-    return (u if x.shape == w.shape and w.shape[-2] >= w.shape[-1] else u.mT), scale
-
-
-def _recentre(
-    x: Tensor, decision: Decision | None, early: torch.dtype | None
-) -> tuple[Tensor, Tensor | float]:
-    found = None if decision is None else finish(x, *decision)
-    if decision is not None and found is not None:
-        u, scale = found
-        written = None if decision[1] <= centred_below(x) else scale
-    else:
-        start = None if early is None or 0 in x.shape else polynomials_with_early(x, early)
-        u, scale, written = recentred_polar(x, start)
-    if written is not None:
-        torch.mul(u, written, out=x)
-    return u, scale
-
-
-@torch.library.custom_op("orthonet::recentre_", mutates_args=("x",))
-def _recentre_op(x: Tensor, early: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    u, scale = _recentre(x, None, early)
-    if isinstance(scale, Tensor):
-        return u.contiguous(), scale.clone()
-    return u.contiguous(), u.new_full((1, 1), scale)
-
-
-@_recentre_op.register_fake
-def _(x: Tensor, early: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    shape = (*x.shape[:-2], 1, 1)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(shape)
+    return _apply(w, None, None)[0]
 
 
 # The data-dependent choices are an opaque operator to the compiler, so that
@@ -238,38 +148,26 @@ def _(x: Tensor, early: torch.dtype | None) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "orthonet::polar",
     mutates_args=(),
-    schema="(Tensor w, float? beta, int? niters, ScalarType? early=None) -> Tensor",
+    schema="(Tensor w, float? beta, int? niters) -> Tensor",
 )
-def _polar_op(
-    w: Tensor, beta: float | None, niters: int | None, early: torch.dtype | None = None
-) -> Tensor:
-    return _polar_forward(w, beta, niters, early).u.contiguous()
+def _polar_op(w: Tensor, beta: float | None, niters: int | None) -> Tensor:
+    return _polar_forward(w, beta, niters).u.contiguous()
 
 
 @_polar_op.register_fake
-def _(
-    w: Tensor, beta: float | None, niters: int | None, early: torch.dtype | None = None
-) -> Tensor:
+def _(w: Tensor, beta: float | None, niters: int | None) -> Tensor:
     return torch.empty_like(w, memory_format=torch.contiguous_format)
 
 
-def _polar_forward(
-    w: Tensor, beta: float | None, niters: int | None, early: torch.dtype | None
-) -> Factors:
+def _polar_forward(w: Tensor, beta: float | None, niters: int | None) -> Factors:
     if beta is not None and niters is not None:
         return bjorck_polar(w, beta, niters)
-    if early is not None and 0 not in w.shape:
-        u = polynomials_with_early(w, early).u
-        if u is not None:
-            return Factors.bare(u)
     return gram_polar(w)
 
 
-def _apply(
-    w: Tensor, beta: float | None, niters: int | None, early: torch.dtype | None = None
-) -> Any:
+def _apply(w: Tensor, beta: float | None, niters: int | None) -> Any:
     function = _Polar if torch.compiler.is_compiling() else _PolarForward
-    return function.apply(w, beta, niters, early)
+    return function.apply(w, beta, niters)
 
 
 class _Polar(torch.autograd.Function):
@@ -277,11 +175,11 @@ class _Polar(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        w: Tensor, beta: float | None, niters: int | None, early: torch.dtype | None
+        w: Tensor, beta: float | None, niters: int | None
     ) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():
-            return tuple(Factors.bare(_polar_op(w, beta, niters, early)))
-        return tuple(_polar_forward(w, beta, niters, early))
+            return tuple(Factors.bare(_polar_op(w, beta, niters)))
+        return tuple(_polar_forward(w, beta, niters))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -294,17 +192,17 @@ class _Polar(torch.autograd.Function):
         ctx.save_for_forward(inputs[0], u)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (w, *rest), grad = ctx.saved_tensors, grads[0]
         if grad is None:
-            return None, None, None, None
+            return None, None, None
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or in_transform(grad):
             u = _apply(w, None, None)[0] if ctx.of_basis else rest[0]
-            return differentiable_gradient(w, u, grad), None, None, None
+            return differentiable_gradient(w, u, grad), None, None
         if ctx.of_values:
-            return eigen_gradient(w, rest[0], rest[1], grad), None, None, None
+            return eigen_gradient(w, rest[0], rest[1], grad), None, None
         pull_back = inverse_gradient if ctx.of_basis else gradient
-        return pull_back(w, rest[0], grad), None, None, None
+        return pull_back(w, rest[0], grad), None, None
 
     @staticmethod
     def vmap(
@@ -337,25 +235,3 @@ def saved_centred(ctx: Any) -> tuple[tuple[Tensor, ...], Tensor | float]:
     """What `save_centred` has kept."""
     tensors = ctx.saved_tensors
     return (tensors[:-1], tensors[-1]) if ctx.scale is None else (tensors, ctx.scale)
-
-
-class AtCentre(torch.autograd.Function):
-    r"""U as a function of W = c U; its gradient is \((G - U\,\mathrm{sym}(U^\top G)) / c\)."""
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, u: Tensor, scale: Tensor | float) -> Tensor:
-        save_centred(ctx, scale, w, u)
-        return u.view_as(u)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (w, u), scale = saved_centred(ctx)
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            u = polar(w)
-            again = differentiable_gradient
-            if w.shape[-2] >= w.shape[-1]:
-                return again(w, u, grad), None, None
-            return again(w.mT, u.mT, grad.mT).mT, None, None
-        if w.shape[-2] >= w.shape[-1]:
-            return centred_gradient(u, scale, grad), None, None
-        return centred_gradient(u.mT, scale, grad.mT).mT, None, None

@@ -1,9 +1,5 @@
 """Modules that constrain one weight, by the protocol of `torch.nn.utils.parametrize`."""
 
-from orthonet.reparametrizers._cache import CachedWeight, invalidate
-from orthonet.reparametrizers._cache_state import caching
-from orthonet.reparametrizers._defer import defer_pullback
-from orthonet.reparametrizers._fuse import fuse, unfuse
 from orthonet.reparametrizers._kernel import OrthoKernel
 from orthonet.reparametrizers._kernel_methods import KERNEL_METHODS, ReshapedKernel
 from orthonet.reparametrizers._normalizers import (
@@ -33,18 +29,22 @@ from orthonet.reparametrizers._params import (
     ClassParam,
     OrthoParams,
 )
-from orthonet.reparametrizers._polar import (
-    BatchedAutoOrthogonalization,
-    BatchedPolarOrthogonalization,
-)
+from orthonet.reparametrizers._polar import BatchedPolarOrthogonalization
 from orthonet.reparametrizers._registration import (
     CachedParametrizationList,
     adopt,
     register,
     remove,
 )
-from orthonet.reparametrizers._share import share_among_ranks
-from orthonet.reparametrizers._weight import OrthoWeight
+from orthonet.reparametrizers.groups import fuse, unfuse
+from orthonet.reparametrizers.kernel_geometry import KernelGeometry
+from orthonet.reparametrizers.orthogonal import OrthoWeight
+from orthonet.reparametrizers.providers import (
+    REEVALUATING_OPTIMIZERS,
+    defer_pullback,
+    invalidate,
+)
+from orthonet.reparametrizers.weight import Composition, Provider, Weight, caching
 
 __all__ = [
     "AUTO_ORTHO_PARAMS",
@@ -55,10 +55,10 @@ __all__ = [
     "DEFAULT_TEST_ORTHO_PARAMS",
     "EXP_ORTHO_PARAMS",
     "KERNEL_METHODS",
+    "KernelGeometry",
     "POLAR_ORTHO_PARAMS",
     "POLAR_WARM_ORTHO_PARAMS",
     "QR_ORTHO_PARAMS",
-    "BatchedAutoOrthogonalization",
     "BatchedBjorckOrthogonalization",
     "BatchedCholeskyOrthogonalization",
     "BatchedExponentialOrthogonalization",
@@ -67,14 +67,17 @@ __all__ = [
     "BatchedPowerIteration",
     "BatchedQROrthogonalization",
     "CachedParametrizationList",
-    "CachedWeight",
     "ClassParam",
+    "Composition",
     "L2Normalize",
     "OrthoKernel",
     "OrthoParams",
     "OrthoWeight",
     "Orthogonalizer",
+    "Provider",
+    "REEVALUATING_OPTIMIZERS",
     "ReshapedKernel",
+    "Weight",
     "adopt",
     "caching",
     "defer_pullback",
@@ -83,6 +86,5 @@ __all__ = [
     "invalidate",
     "register",
     "remove",
-    "share_among_ranks",
     "unfuse",
 ]

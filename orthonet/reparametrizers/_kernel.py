@@ -9,23 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from orthonet import _checks
+from orthonet import _checks, _torch
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg import block_convolution
 from orthonet.linalg._filtering import filter_signal
-from orthonet.linalg._matrix import compute_dtype, without_autocast
-from orthonet.linalg._projector_product import multiplications, multiply_projectors
-from orthonet.reparametrizers._cache import CachedWeight
-from orthonet.reparametrizers._kernel_fit import KernelFactors, fit_factors
+from orthonet.linalg._matrix import compute_dtype
+from orthonet.reparametrizers._kernel_fit import fit_factors
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
-from orthonet.reparametrizers._weight import OrthoWeight
+from orthonet.reparametrizers.kernel_geometry import KernelFactors, KernelGeometry, chosen
+from orthonet.reparametrizers.orthogonal import OrthoWeight
+from orthonet.reparametrizers.weight import Composition, Weight
 
 __all__ = ["OrthoKernel"]
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class OrthoKernel(CachedWeight):
+class OrthoKernel(Weight):
     r"""Kernel of an orthogonal convolution with stride, composed from orthogonal matrices.
 
     For each group with \(c_i\) input and \(c_o\) output channels, stride s and kernel size k, with
@@ -109,44 +108,42 @@ class OrthoKernel(CachedWeight):
     ) -> None:
         super().__init__()
         _checks.one_of(self, ("half", "free"), ranks=ranks)
-        self.groups, self.ranks, self.gain = groups, ranks, float(gain)
-        self.kernel_size, self.stride = tuple(kernel_size), tuple(stride)
-        self.shape = torch.Size((out_channels, in_channels // groups, *kernel_size))
-        out, self.inner = out_channels // groups, in_channels // groups
-        pairs = list(zip(self.kernel_size, self.stride, strict=True))
-        self.block = tuple(min(k, s) for k, s in pairs)  # taps of R
-        area = math.prod(self.block)
-        self.contracting = out <= self.inner * area
-        self.channels = self.inner if self.contracting else out // area
-        self.delays = tuple(max(k - s, 0) for k, s in pairs)
-        self.dims = tuple(d for d, count in enumerate(self.delays) for _ in range(count))
-        factors = len(self.dims)
-        rank = self.channels if ranks == "free" else self.channels // 2
-        taps = self.block if self.contracting else (1,) * len(self.stride)
-        rows = out if self.contracting else self.inner
-        self._composing = multiplications(taps, rows, self.channels, rank, self.dims)
-
-        def build(*shape: int) -> OrthoWeight:
-            return OrthoWeight((groups, *shape), ortho_params, device, dtype)
-
-        self.outer = build(out, self.channels * area) if self.contracting or area > 1 else None
-        self.embedding = build(self.channels, self.inner) if self.channels > self.inner else None
-        self.bases = build(factors, self.channels, rank) if factors and rank else None
+        self.geometry = KernelGeometry(
+            out_channels, in_channels, tuple(kernel_size), tuple(stride), groups, ranks, float(gain)
+        )
+        outer, embedding, bases = (
+            None if shape is None else OrthoWeight(shape, ortho_params, device, dtype)
+            for shape in self.geometry.factor_shapes()
+        )
+        self.outer, self.embedding, self.bases = outer, embedding, bases
+        for part in self._parts():
+            part.composed = True
         self.scores: nn.Parameter | None = None
         if ranks == "free" and self.bases is not None:
-            empty = torch.empty(groups, factors, self.channels, device=device, dtype=dtype)
+            sizes = (groups, len(self.geometry.dims), self.geometry.channels)
+            empty = torch.empty(sizes, device=device, dtype=dtype)
             self.scores = nn.Parameter(empty)
             self._reset_scores()
 
     @property
+    def shape(self) -> torch.Size:
+        """Shape of the kernel, (out, in / groups, *taps)."""
+        return self.geometry.shape
+
+    @property
     def orthogonal(self) -> bool:
         """Whether all non-trivial singular values on a torus are 1."""
-        readable = all(k >= s for k, s in zip(self.kernel_size, self.stride, strict=True))
-        return self.gain == 1.0 and (self.contracting or readable)
+        return self.geometry.orthogonal
 
     def _parts(self) -> list[OrthoWeight]:
         parts = (self.outer, self.embedding, self.bases)
         return [part for part in parts if part is not None]
+
+    def composition(self) -> Composition:
+        """From the values of the factors."""
+        scores = () if self.scores is None else (self.scores,)
+        geometry = self.geometry
+        return Composition(tuple(self._parts()), scores, geometry, geometry.compose_all)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -173,86 +170,53 @@ class OrthoKernel(CachedWeight):
 
     def _weights(self) -> Tensor | None:
         """Zeros and ones, whose gradient goes to the scores."""
-        if self.scores is None:
-            return None
-        scores = self.scores.to(compute_dtype(self.scores.dtype))
-        return (scores > 0).to(scores.dtype) + (scores - scores.detach())
+        return None if self.scores is None else chosen(self._work(self.scores))
+
+    @staticmethod
+    def _work(stored: Tensor) -> Tensor:
+        return stored.to(compute_dtype(stored.dtype))
 
     def evaluate(self) -> Tensor:
         """Compute the kernel, in the dtype of the parameters."""
         first = self._parts()[0].original
-        with without_autocast(first):
-            kernel = self.compose(self.factors())
-            return (kernel if self.gain == 1.0 else self.gain * kernel).to(first.dtype)
-
-    def compose(self, factors: KernelFactors) -> Tensor:
-        """The kernel that a set of orthogonal factors makes, without the gain."""
-        kernel = self.delayed(factors)
-        if not self.contracting and factors.outer is not None:
-            outer = factors.outer.unflatten(-1, (self.channels, *self.block))
-            kernel = block_convolution(outer, kernel, spatial_dims=len(self.stride))
-        return kernel.reshape(self.shape)
-
-    def start(self, factors: KernelFactors) -> Tensor:
-        """What the paraunitary factors act on.
-
-        Returns:
-            R, (groups, out, channels, *taps), when contracting; when expanding U (or I) with a
-            single tap, (groups, channels, in, *taps).
-        """
-        outer, embedding = factors.outer, factors.embedding
-        ones = (1,) * len(self.stride)
-        if embedding is not None:
-            return embedding.view(*embedding.shape, *ones)
-        if outer is None:
-            _checks.fail(self, "a kernel has an outer factor or an embedding", "Pass factors()")
-        if self.contracting:
-            return outer.unflatten(-1, (self.channels, *self.block))
-        eye = torch.eye(self.channels, dtype=outer.dtype, device=outer.device)
-        return eye.view(1, *eye.shape, *ones).expand(self.groups, *eye.shape, *ones)
-
-    def delayed(self, factors: KernelFactors) -> Tensor:
-        """`start`, in that layout, multiplied by all paraunitary factors."""
-        start, bases, weights = self.start(factors), factors.bases, factors.weights
-        if bases is None:
-            return F.pad(start, [n for d in reversed(self.delays) for n in (d // 2, d - d // 2)])
-        left = bases if weights is None else bases * weights.unsqueeze(-2)
-        right = None if weights is None else bases
-        return multiply_projectors(
-            start, left, right, self.dims, channels_first=not self.contracting
-        )
+        with _torch.without_autocast(first):
+            values = [part.compute() for part in self._parts()]
+            scores = [] if self.scores is None else [self._work(self.scores)]
+            (kernel,) = self.geometry.compose_all(values, scores, 1)
+            return kernel.to(first.dtype)
 
     def convolve(self, x: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
         """Convolve (N, C_in, *sizes) without padding, factor by factor: no kernel is formed."""
         first = self._parts()[0].original
-        with without_autocast(first):
+        with _torch.without_autocast(first):
             factors = self.kept_factors()
-        signal = x.unflatten(1, (self.groups, self.inner)).movedim(0, 2)  # (g, c, n, *sizes)
+        geometry, gain = self.geometry, self.geometry.gain
+        signal = x.unflatten(1, (geometry.groups, geometry.inner)).movedim(0, 2)  # (g, c, n, *sizes)
         if factors.embedding is not None:
             embedding = factors.embedding.to(x.dtype)
             rest = signal.shape[2:]
             signal = (embedding @ signal.flatten(2)).unflatten(2, rest)
         if factors.bases is not None:
-            dims, bases, weights = self.dims, factors.bases.to(x.dtype), factors.weights
+            dims, bases, weights = geometry.dims, factors.bases.to(x.dtype), factors.weights
             weights = None if weights is None else weights.to(x.dtype)
-            if not self.contracting:  # the first factor stands next to the input
+            if not geometry.contracting:  # the first factor stands next to the input
                 dims, bases = dims[::-1], bases.flip(1)
                 weights = None if weights is None else weights.flip(1)
             axes, steps = tuple(3 + d for d in dims), tuple(dilation[d] for d in dims)
             signal = filter_signal(signal, bases, axes, steps, weights)
         signal = signal.movedim(2, 0).flatten(1, 2)
         if factors.outer is None:
-            return signal if self.gain == 1.0 else self.gain * signal
-        outer = factors.outer.unflatten(-1, (self.channels, *self.block)).flatten(0, 1)
-        outer = outer.to(x.dtype) if self.gain == 1.0 else self.gain * outer.to(x.dtype)
-        return _CONV[len(self.stride)](
+            return signal if gain == 1.0 else gain * signal
+        outer = factors.outer.unflatten(-1, (geometry.channels, *geometry.block)).flatten(0, 1)
+        outer = outer.to(x.dtype) if gain == 1.0 else gain * outer.to(x.dtype)
+        return _CONV[len(geometry.stride)](
             signal,
             outer,
             None,
             tuple(stride),
             0,
             tuple(dilation),
-            self.groups,  # type: ignore[arg-type]
+            geometry.groups,  # type: ignore[arg-type]
         )
 
     def prefers_factors(self, pixels: int) -> bool:
@@ -267,12 +231,12 @@ class OrthoKernel(CachedWeight):
         """
         if self.bases is None:
             return False
-        c, rank, out = self.channels, self.bases.shape[-1], self.shape[0] // self.groups
-        area, read = math.prod(self.block), pixels * math.prod(self.stride)
-        convolve = pixels * out * self.inner * math.prod(self.kernel_size)
-        ends = pixels * out * c * area + (0 if self.embedding is None else read * c * self.inner)
-        factored = ends + len(self.dims) * 2 * c * rank * read
-        return (2 * self._composing + convolve) * c * c >= 1.35 * factored * (c * c + 166**2)
+        g = self.geometry
+        c, area, read = g.channels, math.prod(g.block), pixels * math.prod(g.stride)
+        convolve = pixels * g.out * g.inner * math.prod(g.kernel_size)
+        ends = pixels * g.out * c * area + (0 if self.embedding is None else read * c * g.inner)
+        factored = ends + len(g.dims) * 2 * c * g.rank * read
+        return (2 * g.composing + convolve) * c * c >= 1.35 * factored * (c * c + 166**2)
 
     def reset_parameters(self) -> None:
         """Draw every factor from the Haar distribution; nothing happens on the meta device."""
@@ -286,7 +250,7 @@ class OrthoKernel(CachedWeight):
         if self.scores is None or self.scores.is_meta:
             return
         self.scores.uniform_(0.05, 0.15)
-        self.scores[..., self.channels // 2 :].neg_()
+        self.scores[..., self.geometry.channels // 2 :].neg_()
 
     @torch.no_grad()
     def assign_(self, w: Tensor, owner: object = None) -> None:
@@ -308,7 +272,7 @@ class OrthoKernel(CachedWeight):
             owner or self,
             f"the kernel must be one that the factors can compose (to {allowed:.1e})",
             "Call layer.project_(weight) to take the nearest kernel that is found"
-            + (", or use ranks='free', which composes more kernels" * (self.ranks == "half")),
+            + (", or use ranks='free', which composes more kernels" * (self.geometry.ranks == "half")),
             NotOnManifoldError,
             relative_distance=distance,
             shape=tuple(w.shape),
@@ -341,9 +305,10 @@ class OrthoKernel(CachedWeight):
             "Transpose or clean it",
             weight=w,
         )
-        target = w.detach().double().reshape(self.groups, -1, *self.shape[1:]) / self.gain
+        g = self.geometry
+        target = w.detach().double().reshape(g.groups, -1, *g.shape[1:]) / g.gain
         enough = torch.finfo(w.dtype).eps ** 0.5
-        return fit_factors(self, target, restarts=restarts, enough=enough)
+        return fit_factors(g, target, restarts=restarts, enough=enough)
 
     def _set(self, factors: KernelFactors) -> None:
         parts = (self.outer, self.embedding, self.bases)
@@ -354,6 +319,7 @@ class OrthoKernel(CachedWeight):
             self.scores.copy_(0.2 * factors.weights - 0.1)
 
     def extra_repr(self) -> str:
-        text = f"shape={tuple(self.shape)}, stride={self.stride}, groups={self.groups}"
-        text += "" if self.ranks == "half" else f", ranks={self.ranks!r}"
-        return text if self.gain == 1.0 else f"{text}, gain={self.gain:.6g}"
+        g = self.geometry
+        text = f"shape={tuple(g.shape)}, stride={g.stride}, groups={g.groups}"
+        text += "" if g.ranks == "half" else f", ranks={g.ranks!r}"
+        return text if g.gain == 1.0 else f"{text}, gain={g.gain:.6g}"

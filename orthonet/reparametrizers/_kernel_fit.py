@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from orthonet.linalg import apply_projectors, haar, polar_svd
+from orthonet.reparametrizers.kernel_geometry import KernelFactors, KernelGeometry
 
-if TYPE_CHECKING:
-    from orthonet.reparametrizers._kernel import OrthoKernel
-
-__all__ = ["KernelFactors", "fit_factors"]
-
-
-class KernelFactors(NamedTuple):
-    """Orthogonal factors of a kernel, each (groups, ...); None where the kernel has none."""
-
-    outer: Tensor | None  # (g, out, channels * block)
-    embedding: Tensor | None  # (g, channels, in)
-    bases: Tensor | None  # (g, factors, channels, rank)
-    weights: Tensor | None = None  # (g, factors, rank) of zeros and ones; None: all ones
-
-    def one(self, index: int) -> tuple[Tensor, Tensor | None]:
-        """Basis and weights of one projector."""
-        base = self.bases[:, index]  # type: ignore[index]
-        return base, None if self.weights is None else self.weights[:, index]
+__all__ = ["fit_factors"]
 
 
 def _split(a: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -57,7 +39,7 @@ class _Problem:
     left.
     """
 
-    def __init__(self, kernel: OrthoKernel, target: Tensor) -> None:
+    def __init__(self, kernel: KernelGeometry, target: Tensor) -> None:
         self.kernel = kernel
         self.taps = len(kernel.kernel_size)
         self.dims = kernel.dims
@@ -266,7 +248,7 @@ class _Problem:
 
 
 def fit_factors(
-    kernel: OrthoKernel,
+    kernel: KernelGeometry,
     target: Tensor,
     *,
     sweeps: int = 1000,

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._kernel import OrthoKernel
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
-from orthonet.reparametrizers._weight import OrthoWeight
+from orthonet.reparametrizers.orthogonal import OrthoWeight
+from orthonet.reparametrizers.weight import Weight
 
 __all__ = ["KERNEL_METHODS", "ReshapedKernel"]
 
 
-class ReshapedKernel(CachedWeight):
+class ReshapedKernel(Weight):
     r"""A semi-orthogonal matrix reshaped into a kernel and divided by the overlap of its taps.
 
     \(K = \mathrm{reshape}(W) / \sqrt{\prod_d \lceil k_d / s_d \rceil}\) with W of shape
@@ -69,11 +69,16 @@ class ReshapedKernel(CachedWeight):
         super().__init__()
         self.groups, self.gain = groups, float(gain)
         self.kernel_size, self.stride = tuple(kernel_size), tuple(stride)
-        self.shape = torch.Size((out_channels, in_channels // groups, *kernel_size))
+        self._shape = torch.Size((out_channels, in_channels // groups, *kernel_size))
         pairs = list(zip(self.kernel_size, self.stride, strict=True))
         self.overlap = math.prod(-(-k // s) for k, s in pairs)
-        self._rows, self._columns = out_channels // groups, self.shape[1:].numel()
+        self._rows, self._columns = out_channels // groups, self._shape[1:].numel()
         self.outer = OrthoWeight((groups, self._rows, self._columns), ortho_params, device, dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the kernel, (out, in / groups, *taps)."""
+        return self._shape
 
     @property
     def orthogonal(self) -> bool:

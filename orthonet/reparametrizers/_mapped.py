@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg._matrix import compute_dtype, without_autocast
-from orthonet.reparametrizers._cache import CachedWeight
+from orthonet.reparametrizers.weight import Weight
 
 __all__ = ["MappedWeight"]
 
 _ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-8}
 
 
-class MappedWeight(CachedWeight):
+class MappedWeight(Weight):
     r"""A weight \(K \cdot f(\mathrm{original})\) for a map f onto norm at most 1.
 
     Args:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthonet import _checks
+from orthonet import _checks, _torch
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg import power_iteration
-from orthonet.linalg._matrix import compute_dtype, in_forward_mode, in_transform, is_traced
+from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg.spectral import leading_vectors
 
 __all__ = ["BatchedIdentity", "BatchedPowerIteration", "L2Normalize"]
@@ -47,12 +47,12 @@ class BatchedPowerIteration(nn.Module):
     r"""Divide each matrix by a power-iteration estimate of its spectral norm.
 
     \(W / (\sigma + \mathrm{eps}\,s)\) with \(\sigma = u^\top W v\) after `power_it_niter` rounds
-    that start from the buffer `u`, and \(s\) the root mean square singular value (so that `eps` is
+    that start from a fixed vector, and \(s\) the root mean square singular value (so that `eps` is
     relative to the scale of W). The vectors are constants for autograd; \(\sigma\) is not.
 
-    State: `u` moves in training mode only, by a copy after it has been used, and never to a zero or
-    non-finite vector. In eval mode and inside `torch.func` transforms the rounds start from the
-    stored `u` and nothing is written.
+    It has no state: the same matrix gives the same result in training and in evaluation, and
+    nothing is written. Vectors kept from step to step would make the estimate closer, at the price
+    of a buffer that a forward pass writes.
 
     Args:
         weight_shape: Shape (*batch, m, n) of the weights.
@@ -73,8 +73,6 @@ class BatchedPowerIteration(nn.Module):
         Miyato, Kataoka, Koyama & Yoshida, *Spectral normalization for GANs*, ICLR 2018.
     """
 
-    u: Tensor
-
     def __init__(
         self, weight_shape: Sequence[int], power_it_niter: int = 3, eps: float = 1e-12
     ) -> None:
@@ -84,28 +82,21 @@ class BatchedPowerIteration(nn.Module):
         _checks.in_range(self, 0.0, 1.0, eps=eps)
         self.power_it_niter = power_it_niter
         self.eps = eps
-        self.register_buffer("u", torch.empty(self.weight_shape[:-1]))
-        self.reset_parameters()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw a random unit vector for each matrix."""
-        if not self.u.is_meta:
-            self.u.normal_()
-            self.u.div_(torch.linalg.vector_norm(self.u, dim=-1, keepdim=True).clamp_min(1e-30))
+    def _start(self, w: Tensor) -> Tensor:
+        """A unit vector that no structure of a weight is likely to be orthogonal to."""
+        angles = torch.arange(1, w.shape[-2] + 1, dtype=w.dtype, device=w.device)
+        start = torch.cos(angles.square_())
+        return (start / torch.linalg.vector_norm(start)).expand(w.shape[:-1])
 
     def forward(self, w: Tensor) -> Tensor:
         r"""Return `w` divided by its estimated norm."""
-        start = self.u.to(w.dtype)
-        if is_traced(w) or in_forward_mode():
-            sigma, u, _ = power_iteration(w, start, niters=self.power_it_niter)
-            result = w / self._divisor(w, sigma[..., None, None])
-        else:
-            u, v = leading_vectors(w, start, self.power_it_niter)
-            result = _DividedByNorm.apply(w, u.unsqueeze(-1), v.unsqueeze(-1), self._divisor)
-        if self.training and not in_transform():
-            with torch.no_grad():
-                self.u.copy_(u)
+        start = self._start(w)
+        if _torch.is_traced(w) or _torch.in_forward_mode():
+            sigma, _, _ = power_iteration(w, start, niters=self.power_it_niter)
+            return w / self._divisor(w, sigma[..., None, None])
+        u, v = leading_vectors(w, start, self.power_it_niter)
+        result = _DividedByNorm.apply(w, u.unsqueeze(-1), v.unsqueeze(-1), self._divisor)
         return result  # type: ignore[return-value]
 
     def _divisor(self, w: Tensor, sigma: Tensor) -> Tensor:
@@ -117,6 +108,11 @@ class BatchedPowerIteration(nn.Module):
     def right_inverse(self, w: Tensor) -> Tensor:
         """Return `w`: exact for weights of unit norm."""
         return w
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Also accept the vectors `u` that checkpoints held before."""
+        state_dict.pop(f"{prefix}u", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         return (

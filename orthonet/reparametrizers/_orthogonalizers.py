@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg import cholesky_qr, polar, qr, rotate_base
+from orthonet.linalg.retraction import POLAR, QR, CentredMap
 
 __all__ = [
     "BatchedBjorckOrthogonalization",
@@ -59,7 +61,21 @@ class Orthogonalizer(nn.Module, abc.ABC):
 
     Args:
         weight_shape: Shape (*batch, m, n) of the weights.
+
+    Attributes:
+        centred: The map that a class computes, if it has a centre: its parameters are then kept
+            there after optimizer steps. A subclass computes something else, for all that is known:
+            it has to name its map again.
+        exact: Whether the gradient is that of the map.
     """
+
+    centred: ClassVar[CentredMap | None] = None
+    exact: bool = True
+
+    @property
+    def map(self) -> CentredMap | None:
+        """`centred`, if the very class of the module names it."""
+        return vars(type(self)).get("centred")
 
     def __init__(self, weight_shape: Sequence[int]) -> None:
         super().__init__()
@@ -127,6 +143,8 @@ class BatchedBjorckOrthogonalization(Orthogonalizer):
         approximation*, ICML 2019.
     """
 
+    centred = POLAR
+
     def __init__(
         self,
         weight_shape: Sequence[int],
@@ -140,6 +158,7 @@ class BatchedBjorckOrthogonalization(Orthogonalizer):
         self.beta = beta
         self.niters = niters
         self.pass_through = pass_through
+        self.exact = not pass_through
 
     def _orthogonalize(self, w: Tensor) -> Tensor:
         if not self.pass_through:
@@ -184,6 +203,8 @@ class BatchedCholeskyOrthogonalization(Orthogonalizer):
         robustness*, ICLR 2024, for the use in Lipschitz networks.
     """
 
+    centred = QR
+
     def __init__(self, weight_shape: Sequence[int], stable: bool = False) -> None:
         super().__init__(weight_shape)
         self.stable = stable
@@ -211,6 +232,8 @@ class BatchedQROrthogonalization(Orthogonalizer):
     Raises:
         ValueError: `weight_shape` is not a matrix shape, or the weight is not finite.
     """
+
+    centred = QR
 
     def _orthogonalize(self, w: Tensor) -> Tensor:
         return qr(w)
@@ -246,7 +269,6 @@ class BatchedExponentialOrthogonalization(Orthogonalizer):
     """
 
     base: Tensor
-    _fixed = ("base",)  # buffers that computing the map never writes
 
     def __init__(self, weight_shape: Sequence[int], niters: int = 7) -> None:
         super().__init__(weight_shape)

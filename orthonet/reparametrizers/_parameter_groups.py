@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from orthonet import _checks
-from orthonet.reparametrizers._cache import CachedWeight
+from orthonet.reparametrizers.weight import Weight
 
 __all__ = ["parameter_groups"]
 
@@ -67,7 +67,7 @@ def parameter_groups(
     raw = {
         id(parameter)
         for name, module in model.named_modules()
-        if isinstance(module, (CachedWeight, ParametrizationList))
+        if isinstance(module, (Weight, ParametrizationList))
         or name.rpartition(".")[2] == "parametrization"
         for parameter in module.parameters()
     }

@@ -17,10 +17,7 @@ from orthonet.reparametrizers._orthogonalizers import (
     BatchedExponentialOrthogonalization,
     BatchedQROrthogonalization,
 )
-from orthonet.reparametrizers._polar import (
-    BatchedAutoOrthogonalization,
-    BatchedPolarOrthogonalization,
-)
+from orthonet.reparametrizers._polar import BatchedPolarOrthogonalization
 
 __all__ = [
     "AUTO_ORTHO_PARAMS",
@@ -144,12 +141,11 @@ POLAR_ORTHO_PARAMS = OrthoParams(
     orthogonalizer=BatchedPolarOrthogonalization,
 )
 
-POLAR_WARM_ORTHO_PARAMS = OrthoParams(
-    spectral_normalizer=BatchedIdentity,
-    orthogonalizer=ClassParam(BatchedPolarOrthogonalization, warm=True),
-)
+POLAR_WARM_ORTHO_PARAMS = POLAR_ORTHO_PARAMS
+"""The polar factor, as `POLAR_ORTHO_PARAMS`: every preset starts warm now.
 
-AUTO_ORTHO_PARAMS = OrthoParams(
-    spectral_normalizer=BatchedIdentity,
-    orthogonalizer=BatchedAutoOrthogonalization,
-)
+It used to re-centre the parameter in the forward pass. That happens after the optimizer step.
+"""
+
+AUTO_ORTHO_PARAMS = CHOLESKY_ORTHO_PARAMS
+"""The orthogonal factor by Cholesky-QR2, as `CHOLESKY_ORTHO_PARAMS`, which it used to choose."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.errors import ProjectionWarning
 
-__all__ = ["filled_copy", "load_plain", "reset_parameters", "warn_projected"]
+__all__ = ["load_plain", "reset_parameters", "start", "warn_projected"]
 
 
 @torch.no_grad()
@@ -36,11 +36,10 @@ def reset_parameters(self: nn.Module) -> None:
     vars(plain)["_modules"] = {k: m for k, m in self._modules.items() if k != "parametrizations"}
     for name, entry in lists.items():
         like = next(entry.parameters())
-        shape = _shape(entry, name)
-        vars(plain)["_parameters"][name] = nn.Parameter(like.new_empty(shape))
+        vars(plain)["_parameters"][name] = nn.Parameter(like.new_empty(entry.shape))
     base.reset_parameters(plain)
     for name, entry in lists.items():
-        _start(entry)
+        entry.reset_parameters()
         try:
             entry.project_(vars(plain)["_parameters"][name].detach(), self)
         except ValueError:  # nothing near it in the space
@@ -50,24 +49,14 @@ def reset_parameters(self: nn.Module) -> None:
             entry.right_inverse(sample())
 
 
-def _shape(entry: Any, name: str) -> torch.Size:
-    """The shape of the constrained tensor; the entries of the state need not be valid yet."""
-    last = entry[len(entry) - 1]
-    shape = getattr(last, "value_shape", None)
-    if shape is not None:
-        return torch.Size(shape)
-    twin = copy.deepcopy(entry).to("meta")
-    return twin().shape
-
-
-def _start(entry: Any) -> None:
+def start(entry: nn.Module) -> None:
     """Make whatever the state holds finite, for it may never have been set."""
     for tensor in (*entry.parameters(), *entry.buffers()):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             tensor.zero_()
     for module in entry.modules():
         reset = getattr(module, "reset_parameters", None)
-        if reset is not None:
+        if module is not entry and reset is not None:
             reset()
 
 
@@ -85,44 +74,18 @@ def load_plain(
     lists: Any = self._modules["parametrizations"]
     for name, entry in lists.items():
         plain, own = f"{prefix}{name}", f"{prefix}parametrizations.{name}."
-        if plain not in state_dict or any(key.startswith(own) for key in state_dict):
-            continue
-        value = state_dict.pop(plain)
-        try:
-            state_dict.update(_projected(self, name, entry, value).state_dict(prefix=own))
-        except ValueError as error:
-            error_msgs.append(f"{plain}: {error}")
-            state_dict.update(entry.state_dict(prefix=own))
+        done = entry.load_plain(state_dict, plain, own, error_msgs, self)
+        if done is not None:
+            moved, value = done
+            warn_projected(
+                type(self).__name__,
+                f"a plain {name} was loaded and projected onto its constraint",
+                value.dtype, relative_distance=moved, shape=tuple(value.shape),
+            )  # fmt: skip
     base: Any = type(self).__bases__[0]
     base._load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     )
-
-
-def _projected(module: nn.Module, name: str, entry: Any, value: Tensor) -> nn.Module:
-    """A copy of the parametrizations that holds the projection of `value`."""
-    twin = copy.deepcopy(entry)
-    if any(t.is_meta for t in entry.state_dict().values()):
-        twin = twin.to_empty(device="cpu" if value.is_meta else value.device)
-        with torch.no_grad():
-            for tensor in twin.state_dict().values():
-                tensor.zero_()
-        _start(twin)
-    moved = twin.project_(value.detach(), module)
-    warn_projected(
-        type(module).__name__, f"a plain {name} was loaded and projected onto its constraint",
-        value.dtype, relative_distance=moved, shape=tuple(value.shape),
-    )  # fmt: skip
-    return twin
-
-
-def filled_copy(module: nn.Module, like: Tensor) -> Any:
-    """A copy; one that is on the meta device is drawn anew on the device of `like`, or the CPU."""
-    twin: Any = copy.deepcopy(module)
-    if any(t.is_meta for t in twin.state_dict().values()):
-        twin = twin.to_empty(device="cpu" if like.is_meta else like.device)
-        twin.reset_parameters()
-    return twin
 
 
 def warn_projected(owner: object, what: str, dtype: torch.dtype, **values: Any) -> None:

@@ -18,13 +18,13 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from orthonet import _checks
 from orthonet.linalg._matrix import without_autocast
-from orthonet.reparametrizers._cache import CachedWeight
-from orthonet.reparametrizers._plain_values import load_plain, reset_parameters
+from orthonet.reparametrizers._plain_values import load_plain, reset_parameters, start
+from orthonet.reparametrizers.weight import Weight
 
 __all__ = ["CachedParametrizationList", "adopt", "register", "remove"]
 
 
-class CachedParametrizationList(CachedWeight, ParametrizationList):
+class CachedParametrizationList(Weight, ParametrizationList):
     """The parametrizations of one tensor, which is computed once per optimizer step.
 
     What torch calls `module.parametrizations[tensor_name]`, with the same parameters and keys.
@@ -42,6 +42,21 @@ class CachedParametrizationList(CachedWeight, ParametrizationList):
             for stage in rest:
                 value = stage(value)
         return value
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor."""
+        last: Any = self[len(self) - 1]
+        shape = getattr(last, "value_shape", None)
+        return super().shape if shape is None else torch.Size(shape)
+
+    def assign_(self, w: Tensor, owner: object = None) -> None:
+        """Make `w` the value of the tensor."""
+        self.right_inverse(w)
+
+    def reset_parameters(self) -> None:
+        """Make whatever the state holds finite, since it may never have been set."""
+        start(self)
 
     def project_(self, value: Tensor, owner: object = None) -> float:
         """Make what the parametrizations make of `value` the value; return the relative distance.

@@ -11,13 +11,13 @@ from orthonet import _checks
 from orthonet.linalg import haar
 from orthonet.linalg._matrix import compute_dtype, without_autocast
 from orthonet.linalg.fourier import kernel_symbol
-from orthonet.reparametrizers._cache import CachedWeight, slot_of
-from orthonet.reparametrizers._cache_state import usable
+from orthonet.reparametrizers.providers.cold_cache import slot_of
+from orthonet.reparametrizers.weight import Weight
 
 __all__ = ["FourierWeight"]
 
 
-class FourierWeight(CachedWeight):
+class FourierWeight(Weight):
     r"""Blocks \(g(S(f))\) for the symbol S of a free kernel and a function g of matrices.
 
     Those of the last size that was asked for are kept, as a weight is.
@@ -57,7 +57,7 @@ class FourierWeight(CachedWeight):
 
     def forward(self, size: tuple[int, int]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the blocks on a torus of this height and width."""
-        if torch.compiler.is_compiling() or not usable(self):
+        if torch.compiler.is_compiling() or not self.may_be_kept():
             return self._blocks(size)
         slot = slot_of(self)
         with slot.lock:  # a thread with another size waits

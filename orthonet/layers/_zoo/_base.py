@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.layers._base import ConstrainedWeight, WithoutPlainWeight
 from orthonet.linalg import haar
-from orthonet.reparametrizers._cache import CachedWeight
+from orthonet.reparametrizers import Weight
 from orthonet.reparametrizers._mapped import MappedWeight
 
 __all__ = [
@@ -116,7 +116,7 @@ def same_padding(layer: Any) -> tuple[int, int]:
     return wanted  # type: ignore[return-value]
 
 
-class CachedParts(CachedWeight):
+class CachedParts(Weight):
     """A parametrization of several tensors, computed once per optimizer step and once in eval.
 
     They are kept as one, so that what holds for the cache of a weight holds for them.

@@ -18,12 +18,12 @@ from orthonet.layers._zoo._residual_base import ACTIVATIONS
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg.fourier import apply_symbol
 from orthonet.linalg.unitary import cayley_rectangular
-from orthonet.reparametrizers._cache import CachedWeight
+from orthonet.reparametrizers import Weight
 
 __all__ = ["SandwichConv2d", "SandwichLinear"]
 
 
-class _Pair(CachedWeight):
+class _Pair(Weight):
     r"""The matrices A, B with \(A A^\top + B B^\top = I\), by the Cayley transform."""
 
     def __init__(

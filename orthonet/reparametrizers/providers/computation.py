@@ -7,27 +7,24 @@ inputs to the outputs, owned by a `Computation`; the node pulls gradients back t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from orthonet import _checks
-from orthonet.linalg._matrix import without_autocast
+from orthonet import _checks, _torch
 
 __all__ = ["Computation", "Gradients", "attach", "own_graph"]
 
-_autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
-_engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
 Gradients = tuple[Tensor | None, ...]
 
 
 class Computation:
     """Outputs computed from `leaves`, which are aliases of the `inputs` of the outer graph."""
 
-    __slots__ = ("hooked", "inputs", "leaves", "outputs", "spread", "versions")
+    __slots__ = ("hooked", "inputs", "leaves", "outputs", "versions")
 
     def __init__(
         self,
@@ -36,7 +33,6 @@ class Computation:
         outputs: Sequence[Tensor],
         watched: Sequence[Tensor] = (),
         hooked: bool = False,
-        spread: Callable[[Gradients, Sequence[Tensor | None]], Gradients] | None = None,
     ) -> None:
         self.inputs = tuple(inputs)
         self.leaves = tuple(leaves)
@@ -45,8 +41,6 @@ class Computation:
         # has saved them itself, which it has not where `hooked` is set
         self.versions = [(t, t._version) for t in watched]
         self.hooked = hooked
-        # of a batch: from the gradient of its one leaf, and those of the outputs, to the inputs'
-        self.spread = spread
 
     def pull_back(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The gradient of the inputs, from that of the outputs."""
@@ -56,13 +50,8 @@ class Computation:
         if not pairs:
             return (None,) * len(self.inputs)
         outputs, given = zip(*pairs, strict=True)
-        with without_autocast(self.leaves[0]):
-            # torch.autograd.grad(outputs, self.leaves, given, retain_graph=True, allow_unused=True)
-            # without its checks of the arguments, which take as long as the engine
-            pulled = _engine.run_backward(
-                outputs, given, True, False, self.leaves, True, accumulate_grad=False
-            )
-        return pulled if self.spread is None else self.spread(pulled, grads)
+        with _torch.without_autocast(self.leaves[0]):
+            return _torch.run_backward(outputs, given, self.leaves)
 
     def pull_back_differentiably(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """As `pull_back`, as a node of the outer graph, of which the gradients are inputs too."""
@@ -71,14 +60,11 @@ class Computation:
         if not pairs:
             return result
         outputs, given = zip(*pairs, strict=True)
-        spread, count = self.spread, len(self.leaves)
-        with own_graph() as hooked, without_autocast(given[0]):
+        with own_graph() as hooked, _torch.without_autocast(given[0]):
             aliases = [g.detach().requires_grad_() for g in given]
             pulled = torch.autograd.grad(
                 outputs, self.leaves, aliases, create_graph=True, allow_unused=True
             )
-            if spread is not None:
-                pulled = spread(pulled, grads)
         found = [(i, g) for i, g in enumerate(pulled) if g is not None]
         if not found:
             return result
@@ -88,7 +74,6 @@ class Computation:
             [g for _, g in found],
             [t for t, _ in self.versions],
             hooked or self.hooked,
-            spread=spread and (lambda p, _: (*spread(p[:count], ()), *p[count:])),
         )
         for (i, _), g in zip(found, attach(computation), strict=True):
             result[i] = g
@@ -101,10 +86,15 @@ class Computation:
             if grad is not None and output.requires_grad
         ]
 
-    def require_unchanged(self) -> None:
-        """Raise if a parameter has been modified in place since the outputs were computed."""
+    def require_unchanged(self, used: Sequence[int] | None = None) -> None:
+        """Raise if a parameter has been modified in place since the outputs were computed.
+
+        Args:
+            used: The places of the parameters that count; all of them if None.
+        """
+        versions = self.versions if used is None else [self.versions[i] for i in used]
         _checks.require(
-            all(t._version == version for t, version in self.versions),
+            all(t._version == version for t, version in versions),
             "backward",
             "a parameter of a constrained weight has been modified in place since the forward pass",
             "Call backward before the parameters change, or run the forward pass again",
@@ -122,7 +112,7 @@ class own_graph:  # noqa: N801 (spelled as torch.no_grad)
     __slots__ = ("_stack",)
 
     def __enter__(self) -> bool:
-        self._stack, hooked = ExitStack(), _saving_hooks() is not None
+        self._stack, hooked = ExitStack(), _torch.has_saved_tensor_hooks()
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             self._stack.enter_context(torch.inference_mode(False))
             self._stack.enter_context(torch.enable_grad())
@@ -132,11 +122,6 @@ class own_graph:  # noqa: N801 (spelled as torch.no_grad)
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
-
-
-def _saving_hooks() -> Any:
-    top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
-    return () if top is None else top(True)
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -7,12 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["GROUP", "INTERNAL", "STATE", "Stamps", "Structure", "probe"]
+from orthonet import _torch
+from orthonet.reparametrizers.weight import SLOT
+
+__all__ = ["STATE", "Stamps", "Structure"]
 
 STATE = "_cached"  # the attribute of a module that holds its slot
-GROUP = "_group"  # ... and that of what computes its value together with others'
 # What every module has: its hooks, which do not enter a value, and what is looked at below.
 INTERNAL = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
+INTERNAL |= {STATE, SLOT}
 
 
 class Structure:
@@ -26,11 +29,9 @@ class Structure:
         "attributes",
         "audited",
         "count",
-        "grouped",
         "homes",
         "names",
         "parts",
-        "probes",
         "size",
         "sized",
         "tensors",
@@ -39,16 +40,14 @@ class Structure:
 
     def __init__(self, module: nn.Module) -> None:
         own = vars(module)
-        names = [name for name in own if name not in INTERNAL and name != STATE]
+        names = [name for name in own if name not in INTERNAL]
         self.count, self.names = len(own), itemgetter(*names)
         self.attributes = self.names(own)
         held = list(self.attributes)
         self.parts = []  # the same of the sub-modules
         self.sized = []  # dictionaries that must not grow
         self.homes: list[tuple[int, dict[str, Any], str]] = []  # of parameters and buffers
-        self.grouped = False  # whether a part is computed together with others
         for part in module.modules():
-            self.grouped = self.grouped or vars(part).get(GROUP) is not None
             for place in (part._parameters, part._buffers):
                 self.homes += [(id(part), place, n) for n, t in place.items() if t is not None]
             contents = [part._parameters, part._buffers, part._modules]
@@ -63,7 +62,6 @@ class Structure:
         self.size = sum(map(len, self.sized))
         self.tensors = list({id(v): v for v in held if isinstance(v, Tensor)}.values())
         self.where: list[int] = []
-        self.probes: list[Tensor | None] = []
         self.audited: set[bool] = set()
 
     def fits(self, module: nn.Module) -> bool:
@@ -84,7 +82,6 @@ class Structure:
     def settle(self) -> None:
         """Remember where the tensors lie; called once it is known that they lie somewhere."""
         self.where = [t.data_ptr() for t in self.tensors]
-        self.probes = [probe(t) for t in self.tensors]
 
     def settled(self) -> bool:
         """Whether the tensors lie where they lay."""
@@ -105,45 +102,12 @@ class Stamps:
     __slots__ = ("entries", "requires_grad")
 
     def __init__(self, structure: Structure) -> None:
-        self.entries = [
-            (
-                t,
-                t._version,
-                t.data_ptr(),
-                t.requires_grad,
-                t.dtype,
-                t.stride(),
-                entry,
-                None if entry is None else entry.item(),
-            )
-            for t, entry in zip(structure.tensors, structure.probes, strict=True)
-        ]
-        self.requires_grad = any(entry[3] for entry in self.entries)
+        self.entries = [(t, _torch.Stamp(t)) for t in structure.tensors]
+        self.requires_grad = any(t.requires_grad for t in structure.tensors)
 
     def hold(self) -> bool:
-        """Whether it is their state still."""
-        for tensor, version, pointer, requires_grad, dtype, strides, entry, value in self.entries:
-            if (
-                tensor._version != version
-                or tensor.data_ptr() != pointer
-                or tensor.requires_grad is not requires_grad
-                or tensor.dtype is not dtype
-                or tensor.stride() != strides
-                or (entry is not None and entry.item() != value)
-            ):
+        """Whether the recorded state is still current."""
+        for tensor, stamp in self.entries:
+            if tensor.requires_grad is not stamp.requires_grad or not stamp.holds(tensor):
                 return False
         return True
-
-
-def probe(tensor: Tensor) -> Tensor | None:
-    """One entry of a tensor in main memory.
-
-    A write that leaves no trace (through `.data`, NumPy) to the whole tensor changes it, most
-    likely. On an accelerator, to look would be to wait.
-    """
-    if tensor.device.type != "cpu" or tensor.numel() == 0:
-        return None
-    start = tensor.storage_offset()
-    if tensor.is_contiguous():
-        start += tensor.numel() * 5 // 8
-    return tensor.detach().as_strided((), (), start)

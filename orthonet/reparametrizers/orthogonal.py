@@ -7,20 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from orthonet import _checks
+from orthonet import _checks, _torch
 from orthonet.linalg import haar, polar_svd
-from orthonet.linalg._matrix import compute_dtype, without_autocast
+from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg._ranks import whole
-from orthonet.reparametrizers._cache import CachedWeight
-from orthonet.reparametrizers._group import Group
-from orthonet.reparametrizers._normalizers import BatchedIdentity
-from orthonet.reparametrizers._orthogonalizers import require_semi_orthogonal
+from orthonet.linalg.retraction import CentredMap
+from orthonet.reparametrizers._normalizers import BatchedIdentity, BatchedPowerIteration
+from orthonet.reparametrizers._orthogonalizers import Orthogonalizer, require_semi_orthogonal
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
+from orthonet.reparametrizers.weight import GIVEN, Weight
 
 __all__ = ["OrthoWeight"]
 
+_SCALING = (BatchedIdentity, BatchedPowerIteration)  # they multiply by a positive number
 
-class OrthoWeight(CachedWeight):
+
+class OrthoWeight(Weight):
     r"""A semi-orthogonal matrix (or batch): `original`, a normalizer and an orthogonalizer.
 
     Calling it computes `orthogonalizer(normalizer(original))` in float32 at least, also under
@@ -37,9 +39,11 @@ class OrthoWeight(CachedWeight):
 
     Guarantee:
         That of the orthogonalizer, up to the rounding of the storage dtype.
-    """
 
-    _group: Group | None = None  # set by `fuse`
+    Note:
+        Orthogonalizers of the polar and the QR map do not depend on a positive factor, so that the
+        normalizers of this library need not run in front of them.
+    """
 
     def __init__(
         self,
@@ -69,13 +73,16 @@ class OrthoWeight(CachedWeight):
         """Shape (*batch, m, n) of the matrix."""
         return self.original.shape
 
-    def forward(self) -> Tensor:
-        """Return the constrained matrix, in the dtype of `original`."""
-        if self._group is not None and not torch.compiler.is_compiling():
-            value = self._group.value(self)  # kept by the group
-            if value is not None:
-                return value.to(self.original.dtype)
-        return super().forward()
+    @property
+    def map(self) -> CentredMap | None:
+        """That of the orthogonalizer, where the normalizer does not change the result."""
+        if type(self.normalizer) not in _SCALING or _torch.is_hooked(self.normalizer):
+            return None
+        step = self.orthogonalizer
+        if not isinstance(step, Orthogonalizer) or _torch.is_hooked(step):
+            return None
+        # At the centre a norm divides the gradient; without a normalizer an inexact one misses it.
+        return step.map if step.exact or type(self.normalizer) is BatchedPowerIteration else None
 
     def evaluate(self) -> Tensor:
         """Compute the constrained matrix, in the dtype of `original`."""
@@ -83,36 +90,23 @@ class OrthoWeight(CachedWeight):
 
     def compute(self) -> Tensor:
         """Return the constrained matrix in the dtype of the computation, float32 at least."""
-        if self._group is not None and not torch.compiler.is_compiling():
-            value = self._group.value(self)
-            if value is not None:
-                return value
-        with without_autocast(self.original):
-            return self._constrain(self.original)
-
-    def _constrain(self, stored: Tensor) -> Tensor:
-        # A shard of FSDP2, outside of the forward pass of its unit, is gathered by all processes.
-        stored = whole(stored).to(compute_dtype(stored.dtype))
-        # A view is no parameter, so a warm orthogonalizer does not write to it.
-        return self.orthogonalizer(
-            self.normalizer(stored.view_as(stored) if self._sharded else stored)
-        )
-
-    def recentre_(self) -> tuple[Tensor, Tensor | float] | None:
-        """Re-centre `original` to c U and return U, c; None unless a forward pass would do so."""
-        method = getattr(self.orthogonalizer, "recentre_", None)
-        if method is None or self._sharded or type(self.normalizer) is not BatchedIdentity:
-            return None
-        return method(self.original)
+        given = vars(self).get(GIVEN)
+        if given is not None:
+            return given
+        stored = self.original
+        with _torch.without_autocast(stored):
+            # A shard of FSDP2, outside of the forward pass of its unit, is gathered by all
+            # processes.
+            w = whole(stored).to(compute_dtype(stored.dtype))
+            # A positive factor changes neither the value nor the exact gradient of such a map.
+            needless = self.map is not None and self.orthogonalizer.exact
+            return self.orthogonalizer(w if needless else self.normalizer(w))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw a matrix from the Haar distribution; nothing happens on the meta device."""
         if self.original.is_meta:
             return
-        reset = getattr(self.normalizer, "reset_parameters", None)
-        if reset is not None:
-            reset()
         dtype = compute_dtype(self.original.dtype)
         self._set(haar(self.original.shape, dtype=dtype, device=self.original.device))
 

@@ -1,0 +1,48 @@
+"""When weights are computed: after optimizer steps by the engine, and on demand by the cold cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from orthonet import _torch
+from orthonet.reparametrizers.providers import cold_cache
+from orthonet.reparametrizers.providers.compiled import compiled_read
+from orthonet.reparametrizers.providers.defer import defer_pullback
+from orthonet.reparametrizers.providers.engine import ENGINE, REEVALUATING_OPTIMIZERS
+from orthonet.reparametrizers.weight import COMPILED, PROVIDERS
+
+__all__ = ["REEVALUATING_OPTIMIZERS", "defer_pullback", "frame_of", "invalidate"]
+
+frame_of = ENGINE.frame
+
+
+def invalidate(module: nn.Module | None = None) -> None:
+    """Forget the constrained weights that have been computed, of `module` or of all modules.
+
+    Needed only after a change that leaves no trace: a write through `tensor.data` or into memory
+    that a tensor shares (NumPy, another process, a replayed CUDA graph), when no optimizer has
+    stepped since.
+
+    Args:
+        module: The module whose weights, and those of its sub-modules, are forgotten.
+    """
+    ENGINE.forget(module)
+    if module is None:
+        cold_cache.count_step()
+    else:
+        cold_cache.forget(module)
+
+
+@_torch.not_compiled
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    cold_cache.count_step()
+    ENGINE.after_step(optimizer)
+
+
+PROVIDERS[:] = [ENGINE, cold_cache.read]
+COMPILED[:] = [compiled_read]
+register_optimizer_step_post_hook(_after_step)

@@ -1,0 +1,468 @@
+"""One retraction per optimizer step, for all orthogonal matrices of the process.
+
+The parameter of a weight with a `map` stands at the centre, M = c U. After a step of an optimizer
+the parameters that it has moved are gathered by shape and map, brought back to the centre by one
+program a group, and U is kept. Until the next step a read returns U, and a backward pass takes the
+closed form at the centre, in one node of the graph a group. The host waits once: for the bounds of
+all groups, which choose the programs.
+
+A parameter that another hand has moved is looked at when it is read: at the centre, the read is as
+above; elsewhere the weight is computed by its cold map. No read writes anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from orthonet import _checks, _torch
+from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg.retraction import CentredMap, Moved, centre, retract
+from orthonet.reparametrizers.providers.computation import Computation, attach
+from orthonet.reparametrizers.providers.defer import deferred
+from orthonet.reparametrizers.providers.packet import Centred, Family, Packet
+from orthonet.reparametrizers.weight import SLOT, Weight, alive, caching
+
+__all__ = ["ENGINE", "REEVALUATING_OPTIMIZERS", "Engine"]
+
+REEVALUATING_OPTIMIZERS: set[type[Optimizer]] = {LBFGS}
+"""Optimizers that compare parameters and gradients of several evaluations within one step.
+
+No retraction moves their parameters, and weights are computed by the cold maps. Add the class of an
+optimizer of your own that does so.
+"""
+
+_ALONE_FROM = 384  # smaller side from which one matrix fills a processor
+_LARGEST = 2**22  # entries of a group: its gradients arrive together, and DDP sends 25 MB at a time
+
+
+class Record:
+    """The value of one parameter at the centre, and the state of the parameter that it belongs to.
+
+    `value` is None for a parameter that does not stand at the centre: there is nothing to look at.
+    """
+
+    __slots__ = ("batch", "map", "parameter", "span", "stamp", "stream", "value", "version")
+
+    def __init__(self, parameter: weakref.ref[Tensor], batch: Batch, span: tuple[int, int],
+                 value: Tensor | None) -> None:  # fmt: skip
+        self.parameter, self.batch, self.map, self.span = parameter, batch, batch.map, span
+        self.value, self.version = value, 0 if value is None else value._version
+        tensor: Any = parameter()
+        self.stamp, self.stream = _torch.Stamp(tensor), _torch.current_stream(tensor)
+
+    def holds(self, weight: Weight) -> bool:
+        """Whether it is the value of `weight` as that stands."""
+        p = weight._parameters.get("original")
+        return (
+            p is not None
+            and self.parameter() is p
+            and self.stamp.holds(p)
+            and self.map is weight.map
+            and (self.value is None or self.value._version == self.version)
+            and (self.stream is None or self.stream == _torch.current_stream(p))
+        )
+
+
+class Batch:
+    """The matrices of one group after one retraction, and who reads them together."""
+
+    __slots__ = ("centred", "map", "records", "shared")
+
+    def __init__(self, way: CentredMap, centred: Centred | None) -> None:
+        self.map, self.centred = way, centred
+        self.records: list[tuple[weakref.ref[Weight], Record]] = []
+        self.shared: weakref.WeakValueDictionary[Any, Shared] = weakref.WeakValueDictionary()
+
+
+class Shared:
+    """A computation that several weights read, and the tensors that they are given."""
+
+    __slots__ = ("__weakref__", "computation", "constants", "graphed", "places")
+
+    def __init__(self, computation: Computation, weights: Sequence[Weight]) -> None:
+        self.computation = computation
+        self.constants = computation.outputs
+        self.graphed: tuple[Tensor, ...] | None = None
+        self.places = {id(w): i for i, w in enumerate(weights)}
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """The outputs as functions of the parameters, one node for all reads of a step."""
+        waiting = deferred(self.computation)
+        if waiting is not None:
+            return waiting
+        if self.graphed is None:
+            with torch.inference_mode(False), torch.enable_grad():
+                self.graphed = attach(self.computation)
+        return self.graphed
+
+
+class Served:
+    """What a read of one weight has found; a part of the weight, empty in copies and pickles."""
+
+    __slots__ = ("constant", "parts", "place", "records", "scores", "shared")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Find it anew."""
+        self.records: tuple[Record, ...] = ()
+        self.parts: tuple[Weight, ...] = ()  # of a composed weight: whose records these are
+        self.scores: tuple[Tensor, ...] = ()
+        self.shared: Shared | None = None
+        self.constant: Tensor | None = None
+        self.place = 0
+
+    def hold(self, weight: Weight) -> bool:
+        """Whether it is the value of `weight` as that stands."""
+        records = self.records
+        if not self.parts:
+            return bool(records) and records[0].holds(weight)
+        for record, part in zip(records, self.parts, strict=True):
+            if not record.holds(part):
+                return False
+        return True
+
+    def learns(self, weight: Weight) -> bool:
+        """Whether a parameter that the value depends on requires a gradient."""
+        for part in self.parts or (weight,):
+            if part._parameters["original"].requires_grad:  # type: ignore[union-attr]
+                return True
+        return any(p.requires_grad for p in self.scores)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Served:
+        return Served()
+
+    def __reduce__(self) -> tuple[type[Served], tuple[()]]:
+        return Served, ()
+
+
+class Engine:
+    """The hook behind optimizer steps, and the provider of the values that it makes."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.records: dict[int, Record] = {}  # by identity of the parameter
+        self.squares: dict[Any, bool] = {}  # whether the last step of a kind of group needed E^2
+        self.looks = 0  # how often the host has waited
+
+    def forget(self, module: nn.Module | None = None) -> None:
+        """Look anew at the parameters of `module`, or of all modules, when they are read."""
+        with self.lock:
+            if module is None:
+                self.records.clear()
+            else:
+                for parameter in module.parameters():
+                    self.records.pop(id(parameter), None)
+            for weight in alive():
+                served = vars(weight)[SLOT]
+                if served is not None:
+                    served.clear()
+
+    # -------------------------------------------------------------- after a step
+
+    def after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Bring back to the centre what `optimizer` has moved."""
+        if not caching.on:
+            return
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            moved = self._moved_by(optimizer)
+            if moved:
+                self._clear_readers()
+            if not isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
+                self._serve([w for w in moved if w._parameters["original"].requires_grad], True)
+
+    def _moved_by(self, optimizer: Optimizer) -> list[Weight]:
+        """The weights whose parameter has moved, in the order of their construction."""
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        moved: dict[int, Weight | None] = {}
+        for weight in alive():
+            p = weight._parameters.get("original")
+            if p is None or id(p) not in owned or weight.map is None:
+                continue
+            record = self.records.get(id(p))
+            # Fused optimizers do not count the version up, so a gradient means a move.
+            if p.grad is None and (record is None or record.holds(weight)):
+                continue
+            self.records.pop(id(p), None)
+            if not _manageable(weight, p):
+                continue
+            tied = moved.setdefault(id(p), weight)
+            if tied is not None and tied.map is not weight.map:
+                moved[id(p)] = None  # tied weights of two maps have no common centre
+        return [w for w in moved.values() if w is not None]
+
+    def _clear_readers(self) -> None:
+        """Free what readers hold of values that are out of date."""
+        for weight in alive():
+            served = vars(weight)[SLOT]
+            if served is not None and served.records and not served.hold(weight):
+                served.clear()
+
+    def _serve(self, weights: Sequence[Weight], move: bool) -> None:
+        """Bring the parameters to the centre, or see which stand there, and record their values."""
+        groups = list(_groups(weights))
+        if not groups:
+            return
+        self.looks += 1
+        ways: list[Any] = [group[0].map for group in groups]
+        stacks = [_stacked(group) for group in groups]
+        kinds = [(*x.shape, x.dtype, way.name) for x, way in zip(stacks, ways, strict=True)]
+        found = retract(
+            list(zip(stacks, ways, strict=True)), move=move,
+            squares=[self.squares.get(kind, True) for kind in kinds],
+        )  # fmt: skip
+        for group, way, kind, result in zip(groups, ways, kinds, found, strict=True):
+            if any(result.written):
+                self.squares[kind] = result.squared
+                _write(group, result)
+            self._record(group, way, result)
+
+    def _record(self, group: Sequence[Weight], way: CentredMap, result: Moved) -> None:
+        batch = Batch(way, Centred(way, *centre(result.point)) if any(result.good) else None)
+        first = 0
+        for weight in group:
+            p: Tensor = weight._parameters["original"]  # type: ignore[assignment]
+            count, value = _count(p), None
+            if batch.centred is not None and all(result.good[first : first + count]):
+                u = batch.centred.u
+                value = u if u.ndim == 2 else u[first : first + count].view(p.shape)
+            key = id(p)
+            reference = weakref.ref(p, functools.partial(self._drop, key))
+            record = self.records[key] = Record(reference, batch, (first, count), value)
+            if value is not None:
+                batch.records.append((weakref.ref(weight), record))
+            first += count
+
+    def _drop(self, key: int, _: object) -> None:
+        record = self.records.get(key)
+        if record is not None and record.parameter() is None:
+            del self.records[key]
+
+    # -------------------------------------------------------------- reading
+
+    def __call__(self, weight: Weight) -> Tensor | None:
+        """The value of `weight`, where its parameters stand at the centre."""
+        if SLOT not in vars(weight) or not weight.may_be_kept():
+            return None
+        served = _served(weight)
+        if not served.hold(weight):
+            with self.lock:
+                if not self._find(weight, served):
+                    return None
+        if torch.is_grad_enabled() and served.learns(weight):
+            shared = served.shared
+            if shared is None:
+                with self.lock:
+                    shared = self._shared(weight, served, True)
+            return shared.outputs()[served.place]
+        value = served.constant
+        if value is None or value.requires_grad:
+            with self.lock:
+                shared = self._shared(weight, served, False)
+            value = served.constant = shared.constants[served.place].detach()
+        return value
+
+    def frame(self, weight: Weight) -> tuple[Tensor, Tensor] | None:
+        r"""The value and the frame of a square matrix at the centre, see `Packet`; None elsewhere."""
+        value = self(weight)
+        shared = _served(weight).shared if value is not None else None
+        if shared is None or not value.requires_grad or not isinstance(shared.computation, Packet):  # type: ignore[union-attr]
+            return None
+        outputs, count = shared.outputs(), len(shared.computation.inputs)
+        place = shared.places[id(weight)]
+        return (outputs[place], outputs[count + place]) if len(outputs) > count else None
+
+    def _find(self, weight: Weight, served: Served) -> bool:
+        """Find the records of all parts of `weight`, if all of them stand at the centre."""
+        served.clear()
+        composition = weight.composition()
+        parts = () if composition is None else composition.parts
+        records = [self._present(part) for part in parts or (weight,)]
+        found = tuple(r for r in records if r is not None and r.value is not None)
+        if len(found) < len(records):
+            return False
+        served.parts, served.scores = parts, () if composition is None else composition.scores
+        served.records = found
+        return True
+
+    def _present(self, weight: Weight) -> Record | None:
+        """The record of a matrix as it stands; looked at with all others that have none."""
+        p = weight._parameters.get("original")
+        if p is None or weight.map is None:
+            return None
+        _refuse_capture(weight, p)
+        if not _manageable(weight, p):
+            return None
+        record = self.records.get(id(p))
+        if record is None or not record.holds(weight):
+            with torch.inference_mode(False), torch.no_grad():
+                self._serve(list(self._unknown()), False)
+            record = self.records.get(id(p))
+        return record if record is not None and record.holds(weight) else None
+
+    def _unknown(self) -> Iterator[Weight]:
+        """The matrices of the process whose state nobody has looked at."""
+        seen: set[int] = set()
+        for weight in alive():
+            p = weight._parameters.get("original")
+            if p is None or id(p) in seen or weight.map is None or not _manageable(weight, p):
+                continue
+            record = self.records.get(id(p))
+            if record is None or not record.holds(weight):
+                seen.add(id(p))
+                yield weight
+
+    def _shared(self, weight: Weight, served: Served, grad: bool) -> Shared:
+        """What `weight` reads together with others of its batch."""
+        composition = weight.composition()
+        batch = served.records[0].batch
+        if composition is None:
+            key: Any = (weight.composed, grad)
+        else:
+            key = (composition.key, *(id(record.batch) for record in served.records), grad)
+        shared = batch.shared.get(key)
+        if shared is None or id(weight) not in shared.places:
+            make = self._packet if composition is None else self._family
+            shared = batch.shared[key] = make(weight, served, grad)
+        served.place = shared.places[id(weight)]
+        if grad:
+            served.shared = shared
+        return shared
+
+    def _packet(self, weight: Weight, served: Served, grad: bool) -> Shared:
+        """The parameters of one batch, except those that are read by another weight only."""
+        batch = served.records[0].batch
+        members = [
+            (other, record)
+            for reference, record in batch.records
+            if (other := reference()) is not None
+            and other.composed == weight.composed
+            and (not grad or _learns(other))
+            and record.value is not None
+            and record.holds(other)
+        ]
+        if not any(other is weight for other, _ in members):  # tied to one of them
+            members = [(weight, served.records[0])]
+        packet = Packet(
+            [other._parameters["original"] for other, _ in members],  # type: ignore[misc]
+            [record.value for _, record in members],  # type: ignore[misc]
+            [record.span for _, record in members],
+            batch.centred,  # type: ignore[arg-type]
+        )
+        return Shared(packet, [other for other, _ in members])
+
+    def _family(self, weight: Weight, served: Served, grad: bool) -> Shared:
+        """All weights that are composed as this one is, of parts in the same batches."""
+        wanted = [record.batch for record in served.records]
+        mine: Any = weight.composition()
+        members = []
+        for other in alive():
+            composition = other.composition()
+            if composition is None or composition.key != mine.key or not other.caching:
+                continue
+            records = [self.records.get(id(p._parameters.get("original"))) for p in composition.parts]
+            pairs = zip(records, composition.parts, wanted, strict=True)
+            if all(r is not None and r.value is not None and r.batch is batch and r.holds(p)
+                   for r, p, batch in pairs) and (not grad or _learns(other)):  # fmt: skip
+                members.append((other, composition, records))
+        members.sort(key=lambda member: member[2][0].span)
+        parts = [
+            batch.centred.rows([records[i].span for _, _, records in members])  # type: ignore[union-attr]
+            for i, batch in enumerate(wanted)
+        ]
+        family = Family([c for _, c, _ in members], parts, grad)
+        return Shared(family, [other for other, _, _ in members])
+
+
+def _served(weight: Weight) -> Served:
+    served = vars(weight)[SLOT]
+    if served is None:
+        served = vars(weight)[SLOT] = Served()
+    return served
+
+
+def _learns(weight: Weight) -> bool:
+    """Whether a parameter that the value depends on requires a gradient."""
+    return any(p.requires_grad for p in weight.parameters())
+
+
+def _manageable(weight: Weight, p: Tensor) -> bool:
+    """Whether the parameter may be kept at the centre."""
+    return (
+        weight.caching
+        and type(p) is nn.Parameter
+        and not weight._sharded
+        and p.dtype == compute_dtype(p.dtype)
+        and p.numel() > 0
+        and p.is_contiguous()
+        and _torch.cannot_change_unseen(p)
+    )
+
+
+def _refuse_capture(weight: Weight, p: Tensor) -> None:
+    _checks.require(
+        not _torch.capturing(p),
+        weight,
+        "a weight cannot be read for the first time while a CUDA graph is captured, since the host "
+        "has to wait",
+        "Read it before the capture, or capture orthonet.to_plain(model)",
+        RuntimeError,
+    )
+
+
+def _count(p: Tensor) -> int:
+    return p.shape[:-2].numel()
+
+
+def _groups(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
+    """Weights whose matrices make one batch; a large matrix on the CPU stays alone."""
+    groups: dict[Any, list[Weight]] = {}
+    for weight in weights:
+        p: Any = weight._parameters["original"]
+        groups.setdefault((p.shape[-2:], p.dtype, p.device, weight.map), []).append(weight)
+    for group in groups.values():
+        p = group[0]._parameters["original"]
+        large = p.is_cpu and min(p.shape[-2:]) >= _ALONE_FROM
+        chunk: list[Weight] = []
+        for weight in group:
+            size = sum(w._parameters["original"].numel() for w in (*chunk, weight))  # type: ignore[union-attr]
+            if chunk and (large or size > _LARGEST):
+                yield chunk
+                chunk = []
+            chunk.append(weight)
+        yield chunk
+
+
+def _stacked(group: Sequence[Weight]) -> Tensor:
+    """The matrices of a group, (k, m, n); a single matrix as it stands."""
+    parameters = [w._parameters["original"].detach() for w in group]  # type: ignore[union-attr]
+    if len(parameters) == 1:
+        x = parameters[0]
+        return x.view(x.shape[-2:]) if _count(x) == 1 else x.view(-1, *x.shape[-2:])
+    return torch.cat([p.view(-1, *p.shape[-2:]) for p in parameters])
+
+
+def _write(group: Sequence[Weight], result: Moved) -> None:
+    """Write the matrices that have moved; the others keep their bits and their version."""
+    points = result.point.reshape(-1, *result.point.shape[-2:])
+    parameters, pieces, first = [], [], 0
+    for weight in group:
+        p: Any = weight._parameters["original"]
+        count = _count(p)
+        if any(result.written[first : first + count]):
+            parameters.append(p)
+            pieces.append(points[first : first + count].view(p.shape))
+        first += count
+    _torch.foreach_copy_(parameters, pieces)
+
+
+ENGINE = Engine()

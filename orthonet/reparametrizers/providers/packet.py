@@ -1,0 +1,227 @@
+"""Values at the centre as functions of their parameters: one node of the graph for many weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from orthonet import _torch
+from orthonet.linalg.retraction import CentredMap
+from orthonet.reparametrizers.providers.computation import Computation, Gradients, own_graph
+from orthonet.reparametrizers.weight import Composition
+
+__all__ = ["Centred", "Family", "Packet"]
+
+
+class Centred(NamedTuple):
+    """Matrices at the centre, those of several parameters: U, (k, m, n) or (m, n), and c."""
+
+    map: CentredMap
+    u: Tensor
+    scale: Tensor
+
+    def rows(self, spans: Sequence[tuple[int, int]]) -> Centred:
+        """The matrices of some parameters, each given by its first matrix and their number."""
+        if self.u.ndim == 2:
+            return self
+        first, last = spans[0][0], sum(spans[-1])
+        if last - first == sum(count for _, count in spans):
+            return Centred(self.map, self.u[first:last], self.scale[first:last])
+        u, scale = (
+            torch.cat([t[start : start + count] for start, count in spans])
+            for t in (self.u, self.scale)
+        )
+        return Centred(self.map, u, scale)
+
+    def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors of the shapes of these parameters as one batch like U."""
+        if self.u.ndim == 2:
+            return tensors[0].reshape(self.u.shape)
+        if all(t.ndim == 2 for t in tensors):
+            return torch.stack(list(tensors))
+        return torch.cat([t.reshape(-1, *t.shape[-2:]) for t in tensors])
+
+    def split(self, batch: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of `stacked`."""
+        if self.u.ndim == 2:
+            return [batch.reshape(parameters[0].shape)]
+        counts = [p.shape[:-2].numel() for p in parameters]
+        return [t.reshape(p.shape) for t, p in zip(batch.split(counts), parameters, strict=True)]
+
+
+class _AtCentre(Computation):
+    """What packets and families share: gradients are differentiated through the cold map.
+
+    Nothing here holds a module, so that a model is freed when its last reference goes.
+    """
+
+    __slots__ = ()
+
+    def cold(self) -> list[Tensor]:
+        """The outputs, computed from the inputs by differentiable operations."""
+        return []
+
+    def pull_back_differentiably(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """As `pull_back`, by operations of the outer graph."""
+        outputs = self.cold()
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None]
+        if not pairs:
+            return [None] * len(self.inputs)
+        self.require_unchanged()
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], self.inputs, [g for _, g in pairs],
+            create_graph=True, allow_unused=True,
+        )  # fmt: skip
+        return list(found)
+
+
+class Packet(_AtCentre):
+    r"""U of the parameters of one batch.
+
+    The outputs are the values and, for square matrices, as many *frames*: zeros that stand for T in
+    \(U e^T\), whose gradient is \(S = U^\top G\). Where a layer knows S without G, the packet
+    spares one of its two products.
+    """
+
+    __slots__ = ("centred", "spans")
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        values: Sequence[Tensor],
+        spans: Sequence[tuple[int, int]],
+        centred: Centred,
+    ) -> None:
+        outputs = list(values)
+        if centred.u.shape[-2] == centred.u.shape[-1]:
+            zero = centred.u.new_zeros(())
+            outputs += [zero.expand(v.shape) for v in values]
+        super().__init__(parameters, (), outputs, parameters)
+        self.centred, self.spans = centred, tuple(spans)
+
+    def cold(self) -> list[Tensor]:
+        """The values by the map itself. Layers read no frames where gradients have a graph."""
+        return [self.centred.map.value(p) for p in self.inputs]
+
+    def pull_back(self, grads: Sequence[Tensor | None]) -> Gradients:
+        """Two products for all parameters; one where only frames have gradients."""
+        count = len(self.inputs)
+        values, frames = grads[:count], grads[count:] or [None] * count
+        used = [i for i in range(count) if values[i] is not None or frames[i] is not None]
+        if not used:
+            return (None,) * count
+        self.require_unchanged(used)
+        centred = self.centred.rows([self.spans[i] for i in used])
+        with torch.no_grad(), _torch.without_autocast(centred.u):
+            pulled = self._pulled(centred, [values[i] for i in used], [frames[i] for i in used])
+            pieces = centred.split(pulled, [self.inputs[i] for i in used])
+        result: list[Tensor | None] = [None] * count
+        for i, piece in zip(used, pieces, strict=True):
+            result[i] = piece
+        return tuple(result)
+
+    @staticmethod
+    def _pulled(
+        centred: Centred, values: Sequence[Tensor | None], frames: Sequence[Tensor | None]
+    ) -> Tensor:
+        u, scale = centred.u, centred.scale
+        if all(frame is None for frame in frames):
+            return centred.map.pull_back(u, scale, centred.stacked(values))  # type: ignore[arg-type]
+        both = zip(values, frames, strict=True)
+        like = [v if f is None else f for v, f in both]
+        zeros = [torch.zeros_like(t) if f is None else f  # type: ignore[arg-type]
+                 for t, f in zip(like, frames, strict=True)]  # fmt: skip
+        s = centred.stacked(zeros)
+        direct = [i for i, v in enumerate(values) if v is not None]
+        if direct:
+            counts = [t.shape[:-2].numel() for t in zeros]
+            spans = [(sum(counts[:i]), counts[i]) for i in direct]
+            part = centred.rows(spans)
+            inner = part.u.mT @ part.stacked([values[i] for i in direct])  # type: ignore[misc]
+            if s.ndim == 2:
+                s = s + inner
+            else:
+                s = s.clone()
+                for (start, n), piece in zip(spans, inner.split([n for _, n in spans]), strict=True):
+                    s[start : start + n] += piece
+        return centred.map.turn(u, scale, s)
+
+
+class Family(_AtCentre):
+    """Weights of one kind, composed by one call from parts at the centre.
+
+    The composition is a graph of its own, from the stacked values of each part; behind it the
+    pull-back is that of the parts.
+    """
+
+    __slots__ = ("compose", "parts", "recorded", "size")
+
+    def __init__(
+        self, compositions: Sequence[Composition], parts: Sequence[Centred], recorded: bool
+    ) -> None:
+        first, self.size = compositions[0], len(compositions)
+        self.compose, self.parts = first.compose, tuple(parts)
+        inputs: list[Tensor] = []
+        for i in range(len(parts)):
+            inputs += [c.parts[i].original for c in compositions]
+        for i in range(len(first.scores)):
+            inputs += [c.scores[i] for c in compositions]
+        leaves = [part.u.detach() for part in parts]
+        leaves += [torch.cat([s.detach() for s in scores]) for scores in self._scores(inputs)]
+        with own_graph(), _torch.without_autocast(leaves[0]):
+            if recorded:
+                leaves = [leaf.requires_grad_() for leaf in leaves]
+            with torch.set_grad_enabled(recorded):
+                value = self._composed(leaves)
+        outputs = value.detach().unbind()
+        super().__init__(inputs, leaves, outputs, inputs)
+        self.recorded = value if recorded else None
+
+    def _composed(self, leaves: Sequence[Tensor]) -> Tensor:
+        count = len(self.parts)
+        return self.compose(leaves[:count], leaves[count:], self.size)
+
+    def _scores(self, inputs: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """The further parameters, those of all weights for each kind."""
+        starts = range(len(self.parts) * self.size, len(inputs), self.size)
+        return [inputs[start : start + self.size] for start in starts]
+
+    def cold(self) -> list[Tensor]:
+        """The values, from the maps of the parts themselves."""
+        leaves = []
+        for k, part in enumerate(self.parts):
+            values = [part.map.value(p) for p in self.inputs[k * self.size : (k + 1) * self.size]]
+            leaves.append(part.stacked(values))
+        leaves += [torch.cat(list(scores)) for scores in self._scores(self.inputs)]
+        with _torch.without_autocast(leaves[0]):
+            return list(self._composed(leaves).unbind())
+
+    def pull_back(self, grads: Sequence[Tensor | None]) -> Gradients:
+        """Back through the composition, then two products for all parts of a kind."""
+        count, kinds = self.size, len(self.leaves)
+        used = [i for i in range(count) if grads[i] is not None]
+        if not used or self.recorded is None:
+            return (None,) * len(self.inputs)
+        self.require_unchanged([k * count + i for k in range(kinds) for i in used])
+        given = torch.stack(
+            [torch.zeros_like(o) if g is None else g
+             for g, o in zip(grads, self.outputs, strict=True)]
+        )  # fmt: skip
+        result: list[Tensor | None] = []
+        with _torch.without_autocast(given):
+            found = _torch.run_backward((self.recorded,), (given,), self.leaves)
+        with torch.no_grad(), _torch.without_autocast(given):
+            for k, grad in enumerate(found):
+                parameters = self.inputs[k * count : (k + 1) * count]
+                if grad is None:
+                    result += [None] * count
+                elif k < len(self.parts):
+                    part = self.parts[k]
+                    pulled = part.map.pull_back(part.u, part.scale, grad)
+                    result += part.split(pulled, parameters)
+                else:
+                    result += grad.split([len(p) for p in parameters])
+        return tuple(g if i % count in used else None for i, g in enumerate(result))

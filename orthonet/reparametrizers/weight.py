@@ -1,0 +1,271 @@
+"""What a constrained weight is: the interface that layers, cells, constraints and conversions hold.
+
+A weight says *what* it is: `evaluate` computes it from parameters. *When* it is computed is not its
+business: reading it asks the providers, in order, and computes it where none of them answers.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+import itertools
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from orthonet import _checks, _torch
+from orthonet.errors import NotOnManifoldError
+from orthonet.linalg.retraction import CentredMap
+
+__all__ = [
+    "COMPILED",
+    "GIVEN",
+    "PROVIDERS",
+    "SLOT",
+    "Composition",
+    "Provider",
+    "Weight",
+    "alive",
+    "caching",
+]
+
+GIVEN = "_given"  # the attribute of a part for its value, while something made of it is computed
+
+SLOT = "_served"  # the attribute of a weight for what its provider has found
+
+W = TypeVar("W", bound="Weight")
+
+_alive: dict[int, weakref.ref[Weight]] = {}
+_numbers = itertools.count()
+
+
+def alive() -> Iterator[Weight]:
+    """All weights of the process, in the order in which they were made, copied or unpickled."""
+    for reference in list(_alive.values()):
+        weight = reference()
+        if weight is not None:
+            yield weight
+
+
+class Provider(Protocol):
+    """Something that may have the value of a weight."""
+
+    def __call__(self, weight: Weight, /) -> Tensor | None:
+        """Return the present value of `weight`, differentiable if gradients are enabled.
+
+        None: the provider does not know it.
+        """
+
+
+PROVIDERS: list[Provider] = []
+"""Who is asked for the value of a weight, in this order: `orthonet.reparametrizers.providers`."""
+
+COMPILED: list[Callable[[Weight], Tensor]] = []
+"""At most one function that reads a weight inside of `torch.compile`, set by the providers."""
+
+
+class caching:  # noqa: N801 (spelled as torch.no_grad and torch.set_grad_enabled)
+    """Switch the keeping of constrained weights on or off, for the process or for a block.
+
+    It is on when the process starts. Then a constrained weight is computed once per optimizer step
+    and once in evaluation; a backward pass leaves it intact. With the switch off, and for a module
+    whose attribute `caching` is false, every read computes the weight, and no optimizer step is
+    followed by a retraction.
+
+    Args:
+        enabled: Whether weights are kept.
+
+    Examples:
+        >>> with caching(False):
+        ...     pass  # every read computes
+        >>> _ = caching(True)  # from here on, as a function
+    """
+
+    on = True
+
+    def __init__(self, enabled: bool) -> None:
+        self._before, self.enabled = caching.on, enabled
+        caching.on = enabled
+
+    def __enter__(self) -> caching:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        caching.on = self._before
+
+
+@dataclass(frozen=True)
+class Composition:
+    """How a weight is composed of the values of other weights.
+
+    Weights with equal keys are composed together.
+
+    Attributes:
+        parts: The other weights.
+        scores: Further parameters that the composition reads.
+        key: What weights that are composed by one call have in common.
+        compose: Called with the values of each part and of each of the scores, of all weights along
+            the first dimension, and the number of weights; returns their values, stacked.
+    """
+
+    parts: tuple[Weight, ...]
+    scores: tuple[nn.Parameter, ...]
+    key: Hashable
+    compose: Callable[[Sequence[Tensor], Sequence[Tensor], int], Tensor]
+
+
+class Weight(nn.Module, abc.ABC):
+    """Base class of modules that own the raw parameters of one weight and return it when called.
+
+    A subclass defines `evaluate`, a function of the parameters, buffers and attributes of the
+    module and its sub-modules, which writes nothing. Calling the module returns the same tensor,
+    computed when something that it depends on has changed.
+
+    Attributes:
+        caching: Set it to False on an instance to have its value computed at every call.
+        map: How an optimizer step is followed by a retraction of the parameter `original`; None
+            if the parameter is left alone.
+    """
+
+    caching: bool = True
+    composed: bool = False  # whether its value is read by another weight that it is a part of
+    _sharded: bool = False  # FSDP2 lends the parameters: what is written to them is lost
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enroll()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._enroll()
+
+    def _enroll(self) -> None:
+        vars(self)[SLOT] = None  # a shallow copy does not share what its original has found
+        number = next(_numbers)
+        _alive[number] = weakref.ref(self, lambda _: _alive.pop(number, None))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter):
+            # FSDP2 sets its shards so, before it lends full tensors whose changes leave no trace.
+            super().__setattr__("_sharded", True)
+
+    @abc.abstractmethod
+    def evaluate(self) -> Tensor:
+        """Compute the value."""
+
+    def forward(self) -> Tensor:
+        """Return the value of `evaluate()`, computed once per optimizer step."""
+        if torch.compiler.is_compiling():
+            return COMPILED[0](self) if COMPILED else self.evaluate()
+        given = vars(self).get(GIVEN)
+        if given is not None:
+            return given
+        for provide in PROVIDERS:
+            value = provide(self)
+            if value is not None:
+                return value
+        return self.evaluate()
+
+    @property
+    def map(self) -> CentredMap | None:
+        """The map of which `original` is kept at the centre; None for all others."""
+        return None
+
+    def composition(self) -> Composition | None:
+        """How the value is composed of those of other weights; None if it is not."""
+        return None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the value."""
+        twin = copy.deepcopy(self).to("meta")
+        return twin.evaluate().shape
+
+    def assign_(self, w: Tensor, owner: object = None) -> None:
+        """Make `w` the value; errors name `owner`.
+
+        Raises:
+            ValueError: `w` has another shape.
+            NotOnManifoldError: `w` does not satisfy the constraint; nothing has been changed.
+        """
+        self._refuse(owner)
+
+    def project_(self, w: Tensor, owner: object = None) -> float:
+        r"""Make the nearest value the value; return its relative distance \(\|U - W\| / \|W\|\).
+
+        Raises:
+            ValueError: `w` has another shape or is not finite; nothing has been changed.
+        """
+        self._refuse(owner)
+        return float("nan")
+
+    def _refuse(self, owner: object) -> None:
+        _checks.fail(
+            owner or self,
+            "this weight has no assignment, because it is computed from parameters of another form",
+            "Load a state_dict of this class, or use a layer whose weight can be assigned, e.g. "
+            "OrthoLinear",
+            NotOnManifoldError,
+        )
+
+    @abc.abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew; nothing happens on the meta device."""
+
+    def filled_copy(self: W, like: Tensor) -> W:
+        """A copy; one on the meta device is drawn anew on the device of `like`, or the CPU."""
+        twin = copy.deepcopy(self)
+        if any(t.is_meta for t in twin.state_dict().values()):
+            twin = twin.to_empty(device="cpu" if like.is_meta else like.device)
+            with torch.no_grad():
+                for tensor in twin.state_dict().values():
+                    tensor.zero_()
+            twin.reset_parameters()
+        return twin
+
+    def load_plain(
+        self,
+        state_dict: dict[str, Any],
+        plain: str,
+        own: str,
+        error_msgs: list[str],
+        owner: object,
+        adapt: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+    ) -> tuple[float, Tensor] | None:
+        """Let a checkpoint of a module without constraint be loaded.
+
+        If `state_dict` holds the tensor `plain` and no key that begins with `own`, it is replaced
+        by the entries of this weight after a projection. A refusal goes to `error_msgs`.
+
+        Args:
+            state_dict: The checkpoint; changed.
+            plain: Key of the tensor.
+            own: Prefix of the keys of this weight.
+            error_msgs: As in `nn.Module._load_from_state_dict`.
+            owner: Whom errors name.
+            adapt: From the tensor of the checkpoint to the value.
+
+        Returns:
+            How far the projection moved it, relative, and the tensor; None if nothing was done.
+        """
+        if plain not in state_dict or any(key.startswith(own) for key in state_dict):
+            return None
+        value = state_dict.pop(plain)
+        try:
+            twin = self.filled_copy(value)
+            moved = twin.project_(adapt(value), owner)
+        except ValueError as error:
+            error_msgs.append(f"{plain}: {error}")
+            state_dict.update(self.state_dict(prefix=own))
+            return None
+        state_dict.update(twin.state_dict(prefix=own))
+        return moved, value
+
+    def may_be_kept(self) -> bool:
+        """Whether values may be kept here and now, as far as switches and surroundings go."""
+        return caching.on and self.caching and _torch.eager()
