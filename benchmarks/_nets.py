@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -109,6 +109,11 @@ def resnet(blocks: int = 2, width: int = 32, batch: int = 8, size: int = 16) -> 
         f"ResNet-like, {4 * blocks} + 2 convolutions from {width}, batch {batch}, {size} x {size}"
     )
     return Net(title, partial(_resnet, blocks=blocks, width=width), (batch, width, size, size))
+
+
+def named(nets: Iterable[Net], words: Iterable[str]) -> tuple[Net, ...]:
+    """Networks whose title contains one of the words."""
+    return tuple(net for net in nets if any(word in net.name for word in words))
 
 
 def training_step(

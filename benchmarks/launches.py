@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,18 +159,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=f"directory of the JSON ({harness.RESULTS.name})")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    base = QUICK if arguments.quick else Settings()
-    settings = Settings(
-        nets=tuple(
-            n for n in base.nets if not arguments.nets or any(w in n.name for w in arguments.nets)
-        ),
-        candidates=tuple(
-            c for c in base.candidates if not arguments.presets or c.preset in arguments.presets
-        ),
-        warm_up=base.warm_up,
-        steps=base.steps,
-        optimizer=arguments.optimizer,
-    )
+    settings = replace(QUICK if arguments.quick else Settings(), optimizer=arguments.optimizer)
+    if arguments.nets:
+        settings = replace(settings, nets=nets.named(settings.nets, arguments.nets))
+    if arguments.presets:
+        chosen = tuple(c for c in settings.candidates if c.preset in arguments.presets)
+        settings = replace(settings, candidates=chosen)
 
     def report(row: dict[str, Any]) -> None:
         if arguments.operators and "operators" in row:
