@@ -28,6 +28,7 @@ TORCH_MAPS = ("householder", "cayley", "matrix_exp")
 OURS, PEER, TORCH, GEOTORCH = "orthonet", "orthogonium", "torch", "geotorch"
 GEOTORCH_MAPS = ("expm", "cayley")
 PLAIN = {"library": TORCH, "preset": "plain"}  # the row of the `nn` twin
+MATRICES_ONLY = {TORCH, GEOTORCH}  # libraries without orthogonal convolutions
 
 
 def _peer(module: str) -> ModuleType | None:
@@ -72,6 +73,8 @@ class Candidate:
     def _linear(self, in_features: int, out_features: int) -> nn.Module:
         if self.library == TORCH:
             layer = nn.Linear(in_features, out_features)
+            if self.preset == PLAIN["preset"]:
+                return layer
             return orthogonal(layer, "weight", orthogonal_map=self.preset)
         if self.library == GEOTORCH:
             layer, geotorch = (
@@ -89,6 +92,8 @@ class Candidate:
 
     def conv(self, channels: int, out_channels: int, kernel_size: int, stride: int) -> nn.Module:
         """A convolution with zero padding; torch has no orthogonal one."""
+        if self.row == PLAIN:
+            return nn.Conv2d(channels, out_channels, kernel_size, stride, kernel_size // 2)
         if self.library == OURS:
             make, params = layers.OrthoConv2d, reparametrizers
         else:
