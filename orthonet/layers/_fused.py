@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orthonet._torch import is_hooked
 from orthonet.linalg import polar
 from orthonet.linalg._matrix import minus_transpose
 from orthonet.linalg._polar_gradient import differentiable_gradient
@@ -41,8 +42,7 @@ def fused_linear(layer: nn.Linear, x: Tensor) -> Tensor | None:
         or type(weight) is not OrthoWeight
         or layer._factor != 1.0
         or weight._group is not None
-        or weight._forward_hooks
-        or weight._forward_pre_hooks
+        or is_hooked(weight)
         or weight.original.dtype != x.dtype
     ):
         return None

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._device import DeviceContext
 
-__all__ = ["caching", "count_step", "eager", "steps", "usable"]
+from orthonet._torch import eager
+
+__all__ = ["caching", "count_step", "steps", "usable"]
 
 _enabled = True
 _steps = 0  # that optimizers of this process have taken
-
-_C: Any = torch._C
-_tracing_state = _C._get_tracing_state
-_func_interpreter = _C._functorch.peek_interpreter_stack
-_dispatch_modes = _C._len_torch_dispatch_stack
-_function_modes = _C._len_torch_function_stack
 
 
 def count_step(*_: Any) -> None:
@@ -64,22 +57,6 @@ class caching:  # noqa: N801 (spelled as torch.no_grad and torch.set_grad_enable
     def __exit__(self, *_: object) -> None:
         global _enabled
         _enabled = self._before
-
-
-def eager() -> bool:
-    """Whether nothing watches or transforms what is executed."""
-    return (
-        _tracing_state() is None
-        and _func_interpreter() is None
-        and forward_ad._current_level < 0
-        and _dispatch_modes() == 0
-        and (_function_modes() == 0 or _only_default_device())
-    )
-
-
-def _only_default_device() -> bool:
-    modes = (_C._get_function_stack_at(i) for i in range(_function_modes()))
-    return all(type(mode) is DeviceContext for mode in modes)
 
 
 def usable(module: nn.Module) -> bool:

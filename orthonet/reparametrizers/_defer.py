@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from orthonet import _checks
+from orthonet._torch import running_ddp
 from orthonet.reparametrizers._pullback import Computation
 
 __all__ = ["deferred", "defer_pullback", "undeferred"]
@@ -56,7 +56,7 @@ class _Deferral:
 
     def give(self, computation: Computation) -> tuple[Tensor, ...]:
         """The outputs, not connected to the parameters, so that none of their hooks runs."""
-        replica = DistributedDataParallel._get_active_ddp_module()
+        replica = running_ddp()
         _checks.require(
             replica is None or not replica.require_backward_grad_sync,
             "defer_pullback",

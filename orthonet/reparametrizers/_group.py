@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orthonet.linalg._matrix import compute_dtype, without_autocast
+from orthonet._torch import without_autocast
+from orthonet.linalg._matrix import compute_dtype
 from orthonet.reparametrizers._cache import (
     GIVEN,
     Kept,

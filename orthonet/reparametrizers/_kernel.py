@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orthonet import _checks
+from orthonet._torch import without_autocast
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg import block_convolution
 from orthonet.linalg._filtering import filter_signal
-from orthonet.linalg._matrix import compute_dtype, without_autocast
+from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg._projector_product import multiplications, multiply_projectors
 from orthonet.reparametrizers._cache import CachedWeight
 from orthonet.reparametrizers._kernel_fit import KernelFactors, fit_factors

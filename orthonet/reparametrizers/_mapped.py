@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
+from orthonet._torch import without_autocast
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg._matrix import compute_dtype, without_autocast
+from orthonet.linalg._matrix import compute_dtype
 from orthonet.reparametrizers._cache import CachedWeight
 
 __all__ = ["MappedWeight"]

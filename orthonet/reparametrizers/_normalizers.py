@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
+from orthonet._torch import in_forward_mode, in_transform, is_traced
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg import power_iteration
-from orthonet.linalg._matrix import compute_dtype, in_forward_mode, in_transform, is_traced
+from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg.spectral import leading_vectors
 
 __all__ = ["BatchedIdentity", "BatchedPowerIteration", "L2Normalize"]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
+from orthonet._torch import in_transform, is_exporting
 from orthonet.linalg import cholesky_qr, polar
-from orthonet.linalg._matrix import compute_dtype, in_transform
+from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg.polar import AtCentre, Decision, recentre_
 from orthonet.reparametrizers._orthogonalizers import Orthogonalizer
 from orthonet.reparametrizers._rounds import Rounds
@@ -19,11 +20,6 @@ __all__ = ["BatchedAutoOrthogonalization", "BatchedPolarOrthogonalization"]
 
 _ROUNDS = Rounds()
 _ROUNDS_ON_CPU = False  # for tests: take the accelerator's form everywhere
-
-
-def _exporting() -> bool:
-    """Whether `torch.export` is at work, whose programs do not write parameters."""
-    return getattr(torch.compiler, "is_exporting", bool)()
 
 
 class BatchedPolarOrthogonalization(Orthogonalizer):
@@ -136,7 +132,7 @@ class BatchedPolarOrthogonalization(Orthogonalizer):
     def _may_write(self, w: Tensor) -> bool:
         return (
             self.training
-            and not _exporting()
+            and not is_exporting()
             and type(w) is nn.Parameter
             and w.requires_grad
             and w.dtype == compute_dtype(w.dtype)

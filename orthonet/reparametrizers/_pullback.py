@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._matrix import without_autocast
+from orthonet._torch import has_saved_tensor_hooks, run_backward, without_autocast
 
 __all__ = ["Computation", "Gradients", "attach", "own_graph"]
 
-_autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
-_engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -57,11 +55,7 @@ class Computation:
             return (None,) * len(self.inputs)
         outputs, given = zip(*pairs, strict=True)
         with without_autocast(self.leaves[0]):
-            # torch.autograd.grad(outputs, self.leaves, given, retain_graph=True, allow_unused=True)
-            # without its checks of the arguments, which take as long as the engine
-            pulled = _engine.run_backward(
-                outputs, given, True, False, self.leaves, True, accumulate_grad=False
-            )
+            pulled = run_backward(outputs, given, self.leaves)
         return pulled if self.spread is None else self.spread(pulled, grads)
 
     def pull_back_differentiably(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -122,7 +116,7 @@ class own_graph:  # noqa: N801 (spelled as torch.no_grad)
     __slots__ = ("_stack",)
 
     def __enter__(self) -> bool:
-        self._stack, hooked = ExitStack(), _saving_hooks() is not None
+        self._stack, hooked = ExitStack(), has_saved_tensor_hooks()
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             self._stack.enter_context(torch.inference_mode(False))
             self._stack.enter_context(torch.enable_grad())
@@ -132,11 +126,6 @@ class own_graph:  # noqa: N801 (spelled as torch.no_grad)
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
-
-
-def _saving_hooks() -> Any:
-    top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
-    return () if top is None else top(True)
 
 
 def _same(tensor: Tensor) -> Tensor:

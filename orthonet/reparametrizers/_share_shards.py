@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
 from orthonet import _checks
-from orthonet.linalg._matrix import compute_dtype, without_autocast
+from orthonet._torch import after_backward, backward_pass, is_shard, without_autocast
+from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg._ranks import collect, exchange, hand_out
 from orthonet.reparametrizers._cache_state import steps, usable
 from orthonet.reparametrizers._pullback import own_graph
@@ -20,11 +20,6 @@ from orthonet.reparametrizers._share_group import RankGroup, buffers_written
 from orthonet.reparametrizers._weight import OrthoWeight
 
 __all__ = ["ShardedGroup", "require_alike"]
-
-
-def _is_shard(parameter: Tensor) -> bool:
-    """Whether this process holds a part of the parameter only."""
-    return hasattr(parameter, "full_tensor")
 
 
 class ShardedGroup(RankGroup):
@@ -58,7 +53,7 @@ class ShardedGroup(RankGroup):
     def value(self, weight: OrthoWeight) -> Tensor | None:
         """The value of one member within its unit of FSDP2 in training; None elsewhere."""
         original = weight.original
-        if _is_shard(original) or not (
+        if is_shard(original) or not (
             usable(weight)
             and weight.training
             and torch.is_grad_enabled()
@@ -110,10 +105,10 @@ class ShardedGroup(RankGroup):
         dist.reduce(
             summed, dist.get_global_rank(self.process_group, owner), group=self.process_group
         )
-        task = torch._C._current_graph_task_id()
+        task = backward_pass()
         if self.task != task:  # what an interrupted backward pass has left is not meant
             self.task, self.sums = task, {}
-            Variable._execution_engine.queue_callback(self._pull_back)
+            after_backward(self._pull_back)
         held = self.sums.get(index)
         mine = summed if held is None else held + summed
         self.sums[index] = mine if owner == self.rank else None
@@ -173,9 +168,9 @@ class _Lent(torch.autograd.Function):
 
 def require_alike(weights: Sequence[OrthoWeight]) -> bool:
     """Whether the parameters are shards; refuse models of which only some are."""
-    kinds = {_is_shard(weight.original) for weight in weights}
+    kinds = {is_shard(weight.original) for weight in weights}
     odd = next((w for w in weights if type(w.original) is not nn.Parameter), None)
-    plain = odd is None or _is_shard(odd.original)
+    plain = odd is None or is_shard(odd.original)
     _checks.require(
         len(kinds) < 2 and plain,
         "share_among_ranks",

@@ -1,0 +1,361 @@
+"""What orthonet reads from private or undocumented parts of PyTorch, one function a fact.
+
+No other file of the library touches them, so a release of PyTorch that moves one breaks one line
+here. `tests/test_torch.py` checks every function; it has passed with PyTorch 2.6.0 and 2.14.1.
+Where the versions differ, the docstring says how.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.conv import _ConvNd as ConvNd
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+
+__all__ = [
+    "ConvNd",
+    "DispatchMode",
+    "NN_FUNCTIONS",
+    "TO_COPY",
+    "after_backward",
+    "backward_pass",
+    "composite_of",
+    "conv_forward",
+    "conv_output_padding",
+    "conv_paddings",
+    "core_decompositions",
+    "eager",
+    "foreach_add",
+    "foreach_addcmul_",
+    "foreach_copy_",
+    "foreach_lerp_",
+    "foreach_mul",
+    "foreach_mul_",
+    "foreach_norm",
+    "foreach_sub_",
+    "has_dispatch_mode",
+    "has_function_mode",
+    "has_saved_tensor_hooks",
+    "in_forward_mode",
+    "in_transform",
+    "is_exporting",
+    "is_hooked",
+    "is_overload",
+    "is_shard",
+    "is_traced",
+    "mutates",
+    "operation_name",
+    "patched",
+    "run_backward",
+    "running_ddp",
+    "set_conv_paddings",
+    "tracing",
+    "without_autocast",
+]
+
+_C: Any = torch._C
+_Variable: Any = torch.autograd.Variable
+_ops: Any = torch._ops
+
+# Bound once: `eager` runs at every read of a constrained weight.
+_tracing_state = _C._get_tracing_state
+_func_interpreter = _C._functorch.peek_interpreter_stack
+_dispatch_modes = _C._len_torch_dispatch_stack
+_function_modes = _C._len_torch_function_stack
+
+
+# What watches or transforms the code that runs.
+
+
+def tracing() -> bool:
+    """Return whether `torch.jit.trace` records what runs, as the old ONNX exporter does."""
+    return _tracing_state() is not None
+
+
+def is_exporting() -> bool:
+    """Return whether `torch.export` traces what runs; its programs write no parameter.
+
+    PyTorch 2.6 does not tell an export from a compilation: there the answer is False.
+    """
+    return getattr(torch.compiler, "is_exporting", bool)()
+
+
+def in_transform(*tensors: Tensor) -> bool:
+    """Return whether a transform of `torch.func` (vmap, grad, jvp, ...) runs.
+
+    Inside one, side effects are forbidden. A vectorized backward pass (`is_grads_batched=True`,
+    `torch.autograd.functional.jacobian(vectorize=True)`) runs its nodes outside of the
+    interpreter stack of functorch: only the `tensors` show it.
+
+    The answer is False under `torch.compile`, which traces transforms itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    functorch = _C._functorch
+    return functorch.peek_interpreter_stack() is not None or any(
+        functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
+        for t in tensors
+    )
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Return whether code must be one graph of plain operations: compiled or transformed."""
+    return torch.compiler.is_compiling() or in_transform(*tensors)
+
+
+def in_forward_mode() -> bool:
+    """Return whether a level of `torch.autograd.forward_ad` is open.
+
+    Code then needs plain operations or a `jvp`. The transforms `torch.func.jvp` and `jacfwd` open a
+    level, too. The level belongs to the process, not to the thread.
+    """
+    return forward_ad._current_level >= 0
+
+
+def has_dispatch_mode() -> bool:
+    """Return whether a `TorchDispatchMode` is active: fake tensors, a FLOP counter, ..."""
+    return _dispatch_modes() > 0
+
+
+def has_function_mode() -> bool:
+    """Return whether a `TorchFunctionMode` is active other than that of a default device.
+
+    `torch.set_default_device` and `with torch.device(...)` push one that changes nothing but the
+    device of new tensors.
+    """
+    return any(
+        type(_C._get_function_stack_at(i)) is not DeviceContext for i in range(_function_modes())
+    )
+
+
+def eager() -> bool:
+    """Return whether nothing watches or transforms what runs: values may be kept and reused."""
+    return (
+        _tracing_state() is None
+        and _func_interpreter() is None
+        and forward_ad._current_level < 0
+        and _dispatch_modes() == 0
+        and (_function_modes() == 0 or not has_function_mode())
+    )
+
+
+def without_autocast(where: Tensor | torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context with autocast off on the device of `where`; empty if it is off already.
+
+    A device without autocast (meta) gets an empty context.
+    """
+    kind = where.device.type if isinstance(where, Tensor) else where.type
+    # The compiler of 2.6 cannot trace these questions, and all its devices have autocast.
+    if not torch.compiler.is_compiling() and not (
+        torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    ):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+# The autograd engine.
+
+
+def run_backward(
+    outputs: Sequence[Tensor], grads: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Return what `torch.autograd.grad` returns, without its checks of the arguments.
+
+    The checks take as long as the engine itself. The graph is retained, an input that `outputs` do
+    not depend on gets None, and no graph of the gradients is made.
+    """
+    return _Variable._execution_engine.run_backward(
+        outputs, grads, True, False, tuple(inputs), True, accumulate_grad=False
+    )
+
+
+def backward_pass() -> int:
+    """Return the number of the backward pass that runs on this thread; -1 outside of one."""
+    return _C._current_graph_task_id()
+
+
+def after_backward(callback: Callable[[], object]) -> None:
+    """Call `callback` when the backward pass that runs on this thread ends.
+
+    Raises:
+        RuntimeError: No backward pass runs.
+    """
+    _Variable._execution_engine.queue_callback(callback)
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Return whether hooks on saved tensors are active (checkpointing, offloading to the CPU).
+
+    PyTorch 2.6 does not tell: there the answer is True, the one that keeps code correct.
+    """
+    top = getattr(_C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
+
+
+def running_ddp() -> Any:
+    """Return the `DistributedDataParallel` module whose forward pass runs; None outside of one."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel._get_active_ddp_module()
+
+
+# Tensors and modules.
+
+_torch: Any = torch
+foreach_add = _torch._foreach_add
+foreach_addcmul_ = _torch._foreach_addcmul_
+foreach_copy_ = _torch._foreach_copy_
+foreach_lerp_ = _torch._foreach_lerp_
+foreach_mul = _torch._foreach_mul
+foreach_mul_ = _torch._foreach_mul_
+foreach_norm = _torch._foreach_norm
+foreach_sub_ = _torch._foreach_sub_
+"""One call for a list of tensors, as `torch.optim` uses them; an empty list is an error."""
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Return whether this process holds a part of the tensor only (a DTensor, as of FSDP2).
+
+    Asked by attribute: loading `torch.distributed.tensor` takes long.
+    """
+    return hasattr(tensor, "full_tensor")
+
+
+def is_hooked(module: nn.Module, *, backward: bool = False) -> bool:
+    """Return whether hooks of this module run around its forward (or also its backward) pass."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    if backward:
+        hooks = hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks)
+
+
+def conv_forward(module: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve as a convolution of `torch.nn` does, padding mode included, with other weights."""
+    return module._conv_forward(input, weight, bias)
+
+
+def conv_paddings(module: Any) -> list[int]:
+    """Return the paddings of a convolution of `torch.nn` in the order that `F.pad` takes.
+
+    The last dimension comes first, each as (before, after). `padding="same"` is resolved.
+    """
+    return module._reversed_padding_repeated_twice  # type: ignore[no-any-return]
+
+
+def set_conv_paddings(module: Any, pads: list[int]) -> None:
+    """Set what `conv_paddings` returns and a padding mode other than zeros reads."""
+    module._reversed_padding_repeated_twice = pads
+
+
+def conv_output_padding(module: Any, input: Tensor, output_size: Sequence[int] | None) -> list[int]:
+    """Return the output padding with which a transposed convolution reaches `output_size`.
+
+    None means the output padding of the module.
+
+    Raises:
+        ValueError: The size has the wrong length or cannot be reached.
+    """
+    dims = len(module.kernel_size)
+    return module._output_padding(  # type: ignore[no-any-return]
+        input, output_size, module.stride, module.padding, module.kernel_size, dims, module.dilation
+    )
+
+
+# Operations of an exported graph.
+
+NN_FUNCTIONS: Any = _C._nn
+"""The namespace in which `torch.nn.functional` finds its functions that are not Python."""
+
+TO_COPY: Any = torch.ops.aten._to_copy.default
+"""The operation that changes the dtype or device of a tensor, as a dispatch mode sees it."""
+
+
+def is_overload(target: Any) -> bool:
+    """Return whether the target is an overload of an operation, e.g. `aten.add.Tensor`."""
+    return isinstance(target, _ops.OpOverload)
+
+
+def operation_name(target: Any) -> str | None:
+    """Return the name `namespace::operation` of an overload or a packet; None for other targets."""
+    if isinstance(target, _ops.OpOverload):
+        return target._schema.name  # type: ignore[no-any-return]
+    if isinstance(target, _ops.OpOverloadPacket):
+        return target._qualified_op_name  # type: ignore[no-any-return]
+    return None
+
+
+def mutates(target: Any) -> bool:
+    """Return whether the operation writes to one of its arguments; False for other targets."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def composite_of(target: Any) -> Callable[..., Any] | None:
+    """Return the function that runs a composite operation by its parts; None for other operations.
+
+    Composite means that PyTorch derives its gradient from that of its parts
+    (CompositeImplicitAutograd).
+    """
+    kind = _C.DispatchKey.CompositeImplicitAutograd
+    return target.decompose if target.has_kernel_for_dispatch_key(kind) else None
+
+
+def core_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return PyTorch's table of operations written in core ATen operations; slow to load."""
+    from torch._decomp import core_aten_decompositions
+
+    return dict(core_aten_decompositions().items())
+
+
+# Patches.
+
+_patching = threading.RLock()
+
+
+@contextlib.contextmanager
+def patched(
+    namespaces: Iterable[dict[str, Any]], substitutes: Mapping[Any, Callable[..., Any]]
+) -> Iterator[None]:
+    """Put each function's substitute in its place wherever `namespaces` name it.
+
+    The change is undone at the end, also after an exception. Only the calling thread sees it: in
+    other threads the changed names call the original functions. A second thread that enters waits
+    until the first has left.
+
+    Args:
+        namespaces: Dictionaries of names, such as `vars(torch.nn.functional)`.
+        substitutes: From each function to what is called instead.
+    """
+    thread, active = threading.get_ident(), True
+
+    def guarded(original: Callable[..., Any], substitute: Callable[..., Any]) -> Any:
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            # A module that is imported meanwhile may keep this function for ever.
+            mine = active and threading.get_ident() == thread
+            return (substitute if mine else original)(*args, **kwargs)
+
+        return call
+
+    by_identity = {id(f): guarded(f, g) for f, g in substitutes.items()}
+    changed: list[tuple[dict[str, Any], str, Any]] = []
+    with _patching:
+        try:
+            for space in {id(s): s for s in namespaces}.values():
+                for name, value in list(space.items()):
+                    if id(value) in by_identity:
+                        changed.append((space, name, value))
+                        space[name] = by_identity[id(value)]
+            yield
+        finally:
+            active = False
+            for space, name, value in reversed(changed):
+                space[name] = value
