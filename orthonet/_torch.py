@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 __all__ = [
     "ConvNd",
     "DispatchMode",
+    "ModuleStamp",
     "NN_FUNCTIONS",
     "Stamp",
     "TO_COPY",
@@ -400,6 +401,26 @@ class Stamp:
             # the pointer is that of before, so the memory is there
             and (self.entry is None or self.entry.value == self.value)
         )
+
+
+class ModuleStamp:
+    """Which sub-modules a module has, so that a replacement or a new hook can be noticed."""
+
+    __slots__ = ("modules",)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.modules = tuple(module._modules.values())
+
+    def holds(self, module: nn.Module) -> bool:
+        """Return whether they are the same, without hooks around their forward passes."""
+        if len(self.modules) != len(module._modules):
+            return False
+        for before, now in zip(self.modules, module._modules.values(), strict=True):
+            if before is not now or (
+                now is not None and (now._forward_hooks or now._forward_pre_hooks)
+            ):
+                return False
+        return True
 
 
 _BITS: dict[int, Any] = {

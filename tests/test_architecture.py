@@ -13,6 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LEVELS = (
     {"errors"},
     {"_checks"},
+    {"_torch"},
     {"linalg"},
     {"functional", "init"},
     {"reparametrizers"},
@@ -24,7 +25,7 @@ LEVELS = (
     {"recipes"},
     {"cli"},
 )
-BASE = {"errors", "_checks"}
+BASE = {"errors", "_checks", "_torch"}
 SEES = {room: set().union(*LEVELS[:i]) for i, level in enumerate(LEVELS) for room in level}
 SEES |= {"losses": BASE | {"functional"}, "optim": BASE | {"linalg", "manifolds"}}
 for room in ("models", "recipes", "cli"):
@@ -106,3 +107,78 @@ def test_file_keeps_the_house_rules(file):
             assert called != "cuda", f"{where}: the caller chooses the device"
             assert called != "print" or room_of(file) == "cli", f"{where}: a library does not print"
         assert getattr(node, "id", None) != "NotImplementedError", f"{where}: finish it"
+
+
+# Attributes of objects of torch. Not here: the dictionaries of an `nn.Module` (`_parameters`, ...),
+# `_load_from_state_dict` and a tensor's `_version`, on which every subclass of torch's classes
+# relies and which torch cannot change.
+PRIVATE = {
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_conv_forward",
+    "_current_level",
+    "_execution_engine",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_output_padding",
+    "_qualified_op_name",
+    "_reversed_padding_repeated_twice",
+    "_schema",
+}
+
+
+def privates_of_torch(source: str) -> list[str]:
+    """What a file uses of torch whose name starts with an underscore, however it is reached."""
+
+    def private(name: str) -> bool:
+        return name.startswith("_") and not name.startswith("__")
+
+    tree, known, found = ast.parse(source), set(), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "torch":
+                    known.add(alias.asname or "torch")
+                    found += [alias.name] if any(map(private, alias.name.split("."))) else []
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            for alias in node.names:
+                known.add(alias.asname or alias.name)
+                path = f"{node.module}.{alias.name}"
+                found += [path] if any(map(private, path.split("."))) else []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            ours = isinstance(root, ast.Name) and root.id in known
+            if node.attr in PRIVATE or (ours and private(node.attr)):
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Constant) and node.value in PRIVATE:
+            found.append(node.value)  # getattr(module, "_forward_hooks")
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch._C._nn",
+        "import torch as t\nt.autograd.forward_ad._current_level",
+        "from torch import nn\nnn.modules._functions",
+        "from torch.utils._device import DeviceContext",
+        "from torch.nn.modules.conv import _ConvNd",
+        "import torch._dynamo",
+        "def f(module): return module._forward_hooks",
+        "def f(module): return getattr(module, '_forward_hooks')",
+    ],
+)
+def test_privates_of_torch_are_found(source):
+    assert privates_of_torch(source)
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f != ROOT / "_torch.py"], ids=ids)
+def test_only_one_file_uses_the_privates_of_torch(file):
+    assert privates_of_torch(file.read_text()) == [], "give it a name in orthonet/_torch.py"
+
+
+def test_privates_of_torch_are_found_where_they_are():
+    assert len(privates_of_torch((ROOT / "_torch.py").read_text())) > 20

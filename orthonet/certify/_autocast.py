@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from orthonet._torch import TO_COPY, DispatchMode
 from orthonet.certify._program import Program, op_name, refuse
 from orthonet.certify._regions import CASTS, DECOMPOSED, HALF
 from orthonet.certify._rules import BatchDependent
@@ -21,7 +21,7 @@ from orthonet.certify._rules import BatchDependent
 __all__ = ["round_constants"]
 
 
-class _Casts(TorchDispatchMode):
+class _Casts(DispatchMode):
     """Notes the tensors that are cast to half precision."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class _Casts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in HALF:
+        if func is TO_COPY and kwargs.get("dtype") in HALF:
             self.seen.append(args[0])
         return func(*args, **kwargs)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks, layers
+from orthonet._torch import is_hooked
 from orthonet.certify._slopes import Activation, activation_of
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import (
@@ -245,7 +246,7 @@ def _read_module(
         UncertifiableError,
         module=type(module).__name__,
     )  # fmt: skip
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    hooked = is_hooked(module) or "forward" in vars(module)
     known = (nn.Linear.forward, layers.OrthoLinear.forward)
     if isinstance(module, nn.Linear) and type(module).forward in known and not hooked:
         bias = None if module.bias is None else module.bias.detach()

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from orthonet._torch import composite_of, core_decompositions, is_overload
 from orthonet.certify._regions import DECOMPOSED, REGION_OFF
 from orthonet.certify._rules import function_rule
 
@@ -31,17 +32,15 @@ def decompose(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     """
     table: dict[Any, Any] = {}
     for node in nodes:
-        target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        target: Any = node.target
+        if not is_overload(target) or target.namespace != "aten":
             continue
         if function_rule(target) is not None:
             continue
         if not table:
-            from torch._decomp import core_aten_decompositions  # slow to load, rarely needed
-
-            every = core_aten_decompositions()
+            every = core_decompositions()
             table = {op: f for op, f in every.items() if function_rule(op) is None}
-        inner = _trace(node, table.get(target) or _composite(target), table)
+        inner = _trace(node, table.get(target) or composite_of(target), table)
         if inner is None or not _covered(inner):
             continue
         places = list(node.all_input_nodes)
@@ -92,11 +91,6 @@ def skip_whole_slices(graph: fx.Graph) -> None:
         if not begin and (end is None or (isinstance(end, int) and end >= _END)) and step == 1:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
-
-
-def _composite(target: torch._ops.OpOverload) -> Callable[..., Any] | None:
-    kind = torch._C.DispatchKey.CompositeImplicitAutograd
-    return target.decompose if target.has_kernel_for_dispatch_key(kind) else None
 
 
 def _covered(module: fx.GraphModule) -> bool:

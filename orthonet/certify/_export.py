@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from orthonet import _checks
+from orthonet._torch import mutates
 from orthonet.certify._decompose import decompose, inline_regions, skip_whole_slices
 from orthonet.certify._fold import fold, moving
 from orthonet.certify._marks import mark_of, marked_copy
@@ -108,8 +109,7 @@ def export(
 
 def _writes(node: fx.Node) -> bool:
     """Whether the operation works in place: the graph must be made functional first."""
-    schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and schema is not None and schema.is_mutable
+    return node.op == "call_function" and mutates(node.target)
 
 
 def _samples(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import functional
+from orthonet._torch import is_hooked, patched
 from orthonet.certify._rules import function_leaves, module_rule
 from orthonet.reparametrizers._registration import bake
 
@@ -104,22 +105,12 @@ class Marker:
     @contextmanager
     def functions(self, model: nn.Module) -> Iterator[None]:
         """Wherever a function with a rule is named, put marks around its calls."""
-        leaves = {id(f): f for f in function_leaves()}
         spaces: list[Any] = [vars(functional), vars(F)]
         for module in model.modules():
             forward = type(module).forward
             spaces.append(getattr(forward, "__globals__", {}))
-        changed = []
-        for space in {id(s): s for s in spaces}.values():
-            for name, value in list(space.items()):
-                if id(value) in leaves:
-                    changed.append((space, name, value))
-                    space[name] = self.around(value, None, value)
-        try:
+        with patched(spaces, {f: self.around(f, None, f) for f in function_leaves()}):
             yield
-        finally:
-            for space, name, value in changed:
-                space[name] = value
 
 
 def mark_of(node: torch.fx.Node) -> tuple[int, int] | None:
@@ -168,7 +159,6 @@ def _freeze(module: nn.Module) -> None:
 def _is_plain(module: nn.Module) -> bool:
     """Whether the layer is ours, computes its weight, and is used as it was defined."""
     cls = type(module)
-    hooks = module._forward_hooks or module._forward_pre_hooks
     own = any(callable(getattr(cls, name, None)) for name in vars(module))
     library = cls.__module__.startswith("orthonet.") and hasattr(cls, "to_plain")
-    return library and not hooks and not own and module_rule(module) is None
+    return library and not is_hooked(module) and not own and module_rule(module) is None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from orthonet import _checks
+from orthonet._torch import operation_name
 from orthonet.certify._marks import ROOT, LeafCall, mark_of
 from orthonet.certify._regions import REGION_OFF, autocast_region
 from orthonet.errors import UncertifiableError
@@ -96,11 +97,10 @@ def source_of(node: fx.Node) -> str:
 
 def op_name(node: fx.Node) -> str:
     """The name of the operation of a node, without its overload."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        space, name = target._schema.name.split("::")
-        return name if space == "aten" else f"{space}::{name}"
-    return getattr(target, "__name__", str(target))
+    name = operation_name(node.target)
+    if name is None:
+        return getattr(node.target, "__name__", str(node.target))
+    return name.removeprefix("aten::")
 
 
 def refuse(node: fx.Node, requirement: str, advice: str) -> None:

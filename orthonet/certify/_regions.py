@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from orthonet._torch import without_autocast
+
 __all__ = ["CASTS", "DECOMPOSED", "HALF", "REGION_OFF", "autocast_region"]
 
 HALF = (torch.bfloat16, torch.float16)
@@ -19,9 +21,6 @@ def autocast_region(
     device: torch.device, dtype: torch.dtype | None
 ) -> contextlib.AbstractContextManager[Any]:
     """Autocast to `dtype`, without its cache of weights; off for None."""
-    kind = device.type
     if dtype is not None:
-        return torch.autocast(kind, dtype=dtype, cache_enabled=False)
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+    return without_autocast(device)

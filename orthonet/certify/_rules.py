@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import _checks
+from orthonet._torch import NN_FUNCTIONS, is_hooked, operation_name
 from orthonet.certify._bound import Bound
 from orthonet.errors import UncertifiableError
 
@@ -252,7 +253,7 @@ class _Entry(NamedTuple):
 _MODULES: dict[type[nn.Module], _Entry] = {}
 _FUNCTIONS: dict[Any, Callable[[Call], Any]] = {}
 
-_NAMESPACES = (torch, F, torch._C._nn, operator, torch.special, torch.linalg)  # type: ignore[attr-defined]
+_NAMESPACES = (torch, F, NN_FUNCTIONS, operator, torch.special, torch.linalg)
 _SPELLINGS = {
     "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div",
     "concat": "cat", "concatenate": "cat", "subtract": "sub", "multiply": "mul", "divide": "div",
@@ -317,10 +318,9 @@ def canonical(target: Any) -> Any:
     """One name for all spellings of an operation of torch; any other function is its own name."""
     if not isinstance(target, str):
         name = getattr(target, "__name__", "")
-        if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            schema = getattr(target, "_schema", None)
-            name = schema.name if schema else target._qualified_op_name  # type: ignore[union-attr]
-            name = name.removeprefix("aten::")
+        operation = operation_name(target)
+        if operation is not None:
+            name = operation.removeprefix("aten::")
             return canonical(name.removeprefix("linalg_").removeprefix("special_"))
         name = name.removeprefix("linalg_").removeprefix("special_")
         if not any(getattr(space, name, None) is target for space in _NAMESPACES):
@@ -358,8 +358,9 @@ def module_rule(module: nn.Module) -> _Entry | None:
     Hooks and an own `forward` of the instance change the map, too; such a module has no rule and
     is looked into instead.
     """
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    hooks = hooks or any(callable(getattr(type(module), name, None)) for name in vars(module))
+    hooks = is_hooked(module) or any(
+        callable(getattr(type(module), name, None)) for name in vars(module)
+    )
     for base in type(module).__mro__:
         if base in _MODULES and not hooks and _same_map(type(module), base):
             return _MODULES[base]

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from orthonet import _checks
+from orthonet._torch import is_hooked
 from orthonet.convert._forward_notes import forward_notes
 from orthonet.convert._replace import (
     CONVERTIBLE,
@@ -333,6 +334,5 @@ def _check_own(module: nn.Module, ties: Mapping[int, str]) -> None:
             raise UnconvertibleError(f"tied: {ties[id(parameter)]}")
     if not any(name.startswith("weight") for name in module._parameters):
         raise UnconvertibleError("its weight is computed (weight norm?); remove that first")
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, hook) for hook in hooks):
+    if is_hooked(module, backward=True):
         raise UnconvertibleError("it has hooks, which would be lost; remove them first")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orthonet import _checks
-from orthonet.linalg._matrix import is_traced
+from orthonet._torch import is_traced
 
 __all__ = ["circular_pad"]
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orthonet import _checks
+from orthonet._torch import in_forward_mode, in_transform
 from orthonet.functional._activations import absolute, max_min
-from orthonet.linalg._matrix import in_forward_mode, in_transform
 
 __all__ = ["NONLINEARITIES", "mod_relu", "recurrence", "recurrence_loop"]
 

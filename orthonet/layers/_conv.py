@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orthonet import _checks
+from orthonet._torch import conv_paddings
 from orthonet.layers._conv_base import OrthoConvNd
 from orthonet.layers._conv_padding import pad_input, required_sizes
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoKernel, OrthoParams
@@ -100,7 +101,7 @@ class _OrthoConv(OrthoConvNd):
 
     def _padded(self, input: Tensor) -> Tensor:
         """A batch of inputs with all padding done."""
-        pads = self._reversed_padding_repeated_twice
+        pads = conv_paddings(self)
         batch = input if input.ndim > len(self.kernel_size) + 1 else input.unsqueeze(0)
         if not any(pads):
             return batch
@@ -111,7 +112,7 @@ class _OrthoConv(OrthoConvNd):
     def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
-            input = pad_input(input, self.padding_mode, self._reversed_padding_repeated_twice)
+            input = pad_input(input, self.padding_mode, conv_paddings(self))
             padding = 0
         return _CONV[len(self.kernel_size)](
             input,
@@ -126,7 +127,7 @@ class _OrthoConv(OrthoConvNd):
     def _check_size(self, input: Tensor) -> None:
         """Refuse sizes on which the padding would repeat or mix more than it may."""
         dims = len(self.kernel_size)
-        sizes, pads = input.shape[-dims:], self._reversed_padding_repeated_twice
+        sizes, pads = input.shape[-dims:], conv_paddings(self)
         least = required_sizes(self.padding_mode, pads)
         if any(size < low for size, low in zip(sizes, least, strict=True)):
             _checks.fail(

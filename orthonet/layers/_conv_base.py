@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from orthonet import _checks
+from orthonet._torch import ConvNd, conv_forward, conv_paddings
 from orthonet.layers._base import ConstrainedWeight
 from orthonet.layers._conv_padding import padding_norm
 from orthonet.reparametrizers import KERNEL_METHODS, OrthoParams
@@ -20,7 +20,7 @@ __all__ = ["OrthoConvNd"]
 class OrthoConvNd(ConstrainedWeight):
     """Mixin before an `nn` convolution; `_build` takes the place of its `__init__`."""
 
-    _plain_class: ClassVar[type[_ConvNd]]
+    _plain_class: ClassVar[type[ConvNd]]
     _padding_modes: ClassVar[tuple[str, ...]]
 
     if TYPE_CHECKING:
@@ -35,9 +35,6 @@ class OrthoConvNd(ConstrainedWeight):
         padding_mode: str
         training: bool
         transposed: bool
-        _reversed_padding_repeated_twice: list[int]
-        _conv_forward: Any
-        _output_padding: Any
 
     def _build(
         self,
@@ -95,7 +92,7 @@ class OrthoConvNd(ConstrainedWeight):
                 method=method,
                 ranks=ranks,
             )
-        gain = 1.0 / padding_norm(padding_mode, self._reversed_padding_repeated_twice)
+        gain = 1.0 / padding_norm(padding_mode, conv_paddings(self))
         # A transposed convolution is the adjoint of the convolution with the same kernel.
         rows = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
         self.parametrization = KERNEL_METHODS[method](
@@ -155,11 +152,11 @@ class OrthoConvNd(ConstrainedWeight):
 
     def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The map of the layer with a given weight and bias."""
-        return self._conv_forward(input, weight, bias)
+        return conv_forward(self, input, weight, bias)
 
     def _input_size(self, output_size: tuple[int, ...]) -> tuple[int, ...]:
         """The smallest spatial input size that the layer maps to `output_size`."""
-        pads = self._reversed_padding_repeated_twice
+        pads = conv_paddings(self)
         dims = len(self.kernel_size)
         return tuple(
             (size - 1) * s + d * (k - 1) + 1 - sum(pads[2 * (dims - 1 - i) : 2 * (dims - i)])
@@ -221,7 +218,7 @@ class OrthoConvNd(ConstrainedWeight):
         rows, columns = self.out_channels, self.in_channels
         if self.transposed:
             rows, columns = columns, rows
-        cut = any(self._reversed_padding_repeated_twice) or any(self.output_padding)
+        cut = any(conv_paddings(self)) or any(self.output_padding)
         fits = self.kernel_size == self.stride and max(self.dilation) == 1 and not cut
         square = rows == columns * math.prod(self.stride) and getattr(
             self.parametrization, "orthogonal", False

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orthonet import _checks
+from orthonet._torch import conv_output_padding
 from orthonet.functional import circular_pad
 from orthonet.layers._conv_base import OrthoConvNd
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
@@ -105,9 +106,7 @@ class _OrthoConvTranspose(OrthoConvNd):
                     output_size=output_size,
                 )
             return self._apply_weight(input, self.weight, self.bias)
-        extra = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
-        )
+        extra = conv_output_padding(self, input, output_size)
         return _CONV_TRANSPOSE[dims](
             input, self.weight, self.bias, self.stride, self.padding, extra, self.groups,  # type: ignore[arg-type]
             self.dilation,

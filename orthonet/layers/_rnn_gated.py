@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from orthonet._torch import in_forward_mode, is_traced
 from orthonet.layers._rnn_base import RecurrentLayer, State, at_last
 from orthonet.layers._rnn_cells import RecurrentCell
-from orthonet.linalg._matrix import in_forward_mode, is_traced
 from orthonet.manifolds._trivialization import Triv
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthonet.linalg._matrix import is_traced
+from orthonet._torch import is_traced
 
 __all__ = ["filter_signal"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 
@@ -16,15 +15,11 @@ __all__ = [
     "cholesky",
     "compute_dtype",
     "gram_defect",
-    "in_forward_mode",
-    "in_transform",
-    "is_traced",
     "minus_transpose",
     "on_tall",
     "require_finite",
     "rms_scale",
     "symmetric_product",
-    "without_autocast",
 ]
 
 
@@ -35,43 +30,6 @@ _PADDING = 16  # see `cholesky`
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a matrix function of `dtype` input works: at least float32."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def in_transform(*tensors: Tensor) -> bool:
-    """Whether a `torch.func` transform (vmap, grad, ...) is running, which forbids side effects.
-
-    Inside a backward that is vectorized the transform shows in the `tensors` only.
-
-    Never under `torch.compile`, which traces transforms itself.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    functorch = torch._C._functorch  # type: ignore[attr-defined]
-    return functorch.peek_interpreter_stack() is not None or any(
-        functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
-        for t in tensors
-    )
-
-
-def is_traced(*tensors: Tensor) -> bool:
-    """Whether code must be one graph of plain operations: under a compiler or a transform."""
-    return torch.compiler.is_compiling() or in_transform(*tensors)
-
-
-def in_forward_mode() -> bool:
-    """Whether `torch.autograd.forward_ad` is running, which wants plain operations or a jvp."""
-    return torch.autograd.forward_ad._current_level >= 0
-
-
-def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Switch autocast off, on devices that know it; nothing is entered where it is off."""
-    kind = tensor.device.type
-    # The compilers of early versions cannot ask, and every device that they compile for knows it.
-    if not torch.compiler.is_compiling() and not (
-        torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    ):
-        return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)
 
 
 def on_tall(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orthonet.linalg._matrix import add_identity, is_traced
+from orthonet._torch import is_traced
+from orthonet.linalg._matrix import add_identity
 
 __all__ = [
     "identity_minus_half_skew",

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from orthonet.linalg._matrix import is_traced
+from orthonet._torch import is_traced, tracing
 
 __all__ = ["chain", "multiplications", "multiply_projectors"]
 
@@ -48,7 +48,7 @@ def multiply_projectors(
     Returns:
         The product in the layout of `start`, contiguous.
     """
-    if is_traced() or torch._C._get_tracing_state() is not None:
+    if is_traced() or tracing():
         return _as_chain(start, left, left if right is None else right, axes, channels_first)
     return _Product.apply(start, left, right, axes, channels_first)  # type: ignore[return-value]
 

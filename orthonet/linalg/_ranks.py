@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from orthonet._torch import is_shard
+
 __all__ = ["assign", "collect", "exchange", "hand_out", "put_", "rank_and_size", "whole"]
 
 
@@ -198,9 +200,9 @@ def whole(tensor: Tensor) -> Tensor:
     Its gradient is the mean over the processes, as that of a unit of FSDP2 is: each has seen its
     own part of the batch.
     """
-    gather = getattr(tensor, "full_tensor", None)
-    if gather is None:
+    if not is_shard(tensor):
         return tensor
+    gather = tensor.full_tensor  # type: ignore[attr-defined]
     if not (torch.is_grad_enabled() and tensor.requires_grad):
         return gather()
     from torch.distributed.tensor import Partial
@@ -227,7 +229,7 @@ def put_(tensor: Tensor, value: Tensor) -> None:
     """Copy `value`, which all processes hold, into `tensor` or its shard of this process."""
     if value is tensor:  # changed in place
         return
-    if not hasattr(tensor, "full_tensor"):
+    if not is_shard(tensor):
         tensor.copy_(value)
         return
     from torch.distributed.tensor import distribute_tensor

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._matrix import add_identity, in_forward_mode, is_traced
+from orthonet._torch import in_forward_mode, is_traced
+from orthonet.linalg._matrix import add_identity
 from orthonet.linalg._packing import (
     identity_minus_half_skew,
     pack_difference,

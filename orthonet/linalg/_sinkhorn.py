@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orthonet.linalg._matrix import is_traced
+from orthonet._torch import is_traced
 
 __all__ = ["sinkhorn"]
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._matrix import add_identity, compute_dtype, in_forward_mode, is_traced
+from orthonet._torch import in_forward_mode, is_traced
+from orthonet.linalg._matrix import add_identity, compute_dtype
 from orthonet.linalg._polar_gradient import centred_gradient
 from orthonet.linalg._polar_steps import recentred_polar
 from orthonet.linalg.polar import polar, save_centred, saved_centred

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orthonet._torch import in_transform
 from orthonet.linalg._matrix import (
     add_identity,
     cholesky,
-    in_transform,
     on_tall,
     require_finite,
     rms_scale,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._matrix import in_transform, on_tall
+from orthonet._torch import in_transform
+from orthonet.linalg._matrix import on_tall
 from orthonet.linalg._polar_bjorck import bjorck_polar
 from orthonet.linalg._polar_gradient import (
     differentiable_gradient,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._matrix import is_traced, rms_scale
+from orthonet._torch import is_traced
+from orthonet.linalg._matrix import rms_scale
 
 __all__ = ["gram_iteration", "power_iteration"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthonet.linalg._matrix import in_transform
+from orthonet._torch import in_transform
 
 __all__ = [
     "block_reflector",

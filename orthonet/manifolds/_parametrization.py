@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.linalg._matrix import compute_dtype, without_autocast
+from orthonet._torch import without_autocast
+from orthonet.linalg._matrix import compute_dtype
 
 if TYPE_CHECKING:
     from orthonet.manifolds._base import Manifold, Membership

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._matrix import without_autocast
+from orthonet._torch import without_autocast
 from orthonet.linalg._packing import pack_skew, unpack_skew
 from orthonet.linalg._rotation import (
     complement_reflector,

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from orthonet import _checks
+from orthonet._torch import foreach_norm
 from orthonet.linalg._matrix import minus_transpose
 from orthonet.optim._base import Read, State, StiefelOptimizer
 from orthonet.optim._batches import Block
@@ -242,7 +243,7 @@ class StiefelAdam(StiefelOptimizer):
 
     def _require_finite(self, grads: list[Tensor]) -> None:
         """Before anything is changed in place; norms first, which are read fast."""
-        norms = torch._foreach_norm(grads) if grads else []  # type: ignore[attr-defined]
+        norms = foreach_norm(grads) if grads else []
         for grad, norm in zip(grads, norms, strict=True):
             _checks.require(
                 bool(norm.isfinite()) or bool(grad.isfinite().all()),

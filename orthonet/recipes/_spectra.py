@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from orthonet._torch import conv_forward
+
 _LARGEST = 3200  # entries of an input whose dense operator is decomposed: a few seconds
 
 
@@ -64,7 +66,7 @@ def _spectrum(name: str, module: nn.Linear | nn.Conv2d, shape: tuple[int, ...]) 
             sides = [side - 1 for side in sides]
         number = channels * math.prod(sides)
         eye = torch.eye(number, dtype=weight.dtype, device=weight.device)
-        columns = module._conv_forward(eye.view(number, channels, *sides), weight, None)
+        columns = conv_forward(module, eye.view(number, channels, *sides), weight)
         matrix = columns.flatten(1).mT
         cut = "" if sides == list(shape[1:]) else " (a part of the image)"
         operator = f"{_times((channels, *sides))} → {_times(columns.shape[1:])}{cut}"

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
+from orthonet._torch import without_autocast
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg._matrix import compute_dtype, without_autocast
+from orthonet.linalg._matrix import compute_dtype
 from orthonet.reparametrizers.weight import Weight
 
 __all__ = ["MappedWeight"]
@@ -64,6 +65,11 @@ class MappedWeight(Weight):
         self.lipschitz = float(lipschitz)
         self.original = nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype))
         self.reset_parameters()
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight."""
+        return torch.Size(self.weight_shape)
 
     def evaluate(self) -> Tensor:
         """Compute the weight, in the dtype of `original`."""

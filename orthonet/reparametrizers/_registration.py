@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from orthonet import _checks
-from orthonet.linalg._matrix import without_autocast
+from orthonet._torch import without_autocast
 from orthonet.reparametrizers._plain_values import load_plain, reset_parameters, start
 from orthonet.reparametrizers.weight import Weight
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
+from orthonet._torch import conv_forward, conv_paddings
 from orthonet.layers._base import ConstrainedWeight, WithoutPlainWeight
 from orthonet.linalg import haar
 from orthonet.reparametrizers import Weight
@@ -221,7 +222,7 @@ def check_image(layer: Any, input: Tensor) -> None:
 
 def check_circular(layer: Any, input: Tensor) -> None:
     """Refuse sizes on which wrapping around would repeat or mix outputs."""
-    sizes, pads = input.shape[-2:], layer._reversed_padding_repeated_twice
+    sizes, pads = input.shape[-2:], conv_paddings(layer)
     for i, (size, k, s, d) in enumerate(
         zip(sizes, layer.kernel_size, layer.stride, layer.dilation, strict=True)
     ):
@@ -337,4 +338,4 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
         """Convolve `input` with the present weight."""
         if self.padding_mode == "circular":
             check_circular(self, input)
-        return self._conv_forward(input, self.weight, self.bias)
+        return conv_forward(self, input, self.weight, self.bias)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks, functional
+from orthonet._torch import conv_paddings, set_conv_paddings
 from orthonet.layers._base import WithoutPlainWeight
 from orthonet.layers._zoo._base import (
     adopt_arguments,
@@ -41,7 +42,6 @@ class FourierConv2d(WithoutPlainWeight, nn.Module):
     groups: int
     padding: tuple[int, int] | str
     padding_mode: str
-    _reversed_padding_repeated_twice: list[int]
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class FourierConv2d(WithoutPlainWeight, nn.Module):
         for k, s in zip(self.kernel_size, self.stride, strict=True):
             pads.append(max(0, k - s + 1) // 2)
         self.padding = (pads[0], pads[1])
-        self._reversed_padding_repeated_twice = [pads[1], pads[1], pads[0], pads[0]]
+        set_conv_paddings(self, [pads[1], pads[1], pads[0], pads[0]])
 
     def _make(
         self,
@@ -136,7 +136,7 @@ class FourierConv2d(WithoutPlainWeight, nn.Module):
         s = self.stride[0]
         if self.padding_mode == "circular":
             return (size[-2], size[-1]), (size[-2] // s, size[-1] // s)
-        pads = self._reversed_padding_repeated_twice
+        pads = conv_paddings(self)
         torus, output = [], []
         for i, (n, k, d) in enumerate(zip(size[-2:], self.kernel_size, self.dilation, strict=True)):
             padded = n + sum(pads[2 * (1 - i) : 2 * (2 - i)])
@@ -150,7 +150,7 @@ class FourierConv2d(WithoutPlainWeight, nn.Module):
         torus, output = self._torus(tuple(x.shape))
         image = x.to(dtype)
         if self.padding_mode == "zeros":
-            left, _, top, _ = self._reversed_padding_repeated_twice
+            left, _, top, _ = conv_paddings(self)
             right, bottom = torus[1] - image.shape[-1] - left, torus[0] - image.shape[-2] - top
             image = nn.functional.pad(image, (left, right, top, bottom))
         if self.stride[0] > 1:
@@ -187,7 +187,7 @@ class FourierConv2d(WithoutPlainWeight, nn.Module):
         if self.padding_mode == "circular":
             check_circular(self, input)
             _, output = self._torus(size)
-            pads = self._reversed_padding_repeated_twice
+            pads = conv_paddings(self)
             kept = tuple(
                 (n + sum(pads[2 * (1 - i) : 2 * (2 - i)]) - d * (k - 1) - 1) // s + 1
                 for i, (n, k, s, d) in enumerate(

@@ -14,10 +14,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from orthonet import _checks, _torch
 from orthonet.reparametrizers.providers.computation import Computation
 
-__all__ = ["deferred", "defer_pullback", "undeferred"]
+__all__ = ["OPEN", "deferred", "defer_pullback", "undeferred"]
 
 _local = threading.local()  # .deferral: that of this thread
-_open: list[_Deferral] = []  # of all threads
+OPEN: list[_Deferral] = []  # of all threads
 
 
 class _Wait(torch.autograd.Function):
@@ -147,20 +147,20 @@ def defer_pullback() -> Iterator[None]:
         yield
         return
     deferral = _local.deferral = _Deferral()
-    _open.append(deferral)
+    OPEN.append(deferral)
     try:
         yield
         _local.deferral = None
         deferral.flush()
     finally:
         _local.deferral = None
-        _open.remove(deferral)
+        OPEN.remove(deferral)
         deferral.close()
 
 
 def deferred(computation: Computation) -> tuple[Tensor, ...] | None:
     """The outputs for a reader inside `defer_pullback`; None outside."""
-    if not _open:
+    if not OPEN:
         return None
     deferral = getattr(_local, "deferral", None)
     return None if deferral is None else deferral.give(computation)
@@ -179,7 +179,7 @@ def undeferred() -> Iterator[None]:
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
     _checks.require(
-        not any(deferral.waits_for(optimizer) for deferral in tuple(_open)),
+        not any(deferral.waits_for(optimizer) for deferral in tuple(OPEN)),
         type(optimizer),
         "step() must come after the end of defer_pullback(), for gradients wait there",
         "Leave the context first",

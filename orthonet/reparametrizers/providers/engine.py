@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from orthonet import _checks, _torch
-from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg.retraction import CentredMap, Moved, centre, retract
 from orthonet.reparametrizers.providers.computation import Computation, attach
-from orthonet.reparametrizers.providers.defer import deferred
+from orthonet.reparametrizers.providers.defer import OPEN, deferred
 from orthonet.reparametrizers.providers.packet import Centred, Family, Packet
 from orthonet.reparametrizers.weight import SLOT, Weight, alive, caching
 
@@ -51,21 +50,25 @@ class Record:
 
     __slots__ = ("batch", "map", "parameter", "span", "stamp", "stream", "value", "version")
 
-    def __init__(self, parameter: weakref.ref[Tensor], batch: Batch, span: tuple[int, int],
-                 value: Tensor | None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        parameter: weakref.ref[Tensor],
+        batch: Batch,
+        span: tuple[int, int],
+        value: Tensor | None,
+    ) -> None:
         self.parameter, self.batch, self.map, self.span = parameter, batch, batch.map, span
         self.value, self.version = value, 0 if value is None else value._version
         tensor: Any = parameter()
         self.stamp, self.stream = _torch.Stamp(tensor), _torch.current_stream(tensor)
 
     def holds(self, weight: Weight) -> bool:
-        """Whether it is the value of `weight` as that stands."""
+        """Whether it is the value of the parameter of `weight` as that stands."""
         p = weight._parameters.get("original")
         return (
             p is not None
             and self.parameter() is p
             and self.stamp.holds(p)
-            and self.map is weight.map
             and (self.value is None or self.value._version == self.version)
             and (self.stream is None or self.stream == _torch.current_stream(p))
         )
@@ -95,9 +98,10 @@ class Shared:
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The outputs as functions of the parameters, one node for all reads of a step."""
-        waiting = deferred(self.computation)
-        if waiting is not None:
-            return waiting
+        if OPEN:
+            waiting = deferred(self.computation)
+            if waiting is not None:
+                return waiting
         if self.graphed is None:
             with torch.inference_mode(False), torch.enable_grad():
                 self.graphed = attach(self.computation)
@@ -107,7 +111,7 @@ class Shared:
 class Served:
     """What a read of one weight has found; a part of the weight, empty in copies and pickles."""
 
-    __slots__ = ("constant", "parts", "place", "records", "scores", "shared")
+    __slots__ = ("constant", "parts", "place", "records", "scores", "shared", "steps")
 
     def __init__(self) -> None:
         self.clear()
@@ -116,6 +120,7 @@ class Served:
         """Find it anew."""
         self.records: tuple[Record, ...] = ()
         self.parts: tuple[Weight, ...] = ()  # of a composed weight: whose records these are
+        self.steps: tuple[_torch.ModuleStamp, ...] = ()  # what makes the map of each of them
         self.scores: tuple[Tensor, ...] = ()
         self.shared: Shared | None = None
         self.constant: Tensor | None = None
@@ -123,11 +128,11 @@ class Served:
 
     def hold(self, weight: Weight) -> bool:
         """Whether it is the value of `weight` as that stands."""
-        records = self.records
+        records, steps = self.records, self.steps
         if not self.parts:
-            return bool(records) and records[0].holds(weight)
-        for record, part in zip(records, self.parts, strict=True):
-            if not record.holds(part):
+            return bool(records) and steps[0].holds(weight) and records[0].holds(weight)
+        for record, part, step in zip(records, self.parts, steps, strict=True):
+            if not (step.holds(part) and record.holds(part)):
                 return False
         return True
 
@@ -291,23 +296,26 @@ class Engine:
         if len(found) < len(records):
             return False
         served.parts, served.scores = parts, () if composition is None else composition.scores
+        served.steps = tuple(_torch.ModuleStamp(part) for part in parts or (weight,))
         served.records = found
         return True
 
     def _present(self, weight: Weight) -> Record | None:
         """The record of a matrix as it stands; looked at with all others that have none."""
         p = weight._parameters.get("original")
-        if p is None or weight.map is None:
+        way = None if p is None else weight.map
+        if p is None or way is None:
             return None
-        _refuse_capture(weight, p)
-        if not _manageable(weight, p):
-            return None
+        if _torch.capturing(p):
+            _refuse_capture(weight)
         record = self.records.get(id(p))
         if record is None or not record.holds(weight):
+            if not _manageable(weight, p):
+                return None
             with torch.inference_mode(False), torch.no_grad():
                 self._serve(list(self._unknown()), False)
             record = self.records.get(id(p))
-        return record if record is not None and record.holds(weight) else None
+        return record if record is not None and record.map is way and record.holds(weight) else None
 
     def _unknown(self) -> Iterator[Weight]:
         """The matrices of the process whose state nobody has looked at."""
@@ -317,7 +325,7 @@ class Engine:
             if p is None or id(p) in seen or weight.map is None or not _manageable(weight, p):
                 continue
             record = self.records.get(id(p))
-            if record is None or not record.holds(weight):
+            if record is None or record.map is not weight.map or not record.holds(weight):
                 seen.add(id(p))
                 yield weight
 
@@ -401,20 +409,19 @@ def _manageable(weight: Weight, p: Tensor) -> bool:
         weight.caching
         and type(p) is nn.Parameter
         and not weight._sharded
-        and p.dtype == compute_dtype(p.dtype)
+        and p.dtype in (torch.float32, torch.float64)
         and p.numel() > 0
         and p.is_contiguous()
         and _torch.cannot_change_unseen(p)
     )
 
 
-def _refuse_capture(weight: Weight, p: Tensor) -> None:
-    _checks.require(
-        not _torch.capturing(p),
+def _refuse_capture(weight: Weight) -> None:
+    _checks.fail(
         weight,
-        "a weight cannot be read for the first time while a CUDA graph is captured, since the host "
-        "has to wait",
-        "Read it before the capture, or capture orthonet.to_plain(model)",
+        "a weight cannot be read while a CUDA graph is captured, whose replay would not see that "
+        "it has changed",
+        "Capture orthonet.to_plain(model), or use torch.compile without CUDA graphs",
         RuntimeError,
     )
 
