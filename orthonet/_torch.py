@@ -62,6 +62,7 @@ __all__ = [
     "operation_name",
     "patched",
     "run_backward",
+    "recording_in_kernel",
     "running_ddp",
     "set_conv_paddings",
     "tracing",
@@ -182,6 +183,20 @@ def run_backward(
     return _Variable._execution_engine.run_backward(
         outputs, grads, True, False, tuple(inputs), True, accumulate_grad=False
     )
+
+
+@contextlib.contextmanager
+def recording_in_kernel() -> Iterator[None]:
+    """Let autograd record inside of the kernel of a custom operation, where it is switched off."""
+    keys, excluded = _C.DispatchKey, _C._dispatch_tls_local_exclude_set()
+    for key in (
+        keys.AutogradFunctionality, keys.ADInplaceOrView, keys.AutogradOther,
+        keys.AutogradNestedTensor,
+    ):  # fmt: skip
+        excluded = excluded.remove(key)
+    included = _C._dispatch_tls_local_include_set()
+    with _C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 def backward_pass() -> int:
@@ -465,10 +480,9 @@ def current_stream(tensor: Tensor) -> object:
 
 
 def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let `torch.compile` call a function as it is, without tracing it.
+    """Let compiled code call a function as it is, without tracing it.
 
-    As `torch.compiler.disable`, which loads the compiler: that takes a second, so it is done when a
-    compiler meets the function.
+    As `torch.compiler.disable`, but the compiler is loaded when the function is first called. The
+    constructor of every optimizer does that, too.
     """
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return function
+    return _torch._disable_dynamo(function)  # type: ignore[no-any-return]

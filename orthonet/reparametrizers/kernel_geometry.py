@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +32,11 @@ class KernelFactors(NamedTuple):
         return base, None if self.weights is None else self.weights[:, index]
 
 
+def _derived() -> Any:
+    """A field that follows from the others."""
+    return dataclasses.field(init=False, repr=False, compare=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class KernelGeometry:
     """Sizes of a kernel and of its factors, see [`OrthoKernel`][orthonet.reparametrizers.OrthoKernel].
@@ -45,6 +49,15 @@ class KernelGeometry:
         groups: Number of groups.
         ranks: "half" or "free".
         gain: A constant by which the kernel is multiplied.
+        shape: Shape of the kernel, (out, in / groups, *taps).
+        out: Channels out of one group.
+        inner: Channels in of one group.
+        block: Taps of the outer factor.
+        contracting: Whether there are at most as many values out as in.
+        channels: Channels on which the paraunitary factors act.
+        delays: Number of paraunitary factors per dimension.
+        dims: The dimension of each paraunitary factor.
+        rank: Columns of the basis of a projector.
     """
 
     out_channels: int
@@ -54,51 +67,32 @@ class KernelGeometry:
     groups: int = 1
     ranks: str = "half"
     gain: float = 1.0
+    shape: torch.Size = _derived()
+    out: int = _derived()
+    inner: int = _derived()
+    block: tuple[int, ...] = _derived()
+    contracting: bool = _derived()
+    channels: int = _derived()
+    delays: tuple[int, ...] = _derived()
+    dims: tuple[int, ...] = _derived()
+    rank: int = _derived()
 
-    @functools.cached_property
-    def shape(self) -> torch.Size:
-        """Shape of the kernel, (out, in / groups, *taps)."""
-        return torch.Size((self.out_channels, self.inner, *self.kernel_size))
-
-    @functools.cached_property
-    def out(self) -> int:
-        """Channels out of one group."""
-        return self.out_channels // self.groups
-
-    @functools.cached_property
-    def inner(self) -> int:
-        """Channels in of one group."""
-        return self.in_channels // self.groups
-
-    @functools.cached_property
-    def block(self) -> tuple[int, ...]:
-        """Taps of the outer factor."""
-        return tuple(min(k, s) for k, s in zip(self.kernel_size, self.stride, strict=True))
-
-    @functools.cached_property
-    def contracting(self) -> bool:
-        """Whether there are at most as many values out as in."""
-        return self.out <= self.inner * math.prod(self.block)
-
-    @functools.cached_property
-    def channels(self) -> int:
-        """Channels on which the paraunitary factors act."""
-        return self.inner if self.contracting else self.out // math.prod(self.block)
-
-    @functools.cached_property
-    def delays(self) -> tuple[int, ...]:
-        """Number of paraunitary factors per dimension."""
-        return tuple(max(k - s, 0) for k, s in zip(self.kernel_size, self.stride, strict=True))
-
-    @functools.cached_property
-    def dims(self) -> tuple[int, ...]:
-        """The dimension of each paraunitary factor."""
-        return tuple(d for d, count in enumerate(self.delays) for _ in range(count))
-
-    @functools.cached_property
-    def rank(self) -> int:
-        """Columns of the basis of a projector."""
-        return self.channels if self.ranks == "free" else self.channels // 2
+    def __post_init__(self) -> None:
+        pairs = list(zip(self.kernel_size, self.stride, strict=True))
+        out, inner = self.out_channels // self.groups, self.in_channels // self.groups
+        block = tuple(min(k, s) for k, s in pairs)
+        contracting = out <= inner * math.prod(block)
+        channels = inner if contracting else out // math.prod(block)
+        delays = tuple(max(k - s, 0) for k, s in pairs)
+        derived = {
+            "shape": torch.Size((self.out_channels, inner, *self.kernel_size)),
+            "out": out, "inner": inner, "block": block, "contracting": contracting,
+            "channels": channels, "delays": delays,
+            "dims": tuple(d for d, count in enumerate(delays) for _ in range(count)),
+            "rank": channels if self.ranks == "free" else channels // 2,
+        }  # fmt: skip
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     @property
     def orthogonal(self) -> bool:
@@ -114,7 +108,7 @@ class KernelGeometry:
         bases = (g, len(self.dims), c, self.rank) if self.dims and self.rank else None
         return outer, embedding, bases
 
-    @functools.cached_property
+    @property
     def composing(self) -> float:
         """Multiplications per group that composing the kernel takes."""
         taps = self.block if self.contracting else (1,) * len(self.stride)

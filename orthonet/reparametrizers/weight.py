@@ -24,6 +24,7 @@ from orthonet.linalg.retraction import CentredMap
 __all__ = [
     "COMPILED",
     "GIVEN",
+    "NUMBER",
     "PROVIDERS",
     "SLOT",
     "Composition",
@@ -31,16 +32,24 @@ __all__ = [
     "Weight",
     "alive",
     "caching",
+    "numbered",
 ]
 
 GIVEN = "_given"  # the attribute of a part for its value, while something made of it is computed
 
 SLOT = "_served"  # the attribute of a weight for what its provider has found
+NUMBER = "_number"  # ... and for its number in this process, a tensor
 
 W = TypeVar("W", bound="Weight")
 
 _alive: dict[int, weakref.ref[Weight]] = {}
 _numbers = itertools.count()
+
+
+def numbered(number: int) -> Weight | None:
+    """The weight of this number, if it is alive."""
+    reference = _alive.get(number)
+    return None if reference is None else reference()
 
 
 def alive() -> Iterator[Weight]:
@@ -144,8 +153,9 @@ class Weight(nn.Module, abc.ABC):
         self._enroll()
 
     def _enroll(self) -> None:
-        vars(self)[SLOT] = None  # a shallow copy does not share what its original has found
         number = next(_numbers)
+        # A copy, also a shallow one, does not share what its original has found.
+        vars(self).update({SLOT: None, NUMBER: torch.tensor(number, device="cpu")})
         _alive[number] = weakref.ref(self, lambda _: _alive.pop(number, None))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -170,6 +180,11 @@ class Weight(nn.Module, abc.ABC):
             if value is not None:
                 return value
         return self.evaluate()
+
+    @property
+    def number(self) -> Tensor | None:
+        """Its number in this process; None for one that has none."""
+        return getattr(self, NUMBER, None)
 
     @property
     def map(self) -> CentredMap | None:

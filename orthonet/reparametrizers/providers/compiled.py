@@ -1,15 +1,17 @@
 """Weights inside of `torch.compile`: one opaque operation a weight, which reads as eager code does.
 
 A compiled graph cannot ask whether a parameter has changed since its value was made. The operation
-asks when it runs: it finds the weight that its tensors belong to, reads it, and copies the value,
-because the compiler takes the memory of a result for its own. Its backward pass is that of the
-eager read. So a compiled layer has the nodes of a plain layer and two more, whatever the weight,
-and nothing is compiled again from step to step.
+asks when it runs: it finds the weight by its number, reads it, and copies the value, because the
+compiler takes the memory of a result for its own. Its backward pass is that of the eager read. So a
+compiled layer has the nodes of a plain layer and two more, whatever the weight, and nothing is
+compiled again from step to step.
+
+The number is a tensor in main memory, an input of the graph: layers of one shape share their
+compiled code, and CUDA graphs, whose replay would not ask, leave such a graph alone.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks, _torch
-from orthonet.reparametrizers.weight import Weight, alive
+from orthonet.reparametrizers.weight import Weight, numbered
 
 __all__ = ["compiled_read"]
-
-_known: dict[tuple[int, ...], weakref.ref[Weight]] = {}  # by the places of the parameters
 
 
 def compiled_read(weight: Weight) -> Tensor:
@@ -32,77 +32,85 @@ def compiled_read(weight: Weight) -> Tensor:
     is traced.
     """
     parameters = list(weight.parameters())
-    if _torch.is_exporting() or weight._sharded or not weight.caching:
+    number = weight.number
+    if number is None or weight._sharded or not weight.caching or _torch.is_exporting():
         return weight.evaluate()
-    if any(type(p) is not nn.Parameter for p in parameters):
+    if len(parameters) > 4 or any(type(p) is not nn.Parameter for p in parameters):
         return weight.evaluate()
-    return _read(parameters, list(weight.shape))
+    four = [*parameters, None, None, None][:4]
+    return _Read.apply(number, tuple(weight.shape), *four)  # type: ignore[return-value]
+
+
+class _Read(torch.autograd.Function):
+    """The value as a function of the parameters, which no operation of the graph reads.
+
+    There are four of them, some of which are None: the compiler cannot trace a function of a
+    variable number.
+    """
+
+    @staticmethod
+    def forward(
+        number: Tensor,
+        shape: tuple[int, ...],
+        first: Tensor,
+        second: Tensor | None,
+        third: Tensor | None,
+        fourth: Tensor | None,
+    ) -> Tensor:
+        return _read(number, list(shape), first.new_empty(0))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.shapes = [None if p is None else p.shape for p in inputs[2:]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (number,) = ctx.saved_tensors
+        shapes = [shape for shape in ctx.shapes if shape is not None]
+        found = _pull_back(number, grad, [shape.numel() for shape in shapes])
+        grads = [g.view(shape) for g, shape in zip(found, shapes, strict=True)]
+        first, second, third, fourth = [*grads, None, None, None][:4]
+        return None, None, first, second, third, fourth
 
 
 @torch.library.custom_op("orthonet::weight", mutates_args=())
-def _read(parameters: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+def _read(number: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
     with torch.no_grad():
-        return _owner(parameters)().clone(memory_format=torch.contiguous_format)
+        return _weight(number)().clone(memory_format=torch.contiguous_format)
 
 
 @_read.register_fake
-def _(parameters: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    return parameters[0].new_empty(shape)
+def _(number: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    return like.new_empty(shape)
 
 
 @torch.library.custom_op("orthonet::weight_backward", mutates_args=())
-def _pull_back(parameters: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-    weight = _owner(parameters)
+def _pull_back(number: Tensor, grad: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    weight = _weight(number)
     own = list(weight.parameters())
     learning = [p for p in own if p.requires_grad]
-    with torch.enable_grad():
-        value = weight()
-    found = iter(torch.autograd.grad(value, learning, grad, allow_unused=True))
+    with _torch.recording_in_kernel():
+        found = iter(torch.autograd.grad(weight(), learning, grad, allow_unused=True))
     grads = [next(found) if p.requires_grad else None for p in own]
     return [
-        torch.zeros_like(p) if g is None else g.clone()
+        p.new_zeros(p.numel()) if g is None else g.flatten().clone()
         for p, g in zip(own, grads, strict=True)
     ]
 
 
 @_pull_back.register_fake
-def _(parameters: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-    return [torch.empty_like(p) for p in parameters]
+def _(number: Tensor, grad: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    return [grad.new_empty(size) for size in sizes]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[0])
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, None]:
-    return _pull_back(list(ctx.saved_tensors), grad), None
-
-
-_read.register_autograd(_backward, setup_context=_setup)
-
-
-def _places(parameters: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(p.data_ptr() for p in parameters)
-
-
-def _owner(parameters: Sequence[Tensor]) -> Weight:
-    """The weight of which these are the parameters."""
-    places = _places(parameters)
-    reference = _known.get(places)
-    weight = None if reference is None else reference()
-    if weight is not None and _places(list(weight.parameters())) == places:
-        return weight
-    for weight in alive():
-        own = list(weight.parameters())
-        if len(own) == len(places) and _places(own) == places:
-            if len(_known) > 4096:
-                _known.clear()
-            _known[places] = weakref.ref(weight)
-            return weight
-    _checks.fail(
-        "torch.compile",
-        "the parameters of a constrained weight must be those of a module of this process",
-        "Do not pass the parameters of one model to another inside of the compiled function",
-        RuntimeError,
-        shapes=[tuple(p.shape) for p in parameters],
-    )
+def _weight(number: Tensor) -> Weight:
+    weight = numbered(int(number))
+    if weight is None:
+        _checks.fail(
+            "torch.compile",
+            "the module of a constrained weight must be alive when compiled code reads it",
+            "Keep a reference to the model",
+            RuntimeError,
+        )
+    return weight

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from orthonet import _torch
-from orthonet.reparametrizers.weight import SLOT
+from orthonet.reparametrizers.weight import NUMBER, SLOT
 
 __all__ = ["STATE", "Stamps", "Structure"]
 
 STATE = "_cached"  # the attribute of a module that holds its slot
 # What every module has: its hooks, which do not enter a value, and what is looked at below.
 INTERNAL = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
-INTERNAL |= {STATE, SLOT}
+INTERNAL |= {STATE, SLOT, NUMBER}
 
 
 class Structure:
