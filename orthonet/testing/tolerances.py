@@ -10,6 +10,7 @@ import torch
 from orthonet._checks import positive_int
 
 __all__ = [
+    "OPERATOR_PROMISE",
     "OUTPUT",
     "PRESETS",
     "PROMISE",
@@ -39,6 +40,9 @@ class Tolerance(NamedTuple):
 
 PROMISE: dict[torch.dtype, float] = {torch.float64: 1e-12, torch.float32: 2e-6}
 r"""The largest \(|\sigma - 1|\) promised of a weight and of an optimizer's step."""
+
+OPERATOR_PROMISE: dict[torch.dtype, float] = {torch.float64: 1e-12, torch.float32: 1e-5}
+r"""The largest \(|\sigma - 1|\) promised of a convolution, whose kernel is composed of weights."""
 
 
 def rounding(dtype: torch.dtype, operations: int, size: float = 1.0) -> float:
