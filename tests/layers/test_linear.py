@@ -90,15 +90,16 @@ def test_assignment(sizes):
     layer = OrthoLinear(*sizes)
     original = layer.parametrization.original
     q = linalg.haar(sizes[::-1])
+    allowed = tolerances.rounding(torch.float32, 4 * 9)  # four products; observed 2e-7 of 1.4e-6
     for value in (q, nn.Parameter(q)):
         layer.weight = value
-        torch.testing.assert_close(layer.weight, q, atol=1e-6, rtol=0)  # observed 2e-7
+        torch.testing.assert_close(layer.weight, q, atol=allowed, rtol=0)
     assert layer.parametrization.original is original  # optimizers and DDP keep their parameter
     with pytest.raises(NotOnManifoldError, match=r"^OrthoLinear: the weight must be semi-orth"):
         layer.weight = 0.5 * q
     with pytest.raises(ValueError, match="OrthoLinear: weight must be a tensor"):
         layer.weight = [1.0]
-    torch.testing.assert_close(layer.weight, q, atol=1e-6, rtol=0)
+    torch.testing.assert_close(layer.weight, q, atol=allowed, rtol=0)
 
 
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
