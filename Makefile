@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .NOTPARALLEL:
-.PHONY: demo test test-slow lint format docs bench clean
+.PHONY: demo test test-slow test-processors lint format docs bench clean
 
 demo: $(VENV)/.demo          ## train, certify and attack a network on real digits
 	$(BIN)/orthonet train $(RECIPE)
@@ -18,6 +18,9 @@ test: $(VENV)/.test          ## the tests, and the documentation with warnings a
 
 test-slow: $(VENV)/.test     ## the tests that take minutes
 	$(PYTEST) -m "slow and not gpu"
+
+test-processors: $(VENV)/.test  ## the tests under the kernels of other processors
+	$(BIN)/python -m tests.processors -n $(JOBS) --dist loadgroup
 
 lint: $(VENV)/.lint          ## style and types
 	$(BIN)/ruff check .

@@ -12,7 +12,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # pytest listens to every logger, and torch then formats each step of torch.export: ten times slower
 logging.getLogger("torch.__trace").disabled = True
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
+_THREADS = os.environ.get("OMP_NUM_THREADS", "")  # as `python -m tests.processors` sets it
+torch.set_num_threads(int(_THREADS) if _THREADS else max(1, (os.cpu_count() or 1) // _WORKERS))
 
 
 @pytest.fixture(autouse=True)

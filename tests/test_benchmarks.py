@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks import _harness as harness
 from benchmarks import page, presets
 from benchmarks._candidates import OURS, conditioned
+from orthonet.testing import tolerances
 
 one_worker = pytest.mark.xdist_group("quick")  # so that they are run once
 
@@ -26,7 +27,7 @@ def test_every_preset_of_ours_is_measured_and_orthogonal(quick):
     for row in quick["accuracy"]:
         if row["library"] == OURS and row["state"] in ("init", "trained"):
             # Observed 4e-7 and 1e-15 on these sizes.
-            assert row["residual"] <= (2e-6 if row["dtype"] == "float32" else 1e-12), row
+            assert row["residual"] <= tolerances.PROMISE[getattr(torch, row["dtype"])], row
     measured = [row for row in quick["speed"] if row.get("error") != "not installed"]
     assert len(measured) >= 2 * (len(presets.PRESETS) + 1)
     for row in measured:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from orthonet import functional
-from orthonet.testing import jacobian, orthogonality_error, singular_values
+from orthonet.testing import jacobian, orthogonality_error, singular_values, tolerances
 
 # (name, map on (N, 8, ...) at dim=1 or on the last dim)
 PRESERVING = {
@@ -113,8 +113,8 @@ def test_errors_say_what_is_required(call, message):
 @pytest.mark.parametrize("angle", [0.0, 0.3, torch.pi / 2, 2.0, torch.pi, -1.0])
 def test_householder_has_singular_values_one(angle, dtype):
     theta = torch.full((4,), angle, dtype=dtype)
-    # observed 1.2e-7 in float32, 2.2e-16 in float64
-    allowed = 6e-7 if dtype == torch.float32 else 2e-15
+    # v to two units and 2 v v^T z: 16 roundings; observed 1.2e-7 and 2.2e-16
+    allowed = tolerances.orthogonality_rounding(dtype, 16)
     for x in (torch.randn(8), torch.zeros(8), -torch.ones(8)):
         matrix = jacobian(lambda z: functional.householder(z, theta), x.to(dtype))
         assert orthogonality_error(matrix) <= allowed
@@ -123,10 +123,9 @@ def test_householder_has_singular_values_one(angle, dtype):
 def test_householder_at_a_right_angle_is_max_min(dtype):
     x = torch.randn(6, 8, 3, dtype=dtype)
     theta = torch.full((4,), torch.pi / 2, dtype=dtype)
-    # observed 1.2e-7 in float32, 6.2e-16 in float64
-    atol = 2e-6 if dtype == torch.float32 else 4e-15
+    # the same 16 roundings of entries up to the largest; observed 1.2e-7 and 6.2e-16
     difference = functional.householder(x, theta) - functional.max_min(x)
-    assert difference.abs().max() <= atol
+    assert difference.abs().max() <= tolerances.rounding(dtype, 16, float(x.abs().max()))
 
 
 def test_householder_is_differentiable_in_input_and_angles():

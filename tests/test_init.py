@@ -3,16 +3,16 @@ import torch
 from torch import nn
 
 from orthonet import init
-from orthonet.testing import orthogonality_error, singular_values
+from orthonet.testing import orthogonality_error, singular_values, tolerances
 
 # observed over three seeds: 8.9e-7 and 1.2e-15
-ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-12}
+ALLOWED = tolerances.OPERATOR_PROMISE
 
 
 def test_orthogonal_fills_any_weight(dtype):
     for shape in ((5, 3), (3, 5), (4, 2, 3, 3), (1, 7)):
         w = init.orthogonal_(torch.empty(shape, dtype=dtype), gain=2.0)
-        allowed = 2e-6 if dtype == torch.float32 else 1e-12
+        allowed = tolerances.PROMISE[dtype]
         assert orthogonality_error(w.flatten(1) / 2) <= allowed  # observed 2.5e-7 and 4.4e-16
     half = init.orthogonal_(torch.empty(4, 4, dtype=torch.bfloat16))
     assert orthogonality_error(half) <= 1e-2  # rounded once; observed 2.2e-3

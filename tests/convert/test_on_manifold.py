@@ -19,6 +19,7 @@ from orthonet.layers import (
     OrthoRNN,
 )
 from orthonet.optim import StiefelAdam, StiefelMuon, StiefelSGD
+from orthonet.testing import tolerances
 from tests.presets import PRESETS
 
 MODELS = {
@@ -75,8 +76,10 @@ def test_every_preset_comes_back(preset, shape):
     weight = layer.weight.detach().clone()
     moved = on_manifold(layer)
     assert torch.allclose(moved.weight, weight, atol=2e-6)  # observed 0
+    # to the parameter and back by some 20 products of 7 x 7; observed 7.7e-7 of 2.8e-6
+    allowed = tolerances.rounding(torch.float32, 20 * 7)
     for back in (trivialize(moved), trivialize(moved, orthonet.QR_ORTHO_PARAMS)):
-        assert torch.allclose(back.weight, weight, atol=3e-6)  # observed 7.7e-7
+        assert torch.allclose(back.weight, weight, atol=allowed, rtol=0)
     back = trivialize(moved.eval())
     assert not any(m.training for m in back.modules())
 

@@ -11,9 +11,9 @@ import orthonet
 from orthonet.certify import certify
 from orthonet.convert import orthogonalize
 from orthonet.layers import MaxMin, OrthoConv2d, OrthoLinear
-from orthonet.testing import singular_values
+from orthonet.testing import singular_values, tolerances
 
-ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-12}  # observed 2.6e-6 and 7e-15
+ALLOWED = tolerances.OPERATOR_PROMISE  # observed 2.6e-6 and 7e-15
 
 
 def converted(model, **options):

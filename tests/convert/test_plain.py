@@ -4,6 +4,7 @@ from torch import nn
 
 from orthonet.convert import to_plain
 from orthonet.layers import MaxMin, OrthoConv2d, OrthoLinear, UnitNormLinear
+from orthonet.testing import tolerances
 
 
 class Net(nn.Module):
@@ -27,7 +28,10 @@ def test_outputs_are_equal_and_the_model_is_left_alone(train):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     plain = to_plain(model)
     x = torch.randn(5, 1, 4, 4)
-    torch.testing.assert_close(plain(x), model(x), atol=1e-6, rtol=0)  # observed 2.4e-7
+    # twice four layers of at most 16 terms; observed 2.4e-7 of 2.7e-6 times the largest output
+    y = model(x).detach()
+    allowed = tolerances.rounding(torch.float32, 2 * 4 * 16, float(y.abs().max()))
+    torch.testing.assert_close(plain(x), y, atol=allowed, rtol=0)
     assert type(plain) is Net
     assert type(plain.stem[0]) is nn.Conv2d
     assert type(plain.stem[1]) is MaxMin

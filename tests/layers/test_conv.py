@@ -16,11 +16,11 @@ from orthonet.layers import (
     OrthoConv3d,
     OrthoConvTranspose2d,
 )
-from orthonet.testing import LAYER_LAWS, MATRIX_CASES, hard_matrix, singular_values
+from orthonet.testing import LAYER_LAWS, MATRIX_CASES, hard_matrix, singular_values, tolerances
 from tests.presets import PRESETS
 
 # Factor errors of 4e-7 add up through the composition; observed 8.5e-7 and 2.2e-15.
-ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-12}
+ALLOWED = tolerances.OPERATOR_PROMISE
 FACTORIES = {
     "same": functools.partial(OrthoConv2d, 4, 6, 3, padding=1, padding_mode="circular"),
     "strided": functools.partial(OrthoConv2d, 4, 6, (3, 2), 2, padding=(1, 0), groups=2),

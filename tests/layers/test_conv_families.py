@@ -17,9 +17,9 @@ from orthonet.reparametrizers import (
     ReshapedKernel,
     caching,
 )
-from orthonet.testing import LAYER_LAWS, singular_values
+from orthonet.testing import LAYER_LAWS, singular_values, tolerances
 
-ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-12}
+ALLOWED = tolerances.OPERATOR_PROMISE
 FREE = functools.partial(OrthoConv2d, 4, 4, 3, padding=1, padding_mode="circular", ranks="free")
 FACTORIES = {
     "free": FREE,
@@ -328,7 +328,12 @@ def test_export_takes_one_graph(factory):
     layer = factory().eval()
     x = torch.randn(2, 4, 6, 6)
     program = torch.export.export(layer, (x,))
-    torch.testing.assert_close(program.module()(x), layer(x), atol=1e-6, rtol=0)
+    # two ways to at most 9 factors of 6 x 6 and to 36 taps; observed 1.9e-6 of 8.6e-6
+    output = layer(x)
+    allowed = tolerances.rounding(
+        torch.float32, 2 * (9 * 6 + 36), float(output.detach().abs().max())
+    )
+    torch.testing.assert_close(program.module()(x), output, atol=allowed, rtol=0)
 
 
 def test_applied_factors_are_computed_once_per_step(monkeypatch):

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from orthonet import layers
-from orthonet.testing import singular_values
+from orthonet.testing import singular_values, tolerances
 
 # Factor errors of 4e-7 add up through the composition. Observed over a random 1524 rows: 8.1e-7 and
 # 2.7e-15 from 1 where orthogonal, 5.0e-7 and 1.8e-15 above 1 elsewhere.
-ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-12}
+ALLOWED = tolerances.OPERATOR_PROMISE
 SIZES = (7, 8, 9)
 MODES = ("circular", "valid", "zeros", "reflect", "replicate")
 CLASSES = {

@@ -14,10 +14,10 @@ from orthonet.layers import (
     OrthoConvTranspose2d,
     OrthoConvTranspose3d,
 )
-from orthonet.testing import LAYER_LAWS, singular_values
+from orthonet.testing import LAYER_LAWS, singular_values, tolerances
 
 # observed 4.3e-7 and 8e-15
-ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-12}
+ALLOWED = tolerances.OPERATOR_PROMISE
 FACTORIES = {
     "circular": functools.partial(OrthoConvTranspose2d, 8, 2, 3, 2, 1, 1, padding_mode="circular"),
     "plain": functools.partial(OrthoConvTranspose2d, 8, 2, (3, 2), 2, groups=2),

@@ -16,6 +16,7 @@ from orthonet.testing import (
     assert_orthogonal,
     hard_matrix,
     orthogonality_error,
+    tolerances,
 )
 from tests.presets import PRESETS
 from tests.references import polar_gradient_reference, polar_reference
@@ -31,7 +32,7 @@ FACTORIES = {
     "unit_norm": functools.partial(UnitNormLinear, 6, 5),
 }
 # observed: 4.6e-7 and 9e-16
-RESIDUAL = {torch.float32: 2e-6, torch.float64: 1e-12}
+RESIDUAL = tolerances.PROMISE
 
 
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
@@ -89,15 +90,16 @@ def test_assignment(sizes):
     layer = OrthoLinear(*sizes)
     original = layer.parametrization.original
     q = linalg.haar(sizes[::-1])
+    allowed = tolerances.rounding(torch.float32, 4 * 9)  # four products; observed 2e-7 of 1.4e-6
     for value in (q, nn.Parameter(q)):
         layer.weight = value
-        torch.testing.assert_close(layer.weight, q, atol=1e-6, rtol=0)  # observed 2e-7
+        torch.testing.assert_close(layer.weight, q, atol=allowed, rtol=0)
     assert layer.parametrization.original is original  # optimizers and DDP keep their parameter
     with pytest.raises(NotOnManifoldError, match=r"^OrthoLinear: the weight must be semi-orth"):
         layer.weight = 0.5 * q
     with pytest.raises(ValueError, match="OrthoLinear: weight must be a tensor"):
         layer.weight = [1.0]
-    torch.testing.assert_close(layer.weight, q, atol=1e-6, rtol=0)
+    torch.testing.assert_close(layer.weight, q, atol=allowed, rtol=0)
 
 
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)

@@ -4,7 +4,7 @@ import torch
 from orthonet import linalg
 from orthonet.linalg import _rotation, exponential
 from orthonet.linalg._packing import pack_skew, unpack_skew
-from orthonet.testing import orthogonality_error
+from orthonet.testing import orthogonality_error, tolerances
 from tests.references import rotation_reference
 
 
@@ -65,7 +65,7 @@ def test_rotate_base(shape, scale, dtype):
     base = linalg.haar(shape, dtype=dtype)
     q = linalg.rotate_base(w, base)
     # observed 1.1e-7 and 5e-16
-    assert orthogonality_error(q) <= {torch.float32: 2e-6, torch.float64: 1e-12}[dtype]
+    assert orthogonality_error(q) <= tolerances.PROMISE[dtype]
     error = float((q - rotation_reference(w, base)).abs().max())
     # observed 1.8e-4 and 6.1e-13 at scale 20, where the exponent has norm up to about 200
     assert error <= {torch.float32: 2e-3, torch.float64: 1e-11}[dtype]

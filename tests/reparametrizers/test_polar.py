@@ -18,12 +18,12 @@ from orthonet.reparametrizers import (
     BatchedPolarOrthogonalization,
     OrthoWeight,
 )
-from orthonet.testing import MATRIX_CASES, hard_matrix, orthogonality_error
+from orthonet.testing import MATRIX_CASES, hard_matrix, orthogonality_error, tolerances
 from tests.references import polar_gradient_reference, polar_reference
 
 SHAPES = [(24, 24), (40, 12), (12, 40), (3, 10, 10)]
 POLAR, WARM = orthonet.POLAR_ORTHO_PARAMS, orthonet.POLAR_WARM_ORTHO_PARAMS
-RESIDUAL = {torch.float32: 2e-6, torch.float64: 1e-12}
+RESIDUAL = tolerances.PROMISE
 OPTIMIZERS = {
     "adam 1e-4": lambda p: torch.optim.Adam(p, lr=1e-4),
     "adam 1e-2": lambda p: torch.optim.Adam(p, lr=1e-2),
