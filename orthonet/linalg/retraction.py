@@ -22,7 +22,7 @@ from torch import Tensor
 from orthonet.linalg import _polar_series as series
 from orthonet.linalg._matrix import add_identity, cholesky, symmetric_product
 from orthonet.linalg._polar_gradient import centred_gradient
-from orthonet.linalg._polar_steps import centred_below, near_pass, recentred_polar
+from orthonet.linalg._polar_steps import near_pass, recentred_polar
 from orthonet.linalg.factorization import cholesky_qr
 from orthonet.linalg.polar import polar
 
@@ -236,7 +236,9 @@ def centre(point: Tensor) -> tuple[Tensor, Tensor]:
     A function of the matrix alone, so that it gives the same bits for the matrix that a step has
     left and for the one that a checkpoint has kept.
     """
-    norm = torch.linalg.vector_norm(point, dim=(-2, -1), keepdim=True)
+    # by rows first: one sum over all entries of a large matrix is off by up to 1e-5 in float32
+    norm = torch.linalg.vector_norm(point, dim=-1, keepdim=True)
+    norm = torch.linalg.vector_norm(norm, dim=-2, keepdim=True)
     scale = norm.mul_(min(point.shape[-2:]) ** -0.5)
     return point / scale, scale
 
@@ -270,7 +272,7 @@ def retract(
     wanted = list(squares) or [True] * len(batches)
     for (x, way), square in zip(batches, wanted, strict=True):
         found = _measure(x)
-        if move and way.squares and (square or not x.is_cpu):
+        if (way.squares and (square or not x.is_cpu)) or not move:
             found = found._replace(square=symmetric_product(found.e, found.e))
         measured.append(found)
         asked.append(_norms(found.e))
@@ -278,10 +280,10 @@ def retract(
             asked.append(_norms(found.square))
     read = iter(_read(asked))
     results: list[Moved] = []
-    for (x, way), found in zip(batches, measured, strict=True):
+    for (_, way), found in zip(batches, measured, strict=True):
         first = next(read)
-        second = first if found.square is None else next(read)
-        results.append(_moved(x, way, found, first, second, move))
+        second = None if found.square is None else next(read)
+        results.append(_moved(way, found, first, second, move))
     return results
 
 
@@ -300,30 +302,33 @@ def _read(tensors: list[Tensor]) -> list[list[float]]:
 
 
 def _moved(
-    x: Tensor,
     way: CentredMap,
     measured: _Measured,
     first: list[float],
-    second: list[float],
+    second: list[float] | None,
     move: bool,
 ) -> Moved:
-    count = len(first)
-    tall = x.mT if _wide(x) else x
-    low = centred_below(tall)
-    centred = [b <= low for b in first]
-    if not move or all(centred):
-        return Moved(x, [False] * count, centred, False)
+    x, count = measured.x, len(first)
+    low = 30.0 * torch.finfo(x.dtype).eps  # then |sigma - 1| is half of that
+    rounding = 0.8 * low * min(x.shape[-2:]) ** 0.5  # of all singular values together
     near = series.reach(1, series.tolerance(x.dtype)) if way.squares else way.limit
     squared = way.squares and not max(_finite(first), default=math.inf) <= near
-    bounds = first
-    if squared:
-        if measured.square is None:  # a wrong guess, on the CPU
-            measured = measured._replace(square=symmetric_product(measured.e, measured.e))
-            (second,) = _read([_norms(measured.square)])
-        bounds = [min(a, b**0.5) if b == b else math.inf for a, b in zip(first, second, strict=True)]
-    elif measured.square is not None:
+    unclear = any(low < bound <= rounding for bound in first)
+    if second is None and (squared or unclear):  # a wrong guess, on the CPU
+        measured = measured._replace(square=symmetric_product(measured.e, measured.e))
+        (second,) = _read([_norms(measured.square)])  # type: ignore[list-item]
+    both = first if second is None else _lower(first, second)
+    centred = [bound <= low for bound in both]
+    for i, bound in enumerate(both):
+        if low < bound <= 4.0 * low and min(x.shape[-2:]) >= _NOISY:
+            one = x if x.ndim == 2 else x.reshape(-1, *x.shape[-2:])[i]
+            centred[i] = _bound_in_double(one) <= low
+    if not move or all(centred):
+        return Moved(x, [False] * count, centred, False)
+    bounds = both if squared else first
+    if not squared:
         measured = measured._replace(square=None)
-    reached = [b <= way.limit for b in bounds]  # false for NaN
+    reached = [bound <= way.limit for bound in bounds]  # false for NaN
     if all(reached):
         y = way.finish(measured, max(bounds))
         if not any(centred):
@@ -331,6 +336,23 @@ def _moved(
         return Moved(_chosen(centred, x, y), [not c for c in centred], [True] * count, squared)
     y, good = _one_by_one(x, way, reached)
     return Moved(y, good, good, squared)
+
+
+def _lower(first: list[float], second: list[float]) -> list[float]:
+    """The smaller of the bounds ||E||_F and ||E^2||_F^(1/2); infinite for NaN."""
+    pairs = zip(first, second, strict=True)
+    return [min(a, b**0.5) if b == b and a == a else math.inf for a, b in pairs]
+
+
+_NOISY = 512  # side from which rounding in E is as large as what it is to show
+
+
+def _bound_in_double(x: Tensor) -> float:
+    """The bound of ||E||_2 of one matrix, E computed in float64."""
+    found = _measure(x.double())
+    square = symmetric_product(found.e, found.e)
+    first, second = _read([_norms(found.e), _norms(square)])
+    return _lower(first, second)[0]
 
 
 def _finite(bounds: list[float]) -> list[float]:

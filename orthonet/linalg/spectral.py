@@ -13,7 +13,7 @@ from orthonet import _checks
 from orthonet._torch import is_traced
 from orthonet.linalg._matrix import rms_scale
 
-__all__ = ["gram_iteration", "power_iteration"]
+__all__ = ["gram_iteration", "power_iteration", "rounds"]
 
 
 def power_iteration(w: Tensor, u: Tensor, *, niters: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,14 +47,23 @@ def leading_vectors(w: Tensor, u: Tensor, niters: int) -> tuple[Tensor, Tensor]:
     start, x = u.unsqueeze(-1), w.detach()
     if not _squares_are_in_range(x):
         x = x / rms_scale(x)
-    column, row = start, x.new_zeros(*x.shape[:-2], x.shape[-1], 1)
+    column, row = rounds(x, start, niters)
+    length = _length(column)
+    column = torch.where((length > 0.5) & (length < 2.0), column, start)  # false for NaN
+    return column.squeeze(-1), row.squeeze(-1)
+
+
+def rounds(x: Tensor, column: Tensor, niters: int) -> tuple[Tensor, Tensor]:
+    """The columns u (*batch, m, 1) and v (*batch, n, 1) after rounds that begin at `column`.
+
+    Differentiable. The squares of `x` must be in range; a zero matrix gives zeros.
+    """
+    row = x.new_zeros(*x.shape[:-2], x.shape[-1], 1)
     for _ in range(niters):
         row = x.mT @ column
         column = x @ row
         column = column / _length(column).clamp_min(1e-30)
-    length = _length(column)
-    column = torch.where((length > 0.5) & (length < 2.0), column, start)  # false for NaN
-    return column.squeeze(-1), (row / _length(row).clamp_min(1e-30)).squeeze(-1)
+    return column, row / _length(row).clamp_min(1e-30)
 
 
 def _length(columns: Tensor) -> Tensor:

@@ -92,6 +92,8 @@ class OrthoKernel(Weight):
         framework*, ICML 2022 (arXiv 2106.09121), for the complete separable family.
     """
 
+    opaque = True
+
     def __init__(
         self,
         out_channels: int,

@@ -53,6 +53,8 @@ class ReshapedKernel(Weight):
         Tsuzuku, Sato & Sugiyama, NeurIPS 2018, for the bound by overlap.
     """
 
+    opaque = True
+
     def __init__(
         self,
         out_channels: int,

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthonet import _checks, _torch
+from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg import power_iteration
-from orthonet.linalg._matrix import compute_dtype
-from orthonet.linalg.spectral import leading_vectors
+from orthonet.linalg._matrix import compute_dtype, rms_scale
+from orthonet.linalg.spectral import rounds
 
 __all__ = ["BatchedIdentity", "BatchedPowerIteration", "L2Normalize"]
 
@@ -48,7 +47,7 @@ class BatchedPowerIteration(nn.Module):
 
     \(W / (\sigma + \mathrm{eps}\,s)\) with \(\sigma = u^\top W v\) after `power_it_niter` rounds
     that start from a fixed vector, and \(s\) the root mean square singular value (so that `eps` is
-    relative to the scale of W). The vectors are constants for autograd; \(\sigma\) is not.
+    relative to the scale of W; a constant for autograd).
 
     It has no state: the same matrix gives the same result in training and in evaluation, and
     nothing is written. Vectors kept from step to step would make the estimate closer, at the price
@@ -83,27 +82,19 @@ class BatchedPowerIteration(nn.Module):
         self.power_it_niter = power_it_niter
         self.eps = eps
 
-    def _start(self, w: Tensor) -> Tensor:
-        """A unit vector that no structure of a weight is likely to be orthogonal to."""
+    def start(self, w: Tensor) -> Tensor:
+        """The unit vectors at which the rounds start; no structure is likely to be normal to them."""
         angles = torch.arange(1, w.shape[-2] + 1, dtype=w.dtype, device=w.device)
         start = torch.cos(angles.square_())
         return (start / torch.linalg.vector_norm(start)).expand(w.shape[:-1])
 
     def forward(self, w: Tensor) -> Tensor:
         r"""Return `w` divided by its estimated norm."""
-        start = self._start(w)
-        if _torch.is_traced(w) or _torch.in_forward_mode():
-            sigma, _, _ = power_iteration(w, start, niters=self.power_it_niter)
-            return w / self._divisor(w, sigma[..., None, None])
-        u, v = leading_vectors(w, start, self.power_it_niter)
-        result = _DividedByNorm.apply(w, u.unsqueeze(-1), v.unsqueeze(-1), self._divisor)
-        return result  # type: ignore[return-value]
-
-    def _divisor(self, w: Tensor, sigma: Tensor) -> Tensor:
-        """What `w` is divided by, (*batch, 1, 1)."""
-        size = max(min(w.shape[-2:]), 1)
-        scale = torch.linalg.vector_norm(w.detach(), dim=(-2, -1), keepdim=True)
-        return torch.add(sigma, scale, alpha=self.eps * size**-0.5).clamp_min(_floor(w))
+        scale = rms_scale(w.detach())
+        x = w / scale
+        u, v = rounds(x, self.start(w).unsqueeze(-1), self.power_it_niter)
+        sigma = (u * (x @ v)).sum(-2, keepdim=True)
+        return x / (sigma + self.eps).clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
 
     def right_inverse(self, w: Tensor) -> Tensor:
         """Return `w`: exact for weights of unit norm."""
@@ -119,37 +110,6 @@ class BatchedPowerIteration(nn.Module):
             f"weight_shape={self.weight_shape}, power_it_niter={self.power_it_niter}, "
             f"eps={self.eps}"
         )
-
-
-def _floor(w: Tensor) -> float:
-    return torch.finfo(w.dtype).tiny ** 0.5
-
-
-class _DividedByNorm(torch.autograd.Function):
-    r"""\(Y = W / s\) with \(s = u^\top W v\), and what the divisor adds to it, as one node.
-
-    \(\nabla_W = (G - \langle G, Y \rangle\, u v^\top) / s\), without the second term where W is so
-    small that s is a constant.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, u: Tensor, v: Tensor, divisor: Any) -> Tensor:
-        sigma = (u * (w @ v)).sum(-2, keepdim=True)
-        s = divisor(w, sigma)
-        result = w / s
-        ctx.save_for_backward(w, u, v, s, result)
-        ctx.divisor = divisor
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        w, u, v, s, result = ctx.saved_tensors
-        if torch.is_grad_enabled():  # differentiated again
-            s = ctx.divisor(w, (u * (w @ v)).sum(-2, keepdim=True))
-            result = w / s
-        inner = (grad * result).sum((-2, -1), keepdim=True)
-        inner = inner * (s.detach() > _floor(w))
-        return (grad - (inner * u) @ v.mT) / s, None, None, None
 
 
 class L2Normalize(nn.Module):

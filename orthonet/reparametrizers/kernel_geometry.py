@@ -58,6 +58,7 @@ class KernelGeometry:
         delays: Number of paraunitary factors per dimension.
         dims: The dimension of each paraunitary factor.
         rank: Columns of the basis of a projector.
+        composing: Multiplications per group that composing the kernel takes.
     """
 
     out_channels: int
@@ -76,6 +77,7 @@ class KernelGeometry:
     delays: tuple[int, ...] = _derived()
     dims: tuple[int, ...] = _derived()
     rank: int = _derived()
+    composing: float = _derived()
 
     def __post_init__(self) -> None:
         pairs = list(zip(self.kernel_size, self.stride, strict=True))
@@ -93,6 +95,10 @@ class KernelGeometry:
         }  # fmt: skip
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+        taps = self.block if self.contracting else (1,) * len(self.stride)
+        rows = self.out if self.contracting else self.inner
+        composing = multiplications(taps, rows, self.channels, self.rank, self.dims)
+        object.__setattr__(self, "composing", composing)
 
     @property
     def orthogonal(self) -> bool:
@@ -107,13 +113,6 @@ class KernelGeometry:
         embedding = (g, c, self.inner) if c > self.inner else None
         bases = (g, len(self.dims), c, self.rank) if self.dims and self.rank else None
         return outer, embedding, bases
-
-    @property
-    def composing(self) -> float:
-        """Multiplications per group that composing the kernel takes."""
-        taps = self.block if self.contracting else (1,) * len(self.stride)
-        rows = self.out if self.contracting else self.inner
-        return multiplications(taps, rows, self.channels, self.rank, self.dims)
 
     def repeated(self, count: int) -> KernelGeometry:
         """That of as many kernels of this geometry as one kernel with more groups."""

@@ -45,6 +45,8 @@ class OrthoWeight(Weight):
         normalizers of this library need not run in front of them.
     """
 
+    opaque = True
+
     def __init__(
         self,
         shape: Sequence[int],

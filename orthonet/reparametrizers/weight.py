@@ -141,12 +141,13 @@ class Weight(nn.Module, abc.ABC):
     """
 
     caching: bool = True
+    opaque: bool = False  # whether compiled code reads it by one operation
     composed: bool = False  # whether its value is read by another weight that it is a part of
     _sharded: bool = False  # FSDP2 lends the parameters: what is written to them is lost
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._enroll()
+    def __init__(self, *args: Any) -> None:
+        self._enroll()  # first, because a base class may read the value
+        super().__init__(*args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -182,9 +183,9 @@ class Weight(nn.Module, abc.ABC):
         return self.evaluate()
 
     @property
-    def number(self) -> Tensor | None:
-        """Its number in this process; None for one that has none."""
-        return getattr(self, NUMBER, None)
+    def number(self) -> Tensor:
+        """Its number in this process."""
+        return getattr(self, NUMBER)  # noqa: B009 (a name of this file)
 
     @property
     def map(self) -> CentredMap | None:

@@ -1,4 +1,8 @@
-"""A weight that is kept is the weight that would be computed, always."""
+"""The cold cache: a weight that is kept is the weight that would be computed, bit for bit.
+
+It serves what the engine does not: maps of the user's own and the exponential map. The engine has
+its own tests, in test_engine.py.
+"""
 
 import pytest
 import torch
@@ -10,15 +14,14 @@ import orthonet
 from orthonet.layers import OrthoConv2d, OrthoLinear
 from orthonet.reparametrizers import (
     POLAR_ORTHO_PARAMS,
+    BatchedExponentialOrthogonalization,
     BatchedIdentity,
-    BatchedQROrthogonalization,
     OrthoParams,
     register,
 )
 
-# Power iteration moves its vectors at each computation: once per step with the cache, at every read
-# without. See test_power_iteration_moves_once_per_step.
-STATELESS = OrthoParams(BatchedIdentity, BatchedQROrthogonalization)
+# A map without a centre.
+COLD = OrthoParams(BatchedIdentity, BatchedExponentialOrthogonalization)
 
 
 class Counting(nn.Module):
@@ -48,14 +51,14 @@ def symmetric(cached: bool = True, n: int = 8) -> nn.Linear:
 
 def orthogonal(cached: bool = True, n: int = 8) -> nn.Linear:
     torch.manual_seed(0)
-    layer = OrthoLinear(n, n, ortho_params=STATELESS)
+    layer = OrthoLinear(n, n, ortho_params=COLD)
     layer.parametrization.caching = cached
     return layer
 
 
 def convolution(cached: bool = True, n: int = 8) -> nn.Module:
     torch.manual_seed(0)
-    convolution = OrthoConv2d(2, 4, 2, padding=1, ortho_params=STATELESS)
+    convolution = OrthoConv2d(2, 4, 2, padding=1, ortho_params=COLD)
     layer = nn.Sequential(nn.Unflatten(1, (2, 2, 2)), convolution, nn.Flatten())
     layer[1].parametrization.caching = cached
     return layer
@@ -231,10 +234,10 @@ def test_two_losses_of_one_forward(make, x):
 
 
 @pytest.mark.parametrize(
-    "params", [None, STATELESS, POLAR_ORTHO_PARAMS], ids=["sine", "QR", "polar"]
+    "params", [None, COLD, POLAR_ORTHO_PARAMS], ids=["sine", "exponential", "polar"]
 )
 def test_an_old_graph_after_a_step(params, x):
-    """It raises where the parameter has been saved (QR, polar); else it gives the old gradient."""
+    """It raises where the map depends on the parameter; else it gives the old gradient."""
     results = []
     for cached in (True, False):
         torch.manual_seed(0)
@@ -250,7 +253,11 @@ def test_an_old_graph_after_a_step(params, x):
         else:
             y.pow(2).sum().backward()
         results.append(gradients(layer))
-    assert same(*results)
+    # The engine's closed form at the centre and the cold gradient of the polar factor: n = 8, some
+    # ten operations an entry, so 1e2 units of 6e-8; 3e-7 was seen.
+    for ours, plain in zip(*results, strict=True):
+        exact = params is not POLAR_ORTHO_PARAMS
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0.0 if exact else 6e-6)
 
 
 def test_gradient_of_a_gradient(make, x):

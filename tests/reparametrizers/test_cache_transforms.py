@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import orthonet
 from orthonet.layers import OrthoLinear
 from tests.reparametrizers.test_cache import (
-    STATELESS,
+    COLD,
     calls,
     gradients,
     make,
@@ -43,7 +43,7 @@ def test_activation_checkpointing(make, reentrant, warm, x):
 
 def test_checkpointing_with_a_step_in_place_is_refused(x):
     """Hooks on saved tensors hide from autograd that a parameter has changed."""
-    layer = OrthoLinear(8, 8, ortho_params=STATELESS)
+    layer = OrthoLinear(8, 8, ortho_params=COLD)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         y = layer(x).sum()
     with torch.no_grad():

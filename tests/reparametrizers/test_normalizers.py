@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 import torch
 
@@ -21,52 +19,53 @@ def test_identity():
     assert module.right_inverse(w) is w
 
 
-def test_power_iteration_state_moves_in_training_only():
+def test_power_iteration_has_no_state():
     module = BatchedPowerIteration((4, 5))
     w = torch.randn(4, 5)
-    before = copy.deepcopy(module.state_dict())
-    module.eval()
-    first, second = module(w), module(w)
-    assert torch.equal(first, second)
-    assert torch.equal(before["u"], module.u)
-    module.train()
-    module(w)
-    assert not torch.equal(before["u"], module.u)
+    assert not module.state_dict()
+    assert not list(module.buffers())
+    values = [module.train(mode)(w) for mode in (True, True, False, False)]
+    assert all(torch.equal(value, values[0]) for value in values)
 
 
 def test_power_iteration_reaches_unit_norm():
-    module = BatchedPowerIteration((2, 6, 4)).double()
+    module = BatchedPowerIteration((2, 6, 4), power_it_niter=120).double()
     w = 1e-4 * torch.randn(2, 6, 4, dtype=torch.float64)
-    for _ in range(40):
-        normalized = module(w)
-    norm = torch.linalg.matrix_norm(normalized, 2)
+    norm = torch.linalg.matrix_norm(module(w), 2)
     torch.testing.assert_close(norm, torch.ones_like(norm), atol=1e-6, rtol=0)  # observed 8e-13
+
+
+def test_a_checkpoint_with_the_vectors_of_before_loads():
+    module = BatchedPowerIteration((4, 5))
+    module.load_state_dict({"u": torch.randn(4)})
+    weight = OrthoWeight((4, 5))
+    state = weight.state_dict()
+    state["normalizer.u"] = torch.randn(4)
+    weight.load_state_dict(state)
+    assert "normalizer.u" not in weight.state_dict()
 
 
 @pytest.mark.parametrize("bad", [0.0, torch.nan, torch.inf])
 def test_power_iteration_survives_a_bad_weight(bad):
-    module = BatchedPowerIteration((3, 3))
+    module = BatchedPowerIteration((3, 3), power_it_niter=200)
     module(torch.full((3, 3), bad))
-    w = torch.randn(3, 3)
-    for _ in range(60):
-        normalized = module(w)
+    normalized = module(torch.diag(torch.tensor([1.0, 2.0, 3.0])))
     assert float(torch.linalg.matrix_norm(normalized, 2)) == pytest.approx(1.0, abs=1e-4)
 
 
 def test_two_forwards_then_backward():
     weight = OrthoWeight((4, 4))
-    (weight() * weight()).sum().backward()  # the buffer moved between the two reads
+    (weight() * weight()).sum().backward()
     assert weight.original.grad is not None
 
 
-def test_state_follows_dtype_and_weight_is_read_at_full_precision():
+def test_weight_is_read_at_full_precision():
     weight = OrthoWeight((8, 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         w = weight()
     assert w.dtype == torch.float32
     assert orthogonality_error(w) <= 2e-6  # observed 8e-8
-    assert weight.double().normalizer.u.dtype == torch.float64
-    assert weight().dtype == torch.float64
+    assert weight.double()().dtype == torch.float64
     half = OrthoWeight((8, 8), dtype=torch.bfloat16)
     assert half().dtype == torch.bfloat16
     # the rounding of the storage alone: observed 1.9e-3
@@ -106,22 +105,21 @@ def test_l2_normalize_reads_its_dtype():
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (5, 3), (2, 3, 5)], ids=str)
-def test_gradient_of_power_iteration_is_that_of_its_estimate(shape):
-    module = BatchedPowerIteration(shape, eps=1e-3).double().eval()
+def test_value_and_gradients_of_power_iteration(shape):
+    module = BatchedPowerIteration(shape, eps=1e-3).double()
     w = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-
-    def slow(w):
-        sigma, _, _ = power_iteration(w, module.u, niters=3)
-        scale = torch.linalg.matrix_norm(w.detach()) * min(shape[-2:]) ** -0.5
-        return w / (sigma + 1e-3 * scale)[..., None, None]
-
-    direction = torch.randn(shape, dtype=torch.float64)
-    torch.testing.assert_close(module(w), slow(w))
-    first = [torch.autograd.grad(f(w), w, direction, create_graph=True)[0] for f in (module, slow)]
-    torch.testing.assert_close(*first)
-    second = [torch.autograd.grad(g, w, direction)[0] for g in first]
-    torch.testing.assert_close(*second)
-    tiny = (1e-25 * w.detach()).float().requires_grad_()  # the divisor is a constant there
-    (gradient,) = torch.autograd.grad(module.float()(tiny), tiny, direction.float())
-    floor = torch.finfo(torch.float32).tiny ** 0.5
-    torch.testing.assert_close(gradient, direction.float() / floor)
+    sigma, _, _ = power_iteration(w, module.start(w), niters=3)
+    scale = torch.linalg.matrix_norm(w.detach()) * min(shape[-2:]) ** -0.5
+    torch.testing.assert_close(module(w), w / (sigma + 1e-3 * scale)[..., None, None])
+    free = BatchedPowerIteration(shape, eps=0.0).double()  # eps has a scale that is a constant
+    assert torch.autograd.gradcheck(free, (w,))
+    assert torch.autograd.gradgradcheck(free, (w,))
+    tiny = (1e-25 * w.detach()).float().requires_grad_()
+    direction = torch.randn(shape)
+    (gradient,) = torch.autograd.grad(free.float()(tiny), tiny, direction)
+    (expected,) = torch.autograd.grad(free.double()(w), w, direction.double())
+    # of degree -1 in w; twenty float32 operations an entry, so 1e-5 relative; 2e-6 was seen
+    torch.testing.assert_close(gradient.double() * 1e-25, expected, rtol=0, atol=1e-5 * 10)
+    zero = torch.zeros(shape, requires_grad=True)
+    (gradient,) = torch.autograd.grad(module.float()(zero).sum(), zero)
+    assert bool(gradient.isfinite().all())

@@ -10,7 +10,6 @@ import orthonet
 from orthonet import linalg
 from orthonet.errors import NotOnManifoldError
 from orthonet.reparametrizers import (
-    BatchedAutoOrthogonalization,
     BatchedBjorckOrthogonalization,
     BatchedCholeskyOrthogonalization,
     BatchedExponentialOrthogonalization,
@@ -38,8 +37,6 @@ ORTHOGONALIZERS = [
     functools.partial(BatchedCholeskyOrthogonalization, stable=True),
     BatchedExponentialOrthogonalization,
     BatchedPolarOrthogonalization,
-    functools.partial(BatchedPolarOrthogonalization, warm=True),
-    BatchedAutoOrthogonalization,
     BatchedQROrthogonalization,
 ]
 # observed over all presets, cases and shapes: 9.2e-7 and 1.3e-15
@@ -213,10 +210,8 @@ def test_arguments_are_read():
     _u, s, _vh = torch.linalg.svd(w, full_matrices=False)
     few = BatchedPowerIteration(shape, power_it_niter=1).double().eval()
     many = BatchedPowerIteration(shape, power_it_niter=60).double().eval()
-    many.load_state_dict(few.state_dict())
     assert float((many(w) - w / s[0]).abs().max()) < 1e-6 < float((few(w) - w / s[0]).abs().max())
     rough = BatchedPowerIteration(shape, 60, eps=0.5).double().eval()
-    rough.load_state_dict(few.state_dict())
     rms = float(w.norm()) / 2
     torch.testing.assert_close(rough(w), w / (s[0] + 0.5 * rms), atol=1e-6, rtol=0)
     assert BatchedCholeskyOrthogonalization(shape, stable=True).stable

@@ -32,13 +32,12 @@ def compiled_read(weight: Weight) -> Tensor:
     is traced.
     """
     parameters = list(weight.parameters())
-    number = weight.number
-    if number is None or weight._sharded or not weight.caching or _torch.is_exporting():
+    if not weight.opaque or weight._sharded or not weight.caching or _torch.is_exporting():
         return weight.evaluate()
     if len(parameters) > 4 or any(type(p) is not nn.Parameter for p in parameters):
         return weight.evaluate()
     four = [*parameters, None, None, None][:4]
-    return _Read.apply(number, tuple(weight.shape), *four)  # type: ignore[return-value]
+    return _Read.apply(weight.number, tuple(weight.shape), *four)  # type: ignore[return-value]
 
 
 class _Read(torch.autograd.Function):
