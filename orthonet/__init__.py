@@ -2,149 +2,44 @@
 
 The names below are the ones most programs need; the rest lives in the sub-packages `layers`,
 `constraints`, `manifolds`, `functional`, `init`, `reparametrizers`, `linalg`, `losses`, `optim`,
-`certify`, `convert`, `models`, `recipes` and `testing`.
+`certify`, `convert`, `models`, `recipes` and `testing`. All are loaded when they are first used.
 """
 
+import ast
+import pkgutil
+import sys
+from importlib import import_module
 from importlib.metadata import version
 
-from torch.nn.utils.parametrize import cached
+# These two register operations with PyTorch, and `torch.export.load` asks for them by name.
+from orthonet import functional, linalg  # noqa: F401
 
-from orthonet import (
-    certify,
-    constraints,
-    convert,
-    functional,
-    init,
-    layers,
-    linalg,
-    losses,
-    manifolds,
-    optim,
-    reparametrizers,
-)
-from orthonet.certify import LipschitzCertificate
-from orthonet.constraints import (
-    almost_orthogonal,
-    fixed_rank,
-    grassmannian,
-    invertible,
-    low_rank,
-    oblique,
-    orthogonal,
-    positive_definite,
-    positive_semidefinite,
-    positive_semidefinite_fixed_rank,
-    positive_semidefinite_low_rank,
-    rebase_every,
-    skew,
-    sln,
-    sphere,
-    symmetric,
-    update_base,
-)
-from orthonet.convert import orthogonalize, to_plain
-from orthonet.errors import (
-    NotOnManifoldError,
-    OrthonetError,
-    ProjectionWarning,
-    UncertifiableError,
-)
-from orthonet.layers import (
-    Abs,
-    AdaptiveOrthoConv2d,
-    GroupSort,
-    MaxMin,
-    OrthoConv1d,
-    OrthoConv2d,
-    OrthoConv3d,
-    OrthoLinear,
-    UnitNormLinear,
-)
-from orthonet.reparametrizers import (
-    AUTO_ORTHO_PARAMS,
-    BJORCK_PASS_THROUGH_ORTHO_PARAMS,
-    CHOLESKY_ORTHO_PARAMS,
-    CHOLESKY_STABLE_ORTHO_PARAMS,
-    DEFAULT_ORTHO_PARAMS,
-    DEFAULT_TEST_ORTHO_PARAMS,
-    EXP_ORTHO_PARAMS,
-    POLAR_ORTHO_PARAMS,
-    POLAR_WARM_ORTHO_PARAMS,
-    QR_ORTHO_PARAMS,
-    ClassParam,
-    OrthoParams,
-    caching,
-    defer_pullback,
-    fuse,
-    invalidate,
-    parameter_groups,
-    unfuse,
-)
 
-__version__ = version("orthonet")
+def _read_homes() -> dict[str, str]:
+    """Return the module that each public name comes from, as `__init__.pyi` says."""
+    stub = ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or "")
+    lines = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(line.module) for line in lines for alias in line.names}
 
-__all__ = [
-    "AUTO_ORTHO_PARAMS",
-    "BJORCK_PASS_THROUGH_ORTHO_PARAMS",
-    "CHOLESKY_ORTHO_PARAMS",
-    "CHOLESKY_STABLE_ORTHO_PARAMS",
-    "DEFAULT_ORTHO_PARAMS",
-    "DEFAULT_TEST_ORTHO_PARAMS",
-    "EXP_ORTHO_PARAMS",
-    "POLAR_ORTHO_PARAMS",
-    "POLAR_WARM_ORTHO_PARAMS",
-    "QR_ORTHO_PARAMS",
-    "Abs",
-    "AdaptiveOrthoConv2d",
-    "ClassParam",
-    "GroupSort",
-    "LipschitzCertificate",
-    "MaxMin",
-    "NotOnManifoldError",
-    "OrthoConv1d",
-    "OrthoConv2d",
-    "OrthoConv3d",
-    "OrthoLinear",
-    "OrthoParams",
-    "OrthonetError",
-    "ProjectionWarning",
-    "UncertifiableError",
-    "UnitNormLinear",
-    "almost_orthogonal",
-    "cached",
-    "caching",
-    "certify",
-    "constraints",
-    "convert",
-    "fixed_rank",
-    "functional",
-    "init",
-    "grassmannian",
-    "invertible",
-    "defer_pullback",
-    "fuse",
-    "invalidate",
-    "layers",
-    "linalg",
-    "losses",
-    "low_rank",
-    "manifolds",
-    "oblique",
-    "optim",
-    "parameter_groups",
-    "orthogonal",
-    "orthogonalize",
-    "positive_definite",
-    "positive_semidefinite",
-    "positive_semidefinite_fixed_rank",
-    "positive_semidefinite_low_rank",
-    "rebase_every",
-    "reparametrizers",
-    "skew",
-    "sln",
-    "sphere",
-    "symmetric",
-    "to_plain",
-    "update_base",
-    "unfuse",
-]
+
+_HOMES = _read_homes()
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if name == "__version__":
+        value: object = version(__name__)
+    elif home is None:
+        error = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(error, name=name, obj=sys.modules[__name__])
+    elif home == __name__:
+        value = import_module(f"{home}.{name}")
+    else:
+        value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*_HOMES, "__version__", *(name for name in globals() if name.startswith("__"))})

@@ -348,9 +348,9 @@ def patched(
 ) -> Iterator[None]:
     """Put each function's substitute in its place wherever `namespaces` name it.
 
-    The change is undone at the end, also after an exception. Only the calling thread sees it: in
-    other threads the changed names call the original functions. A second thread that enters waits
-    until the first has left.
+    The change is undone at the end, also after an exception. It acts in the calling thread only: in
+    other threads the changed names call the original functions, though they are not identical with
+    them meanwhile. A second thread that enters waits until the first has left.
 
     Args:
         namespaces: Dictionaries of names, such as `vars(torch.nn.functional)`.

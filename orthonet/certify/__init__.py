@@ -1,6 +1,12 @@
-"""Certificates of Lipschitz constants and of robustness: proofs, and attacks that try them."""
+"""Certificates of Lipschitz constants and of robustness: proofs, and attacks that try them.
 
-from orthonet.certify import _zoo_rules  # noqa: F401 (registers them)
+The package can be called: `orthonet.certify(model, x)` is `orthonet.certify.certify(model, x)`.
+"""
+
+from orthonet.certify import (
+    _package,  # noqa: F401 (makes the package callable)
+    _zoo_rules,  # noqa: F401 (registers them)
+)
 from orthonet.certify._apgd import apgd_l2
 from orthonet.certify._autoattack import auto_attack_l2
 from orthonet.certify._bound import Bound, Row

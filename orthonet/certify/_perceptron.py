@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from orthonet import functional, layers
+from orthonet import layers
 from orthonet.certify._affine import action_of
 from orthonet.certify._bound import Bound
 from orthonet.certify._chain import Affine
@@ -19,6 +19,9 @@ from orthonet.certify._norms import limits
 from orthonet.certify._rules import Call, canonical
 from orthonet.certify._slopes import Activation, activation_of
 from orthonet.errors import UncertifiableError
+
+# By these names: an export in another thread changes those in the package.
+from orthonet.functional import group_sort, householder, max_min
 
 if TYPE_CHECKING:
     from orthonet.certify._propagate import Walker
@@ -123,11 +126,11 @@ def _activation(walker: Walker, state: State) -> Activation | None:
 
 def _module(target: Any, call: Call) -> nn.Module | None:
     """The module of a function of ours."""
-    if target is functional.max_min:
+    if target is max_min:
         return layers.MaxMin(call.get(1, "dim", 1))
-    if target is functional.group_sort:
+    if target is group_sort:
         return layers.GroupSort(call.get(1, "group_size", 2), call.get(2, "dim", 1))
-    if target is functional.householder:
+    if target is householder:
         theta = call.constant(1, "theta")
         module = layers.HouseholderActivation(2 * len(theta), call.get(2, "dim", 1))
         module = module.double().requires_grad_(False)
