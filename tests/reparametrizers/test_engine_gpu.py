@@ -21,7 +21,8 @@ CUDA = (
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 )
-DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
+ON_CUDA = [pytest.param("cuda", marks=CUDA)]
+DEVICES = ["cpu", *ON_CUDA]
 NAMES = ("DEFAULT", "QR", "CHOLESKY", "EXP")
 BATCH, WIDTH, CHANNELS, SIZE = 8, 16, 6, 5
 
@@ -147,7 +148,7 @@ def test_products_of_low_precision_are_not_used_for_weights(build, precision, de
 
 # Every layer looks at its own residual until weights are retracted together after a step.
 NOT_YET = pytest.mark.xfail(reason="weights are computed one by one", strict=True)
-ONE_WAIT = [pytest.param("cpu", marks=NOT_YET), pytest.param("cuda", marks=CUDA)]
+ONE_WAIT = [pytest.param("cpu", marks=NOT_YET), *ON_CUDA]
 
 
 @pytest.mark.parametrize("device", ONE_WAIT)
@@ -156,9 +157,9 @@ ONE_WAIT = [pytest.param("cpu", marks=NOT_YET), pytest.param("cuda", marks=CUDA)
 def test_one_host_wait_a_step(build, name, device):
     net, x = made(build, device, name)
     step = nets.training_step(net, x)
-    for _ in range(6):
+    for _ in range(4):
         step()
-    assert [counts.count(step, device).waits for _ in range(3)] <= [1, 1, 1]
+    assert max(counts.count(step, device).waits for _ in range(2)) <= 1
 
 
 @pytest.mark.parametrize("device", ONE_WAIT)
@@ -194,6 +195,9 @@ def test_a_step_of_one_model_leaves_the_other_alone(device):
     assert all(is_current(layer) for layer in nets.constrained(first))
 
 
+UNCAPTURED = pytest.mark.filterwarnings("ignore:This instance was constructed with capturable")
+
+
 def _implementations():
     for implementation in ({"fused": True}, {"foreach": True}):
         yield pytest.param("cpu", implementation, id=f"cpu-{next(iter(implementation))}")
@@ -202,6 +206,7 @@ def _implementations():
             yield pytest.param("cuda", options, marks=CUDA, id=f"cuda-{'-'.join(options)}")
 
 
+@UNCAPTURED
 @pytest.mark.parametrize(("device", "options"), list(_implementations()))
 @BUILDS
 def test_every_implementation_of_adam_trains_alike(build, device, options):
@@ -247,11 +252,10 @@ def test_a_step_that_the_scaler_skips_changes_nothing(build, fused, device):
     assert nets.residual(net) <= allowed(build)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", ON_CUDA)
 @BUILDS
-def test_a_read_on_a_side_stream_sees_the_step(build):
-    net, x = made(build, "cuda")
+def test_a_read_on_a_side_stream_sees_the_step(build, device):
+    net, x = made(build, device)
     step, side = nets.training_step(net, x, lr=1e-2), torch.cuda.Stream()
     main = torch.cuda.current_stream()
     for _ in range(4):
@@ -265,11 +269,10 @@ def test_a_read_on_a_side_stream_sees_the_step(build):
             torch.testing.assert_close(weight, cold(layer), rtol=0, atol=atol)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", ON_CUDA)
 @BUILDS
-def test_training_on_a_side_stream(build):
-    net, x = made(build, "cuda")
+def test_training_on_a_side_stream(build, device):
+    net, x = made(build, device)
     twin, side = copy.deepcopy(net), torch.cuda.Stream()
     target = torch.randn_like(net(x))
 
@@ -287,6 +290,15 @@ def test_training_on_a_side_stream(build):
     torch.cuda.current_stream().wait_stream(side)
     for mine, theirs in zip(nets.constrained(net), nets.constrained(twin), strict=True):
         torch.testing.assert_close(mine.weight, theirs.weight, rtol=0, atol=4 * allowed(build))
+
+
+# A refused capture leaves an empty graph; the warm-up of a captured step is on another stream.
+CAPTURE = (
+    UNCAPTURED,
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
+    pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream"),
+)
+CAPTURING = [pytest.param("cuda", marks=(*CUDA, *CAPTURE))]
 
 
 def captured(act):
@@ -309,11 +321,10 @@ def captured(act):
     return None
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", CAPTURING)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_graph_of_an_evaluation_computes_what_eager_does(name):
-    net, x = made(linear_net, "cuda", name)
+def test_a_graph_of_an_evaluation_computes_what_eager_does(name, device):
+    net, x = made(linear_net, device, name)
     step, results = nets.training_step(net, x.clone(), lr=1e-2), []
     step()
 
@@ -334,16 +345,15 @@ def test_a_graph_of_an_evaluation_computes_what_eager_does(name):
         torch.testing.assert_close(replayed, results[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", CAPTURING)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "optimizer",
     [partial(torch.optim.SGD, momentum=0.9), partial(torch.optim.Adam, capturable=True)],
     ids=["SGD", "Adam"],
 )
-def test_a_graph_of_a_training_step_trains_as_eager_does(optimizer, name):
-    net, x = made(linear_net, "cuda", name, torch.float64)
+def test_a_graph_of_a_training_step_trains_as_eager_does(optimizer, name, device):
+    net, x = made(linear_net, device, name, torch.float64)
     twin, target = copy.deepcopy(net), torch.randn_like(net(x))
 
     def trainer(model):
