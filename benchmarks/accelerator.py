@@ -86,6 +86,7 @@ SMALL = Settings(
     warm_up=2,
     seconds=0.0,
     rounds=(4, 4),
+    row_seconds=(120.0, 240.0),
     tests=("tests/reparametrizers/test_engine_gpu.py",),
 )
 
