@@ -46,6 +46,8 @@ bench: $(VENV)/.bench        ## everything against its peers, and the pages that
 	$(BIN)/python -m benchmarks.optim --steps 1000
 	$(BIN)/python -m benchmarks.shared_out
 	$(BIN)/python -m benchmarks.presets
+	$(BIN)/python -m benchmarks.launches
+	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.page
 
 clean:                       ## everything that the targets above made

@@ -149,7 +149,8 @@ def _on_cuda(step: harness.Step) -> Counts:
         step()
         torch.cuda.synchronize()
     for event in profile.events():
-        if event.device_type != torch.autograd.DeviceType.CPU and _is_kernel(event.name):
+        on_device = event.device_type != torch.autograd.DeviceType.CPU
+        if on_device and not (event.is_user_annotation or "#" in event.name):
             counts.names[event.name] += 1
     counts.launches = sum(counts.names.values())
     before = torch.cuda.get_sync_debug_mode()
@@ -162,11 +163,6 @@ def _on_cuda(step: harness.Step) -> Counts:
             torch.cuda.set_sync_debug_mode(before)
     counts.waits = sum("synchronizing CUDA operation" in str(w.message) for w in caught)
     return counts
-
-
-def _is_kernel(name: str) -> bool:
-    """Whether a device-side event is a kernel, a copy or a fill, rather than a user annotation."""
-    return "#" not in name and not name.startswith(("ProfilerStep", "Torch-Compiled", "## "))
 
 
 def count(step: harness.Step, device: torch.device | str = "cpu") -> Counts:

@@ -13,6 +13,7 @@ With `--nets` or `--presets` nothing is written unless `--out` is given.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -48,8 +49,8 @@ class Settings:
         nets.resnet(),
     )
     candidates: tuple[Candidate, ...] = CANDIDATES
-    warm_up: int = 8
-    steps: int = 3
+    warm_up: int = 6
+    steps: int = 2
     optimizer: str = "fused"
 
 
@@ -167,6 +168,7 @@ def main() -> None:
         settings = replace(settings, candidates=chosen)
 
     def report(row: dict[str, Any]) -> None:
+        print(" | ".join([row["net"], *_line(row)]), file=sys.stderr, flush=True)
         if arguments.operators and "operators" in row:
             print(f"{row['net']}, {row['library']} {row['preset']}: {row['operators']}\n")
 

@@ -156,17 +156,46 @@ def eager() -> bool:
 
 
 def without_autocast(where: Tensor | torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Return a context with autocast off on the device of `where`; empty if it is off already.
+    """Return a context in which the device of `where` computes products in full precision.
 
-    A device without autocast (meta) gets an empty context.
+    Autocast is off, and the short formats are, too, that `torch.set_float32_matmul_precision` and
+    cuDNN allow for float32 (TF32, bfloat16). The context is empty if all that is so already, and
+    for a device without autocast (meta).
     """
     kind = where.device.type if isinstance(where, Tensor) else where.type
     # The compiler of 2.6 cannot trace these questions, and all its devices have autocast.
-    if not torch.compiler.is_compiling() and not (
-        torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    ):
+    if torch.compiler.is_compiling():
+        return torch.autocast(kind, enabled=False)
+    short = torch.get_float32_matmul_precision() != "highest" or (
+        kind == "cuda" and torch.backends.cudnn.allow_tf32
+    )
+    if short:
+        return _full_precision(kind)
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return contextlib.nullcontext()
     return torch.autocast(kind, enabled=False)
+
+
+@contextlib.contextmanager
+def _full_precision(kind: str) -> Iterator[None]:
+    """No autocast and no short formats; the settings of before are restored in any case."""
+    before = torch.get_float32_matmul_precision()
+    cudnn: Any = torch.backends.cudnn
+    try:
+        with contextlib.ExitStack() as stack:
+            torch.set_float32_matmul_precision("highest")
+            if kind == "cuda":
+                stack.enter_context(
+                    cudnn.flags(
+                        enabled=cudnn.enabled, benchmark=cudnn.benchmark,
+                        deterministic=cudnn.deterministic, allow_tf32=False,
+                    )
+                )  # fmt: skip
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # The autograd engine.

@@ -35,8 +35,8 @@ def test_every_candidate_is_timed_over_the_plain_network(quick):
                 assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
                 assert row["saved_bytes"] > 0
                 assert row["peak_bytes"] > 0
-                # Observed 1e-6 for kernels, which are composed of factors, and 2e-7.
-                assert row["residual"] <= (1e-5 if net.convolutions else 2e-6)
+                # A 3 x 3 kernel has a matrix and 4 squares of factors. Observed 1e-6.
+                assert row["residual"] <= (9 if net.convolutions else 1) * 2e-6
     text = engine.summary(quick)
     assert all(net.name in text for net in settings.eager)
     assert f"{settings.compiled[0].name}, compiled" in text

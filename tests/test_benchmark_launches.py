@@ -140,8 +140,8 @@ def test_every_candidate_has_a_row():
         assert mine[-1]["waits"] == 0
         for row in mine:
             if row["library"] == OURS:
-                # Observed 3e-6: a kernel is composed of 4 factors with 2e-6 each.
-                assert row["residual"] <= (8e-6 if net.convolutions else 2e-6)
+                # A 3 x 3 kernel has a matrix and 4 squares of factors. Observed 3e-6.
+                assert row["residual"] <= (9 if net.convolutions else 1) * 2e-6
                 assert row["over_plain"] >= 0
                 assert row["files_after_step"] >= row["files_again"] > 0
     text = launches.summary(result)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from orthonet import _torch
 from orthonet.reparametrizers import OrthoWeight
-from orthonet.reparametrizers.providers import frame_of
+from orthonet.reparametrizers.providers import compiled_turn, frame_of
 
 __all__ = ["turned_linear"]
 
@@ -26,7 +26,6 @@ def turned_linear(layer: Any, x: Tensor) -> Tensor | None:
     if (
         layer.in_features != layer.out_features
         or not x.requires_grad
-        or torch.compiler.is_compiling()
         or not torch.is_grad_enabled()
         or type(weight) is not OrthoWeight
         or _torch.is_hooked(weight, backward=True)
@@ -34,6 +33,11 @@ def turned_linear(layer: Any, x: Tensor) -> Tensor | None:
         or torch.is_autocast_enabled(x.device.type)
     ):
         return None
+    if torch.compiler.is_compiling():
+        if weight.map is None or x.ndim < 2:
+            return None
+        turned = compiled_turn(weight, x, layer.bias, layer._factor)
+        return None if turned is None else turned[0]
     frame = frame_of(weight)
     if frame is None:
         return None

@@ -10,12 +10,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from orthonet import _torch
 from orthonet.reparametrizers.providers import cold_cache
-from orthonet.reparametrizers.providers.compiled import compiled_read
+from orthonet.reparametrizers.providers.compiled import compiled_read, compiled_turn
 from orthonet.reparametrizers.providers.defer import defer_pullback
 from orthonet.reparametrizers.providers.engine import ENGINE, REEVALUATING_OPTIMIZERS
 from orthonet.reparametrizers.weight import COMPILED, PROVIDERS
 
-__all__ = ["REEVALUATING_OPTIMIZERS", "defer_pullback", "frame_of", "invalidate"]
+__all__ = [
+    "REEVALUATING_OPTIMIZERS",
+    "compiled_turn",
+    "defer_pullback",
+    "frame_of",
+    "invalidate",
+]
 
 frame_of = ENGINE.frame
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks, _torch
+from orthonet.reparametrizers.providers.engine import ENGINE
 from orthonet.reparametrizers.weight import Weight, numbered
 
-__all__ = ["compiled_read"]
+__all__ = ["compiled_read", "compiled_turn"]
 
 
 def compiled_read(weight: Weight) -> Tensor:
@@ -32,12 +33,67 @@ def compiled_read(weight: Weight) -> Tensor:
     is traced.
     """
     parameters = list(weight.parameters())
-    if not weight.opaque or weight._sharded or not weight.caching or _torch.is_exporting():
-        return weight.evaluate()
-    if len(parameters) > 4 or any(type(p) is not nn.Parameter for p in parameters):
+    if not weight.opaque or not _is_plain(weight, parameters):
         return weight.evaluate()
     four = [*parameters, None, None, None][:4]
     return _Read.apply(weight.number, tuple(weight.shape), *four)  # type: ignore[return-value]
+
+
+def _is_plain(weight: Weight, parameters: Sequence[Tensor]) -> bool:
+    """Whether compiled code may read the module instead of the parameters that it sees."""
+    if weight._sharded or not weight.caching or _torch.is_exporting() or len(parameters) > 4:
+        return False
+    return all(type(p) is nn.Parameter for p in parameters)
+
+
+def compiled_turn(
+    weight: Weight, x: Tensor, bias: Tensor | None, factor: float
+) -> tuple[Tensor, Tensor] | None:
+    r"""The output of a square linear layer, whose backward pass takes one product less.
+
+    See `orthonet.layers.turned_linear`. None where the weight cannot be read as one operation.
+    """
+    parameters = list(weight.parameters())
+    if len(parameters) != 1 or not _is_plain(weight, parameters):
+        return None
+    return _Turned.apply(weight.number, x, parameters[0], bias, factor)  # type: ignore[return-value]
+
+
+class _Turned(torch.autograd.Function):
+    r"""\(y = K x U^\top + b\) as a function of x, of the parameter of U, and of b."""
+
+    @staticmethod
+    def forward(
+        number: Tensor, x: Tensor, parameter: Tensor, bias: Tensor | None, factor: float
+    ) -> tuple[Tensor, Tensor]:
+        u = _read(number, list(parameter.shape), parameter.new_empty(0))
+        return nn.functional.linear(x, u if factor == 1.0 else u * factor, bias), u
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        number, x, _, bias, ctx.factor = inputs
+        ctx.save_for_backward(number, x, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.biased = bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        number, x, u = ctx.saved_tensors
+        grad_x = (grad if ctx.factor == 1.0 else grad * ctx.factor) @ u
+        s = grad_x.flatten(0, -2).mT @ x.flatten(0, -2)
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.biased else None
+        return None, grad_x, _turn(number, s), grad_bias, None
+
+
+@torch.library.custom_op("orthonet::weight_turn", mutates_args=())
+def _turn(number: Tensor, s: Tensor) -> Tensor:
+    with _torch.recording_in_kernel():
+        return ENGINE.turn(_weight(number), s).clone(memory_format=torch.contiguous_format)
+
+
+@_turn.register_fake
+def _(number: Tensor, s: Tensor) -> Tensor:
+    return torch.empty_like(s, memory_format=torch.contiguous_format)
 
 
 class _Read(torch.autograd.Function):

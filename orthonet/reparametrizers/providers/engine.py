@@ -70,8 +70,13 @@ class Record:
             and self.parameter() is p
             and self.stamp.holds(p)
             and (self.value is None or self.value._version == self.version)
-            and (self.stream is None or self.stream == _torch.current_stream(p))
+            and (self.stream is None or self._same_stream(p))
         )
+
+
+    def _same_stream(self, p: Tensor) -> bool:
+        """Neither work of another stream nor a CUDA graph, whose replay would not ask again."""
+        return self.stream == _torch.current_stream(p) and not _torch.capturing(p)
 
 
 class Batch:
@@ -221,10 +226,11 @@ class Engine:
         ways: list[Any] = [group[0].map for group in groups]
         stacks = [_stacked(group) for group in groups]
         kinds = [(*x.shape, x.dtype, way.name) for x, way in zip(stacks, ways, strict=True)]
-        found = retract(
-            list(zip(stacks, ways, strict=True)), move=move,
-            squares=[self.squares.get(kind, True) for kind in kinds],
-        )  # fmt: skip
+        with _torch.without_autocast(stacks[0]):
+            found = retract(
+                list(zip(stacks, ways, strict=True)), move=move,
+                squares=[self.squares.get(kind, True) for kind in kinds],
+            )  # fmt: skip
         for group, way, kind, result in zip(groups, ways, kinds, found, strict=True):
             if any(result.written):
                 self.squares[kind] = result.squared
@@ -275,6 +281,22 @@ class Engine:
                 shared = self._shared(weight, served, False)
             value = served.constant = shared.constants[served.place].detach()
         return value
+
+    def turn(self, weight: Weight, s: Tensor) -> Tensor:
+        r"""The gradient of `original` from \(S = U^\top G\), for a square matrix.
+
+        In closed form at the centre, and through the cold map elsewhere.
+        """
+        with torch.no_grad():
+            value, records = self(weight), _served(weight).records
+            if value is not None and records[0].batch.centred is not None:
+                record = records[0]
+                centred = record.batch.centred.rows([record.span])  # type: ignore[union-attr]
+                return centred.map.turn(centred.u, centred.scale, s.view(centred.u.shape)).view_as(s)
+            u = weight() if value is None else value
+        with torch.enable_grad():
+            (grad,) = torch.autograd.grad(weight(), weight.parameters(), u @ s)
+        return grad
 
     def frame(self, weight: Weight) -> tuple[Tensor, Tensor] | None:
         r"""The value and the frame of a square matrix at the centre, see `Packet`; None elsewhere."""
