@@ -15,7 +15,7 @@ from orthonet.linalg._filtering import filter_signal
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.reparametrizers._kernel_fit import fit_factors
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
-from orthonet.reparametrizers.kernel_geometry import KernelFactors, KernelGeometry, chosen
+from orthonet.reparametrizers.kernel_geometry import KernelFactors, KernelGeometry, chosen, sharpened
 from orthonet.reparametrizers.orthogonal import OrthoWeight
 from orthonet.reparametrizers.weight import Composition, Weight
 
@@ -156,6 +156,7 @@ class OrthoKernel(Weight):
         """The present orthogonal factors, in the dtype of the computation."""
         parts = (self.outer, self.embedding, self.bases)
         outer, embedding, bases = (None if part is None else part.compute() for part in parts)
+        bases = None if bases is None else sharpened(bases)
         return KernelFactors(outer, embedding, bases, self._weights())
 
     def kept_factors(self) -> KernelFactors:
@@ -168,6 +169,7 @@ class OrthoKernel(Weight):
             return self.factors()
         parts = (self.outer, self.embedding, self.bases)
         outer, embedding, bases = (None if part is None else part() for part in parts)
+        bases = None if bases is None else sharpened(bases)
         return KernelFactors(outer, embedding, bases, self._weights())
 
     def _weights(self) -> Tensor | None:

@@ -134,6 +134,9 @@ PRESETS: dict[tuple[torch.dtype, str], Tolerance] = {
 }
 """|sigma - 1| of the weight that a preset makes of any matrix of `orthonet.testing.cases`.
 
+Allowed is `PROMISE`, and in float64 for most presets what four products of 512 x 512 round,
+`orthogonality_rounding(torch.float64, 4 * 512)`.
+
 Observed over 64 x 64, 256 x 256, 10 x 512, 512 x 10 and 96 x 256, at the layer's own init, on the
 hard matrices, and after 20 Adam steps; the largest values of the Cholesky presets come from
 rank-deficient parameters.

@@ -13,7 +13,7 @@ from orthonet import layers, linalg
 from orthonet.errors import NotOnManifoldError, ProjectionWarning
 from orthonet.layers import _rnn_gated, _rnn_kernels
 from orthonet.layers._rnn_kernels import INITIALIZATIONS
-from orthonet.testing import LAYER_LAWS, orthogonality_error
+from orthonet.testing import LAYER_LAWS, orthogonality_error, tolerances
 from tests.presets import PRESETS
 
 INPUTS, HIDDEN, TIME, BATCH = 3, 4, 5, 4
@@ -212,7 +212,7 @@ def test_kernels_stay_orthogonal_in_each_gate(cls, name):
         optimizer.step()
     gates = layer.weight_hh_l1.unflatten(0, (-1, HIDDEN))
     assert gates.shape[0] == {layers.OrthoRNN: 1, layers.OrthoLSTM: 4}[cls]
-    assert orthogonality_error(gates) <= 2e-6  # observed 4e-7
+    assert orthogonality_error(gates) <= tolerances.PROMISE[torch.float32]  # observed 8e-7
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.RMSprop])
@@ -226,7 +226,7 @@ def test_orthogonal_after_many_steps(steps, name, optimizer):
         moves.zero_grad()
         layer(torch.randn(3, 4, 4))[1].square().mean().backward()
         moves.step()
-    assert orthogonality_error(layer.weight_hh_l0) <= 2e-6  # observed 5e-7; the issue asks 1e-5
+    assert orthogonality_error(layer.weight_hh_l0) <= tolerances.PROMISE[torch.float32]  # 1e-6
 
 
 @pytest.mark.parametrize("options", [{}, {"triv": "exponential"}], ids=["ortho_params", "triv"])
@@ -272,7 +272,8 @@ def test_initial_kernels(options):
         assert low < float(angles.min()) < low + 0.1 * (high - low)
         assert high - 0.1 * (high - low) < float(angles.max()) <= high
     identity = layers.OrthoRNN(3, 4, init="identity", **options).weight_hh_l0
-    torch.testing.assert_close(identity, torch.eye(4), rtol=0, atol=1e-6)
+    allowed = tolerances.PROMISE[torch.float32]  # observed 6e-7
+    torch.testing.assert_close(identity, torch.eye(4), rtol=0, atol=allowed)
 
 
 @pytest.mark.parametrize(

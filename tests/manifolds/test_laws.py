@@ -26,11 +26,17 @@ from orthonet.manifolds import (
     Symplectic,
     Trivialization,
 )
+from orthonet.testing import tolerances
 from tests.manifolds.common import CASES, SPACES, fits, name, relative
 
 every_case = pytest.mark.parametrize("case", CASES, ids=name)
-EXACT = {torch.float64: 1e-10, torch.float32: 2e-6}
-# Observed over all cases: 6.1e-15 and 4.1e-7.
+PROJECTED = {torch.float64: 1e-10, torch.float32: 2e-6}  # some projections iterate
+# A point has up to two orthogonal factors, and is made by some 20 sums of 6 terms. Observed over
+# all cases and 12 seeds: 6.1e-15 and 3.1e-6.
+EXACT = {
+    dtype: 2 * tolerances.PROMISE[dtype] + tolerances.rounding(dtype, 20 * 6)
+    for dtype in (torch.float64, torch.float32)
+}
 OVERCOMPLETE = (Simplex, DoublyStochastic, Correlation)
 KINKED = (Nonnegative, Bounded, NormBall, SpectralBall, Simplex)
 
@@ -80,7 +86,7 @@ def test_the_base_moves_without_moving_the_point(case, dtype):
         assert relative(p(c), x) <= EXACT[dtype]  # observed 1.7e-15 and 4.7e-7
         if isinstance(space, Stiefel):
             off = torch.linalg.svdvals(p(c).double()) - 1.0
-            assert off.abs().max() <= EXACT[dtype]  # observed 3e-7 in float32
+            assert off.abs().max() <= tolerances.PROMISE[dtype]  # observed 8e-7 in float32
     if isinstance(p, Trivialization) and not hasattr(p, "start"):
         assert not c.any()
 
@@ -158,7 +164,7 @@ def test_projection_arrives_and_leaves_points_alone(space, dtype):
     scale = 1e-3 if isinstance(space, Symplectic) else 1.0
     y = space.project(x + scale * torch.randn(shape, dtype=dtype))
     assert space.contains(y), space.contains(y)
-    assert relative(space.project(y), y) <= 4 * EXACT[dtype]  # Sinkhorn has the largest
+    assert relative(space.project(y), y) <= 4 * PROJECTED[dtype]  # Sinkhorn has the largest
     v = torch.randn(shape, dtype=dtype)
     if not isinstance(space, Simplex):
         once = space.tangent(y, v)

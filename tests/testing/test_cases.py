@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from orthonet.testing import MATRIX_CASES, MATRIX_SHAPES, hard_matrix, orthogonality_error
+from orthonet.testing import (
+    MATRIX_CASES,
+    MATRIX_SHAPES,
+    hard_matrix,
+    orthogonality_error,
+    tolerances,
+)
 
 
 @pytest.mark.parametrize("name", MATRIX_CASES)
@@ -26,12 +32,14 @@ def test_spectra(shape):
         return torch.linalg.svdvals(hard_matrix(name, shape, torch.float64))
 
     k = min(shape[-2:])
+    # two factors of 16 reflections and three products, of 24 terms; observed 4.9e-15 of 1.3e-14
+    allowed = tolerances.rounding(torch.float64, (2 * 16 + 3) * 24)
     assert sigma("zero").max() == 0
     assert orthogonality_error(hard_matrix("identity", shape, torch.float64)) == 0
-    assert orthogonality_error(hard_matrix("orthogonal", shape, torch.float64)) <= 1e-14
-    assert (sigma("rank_deficient")[..., k - k // 2 :] <= 1e-14).all()
-    assert (sigma("rank_deficient")[..., : k - k // 2] >= 1 - 1e-14).all()
-    assert (sigma("repeated")[..., k - k // 2 :] - 0.5).abs().max() <= 1e-14
+    assert orthogonality_error(hard_matrix("orthogonal", shape, torch.float64)) <= allowed
+    assert (sigma("rank_deficient")[..., k - k // 2 :] <= allowed).all()
+    assert (sigma("rank_deficient")[..., : k - k // 2] >= 1 - allowed).all()
+    assert (sigma("repeated")[..., k - k // 2 :] - 0.5).abs().max() <= allowed
     for name, kappa in (("kappa_1e3", 1e3), ("kappa_1e6", 1e6), ("kappa_1e8", 1e8)):
         measured = sigma(name)[..., 0] / sigma(name)[..., -1]
         torch.testing.assert_close(measured, torch.full_like(measured, kappa), rtol=1e-6, atol=0)
