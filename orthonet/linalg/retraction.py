@@ -130,7 +130,8 @@ class _Polar(CentredMap):
         return polar(x)
 
     def finish(self, measured: _Measured, bound: float) -> Tensor:
-        x, e, _, square = measured
+        x, e, mean, square = measured
+        kept = mean
         tolerance = series.tolerance(x.dtype)
         floor = 16.0 * torch.finfo(x.dtype).eps * min(x.shape[-2:]) ** 0.5
         while True:
@@ -141,10 +142,12 @@ class _Polar(CentredMap):
             reach = series.reach(degree, tolerance) if degree else _rounded_up(bound, self.limit)
             c, error = series.near(degree or 4, reach)
             p, _ = near_pass(e, square, degree or 4, c)
+            if mean is not kept:  # a pass from far has changed the norm
+                p = p.mul_((kept / mean).sqrt_())
             x = _times(x, p)
             if degree:
                 return x
-            _, e, _, _ = _measure(x)
+            _, e, mean, _ = _measure(x)
             square = symmetric_product(e, e)
             bound = 1.1 * error * (2.0 + error) + floor
 
@@ -239,7 +242,7 @@ def centre(point: Tensor) -> tuple[Tensor, Tensor]:
     # by rows first: one sum over all entries of a large matrix is off by up to 1e-5 in float32
     norm = torch.linalg.vector_norm(point, dim=-1, keepdim=True)
     norm = torch.linalg.vector_norm(norm, dim=-2, keepdim=True)
-    scale = norm.mul_(min(point.shape[-2:]) ** -0.5)
+    scale = norm.div_(min(point.shape[-2:]) ** 0.5)
     return point / scale, scale
 
 
@@ -330,7 +333,7 @@ def _moved(
         measured = measured._replace(square=None)
     reached = [bound <= way.limit for bound in bounds]  # false for NaN
     if all(reached):
-        y = way.finish(measured, max(bounds))
+        y = way.finish(measured, max(bounds)).contiguous()
         if not any(centred):
             return Moved(y, [True] * count, [True] * count, squared)
         return Moved(_chosen(centred, x, y), [not c for c in centred], [True] * count, squared)

@@ -66,7 +66,7 @@ class _Turned(torch.autograd.Function):
     def forward(
         number: Tensor, x: Tensor, parameter: Tensor, bias: Tensor | None, factor: float
     ) -> tuple[Tensor, Tensor]:
-        u = _read(number, list(parameter.shape), parameter.new_empty(0))
+        u = _read(number, list(parameter.shape), parameter.dtype, parameter.device)
         return nn.functional.linear(x, u if factor == 1.0 else u * factor, bias), u
 
     @staticmethod
@@ -112,7 +112,7 @@ class _Read(torch.autograd.Function):
         third: Tensor | None,
         fourth: Tensor | None,
     ) -> Tensor:
-        return _read(number, list(shape), first.new_empty(0))
+        return _read(number, list(shape), first.dtype, first.device)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -130,14 +130,18 @@ class _Read(torch.autograd.Function):
 
 
 @torch.library.custom_op("orthonet::weight", mutates_args=())
-def _read(number: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+def _read(
+    number: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     with torch.no_grad():
         return _weight(number)().clone(memory_format=torch.contiguous_format)
 
 
 @_read.register_fake
-def _(number: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
-    return like.new_empty(shape)
+def _(
+    number: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 @torch.library.custom_op("orthonet::weight_backward", mutates_args=())

@@ -245,7 +245,7 @@ class Engine:
             count, value = _count(p), None
             if batch.centred is not None and all(result.good[first : first + count]):
                 u = batch.centred.u
-                value = u if u.ndim == 2 else u[first : first + count].view(p.shape)
+                value = (u if u.ndim == 2 else u[first : first + count]).view(p.shape)
             key = id(p)
             reference = weakref.ref(p, functools.partial(self._drop, key))
             record = self.records[key] = Record(reference, batch, (first, count), value)
