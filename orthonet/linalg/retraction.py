@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from orthonet.linalg import _polar_series as series
-from orthonet.linalg._matrix import add_identity, cholesky, symmetric_product
+from orthonet.linalg._matrix import add_identity, cholesky, minus_transpose, symmetric_product
 from orthonet.linalg._polar_gradient import centred_gradient
 from orthonet.linalg._polar_steps import near_pass, recentred_polar
 from orthonet.linalg.factorization import cholesky_qr
@@ -158,7 +158,10 @@ class _Polar(CentredMap):
         return y.mT.contiguous() if _wide(x) else y
 
     def turned(self, s: Tensor) -> Tensor:
-        return torch.sub(s, s.mT).mul_(0.5)
+        return minus_transpose(s).mul_(0.5)
+
+    def turn(self, u: Tensor, scale: Tensor, s: Tensor) -> Tensor:
+        return (u @ minus_transpose(s)).mul_(0.5 / scale)
 
     def pull_back(self, u: Tensor, scale: Tensor, grad: Tensor) -> Tensor:
         if _wide(u):
@@ -203,7 +206,7 @@ class _QR(CentredMap):
         return q * scale
 
     def turned(self, s: Tensor) -> Tensor:
-        return torch.sub(s, s.mT).tril_(-1)
+        return minus_transpose(s).tril_(-1)
 
 
 def _from_the_right(x: Tensor, lower: Tensor) -> Tensor:

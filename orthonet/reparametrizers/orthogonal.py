@@ -109,6 +109,10 @@ class OrthoWeight(Weight):
         """Draw a matrix from the Haar distribution; nothing happens on the meta device."""
         if self.original.is_meta:
             return
+        for step in (self.normalizer, self.orthogonalizer):  # of a user's own
+            reset = getattr(step, "reset_parameters", None)
+            if reset is not None:
+                reset()
         dtype = compute_dtype(self.original.dtype)
         self._set(haar(self.original.shape, dtype=dtype, device=self.original.device))
 

@@ -778,6 +778,17 @@ def test_fuse_says_what_is_computed_together():
         orthonet.unfuse(net)
 
 
+def test_trained_layers_have_no_buffers():
+    """What a forward pass or a step would move: per-sample gradients and EMA need none of them."""
+    for preset in PRESETS:
+        layers = (OrthoLinear(4, 4, ortho_params=params(preset)), OrthoConv2d(2, 2, 3, ortho_params=params(preset)))
+        assert not [name for layer in layers for name, _ in layer.named_buffers()]
+    layer = OrthoLinear(8, 8, ortho_params=orthonet.EXP_ORTHO_PARAMS)
+    before = {name: b.clone() for name, b in layer.named_buffers()}
+    trained(nn.Sequential(layer))
+    assert all(torch.equal(b, before[name]) for name, b in layer.named_buffers())
+
+
 # ------------------------------------------------------------------ compiled
 
 
