@@ -8,7 +8,7 @@ own functions do to that class through one module leaves the others alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,12 @@ class CachedParametrizationList(Weight, ParametrizationList):
 
     What torch calls `module.parametrizations[tensor_name]`, with the same parameters and keys.
     """
+
+    def __init__(
+        self, modules: Sequence[nn.Module], original: Tensor | nn.Parameter, unsafe: bool = False
+    ) -> None:
+        ParametrizationList.__init__(self, modules, original, unsafe)
+        self._enroll()
 
     def evaluate(self) -> Tensor:
         """Compute the tensor from the originals, in full precision also under autocast."""
@@ -177,6 +183,7 @@ def _adopt(module: nn.Module) -> None:
     for entry in lists.values():
         if type(entry) is ParametrizationList:
             entry.__class__ = CachedParametrizationList
+            entry._enroll()
     module.__class__ = _shared_class(type(module).__bases__[0], lists)
 
 

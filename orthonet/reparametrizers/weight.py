@@ -199,8 +199,10 @@ class Weight(nn.Module, abc.ABC):
     @property
     def shape(self) -> torch.Size:
         """Shape of the value."""
-        twin = copy.deepcopy(self).to("meta")
-        return twin.evaluate().shape
+        if torch.compiler.is_compiling():  # cannot copy tensors, and drops what nobody reads
+            with torch.no_grad():
+                return self.evaluate().shape
+        return copy.deepcopy(self).to("meta").evaluate().shape
 
     def assign_(self, w: Tensor, owner: object = None) -> None:
         """Make `w` the value; errors name `owner`.
