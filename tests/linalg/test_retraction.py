@@ -54,7 +54,7 @@ def test_one_direction_does_not_hide_among_many(way, n):
 def test_the_scale_is_exact_to_rounding(shape):
     """A scale that is off is an error of every singular value."""
     x = 1.7 * haar(shape)
-    u, scale = centre(x)
+    _, scale = centre(x)
     exact = torch.linalg.vector_norm(x.double(), dim=(-2, -1), keepdim=True)
     exact *= min(shape[-2:]) ** -0.5
     # observed 7e-8; one sum over all entries of 1024 x 1024 is off by 1e-5
