@@ -33,8 +33,8 @@ from benchmarks._candidates import (
     TORCH_MAPS,
     Candidate,
     disturbed,
-    write_raw,
     moving_step,
+    write_raw,
 )
 from orthonet import caching, reparametrizers
 from orthonet.testing import orthogonality_error

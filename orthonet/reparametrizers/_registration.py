@@ -8,7 +8,7 @@ own functions do to that class through one module leaves the others alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,12 +29,6 @@ class CachedParametrizationList(Weight, ParametrizationList):
 
     What torch calls `module.parametrizations[tensor_name]`, with the same parameters and keys.
     """
-
-    def __init__(
-        self, modules: Sequence[nn.Module], original: Tensor | nn.Parameter, unsafe: bool = False
-    ) -> None:
-        ParametrizationList.__init__(self, modules, original, unsafe)
-        self._enroll()
 
     def evaluate(self) -> Tensor:
         """Compute the tensor from the originals, in full precision also under autocast."""
@@ -60,10 +54,12 @@ class CachedParametrizationList(Weight, ParametrizationList):
         """Make `w` the value of the tensor."""
         self.right_inverse(w)
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Make whatever the state holds finite, since it may never have been set."""
         start(self)
 
+    @torch.no_grad()
     def project_(self, value: Tensor, owner: object = None) -> float:
         """Make what the parametrizations make of `value` the value; return the relative distance.
 
