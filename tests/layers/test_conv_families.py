@@ -369,3 +369,21 @@ def test_applied_factors_are_computed_once_per_step(monkeypatch):
         for _ in range(2):
             layer(x)
         assert len(evaluated) - before == 4  # nothing is kept
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=["loop", "fused"])
+def test_scores_that_alone_move_are_seen(options):
+    """The factors stay where they are, so that nothing is retracted."""
+    layers_ = [OrthoConv2d(4, 4, 3, ranks="free", bias=False) for _ in range(2)]
+    for layer in layers_:
+        layer.parametrization.outer.original.requires_grad_(False)
+        layer.parametrization.bases.original.requires_grad_(False)
+    scores = layers_[0].parametrization.scores
+    before = [layer.weight.detach().clone() for layer in layers_]
+    scores.grad = 4.0 * scores.detach().sign()  # every column leaves or joins its projector
+    torch.optim.Adam([scores], lr=0.5, **options).step()
+    after = [layer.weight.detach() for layer in layers_]
+    with caching(False):
+        torch.testing.assert_close(after[0], layers_[0].weight.detach(), atol=2e-6, rtol=0)
+    assert float((after[0] - before[0]).abs().max()) > 0.01
+    assert torch.equal(after[1], before[1])
