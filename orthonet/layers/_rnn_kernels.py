@@ -225,9 +225,7 @@ class RecurrentKernels:
         for name in self.recurrent:
             plain, own = f"{prefix}{name}", f"{prefix}recurrent.{name}."
             adapt = functools.partial(self._unstacked, name)
-            done = self._weight_of(name).load_plain(
-                state_dict, plain, own, error_msgs, self, adapt
-            )
+            done = self._weight_of(name).load_plain(state_dict, plain, own, error_msgs, self, adapt)
             if done is not None:
                 moved, dtype = max(moved, done[0]), done[1].dtype
         warn_projected(

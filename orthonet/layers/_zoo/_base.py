@@ -15,8 +15,7 @@ from orthonet import _checks
 from orthonet._torch import conv_forward, conv_paddings
 from orthonet.layers._base import ConstrainedWeight, WithoutPlainWeight
 from orthonet.linalg import haar
-from orthonet.reparametrizers import Weight
-from orthonet.reparametrizers._mapped import MappedWeight
+from orthonet.reparametrizers import MappedWeight, Weight
 
 __all__ = [
     "CachedParts",
