@@ -2,6 +2,7 @@
 
 from orthonet.reparametrizers._kernel import OrthoKernel
 from orthonet.reparametrizers._kernel_methods import KERNEL_METHODS, ReshapedKernel
+from orthonet.reparametrizers._mapped import MappedWeight
 from orthonet.reparametrizers._normalizers import (
     BatchedIdentity,
     BatchedPowerIteration,
@@ -36,6 +37,7 @@ from orthonet.reparametrizers._registration import (
     register,
     remove,
 )
+from orthonet.reparametrizers._spectral import FourierWeight
 from orthonet.reparametrizers.groups import fuse, unfuse
 from orthonet.reparametrizers.kernel_geometry import KernelGeometry
 from orthonet.reparametrizers.orthogonal import OrthoWeight
@@ -69,7 +71,9 @@ __all__ = [
     "CachedParametrizationList",
     "ClassParam",
     "Composition",
+    "FourierWeight",
     "L2Normalize",
+    "MappedWeight",
     "OrthoKernel",
     "OrthoParams",
     "OrthoWeight",

@@ -93,9 +93,12 @@ class Batch:
 class Shared:
     """A computation that several weights read, and the tensors that they are given."""
 
-    __slots__ = ("__weakref__", "computation", "constants", "graphed", "places")
+    __slots__ = ("__weakref__", "computation", "constants", "graphed", "places", "scores")
 
-    def __init__(self, computation: Computation, weights: Sequence[Weight]) -> None:
+    def __init__(
+        self, computation: Computation, weights: Sequence[Weight], scores: Sequence[Tensor] = ()
+    ) -> None:
+        self.scores = [(p, _torch.Stamp(p)) for p in scores]
         self.computation = computation
         self.constants = computation.outputs
         self.graphed: tuple[Tensor, ...] | None = None
@@ -112,11 +115,15 @@ class Shared:
                 self.graphed = attach(self.computation)
         return self.graphed
 
+    def current(self) -> bool:
+        """Whether the scores that it was composed with have not changed."""
+        return all(stamp.holds(p) for p, stamp in self.scores)
+
 
 class Served:
     """What a read of one weight has found; a part of the weight, empty in copies and pickles."""
 
-    __slots__ = ("constant", "parts", "place", "records", "scores", "shared", "steps")
+    __slots__ = ("constant", "parts", "place", "records", "scores", "shared", "stamps", "steps")
 
     def __init__(self) -> None:
         self.clear()
@@ -127,6 +134,7 @@ class Served:
         self.parts: tuple[Weight, ...] = ()  # of a composed weight: whose records these are
         self.steps: tuple[_torch.ModuleStamp, ...] = ()  # what makes the map of each of them
         self.scores: tuple[Tensor, ...] = ()
+        self.stamps: tuple[_torch.Stamp, ...] = ()  # of the scores
         self.shared: Shared | None = None
         self.constant: Tensor | None = None
         self.place = 0
@@ -139,7 +147,7 @@ class Served:
         for record, part, step in zip(records, self.parts, steps, strict=True):
             if not (step.holds(part) and record.holds(part)):
                 return False
-        return True
+        return all(map(_torch.Stamp.holds, self.stamps, self.scores))
 
     def learns(self, weight: Weight) -> bool:
         """Whether a parameter that the value depends on requires a gradient."""
@@ -185,10 +193,21 @@ class Engine:
             return
         with self.lock, torch.inference_mode(False), torch.no_grad():
             moved = self._moved_by(optimizer)
+            self._expire_scores(optimizer)
             if moved:
                 self._clear_readers()
             if not isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
                 self._serve([w for w in moved if w._parameters["original"].requires_grad], True)
+
+    def _expire_scores(self, optimizer: Optimizer) -> None:
+        """Forget what was composed with scores that `optimizer` may have moved without a trace."""
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for weight in alive():
+            served = vars(weight)[SLOT]
+            if served is not None and any(id(p) in owned for p in served.scores):
+                for record in served.records:
+                    record.batch.shared.clear()
+                served.clear()
 
     def _moved_by(self, optimizer: Optimizer) -> list[Weight]:
         """The weights whose parameter has moved, in the order of their construction."""
@@ -318,6 +337,7 @@ class Engine:
         if len(found) < len(records):
             return False
         served.parts, served.scores = parts, () if composition is None else composition.scores
+        served.stamps = tuple(map(_torch.Stamp, served.scores))
         served.steps = tuple(_torch.ModuleStamp(part) for part in parts or (weight,))
         served.records = found
         return True
@@ -360,7 +380,7 @@ class Engine:
         else:
             key = (composition.key, *(id(record.batch) for record in served.records), grad)
         shared = batch.shared.get(key)
-        if shared is None or id(weight) not in shared.places:
+        if shared is None or id(weight) not in shared.places or not shared.current():
             make = self._packet if composition is None else self._family
             shared = batch.shared[key] = make(weight, served, grad)
         served.place = shared.places[id(weight)]
@@ -410,7 +430,8 @@ class Engine:
             for i, batch in enumerate(wanted)
         ]
         family = Family([c for _, c, _ in members], parts, grad)
-        return Shared(family, [other for other, _, _ in members])
+        scores = [p for _, c, _ in members for p in c.scores]
+        return Shared(family, [other for other, _, _ in members], scores)
 
 
 def _served(weight: Weight) -> Served:
