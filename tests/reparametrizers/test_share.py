@@ -467,3 +467,18 @@ def test_two_processes(tmp_path: Path, functions):
 def test_one_process_without_a_group_is_told_what_to_do():
     with pytest.raises(RuntimeError, match="init_process_group"):
         orthonet.share_among_ranks(build())
+
+
+@pytest.mark.parametrize("make", [lambda: OrthoLinear(4, 4), lambda: OrthoConv2d(2, 2, 3)])
+def test_hooks_of_a_parameter_that_is_not_used_do_not_run(make):
+    """Although a layer of the same shape is, whose gradient is made by the same products."""
+    used, other = make(), make()
+    seen = []
+    for p in other.parameters():
+        p.register_hook(seen.append)
+        p.register_post_accumulate_grad_hook(seen.append)
+    for layer in (used, other):
+        seen.clear()
+        layer(torch.randn(2, *((4,) if layer.weight.ndim == 2 else (2, 5, 5)))).sum().backward()
+        assert bool(seen) == (layer is other)
+    assert all(isinstance(t, torch.Tensor) for t in seen)

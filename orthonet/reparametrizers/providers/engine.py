@@ -180,6 +180,9 @@ class Engine:
         self.squares: dict[Any, bool] = {}  # whether the last step of a kind of group needed E^2
         self.looks = 0  # how often the host has waited
         self.shares: list[Share] = []  # who retract some weights together with other processes
+        # The modules of DistributedDataParallel that have read weights, and which is whose
+        self.replicas: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self.homes: weakref.WeakKeyDictionary[Weight, int] = weakref.WeakKeyDictionary()
 
     def forget(self, module: nn.Module | None = None) -> None:
         """Look anew at the parameters of `module`, or of all modules, when they are read."""
@@ -383,10 +386,11 @@ class Engine:
         """What `weight` reads together with others of its batch."""
         composition = weight.composition()
         batch = served.records[0].batch
+        home = self._home(weight)
         if composition is None:
-            key: Any = (weight.composed, grad)
+            key: Any = (weight.composed, grad, home)
         else:
-            key = (composition.key, *(id(record.batch) for record in served.records), grad)
+            key = (composition.key, *(id(record.batch) for record in served.records), grad, home)
         shared = batch.shared.get(key)
         if shared is None or id(weight) not in shared.places:
             make = self._packet if composition is None else self._family
@@ -396,15 +400,31 @@ class Engine:
             served.shared = shared
         return shared
 
+    def _home(self, weight: Weight) -> object:
+        """What weights have in common that may share a node of the graph.
+
+        A node of which a pass uses some outputs calls the hooks of the other parameters, too, with no
+        gradient. Neither those of a user nor those of another DistributedDataParallel expect that.
+        """
+        running = _torch.running_ddp()
+        if running is not None and running not in self.replicas:
+            number = self.replicas[running] = 1 + max(self.homes.values(), default=0)
+            for part in running.modules():
+                if isinstance(part, Weight):
+                    self.homes[part] = number
+        if any(_torch.is_hooked_tensor(p) for p in weight.parameters()):
+            return ("alone", id(weight))
+        return self.homes.get(weight)
+
     def _packet(self, weight: Weight, served: Served, grad: bool) -> Shared:
         """The parameters of one batch, except those that are read by another weight only."""
-        batch = served.records[0].batch
+        batch, home = served.records[0].batch, self._home(weight)
         members = [
             (other, record)
             for reference, record in batch.records
             if (other := reference()) is not None
             and other.composed == weight.composed
-            and (not grad or _learns(other))
+            and (not grad or (_learns(other) and self._home(other) == home))
             and record.value is not None
             and record.holds(other)
         ]
@@ -422,6 +442,7 @@ class Engine:
         """All weights that are composed as this one is, of parts in the same batches."""
         wanted = [record.batch for record in served.records]
         mine: Any = weight.composition()
+        home = self._home(weight)
         members = []
         for other in alive():
             composition = other.composition()
@@ -430,7 +451,8 @@ class Engine:
             records = [self.records.get(id(p._parameters.get("original"))) for p in composition.parts]
             pairs = zip(records, composition.parts, wanted, strict=True)
             if all(r is not None and r.value is not None and r.batch is batch and r.holds(p)
-                   for r, p, batch in pairs) and (not grad or _learns(other)):  # fmt: skip
+                   for r, p, batch in pairs) and (
+                       not grad or (_learns(other) and self._home(other) == home)):  # fmt: skip
                 members.append((other, composition, records))
         members.sort(key=lambda member: member[2][0].span)
         parts = [
