@@ -289,7 +289,7 @@ def is_hooked(module: nn.Module, *, backward: bool = False) -> bool:
 
 
 def is_hooked_tensor(tensor: Tensor) -> bool:
-    """Return whether the user has registered hooks that run when a gradient of the tensor arrives."""
+    """Return whether hooks of the user run when a gradient of the tensor arrives."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
 
 

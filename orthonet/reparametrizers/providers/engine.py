@@ -403,8 +403,8 @@ class Engine:
     def _home(self, weight: Weight) -> object:
         """What weights have in common that may share a node of the graph.
 
-        A node of which a pass uses some outputs calls the hooks of the other parameters, too, with no
-        gradient. Neither those of a user nor those of another DistributedDataParallel expect that.
+        A node of which a pass uses some outputs calls the hooks of the other parameters, too, with
+        no gradient. Neither those of a user nor those of another DistributedDataParallel expect that.
         """
         running = _torch.running_ddp()
         if running is not None and running not in self.replicas:
