@@ -404,7 +404,7 @@ class Engine:
         """What weights have in common that may share a node of the graph.
 
         A node of which a pass uses some outputs calls the hooks of the other parameters, too, with
-        no gradient. Neither those of a user nor those of another DistributedDataParallel expect that.
+        no gradient. Those of a user or of another DistributedDataParallel do not expect that.
         """
         running = _torch.running_ddp()
         if running is not None and running not in self.replicas:
