@@ -45,6 +45,7 @@ from orthonet.reparametrizers.providers import (
     REEVALUATING_OPTIMIZERS,
     defer_pullback,
     invalidate,
+    share_among_ranks,
 )
 from orthonet.reparametrizers.weight import Composition, Provider, Weight, caching
 
@@ -90,5 +91,6 @@ __all__ = [
     "invalidate",
     "register",
     "remove",
+    "share_among_ranks",
     "unfuse",
 ]
