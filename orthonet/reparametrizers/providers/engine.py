@@ -212,8 +212,6 @@ class Engine:
                 if served is not None:
                     served.found = None
 
-    # -------------------------------------------------------------- after a step
-
     def after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Bring back to the centre what `optimizer` has moved."""
         if not caching.on:
@@ -308,7 +306,7 @@ class Engine:
         first = 0
         for weight in group:
             p: Tensor = weight._parameters["original"]  # type: ignore[assignment]
-            count, value = _count(p), None
+            count, value = p.shape[:-2].numel(), None
             if batch.centred is not None and all(result.good[first : first + count]):
                 u = batch.centred.u
                 value = (u if u.ndim == 2 else u[first : first + count]).view(p.shape)
@@ -325,8 +323,6 @@ class Engine:
         record = self.records.get(key)
         if record is not None and record.parameter() is None:
             del self.records[key]
-
-    # -------------------------------------------------------------- reading
 
     def __call__(self, weight: Weight) -> Tensor | None:
         """The value of `weight`, where its parameters stand at the centre."""
@@ -554,10 +550,6 @@ def _refuse_capture(weight: Weight) -> None:
     )
 
 
-def _count(p: Tensor) -> int:
-    return p.shape[:-2].numel()
-
-
 def groups_of(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
     """Weights whose matrices make one batch; a large matrix on the CPU stays alone."""
     groups: dict[Any, list[Weight]] = {}
@@ -586,7 +578,7 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """The matrices of a group, (k, m, n); a single matrix as it stands."""
     if len(tensors) == 1:
         x = tensors[0]
-        return x.view(x.shape[-2:]) if _count(x) == 1 else x.view(-1, *x.shape[-2:])
+        return x.view(x.shape[-2:]) if x.shape[:-2].numel() == 1 else x.view(-1, *x.shape[-2:])
     return torch.cat([p.view(-1, *p.shape[-2:]) for p in tensors])
 
 
@@ -596,7 +588,7 @@ def _write(group: Sequence[Weight], result: Moved) -> list[Tensor]:
     parameters, pieces, first = [], [], 0
     for weight in group:
         p: Any = weight._parameters["original"]
-        count = _count(p)
+        count = p.shape[:-2].numel()
         if any(result.written[first : first + count]):
             parameters.append(p)
             pieces.append(points[first : first + count].view(p.shape))
