@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import platform
@@ -49,6 +50,8 @@ class LipschitzCertificate:
             was not searched for. `constant.value / lower.value` bounds how loose the bound is.
         outputs: The bound of each output by itself.
         autocast: The dtype of `torch.autocast` under which the bound holds; None without.
+        output_shapes: The shape of one sample of each output; empty where they are not known.
+        output_dtypes: The dtype of each output, as the model computes it.
     """
 
     constant: Bound
@@ -59,6 +62,8 @@ class LipschitzCertificate:
     outputs: tuple[Bound, ...] = ()
     autocast: torch.dtype | None = None
     _walker: Walker | None = field(default=None, repr=False)
+    output_shapes: tuple[tuple[int, ...], ...] = ()
+    output_dtypes: tuple[torch.dtype, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_walker": None}  # the graph stays behind
@@ -128,7 +133,9 @@ class LipschitzCertificate:
 
         $r = \min_{j \ne y} (f_y - f_j) / K_{yj}$, y the predicted class, with the constant
         $K_{yj}$ of $f_y - f_j$: that of `pairs`, or $\sqrt 2$ times `constant`. A tie has radius 0.
-        One output is a binary classifier by its sign, with radius $|f| / L$. As
+        One output is a binary classifier by its sign, with radius $|f| / L$. Logits carry the
+        rounding of their dtype, u relative to each: it is taken off for the sample and for the
+        other point. As
         $\|\delta\|_2 \le \|\delta\|_1$ and $\|\delta\|_2 \le \sqrt n\,\|\delta\|_\infty$ for n
         entries of the input, this is a radius in l1, and divided by $\sqrt n$ one in l-infinity.
 
@@ -149,21 +156,35 @@ class LipschitzCertificate:
             logits: (N, classes), or (N,) or (N, 1) for a binary classifier; returns (N,), float64
 
         Guarantee:
-            Lower bound of the distance to the nearest point of another class, for logits that are
-            exact, or with `inputs` for those of the deployed forward pass.
+            Lower bound of the distance to the nearest point of another class: with `inputs` for the
+            deployed forward pass; without them for logits that are off by no more than one
+            rounding each, which a forward pass of many operations may exceed.
 
         Raises:
             ValueError: The logits are not finite or do not fit the certificate.
             UncertifiableError: With `inputs`, the rounding of an operation is not known.
         """
-        constant, pairs = self.constant.value, self.pairs
-        found = certified_radius(logits, constant, pairs, labels=labels, target=target)
-        if inputs is not None:
-            near = torch.where(found.isfinite(), found, 0.0)
-            error = self.rounding(inputs, within=near, dtype=dtype)
-            less = certified_radius(logits, constant, pairs, error, labels=labels, target=target)
-            found = torch.minimum(less, found).clamp_min(0.0)
+        find = functools.partial(
+            certified_radius, logits, self.constant.value, self.pairs,
+            labels=labels, target=target, outputs=self._classes(),
+        )  # fmt: skip
+        if inputs is None:
+            return convert_radius(find(dtype=self._output_dtype()), norm, self._entries())
+        whole = find(torch.zeros(len(logits), dtype=torch.float64))
+        near = torch.where(whole.isfinite(), whole, 0.0)
+        found = find(self.rounding(inputs, within=near, dtype=dtype))
+        found = torch.minimum(found, whole).clamp_min(0.0)
         return convert_radius(found, norm, self._entries())
+
+    def _classes(self) -> set[int]:
+        """The numbers of classes that logits may have; none where they are not known."""
+        return {
+            n for shape in self.output_shapes for n in ((shape[0], shape[-1]) if shape else (1,))
+        }
+
+    def _output_dtype(self) -> torch.dtype | None:
+        """The dtype with the fewest bits that an output has."""
+        return max(self.output_dtypes, key=lambda d: torch.finfo(d).eps, default=None)
 
     def band(self, radius: float, *, norm: str = "l2") -> float:
         r"""How far the output can move, for regression: $\|f(x') - f(x)\|_2 \le K r$.

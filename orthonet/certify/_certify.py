@@ -104,8 +104,12 @@ def certify(
                      for s in walker.outputs)  # fmt: skip
     shapes = tuple(tuple(x.shape[1:]) for x in examples)
     shape = shapes[0] if len(shapes) == 1 else shapes
-    return LipschitzCertificate(walker.bound, walker.rows(), shape, pairs, below, each,
-                                autocast, walker)  # fmt: skip
+    nodes = walker.program.outputs
+    return LipschitzCertificate(
+        walker.bound, walker.rows(), shape, pairs, below, each, autocast, walker,
+        tuple(tuple(n.meta["val"].shape[1:]) for n in nodes),
+        tuple(walker.program.dtype_of(n) for n in nodes),
+    )  # fmt: skip
 
 
 def _pairs(walker: Walker) -> Tensor | None:
