@@ -1,14 +1,11 @@
 """Certificates of Lipschitz constants and of robustness: proofs, and attacks that try them."""
 
 from orthonet.certify import _zoo_rules  # noqa: F401 (registers them)
+from orthonet.certify._accuracy import certified_accuracy, certified_curve
 from orthonet.certify._apgd import apgd_l2
 from orthonet.certify._autoattack import auto_attack_l2
 from orthonet.certify._bound import Bound, Row
-from orthonet.certify._certificate import (
-    LipschitzCertificate,
-    certified_accuracy,
-    certified_curve,
-)
+from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
 from orthonet.certify._chain import Affine
 from orthonet.certify._empirical import (

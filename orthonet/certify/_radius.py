@@ -25,6 +25,7 @@ __all__ = [
     "NORMS",
     "RadiusCurve",
     "certified_radius",
+    "check_radii",
     "convert_radius",
     "correct_within",
     "pairwise_constants",
@@ -218,9 +219,21 @@ class RadiusCurve:
 
     def at(self, radius: float) -> float:
         """The share of samples that are right and certified beyond `radius`; at 0 `clean`."""
+        check_radii("RadiusCurve", [radius])
         if radius <= 0:
             return self.clean
         return int((self.radii > radius).sum()) / max(1, self.samples)
+
+
+def check_radii(owner: str, radii: Sequence[float]) -> None:
+    """Every radius must be a number that is not negative."""
+    good = isinstance(radii, (Sequence, Tensor)) and all(
+        isinstance(r, (int, float, Tensor)) and float(r) >= 0.0 for r in radii
+    )
+    _checks.require(
+        good, owner, "radii must be a list of numbers >= 0",
+        "Pass e.g. radii=[0.0, 0.1]; 0 gives the clean accuracy", radii=radii,
+    )  # fmt: skip
 
 
 def _quotient(margin: Tensor, constant: Tensor) -> Tensor:
@@ -272,11 +285,12 @@ def correct_within(
     logits: Tensor, labels: Tensor, radius: Tensor, radii: Sequence[float]
 ) -> list[int]:
     """How many samples are predicted rightly and certified beyond each of `radii`."""
+    check_radii("certified_accuracy", radii)
     logits, labels = _checked(logits), labels.detach().to("cpu").reshape(-1)
     _checks.require(
-        len(labels) == len(logits),
+        len(labels) == len(logits) and (logits.ndim == 1 or not labels.is_floating_point()),
         "certified_accuracy",
-        "there must be one label for each sample",
+        "there must be one label for each sample, an integer",
         "Pass class indices, not one-hot vectors",
         labels=labels,
         logits=logits,

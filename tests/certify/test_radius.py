@@ -110,7 +110,7 @@ def test_certified_accuracy_counts():
     loader = [(x[:3], y[:3]), (x[3:], y[3:])]
     radii = [0.0, 0.5, 1.0, 2.0, 3.0]
     expected = [0.75, 0.75, 0.5, 0.25, 0.0]  # distances 1.41, 0.71, wrong, 2.12
-    assert certified_accuracy(model, found, loader, radii) == expected
+    assert certified_accuracy(model, loader, radii, found) == expected
     assert found.certified_accuracy(model(x), y, radii) == expected
 
 
@@ -126,9 +126,9 @@ def test_errors():
     with pytest.raises(ValueError, match="one label for each sample"):
         certificate().certified_accuracy(torch.zeros(2, 3), torch.zeros(3), [0.0])
     with pytest.raises(ValueError, match="the loader must not be empty"):
-        certified_accuracy(nn.Identity().eval(), certificate(), [], [0.0])
+        certified_accuracy(nn.Identity().eval(), [], [0.0], certificate())
     with pytest.raises(ValueError, match="eval mode"):
-        certified_accuracy(nn.Identity(), certificate(), [], [0.0])
+        certified_accuracy(nn.Identity(), [], [0.0], certificate())
 
 
 def test_other_norms_labels_and_targets():
