@@ -7,14 +7,11 @@ from orthonet.certify import (
     _package,  # noqa: F401 (makes the package callable)
     _zoo_rules,  # noqa: F401 (registers them)
 )
+from orthonet.certify._accuracy import certified_accuracy, certified_curve
 from orthonet.certify._apgd import apgd_l2
 from orthonet.certify._autoattack import auto_attack_l2
 from orthonet.certify._bound import Bound, Row
-from orthonet.certify._certificate import (
-    LipschitzCertificate,
-    certified_accuracy,
-    certified_curve,
-)
+from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
 from orthonet.certify._chain import Affine
 from orthonet.certify._empirical import (
