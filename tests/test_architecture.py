@@ -90,7 +90,7 @@ def test_imports_point_left(file):
 @pytest.mark.parametrize("file", FILES, ids=ids)
 def test_file_keeps_the_house_rules(file):
     source = file.read_text()
-    assert source.count("\n") < 600, "one idea a file"
+    assert source.count("\n") <= 600, "one idea a file"
     assert not any(word in source for word in ("TODO", "FIXME", "XXX")), "finish it or leave it out"
     for node in ast.walk(ast.parse(source)):
         where = f"{ids(file)}:{getattr(node, 'lineno', 0)}"

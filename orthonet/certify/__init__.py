@@ -28,6 +28,7 @@ from orthonet.certify._report import report_html
 from orthonet.certify._rules import Call, Operand, Step, register_rule
 from orthonet.certify._sequence import recurrent_bound, sequence_bound
 from orthonet.certify._slopes import Activation
+from orthonet.certify.ops import families  # noqa: F401 (registers them)
 
 __all__ = [
     "certify",

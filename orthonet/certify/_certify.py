@@ -9,14 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.certify import (  # noqa: F401
-    _contraction_rules,
-    _function_rules,
-    _matrix_rules,
-    _module_rules,
-    _selection_rules,
-    _spatial_rules,
-)
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._identity import data_hashes, digest, hashes
@@ -267,10 +259,15 @@ def _check_model(model: nn.Module) -> None:
             dtype=tensor.dtype,
         )
         _checks.require(
-            tensor.is_complex() or bool(tensor.isfinite().all()),
+            not tensor.is_meta and (tensor.is_complex() or _is_finite(tensor)),
             "certify",
             "weights must be finite",
             "Look for the step of the training that made a NaN or an infinity",
             UncertifiableError,
             path=path,
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    values = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    return bool(values.isfinite().all())

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks, layers
-from orthonet._torch import is_hooked
-from orthonet.certify._slopes import Activation, activation_of
+from orthonet.certify._slopes import Activation
+from orthonet.certify.ops.activations import activation_of
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import (
     UNDERFLOW,

@@ -19,8 +19,7 @@ from orthonet.certify._bound import Bound, Row
 from orthonet.certify._consistency import check_same_function, check_samples_apart, run_once
 from orthonet.certify._export import export
 from orthonet.certify._fold import fill
-from orthonet.certify._form_rules import form_of
-from orthonet.certify._forms import form_bound
+from orthonet.certify._forms import form_bound, form_of
 from orthonet.certify._marks import ROOT, LeafCall, mark_of
 from orthonet.certify._modes import exclusive
 from orthonet.certify._norms import limits, matrix_norm
@@ -207,6 +206,7 @@ class Walker:
             call = Call(
                 name, path, fill(leaf.args, values),
                 {k: fill(v, values) for k, v in leaf.kwargs.items()}, shape, source_of(node),
+                leaf.target,
             )  # fmt: skip
             state = State(node, call, shape, self.program.constants, parents)
             state.step = self._leaf_step(state, leaf)
@@ -215,7 +215,7 @@ class Walker:
             kwargs = self._argument(node.kwargs)
             name = canonical(node.target)
             name = name if isinstance(name, str) else op_name(node)
-            call = Call(name, self.path(node), args, kwargs, shape, source_of(node))
+            call = Call(name, self.path(node), args, kwargs, shape, source_of(node), node.target)
             state = State(node, call, shape, self.program.constants, parents)
             action = action_of(state)
             sources = {p.start for p in parents}

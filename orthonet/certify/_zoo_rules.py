@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import layers
-from orthonet.certify._module_rules import Shape, _refuse
 from orthonet.certify._norms import conv_norm
 from orthonet.certify._rules import (
     COPY,
@@ -31,6 +30,8 @@ from orthonet.certify._sizes import (
     absolute_matrix,
     fourier_roundings,
 )
+from orthonet.certify.ops.modules import Shape
+from orthonet.certify.ops.modules import refuse_module as _refuse
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg._rounding import add_up, mul_up, up
 from orthonet.linalg.enclosure import spectral_norm_bound

@@ -1,0 +1,1 @@
+"""The records of operations, one file for each family; see `registry`."""
