@@ -1,8 +1,7 @@
-"""The checker, where its library is installed, and certificates to check."""
+"""Certificates to check, each saved once."""
 
 import pytest
-
-pytest.importorskip("flint")
+import torch
 
 from orthonet.certify import certify
 from tests.checker.nets import NETS
@@ -15,8 +14,6 @@ def saved(tmp_path_factory):
 
     def path_of(name):
         if name not in known:
-            import torch
-
             torch.manual_seed(0)
             model, example = NETS[name]()
             path = tmp_path_factory.mktemp(name) / "certificate.json"

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from orthonet.certify._state import State
     from orthonet.certify.proof.graph import Writer
 
+__all__: list[str] = []
+
 
 @emits("linear", "matmul", "mm", "addmm")
 def _linear(writer: Writer, state: State) -> int | None:

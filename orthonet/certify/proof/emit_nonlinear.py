@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from orthonet.certify._state import State
     from orthonet.certify.proof.graph import Writer
 
+__all__: list[str] = []
+
 # aten's name: the checker's, and the default values of the numbers that it takes
 _ACTIVATIONS: dict[str, tuple[str, tuple[float, ...]]] = {
     "relu": ("relu", ()), "abs": ("abs", ()), "absolute": ("abs", ()), "tanh": ("tanh", ()),

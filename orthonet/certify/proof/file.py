@@ -28,7 +28,7 @@ from orthonet.linalg._rounding import hypot_up, mul_up, up
 if TYPE_CHECKING:
     from orthonet.certify._certificate import LipschitzCertificate
 
-__all__ = ["FORMAT", "load", "save"]
+__all__ = ["load", "save"]
 
 FORMAT = "orthonet certificate 1"
 _SAMPLES = 2
