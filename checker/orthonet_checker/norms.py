@@ -136,6 +136,27 @@ def cholesky(re: np.ndarray, im: np.ndarray, t: float) -> Fraction:
     return Fraction(t) + root_up(left) * (1 + Fraction(1, 2**40)) + rounding + Fraction(ETA)
 
 
+def positive(q: np.ndarray, error: Fraction) -> bool:
+    """Whether a symmetric matrix is proved positive semidefinite, known up to `error`.
+
+    Q - s I = R R^T + F, so that the least eigenvalue is at least s - |F| - error; the roundings
+    are those of `cholesky`, of one product. The diagonal of Q should be about 1.
+    """
+    need(q.ndim == 2 and q.shape[0] <= 4096 and bool(np.isfinite(q).all()), "too large a matrix")
+    size, shift = q.shape[0], 2.0**-28
+    try:
+        r = np.linalg.cholesky(q - shift * np.eye(size))
+    except np.linalg.LinAlgError:
+        return False
+    if not bool(np.isfinite(r).all()):
+        return False
+    zero = np.zeros((1, size, size))
+    left = _largest((q - shift * np.eye(size) - r @ r.T)[None], zero)
+    rounding = 2 * gamma(2 * size + 4) * _largest(r[None], zero)
+    rounding += Fraction(2, 2**53) * (root_up(_largest(q[None], zero)) + size)
+    return root_up(left) * (1 + Fraction(1, 2**40)) + rounding + error <= Fraction(shift)
+
+
 def _hermitian(re: np.ndarray, im: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A A* in floats."""
     if not im.any():

@@ -103,6 +103,20 @@ ENCLOSED: dict[str, tuple[Callable[[Any], Any], Callable[[flint.arb], flint.arb]
 NAMES = (*FIXED, *ENCLOSED)
 
 
+_RISING = ("relu", "tanh", "sigmoid", "atan", "asinh", "log_sigmoid", "softsign", "tanhshrink",
+           "softshrink", "clamp", "clamp_min", "clamp_max", "hardsigmoid", "selu")  # fmt: skip
+
+
+def interval(name: str, parameters: tuple[Fraction, ...]) -> tuple[Fraction, Fraction]:
+    """The smallest and the largest slope of a chord."""
+    need(name in FIXED, f"the smallest slope of {name} is not known")
+    largest = prove(name, parameters, Fraction(0))
+    if name == "leaky_relu":
+        return min(Fraction(1), parameters[0]), max(Fraction(1), parameters[0])
+    rising = name in _RISING or (name == "elu" and parameters[0] >= 0)
+    return Fraction(0) if rising else -largest, largest
+
+
 def apply(name: str, x: np.ndarray, parameters: tuple[Fraction, ...]) -> np.ndarray:
     """The function of its definition, entry by entry."""
     if name in ENCLOSED:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from orthonet_checker import maps, nonlinear, norms  # noqa: F401 (maps and nonlinear register)
+from orthonet_checker import maps, nonlinear, norms, slopes  # noqa: F401 (maps and nonlinear register)
 from orthonet_checker.operations import OPERATIONS, Operation, Shape
 from orthonet_checker.schema import (
     Rejected,
@@ -37,9 +37,11 @@ FORMAT = "orthonet certificate 1"
 CLOSE = 2.0**-10
 """How far the samples of the model may be from the graph, relative to their largest entry."""
 
+_CLAIMS = ("gain", "gains", "rule", "t", "joint", "chain", "path")
 _NODE = {"op": one_of(*OPERATIONS, "input"), "path": text}
 _CONSTANT = {"name": text, "dtype": one_of(*DTYPES), "shape": many(whole(0)), "sha256": text}
 _JOINT = {"since": whole(0), "gain": magnitude, "t": magnitude}
+_CHAIN = {"since": whole(0), "gain": magnitude, "multipliers": many(text, 1)}
 _HEAD = {
     "format": one_of(FORMAT), "weights": text, "inputs": many(many(whole(1)), 1),
     "constants": anything, "nodes": anything, "outputs": many(whole(0), 1), "bound": magnitude,
@@ -121,7 +123,7 @@ def verify(
     aside = {head.get("pairs"), *_sample_names(head)}
     keys, arrays = _constants(head["constants"], own, model, aside)
     bare = [
-        {k: v for k, v in node.items() if k not in ("gain", "gains", "rule", "t", "joint", "path")}
+        {k: v for k, v in node.items() if k not in _CLAIMS}
         for node in head["nodes"] if type(node) is dict
     ]  # fmt: skip
     whole_graph = {
@@ -233,7 +235,7 @@ def _node(
     required = {**_NODE, **kind.keys, "inputs": many(whole(0), 1), "rule": one_of(*kind.rules)}
     if kind.operands == 1:
         required["gain"] = magnitude
-    optional = {**kind.optional, "t": magnitude, "joint": anything}
+    optional = {**kind.optional, "t": magnitude, "joint": anything, "chain": anything}
     found = record(entries, where, required, optional)
     need(("t" in found) == (found["rule"] in ("cholesky", "torus")), "t belongs to its rules")
     need(not kind.operands or len(found["inputs"]) == kind.operands, "the number of operands")
@@ -243,7 +245,7 @@ def _node(
             found[name] = _look_up(arrays, found[name], name)
     sources = found.pop("inputs")
     operands = [nodes[_inside(i, nodes)] for i in sources]
-    joint = found.pop("joint", None)
+    joint, chain = found.pop("joint", None), found.pop("chain", None)
     op = kind(found)
     shapes = [n.shape for n in operands]
     shape = op.shape(*shapes)
@@ -262,15 +264,26 @@ def _node(
              f"the affine operations since node {since} prove {_root(proved)} only, above the "
              f"joint gain {float(claim['gain']):.10g}")  # fmt: skip
         node.square = min(node.square, claim["gain"] ** 2 * nodes[since].square)
+    if chain is not None:
+        claim = record(chain, "chain", _CHAIN)
+        since = _inside(claim["since"], nodes)
+        used.update(claim["multipliers"])
+        found = [_look_up(arrays, name, "multipliers") for name in claim["multipliers"]]
+        _chain(node, since, nodes, found, claim["gain"])
+        node.square = min(node.square, claim["gain"] ** 2 * nodes[since].square)
     return node
 
 
-def _joint(node: _Node, since: int, nodes: list[_Node], t: Fraction) -> Fraction:
-    """|A|^2 of all affine operations from node `since`, run on unit vectors.
+def _affine_part(
+    node: _Node, since: int, nodes: list[_Node]
+) -> tuple[np.ndarray, np.ndarray, Fraction]:
+    """(A, M, e) of all affine operations from node `since`: the exact map is within e M of A.
 
-    With K roundings on the way |fl(A) - A| <= gamma_K |A|_1 entry by entry, where |A|_1 is the
-    same run with absolute values, itself rounded: gamma_2K of its computed value covers both.
+    They are run on unit vectors. With K roundings on the way |fl(A) - A| <= gamma_K |A|_1 entry by
+    entry, where |A|_1 is the same run with absolute values, itself rounded: with its computed value
+    M and e = gamma_2K both are covered.
     """
+    need(node.op is not None and node.op.linear, "the node itself is not affine")
     terms, seen, stack = node.op.terms, set(), list(node.sources)
     while stack:
         i = stack.pop()
@@ -282,9 +295,7 @@ def _joint(node: _Node, since: int, nodes: list[_Node], t: Fraction) -> Fraction
              f"node {i} is not affine since node {since}")  # fmt: skip
         terms += inner.op.terms
         stack += inner.sources
-    need(node.op.linear, "the node itself is not affine")
-    order, start = [nodes[i] for i in sorted(seen)], nodes[since].shape
-    index = sorted(seen)
+    index, start = sorted(seen), nodes[since].shape
     width = int(np.prod(start))
     need(width * int(np.prod(node.shape)) <= norms.TERMS * 2, "too large to be written out")
 
@@ -293,7 +304,7 @@ def _joint(node: _Node, since: int, nodes: list[_Node], t: Fraction) -> Fraction
         for first in range(0, width, 64):
             unit = np.eye(width)[first : first + 64]
             env = {since: unit.reshape(-1, *start)}
-            for i, inner in zip([*index, -1], [*order, node], strict=True):
+            for i, inner in [*((i, nodes[i]) for i in index), (-1, node)]:
                 xs = [env[j] for j in inner.sources]
                 env[i] = inner.op.apply(*xs, linear=True, size=size)
             rows.append(env[-1].reshape(len(unit), -1))
@@ -301,11 +312,98 @@ def _joint(node: _Node, since: int, nodes: list[_Node], t: Fraction) -> Fraction
 
     found, majorant = run(False), run(True)
     need(bool(np.isfinite(majorant).all() and majorant.max() < 2.0**300), "numbers too large")
+    return found, majorant, norms.gamma(2 * terms + 2) if terms else Fraction(0)
+
+
+def _joint(node: _Node, since: int, nodes: list[_Node], t: Fraction) -> Fraction:
+    """|A|^2 of all affine operations from node `since`, by `norms.matrix`."""
+    found, majorant, relative = _affine_part(node, since, nodes)
     s = norms.scale_of(majorant)
-    error = norms.gamma(2 * terms + 2) if terms else Fraction(0)
-    error *= norms.root_up(norms.square_up(majorant / s)) * Fraction(s)
-    error += Fraction(norms.ETA) * Fraction(s) if terms else 0
+    error = relative * norms.root_up(norms.square_up(majorant / s)) * Fraction(s)
+    error += Fraction(norms.ETA) * Fraction(s) if relative else 0
     return norms.matrix(found, t, error)
+
+
+def _chain(
+    node: _Node, since: int, nodes: list[_Node], multipliers: list[np.ndarray], gain: Fraction
+) -> None:
+    """Affine maps A_1, ..., A_k with activations between them, from node `since`: LipSDP.
+
+    With slopes in [a, b], m = (a + b) / 2 and h = (b - a) / 2, the changes v = A_i u_(i-1) before
+    and u_i behind an activation satisfy (u_ij - m v_ij)^2 <= h^2 v_ij^2. If for some l_ij >= 0
+        g^2 |u_0|^2 - |A_k u_(k-1)|^2 - sum_ij l_ij (h^2 v_ij^2 - (u_ij - m v_ij)^2)
+    is no negative number for any u_0, ..., u_(k-1), then g is a bound. The matrix of this form is
+    scaled to a diagonal of about 1, and every rounding in it is counted by absolute values.
+    """
+    parts, acts = [], []
+    while True:
+        frontier = _nonlinear_before(node, since, nodes)
+        parts.insert(0, _affine_part(node, frontier, nodes))
+        if frontier == since:
+            break
+        op = nodes[frontier].op
+        need(type(op).__name__ == "Activation", f"node {frontier} is no activation")
+        acts.insert(0, slopes.interval(op.function, op.parameters))
+        node = nodes[nodes[frontier].sources[0]]
+    need(len(multipliers) == len(acts) >= 1, "multipliers for each activation")
+    need(
+        all(
+            m.shape == (len(p[0]),) and bool(np.all(m > 0))
+            for m, p in zip(multipliers, parts, strict=False)
+        ),
+        "one positive multiplier for each unit",
+    )
+    square = float(gain**2)
+    need(2.0**-200 < square < 2.0**200, "gain of a chain")
+    square = np.nextafter(square, 0)  # g^2 rounded down
+    weights = [np.full(parts[0][0].shape[1], square), *multipliers]
+    scales = [np.exp2(-np.rint(np.log2(w) / 2)) for w in weights]
+    ends = np.cumsum([0, *map(len, weights)])
+    q = np.diag(np.concatenate([w * s * s for w, s in zip(weights, scales, strict=True)]))
+    error = norms.gamma(8) * Fraction(4 * len(q))  # of sums: those of products are in `count`
+    for i, (a, majorant, relative) in enumerate(parts):
+        near = slice(ends[i], ends[i + 1])
+        b, c = a * scales[i], majorant * scales[i]
+        count = norms.gamma(len(b) + 16) + 2 * relative + relative**2
+        if i == len(acts):
+            q[near, near] -= b.T @ b
+            error += count * _frobenius(c) ** 2
+            break
+        low, high = acts[i]
+        weight = multipliers[i] * scales[i + 1]
+        cross = float((low + high) / 2) * weight[:, None] * b
+        far = slice(ends[i + 1], ends[i + 2])
+        q[far, near] -= cross
+        q[near, far] -= cross.T
+        error += 2 * count * _frobenius(float(abs(low + high) / 2) * weight[:, None] * c)
+        if low * high:
+            root = np.sqrt(multipliers[i] * float(abs(low * high)))[:, None]
+            q[near, near] += (1 if low * high > 0 else -1) * ((root * b).T @ (root * b))
+            error += 2 * count * _frobenius(root * c) ** 2
+    need(norms.positive(q, error * (1 + Fraction(1, 2**20))),
+         f"the multipliers do not prove the gain {float(gain):.10g} of the chain")  # fmt: skip
+
+
+def _frobenius(a: np.ndarray) -> Fraction:
+    s = norms.scale_of(a)
+    return norms.root_up(norms.square_up(a / s)) * Fraction(s)
+
+
+def _nonlinear_before(node: _Node, since: int, nodes: list[_Node]) -> int:
+    """The only node, not affine or `since`, from which affine operations lead to a node."""
+    found, stack, seen = set(), list(node.sources), set()
+    while stack:
+        i = stack.pop()
+        if i in seen:
+            continue
+        seen.add(i)
+        op = nodes[i].op
+        if i == since or op is None or not op.linear:
+            found.add(i)
+        else:
+            stack += nodes[i].sources
+    need(len(found) == 1, "a chain must not branch but in affine operations")
+    return found.pop()
 
 
 # --- what hangs on the constants ---------------------------------------------------------------

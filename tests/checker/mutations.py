@@ -126,7 +126,7 @@ def mutate(
         kind = _weight(rng, arrays, sorted(n for n in aside if n))
     elif kind == "gain":
         holders = [n for n in content["nodes"] if "gain" in n]
-        holders += [n["joint"] for n in content["nodes"] if "joint" in n]
+        holders += [n[k] for n in content["nodes"] for k in ("joint", "chain") if k in n]
         holder = rng.choice(holders)
         key = rng.choice([k for k in HEX if k in holder])
         holder[key] = _number(rng, holder[key])

@@ -67,9 +67,18 @@ def one_dimensional() -> tuple[nn.Module, torch.Tensor]:
     return net, torch.zeros(1, 2, 8)
 
 
+def perceptron() -> tuple[nn.Module, torch.Tensor]:
+    """Activations between plain matrices, bounded jointly by multipliers."""
+    net = nn.Sequential(
+        nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.LeakyReLU(-0.4), nn.Linear(8, 8),
+        nn.Sigmoid(), nn.Linear(8, 3),
+    )  # fmt: skip
+    return net, torch.zeros(1, 6)
+
+
 NETS = {
     "convolutional": convolutional, "circular": circular, "plain": plain, "branches": branches,
-    "one_dimensional": one_dimensional,
+    "one_dimensional": one_dimensional, "perceptron": perceptron,
 }  # fmt: skip
 
 

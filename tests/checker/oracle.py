@@ -210,11 +210,11 @@ def false_claims(content: dict, stored: dict[str, Tensor], points: int = 2) -> l
                 true = _constant(node, before, arrays)
                 if true > real(node["gain"]) * (1.0 + ROOM):
                     found.append(f"node {place} {node['op']}: {true!r} above {node['gain']}")
-            if "joint" in node and not trial:
-                since = node["joint"]["since"]
-                true = _between(content, arrays, values, since, place)
-                if true > real(node["joint"]["gain"]) * (1.0 + ROOM):
-                    found.append(f"joint {place}: {true!r} above {node['joint']['gain']}")
+            for key in ("joint", "chain"):
+                if key in node and not (key == "joint" and trial):
+                    true = _between(content, arrays, values, node[key]["since"], place)
+                    if true > real(node[key]["gain"]) * (1.0 + ROOM):
+                        found.append(f"{key} {place}: {true!r} above {node[key]['gain']}")
         found += _whole(content, arrays, inputs)
     if "samples" in content:
         samples = content["samples"]

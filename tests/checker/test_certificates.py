@@ -11,9 +11,11 @@ from torch import nn
 from orthonet import models
 from orthonet.certify import LipschitzCertificate, certify
 from orthonet.errors import UncertifiableError
-from orthonet_checker import check
+from orthonet_checker import Rejected, check
 from orthonet_checker.operations import OPERATIONS
+from orthonet_checker.verify import verify
 from tests.checker import oracle
+from tests.checker.mutations import store_of
 from tests.checker.nets import NETS, deep_convolutions
 
 SMALL = {
@@ -185,3 +187,19 @@ def test_equal_constants_are_stored_once(tmp_path):
     names = [c["name"] for c in content["constants"].values()]
     assert sum(n.endswith("weight") for n in names) == 1
     assert check(tmp_path / "c.json").assumed == []
+
+
+def test_multipliers_prove_less_than_the_product_of_the_norms(saved):
+    """And no less than they do: a gain a little smaller is rejected."""
+    content, arrays = oracle.load(saved("perceptron"))
+    last = content["nodes"][content["outputs"][0]]
+    gain = float.fromhex(last["chain"]["gain"])
+    product = 1.0
+    for node in content["nodes"][1:]:
+        product *= float.fromhex(node["gain"])
+    assert gain < 0.9 * product
+    store = store_of(arrays)
+    assert float(verify(content, store, store).bound) == gain
+    last["chain"]["gain"] = (gain * (1 - 1e-4)).hex()
+    with pytest.raises(Rejected, match="the multipliers do not prove"):
+        verify(content, store, store)

@@ -184,7 +184,9 @@ def _pairs(certificate: LipschitzCertificate, writer: Writer) -> str | None:
         else:
             rows = rows * node["step"] + node["start"]
         place = node["inputs"][0]
-    pairs = torch.full((count, count), mul_up(up(math.sqrt(2.0)), whole, _ROOM)).double()
+    pairs = torch.full(
+        (count, count), mul_up(up(math.sqrt(2.0)), whole, _ROOM), dtype=torch.float64
+    )
     node = writer.nodes[place]
     if node["op"] == "affine":
         weight = writer.constants[node["weight"]].value.double()[rows]

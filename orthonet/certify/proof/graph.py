@@ -14,6 +14,7 @@ from orthonet.certify._affine import moves
 from orthonet.certify._marks import ROOT, mark_of
 from orthonet.certify._norms import matrix_norm
 from orthonet.certify.proof import emit_maps, emit_nonlinear  # noqa: F401 (they register)
+from orthonet.certify.proof.chains import chain_witness
 from orthonet.certify.proof.emit import EMITTERS
 from orthonet.certify.proof.norms import joint_witness
 from orthonet.linalg._rounding import add_up, hypot_up, mul_up
@@ -202,6 +203,7 @@ class Writer:
         if found is None or self.shapes[found] != state.shape:
             return self._opaque(state)
         self._join(state, found)
+        self._link(state, found)
         return found
 
     def _opaque(self, state: State) -> int:
@@ -241,6 +243,23 @@ class Writer:
         node["joint"] = {"since": since, "gain": gain.hex(), "t": t.hex()}
         self.bounds[place] = mul_up(gain, self.bounds[since])
 
+    def _link(self, state: State, place: int) -> None:
+        """A bound of a chain of affine maps and activations that ends here, by multipliers."""
+        if self.walker.chains.get(state) is None:
+            return
+        found = chain_witness(self, state)
+        if found is None:
+            return
+        bound = mul_up(found.gain, self.bounds[self.index(found.start)])
+        if bound * _WORTH >= self.bounds[place]:
+            return
+        names = [self.constant(m, state, "multipliers") for m in found.multipliers]
+        since = self.index(found.start)
+        self.nodes[place]["chain"] = {
+            "since": since, "gain": found.gain.hex(), "multipliers": names,
+        }  # fmt: skip
+        self.bounds[place] = bound
+
     def _loose(self, state: State, source: State, place: int) -> bool:
         """Whether the prover has found less for a map of one operation, by writing it out."""
         known = math.inf
@@ -263,8 +282,9 @@ class Writer:
         for node in self.nodes:
             if "inputs" in node:
                 node["inputs"] = [order[i] for i in node["inputs"]]
-            if "joint" in node:
-                node["joint"]["since"] = order[node["joint"]["since"]]
+            for claim in (node[key] for key in ("joint", "chain") if key in node):
+                claim["since"] = order[claim["since"]]
         self.outputs = [order[i] for i in self.outputs]
         used = {v for n in self.nodes for v in n.values() if isinstance(v, str)}
+        used |= {m for n in self.nodes if "chain" in n for m in n["chain"]["multipliers"]}
         self.constants = {k: c for k, c in self.constants.items() if k in used}
