@@ -109,6 +109,45 @@ class Convolution(Operation, name="convolution"):
         return y if linear or self.bias is None else y + self.bias[(slice(None), *[None] * dims)]
 
 
+class Fourier(Operation, name="fourier"):
+    """A complex matrix for each frequency of `rfft2` and group of channels, then `irfft2`.
+
+    The transforms are isometries up to one factor that cancels. The inverse one takes the Hermitian
+    part of what belongs to a frequency and its opposite, which is no longer than the longest of
+    them: the norm is at most that of the largest matrix.
+    """
+
+    constants = ("real", "imag")
+    keys: ClassVar = {"real": text, "imag": text}
+    rules = ("cholesky",)
+
+    def shape(self, *shapes: Shape) -> Shape:
+        need(len(shapes[0]) == 3 and self.real.ndim == 4, "an image and its blocks")
+        need(self.real.shape == self.imag.shape and self.real.size, "the shapes of the blocks")
+        (c, h, w), (groups, count, rows, columns) = shapes[0], self.real.shape
+        need(c == groups * columns and count == h * (w // 2 + 1), "the number of blocks")
+        return (groups * rows, h, w)
+
+    def square(self, *shapes: Shape) -> Fraction:
+        s = max(norms.scale_of(self.real), norms.scale_of(self.imag))
+        blocks = [x.reshape(-1, *x.shape[2:]) / s for x in (self.real, self.imag)]
+        if blocks[0].shape[1] > blocks[0].shape[2]:
+            blocks = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in blocks]
+        step = max(1, norms.TERMS // blocks[0][0].size)
+        shift, square = norms.scaled(self.t, s), Fraction(0)
+        for first in range(0, len(blocks[0]), step):
+            re, im = (x[first : first + step] for x in blocks)
+            square = max(square, norms.cholesky(re, im, shift))
+        return square * Fraction(s) ** 2
+
+    def apply(self, *xs: np.ndarray, **_: bool) -> np.ndarray:
+        n, _c, h, w = xs[0].shape
+        groups, count, rows, columns = self.real.shape
+        spectrum = np.fft.rfft2(xs[0]).reshape(n, groups, columns, count)
+        y = np.einsum("gfrc,ngcf->ngrf", self.real + 1j * self.imag, spectrum, optimize=True)
+        return np.fft.irfft2(y.reshape(n, groups * rows, h, w // 2 + 1), s=(h, w))
+
+
 def windows(
     shape: Shape, window: Shape, stride: Shape, padding: Sequence[tuple[int, int]], dilation: Shape
 ) -> list[list[list[int]]]:

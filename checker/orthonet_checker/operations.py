@@ -47,14 +47,15 @@ class Operation:
 
     rule: str
     t: Fraction | None
-    gain: Fraction
+    gain: Fraction | None
+    """The claimed gain of an operation of one operand."""
 
     def __init_subclass__(cls, name: str = "") -> None:
         if name:
             OPERATIONS[name] = cls
 
     def __init__(self, entries: dict[str, Any]) -> None:
-        for key in (*self.optional, *self.constants, "t"):
+        for key in (*self.optional, *self.constants, "t", "gain"):
             setattr(self, key, None)
         vars(self).update(entries)
 

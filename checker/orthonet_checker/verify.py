@@ -256,6 +256,8 @@ def _node(
             f"rule {op.rule} proves {_root(proved)} only, above the gain {float(op.gain):.10g}",
         )
     node = _Node(op, sources, shape, op.combine([n.square for n in operands]))
+    if type(op).__name__ == "Concatenate":
+        node.square = min(node.square, _pieces(sources, nodes))
     if joint is not None:
         claim = record(joint, "joint", _JOINT)
         since = _inside(claim["since"], nodes)
@@ -272,6 +274,28 @@ def _node(
         _chain(node, since, nodes, found, claim["gain"])
         node.square = min(node.square, claim["gain"] ** 2 * nodes[since].square)
     return node
+
+
+def _pieces(sources: tuple[int, ...], nodes: list[_Node]) -> Fraction:
+    """The square of what lies side by side, if it comes from disjoint slices of one value.
+
+    With gains g_i since the slices x_i of x, sum g_i^2 |dx_i|^2 is at most max g_i^2 |dx|^2.
+    """
+    found: list[dict[tuple[int, int], tuple[set[int], Fraction]]] = []
+    for i in sources:
+        slices, gain = {}, Fraction(1)
+        while nodes[i].op is not None and len(nodes[i].sources) == 1 and nodes[i].op.gain:
+            op, i = nodes[i].op, nodes[i].sources[0]
+            gain *= op.gain**2
+            if type(op).__name__ == "Slice":
+                slices.setdefault((i, op.dim), (set(range(op.start, op.stop, op.step)), gain))
+        found.append(slices)
+    best = sum((nodes[i].square for i in sources), Fraction(0))
+    for key in set(found[0]).intersection(*found[1:]):
+        parts = [slices[key] for slices in found]
+        if len(set().union(*(p for p, _ in parts))) == sum(len(p) for p, _ in parts):
+            best = min(best, max(g for _, g in parts) * nodes[key[0]].square)
+    return best
 
 
 def _affine_part(

@@ -4,7 +4,17 @@ import torch
 from torch import nn
 
 from orthonet import models
-from orthonet.layers import FullSort, GroupSort, LayerCentering, MaxMin, OrthoConv2d, OrthoLinear
+from orthonet.layers import (
+    BROConv2d,
+    FullSort,
+    GroupSort,
+    LayerCentering,
+    LipNeXtBlock2d,
+    LOTConv2d,
+    MaxMin,
+    OrthoConv2d,
+    OrthoLinear,
+)
 
 
 def convolutional() -> tuple[nn.Module, torch.Tensor]:
@@ -76,9 +86,21 @@ def perceptron() -> tuple[nn.Module, torch.Tensor]:
     return net, torch.zeros(1, 6)
 
 
+def spectral() -> tuple[nn.Module, torch.Tensor]:
+    """Layers of the zoo that are checked: matrices at each frequency, shifts of channels."""
+    net = nn.Sequential(
+        LOTConv2d(2, 4, 3, 2, padding=1, padding_mode="zeros", lipschitz=1.5),
+        BROConv2d(4, 2, 3, groups=2),
+        LipNeXtBlock2d(2, 6, padding_mode="zeros", fraction=0.7, beta=0.5),
+        LipNeXtBlock2d(6, 5),
+    )
+    return net, torch.zeros(1, 2, 6, 6)
+
+
 NETS = {
     "convolutional": convolutional, "circular": circular, "plain": plain, "branches": branches,
     "one_dimensional": one_dimensional, "perceptron": perceptron,
+    "spectral": spectral,
 }  # fmt: skip
 
 

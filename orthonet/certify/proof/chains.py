@@ -90,7 +90,8 @@ def _slopes_of(writer: Writer, state: State) -> Activation | None:
     if not low < high:
         return None
     size = (torch.Size(state.shape).numel(),)
-    return Activation(torch.relu, *(torch.full(size, v, dtype=torch.float64) for v in (low, high)))
+    below, above = (torch.full(size, v, dtype=torch.float64) for v in (low, high))
+    return Activation(torch.relu, below, above)  # the function is not read, only its slopes are
 
 
 def _with_room(

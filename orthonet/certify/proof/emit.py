@@ -228,7 +228,8 @@ def _pixels(writer: Writer, state: State) -> int | None:
     else:
         steps = ((c // r**2, r, r, h, w), [0, 3, 1, 4, 2])
     place = writer.reshape(place, steps[0])
-    place = writer.add("permute", [place], state, dims=steps[1], gain=1.0)
+    moved = [steps[0][d] for d in steps[1]]
+    place = writer.add("permute", [place], state, dims=steps[1], gain=1.0, shape_of=moved)
     return writer.reshape(place, state.shape)
 
 

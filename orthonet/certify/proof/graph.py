@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from orthonet.certify._affine import moves
 from orthonet.certify._marks import ROOT, mark_of
 from orthonet.certify._norms import matrix_norm
-from orthonet.certify.proof import emit_maps, emit_nonlinear  # noqa: F401 (they register)
+from orthonet.certify.proof import emit_layers, emit_maps, emit_nonlinear  # noqa: F401 (they register)
 from orthonet.certify.proof.chains import chain_witness
 from orthonet.certify.proof.emit import EMITTERS
 from orthonet.certify.proof.norms import joint_witness
@@ -108,6 +108,8 @@ class Writer:
             bound = hypot_up(*terms) if entries["hypot"] else add_up(*terms)
         else:
             bound = hypot_up(*bounds)
+            if op == "concatenate":
+                bound = min(bound, self._pieces(inputs))
         shape = entries.pop("shape_of", state.shape)
         return self._append({**node, **entries}, bound, tuple(shape))
 
@@ -183,6 +185,26 @@ class Writer:
         return state.call.get(position, name, default)
 
     # ------------------------------------------------------------------------------------------
+
+    def _pieces(self, inputs: Sequence[int]) -> float:
+        """A bound of a concatenation of what became of disjoint slices of one node."""
+        found: list[dict[tuple[int, int], tuple[set[int], float]]] = []
+        for i in inputs:
+            slices, gain = {}, 1.0
+            while len(self.nodes[i].get("inputs", ())) == 1 and "gain" in self.nodes[i]:
+                node = self.nodes[i]
+                i = node["inputs"][0]
+                gain = mul_up(gain, float.fromhex(node["gain"]))
+                if node["op"] == "slice":
+                    entries = set(range(node["start"], node["stop"], node["step"]))
+                    slices.setdefault((i, node["dim"]), (entries, gain))
+            found.append(slices)
+        best = math.inf
+        for key in set(found[0]).intersection(*found[1:]):
+            parts = [slices[key] for slices in found]
+            if len(set().union(*(p for p, _ in parts))) == sum(len(p) for p, _ in parts):
+                best = min(best, mul_up(max(g for _, g in parts), self.bounds[key[0]]))
+        return best
 
     def _append(self, node: dict[str, Any], bound: float, shape: tuple[int, ...]) -> int:
         self.nodes.append(node)

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from orthonet.linalg._rounding import mul_up, sqrt_up
 
-__all__ = ["Witness", "convolution_witness", "joint_witness", "matrix_witness", "square_gain"]
+__all__ = [
+    "Witness",
+    "blocks_witness",
+    "convolution_witness",
+    "joint_witness",
+    "matrix_witness",
+    "square_gain",
+]
 
 _ROOM = 1.0 + 2.0**-26
 """Of a squared gain: for sums in another order, and what the checker rounds outward."""
@@ -57,6 +64,13 @@ def joint_witness(matrix: Tensor, error: float) -> tuple[float, float]:
     a = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
     t = max(float(torch.linalg.eigvalsh(a @ a.mT)[-1]), _LEAST) * _ABOVE
     return square_gain(t) + 16.0 * error, t
+
+
+def blocks_witness(blocks: Tensor) -> Witness:
+    """The witness of complex matrices (..., m, n), one for each frequency."""
+    blocks = blocks if blocks.shape[-2] <= blocks.shape[-1] else blocks.mT
+    t = max(float(torch.linalg.eigvalsh(blocks @ blocks.mH)[..., -1].max()), _LEAST) * _ABOVE
+    return Witness("cholesky", square_gain(t), t)
 
 
 def convolution_witness(
