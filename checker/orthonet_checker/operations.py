@@ -71,6 +71,14 @@ class Operation:
         """The squared constant of the output from those of the operands, and the claimed gain."""
         return squares[0] * self.gain**2
 
+    def span(self) -> float:
+        """The largest |log2| of its constants other than 0."""
+        found = [getattr(self, name) for name in (*self.constants, "factor", "factors", "eps")
+                 if getattr(self, name, None) is not None]  # fmt: skip
+        sizes = [np.abs(np.asarray(value, dtype=np.float64)).ravel() for value in found]
+        whole = np.concatenate([np.ones(1), *sizes])
+        return float(np.abs(np.log2(whole[whole > 0])).max())
+
     def apply(self, *xs: np.ndarray, **_: bool) -> np.ndarray:
         """The function."""
         raise NotImplementedError

@@ -305,10 +305,11 @@ def _affine_part(
 
     They are run on unit vectors. With K roundings on the way |fl(A) - A| <= gamma_K |A|_1 entry by
     entry, where |A|_1 is the same run with absolute values, itself rounded: with its computed value
-    M and e = gamma_2K both are covered.
+    M and e = gamma_2K both are covered. No product of constants on the way may leave the range of
+    floats: it would be lost in A and in M.
     """
     need(node.op is not None and node.op.linear, "the node itself is not affine")
-    terms, seen, stack = node.op.terms, set(), list(node.sources)
+    terms, span, seen, stack = node.op.terms, node.op.span(), set(), list(node.sources)
     while stack:
         i = stack.pop()
         if i == since or i in seen:
@@ -317,8 +318,9 @@ def _affine_part(
         inner = nodes[i]
         need(inner.op is not None and inner.op.linear and i > since,
              f"node {i} is not affine since node {since}")  # fmt: skip
-        terms += inner.op.terms
+        terms, span = terms + inner.op.terms, span + inner.op.span()
         stack += inner.sources
+    need(span < 450, "constants too large or too small to be multiplied in floats")
     index, start = sorted(seen), nodes[since].shape
     width = int(np.prod(start))
     need(width * int(np.prod(node.shape)) <= norms.TERMS * 2, "too large to be written out")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from orthonet.certify import certify
+from orthonet.layers import MaxMin
 from orthonet_checker import Rejected, check
 from tests.checker import oracle
 
@@ -93,7 +94,7 @@ def _tampered(path, tmp_path, change):
 def perceptron(tmp_path_factory):
     torch.manual_seed(3)
     model = nn.Sequential(
-        nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4)
+        nn.Linear(12, 12), MaxMin(), nn.Linear(12, 12), MaxMin(), nn.Linear(12, 4)
     )
     path = tmp_path_factory.mktemp("gloro") / "c.json"
     certify(model.eval(), torch.zeros(1, 12), lower=False).save(path)
@@ -144,11 +145,10 @@ def test_an_unknown_layer_never_counts_as_one_in_silence(perceptron, tmp_path):
     """The prover refuses it, and in a file it is an assumption that the verdict names."""
 
     def change(content, arrays):
-        node = content["nodes"][2]
-        for key in ("function", "parameters", "gain"):
-            del node[key]
-        node |= {"op": "opaque", "rule": "assumed", "into": [12], "gains": [(1.0).hex()],
-                 "hypot": False, "reason": "a layer of my own"}  # fmt: skip
+        content["nodes"][2] = {
+            "op": "opaque", "path": "1", "inputs": [1], "rule": "assumed", "into": [12],
+            "gains": [(1.0).hex()], "hypot": False, "reason": "a layer of my own",
+        }  # fmt: skip
 
     verdict = check(_tampered(perceptron, tmp_path, change))
     assert len(verdict.assumed) == 1

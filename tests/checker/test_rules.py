@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from orthonet_checker import Rejected, norms, slopes
+from orthonet_checker.store import Store
+from orthonet_checker.verify import verify
 from tests.checker import oracle
 
 SIZE = 60  # random geometries
@@ -193,3 +195,20 @@ def test_roots_of_unity():
     table = norms.roots_of_unity(12)
     assert abs(table[3] - 1j) <= 2**-53
     assert np.abs(table**12 - 1).max() < 1e-14
+
+
+def test_products_that_underflow_prove_nothing():
+    """Six factors of 2^-190, then six of 2^190: the identity, whose matrix in floats is zero."""
+    small, nodes = [2.0**-190] * 6 + [2.0**190] * 6, [{"op": "input", "path": ""}]
+    for i, factor in enumerate(small):
+        nodes.append({"op": "scale", "path": "", "inputs": [i], "rule": "definition",
+                      "factor": factor.hex(), "gain": factor.hex()})  # fmt: skip
+    content = {
+        "format": "orthonet certificate 1", "weights": "w", "inputs": [[2]], "constants": {},
+        "nodes": nodes, "outputs": [12], "bound": (1.0).hex(), "each": [(1.0).hex()], "prover": {},
+    }  # fmt: skip
+    assert verify(content, Store(), Store()).bound == 1
+    nodes[12]["joint"] = {"since": 0, "gain": (0.5).hex(), "t": (0.2).hex()}
+    content["bound"] = content["each"][0] = (0.5).hex()
+    with pytest.raises(Rejected, match="too large or too small"):
+        verify(content, Store(), Store())

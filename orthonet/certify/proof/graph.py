@@ -27,7 +27,8 @@ __all__ = ["Constant", "Writer"]
 
 _WORTH = 1.0 + 2.0**-17
 """A joint bound of affine operations is written where it is so much below their product."""
-_SPLITS = ("split", "split_with_sizes", "chunk", "unbind", "tensor_split")
+_LARGEST_SPAN = 440.0
+"""How many powers of two apart constants in a row may be for the checker to multiply them."""
 
 
 class Constant:
@@ -255,6 +256,8 @@ class Writer:
             return
         if math.prod(source.shape) * math.prod(state.shape) > 2**22:
             return
+        if sum(self._span(i) for i in (place, *inside) if i is not None) >= _LARGEST_SPAN:
+            return
         island = self.walker.matrix_of(state)
         if island is None:
             return
@@ -265,12 +268,27 @@ class Writer:
         node["joint"] = {"since": since, "gain": gain.hex(), "t": t.hex()}
         self.bounds[place] = mul_up(gain, self.bounds[since])
 
+    def _span(self, place: int) -> float:
+        """The largest |log2| of the constants of a node other than 0."""
+        node = self.nodes[place]
+        names = [v for k, v in node.items() if k not in ("op", "path", "rule")]
+        values = [
+            self.constants[v].value.double().flatten()
+            for v in names
+            if isinstance(v, str) and v in self.constants
+        ]
+        numbers = [float.fromhex(f) for f in node.get("factors", ()) if node["op"] == "add"]
+        numbers += [float.fromhex(node[k]) for k in ("factor", "eps") if k in node]
+        sizes = torch.cat([*values, torch.tensor(numbers, dtype=torch.float64)]).abs()
+        sizes = sizes[sizes > 0]
+        return float(sizes.log2().abs().max()) if sizes.numel() else 0.0
+
     def _link(self, state: State, place: int) -> None:
         """A bound of a chain of affine maps and activations that ends here, by multipliers."""
         if self.walker.chains.get(state) is None:
             return
         found = chain_witness(self, state)
-        if found is None:
+        if found is None or sum(map(self._span, range(len(self.nodes)))) >= _LARGEST_SPAN:
             return
         bound = mul_up(found.gain, self.bounds[self.index(found.start)])
         if bound * _WORTH >= self.bounds[place]:
