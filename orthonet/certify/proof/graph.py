@@ -27,6 +27,7 @@ __all__ = ["Constant", "Writer"]
 
 _WORTH = 1.0 + 2.0**-17
 """A joint bound of affine operations is written where it is so much below their product."""
+_FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 _LARGEST_SPAN = 440.0
 """How many powers of two apart constants in a row may be for the checker to multiply them."""
 
@@ -222,7 +223,10 @@ class Writer:
             op = state.parents[0].call.op
         emitter = EMITTERS.get(op)
         whole = state.call.op == "getitem" or isinstance(state.node.meta.get("val"), Tensor)
-        found = emitter(self, state) if emitter is not None and whole else None
+        try:
+            found = emitter(self, state) if emitter is not None and whole else None
+        except _FAILURES:  # arguments of a kind that the emitter does not expect
+            found = None
         if found is None or self.shapes[found] != state.shape:
             return self._opaque(state)
         self._join(state, found)
