@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from orthonet.certify._radius import (
     reach,
 )
 from orthonet.certify._regions import autocast_region
+from orthonet.certify.proof import load, save
 from orthonet.errors import UncertifiableError
 
 __all__ = ["LipschitzCertificate"]
@@ -165,6 +167,36 @@ class LipschitzCertificate:
             },
         }
         return json.dumps(content, indent=1)
+
+    def save(self, path: str | Path) -> None:
+        """Write the proof for an independent checker, `orthonet-check`.
+
+        `path` gets the graph, the gain of each operation and its witness as JSON, and the file
+        with the suffix `.safetensors` next to it the constants. The bound of the file is the one
+        that follows from its gains: for networks of orthogonal layers about 1e-6 above `constant`.
+
+        Args:
+            path: The file to write, e.g. `"certificate.json"`.
+
+        Raises:
+            UncertifiableError: The certificate was pickled or loaded, and has lost the graph.
+        """
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> LipschitzCertificate:
+        """Read a certificate that `save` wrote.
+
+        Its `constant` and `pairs` are those of the file, which the checker verifies. It has no
+        graph: `rounding` and `radius(..., inputs=...)` need a new call of `certify`.
+
+        Args:
+            path: The JSON file.
+
+        Raises:
+            ValueError: The file is no certificate, or its constants are not next to it.
+        """
+        return load(path)
 
     def radius(
         self,
