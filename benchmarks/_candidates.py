@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from orthonet import layers, reparametrizers
+from orthonet import caching, layers, reparametrizers
 
 PRESETS = (
     "DEFAULT",
@@ -155,3 +155,28 @@ def conditioned(raw: Tensor, kappa: float = 1e3) -> Tensor:
 def disturbed(raw: Tensor, relative: float = 0.3) -> Tensor:
     """Moved as training does, so that no iteration starts at its end."""
     return raw + relative * max(raw.shape[-2:]) ** -0.5 * torch.randn_like(raw)
+
+
+def moving_step(
+    raw: list[nn.Parameter],
+    read: Callable[[], Tensor],
+    direction: Tensor,
+    lr: float,
+    extra: Sequence[Tensor] = (),
+) -> Callable[[], None]:
+    """An optimizer moves the parameters to and fro; the output is read, a gradient pulled back.
+
+    Weights are kept, as they are by default, because the steps of the optimizer are part of it.
+    """
+    gradients = torch.autograd.grad(read(), raw, direction)
+    moves, optimizer = [g.sign() for g in gradients], torch.optim.SGD(raw, lr, foreach=True)
+
+    def step() -> None:
+        optimizer.param_groups[0]["lr"] *= -1.0
+        for p, move in zip(raw, moves, strict=True):
+            p.grad = move
+        with caching(True):
+            optimizer.step()
+            torch.autograd.grad(read(), [*raw, *extra], direction)
+
+    return step

@@ -5,7 +5,7 @@ python -m benchmarks.convolutions [--quick] [--threads N] [--seconds S] [--out D
 Before every step the parameters move by +-lr times the sign of a gradient, as Adam would move them,
 so that nothing is kept from the step before. The baseline of a layer is `nn.Conv2d` with zero
 padding, and `nn.Conv2d`'s convolution behind our circular padding stands beside it; that of a
-kernel is ours with the warm preset. Peers are left out where they are not installed.
+kernel is ours with the default preset. Peers are left out where they are not installed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import _harness as harness
-from benchmarks._candidates import OURS, PEER, Candidate, disturbed, write_raw
+from benchmarks._candidates import OURS, PEER, Candidate, disturbed, moving_step, write_raw
 from orthonet import reparametrizers
 from orthonet.functional import circular_pad
 from orthonet.layers import OrthoConv2d
 
 PLAIN, OWN_PAD, TORCH_PAD = "plain zeros", "plain, our circular pad", "plain circular"
-OUR_PRESETS = ("DEFAULT", "QR", "POLAR_WARM")
+OUR_PRESETS = ("DEFAULT", "QR")
 PEER_PRESETS = ("DEFAULT", "QR")
 
 
@@ -59,17 +59,7 @@ def moving(
     write_raw(module, disturbed)
     raw = [p for n, p in module.named_parameters() if p.requires_grad and n != "bias"]
     direction = torch.randn(output().shape)
-    gradients = torch.autograd.grad(output(), raw, direction)
-    moves, sign = [lr * gradient.sign() for gradient in gradients], 1.0
-
-    def step() -> None:
-        nonlocal sign
-        sign = -sign
-        with torch.no_grad():
-            torch._foreach_add_(raw, moves, alpha=sign)
-        torch.autograd.grad(output(), [*raw, *extra], direction)
-
-    return step
+    return moving_step(raw, output, direction, lr, extra)
 
 
 def plain_steps(shape: tuple[int, ...], lr: float) -> dict[str, harness.Step]:
@@ -195,7 +185,7 @@ def summary(result: dict[str, Any]) -> str:
         rows = [row for row in result["kernels"] if row["kernel"] == title]
         parts.append(
             harness.table(
-                [f"kernel {title}", "over ours, warm", "ms", "max abs(sigma - 1)"],
+                [f"kernel {title}", "over ours", "ms", "max abs(sigma - 1)"],
                 (
                     [row["name"], f"{row['ratio']:.2f}", f"{1e3 * row['seconds']:.2f}",
                      f"{row['residual']:.0e}"]

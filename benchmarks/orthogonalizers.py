@@ -33,6 +33,7 @@ from benchmarks._candidates import (
     TORCH_MAPS,
     Candidate,
     disturbed,
+    moving_step,
     write_raw,
 )
 from orthonet import caching, reparametrizers
@@ -43,7 +44,7 @@ ALONE = {  # maps of which the preset has a normalizer that they do not need
         reparametrizers.BatchedIdentity, reparametrizers.BatchedQROrthogonalization
     )
 }
-OUR_PRESETS = (*PRESETS, *ALONE, "POLAR", "POLAR_WARM", "AUTO")
+OUR_PRESETS = (*PRESETS, *ALONE, "POLAR")
 UNIT = "unit"
 
 
@@ -98,17 +99,7 @@ def training_step(
         write_raw(part, disturbed)
     named = module.named_parameters()
     raw = [p for name, p in named if p.requires_grad and not name.endswith("bias")]
-    gradients = torch.autograd.grad(read(), raw, direction)
-    moves, sign = [lr * gradient.sign() for gradient in gradients], 1.0
-
-    def step() -> None:
-        nonlocal sign
-        sign = -sign
-        with torch.no_grad():
-            torch._foreach_add_(raw, moves, alpha=sign)
-        torch.autograd.grad(read(), raw, direction)
-
-    return step
+    return moving_step(raw, read, direction, lr)
 
 
 def measure(shape: tuple[int, ...], settings: Settings) -> list[dict[str, Any]]:

@@ -288,6 +288,11 @@ def is_hooked(module: nn.Module, *, backward: bool = False) -> bool:
     return bool(hooks)
 
 
+def is_hooked_tensor(tensor: Tensor) -> bool:
+    """Return whether hooks of the user run when a gradient of the tensor arrives."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
+
+
 def conv_forward(module: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolve as a convolution of `torch.nn` does, padding mode included, with other weights."""
     return module._conv_forward(input, weight, bias)

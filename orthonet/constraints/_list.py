@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from orthonet.errors import InPlaceEditWarning
+from orthonet.manifolds import Parametrization
 from orthonet.reparametrizers import CachedParametrizationList
 
 __all__ = ["ConstrainedList"]
@@ -115,9 +116,8 @@ class ConstrainedList(CachedParametrizationList):
         Raises:
             ValueError: the space has no projection of `value`, or another shape.
         """
-        last: Any = self[len(self) - 1]
-        nearest = getattr(last, "nearest", None)
-        self.right_inverse(value if nearest is None else nearest(value))
+        last = self[len(self) - 1]
+        self.right_inverse(last.nearest(value) if isinstance(last, Parametrization) else value)
         norm = max(float(torch.linalg.vector_norm(value.double())), 1e-30)
         return float(torch.linalg.vector_norm((self() - value).double())) / norm
 

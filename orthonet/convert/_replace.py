@@ -135,9 +135,12 @@ def _filled(
     bias = getattr(twin, "bias", None)
     if layer.bias is not None and bias is not None and bias.shape == layer.bias.shape:
         bias.copy_(layer.bias)
+    if not hasattr(twin, "project_"):  # no single linear map, or one made at every frequency
+        twin.reset_parameters()
+        return "drawn anew, for a plain weight has no projection onto it", None
     try:
         moved = twin.project_(layer.weight if weight is None else weight)
-    except (NotOnManifoldError, ValueError, AttributeError) as error:
+    except (NotOnManifoldError, ValueError) as error:
         twin.reset_parameters()
         return f"drawn anew, for the weight has no projection: {_short(error)}", None
     return "", moved

@@ -34,7 +34,7 @@ class ConstrainedWeight:
     @property
     def lipschitz(self) -> float:
         """The constant K that was asked of the layer."""
-        return self._factor * getattr(self.parametrization, "lipschitz", 1.0)
+        return self._factor * self.parametrization.lipschitz
 
     @property
     def weight(self) -> Tensor:

@@ -63,10 +63,9 @@ class _OrthoConv(OrthoConvNd):
         """Convolve `input` with the present weight."""
         if self.padding_mode != "zeros":
             self._check_size(input)
-        if self.application(input) == "factors":
-            output = self.parametrization.convolve(  # type: ignore[operator]
-                self._padded(input), self.stride, self.dilation
-            )
+        weight = self.parametrization
+        if isinstance(weight, OrthoKernel) and self.application(input) == "factors":
+            output = weight.convolve(self._padded(input), self.stride, self.dilation)
             output = output if self._factor == 1.0 else output * self._factor
             if self.bias is not None:
                 output = output + self.bias.view(-1, *(1,) * len(self.kernel_size))

@@ -220,11 +220,9 @@ class OrthoConvNd(ConstrainedWeight):
             rows, columns = columns, rows
         cut = any(conv_paddings(self)) or any(self.output_padding)
         fits = self.kernel_size == self.stride and max(self.dilation) == 1 and not cut
-        square = rows == columns * math.prod(self.stride) and getattr(
-            self.parametrization, "orthogonal", False
-        )
+        square = rows == columns * math.prod(self.stride) and self.parametrization.orthogonal
         _checks.require(
-            bool(square) and (self.padding_mode == "circular" or fits),
+            square and (self.padding_mode == "circular" or fits),
             self,
             "only an orthogonal layer with circular padding (or kernel_size equal to stride and no "
             "padding) that keeps the number of values can be inverted",

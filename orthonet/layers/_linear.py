@@ -161,6 +161,10 @@ class _UnitRows(Weight):
         self.normalizer = L2Normalize(compute_dtype(self.original.dtype), dim=1)
         self.reset_parameters()
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.original.shape
+
     def evaluate(self) -> Tensor:
         return self.normalizer(self.original)
 

@@ -130,6 +130,9 @@ class RecurrentKernels:
         else:
             self.recurrent[name] = TrivializedWeight(shape, made_by, device, dtype)
 
+    def _weight_of(self, name: str) -> Weight:
+        return self.recurrent[name]  # type: ignore[return-value]
+
     def _kernel(self, name: str) -> Tensor:
         """The matrix, gates one below the other, in the dtype of the computation."""
         weight = self.recurrent[name]()
@@ -168,12 +171,10 @@ class RecurrentKernels:
             ValueError: an unknown name, another shape, or a weight that is not finite.
         """
         _checks.one_of(self, tuple(self.recurrent), name=name)
-        kernel: Any = self.recurrent[name]
-        return kernel.project_(self._unstacked(name, weight), self)
+        return self._weight_of(name).project_(self._unstacked(name, weight), self)
 
     def _unstacked(self, name: str, weight: Tensor) -> Tensor:
-        kernel: Any = self.recurrent[name]
-        shape = tuple(kernel.shape)
+        shape = tuple(self._weight_of(name).shape)
         stored = shape if len(shape) == 2 else (shape[0] * shape[1], shape[2])
         _checks.require(
             weight.shape == stored, self, f"{name} must have shape {stored}", "Transpose it",
@@ -183,10 +184,10 @@ class RecurrentKernels:
 
     @torch.no_grad()
     def _reset_kernels(self) -> None:
-        for name, module in self.recurrent.items():
-            kernel: Any = module
+        for name in self.recurrent:
+            kernel = self._weight_of(name)
             kernel.reset_parameters()
-            original = next(module.parameters())
+            original = next(kernel.parameters())
             if self.init != "haar" and not original.is_meta and name.startswith("weight_hh"):
                 dtype = compute_dtype(original.dtype)
                 options: Any = {
@@ -206,13 +207,8 @@ class RecurrentKernels:
         Riemannian gradient descent. State that an optimizer keeps for the old coordinates
         (momentum, second moments) is not translated.
         """
-        for module in self.recurrent.values():
-            kernel: Any = module
-            move = getattr(kernel, "update_base", None)
-            if move is not None:
-                move()
-            else:
-                kernel.assign_(kernel.compute(), self)
+        for name in self.recurrent:
+            self._weight_of(name).update_base()
 
     def _load_from_state_dict(
         self,
@@ -228,9 +224,8 @@ class RecurrentKernels:
         moved, dtype = 0.0, torch.float32
         for name in self.recurrent:
             plain, own = f"{prefix}{name}", f"{prefix}recurrent.{name}."
-            kernel: Any = self.recurrent[name]
             adapt = functools.partial(self._unstacked, name)
-            done = kernel.load_plain(state_dict, plain, own, error_msgs, self, adapt)
+            done = self._weight_of(name).load_plain(state_dict, plain, own, error_msgs, self, adapt)
             if done is not None:
                 moved, dtype = max(moved, done[0]), done[1].dtype
         warn_projected(

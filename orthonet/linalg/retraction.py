@@ -30,11 +30,11 @@ __all__ = ["POLAR", "QR", "CentredMap", "Moved", "centre", "retract"]
 
 
 class _Measured(NamedTuple):
-    """A batch with its defect \\(E = X^T X / \\mathrm{mean} - I\\), on the device."""
+    r"""A batch with its defect \(E = X^\top X / c^2 - I\), on the device."""
 
     x: Tensor
     e: Tensor
-    mean: Tensor  # mean eigenvalue of the Gram matrix, (*batch, 1, 1)
+    mean: Tensor | None  # c^2, the mean eigenvalue of the Gram matrix, (*batch, 1, 1); None: 1
     square: Tensor | None  # E^2
 
 
@@ -52,10 +52,13 @@ def _times(x: Tensor, p: Tensor) -> Tensor:
     return p @ x if _wide(x) else x @ p
 
 
-def _measure(x: Tensor) -> _Measured:
-    gram = _gram(x)
-    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).unsqueeze(-1)
-    return _Measured(x, add_identity(gram.div_(mean), -1.0), mean, None)
+def _measure(x: Tensor, unit: bool = False) -> _Measured:
+    """The defect of a batch; with `unit`, that from c = 1."""
+    gram, mean = _gram(x), None
+    if not unit:
+        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).unsqueeze(-1)
+        gram.div_(mean)
+    return _Measured(x, add_identity(gram, -1.0), mean, None)
 
 
 def _norms(a: Tensor) -> Tensor:
@@ -137,17 +140,20 @@ class _Polar(CentredMap):
         while True:
             degrees = (1, 2, 4) if square is not None else (1,)
             degree = next((q for q in degrees if bound <= series.reach(q, tolerance)), 0)
-            # Without a certified end, one pass of degree 4 on an interval rounded up to a power of
-            # 2^(1/8): the coefficients are remembered.
-            reach = series.reach(degree, tolerance) if degree else _rounded_up(bound, self.limit)
+            # On an interval rounded up to a power of 2^(1/2), or 2^(1/8) without a certified end:
+            # the coefficients are remembered, and their error is mostly far below rounding.
+            if degree:
+                reach = _rounded_up(max(bound, 1e-9), 2.0, series.reach(degree, tolerance))
+            else:
+                reach = _rounded_up(bound, 8.0, self.limit)
             c, error = series.near(degree or 4, reach)
             p, _ = near_pass(e, square, degree or 4, c)
-            if mean is not kept:  # a pass from far has changed the norm
+            if kept is not None and mean is not kept:  # a pass from far has changed the norm
                 p = p.mul_((kept / mean).sqrt_())
             x = _times(x, p)
             if degree:
                 return x
-            _, e, mean, _ = _measure(x)
+            _, e, mean, _ = _measure(x, mean is None)
             square = symmetric_product(e, e)
             bound = 1.1 * error * (2.0 + error) + floor
 
@@ -169,8 +175,9 @@ class _Polar(CentredMap):
         return centred_gradient(u, scale, grad)
 
 
-def _rounded_up(bound: float, limit: float) -> float:
-    return min(limit, 2.0 ** (math.ceil(8.0 * math.log2(bound)) / 8.0))
+def _rounded_up(bound: float, steps: float, limit: float) -> float:
+    """The next power of 2^(1/steps), or the limit."""
+    return min(limit, 2.0 ** (math.ceil(steps * math.log2(bound)) / steps))
 
 
 class _QR(CentredMap):
@@ -187,15 +194,14 @@ class _QR(CentredMap):
         return cholesky_qr(x)
 
     def finish(self, measured: _Measured, bound: float) -> Tensor:
-        x, e, _, _ = measured
+        x, e, *_ = measured
         lower, _ = cholesky(add_identity(e, 1.0))
         if _wide(x):
             y = torch.linalg.solve_triangular(lower, x, upper=False)
         else:
             y = _from_the_right(x, lower)
         if bound > 0.3:
-            _, e, _, _ = _measure(y)
-            e = e.triu_()
+            e = _measure(y).e.triu_()
             e.diagonal(dim1=-2, dim2=-1).mul_(0.5)
             y = _minus_product(y, e.mT, y) if _wide(x) else _minus_product(y, y, e)
         return y
@@ -255,6 +261,7 @@ def retract(
     *,
     move: bool = True,
     squares: Sequence[bool] = (),
+    unit: bool = False,
 ) -> list[Moved]:
     r"""Bring all matrices of all batches to the centre; the host reads once.
 
@@ -268,6 +275,7 @@ def retract(
         move: Whether to move anything. If not, the matrices are only looked at.
         squares: For each batch, whether \(E^2\) is expected to be needed. A wrong guess costs time
             on the CPU and nothing else; accelerators always compute it.
+        unit: Whether to bring matrices of the polar map to U itself, which is c = 1.
 
     Guarantee:
         \(\max|\sigma / c - 1| \le 2\cdot 10^{-6}\) (float32), \(10^{-12}\) (float64) wherever
@@ -277,7 +285,7 @@ def retract(
     asked: list[Tensor] = []
     wanted = list(squares) or [True] * len(batches)
     for (x, way), square in zip(batches, wanted, strict=True):
-        found = _measure(x)
+        found = _measure(x, unit)
         if (way.squares and (square or not x.is_cpu)) or not move:
             found = found._replace(square=symmetric_product(found.e, found.e))
         measured.append(found)
@@ -319,13 +327,14 @@ def _moved(
     rounding = 0.8 * low * min(x.shape[-2:]) ** 0.5  # of all singular values together
     near = series.reach(1, series.tolerance(x.dtype)) if way.squares else way.limit
     squared = way.squares and not max(_finite(first), default=math.inf) <= near
-    unclear = any(low < bound <= rounding for bound in first)
+    # To U itself a small step is taken at once: no place has to be found again.
+    unclear = measured.mean is not None and any(low < bound <= rounding for bound in first)
     if second is None and (squared or unclear):  # a wrong guess, on the CPU
         measured = measured._replace(square=symmetric_product(measured.e, measured.e))
         (second,) = _read([_norms(measured.square)])  # type: ignore[list-item]
     both = first if second is None else _lower(first, second)
     centred = [bound <= low for bound in both]
-    for i, bound in enumerate(both):
+    for i, bound in enumerate(() if measured.mean is None else both):
         if low < bound <= 4.0 * low and min(x.shape[-2:]) >= _NOISY:
             one = x if x.ndim == 2 else x.reshape(-1, *x.shape[-2:])[i]
             centred[i] = _bound_in_double(one) <= low
@@ -340,7 +349,7 @@ def _moved(
         if not any(centred):
             return Moved(y, [True] * count, [True] * count, squared)
         return Moved(_chosen(centred, x, y), [not c for c in centred], [True] * count, squared)
-    y, good = _one_by_one(x, way, reached)
+    y, good = _one_by_one(x, way, reached, measured.mean is None)
     return Moved(y, good, good, squared)
 
 
@@ -350,15 +359,20 @@ def _lower(first: list[float], second: list[float]) -> list[float]:
     return [min(a, b**0.5) if b == b and a == a else math.inf for a, b in pairs]
 
 
-_NOISY = 512  # side from which rounding in E is as large as what it is to show
+_NOISY = 128  # side from which rounding in E may be as large as what it is to show
 
 
 def _bound_in_double(x: Tensor) -> float:
-    """The bound of ||E||_2 of one matrix, E computed in float64."""
-    found = _measure(x.double())
-    square = symmetric_product(found.e, found.e)
-    first, second = _read([_norms(found.e), _norms(square)])
-    return _lower(first, second)[0]
+    r"""The bound \(\|E^8\|_F^{1/8}\) of \(\|E\|_2\) of one matrix, in float64.
+
+    By a smaller power, an error that all singular values share looks like a larger one of a few.
+    """
+    e = _measure(x.double()).e
+    first, power = _norms(e), e
+    for _ in range(3):
+        power = symmetric_product(power, power)
+    (found,) = _read([torch.minimum(first, _norms(power) ** 0.125)])
+    return found[0] if found[0] == found[0] else math.inf
 
 
 def _finite(bounds: list[float]) -> list[float]:
@@ -374,18 +388,20 @@ def _chosen(left: list[bool], x: Tensor, y: Tensor) -> Tensor:
     return y
 
 
-def _one_by_one(x: Tensor, way: CentredMap, reached: list[bool]) -> tuple[Tensor, list[bool]]:
+def _one_by_one(
+    x: Tensor, way: CentredMap, reached: list[bool], unit: bool
+) -> tuple[Tensor, list[bool]]:
     """Every matrix by its own program, after a jump of at least one of them."""
     flat = x.reshape(-1, *x.shape[-2:])
     y, good = flat.clone(), [False] * len(flat)
     for i, near in enumerate(reached):
         if near:
-            (found,) = retract([(flat[i], way)])
+            (found,) = retract([(flat[i], way)], unit=unit)
             y[i], good[i] = found.point, found.good[0]
             continue
         norm = float(torch.linalg.vector_norm(flat[i]))
         if not (math.isfinite(norm) and norm > 0.0):
             continue
-        y[i] = way.far(flat[i])
+        y[i] = way.value(flat[i]) if unit else way.far(flat[i])
         good[i] = True
     return y.view(x.shape), good

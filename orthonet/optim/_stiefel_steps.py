@@ -8,15 +8,11 @@ terms of third order.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from orthonet.linalg import _polar_series as series
-from orthonet.linalg import polar
-from orthonet.linalg._matrix import add_identity, symmetric_product
-from orthonet.linalg._polar_steps import largest_norm, near_pass
+from orthonet.linalg import polar, retraction
+from orthonet.linalg._matrix import add_identity
 
 __all__ = ["newton_schulz_sign", "residual", "retract", "symmetric_part", "tangent"]
 
@@ -35,61 +31,26 @@ def tangent(x: Tensor, v: Tensor) -> Tensor:
 
 
 def retract(ys: list[Tensor]) -> list[Tensor]:
-    r"""The polar factor of every matrix, certified by the defect that is measured on the way.
+    r"""The polar factor of every matrix, by `orthonet.linalg.retraction`.
 
-    For \(Y = X + D\) with tangent D, \(E = Y^\top Y - I = D^\top D\) is of second order: one
-    correction \(Y + Y (p(E) - I)\) of degree 1 (two products in all) reaches rounding for
-    \(\|D\|_2 \le 0.036\), of degree 2 (three) up to 0.12, of degree 4 (four) up to 0.33; longer
-    steps take further passes, and what these do not reach an eigendecomposition or an SVD does.
-    What earlier steps have left is in E too, so nothing accumulates. On an accelerator the host
-    reads once for all batches.
+    For \(Y = X + D\) with tangent D, \(Y^\top Y - I = D^\top D\) is of second order: two products
+    in all reach rounding for \(\|D\|_2 \le 0.036\), three up to 0.12, four up to 0.33; longer steps
+    take further passes. What earlier steps have left is seen too, so nothing accumulates. On an
+    accelerator the host reads once for all batches; on the CPU, where reading is free, each batch
+    is finished while it is near.
     """
     if torch.compiler.is_compiling():
         return [polar(y) for y in ys]
-    if all(y.is_cpu for y in ys):
-        return [_retract(y) for y in ys]
-    measured = [_measure(y) for y in ys]
-    bounds = torch.stack([bound.float() for _, _, bound in measured]).tolist()
-    return [
-        _correct(y, e, square, bound)
-        for y, (e, square, _), bound in zip(ys, measured, bounds, strict=True)
+    parts = [[y] for y in ys] if all(y.is_cpu for y in ys) else [ys]
+    found = [
+        moved
+        for part in parts
+        for moved in retraction.retract(
+            [(y, retraction.POLAR) for y in part], squares=[False] * len(part), unit=True
+        )
     ]
-
-
-def _retract(y: Tensor) -> Tensor:
-    """For memory where looking costs nothing: the square of E only where it is needed."""
-    e = add_identity(symmetric_product(y, y), -1.0)
-    bound = largest_norm(e)
-    if bound <= series.reach(1, series.tolerance(y.dtype)):
-        return _correct(y, e, None, bound)
-    square = symmetric_product(e, e)
-    return _correct(y, e, square, min(bound, largest_norm(square) ** 0.5))
-
-
-def _measure(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """E, its square, and a bound of the norm of E over the batch, which nobody reads here."""
-    e = add_identity(y.mT @ y, -1.0)
-    square = e @ e
-    norms = torch.linalg.vector_norm(torch.stack([e, square]), dim=(-2, -1))
-    norms = norms.reshape(2, -1).amax(-1)
-    return e, square, torch.minimum(norms[0], norms[1].sqrt())
-
-
-def _correct(y: Tensor, e: Tensor, square: Tensor | None, bound: float) -> Tensor:
-    """Y p(E) by the polynomial that reaches rounding, or the polar factor by further passes."""
-    tolerance = series.tolerance(y.dtype)
-    degrees = (1,) if square is None else (1, 2, 4)
-    degree = next((q for q in degrees if bound <= series.reach(q, tolerance)), 0)
-    if not degree:
-        return polar(y)
-    # on the interval of the bound, in half powers of two: its error is mostly far below rounding
-    width = 2.0 ** (math.ceil(2.0 * math.log2(max(bound, 1e-9))) / 2.0)
-    c, _ = series.near(degree, min(width, series.reach(degree, tolerance)))
-    p, _ = near_pass(e, square, degree, (c[0] - 1.0, *c[1:]))
-    # as a correction of Y: the product is small, and so is its rounding
-    if y.ndim == 2:
-        return torch.addmm(y, y, p)
-    return torch.baddbmm(y, y, p)
+    # Zero matrices have no direction to go, and what is not finite is refused.
+    return [m.point if all(m.good) else polar(m.point) for m in found]
 
 
 def residual(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from orthonet.reparametrizers._kernel import OrthoKernel
 from orthonet.reparametrizers._kernel_methods import KERNEL_METHODS, ReshapedKernel
+from orthonet.reparametrizers._mapped import MappedWeight
 from orthonet.reparametrizers._normalizers import (
     BatchedIdentity,
     BatchedPowerIteration,
@@ -36,6 +37,7 @@ from orthonet.reparametrizers._registration import (
     register,
     remove,
 )
+from orthonet.reparametrizers._spectral import FourierWeight
 from orthonet.reparametrizers.groups import fuse, unfuse
 from orthonet.reparametrizers.kernel_geometry import KernelGeometry
 from orthonet.reparametrizers.orthogonal import OrthoWeight
@@ -43,6 +45,7 @@ from orthonet.reparametrizers.providers import (
     REEVALUATING_OPTIMIZERS,
     defer_pullback,
     invalidate,
+    share_among_ranks,
 )
 from orthonet.reparametrizers.weight import Composition, Provider, Weight, caching
 
@@ -69,7 +72,9 @@ __all__ = [
     "CachedParametrizationList",
     "ClassParam",
     "Composition",
+    "FourierWeight",
     "L2Normalize",
+    "MappedWeight",
     "OrthoKernel",
     "OrthoParams",
     "OrthoWeight",
@@ -86,5 +91,6 @@ __all__ = [
     "invalidate",
     "register",
     "remove",
+    "share_among_ranks",
     "unfuse",
 ]

@@ -113,6 +113,7 @@ class OrthoKernel(Weight):
         self.geometry = KernelGeometry(
             out_channels, in_channels, tuple(kernel_size), tuple(stride), groups, ranks, float(gain)
         )
+        self._composing = self.geometry.composing  # counted here: torch.compile cannot
         outer, embedding, bases = (
             None if shape is None else OrthoWeight(shape, ortho_params, device, dtype)
             for shape in self.geometry.factor_shapes()
@@ -240,7 +241,7 @@ class OrthoKernel(Weight):
         convolve = pixels * g.out * g.inner * math.prod(g.kernel_size)
         ends = pixels * g.out * c * area + (0 if self.embedding is None else read * c * g.inner)
         factored = ends + len(g.dims) * 2 * c * g.rank * read
-        return (2 * g.composing + convolve) * c * c >= 1.35 * factored * (c * c + 166**2)
+        return (2 * self._composing + convolve) * c * c >= 1.35 * factored * (c * c + 166**2)
 
     def reset_parameters(self) -> None:
         """Draw every factor from the Haar distribution; nothing happens on the meta device."""

@@ -42,6 +42,8 @@ class _Problem:
     def __init__(self, kernel: KernelGeometry, target: Tensor) -> None:
         self.kernel = kernel
         self.taps = len(kernel.kernel_size)
+        outer, embedding, _ = kernel.factor_shapes()
+        self.has_outer, self.has_embedding = outer is not None, embedding is not None
         self.dims = kernel.dims
         self.free = kernel.ranks == "free"
         self.rank = kernel.channels if self.free else kernel.channels // 2
@@ -189,7 +191,7 @@ class _Problem:
         root = (vectors * values.clamp(min=0).sqrt()[:, None])[..., -width:].mT
         root = F.pad(root, (0, 0, 0, kernel.channels - width))
         middle = root.reshape(g, kernel.channels, *shape)
-        if kernel.embedding is None:  # then its taps sum to the identity
+        if not self.has_embedding:  # then its taps sum to the identity
             total = middle.flatten(2, -2).sum(2)
             middle = (polar_svd(total).mT @ middle.flatten(2)).view(middle.shape)
         return middle
@@ -197,11 +199,11 @@ class _Problem:
     def exact(self) -> KernelFactors | None:
         """Factors of an expanding strided kernel of the family, by algebra alone."""
         kernel = self.kernel
-        if kernel.contracting or kernel.outer is None:
+        if kernel.contracting or not self.has_outer:
             return None
         middle = self.middle_from_gram()
         factors = self.peel(middle)._replace(outer=self.best_outer(middle))
-        if kernel.embedding is not None:
+        if self.has_embedding:
             embedding = polar_svd(self.undelay(middle, factors).flatten(2))
             factors = factors._replace(embedding=embedding)
         return self.best_ends(factors)
@@ -210,13 +212,13 @@ class _Problem:
         """A first guess for any target, exact where the delays are outermost."""
         kernel = self.kernel
         outer = None
-        if not kernel.contracting and kernel.outer is not None:
+        if not kernel.contracting and self.has_outer:
             # the span of all taps of each sub-kernel: a polar factor of the target's unfolding
             blocks = [self._tall(window.flatten(2)) for _, window in self._windows()]
             outer = polar_svd(torch.stack(blocks, -1).flatten(2))
         seen = self.seen_by_delays(outer)
         factors = self.peel(seen)._replace(outer=outer)
-        if kernel.embedding is not None:
+        if self.has_embedding:
             embedding = polar_svd(self.undelay(seen, factors).flatten(2))
             factors = factors._replace(embedding=embedding)
         return self.best_ends(factors)

@@ -52,12 +52,19 @@ class CachedParametrizationList(Weight, ParametrizationList):
 
     def assign_(self, w: Tensor, owner: object = None) -> None:
         """Make `w` the value of the tensor."""
+        shape = self.shape
+        _checks.require(
+            w.shape == shape, owner or self, f"the tensor must have shape {tuple(shape)}",
+            "Reshape it, or constrain a tensor of that shape", weight=w,
+        )  # fmt: skip
         self.right_inverse(w)
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Make whatever the state holds finite, since it may never have been set."""
         start(self)
 
+    @torch.no_grad()
     def project_(self, value: Tensor, owner: object = None) -> float:
         """Make what the parametrizations make of `value` the value; return the relative distance.
 
@@ -177,6 +184,7 @@ def _adopt(module: nn.Module) -> None:
     for entry in lists.values():
         if type(entry) is ParametrizationList:
             entry.__class__ = CachedParametrizationList
+            entry._enroll()
     module.__class__ = _shared_class(type(module).__bases__[0], lists)
 
 

@@ -30,7 +30,8 @@ def fuse(module: nn.Module, *, largest: int | None = None) -> list[tuple[str, ..
     Examples:
         >>> from orthonet.layers import OrthoLinear
         >>> model = nn.Sequential(*(OrthoLinear(8, 8) for _ in range(3)))
-        >>> with warnings.catch_warnings(record=True):
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
         ...     fuse(model)
         [('0.parametrization', '1.parametrization', '2.parametrization')]
     """

@@ -142,6 +142,11 @@ class OrthoWeight(Weight):
         norm = float(torch.linalg.vector_norm(work))
         return float(torch.linalg.vector_norm(u - work)) / norm if norm > 0 else float("inf")
 
+    @torch.no_grad()
+    def update_base(self) -> None:
+        """Make the matrix itself the parameter."""
+        self.assign_(self.compute())
+
     def _require_shape(self, w: Tensor, owner: object) -> None:
         _checks.require(
             isinstance(w, Tensor) and w.shape == self.original.shape,

@@ -138,9 +138,13 @@ class Weight(nn.Module, abc.ABC):
         caching: Set it to False on an instance to have its value computed at every call.
         map: How an optimizer step is followed by a retraction of the parameter `original`; None
             if the parameter is left alone.
+        lipschitz: The factor by which the value is scaled.
+        orthogonal: Whether all non-trivial singular values of the map that it stands for are 1.
     """
 
     caching: bool = True
+    lipschitz: float = 1.0
+    orthogonal: bool = False
     opaque: bool = False  # whether compiled code reads it by one operation
     composed: bool = False  # whether its value is read by another weight that it is a part of
     _sharded: bool = False  # FSDP2 lends the parameters: what is written to them is lost
@@ -199,8 +203,10 @@ class Weight(nn.Module, abc.ABC):
     @property
     def shape(self) -> torch.Size:
         """Shape of the value."""
-        twin = copy.deepcopy(self).to("meta")
-        return twin.evaluate().shape
+        if torch.compiler.is_compiling():  # cannot copy tensors, and drops what nobody reads
+            with torch.no_grad():
+                return self.evaluate().shape
+        return copy.deepcopy(self).to("meta").evaluate().shape
 
     def assign_(self, w: Tensor, owner: object = None) -> None:
         """Make `w` the value; errors name `owner`.
@@ -219,6 +225,11 @@ class Weight(nn.Module, abc.ABC):
         """
         self._refuse(owner)
         return float("nan")
+
+    @torch.no_grad()
+    def update_base(self) -> None:
+        """Express the present value by parameters anew; a map with a base takes it as the base."""
+        self.assign_(self.evaluate())
 
     def _refuse(self, owner: object) -> None:
         _checks.fail(

@@ -269,7 +269,7 @@ def test_projection_improves_on_every_sweep():
     for arguments in ((4, 6, (3, 3), (1, 1)), (9, 3, (3, 3), (1, 1)), (12, 2, (4, 4), (2, 2))):
         kernel = orthonet.reparametrizers.OrthoKernel(*arguments, dtype=torch.float64)
         target = torch.randn(1, *kernel.shape, dtype=torch.float64)
-        distances = [fit_factors(kernel, target, sweeps=n)[1] for n in (0, 1, 3, 10)]
+        distances = [fit_factors(kernel.geometry, target, sweeps=n)[1] for n in (0, 1, 3, 10)]
         assert distances == sorted(distances, reverse=True)
         assert distances[-1] < distances[0]
 

@@ -196,33 +196,48 @@ def test_bad_sizes(layer, sizes, name):
         layer(*sizes)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_fused_layer_is_the_plain_one(compiled):
-    torch.compiler.reset()
-    layer = OrthoLinear(6, 6, dtype=torch.float64, ortho_params=orthonet.POLAR_WARM_ORTHO_PARAMS)
+def stepped(layer, size=0.1):
+    """The layer after a step of an optimizer, which has left its parameter at the centre."""
     raw = layer.parametrization.original
-    with torch.no_grad():
-        raw.add_(0.1 * torch.randn(6, 6))
+    raw.grad = size * torch.randn_like(raw)
+    torch.optim.SGD([raw], lr=1.0).step()
+    raw.grad = None
+    return layer
+
+
+@pytest.mark.parametrize("preset", ["DEFAULT", "POLAR_WARM"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_turned_layer_is_the_plain_one(compiled, preset):
+    torch.compiler.reset()
+    params = getattr(orthonet, f"{preset}_ORTHO_PARAMS")
+    layer = stepped(OrthoLinear(6, 6, dtype=torch.float64, ortho_params=params))
+    raw = layer.parametrization.original
+    before = raw.detach().clone()
     forward = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
     x = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
     y = forward(x)
-    assert compiled or type(y.grad_fn).__name__ == "_FusedLinearBackward"
+    assert compiled or type(y.grad_fn).__name__ == "_TurnedLinearBackward"
     direction = torch.randn_like(y)
     ours = torch.autograd.grad(y, (x, raw, layer.bias), direction)
-    w = raw.detach()  # re-centred
-    u = polar_reference(w)
+    assert torch.equal(raw, before)  # nothing is written by a forward or a backward pass
+    u = polar_reference(before)
     outer = direction.flatten(0, 1).T @ x.detach().flatten(0, 1)
-    expected = direction @ u, polar_gradient_reference(w, outer), direction.sum((0, 1))
+    expected = direction @ u, polar_gradient_reference(before, outer), direction.sum((0, 1))
     torch.testing.assert_close(y, x @ u.T + layer.bias, atol=1e-12, rtol=0)  # observed 2e-15
     torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)  # observed 9e-15
 
 
-def test_every_use_of_the_weight_in_a_step_counts():
-    layer = OrthoLinear(6, 6, dtype=torch.float64, ortho_params=orthonet.POLAR_WARM_ORTHO_PARAMS)
+@pytest.mark.parametrize("centred", [False, True])
+def test_every_use_of_the_weight_in_a_step_counts(centred):
+    layer = OrthoLinear(6, 6, dtype=torch.float64)
     raw = layer.parametrization.original
-    with torch.no_grad():
-        raw.add_(0.1 * torch.randn(6, 6))
+    if centred:
+        stepped(layer)
+    else:  # moved by another hand: computed by the cold map
+        with torch.no_grad():
+            raw.add_(0.1 * torch.randn(6, 6))
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    assert (type(layer(x).grad_fn).__name__ == "_TurnedLinearBackward") is centred
     for _ in range(2):  # accumulated
         hidden = layer(x)
         loss = layer(hidden.sin()).square().sum() + layer.weight[0, 1] + hidden.sum()
@@ -235,13 +250,17 @@ def test_every_use_of_the_weight_in_a_step_counts():
     torch.testing.assert_close(raw.grad, 2.0 * w.grad, atol=1e-11, rtol=1e-11)
 
 
-def test_fused_layer_is_differentiable_twice_and_left_where_it_does_not_apply():
-    layer = OrthoLinear(5, 5, dtype=torch.float64, ortho_params=orthonet.POLAR_WARM_ORTHO_PARAMS)
+def test_turned_layer_is_differentiable_twice_and_left_where_it_does_not_apply():
+    layer = stepped(OrthoLinear(5, 5, dtype=torch.float64))
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    turned = "_TurnedLinearBackward"
+    assert type(layer(x).grad_fn).__name__ == turned
     assert torch.autograd.gradgradcheck(layer, (x,))
-    fused = "_FusedLinearBackward"
-    assert type(layer.eval()(x).grad_fn).__name__ != fused
-    layer.train()
-    assert type(layer(x.detach()).grad_fn).__name__ != fused
-    wide = OrthoLinear(5, 3, ortho_params=orthonet.POLAR_WARM_ORTHO_PARAMS)
-    assert type(wide(torch.randn(2, 5, requires_grad=True)).grad_fn).__name__ != fused
+    assert type(layer(x.detach()).grad_fn).__name__ != turned
+    with torch.no_grad():
+        assert layer(x).grad_fn is None
+    wide = stepped(OrthoLinear(5, 3))
+    assert type(wide(torch.randn(2, 5, requires_grad=True)).grad_fn).__name__ != turned
+    with torch.no_grad():
+        layer.parametrization.original.mul_(1.5)[0].add_(0.1)  # by another hand
+    assert type(layer(x).grad_fn).__name__ != turned

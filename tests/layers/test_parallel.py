@@ -134,17 +134,6 @@ def zoo(rank):
 
 def equal(rank):
     errors = errors_of(MODELS, rank)
-    # FSDP2 keeps nothing that a forward pass writes to a parameter: there the warm polar map is the
-    # cold one, with the gradient of that, instead of re-centring
-    warm, cold = linear("POLAR_WARM"), linear("POLAR")
-    xs = torch.randn(3, 2, 4, 6, generator=torch.Generator().manual_seed(7))
-    torch.manual_seed(0)
-    sharded = warm()
-    torch.manual_seed(0)
-    reference = cold()
-    train(reference, xs.flatten(1, 2))
-    train(shard(sharded), xs[:, rank])
-    errors["OrthoLinear, warm"] = errors["OrthoLinear, warm"][0], differ(sharded, reference)
     assert max(max(pair) for pair in errors.values()) < 1e-6, errors  # observed 6e-8
 
 

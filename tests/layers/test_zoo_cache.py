@@ -7,7 +7,7 @@ import torch
 
 from orthonet import caching
 from orthonet.layers import make_conv, make_linear
-from orthonet.reparametrizers._cache import CachedWeight
+from orthonet.reparametrizers import Weight
 
 SAME = {"padding": "same", "padding_mode": "circular"}
 LAYERS = {
@@ -27,7 +27,7 @@ LAYERS = {
 def test_several_tensors_are_computed_once_per_step(make, shape, monkeypatch):
     layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
     parametrization = layer.parametrization
-    assert isinstance(parametrization, CachedWeight)
+    assert isinstance(parametrization, Weight)
     counted, evaluate = [], type(parametrization).evaluate
 
     def count(self):

@@ -1,4 +1,4 @@
-"""The cache under DistributedDataParallel and FSDP2: two real processes."""
+"""Kept weights under DistributedDataParallel and FSDP2: two real processes."""
 
 import contextlib
 from pathlib import Path
@@ -12,12 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 import orthonet
 from orthonet.layers import OrthoLinear
 from orthonet.reparametrizers import (
-    POLAR_ORTHO_PARAMS,
-    POLAR_WARM_ORTHO_PARAMS,
+    DEFAULT_ORTHO_PARAMS,
     BatchedIdentity,
     BatchedQROrthogonalization,
     OrthoParams,
-    _polar,
     register,
 )
 
@@ -32,18 +30,15 @@ class Symmetric(nn.Module):
         return x.triu()
 
 
-def build(fused: bool = False, params: OrthoParams = PARAMS) -> nn.Sequential:
+def build(params: OrthoParams = PARAMS) -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(
+    return nn.Sequential(
         OrthoLinear(8, 8, ortho_params=params),
         nn.Tanh(),
         register(nn.Linear(8, 8), "weight", Symmetric()),
         nn.Tanh(),
         OrthoLinear(8, 8, ortho_params=params),
     )
-    if fused:
-        assert len(orthonet.fuse(model)) == 1
-    return model
 
 
 def loss(y):
@@ -74,22 +69,35 @@ def differ(a, b):
     return max(float((p - q).abs().max()) for p, q in zip(a, b, strict=True))
 
 
+def by_hand(sgd=False, steps=3, micro=3):
+    """The same training in one process, which averages what the ranks see."""
+    model = build()
+    step = torch.optim.Adam(model.parameters(), 0.01, fused=True)
+    if sgd:
+        step = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    generators = [torch.Generator().manual_seed(rank) for rank in range(2)]
+    for _ in range(steps):
+        step.zero_grad()
+        for generator in generators:
+            for x in torch.randn(micro, 4, 8, generator=generator):
+                (loss(model(x)) / 2).backward()
+        step.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
 def replicated(rank):
-    with orthonet.caching(False):
-        plain = train(DistributedDataParallel(build()), rank)
-        assigned = train(DistributedDataParallel(build()), rank, assign=True)
-    assert differ(plain, train(DistributedDataParallel(build()), rank)) == 0.0
-    options = {"find_unused_parameters": True}
-    assert differ(plain, train(DistributedDataParallel(build(), **options), rank)) == 0.0
-    options = {"gradient_as_bucket_view": True}
-    assert differ(plain, train(DistributedDataParallel(build(), **options), rank)) == 0.0
+    plain = train(DistributedDataParallel(build()), rank)
+    assigned = train(DistributedDataParallel(build()), rank, assign=True)
+    assert differ(plain, assigned) > 0.0
+    for options in ({}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}):
+        again = train(DistributedDataParallel(build(), **options), rank)
+        assert differ(plain, again) == 0.0, options
     assert differ(assigned, train(DistributedDataParallel(build()), rank, assign=True)) == 0.0
     plain = train(DistributedDataParallel(build()), rank, sgd=True)
-    for fused, defer in ((False, True), (True, False), (True, True)):
-        model = DistributedDataParallel(build(fused))
-        other = train(model, rank, sgd=True, defer=defer)
-        assert differ(plain, other) < 1e-5, differ(plain, other)  # sums in another order; 6e-8
-    for parameter in other:  # all ranks hold the same
+    assert differ(plain, by_hand(sgd=True)) < 1e-5  # sums in another order; 1e-7
+    other = train(DistributedDataParallel(build()), rank, sgd=True, defer=True)
+    assert differ(plain, other) < 1e-5, differ(plain, other)  # sums in another order; 6e-8
+    for parameter in (*plain, *other):  # all ranks hold the same
         others = [torch.empty_like(parameter) for _ in range(2)]
         distributed.all_gather(others, parameter)
         assert torch.equal(*others)
@@ -98,9 +106,9 @@ def replicated(rank):
         model(torch.randn(4, 8))
 
 
-def sharded(rank, params=PARAMS, reference_params=PARAMS):
+def sharded(rank, params=PARAMS):
     """Full-batch training of one process, and the mean over two shards of the batch."""
-    reference, model = build(params=reference_params), build(params=params)
+    reference, model = build(params), build(params)
     for layer in model:
         if next(layer.parameters(), None) is not None:
             fully_shard(layer)
@@ -127,19 +135,13 @@ def sharded(rank, params=PARAMS, reference_params=PARAMS):
                 q.mul_(1.5)
 
 
-def written(*_):
-    raise AssertionError("a lent parameter is written to")
-
-
 def run(rank: int, path: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     try:
         replicated(rank)
         sharded(rank)
-        # A warm start must not write to parameters that are lent: it takes the cold way.
-        _polar.recentre_ = written
-        sharded(rank, POLAR_WARM_ORTHO_PARAMS, POLAR_ORTHO_PARAMS)
+        sharded(rank, DEFAULT_ORTHO_PARAMS)
         distributed.barrier()  # nobody leaves while another still talks
     finally:
         distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,8 +15,7 @@ from orthonet import _checks
 from orthonet._torch import conv_forward, conv_paddings
 from orthonet.layers._base import ConstrainedWeight, WithoutPlainWeight
 from orthonet.linalg import haar
-from orthonet.reparametrizers import Weight
-from orthonet.reparametrizers._mapped import MappedWeight
+from orthonet.reparametrizers import MappedWeight, Weight
 
 __all__ = [
     "CachedParts",
@@ -123,17 +123,18 @@ class CachedParts(Weight):
     They are kept as one, so that what holds for the cache of a weight holds for them.
     """
 
+    @abc.abstractmethod
     def compute(self) -> tuple[Tensor, ...]:
         """Compute the tensors."""
-        _checks.fail(
-            self, "a subclass must define compute()", "Let it return the tensors", TypeError
-        )
 
+    @abc.abstractmethod
     def _shapes(self) -> tuple[torch.Size, ...]:
         """Their shapes."""
-        _checks.fail(
-            self, "a subclass must define _shapes()", "Let it return their shapes", TypeError
-        )
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the vector of all of them."""
+        return torch.Size((sum(shape.numel() for shape in self._shapes()),))
 
     def evaluate(self) -> Tensor:
         """All of them in one vector."""
@@ -149,7 +150,7 @@ class CachedParts(Weight):
 class InnerWeight(WithoutPlainWeight, nn.Module):
     """A layer with a sub-module of parameters that is no linear map with a plain weight."""
 
-    parametrization: nn.Module
+    parametrization: Weight
     bias: Tensor | None
     lipschitz: float
 
@@ -158,7 +159,7 @@ class InnerWeight(WithoutPlainWeight, nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to zero; nothing happens on the meta device."""
-        self.parametrization.reset_parameters()  # type: ignore[operator]
+        self.parametrization.reset_parameters()
         if self.bias is not None and not self.bias.is_meta:
             nn.init.zeros_(self.bias)
 
@@ -325,7 +326,7 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
 
     def _make(
         self, lipschitz: float, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> nn.Module:
+    ) -> Weight:
         initial = partial(self._initial, groups=self.groups)
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         return MappedWeight(shape, self._map(), initial, lipschitz, device, dtype)

@@ -18,7 +18,7 @@ from orthonet.linalg.unitary import (
     cayley_rectangular,
     unitary_polar,
 )
-from orthonet.reparametrizers._mapped import MappedWeight
+from orthonet.reparametrizers import MappedWeight
 
 __all__ = ["BROConv2d", "BROLinear", "CayleyConv2d", "CayleyLinear", "LOTConv2d"]
 

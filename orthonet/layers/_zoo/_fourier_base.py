@@ -20,7 +20,7 @@ from orthonet.layers._zoo._base import (
 from orthonet.layers._zoo._export import circular_twin, image_size_of
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg.fourier import apply_symbol
-from orthonet.reparametrizers._spectral import FourierWeight
+from orthonet.reparametrizers import FourierWeight
 
 __all__ = ["FourierConv2d"]
 

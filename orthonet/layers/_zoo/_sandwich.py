@@ -40,6 +40,11 @@ class _Pair(Weight):
         )
         self.reset_parameters()
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of A and B, transposed and one below the other."""
+        return self.original.shape
+
     def evaluate(self) -> Tensor:
         """A and B, transposed and one below the other, in float32 at least."""
         stored = self.original

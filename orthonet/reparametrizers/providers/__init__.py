@@ -1,4 +1,4 @@
-"""When weights are computed: after optimizer steps by the engine, and on demand by the cold cache."""
+"""When weights are computed: after optimizer steps by the engine, on demand by the cold cache."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from orthonet import _torch
-from orthonet.reparametrizers.providers import cold_cache
+from orthonet.reparametrizers.providers import cold_cache, shards
 from orthonet.reparametrizers.providers.compiled import compiled_read, compiled_turn
 from orthonet.reparametrizers.providers.defer import defer_pullback
 from orthonet.reparametrizers.providers.engine import ENGINE, REEVALUATING_OPTIMIZERS
+from orthonet.reparametrizers.providers.ranks import share_among_ranks
 from orthonet.reparametrizers.weight import COMPILED, PROVIDERS
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "defer_pullback",
     "frame_of",
     "invalidate",
+    "share_among_ranks",
 ]
 
 frame_of = ENGINE.frame
@@ -37,6 +39,7 @@ def invalidate(module: nn.Module | None = None) -> None:
         module: The module whose weights, and those of its sub-modules, are forgotten.
     """
     ENGINE.forget(module)
+    shards.forget(module)
     if module is None:
         cold_cache.count_step()
     else:
@@ -47,8 +50,9 @@ def invalidate(module: nn.Module | None = None) -> None:
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     cold_cache.count_step()
     ENGINE.after_step(optimizer)
+    shards.after_step(optimizer)
 
 
-PROVIDERS[:] = [ENGINE, cold_cache.read]
+PROVIDERS[:] = [ENGINE, cold_cache.read, shards.read]
 COMPILED[:] = [compiled_read]
 register_optimizer_step_post_hook(_after_step)

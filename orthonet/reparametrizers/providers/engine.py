@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,15 @@ from orthonet.reparametrizers.providers.defer import OPEN, deferred
 from orthonet.reparametrizers.providers.packet import Centred, Family, Packet
 from orthonet.reparametrizers.weight import SLOT, Weight, alive, caching
 
-__all__ = ["ENGINE", "REEVALUATING_OPTIMIZERS", "Engine"]
+__all__ = [
+    "ENGINE",
+    "REEVALUATING_OPTIMIZERS",
+    "Engine",
+    "groups_of",
+    "manageable",
+    "parameters",
+    "stacked",
+]
 
 REEVALUATING_OPTIMIZERS: set[type[Optimizer]] = {LBFGS}
 """Optimizers that compare parameters and gradients of several evaluations within one step.
@@ -39,7 +47,11 @@ optimizer of your own that does so.
 """
 
 _ALONE_FROM = 384  # smaller side from which one matrix fills a processor
-_LARGEST = 2**22  # entries of a group: its gradients arrive together, and DDP sends 25 MB at a time
+_LARGEST = 2**22
+"""Entries of a group, 16 MB in float32. Its gradients arrive together.
+
+DistributedDataParallel sends 25 MB at a time, as soon as they are there.
+"""
 
 
 class Record:
@@ -93,9 +105,12 @@ class Batch:
 class Shared:
     """A computation that several weights read, and the tensors that they are given."""
 
-    __slots__ = ("__weakref__", "computation", "constants", "graphed", "places")
+    __slots__ = ("__weakref__", "computation", "constants", "graphed", "places", "scores")
 
-    def __init__(self, computation: Computation, weights: Sequence[Weight]) -> None:
+    def __init__(
+        self, computation: Computation, weights: Sequence[Weight], scores: Sequence[Tensor] = ()
+    ) -> None:
+        self.scores = [(p, _torch.Stamp(p)) for p in scores]
         self.computation = computation
         self.constants = computation.outputs
         self.graphed: tuple[Tensor, ...] | None = None
@@ -112,11 +127,15 @@ class Shared:
                 self.graphed = attach(self.computation)
         return self.graphed
 
+    def current(self) -> bool:
+        """Whether the scores that it was composed with have not changed."""
+        return all(stamp.holds(p) for p, stamp in self.scores)
+
 
 class Served:
     """What a read of one weight has found; a part of the weight, empty in copies and pickles."""
 
-    __slots__ = ("constant", "parts", "place", "records", "scores", "shared", "steps")
+    __slots__ = ("constant", "parts", "place", "records", "scores", "shared", "stamps", "steps")
 
     def __init__(self) -> None:
         self.clear()
@@ -127,6 +146,7 @@ class Served:
         self.parts: tuple[Weight, ...] = ()  # of a composed weight: whose records these are
         self.steps: tuple[_torch.ModuleStamp, ...] = ()  # what makes the map of each of them
         self.scores: tuple[Tensor, ...] = ()
+        self.stamps: tuple[_torch.Stamp, ...] = ()  # of the scores
         self.shared: Shared | None = None
         self.constant: Tensor | None = None
         self.place = 0
@@ -139,7 +159,7 @@ class Served:
         for record, part, step in zip(records, self.parts, steps, strict=True):
             if not (step.holds(part) and record.holds(part)):
                 return False
-        return True
+        return all(map(_torch.Stamp.holds, self.stamps, self.scores))
 
     def learns(self, weight: Weight) -> bool:
         """Whether a parameter that the value depends on requires a gradient."""
@@ -155,6 +175,10 @@ class Served:
         return Served, ()
 
 
+Retraction = Callable[[Sequence[Sequence[Weight]]], list[Moved]]  # of the parameters of groups
+Share = Callable[[Optimizer, list[Weight]], list[Weight]]  # returns the weights that it leaves
+
+
 class Engine:
     """The hook behind optimizer steps, and the provider of the values that it makes."""
 
@@ -163,6 +187,10 @@ class Engine:
         self.records: dict[int, Record] = {}  # by identity of the parameter
         self.squares: dict[Any, bool] = {}  # whether the last step of a kind of group needed E^2
         self.looks = 0  # how often the host has waited
+        self.shares: list[Share] = []  # who retract some weights together with other processes
+        # The modules of DistributedDataParallel that have read weights, and which is whose
+        self.replicas: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self.homes: weakref.WeakKeyDictionary[Weight, int] = weakref.WeakKeyDictionary()
 
     def forget(self, module: nn.Module | None = None) -> None:
         """Look anew at the parameters of `module`, or of all modules, when they are read."""
@@ -185,10 +213,24 @@ class Engine:
             return
         with self.lock, torch.inference_mode(False), torch.no_grad():
             moved = self._moved_by(optimizer)
+            self._expire_scores(optimizer)
             if moved:
                 self._clear_readers()
             if not isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
-                self._serve([w for w in moved if w._parameters["original"].requires_grad], True)
+                moved = [w for w in moved if w._parameters["original"].requires_grad]  # type: ignore[union-attr]
+                for share in tuple(self.shares):
+                    moved = share(optimizer, moved)
+                self.serve(moved, self.retract)
+
+    def _expire_scores(self, optimizer: Optimizer) -> None:
+        """Forget what was composed with scores that `optimizer` may have moved without a trace."""
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for weight in alive():
+            served = vars(weight)[SLOT]
+            if served is not None and any(id(p) in owned for p in served.scores):
+                for record in served.records:
+                    record.batch.shared.clear()
+                served.clear()
 
     def _moved_by(self, optimizer: Optimizer) -> list[Weight]:
         """The weights whose parameter has moved, in the order of their construction."""
@@ -203,7 +245,7 @@ class Engine:
             if p.grad is None and (record is None or record.holds(weight)):
                 continue
             self.records.pop(id(p), None)
-            if not _manageable(weight, p):
+            if not manageable(weight, p):
                 continue
             tied = moved.setdefault(id(p), weight)
             if tied is not None and tied.map is not weight.map:
@@ -217,25 +259,33 @@ class Engine:
             if served is not None and served.records and not served.hold(weight):
                 served.clear()
 
-    def _serve(self, weights: Sequence[Weight], move: bool) -> None:
+    def serve(self, weights: Sequence[Weight], retracted: Retraction) -> None:
         """Bring the parameters to the centre, or see which stand there, and record their values."""
-        groups = list(_groups(weights))
-        if not groups:
-            return
+        groups = list(groups_of(weights))
+        for group, result in zip(groups, retracted(groups) if groups else (), strict=True):
+            if any(result.written):
+                _write(group, result)
+            self._record(group, group[0].map, result)  # type: ignore[arg-type]
+
+    def retract(self, groups: Sequence[Sequence[Weight]], move: bool = True) -> list[Moved]:
+        """The parameters of each group at the centre; not moved, they are only looked at."""
+        return self.retracted([(stacked(parameters(g)), g[0].map) for g in groups], move)  # type: ignore[misc]
+
+    def retracted(
+        self, batches: Sequence[tuple[Tensor, CentredMap]], move: bool = True
+    ) -> list[Moved]:
+        """As `linalg.retraction.retract`, with a guess from the last step of what is needed."""
+        if not batches:
+            return []
         self.looks += 1
-        ways: list[Any] = [group[0].map for group in groups]
-        stacks = [_stacked(group) for group in groups]
-        kinds = [(*x.shape, x.dtype, way.name) for x, way in zip(stacks, ways, strict=True)]
-        with _torch.without_autocast(stacks[0]):
-            found = retract(
-                list(zip(stacks, ways, strict=True)), move=move,
-                squares=[self.squares.get(kind, True) for kind in kinds],
-            )  # fmt: skip
-        for group, way, kind, result in zip(groups, ways, kinds, found, strict=True):
+        kinds = [(*x.shape, x.dtype, way.name) for x, way in batches]
+        squares = [self.squares.get(kind, True) for kind in kinds]
+        with _torch.without_autocast(batches[0][0]):
+            found = retract(batches, move=move, squares=squares)
+        for kind, result in zip(kinds, found, strict=True):
             if any(result.written):
                 self.squares[kind] = result.squared
-                _write(group, result)
-            self._record(group, way, result)
+        return found
 
     def _record(self, group: Sequence[Weight], way: CentredMap, result: Moved) -> None:
         batch = Batch(way, Centred(way, *centre(result.point)) if any(result.good) else None)
@@ -318,6 +368,7 @@ class Engine:
         if len(found) < len(records):
             return False
         served.parts, served.scores = parts, () if composition is None else composition.scores
+        served.stamps = tuple(map(_torch.Stamp, served.scores))
         served.steps = tuple(_torch.ModuleStamp(part) for part in parts or (weight,))
         served.records = found
         return True
@@ -332,10 +383,10 @@ class Engine:
             _refuse_capture(weight)
         record = self.records.get(id(p))
         if record is None or not record.holds(weight):
-            if not _manageable(weight, p):
+            if not manageable(weight, p):
                 return None
             with torch.inference_mode(False), torch.no_grad():
-                self._serve(list(self._unknown()), False)
+                self.serve(list(self._unknown()), functools.partial(self.retract, move=False))
             record = self.records.get(id(p))
         return record if record is not None and record.map is way and record.holds(weight) else None
 
@@ -344,7 +395,7 @@ class Engine:
         seen: set[int] = set()
         for weight in alive():
             p = weight._parameters.get("original")
-            if p is None or id(p) in seen or weight.map is None or not _manageable(weight, p):
+            if p is None or id(p) in seen or weight.map is None or not manageable(weight, p):
                 continue
             record = self.records.get(id(p))
             if record is None or record.map is not weight.map or not record.holds(weight):
@@ -355,12 +406,13 @@ class Engine:
         """What `weight` reads together with others of its batch."""
         composition = weight.composition()
         batch = served.records[0].batch
+        home = self._home(weight)
         if composition is None:
-            key: Any = (weight.composed, grad)
+            key: Any = (weight.composed, grad, home)
         else:
-            key = (composition.key, *(id(record.batch) for record in served.records), grad)
+            key = (composition.key, *(id(record.batch) for record in served.records), grad, home)
         shared = batch.shared.get(key)
-        if shared is None or id(weight) not in shared.places:
+        if shared is None or id(weight) not in shared.places or not shared.current():
             make = self._packet if composition is None else self._family
             shared = batch.shared[key] = make(weight, served, grad)
         served.place = shared.places[id(weight)]
@@ -368,15 +420,31 @@ class Engine:
             served.shared = shared
         return shared
 
+    def _home(self, weight: Weight) -> object:
+        """What weights have in common that may share a node of the graph.
+
+        A node of which a pass uses some outputs calls the hooks of the other parameters, too, with
+        no gradient. Those of a user or of another DistributedDataParallel do not expect that.
+        """
+        running = _torch.running_ddp()
+        if running is not None and running not in self.replicas:
+            number = self.replicas[running] = 1 + max(self.homes.values(), default=0)
+            for part in running.modules():
+                if isinstance(part, Weight):
+                    self.homes[part] = number
+        if any(_torch.is_hooked_tensor(p) for p in weight.parameters()):
+            return ("alone", id(weight))
+        return self.homes.get(weight)
+
     def _packet(self, weight: Weight, served: Served, grad: bool) -> Shared:
         """The parameters of one batch, except those that are read by another weight only."""
-        batch = served.records[0].batch
+        batch, home = served.records[0].batch, self._home(weight)
         members = [
             (other, record)
             for reference, record in batch.records
             if (other := reference()) is not None
             and other.composed == weight.composed
-            and (not grad or _learns(other))
+            and (not grad or (_learns(other) and self._home(other) == home))
             and record.value is not None
             and record.holds(other)
         ]
@@ -394,6 +462,7 @@ class Engine:
         """All weights that are composed as this one is, of parts in the same batches."""
         wanted = [record.batch for record in served.records]
         mine: Any = weight.composition()
+        home = self._home(weight)
         members = []
         for other in alive():
             composition = other.composition()
@@ -402,7 +471,8 @@ class Engine:
             records = [self.records.get(id(p._parameters.get("original"))) for p in composition.parts]
             pairs = zip(records, composition.parts, wanted, strict=True)
             if all(r is not None and r.value is not None and r.batch is batch and r.holds(p)
-                   for r, p, batch in pairs) and (not grad or _learns(other)):  # fmt: skip
+                   for r, p, batch in pairs) and (
+                       not grad or (_learns(other) and self._home(other) == home)):  # fmt: skip
                 members.append((other, composition, records))
         members.sort(key=lambda member: member[2][0].span)
         parts = [
@@ -410,7 +480,8 @@ class Engine:
             for i, batch in enumerate(wanted)
         ]
         family = Family([c for _, c, _ in members], parts, grad)
-        return Shared(family, [other for other, _, _ in members])
+        scores = [p for _, c, _ in members for p in c.scores]
+        return Shared(family, [other for other, _, _ in members], scores)
 
 
 def _served(weight: Weight) -> Served:
@@ -425,7 +496,7 @@ def _learns(weight: Weight) -> bool:
     return any(p.requires_grad for p in weight.parameters())
 
 
-def _manageable(weight: Weight, p: Tensor) -> bool:
+def manageable(weight: Weight, p: Tensor) -> bool:
     """Whether the parameter may be kept at the centre."""
     return (
         weight.caching
@@ -452,7 +523,7 @@ def _count(p: Tensor) -> int:
     return p.shape[:-2].numel()
 
 
-def _groups(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
+def groups_of(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
     """Weights whose matrices make one batch; a large matrix on the CPU stays alone."""
     groups: dict[Any, list[Weight]] = {}
     for weight in weights:
@@ -471,13 +542,17 @@ def _groups(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
         yield chunk
 
 
-def _stacked(group: Sequence[Weight]) -> Tensor:
+def parameters(group: Sequence[Weight]) -> list[Tensor]:
+    """Those that the weights of a group are made of."""
+    return [w._parameters["original"].detach() for w in group]  # type: ignore[union-attr]
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """The matrices of a group, (k, m, n); a single matrix as it stands."""
-    parameters = [w._parameters["original"].detach() for w in group]  # type: ignore[union-attr]
-    if len(parameters) == 1:
-        x = parameters[0]
+    if len(tensors) == 1:
+        x = tensors[0]
         return x.view(x.shape[-2:]) if _count(x) == 1 else x.view(-1, *x.shape[-2:])
-    return torch.cat([p.view(-1, *p.shape[-2:]) for p in parameters])
+    return torch.cat([p.view(-1, *p.shape[-2:]) for p in tensors])
 
 
 def _write(group: Sequence[Weight], result: Moved) -> None:

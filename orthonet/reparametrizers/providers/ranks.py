@@ -1,0 +1,175 @@
+"""`share_among_ranks`: after a step, each process retracts its part of the matrices of a model."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from orthonet import _checks, _torch
+from orthonet.linalg._ranks import assign, exchange, rank_and_size
+from orthonet.linalg.retraction import Moved
+from orthonet.reparametrizers.providers import shards
+from orthonet.reparametrizers.providers.engine import ENGINE, manageable, parameters, stacked
+from orthonet.reparametrizers.providers.shards import centred_pieces, cost, flags
+from orthonet.reparametrizers.weight import Weight
+
+__all__ = ["share_among_ranks"]
+
+
+def share_among_ranks(
+    module: nn.Module, process_group: Any = None, *, enabled: bool = True
+) -> tuple[tuple[str, ...], ...]:
+    r"""Let each process retract its part of the matrices of a model after an optimizer step.
+
+    For data-parallel training in which all processes hold the same parameters
+    (DistributedDataParallel, or gradients averaged by hand), and would all bring the same matrices
+    \(M\) back to the centre \(c\,U\). Matrices are assigned by cost \(n k^2\), the largest first,
+    to the process with the least to do. After a step each process retracts its own, and one
+    exchange hands the matrices \(c\,U\) round. Everything else stays local: reading a weight, and
+    the two products of its backward pass. Parameters have the same bits in all processes.
+
+    **An optimizer step is then a collective**: all processes must take it, in the same order, with
+    optimizers that hold the same parameters. Nothing else is one, so that some processes may
+    evaluate the model alone, between steps too. Copies and pickles of the model are not shared;
+    parameters of `torch.optim.LBFGS` and matrices without a retraction (such as
+    `EXP_ORTHO_PARAMS`) are computed by each process for itself.
+
+    With `fully_shard` there is nothing to call: parameters that are shards are shared out in any
+    case, and the answer says how.
+
+    Args:
+        module: The model; before or after DistributedDataParallel wraps it.
+        process_group: The processes; a new group of all of them if None.
+        enabled: False undoes it, in all processes: each retracts everything again.
+
+    Returns:
+        The names of the matrices that each rank of the group retracts.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialized. In an optimizer step: the model has lost
+            a matrix since.
+        ValueError: Some parameters are shards and others are not. Nothing has been changed.
+
+    Examples:
+        In each process of `torchrun`:
+
+            orthonet.share_among_ranks(model)
+            model = DistributedDataParallel(model)
+    """
+    _checks.require(
+        dist.is_available() and dist.is_initialized(),
+        "share_among_ranks",
+        "torch.distributed must be initialized",
+        "Call torch.distributed.init_process_group first, or leave the model as it is",
+        RuntimeError,
+    )
+    found = {
+        id(m._parameters["original"]): (name, m)
+        for name, m in reversed(list(module.named_modules()))
+        if isinstance(m, Weight) and m.map is not None and m._parameters.get("original") is not None
+    }  # tied weights are one
+    named = list(reversed(found.values()))
+    weights = [weight for _, weight in named]
+    kinds = {_torch.is_shard(p) for p in parameters(weights)}
+    _checks.require(
+        len(kinds) < 2,
+        "share_among_ranks",
+        "the parameters must be whole in every process, or all of them shards of FSDP2",
+        "Call fully_shard on every part that has orthogonal matrices, or on none",
+        parameters=sorted({type(w._parameters["original"]).__name__ for w in weights}),
+    )
+    for share in list(ENGINE.shares):
+        if isinstance(share, Shared):
+            share.leave(weights)
+    if kinds == {True}:
+        owners, size = shards.owners(weights)
+    else:
+        group = dist.new_group() if process_group is None and enabled else process_group
+        size = rank_and_size(group)[1]
+        owners = assign([cost(w) for w in weights], size)
+        if enabled:
+            ENGINE.shares.append(Shared(group, weights, owners))
+    pairs = list(zip(named, owners, strict=True))
+    return tuple(tuple(name for (name, _), o in pairs if o == rank) for rank in range(size))
+
+
+class Shared:
+    """The matrices of a model, each retracted by one process of a group."""
+
+    def __init__(self, group: Any, weights: Sequence[Weight], owners: Sequence[int]) -> None:
+        self.group, self.rank = group, rank_and_size(group)[0]
+        self.members = [weakref.ref(weight) for weight in weights]
+        self.owners = list(owners)
+
+    def leave(self, weights: Iterable[Weight]) -> None:
+        """Share these no longer."""
+        gone = {id(weight) for weight in weights}
+        pairs = [
+            (m, o) for m, o in zip(self.members, self.owners, strict=True) if id(m()) not in gone
+        ]
+        self.members, self.owners = [m for m, _ in pairs], [o for _, o in pairs]
+        self._end_if_empty()
+
+    def __call__(self, optimizer: Optimizer, moved: list[Weight]) -> list[Weight]:
+        """Retract all members that `optimizer` holds; the others of `moved` are left.
+
+        Which have moved is not asked: all processes must find the same members.
+        """
+        members = [member() for member in self.members]
+        present = [m for m in members if m is not None]
+        if not present:
+            self._end_if_empty()
+            return moved
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        taken: dict[int, Weight] = {}
+        owners: dict[int, int] = {}
+        for weight, owner in zip(present, self._owners_of(members), strict=True):
+            p = weight._parameters.get("original")
+            if p is None or id(p) not in owned or not (p.requires_grad and manageable(weight, p)):
+                continue
+            if weight.map is not None:
+                taken[id(p)], owners[id(weight)] = weight, owner
+        if taken:
+            ENGINE.serve(list(taken.values()), lambda groups: self._retracted(groups, owners))
+        return [w for w in moved if id(w._parameters["original"]) not in taken]
+
+    def _owners_of(self, members: Sequence[Weight | None]) -> list[int]:
+        _checks.require(
+            None not in members,
+            "share_among_ranks",
+            "the model must have the matrices that it had when the work was shared out",
+            "Call share_among_ranks again in all processes",
+            RuntimeError,
+        )
+        return self.owners
+
+    def _end_if_empty(self) -> None:
+        if all(member() is None for member in self.members) and self in ENGINE.shares:
+            ENGINE.shares.remove(self)
+
+    def _retracted(self, groups: Sequence[Sequence[Weight]], owners: dict[int, int]) -> list[Moved]:
+        """The centred matrices of all processes, of which this one has computed its part."""
+        weights = [weight for group in groups for weight in group]
+        mine = [i for i, weight in enumerate(weights) if owners[id(weight)] == self.rank]
+        pieces = parameters(weights)
+        marks = [p.new_empty(2, p.shape[:-2].numel()) for p in pieces]
+        computed = centred_pieces([weights[i] for i in mine], [pieces[i] for i in mine])
+        for i, (point, mark) in zip(mine, computed, strict=True):
+            pieces[i], marks[i] = point, mark
+        whose = [owners[id(weight)] for weight in weights]
+        received = exchange([*pieces, *marks], whose * 2, self.group)
+        points, marks = received[: len(weights)], received[len(weights) :]
+        written, good = flags(marks)
+        results, first = [], 0
+        for group in groups:
+            of = slice(first, first + len(group))
+            written_of, good_of = (list(itertools.chain(*f[of])) for f in (written, good))
+            results.append(Moved(stacked(points[of]), written_of, good_of, False))
+            first += len(group)
+        return results

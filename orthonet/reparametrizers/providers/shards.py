@@ -1,0 +1,232 @@
+"""Weights whose parameters are shards (FSDP2): retracted after a step by all processes together.
+
+After a step of an optimizer each matrix is collected by one process, which brings it to the centre
+and hands the shards back: an optimizer step is a collective. A unit of FSDP2 then lends a matrix at
+the centre, M = c U, so that a read divides by c and a backward pass is the closed form there.
+Nothing of the size of a matrix is kept between steps.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from orthonet import _torch
+from orthonet.linalg._ranks import assign, collect, exchange, hand_out, rank_and_size, whole
+from orthonet.linalg.retraction import centre, retract
+from orthonet.reparametrizers.providers.computation import attach
+from orthonet.reparametrizers.providers.engine import (
+    ENGINE,
+    REEVALUATING_OPTIMIZERS,
+    groups_of,
+    stacked,
+)
+from orthonet.reparametrizers.providers.packet import Centred, Packet
+from orthonet.reparametrizers.weight import GIVEN, Weight, alive, caching
+
+__all__ = ["after_step", "centred_pieces", "cost", "flags", "forget", "owners", "read"]
+
+
+class _Known:
+    """The shard of a matrix that stands at the centre, and the state in which it does."""
+
+    __slots__ = ("parameter", "stamp", "version")
+
+    def __init__(self, p: Tensor) -> None:
+        self.parameter, self.version, self.stamp = (
+            weakref.ref(p),
+            p._version,
+            _torch.Stamp(_local(p)),
+        )
+
+    def holds(self, p: Tensor) -> bool:
+        """Whether `p`, the shard or what a unit has gathered from it, stands at the centre."""
+        shard = self.parameter()
+        return (
+            shard is not None
+            and (p is shard or not _torch.is_shard(p))
+            and (p.dtype, p.shape) == (shard.dtype, shard.shape)
+            and shard._version == self.version
+            and self.stamp.holds(_local(shard))
+        )
+
+
+_known: weakref.WeakKeyDictionary[Weight, _Known] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _local(p: Any) -> Tensor:
+    return p.to_local()  # type: ignore[no-any-return]
+
+
+def forget(module: nn.Module | None = None) -> None:
+    """Look anew at the parameters of `module`, or of all modules, when they are read."""
+    for weight in list(_known) if module is None else module.modules():
+        if isinstance(weight, Weight):
+            _known.pop(weight, None)
+
+
+def cost(weight: Weight) -> float:
+    """What a retraction costs, in operations to a factor."""
+    shape = weight._parameters["original"].shape  # type: ignore[union-attr]
+    return float(shape.numel() * min(shape[-2:]))
+
+
+def _group(p: Any) -> Any:
+    """The processes among which a matrix is shared out: those that replicate it work alike."""
+    return p.device_mesh.get_group(p.device_mesh.ndim - 1)
+
+
+def owners(weights: Sequence[Weight]) -> tuple[list[int], int]:
+    """Who retracts each matrix, if one optimizer holds these and no others, and of how many."""
+    size = rank_and_size(_group(weights[0]._parameters["original"]))[1]
+    return assign([cost(w) for w in weights], size), size
+
+
+# ------------------------------------------------------------------ after a step
+
+
+@torch.no_grad()
+def after_step(optimizer: Optimizer) -> None:
+    """Bring to the centre what `optimizer` holds in shards: a collective of their processes."""
+    given = [p for group in optimizer.param_groups for p in group["params"]]
+    places = {id(p): i for i, p in enumerate(given)}
+    held: dict[int, Weight | None] = {}
+    for weight in alive():
+        p = weight._parameters.get("original")
+        if p is None or id(p) not in places or not _torch.is_shard(p):
+            continue
+        _known.pop(weight, None)
+        if not (p.requires_grad and _manageable(weight, p)):
+            continue
+        tied = held.setdefault(places[id(p)], weight)
+        if tied is not None and tied.map is not weight.map:
+            held[places[id(p)]] = None  # tied weights of two maps have no common centre
+    if not held or not caching.on or isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
+        return
+    meshes: dict[Any, list[Weight]] = {}
+    for place in sorted(held):  # the order of the optimizer is the same in all processes
+        weight = held[place]
+        if weight is not None:
+            meshes.setdefault(given[place].device_mesh, []).append(weight)
+    with ENGINE.lock:
+        for weights in meshes.values():
+            _retract(weights)
+
+
+def _manageable(weight: Weight, p: Any) -> bool:
+    return (
+        weight.caching
+        and weight.map is not None
+        and p.dtype in (torch.float32, torch.float64)
+        and p.numel() > 0
+        and _local(p).device.type == p.device_mesh.device_type  # not where they are offloaded
+        and all(type(way).__name__ in ("Replicate", "Shard") for way in p.placements)
+    )
+
+
+def _retract(weights: list[Weight]) -> None:
+    parts: list[Any] = [w._parameters["original"].detach() for w in weights]  # type: ignore[union-attr]
+    group = _group(parts[0])
+    whose, _ = owners(weights)
+    collected = collect(parts, whose, group)
+    mine = sorted(collected)
+    computed = centred_pieces([weights[i] for i in mine], [collected[i] for i in mine])
+    marks = [_local(p).new_empty(2, p.shape[:-2].numel()) for p in parts]
+    for i, (point, mark) in zip(mine, computed, strict=True):
+        collected[i], marks[i] = point, mark
+    handed = hand_out(collected, parts, whose, group)
+    written, good = flags(exchange(marks, whose, group))
+    pairs = [
+        (_local(p), _local(new))
+        for p, new, some in zip(parts, handed, written, strict=True)
+        if any(some) and _local(p).numel()
+    ]
+    if pairs:
+        _torch.foreach_copy_([p for p, _ in pairs], [new for _, new in pairs])
+    for weight, all_good in zip(weights, good, strict=True):
+        if all(all_good):
+            _known[weight] = _Known(weight._parameters["original"])  # type: ignore[arg-type]
+
+
+def centred_pieces(
+    weights: Sequence[Weight], tensors: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Whole parameters at the centre, and marks: which matrices are written, and which are good."""
+    places = {id(weight): i for i, weight in enumerate(weights)}
+    groups = [[places[id(w)] for w in group] for group in groups_of(weights)]
+    batches: list[Any] = [
+        (stacked([tensors[i].contiguous() for i in group]), weights[group[0]].map)
+        for group in groups
+    ]
+    result: list[Any] = [None] * len(weights)
+    for group, found in zip(groups, ENGINE.retracted(batches), strict=True):
+        points, first = found.point.reshape(-1, *found.point.shape[-2:]), 0
+        for i in group:
+            last = first + tensors[i].shape[:-2].numel()
+            mark = points.new_tensor([found.written[first:last], found.good[first:last]])
+            result[i] = points[first:last].view(tensors[i].shape), mark
+            first = last
+    return result
+
+
+def flags(marks: Sequence[Tensor]) -> tuple[list[list[bool]], list[list[bool]]]:
+    """What the marks of each parameter say; the host waits once."""
+    ENGINE.looks += 1
+    numbers = iter(torch.cat([mark.flatten() for mark in marks]).tolist())
+    rows = [[bool(next(numbers)) for _ in range(mark.numel())] for mark in marks]
+    return [row[: len(row) // 2] for row in rows], [row[len(row) // 2 :] for row in rows]
+
+
+# ------------------------------------------------------------------ reading
+
+
+def read(weight: Weight) -> Tensor | None:
+    """The value of a weight that is made of shards, where these stand at the centre."""
+    composition = weight.composition()
+    parts = (weight,) if composition is None else composition.parts
+    if not any(part._sharded for part in parts) or not weight.may_be_kept():
+        return None
+    if composition is None:
+        return _at_centre(weight)
+    given: list[Weight] = []
+    try:
+        for part in parts:
+            value = _at_centre(part)
+            if value is not None:
+                vars(part)[GIVEN] = value
+                given.append(part)
+        return weight.evaluate() if given else None
+    finally:
+        for part in given:
+            del vars(part)[GIVEN]
+
+
+def _at_centre(weight: Weight) -> Tensor | None:
+    """The value of one matrix, gathered here or lent by its unit; None elsewhere.
+
+    A shard that no step has been seen to leave at the centre is looked at, at the cost of one
+    product a read.
+    """
+    p, way, known = weight._parameters.get("original"), weight.map, _known.get(weight)
+    if p is None or way is None or p.dtype not in (torch.float32, torch.float64) or not p.numel():
+        return None
+    gathered = whole(p)
+    with _torch.without_autocast(gathered):
+        x = gathered.detach()
+        x = x.reshape(-1, *x.shape[-2:]) if x.ndim > 2 else x
+        if known is None or not known.holds(p):
+            (found,) = retract([(x, way)], move=False)
+            if not all(found.good):
+                return None
+        u, scale = centre(x)
+    value = u.view(p.shape)
+    if not (torch.is_grad_enabled() and gathered.requires_grad):
+        return value
+    spans = [(0, p.shape[:-2].numel())]
+    return attach(Packet([gathered], [value], spans, Centred(way, u, scale)))[0]

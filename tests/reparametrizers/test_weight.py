@@ -1,0 +1,157 @@
+"""Every constrained weight of the library is a `Weight`, and keeps its laws."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import orthonet
+from orthonet import layers
+from orthonet.errors import NotOnManifoldError
+from orthonet.manifolds import Stiefel
+from orthonet.reparametrizers import OrthoKernel, OrthoWeight, ReshapedKernel, Weight, register
+
+
+class Symmetric(nn.Module):
+    """A parametrization as users write them."""
+
+    def forward(self, x):
+        return x.triu() + x.triu(1).mT
+
+    def right_inverse(self, x):
+        return x.triu()
+
+
+def of(layer):
+    return layer.parametrization
+
+
+SAME = {"padding": "same", "padding_mode": "circular"}
+MAKERS = {
+    "OrthoWeight": lambda: OrthoWeight((2, 5, 3)),
+    "OrthoKernel": lambda: OrthoKernel(4, 3, (3, 2), (1, 1)),
+    "ReshapedKernel": lambda: ReshapedKernel(4, 3, (3, 2), (1, 1)),
+    "MappedWeight": lambda: of(layers.make_linear("aol", 4, 3)),
+    "FourierWeight": lambda: of(layers.make_conv("cayley", 4, 4, 3, **SAME)),
+    "_UnitRows": lambda: of(layers.UnitNormLinear(5, 3)),
+    "TrivializedWeight": lambda: layers.OrthoRNN(3, 4, triv="cayley").recurrent["weight_hh_l0"],
+    "SkewKernel": lambda: of(layers.make_conv("soc", 4, 4, 3, **SAME)),
+    "SlopedWeight": lambda: of(layers.make_linear("sll", 4, 3)),
+    "_Pair": lambda: of(layers.make_linear("sandwich", 4, 3)),
+    "CachedParametrizationList": lambda: register(
+        nn.Linear(4, 4), "weight", Symmetric()
+    ).parametrizations["weight"],
+    "ConstrainedList": lambda: orthonet.constraints.constrain(
+        nn.Linear(4, 4), "weight", Stiefel()
+    ).parametrizations["weight"],
+}
+every_kind = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+# Maps without an inverse say so.
+UNASSIGNABLE = {"FourierWeight", "SkewKernel", "SlopedWeight", "_Pair"}
+
+
+def in_double(make):
+    torch.set_default_dtype(torch.float64)
+    try:
+        return make()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def kinds(base=Weight):
+    """The concrete sub-classes that the library defines."""
+    for cls in base.__subclasses__():
+        if cls.__module__.startswith("orthonet.") and not cls.__abstractmethods__:
+            yield cls
+        yield from kinds(cls)
+
+
+def test_every_kind_of_weight_is_here():
+    assert all(type(make()).__name__ == name for name, make in MAKERS.items())
+    assert {cls.__name__ for cls in kinds()} == set(MAKERS)
+
+
+@every_kind
+def test_a_read_is_the_evaluation_and_writes_nothing(make):
+    weight = in_double(make)
+    before = copy.deepcopy(weight.state_dict())
+    value = weight.evaluate()
+    assert isinstance(value, torch.Tensor) and value.shape == weight.shape
+    assert value.requires_grad
+    if type(weight).__name__ != "FourierWeight":  # which is called with a size
+        for _ in range(2):
+            read = weight()
+            parts = read if isinstance(read, tuple) else (read,)
+            assert sum(part.numel() for part in parts) == value.numel()
+            if len(parts) == 1:
+                torch.testing.assert_close(read, value, rtol=0, atol=1e-13)  # observed 5e-16
+    after = weight.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+    assert weight.lipschitz > 0 and weight.orthogonal in (True, False)
+    assert weight.map is None or isinstance(weight, OrthoWeight)
+
+
+@every_kind
+def test_values_are_assigned_and_projected_or_refused(make):
+    weight, other = in_double(make), in_double(make)
+    name, value = type(weight).__name__, other.evaluate().detach()
+    before = copy.deepcopy(weight.state_dict())
+    if name in UNASSIGNABLE:
+        for change in (weight.assign_, weight.project_):
+            with pytest.raises(NotOnManifoldError, match="no assignment"):
+                change(value)
+        assert all(torch.equal(t, before[n]) for n, t in weight.state_dict().items())
+        return
+    weight.assign_(value)
+    torch.testing.assert_close(weight.evaluate(), value, rtol=0, atol=1e-9)  # observed 2e-12
+    weight.update_base()
+    torch.testing.assert_close(weight.evaluate(), value, rtol=0, atol=1e-9)  # observed 2e-12
+    moved = weight.project_(value + 1e-3 * torch.randn_like(value))
+    assert 0.0 <= moved < 0.1
+    assert weight.evaluate().shape == value.shape
+    torch.testing.assert_close(weight.evaluate(), value, rtol=0, atol=0.1)
+    with pytest.raises((ValueError, RuntimeError)):
+        weight.assign_(value[..., :-1])
+
+
+@every_kind
+def test_parameters_are_drawn_anew(make):
+    weight = make()
+    with torch.no_grad():
+        for p in weight.parameters():
+            p.fill_(float("nan"))
+    weight.reset_parameters()
+    assert all(bool(p.isfinite().all()) for p in weight.parameters())
+    meta = copy.deepcopy(weight).to("meta")
+    if not isinstance(meta, nn.ModuleList):
+        meta.reset_parameters()
+    assert meta.shape == weight.shape
+    filled = meta.filled_copy(torch.zeros(()))
+    assert all(bool(p.isfinite().all()) for p in filled.parameters())
+
+
+@every_kind
+def test_a_plain_tensor_in_a_checkpoint_is_taken_or_refused(make):
+    weight, other = in_double(make), in_double(make)
+    plain, errors = other.evaluate().detach(), []
+    state = {"layer.weight": plain}
+    done = weight.load_plain(state, "layer.weight", "layer.own.", errors, weight)
+    assert set(state) == {f"layer.own.{name}" for name in weight.state_dict()}
+    if type(weight).__name__ in UNASSIGNABLE:
+        assert done is None and "no assignment" in errors[0]
+        return
+    assert errors == [] and done is not None and done[0] <= 1e-6
+    weight.load_state_dict({name.removeprefix("layer.own."): t for name, t in state.items()})
+    torch.testing.assert_close(weight.evaluate(), plain, rtol=0, atol=1e-6)
+
+
+@every_kind
+def test_copies_are_weights_of_their_own(make):
+    weight = make()
+    twin = copy.deepcopy(weight)
+    assert int(twin.number) != int(weight.number)
+    with torch.no_grad():
+        next(twin.parameters()).mul_(1.5)[0].add_(0.1)
+    assert not torch.equal(twin.evaluate(), weight.evaluate())
