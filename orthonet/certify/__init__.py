@@ -1,6 +1,5 @@
 """Certificates of Lipschitz constants and of robustness: proofs, and attacks that try them."""
 
-from orthonet.certify import _zoo_rules  # noqa: F401 (registers them)
 from orthonet.certify._apgd import apgd_l2
 from orthonet.certify._autoattack import auto_attack_l2
 from orthonet.certify._bound import Bound, Row
