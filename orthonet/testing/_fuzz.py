@@ -281,12 +281,15 @@ def _certified(drawn: list[_Graph], direct: bool) -> tuple[list[float], bool]:
 
 
 def _traced(model: nn.Module, x: Tensor) -> Walker | None:
-    """Walk the graph of a model as it runs on one batch; None if its size is written in."""
+    """Walk the graph of a model as it runs on one batch; None where that cannot be done."""
     generator = torch.Generator().manual_seed(0)
     batch = 0.1 * torch.randn(BATCH, *x.shape[1:], dtype=x.dtype, generator=generator)
     twin, marker = marked_copy(model)
-    with marker.functions(twin):
-        traced = make_fx(twin, tracing_mode="real", pre_dispatch=True)(batch)
+    try:
+        with marker.functions(twin):
+            traced = make_fx(twin, tracing_mode="real", pre_dispatch=True)(batch)
+    except _FAILURES:  # some decompositions of torch run on fewer arguments than their operations
+        return None
     graph = traced.graph
     nodes = list(graph.nodes)
     if any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in nodes):
