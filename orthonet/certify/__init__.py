@@ -3,10 +3,7 @@
 The package can be called: `orthonet.certify(model, x)` is `orthonet.certify.certify(model, x)`.
 """
 
-from orthonet.certify import (
-    _package,  # noqa: F401 (makes the package callable)
-    _zoo_rules,  # noqa: F401 (registers them)
-)
+from orthonet.certify import _package  # noqa: F401 (makes the package callable)
 from orthonet.certify._accuracy import certified_accuracy, certified_curve
 from orthonet.certify._apgd import apgd_l2
 from orthonet.certify._autoattack import auto_attack_l2

@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet._torch import NN_FUNCTIONS, is_hooked, operation_name
 from orthonet.certify._bound import Bound
+from orthonet.certify._norms import conv_norm
 from orthonet.errors import UncertifiableError
+from orthonet.linalg._sizes import Rounding
+from orthonet.linalg.enclosure import spectral_norm_bound
 
 __all__ = [
     "COPY",
@@ -78,18 +81,6 @@ class Operand:
         if not isinstance(self._bound, Bound):
             self._bound = self._bound()
         return self._bound
-
-
-class Rounding(NamedTuple):
-    r"""A bound of the rounding of one operation: $\gamma_{count} (size \|x\| + offset)$ in l2.
-
-    Half precision rounds what is stored three times in each of `stages`.
-    """
-
-    count: float
-    size: float
-    offset: float = 0.0
-    stages: int = 1
 
 
 Roundings = float | Rounding | Callable[[Callable[..., float]], Rounding] | None
@@ -486,7 +477,30 @@ def module_rule(module: nn.Module) -> _Entry | None:
             return _MODULES[base]
         if base in _MODULES:
             return None
+        if base.__module__.startswith("orthonet.layers.") and hasattr(base, "declared_bound"):
+            known = not hooks and _same_map(type(module), base)
+            return _Entry(_declared, False) if known else None
     return None
+
+
+def _declared(module: Any, input_shape: tuple[int, ...]) -> Step:
+    """What a layer of ours declares of itself."""
+    found = module.declared_bound(input_shape, _NORMS)
+    kind = "exact" if found.exact else "upper"
+    return Step((Bound(found.value, kind=kind),), found.method, roundings=found.rounding)
+
+
+class _Norms:
+    """Proved norms for layers, with the effort in force."""
+
+    def matrix(self, matrix: Tensor) -> float:
+        return spectral_norm_bound(matrix)
+
+    def convolution(self, kernel: Tensor, input_size: tuple[int, ...], **geometry: Any) -> float:
+        return conv_norm(kernel, input_size, **geometry).value
+
+
+_NORMS = _Norms()
 
 
 def _same_map(cls: type, base: type) -> bool:

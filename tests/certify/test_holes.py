@@ -152,6 +152,10 @@ def test_every_record_covers_its_schema():
 CHANNELS = (8, 3, 3)
 FINITE = {
     "threshold": (lambda x: F.threshold(x, 0.0, 0.0), (5,), 1.0),
+    "leaky by hand": (lambda x: torch.where(x > 0, x, 0.1 * x), (5,), 1.0),
+    "leaky from the left": (lambda x: torch.where(x <= 0, x * -3.0, x), (5,), 3.0),
+    "negative part": (lambda x: torch.where(x < 0, 2 * x, 0.0), (5,), 2.0),
+    "modulus by hand": (lambda x: torch.where(x >= 0, x, -x), (5,), 1.0),
     "median": (lambda x: x.median(1).values, (5,), 1.0),
     "kthvalue": (lambda x: x.kthvalue(2, 1).values, (5,), 1.0),
     "cummax": (lambda x: x.cummax(1).values, (5,), math.sqrt(5)),
@@ -181,6 +185,13 @@ FINITE = {
 PLACES = torch.tensor([[1, 2]])
 MATRIX = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0], [2.0, 0.25, 1.0]], dtype=torch.float64)
 KERNEL = torch.randn(8, 8, 1, 1, generator=torch.Generator().manual_seed(0)).double()
+
+
+def test_a_choice_that_jumps_is_refused():
+    for function in (lambda x: torch.where(x > 0, x, x + 1), lambda x: torch.where(x > 1, x, 2 * x),
+                     lambda x: torch.where(x > 0, x, 1.0)):  # fmt: skip
+        with pytest.raises(UncertifiableError, match="operation='gt'"):
+            bound(function, 3)
 
 
 def _written(x):

@@ -14,7 +14,6 @@ from torch import Tensor
 from orthonet.certify._bound import Bound
 from orthonet.certify._norms import matrix_norm
 from orthonet.certify._rules import BatchDependent, Call, Operand, Rounding, Step
-from orthonet.certify._sizes import absolute_matrix
 from orthonet.certify.ops.registry import (
     Linear,
     Values,
@@ -27,6 +26,7 @@ from orthonet.certify.ops.registry import (
     wide,
 )
 from orthonet.linalg._rounding import mul_up, power_of_two_scale, sqrt_up, squared_norm_up
+from orthonet.linalg._sizes import absolute_matrix
 
 __all__ = ["product_step"]
 
