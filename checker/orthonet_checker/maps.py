@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from orthonet_checker import norms
+from orthonet_checker import norms, slopes
 from orthonet_checker.operations import Operation, Shape, pairs, sizes
-from orthonet_checker.schema import boolean, need, text, whole
+from orthonet_checker.schema import boolean, many, need, one_of, real, text, whole
 
 
 class Affine(Operation, name="affine"):
@@ -67,7 +67,11 @@ class Convolution(Operation, name="convolution"):
         return (w.shape[0], *out)
 
     def square(self, *shapes: Shape) -> Fraction:
-        groups, w = self.groups, self.weight
+        return self.bound(self.weight, shapes[0], self.shape(*shapes))
+
+    def bound(self, w: np.ndarray, shape: Shape, out: Shape) -> Fraction:
+        """The squared norm with a kernel, by the rule of the node."""
+        groups = self.groups
         kernel = w.reshape(groups, w.shape[0] // groups, *w.shape[1:])
         for axis, d in enumerate(self.dilation, 3):  # zeros between the taps
             wide = list(kernel.shape)
@@ -75,7 +79,7 @@ class Convolution(Operation, name="convolution"):
             spread = np.zeros(wide)
             spread[(slice(None),) * axis + (slice(None, None, d),)] = kernel
             kernel = spread
-        image, out = shapes[0][1:], self.shape(*shapes)[1:]
+        image, out = shape[1:], out[1:]
         if self.circular:  # the outputs are then different rows of a convolution on the torus
             fits = [n % s == 0 and o * s <= n for n, s, o in zip(image, self.stride, out,
                                                                  strict=True)]  # fmt: skip
@@ -107,6 +111,51 @@ class Convolution(Operation, name="convolution"):
         ]  # fmt: skip
         y = np.moveaxis(np.concatenate(parts, -1), -1, 1)
         return y if linear or self.bias is None else y + self.bias[(slice(None), *[None] * dims)]
+
+
+class Descent(Convolution, name="descent"):
+    """x - J* S f(J x + b): J a convolution that keeps the size, S diagonal, f of slopes in [0, 1].
+
+    Between any two points this is I - J* S D J with a diagonal D in [0, 1], a symmetric matrix with
+    eigenvalues in [1 - n, 1] for n = |S^(1/2) J|^2: the constant is at most max(1, n - 1).
+    """
+
+    constants = (*Convolution.constants, "scales")
+    keys: ClassVar = {
+        **Convolution.keys, "scales": text, "function": one_of(*slopes.NAMES),
+        "parameters": many(real),
+    }  # fmt: skip
+    linear = False
+
+    def shape(self, *shapes: Shape) -> Shape:
+        hidden = super().shape(*shapes)
+        need(set(self.stride) == {1} and hidden[1:] == shapes[0][1:], "J must keep the size")
+        need(self.scales.shape == hidden[:1] and bool(np.all(self.scales >= 0)), "scales")
+        return shapes[0]
+
+    def square(self, *shapes: Shape) -> Fraction:
+        low, high = slopes.interval(self.function, self.parameters)
+        need(low >= 0 and high <= 1, "the slopes must lie in [0, 1]")
+        column = (slice(None), *[None] * (self.weight.ndim - 1))
+        kernel = self.weight * np.sqrt(self.scales)[column]  # two roundings
+        s = norms.scale_of(kernel)
+        taps = math.prod(kernel.shape[2:])
+        lost = norms.gamma(4) * taps * norms.root_up(norms.square_up(kernel / s)) * Fraction(s)
+        found = self.bound(kernel, shapes[0], Convolution.shape(self, *shapes))
+        norm = (norms.root_up(found) + lost) ** 2
+        return max(Fraction(1), norm - 1) ** 2
+
+    def apply(self, *xs: np.ndarray, **_: bool) -> np.ndarray:
+        inside = slopes.apply(self.function, super().apply(*xs), self.parameters)
+        dims, g, w = self.weight.ndim - 2, self.groups, self.weight
+        back = w.reshape(g, len(w) // g, *w.shape[1:]).swapaxes(1, 2)
+        back = np.flip(back, tuple(range(3, 3 + dims))).reshape(-1, len(w) // g, *w.shape[2:])
+        adjoint = Convolution({
+            "weight": back, "stride": self.stride, "dilation": self.dilation, "groups": g,
+            "padding": tuple((b, a) for a, b in self.padding), "circular": self.circular,
+        })  # fmt: skip
+        scales = self.scales[(slice(None), *[None] * dims)]
+        return xs[0] - adjoint.apply(inside * scales)
 
 
 class Fourier(Operation, name="fourier"):

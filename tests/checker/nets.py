@@ -6,6 +6,7 @@ from torch import nn
 from orthonet import models
 from orthonet.layers import (
     BROConv2d,
+    CPLConv2d,
     FullSort,
     GroupSort,
     LayerCentering,
@@ -14,6 +15,8 @@ from orthonet.layers import (
     MaxMin,
     OrthoConv2d,
     OrthoLinear,
+    SLLConv2d,
+    SLLLinear,
 )
 
 
@@ -93,6 +96,10 @@ def spectral() -> tuple[nn.Module, torch.Tensor]:
         BROConv2d(4, 2, 3, groups=2),
         LipNeXtBlock2d(2, 6, padding_mode="zeros", fraction=0.7, beta=0.5),
         LipNeXtBlock2d(6, 5),
+        CPLConv2d(5, 4, 3, padding_mode="circular", lipschitz=0.5),
+        SLLConv2d(4, 2, 3, groups=1, activation="tanh"),
+        nn.Flatten(),
+        SLLLinear(18, 7, activation="sigmoid"),
     )
     return net, torch.zeros(1, 2, 6, 6)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.func import jacrev
+from torch.func import jacrev, vjp
 
 ROOM = 1e-10
 """Relative rounding of a singular value of a Jacobian in float64: observed below 1e-13."""
@@ -145,6 +145,20 @@ def apply(node: dict, xs: list[Tensor], arrays: dict[str, Tensor]) -> Tensor:
         return _windows(x, node, node["dilation"], -math.inf).amax(tuple(range(-dims, 0)))
     if op == "activation":
         return _ACTIVATIONS[node["function"]](x, *map(real, node["parameters"]))
+    if op == "descent":
+
+        def inner(v: Tensor) -> Tensor:
+            mode = "wrap" if node["circular"] else "constant"
+            v = _padded(v, [[0, 0], *node["padding"]], mode)
+            conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[array("weight").ndim]
+            return conv(v, array("weight"), None, node["stride"], 0, node["dilation"],
+                        node["groups"])  # fmt: skip
+
+        hidden, pull = vjp(inner, x)
+        column = (slice(None), *[None] * (hidden.ndim - 2))
+        hidden = hidden if array("bias") is None else hidden + array("bias")[column]
+        hidden = _ACTIVATIONS[node["function"]](hidden, *map(real, node["parameters"]))
+        return x - pull(hidden * array("scales")[column])[0]
     if op == "fourier":
         groups, count, rows, columns = array("real").shape
         symbol = torch.complex(array("real"), array("imag"))

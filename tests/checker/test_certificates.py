@@ -62,6 +62,17 @@ def test_options_of_models_have_nothing_assumed(options, tmp_path):
     assert float(verdict.bound) == pytest.approx(found.constant.value, rel=1e-5)
 
 
+@pytest.mark.parametrize("layer", ["aol", "bro", "cpl", "lipnext", "sll"])
+def test_layers_of_the_zoo_have_nothing_assumed(layer, tmp_path):
+    """As `orthonet train --layer` puts them into a network."""
+    model = models.convnet_zoo(layer=layer, width=4, depth=1, hidden=8).eval()
+    found = certify(model, torch.zeros(1, 1, 8, 8), lower=False, effort="fast")
+    found.save(tmp_path / "c.json")
+    verdict = check(tmp_path / "c.json")
+    assert verdict.assumed == []
+    assert float(verdict.bound) <= found.constant.value * (1 + 1e-5)
+
+
 def test_the_network_of_the_demo_is_checked_in_a_second(tmp_path):
     """The network of `orthonet train mnist5k`: observed .03 s, within 2.4e-6 of the prover."""
     model = models.convnet_mnist().eval()

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orthonet.certify.proof.emit import emits
 from orthonet.certify.proof.norms import blocks_witness, convolution_witness
+from orthonet.layers._zoo._residual_base import ResidualConv2d
+from orthonet.linalg._rounding import mul_up
 
 if TYPE_CHECKING:
     from orthonet.certify._state import State
@@ -164,3 +166,44 @@ def _lipnext(writer: Writer, state: State) -> int | None:
     trail.join(parts)
     trail.match(block.out_channels)
     return writer.scale(trail.place, float(block.lipschitz), state)
+
+
+_SLOPED = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+
+
+@emits("CPLConv2d", "SLLConv2d", "CPLLinear", "SLLLinear")
+def _descent(writer: Writer, state: State) -> int | None:
+    layer, trail = writer.leaf(state), _Trail(writer, state)
+    function, image = _SLOPED.get(type(layer.activation)), isinstance(layer, ResidualConv2d)
+    if function is None or len(trail.shape) != (3 if image else 1):
+        return None
+    with torch.no_grad():
+        weight, scales = (t.detach() for t in layer.parametrization())
+    if not image:
+        trail.reshape(*trail.shape, 1, 1)
+        weight = weight[:, :, None, None]
+    pads = layer._pad if image else (0, 0)
+    groups = layer.groups if image else 1
+    width, outputs = weight.shape[1] * groups, layer.out_channels if image else layer.out_features
+    trail.match(width)
+    circular = image and layer.padding_mode == "circular"
+    geometry = ([1, 1], [[p, p] for p in pads], list(layer.dilation) if image else [1, 1])
+    scaled = weight.double() * scales.double().sqrt()[:, None, None, None]
+    rule, gain, t = convolution_witness(
+        scaled, trail.shape[1:], geometry[0], [(p, p) for p in pads], geometry[2], groups, circular
+    )
+    norm = mul_up(gain, gain, 1.0 + 2.0**-26)
+    extra: dict[str, Any] = {} if t is None else {"t": t.hex()}
+    if layer.bias is not None:
+        extra["bias"] = writer.constant(layer.bias.detach(), state, "bias")
+    trail.add(
+        "descent", trail.shape, rule=rule, gain=max(1.0, norm - 1.0),
+        weight=writer.constant(weight, state, "weight"),
+        scales=writer.constant(scales.flatten(), state, "scales"), function=function,
+        parameters=[], stride=geometry[0], padding=geometry[1], dilation=geometry[2],
+        groups=groups, circular=circular, **extra,
+    )  # fmt: skip
+    trail.match(outputs)
+    if not image:
+        trail.reshape(outputs)
+    return writer.scale(trail.place, float(layer.lipschitz), state)
