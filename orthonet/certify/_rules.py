@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet._torch import NN_FUNCTIONS, is_hooked, operation_name
+from orthonet._torch import NN_FUNCTIONS, is_hooked, is_overload, operation_name
 from orthonet.certify._bound import Bound
 from orthonet.certify._norms import conv_norm
 from orthonet.errors import UncertifiableError
@@ -345,7 +345,7 @@ def overload_name(target: Any) -> Any:
     """What a record is known by: the overload of an operation, or a function itself."""
     if target is operator.getitem:  # a part of several outputs
         return "getitem"
-    if not isinstance(target, torch._ops.OpOverload):
+    if not is_overload(target):
         return target
     name = target._schema.name.removeprefix("aten::")
     return f"{name}.{target._schema.overload_name or 'default'}"
