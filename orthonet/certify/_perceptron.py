@@ -19,7 +19,6 @@ from orthonet.certify.ops.activations import activation_of
 from orthonet.errors import UncertifiableError
 
 # By these names: an export in another thread changes those in the package.
-from orthonet.functional import group_sort, householder, max_min
 
 if TYPE_CHECKING:
     from orthonet.certify._propagate import Walker

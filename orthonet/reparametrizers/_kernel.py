@@ -15,7 +15,12 @@ from orthonet.linalg._filtering import filter_signal
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.reparametrizers._kernel_fit import fit_factors
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
-from orthonet.reparametrizers.kernel_geometry import KernelFactors, KernelGeometry, chosen, sharpened
+from orthonet.reparametrizers.kernel_geometry import (
+    KernelFactors,
+    KernelGeometry,
+    chosen,
+    sharpened,
+)
 from orthonet.reparametrizers.orthogonal import OrthoWeight
 from orthonet.reparametrizers.weight import Composition, Weight
 
@@ -196,7 +201,9 @@ class OrthoKernel(Weight):
         with _torch.without_autocast(first):
             factors = self.kept_factors()
         geometry, gain = self.geometry, self.geometry.gain
-        signal = x.unflatten(1, (geometry.groups, geometry.inner)).movedim(0, 2)  # (g, c, n, *sizes)
+        signal = x.unflatten(1, (geometry.groups, geometry.inner)).movedim(
+            0, 2
+        )  # (g, c, n, *sizes)
         if factors.embedding is not None:
             embedding = factors.embedding.to(x.dtype)
             rest = signal.shape[2:]
@@ -277,7 +284,10 @@ class OrthoKernel(Weight):
             owner or self,
             f"the kernel must be one that the factors can compose (to {allowed:.1e})",
             "Call layer.project_(weight) to take the nearest kernel that is found"
-            + (", or use ranks='free', which composes more kernels" * (self.geometry.ranks == "half")),
+            + (
+                ", or use ranks='free', which composes more kernels"
+                * (self.geometry.ranks == "half")
+            ),
             NotOnManifoldError,
             relative_distance=distance,
             shape=tuple(w.shape),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,14 +33,9 @@ class KernelFactors(NamedTuple):
         return base, None if self.weights is None else self.weights[:, index]
 
 
-def _derived() -> Any:
-    """A field that follows from the others."""
-    return dataclasses.field(init=False, repr=False, compare=False)
-
-
 @dataclasses.dataclass(frozen=True)
 class KernelGeometry:
-    """Sizes of a kernel and of its factors, see [`OrthoKernel`][orthonet.reparametrizers.OrthoKernel].
+    """Sizes of an [`OrthoKernel`][orthonet.reparametrizers.OrthoKernel] and of its factors.
 
     Attributes:
         out_channels: Channels out, of all groups.
@@ -69,16 +64,16 @@ class KernelGeometry:
     groups: int = 1
     ranks: str = "half"
     gain: float = 1.0
-    shape: torch.Size = _derived()
-    out: int = _derived()
-    inner: int = _derived()
-    block: tuple[int, ...] = _derived()
-    contracting: bool = _derived()
-    channels: int = _derived()
-    delays: tuple[int, ...] = _derived()
-    dims: tuple[int, ...] = _derived()
-    rank: int = _derived()
-    composing: float = _derived()
+    shape: torch.Size = dataclasses.field(init=False, repr=False, compare=False)
+    out: int = dataclasses.field(init=False, repr=False, compare=False)
+    inner: int = dataclasses.field(init=False, repr=False, compare=False)
+    block: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    contracting: bool = dataclasses.field(init=False, repr=False, compare=False)
+    channels: int = dataclasses.field(init=False, repr=False, compare=False)
+    delays: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    dims: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    rank: int = dataclasses.field(init=False, repr=False, compare=False)
+    composing: float = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         pairs = list(zip(self.kernel_size, self.stride, strict=True))
@@ -122,9 +117,7 @@ class KernelGeometry:
             groups=self.groups * count,
         )  # fmt: skip
 
-    def compose_all(
-        self, values: Sequence[Tensor], scores: Sequence[Tensor], count: int
-    ) -> Tensor:
+    def compose_all(self, values: Sequence[Tensor], scores: Sequence[Tensor], count: int) -> Tensor:
         """The kernels of `count` sets of factors, (count, *shape), gain included.
 
         Args:

@@ -164,4 +164,5 @@ class OrthoWeight(Weight):
         self.original.copy_(value)
 
     def extra_repr(self) -> str:
+        """Return the shape."""
         return f"shape={tuple(self.original.shape)}"

@@ -189,7 +189,7 @@ class Weight(nn.Module, abc.ABC):
     @property
     def number(self) -> Tensor:
         """Its number in this process."""
-        return getattr(self, NUMBER)  # noqa: B009 (a name of this file)
+        return getattr(self, NUMBER)
 
     @property
     def map(self) -> CentredMap | None:

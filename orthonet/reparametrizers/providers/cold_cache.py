@@ -11,7 +11,7 @@ tracing, tensor subclasses, ...) the answer is None, and the weight is computed 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -131,7 +131,9 @@ def _all_seen(module: nn.Module, structure: Structure) -> bool:
     registered = {id(p) for part in parts for p in part._parameters.values()}
     buffers = {id(b) for part in parts for b in part._buffers.values()}
     for t in structure.tensors:
-        if id(t) in registered and type(t) is not nn.Parameter or not _torch.cannot_change_unseen(t):
+        if (id(t) in registered and type(t) is not nn.Parameter) or not _torch.cannot_change_unseen(
+            t
+        ):
             return False
         if id(t) not in registered and type(t) is not Tensor:
             return False

@@ -130,17 +130,13 @@ class _Read(torch.autograd.Function):
 
 
 @torch.library.custom_op("orthonet::weight", mutates_args=())
-def _read(
-    number: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _read(number: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.no_grad():
         return _weight(number)().clone(memory_format=torch.contiguous_format)
 
 
 @_read.register_fake
-def _(
-    number: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _(number: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
 
 

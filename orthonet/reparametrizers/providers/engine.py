@@ -85,7 +85,6 @@ class Record:
             and (self.stream is None or self._same_stream(p))
         )
 
-
     def _same_stream(self, p: Tensor) -> bool:
         """Neither work of another stream nor a CUDA graph, whose replay would not ask again."""
         return self.stream == _torch.current_stream(p) and not _torch.capturing(p)
@@ -342,14 +341,16 @@ class Engine:
             if value is not None and records[0].batch.centred is not None:
                 record = records[0]
                 centred = record.batch.centred.rows([record.span])  # type: ignore[union-attr]
-                return centred.map.turn(centred.u, centred.scale, s.view(centred.u.shape)).view_as(s)
+                return centred.map.turn(centred.u, centred.scale, s.view(centred.u.shape)).view_as(
+                    s
+                )
             u = weight() if value is None else value
         with torch.enable_grad():
             (grad,) = torch.autograd.grad(weight(), weight.parameters(), u @ s)
         return grad
 
     def frame(self, weight: Weight) -> tuple[Tensor, Tensor] | None:
-        r"""The value and the frame of a square matrix at the centre, see `Packet`; None elsewhere."""
+        r"""The value and the frame of a square matrix at the centre; None elsewhere."""
         value = self(weight)
         shared = _served(weight).shared if value is not None else None
         if shared is None or not value.requires_grad or not isinstance(shared.computation, Packet):  # type: ignore[union-attr]
@@ -468,7 +469,9 @@ class Engine:
             composition = other.composition()
             if composition is None or composition.key != mine.key or not other.caching:
                 continue
-            records = [self.records.get(id(p._parameters.get("original"))) for p in composition.parts]
+            records = [
+                self.records.get(id(p._parameters.get("original"))) for p in composition.parts
+            ]
             pairs = zip(records, composition.parts, wanted, strict=True)
             if all(r is not None and r.value is not None and r.batch is batch and r.holds(p)
                    for r, p, batch in pairs) and (

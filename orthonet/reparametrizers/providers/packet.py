@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,7 +145,9 @@ class Packet(_AtCentre):
                 s = s + inner
             else:
                 s = s.clone()
-                for (start, n), piece in zip(spans, inner.split([n for _, n in spans]), strict=True):
+                for (start, n), piece in zip(
+                    spans, inner.split([n for _, n in spans]), strict=True
+                ):
                     s[start : start + n] += piece
         return centred.map.turn(u, scale, s)
 
