@@ -34,7 +34,7 @@ def turned_linear(layer: Any, x: Tensor) -> Tensor | None:
     ):
         return None
     if torch.compiler.is_compiling():
-        if weight.map is None or x.ndim < 2:
+        if x.ndim < 2:
             return None
         turned = compiled_turn(weight, x, layer.bias, layer._factor)
         return None if turned is None else turned[0]
@@ -58,10 +58,12 @@ class _TurnedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, u = ctx.saved_tensors
-        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_bias = rows.sum(0) if ctx.needs_input_grad[3] else None
         scaled = grad if ctx.factor == 1.0 else grad * ctx.factor
         grad_x = scaled @ u
+        inputs = x.reshape(-1, x.shape[-1])
         if torch.is_grad_enabled():  # differentiated again: by way of U
-            grad_u = scaled.flatten(0, -2).T @ x.flatten(0, -2)
+            grad_u = scaled.reshape(rows.shape).T @ inputs
             return grad_x, grad_u, None, grad_bias, None
-        return grad_x, None, grad_x.flatten(0, -2).T @ x.flatten(0, -2), grad_bias, None
+        return grad_x, None, grad_x.reshape(inputs.shape).T @ inputs, grad_bias, None

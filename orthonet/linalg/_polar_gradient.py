@@ -76,8 +76,9 @@ def centred_gradient(u: Tensor, scale: Tensor | float, grad: Tensor) -> Tensor:
     inner = grad.mT @ u
     if u.ndim == 2 and isinstance(scale, float):
         return torch.addmm(grad, u, inner, beta=0.5 / scale, alpha=-0.5 / scale)
-    if u.ndim == 3:
-        return torch.baddbmm(grad, u, inner, beta=0.5, alpha=-0.5).div_(scale)
+    if u.ndim < 4:
+        product = torch.baddbmm if u.ndim == 3 else torch.addmm
+        return product(grad, u, inner, beta=0.5, alpha=-0.5).div_(scale)
     return (grad - u @ inner).div_(2.0 * scale)
 
 

@@ -289,7 +289,7 @@ def retract(
         if (way.squares and (square or not x.is_cpu)) or not move:
             found = found._replace(square=symmetric_product(found.e, found.e))
         measured.append(found)
-        asked.append(_norms(found.e))
+        asked.append(_in_range(_norms(found.e), found.mean))
         if found.square is not None:
             asked.append(_norms(found.square))
     read = iter(_read(asked))
@@ -299,6 +299,14 @@ def retract(
         second = None if found.square is None else next(read)
         results.append(_moved(way, found, first, second, move))
     return results
+
+
+def _in_range(norms: Tensor, mean: Tensor | None) -> Tensor:
+    """The norms, infinite where the Gram matrix has left the range of its dtype."""
+    if mean is None:
+        return norms
+    limits, flat = torch.finfo(norms.dtype), mean.reshape(-1)
+    return torch.where(flat == flat.clamp(limits.tiny**0.7, limits.max**0.7), norms, torch.inf)
 
 
 def _read(tensors: list[Tensor]) -> list[list[float]]:
@@ -356,7 +364,7 @@ def _moved(
 def _lower(first: list[float], second: list[float]) -> list[float]:
     """The smaller of the bounds ||E||_F and ||E^2||_F^(1/2); infinite for NaN."""
     pairs = zip(first, second, strict=True)
-    return [min(a, b**0.5) if b == b and a == a else math.inf for a, b in pairs]
+    return [min(a, b**0.5) if b == b and a < math.inf else math.inf for a, b in pairs]
 
 
 _NOISY = 128  # side from which rounding in E may be as large as what it is to show
@@ -393,14 +401,14 @@ def _one_by_one(
 ) -> tuple[Tensor, list[bool]]:
     """Every matrix by its own program, after a jump of at least one of them."""
     flat = x.reshape(-1, *x.shape[-2:])
-    y, good = flat.clone(), [False] * len(flat)
+    y, good, limits = flat.clone(), [False] * len(flat), torch.finfo(x.dtype)
     for i, near in enumerate(reached):
         if near:
             (found,) = retract([(flat[i], way)], unit=unit)
             y[i], good[i] = found.point, found.good[0]
             continue
         norm = float(torch.linalg.vector_norm(flat[i]))
-        if not (math.isfinite(norm) and norm > 0.0):
+        if not limits.tiny**0.4 < norm < limits.max**0.4:  # its squares leave the range; or NaN
             continue
         y[i] = way.value(flat[i]) if unit else way.far(flat[i])
         good[i] = True

@@ -147,8 +147,10 @@ class OrthoKernel(Weight):
         parts = (self.outer, self.embedding, self.bases)
         return [part for part in parts if part is not None]
 
-    def composition(self) -> Composition:
-        """From the values of the factors."""
+    def composition(self) -> Composition | None:
+        """From the values of the factors; None for a subclass that computes something else."""
+        if type(self).evaluate is not OrthoKernel.evaluate:
+            return None
         scores = () if self.scores is None else (self.scores,)
         geometry = self.geometry
         return Composition(tuple(self._parts()), scores, geometry, geometry.compose_all)

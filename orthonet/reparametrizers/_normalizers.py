@@ -83,7 +83,7 @@ class BatchedPowerIteration(nn.Module):
         self.eps = eps
 
     def start(self, w: Tensor) -> Tensor:
-        """Return the unit vectors at which the rounds start, unlikely to be normal to a structure."""
+        """Return the unit vectors at which the rounds start."""
         angles = torch.arange(1, w.shape[-2] + 1, dtype=w.dtype, device=w.device)
         start = torch.cos(angles.square_())
         return (start / torch.linalg.vector_norm(start)).expand(w.shape[:-1])

@@ -78,13 +78,15 @@ class OrthoWeight(Weight):
     @property
     def map(self) -> CentredMap | None:
         """That of the orthogonalizer, where the normalizer does not change the result."""
+        cls = type(self)
+        if cls.evaluate is not OrthoWeight.evaluate or cls.compute is not OrthoWeight.compute:
+            return None  # a subclass computes something else
         if type(self.normalizer) not in _SCALING or _torch.is_hooked(self.normalizer):
             return None
         step = self.orthogonalizer
         if not isinstance(step, Orthogonalizer) or _torch.is_hooked(step):
             return None
-        # At the centre a norm divides the gradient; without a normalizer an inexact one misses it.
-        return step.map if step.exact or type(self.normalizer) is BatchedPowerIteration else None
+        return step.map if step.exact else None
 
     def evaluate(self) -> Tensor:
         """Compute the constrained matrix, in the dtype of `original`."""
@@ -101,8 +103,7 @@ class OrthoWeight(Weight):
             # processes.
             w = whole(stored).to(compute_dtype(stored.dtype))
             # A positive factor changes neither the value nor the exact gradient of such a map.
-            needless = self.map is not None and self.orthogonalizer.exact
-            return self.orthogonalizer(w if needless else self.normalizer(w))
+            return self.orthogonalizer(w if self.map is not None else self.normalizer(w))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

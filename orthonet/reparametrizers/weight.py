@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -32,6 +33,7 @@ __all__ = [
     "Weight",
     "alive",
     "caching",
+    "number_of",
     "numbered",
 ]
 
@@ -44,6 +46,11 @@ W = TypeVar("W", bound="Weight")
 
 _alive: dict[int, weakref.ref[Weight]] = {}
 _numbers = itertools.count()
+
+
+def number_of(weight: Weight) -> int:
+    """The number of a weight in this process."""
+    return vars(weight)[NUMBER][0]
 
 
 def numbered(number: int) -> Weight | None:
@@ -127,7 +134,22 @@ class Composition:
     compose: Callable[[Sequence[Tensor], Sequence[Tensor], int], Tensor]
 
 
-class Weight(nn.Module, abc.ABC):
+class _EnrolledWhenMade(abc.ABCMeta):
+    """Metaclass: a weight is known to the process when its constructor has returned."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        weight = super().__call__(*args, **kwargs)
+        _alive[number_of(weight)] = weakref.ref(
+            weight, functools.partial(_retire, number_of(weight))
+        )
+        return weight
+
+
+def _retire(number: int, _: object) -> None:
+    _alive.pop(number, None)
+
+
+class Weight(nn.Module, metaclass=_EnrolledWhenMade):
     """Base class of modules that own the raw parameters of one weight and return it when called.
 
     A subclass defines `evaluate`, a function of the parameters, buffers and attributes of the
@@ -150,18 +172,23 @@ class Weight(nn.Module, abc.ABC):
     _sharded: bool = False  # FSDP2 lends the parameters: what is written to them is lost
 
     def __init__(self, *args: Any) -> None:
-        self._enroll()  # first, because a base class may read the value
+        self._take_number()  # first, because a base class may read the value
         super().__init__(*args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._enroll()
 
-    def _enroll(self) -> None:
+    def _take_number(self) -> int:
+        """Take a new number; a copy, also a shallow one, does not share what was found before."""
         number = next(_numbers)
-        # A copy, also a shallow one, does not share what its original has found.
-        vars(self).update({SLOT: None, NUMBER: torch.tensor(number, device="cpu")})
-        _alive[number] = weakref.ref(self, lambda _: _alive.pop(number, None))
+        vars(self).update({SLOT: None, NUMBER: (number, torch.tensor(number, device="cpu"))})
+        return number
+
+    def _enroll(self) -> None:
+        """Become known to the process; for modules that no constructor of this class has made."""
+        number = self._take_number()
+        _alive[number] = weakref.ref(self, functools.partial(_retire, number))
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -188,8 +215,8 @@ class Weight(nn.Module, abc.ABC):
 
     @property
     def number(self) -> Tensor:
-        """Its number in this process."""
-        return getattr(self, NUMBER)
+        """Its number in this process, as a tensor that compiled code can read."""
+        return getattr(self, NUMBER)[1]
 
     @property
     def map(self) -> CentredMap | None:
@@ -253,6 +280,14 @@ class Weight(nn.Module, abc.ABC):
                 for tensor in twin.state_dict().values():
                     tensor.zero_()
             twin.reset_parameters()
+        return twin
+
+    def holding(self: W, values: Sequence[Tensor]) -> W:
+        """A copy whose parameters hold these values, one for each, of as many entries."""
+        twin = copy.deepcopy(self)
+        with torch.no_grad():
+            for p, value in zip(twin.parameters(), values, strict=True):
+                p.copy_(value.detach().view(p.shape))
         return twin
 
     def load_plain(

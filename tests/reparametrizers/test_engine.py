@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import threading
 import weakref
 
@@ -133,10 +134,11 @@ def test_retraction_of_hard_matrices(way, case, dtype):
     for i, good in enumerate(found.good):
         if good:
             assert orthogonality_error(value[i]) <= tolerances.PROMISE[dtype]
-        else:  # zero or not finite: left alone
+        else:  # zero, not finite, or beyond the range of squares: left alone
             assert torch.equal(found.point[i], x[i])
     assert found.good[1]
-    assert found.good[0] == (float(torch.linalg.matrix_norm(x[0].double())) > 0)
+    limits, norm = torch.finfo(dtype), float(torch.linalg.matrix_norm(x[0].double()))
+    assert found.good[0] == (limits.tiny**0.4 < norm < limits.max**0.4)
 
 
 @pytest.mark.parametrize("way", [POLAR, QR], ids=repr)
@@ -846,7 +848,7 @@ def test_a_compiled_layer_has_one_node_more_than_a_plain_one_each_way(sizes):
         def compiler(graph, inputs, name=name):
             nodes.setdefault(name, []).append(
                 sum(
-                    n.op == "call_function" and "getitem" not in str(n.target)
+                    n.op == "call_function" and not re.search("getitem|view", str(n.target))
                     for n in graph.graph.nodes
                 )
             )
@@ -857,7 +859,7 @@ def test_a_compiled_layer_has_one_node_more_than_a_plain_one_each_way(sizes):
         torch.compile(layer, fullgraph=True, backend=backend)(x).sum().backward()
     forward, backward = (a - b for a, b in zip(nodes["ours"], nodes["plain"], strict=True))
     assert forward <= 1
-    assert backward <= 2  # and a view
+    assert backward <= 1
 
 
 def test_capture_into_a_cuda_graph_is_refused(monkeypatch):

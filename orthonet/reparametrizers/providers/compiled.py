@@ -6,8 +6,10 @@ compiler takes the memory of a result for its own. Its backward pass is that of 
 compiled layer has the nodes of a plain layer and two more, whatever the weight, and nothing is
 compiled again from step to step.
 
-The number is a tensor in main memory, an input of the graph: layers of one shape share their
-compiled code, and CUDA graphs, whose replay would not ask, leave such a graph alone.
+The parameters are inputs of the operation. Where they are not those of the module, because the
+graph has changed them or a functional call has put others in their place, the weight is computed
+from them. The number is a tensor in main memory: layers of one shape share their compiled code, and
+CUDA graphs, whose replay would not ask, leave such a graph alone.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks, _torch
+from orthonet.reparametrizers.providers.computation import pulled_cold
 from orthonet.reparametrizers.providers.engine import ENGINE
 from orthonet.reparametrizers.weight import Weight, numbered
 
@@ -28,22 +31,14 @@ __all__ = ["compiled_read", "compiled_turn"]
 def compiled_read(weight: Weight) -> Tensor:
     """The value of `weight`, traced as one operation where that is possible.
 
-    It is not while `torch.export` traces, whose programs must run elsewhere, and where other
-    tensors stand in for the parameters (`torch.func.functional_call`, FSDP2): there the map itself
-    is traced.
+    It is not while `torch.export` traces, whose programs must run elsewhere, and for the lent
+    parameters of FSDP2: there the map itself is traced.
     """
     parameters = list(weight.parameters())
     if not weight.opaque or not _is_plain(weight, parameters):
         return weight.evaluate()
     four = [*parameters, None, None, None][:4]
     return _Read.apply(weight.number, tuple(weight.shape), *four)  # type: ignore[return-value]
-
-
-def _is_plain(weight: Weight, parameters: Sequence[Tensor]) -> bool:
-    """Whether compiled code may read the module instead of the parameters that it sees."""
-    if weight._sharded or not weight.caching or _torch.is_exporting() or len(parameters) > 4:
-        return False
-    return all(type(p) is nn.Parameter for p in parameters)
 
 
 def compiled_turn(
@@ -59,6 +54,13 @@ def compiled_turn(
     return _Turned.apply(weight.number, x, parameters[0], bias, factor)  # type: ignore[return-value]
 
 
+def _is_plain(weight: Weight, parameters: Sequence[Tensor]) -> bool:
+    """Whether compiled code may read the module instead of the parameters that it sees."""
+    if weight._sharded or not weight.caching or _torch.is_exporting() or len(parameters) > 4:
+        return False
+    return all(type(p) is nn.Parameter for p in parameters)
+
+
 class _Turned(torch.autograd.Function):
     r"""\(y = K x U^\top + b\) as a function of x, of the parameter of U, and of b."""
 
@@ -66,41 +68,31 @@ class _Turned(torch.autograd.Function):
     def forward(
         number: Tensor, x: Tensor, parameter: Tensor, bias: Tensor | None, factor: float
     ) -> tuple[Tensor, Tensor]:
-        u = _read(number, list(parameter.shape), parameter.dtype, parameter.device)
+        u = _read(number, [parameter.reshape(-1)], list(parameter.shape))
         return nn.functional.linear(x, u if factor == 1.0 else u * factor, bias), u
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        number, x, _, bias, ctx.factor = inputs
-        ctx.save_for_backward(number, x, output[1])
+        number, x, parameter, bias, ctx.factor = inputs
+        ctx.save_for_backward(number, x, parameter, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.biased = bias is not None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        number, x, u = ctx.saved_tensors
+        number, x, parameter, u = ctx.saved_tensors
         grad_x = (grad if ctx.factor == 1.0 else grad * ctx.factor) @ u
         s = grad_x.flatten(0, -2).mT @ x.flatten(0, -2)
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.biased else None
-        return None, grad_x, _turn(number, s), grad_bias, None
-
-
-@torch.library.custom_op("orthonet::weight_turn", mutates_args=())
-def _turn(number: Tensor, s: Tensor) -> Tensor:
-    with _torch.recording_in_kernel():
-        return ENGINE.turn(_weight(number), s).clone(memory_format=torch.contiguous_format)
-
-
-@_turn.register_fake
-def _(number: Tensor, s: Tensor) -> Tensor:
-    return torch.empty_like(s, memory_format=torch.contiguous_format)
+        return None, grad_x, _turn(number, parameter.reshape(-1), u, s), grad_bias, None
 
 
 class _Read(torch.autograd.Function):
-    """The value as a function of the parameters, which no operation of the graph reads.
+    """The value as a function of the parameters.
 
     There are four of them, some of which are None: the compiler cannot trace a function of a
-    variable number.
+    variable number. They are flat, because the compiler copies tensors of four dimensions into
+    another layout in front of a convolution.
     """
 
     @staticmethod
@@ -112,54 +104,67 @@ class _Read(torch.autograd.Function):
         third: Tensor | None,
         fourth: Tensor | None,
     ) -> Tensor:
-        return _read(number, list(shape), first.dtype, first.device)
+        given = [p.reshape(-1) for p in (first, second, third, fourth) if p is not None]
+        return _read(number, given, list(shape))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.shapes = [None if p is None else p.shape for p in inputs[2:]]
+        given = [p for p in inputs[2:] if p is not None]
+        ctx.save_for_backward(inputs[0], *given)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (number,) = ctx.saved_tensors
-        shapes = [shape for shape in ctx.shapes if shape is not None]
-        found = _pull_back(number, grad, [shape.numel() for shape in shapes])
-        grads = [g.view(shape) for g, shape in zip(found, shapes, strict=True)]
+        number, *given = ctx.saved_tensors
+        found = _pull_back(number, [p.reshape(-1) for p in given], grad)
+        grads = [g.view(p.shape) for g, p in zip(found, given, strict=True)]
         first, second, third, fourth = [*grads, None, None, None][:4]
         return None, None, first, second, third, fourth
 
 
 @torch.library.custom_op("orthonet::weight", mutates_args=())
-def _read(number: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _read(number: Tensor, parameters: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    weight = _weight(number, parameters)
     with torch.no_grad():
-        return _weight(number)().clone(memory_format=torch.contiguous_format)
+        value = weight()
+        return value.clone(memory_format=torch.contiguous_format)
 
 
 @_read.register_fake
-def _(number: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
+def _(number: Tensor, parameters: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    return parameters[0].new_empty(shape)
 
 
 @torch.library.custom_op("orthonet::weight_backward", mutates_args=())
-def _pull_back(number: Tensor, grad: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    weight = _weight(number)
-    own = list(weight.parameters())
-    learning = [p for p in own if p.requires_grad]
+def _pull_back(number: Tensor, parameters: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    weight = _weight(number, parameters)
     with _torch.recording_in_kernel():
-        found = iter(torch.autograd.grad(weight(), learning, grad, allow_unused=True))
-    grads = [next(found) if p.requires_grad else None for p in own]
+        grads = ENGINE.pull_back(weight, grad)
+        grads = pulled_cold(weight, grad) if grads is None else grads
     return [
-        p.new_zeros(p.numel()) if g is None else g.flatten().clone()
-        for p, g in zip(own, grads, strict=True)
+        torch.zeros_like(p) if g is None else g.reshape(-1).clone()
+        for p, g in zip(parameters, grads, strict=True)
     ]
 
 
 @_pull_back.register_fake
-def _(number: Tensor, grad: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    return [grad.new_empty(size) for size in sizes]
+def _(number: Tensor, parameters: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    return [torch.empty_like(p) for p in parameters]
 
 
-def _weight(number: Tensor) -> Weight:
+@torch.library.custom_op("orthonet::weight_turn", mutates_args=())
+def _turn(number: Tensor, parameter: Tensor, u: Tensor, s: Tensor) -> Tensor:
+    weight = _weight(number, [parameter])
+    with _torch.recording_in_kernel():
+        return ENGINE.turn(weight, u, s).clone(memory_format=torch.contiguous_format)
+
+
+@_turn.register_fake
+def _(number: Tensor, parameter: Tensor, u: Tensor, s: Tensor) -> Tensor:
+    return torch.empty_like(s, memory_format=torch.contiguous_format)
+
+
+def _weight(number: Tensor, parameters: Sequence[Tensor]) -> Weight:
+    """The weight of this number; a copy that holds `parameters` where they are not its own."""
     weight = numbered(int(number))
     if weight is None:
         _checks.fail(
@@ -168,4 +173,14 @@ def _weight(number: Tensor) -> Weight:
             "Keep a reference to the model",
             RuntimeError,
         )
-    return weight
+    own = list(weight.parameters())
+    if all(map(_same, own, parameters)):
+        return weight
+    return weight.holding(parameters)
+
+
+def _same(own: Tensor, given: Tensor) -> bool:
+    """Whether a flat tensor is this parameter, or a copy of it that the compiler has made."""
+    if own.data_ptr() == given.data_ptr():
+        return True
+    return torch.equal(own.detach().reshape(-1), given.detach())

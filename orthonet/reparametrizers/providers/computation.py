@@ -16,7 +16,7 @@ from torch import Tensor
 
 from orthonet import _checks, _torch
 
-__all__ = ["Computation", "Gradients", "attach", "own_graph"]
+__all__ = ["Computation", "Gradients", "attach", "own_graph", "pulled_cold"]
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -86,6 +86,10 @@ class Computation:
             if grad is not None and output.requires_grad
         ]
 
+    def places_of(self, used: Sequence[int]) -> Sequence[int]:
+        """The places among the watched parameters that these outputs depend on."""
+        return range(len(self.versions))
+
     def require_unchanged(self, used: Sequence[int] | None = None) -> None:
         """Raise if a parameter has been modified in place since the outputs were computed.
 
@@ -148,3 +152,23 @@ class _PullBack(torch.autograd.Function):
 def attach(computation: Computation) -> tuple[Tensor, ...]:
     """The outputs, differentiable in the inputs."""
     return _PullBack.apply(computation, *computation.inputs)  # type: ignore[return-value]
+
+
+def pulled_cold(weight: Any, grad: Tensor) -> list[Tensor | None]:
+    """The gradients of the parameters of a weight through its `evaluate`; no hook of them runs."""
+    swapped: dict[int, tuple[Tensor, Tensor]] = {}
+    homes = [(m._parameters, n) for m in weight.modules() for n in m._parameters]
+    try:
+        with own_graph():
+            for place, name in homes:
+                p = place[name]
+                if p is not None:
+                    swapped.setdefault(id(p), (p, torch.nn.Parameter(p.detach())))
+                    place[name] = swapped[id(p)][1]
+            value = weight.evaluate()
+    finally:
+        back = {id(alias): p for p, alias in swapped.values()}
+        for place, name in homes:
+            place[name] = back.get(id(place[name]), place[name])
+    aliases = [alias for _, alias in swapped.values()]
+    return list(_torch.run_backward((value,), (grad,), aliases))

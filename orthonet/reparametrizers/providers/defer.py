@@ -92,7 +92,8 @@ class _Deferral:
         inputs: list[Tensor] = []
         grads: list[Tensor] = []
         for computation, sums in self.sums.items():
-            computation.require_unchanged()
+            used = [i for i, total in enumerate(sums) if total is not None]
+            computation.require_unchanged(computation.places_of(used))
             pulled = computation.pull_back(sums)
             for tensor, grad in zip(computation.inputs, pulled, strict=True):
                 if grad is not None and tensor.requires_grad:
@@ -112,7 +113,11 @@ class _Deferral:
         """Whether a parameter of `optimizer` would get a gradient."""
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         with self.lock:
-            watched = [t for computation in self.sums for t, _ in computation.versions]
+            watched = [
+                computation.versions[i][0]
+                for computation, sums in self.sums.items()
+                for i in computation.places_of([k for k, s in enumerate(sums) if s is not None])
+            ]
         return any(id(t) in owned for t in watched)
 
 

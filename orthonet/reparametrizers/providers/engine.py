@@ -24,10 +24,10 @@ from torch.optim import LBFGS, Optimizer
 
 from orthonet import _checks, _torch
 from orthonet.linalg.retraction import CentredMap, Moved, centre, retract
-from orthonet.reparametrizers.providers.computation import Computation, attach
+from orthonet.reparametrizers.providers.computation import Computation, attach, pulled_cold
 from orthonet.reparametrizers.providers.defer import OPEN, deferred
 from orthonet.reparametrizers.providers.packet import Centred, Family, Packet
-from orthonet.reparametrizers.weight import SLOT, Weight, alive, caching
+from orthonet.reparametrizers.weight import SLOT, Composition, Weight, alive, caching, number_of
 
 __all__ = [
     "ENGINE",
@@ -60,19 +60,20 @@ class Record:
     `value` is None for a parameter that does not stand at the centre: there is nothing to look at.
     """
 
-    __slots__ = ("batch", "map", "parameter", "span", "stamp", "stream", "value", "version")
+    __slots__ = ("batch", "kept", "map", "parameter", "span", "stamp", "stream", "value")
 
     def __init__(
         self,
         parameter: weakref.ref[Tensor],
+        stamp: _torch.Stamp,
         batch: Batch,
         span: tuple[int, int],
         value: Tensor | None,
     ) -> None:
         self.parameter, self.batch, self.map, self.span = parameter, batch, batch.map, span
-        self.value, self.version = value, 0 if value is None else value._version
+        self.value, self.kept = value, None if value is None else _torch.Stamp(value)
         tensor: Any = parameter()
-        self.stamp, self.stream = _torch.Stamp(tensor), _torch.current_stream(tensor)
+        self.stamp, self.stream = stamp, _torch.current_stream(tensor)
 
     def holds(self, weight: Weight) -> bool:
         """Whether it is the value of the parameter of `weight` as that stands."""
@@ -81,7 +82,7 @@ class Record:
             p is not None
             and self.parameter() is p
             and self.stamp.holds(p)
-            and (self.value is None or self.value._version == self.version)
+            and (self.kept is None or self.kept.holds(self.value))  # type: ignore[arg-type]
             and (self.stream is None or self._same_stream(p))
         )
 
@@ -113,7 +114,7 @@ class Shared:
         self.computation = computation
         self.constants = computation.outputs
         self.graphed: tuple[Tensor, ...] | None = None
-        self.places = {id(w): i for i, w in enumerate(weights)}
+        self.places = {number_of(w): i for i, w in enumerate(weights)}
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The outputs as functions of the parameters, one node for all reads of a step."""
@@ -131,31 +132,28 @@ class Shared:
         return all(stamp.holds(p) for p, stamp in self.scores)
 
 
-class Served:
-    """What a read of one weight has found; a part of the weight, empty in copies and pickles."""
+class Found:
+    """What a read of one weight has found, and what it holds for."""
 
-    __slots__ = ("constant", "parts", "place", "records", "scores", "shared", "stamps", "steps")
+    __slots__ = ("constant", "parts", "records", "scores", "shared", "stamps", "steps")
 
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Find it anew."""
-        self.records: tuple[Record, ...] = ()
-        self.parts: tuple[Weight, ...] = ()  # of a composed weight: whose records these are
-        self.steps: tuple[_torch.ModuleStamp, ...] = ()  # what makes the map of each of them
-        self.scores: tuple[Tensor, ...] = ()
-        self.stamps: tuple[_torch.Stamp, ...] = ()  # of the scores
-        self.shared: Shared | None = None
+    def __init__(
+        self, weight: Weight, records: tuple[Record, ...], composition: Composition | None
+    ) -> None:
+        self.records = records
+        # of a composed weight: whose records these are
+        self.parts = () if composition is None else composition.parts
+        self.scores = () if composition is None else composition.scores
+        self.stamps = tuple(map(_torch.Stamp, self.scores))
+        # what makes the map of each of them
+        self.steps = tuple(_torch.ModuleStamp(part) for part in self.parts or (weight,))
+        self.shared: tuple[Shared, int] | None = None  # with gradients, and the place therein
         self.constant: Tensor | None = None
-        self.place = 0
 
-    def hold(self, weight: Weight) -> bool:
+    def holds(self, weight: Weight) -> bool:
         """Whether it is the value of `weight` as that stands."""
-        records, steps = self.records, self.steps
-        if not self.parts:
-            return bool(records) and steps[0].holds(weight) and records[0].holds(weight)
-        for record, part, step in zip(records, self.parts, steps, strict=True):
+        parts = self.parts or (weight,)
+        for record, part, step in zip(self.records, parts, self.steps, strict=True):
             if not (step.holds(part) and record.holds(part)):
                 return False
         return all(map(_torch.Stamp.holds, self.stamps, self.scores))
@@ -166,6 +164,15 @@ class Served:
             if part._parameters["original"].requires_grad:  # type: ignore[union-attr]
                 return True
         return any(p.requires_grad for p in self.scores)
+
+
+class Served:
+    """The place of a weight for what was found last: replaced as a whole, empty in copies."""
+
+    __slots__ = ("found",)
+
+    def __init__(self) -> None:
+        self.found: Found | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Served:
         return Served()
@@ -199,10 +206,11 @@ class Engine:
             else:
                 for parameter in module.parameters():
                     self.records.pop(id(parameter), None)
-            for weight in alive():
-                served = vars(weight)[SLOT]
+            forgotten = alive() if module is None else module.modules()
+            for weight in forgotten:
+                served = vars(weight).get(SLOT)
                 if served is not None:
-                    served.clear()
+                    served.found = None
 
     # -------------------------------------------------------------- after a step
 
@@ -225,11 +233,11 @@ class Engine:
         """Forget what was composed with scores that `optimizer` may have moved without a trace."""
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for weight in alive():
-            served = vars(weight)[SLOT]
-            if served is not None and any(id(p) in owned for p in served.scores):
-                for record in served.records:
+            found = _served(weight).found
+            if found is not None and any(id(p) in owned for p in found.scores):
+                for record in found.records:
                     record.batch.shared.clear()
-                served.clear()
+                _served(weight).found = None
 
     def _moved_by(self, optimizer: Optimizer) -> list[Weight]:
         """The weights whose parameter has moved, in the order of their construction."""
@@ -240,8 +248,8 @@ class Engine:
             if p is None or id(p) not in owned or weight.map is None:
                 continue
             record = self.records.get(id(p))
-            # Fused optimizers do not count the version up, so a gradient means a move.
-            if p.grad is None and (record is None or record.holds(weight)):
+            # Fused optimizers do not count the version up, and some clear the gradients in `step`.
+            if not p.requires_grad and (record is None or record.holds(weight)):
                 continue
             self.records.pop(id(p), None)
             if not manageable(weight, p):
@@ -254,17 +262,20 @@ class Engine:
     def _clear_readers(self) -> None:
         """Free what readers hold of values that are out of date."""
         for weight in alive():
-            served = vars(weight)[SLOT]
-            if served is not None and served.records and not served.hold(weight):
-                served.clear()
+            served = _served(weight)
+            if served.found is not None and not served.found.holds(weight):
+                served.found = None
 
     def serve(self, weights: Sequence[Weight], retracted: Retraction) -> None:
         """Bring the parameters to the centre, or see which stand there, and record their values."""
         groups = list(groups_of(weights))
+        # Before anything is read: what another thread writes meanwhile must not pass for this.
+        originals = [w._parameters["original"] for group in groups for w in group]
+        stamps = {id(p): _torch.Stamp(p) for p in originals}  # type: ignore[arg-type]
         for group, result in zip(groups, retracted(groups) if groups else (), strict=True):
             if any(result.written):
-                _write(group, result)
-            self._record(group, group[0].map, result)  # type: ignore[arg-type]
+                stamps |= {id(p): _torch.Stamp(p) for p in _write(group, result)}
+            self._record(group, group[0].map, result, stamps)  # type: ignore[arg-type]
 
     def retract(self, groups: Sequence[Sequence[Weight]], move: bool = True) -> list[Moved]:
         """The parameters of each group at the centre; not moved, they are only looked at."""
@@ -286,7 +297,13 @@ class Engine:
                 self.squares[kind] = result.squared
         return found
 
-    def _record(self, group: Sequence[Weight], way: CentredMap, result: Moved) -> None:
+    def _record(
+        self,
+        group: Sequence[Weight],
+        way: CentredMap,
+        result: Moved,
+        stamps: dict[int, _torch.Stamp],
+    ) -> None:
         batch = Batch(way, Centred(way, *centre(result.point)) if any(result.good) else None)
         first = 0
         for weight in group:
@@ -297,7 +314,9 @@ class Engine:
                 value = (u if u.ndim == 2 else u[first : first + count]).view(p.shape)
             key = id(p)
             reference = weakref.ref(p, functools.partial(self._drop, key))
-            record = self.records[key] = Record(reference, batch, (first, count), value)
+            record = self.records[key] = Record(
+                reference, stamps[key], batch, (first, count), value
+            )
             if value is not None:
                 batch.records.append((weakref.ref(weight), record))
             first += count
@@ -314,65 +333,76 @@ class Engine:
         if SLOT not in vars(weight) or not weight.may_be_kept():
             return None
         served = _served(weight)
-        if not served.hold(weight):
+        found = served.found
+        if found is None or not found.holds(weight):
             with self.lock:
-                if not self._find(weight, served):
-                    return None
-        if torch.is_grad_enabled() and served.learns(weight):
-            shared = served.shared
+                found = served.found = self._find(weight)
+            if found is None:
+                return None
+        if torch.is_grad_enabled() and found.learns(weight):
+            shared = found.shared
             if shared is None:
                 with self.lock:
-                    shared = self._shared(weight, served, True)
-            return shared.outputs()[served.place]
-        value = served.constant
+                    shared = found.shared = self._shared(weight, found, True)
+            return shared[0].outputs()[shared[1]]
+        value = found.constant
         if value is None or value.requires_grad:
             with self.lock:
-                shared = self._shared(weight, served, False)
-            value = served.constant = shared.constants[served.place].detach()
+                shared, place = self._shared(weight, found, False)
+            value = found.constant = shared.constants[place].detach()
         return value
 
-    def turn(self, weight: Weight, s: Tensor) -> Tensor:
-        r"""The gradient of `original` from \(S = U^\top G\), for a square matrix.
+    def pull_back(self, weight: Weight, grad: Tensor) -> list[Tensor | None] | None:
+        """The gradients of the parameters of `weight` from that of its value.
+
+        None where the weight does not stand at the centre. No hook of a parameter runs.
+        """
+        with torch.no_grad():
+            found = _served(weight).found if self(weight) is not None else None
+        if found is None:
+            return None
+        with self.lock, torch.inference_mode(False), torch.enable_grad():
+            shared, place = self._shared(weight, found, True, alone=True)
+        grads: list[Tensor | None] = [None] * len(shared.constants)
+        grads[place] = grad
+        pulled = shared.computation.pull_back(grads)
+        by_identity = dict(zip(map(id, shared.computation.inputs), pulled, strict=True))
+        return [by_identity.get(id(p)) for p in weight.parameters()]
+
+    def turn(self, weight: Weight, u: Tensor, s: Tensor) -> Tensor:
+        r"""The gradient of `original` from \(S = U^\top G\), for a square matrix U.
 
         In closed form at the centre, and through the cold map elsewhere.
         """
         with torch.no_grad():
-            value, records = self(weight), _served(weight).records
-            if value is not None and records[0].batch.centred is not None:
-                record = records[0]
-                centred = record.batch.centred.rows([record.span])  # type: ignore[union-attr]
-                return centred.map.turn(centred.u, centred.scale, s.view(centred.u.shape)).view_as(
-                    s
-                )
-            u = weight() if value is None else value
-        with torch.enable_grad():
-            (grad,) = torch.autograd.grad(weight(), weight.parameters(), u @ s)
-        return grad
+            value = self(weight)
+            found = _served(weight).found if value is not None else None
+            record = None if found is None else found.records[0]
+            if record is not None and record.batch.centred is not None:
+                centred = record.batch.centred.rows([record.span])
+                turned = centred.map.turn(centred.u, centred.scale, s.view(centred.u.shape))
+                return turned.view(s.shape)
+        return pulled_cold(weight, u @ s)[0]  # type: ignore[return-value]
 
     def frame(self, weight: Weight) -> tuple[Tensor, Tensor] | None:
         r"""The value and the frame of a square matrix at the centre; None elsewhere."""
         value = self(weight)
-        shared = _served(weight).shared if value is not None else None
-        if shared is None or not value.requires_grad or not isinstance(shared.computation, Packet):  # type: ignore[union-attr]
+        found = _served(weight).found
+        if value is None or found is None or not value.requires_grad or found.shared is None:
+            return None
+        shared, place = found.shared
+        if not isinstance(shared.computation, Packet):
             return None
         outputs, count = shared.outputs(), len(shared.computation.inputs)
-        place = shared.places[id(weight)]
         return (outputs[place], outputs[count + place]) if len(outputs) > count else None
 
-    def _find(self, weight: Weight, served: Served) -> bool:
+    def _find(self, weight: Weight) -> Found | None:
         """Find the records of all parts of `weight`, if all of them stand at the centre."""
-        served.clear()
         composition = weight.composition()
-        parts = () if composition is None else composition.parts
-        records = [self._present(part) for part in parts or (weight,)]
-        found = tuple(r for r in records if r is not None and r.value is not None)
-        if len(found) < len(records):
-            return False
-        served.parts, served.scores = parts, () if composition is None else composition.scores
-        served.stamps = tuple(map(_torch.Stamp, served.scores))
-        served.steps = tuple(_torch.ModuleStamp(part) for part in parts or (weight,))
-        served.records = found
-        return True
+        parts = (weight,) if composition is None else composition.parts
+        records = [self._present(part) for part in parts]
+        held = tuple(r for r in records if r is not None and r.value is not None)
+        return Found(weight, held, composition) if len(held) == len(records) else None
 
     def _present(self, weight: Weight) -> Record | None:
         """The record of a matrix as it stands; looked at with all others that have none."""
@@ -403,23 +433,22 @@ class Engine:
                 seen.add(id(p))
                 yield weight
 
-    def _shared(self, weight: Weight, served: Served, grad: bool) -> Shared:
-        """What `weight` reads together with others of its batch."""
+    def _shared(
+        self, weight: Weight, found: Found, grad: bool, *, alone: bool = False
+    ) -> tuple[Shared, int]:
+        """What `weight` reads together with others of its batch, and its place therein."""
         composition = weight.composition()
-        batch = served.records[0].batch
-        home = self._home(weight)
+        batch, number = found.records[0].batch, number_of(weight)
+        home = ("alone", number) if alone else self._home(weight)
         if composition is None:
             key: Any = (weight.composed, grad, home)
         else:
-            key = (composition.key, *(id(record.batch) for record in served.records), grad, home)
+            key = (composition.key, *(id(record.batch) for record in found.records), grad, home)
         shared = batch.shared.get(key)
-        if shared is None or id(weight) not in shared.places or not shared.current():
+        if shared is None or number not in shared.places or not shared.current():
             make = self._packet if composition is None else self._family
-            shared = batch.shared[key] = make(weight, served, grad)
-        served.place = shared.places[id(weight)]
-        if grad:
-            served.shared = shared
-        return shared
+            shared = batch.shared[key] = make(weight, found, grad, home)
+        return shared, shared.places[number]
 
     def _home(self, weight: Weight) -> object:
         """What weights have in common that may share a node of the graph.
@@ -434,23 +463,24 @@ class Engine:
                 if isinstance(part, Weight):
                     self.homes[part] = number
         if any(_torch.is_hooked_tensor(p) for p in weight.parameters()):
-            return ("alone", id(weight))
+            return ("alone", number_of(weight))
         return self.homes.get(weight)
 
-    def _packet(self, weight: Weight, served: Served, grad: bool) -> Shared:
+    def _packet(self, weight: Weight, found: Found, grad: bool, home: object) -> Shared:
         """The parameters of one batch, except those that are read by another weight only."""
-        batch, home = served.records[0].batch, self._home(weight)
+        batch, alone = found.records[0].batch, isinstance(home, tuple)
         members = [
             (other, record)
             for reference, record in batch.records
             if (other := reference()) is not None
             and other.composed == weight.composed
-            and (not grad or (_learns(other) and self._home(other) == home))
+            and (not alone or other is weight)
+            and (not grad or alone or (_learns(other) and self._home(other) == home))
             and record.value is not None
             and record.holds(other)
         ]
         if not any(other is weight for other, _ in members):  # tied to one of them
-            members = [(weight, served.records[0])]
+            members = [(weight, found.records[0])]
         packet = Packet(
             [other._parameters["original"] for other, _ in members],  # type: ignore[misc]
             [record.value for _, record in members],  # type: ignore[misc]
@@ -459,13 +489,13 @@ class Engine:
         )
         return Shared(packet, [other for other, _ in members])
 
-    def _family(self, weight: Weight, served: Served, grad: bool) -> Shared:
+    def _family(self, weight: Weight, found: Found, grad: bool, home: object) -> Shared:
         """All weights that are composed as this one is, of parts in the same batches."""
-        wanted = [record.batch for record in served.records]
+        wanted = [record.batch for record in found.records]
         mine: Any = weight.composition()
-        home = self._home(weight)
+        alone = isinstance(home, tuple)
         members = []
-        for other in alive():
+        for other in (weight,) if alone else alive():
             composition = other.composition()
             if composition is None or composition.key != mine.key or not other.caching:
                 continue
@@ -473,9 +503,11 @@ class Engine:
                 self.records.get(id(p._parameters.get("original"))) for p in composition.parts
             ]
             pairs = zip(records, composition.parts, wanted, strict=True)
-            if all(r is not None and r.value is not None and r.batch is batch and r.holds(p)
-                   for r, p, batch in pairs) and (
-                       not grad or (_learns(other) and self._home(other) == home)):  # fmt: skip
+            here = all(
+                r is not None and r.value is not None and r.batch is batch and r.holds(p)
+                for r, p, batch in pairs
+            )
+            if here and (not grad or alone or (_learns(other) and self._home(other) == home)):
                 members.append((other, composition, records))
         members.sort(key=lambda member: member[2][0].span)
         parts = [
@@ -558,7 +590,7 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([p.view(-1, *p.shape[-2:]) for p in tensors])
 
 
-def _write(group: Sequence[Weight], result: Moved) -> None:
+def _write(group: Sequence[Weight], result: Moved) -> list[Tensor]:
     """Write the matrices that have moved; the others keep their bits and their version."""
     points = result.point.reshape(-1, *result.point.shape[-2:])
     parameters, pieces, first = [], [], 0
@@ -570,6 +602,7 @@ def _write(group: Sequence[Weight], result: Moved) -> None:
             pieces.append(points[first : first + count].view(p.shape))
         first += count
     _torch.foreach_copy_(parameters, pieces)
+    return parameters
 
 
 ENGINE = Engine()

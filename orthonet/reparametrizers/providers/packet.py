@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ class Centred(NamedTuple):
         if self.u.ndim == 2:
             return self
         first, last = spans[0][0], sum(spans[-1])
-        if last - first == sum(count for _, count in spans):
+        if all(sum(a) == b[0] for a, b in itertools.pairwise(spans)):
             return Centred(self.map, self.u[first:last], self.scale[first:last])
         u, scale = (
             torch.cat([t[start : start + count] for start, count in spans])
@@ -99,8 +100,13 @@ class Packet(_AtCentre):
         if centred.u.shape[-2] == centred.u.shape[-1]:
             zero = centred.u.new_zeros(())
             outputs += [zero.expand(v.shape) for v in values]
-        super().__init__(parameters, (), outputs, parameters)
+        super().__init__(parameters, (), outputs, (*parameters, centred.u))
         self.centred, self.spans = centred, tuple(spans)
+
+    def places_of(self, used: Sequence[int]) -> Sequence[int]:
+        """One parameter, and the value that it shares with others."""
+        count = len(self.inputs)
+        return [*sorted({i % count for i in used}), count]
 
     def cold(self) -> list[Tensor]:
         """The values by the map itself. Layers read no frames where gradients have a graph."""
@@ -113,7 +119,7 @@ class Packet(_AtCentre):
         used = [i for i in range(count) if values[i] is not None or frames[i] is not None]
         if not used:
             return (None,) * count
-        self.require_unchanged(used)
+        self.require_unchanged(self.places_of(used))
         centred = self.centred.rows([self.spans[i] for i in used])
         with torch.no_grad(), _torch.without_autocast(centred.u):
             pulled = self._pulled(centred, [values[i] for i in used], [frames[i] for i in used])
@@ -179,7 +185,7 @@ class Family(_AtCentre):
             with torch.set_grad_enabled(recorded):
                 value = self._composed(leaves)
         outputs = value.detach().unbind()
-        super().__init__(inputs, leaves, outputs, inputs)
+        super().__init__(inputs, leaves, outputs, (*inputs, *(part.u for part in parts)))
         self.recorded = value if recorded else None
 
     def _composed(self, leaves: Sequence[Tensor]) -> Tensor:
@@ -190,6 +196,11 @@ class Family(_AtCentre):
         """The further parameters, those of all weights for each kind."""
         starts = range(len(self.parts) * self.size, len(inputs), self.size)
         return [inputs[start : start + self.size] for start in starts]
+
+    def places_of(self, used: Sequence[int]) -> Sequence[int]:
+        """The parameters of these weights, and the values of all parts."""
+        own = [k * self.size + i for k in range(len(self.leaves)) for i in used]
+        return [*own, *range(len(self.inputs), len(self.versions))]
 
     def cold(self) -> list[Tensor]:
         """The values, from the maps of the parts themselves."""
@@ -203,11 +214,11 @@ class Family(_AtCentre):
 
     def pull_back(self, grads: Sequence[Tensor | None]) -> Gradients:
         """Back through the composition, then two products for all parts of a kind."""
-        count, kinds = self.size, len(self.leaves)
+        count = self.size
         used = [i for i in range(count) if grads[i] is not None]
         if not used or self.recorded is None:
             return (None,) * len(self.inputs)
-        self.require_unchanged([k * count + i for k in range(kinds) for i in used])
+        self.require_unchanged(self.places_of(used))
         given = torch.stack(
             [torch.zeros_like(o) if g is None else g
              for g, o in zip(grads, self.outputs, strict=True)]

@@ -1,0 +1,286 @@
+"""What an attack on the engine has found: reads and gradients that were those of something else."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import orthonet
+from orthonet.layers import OrthoConv2d, OrthoLinear
+from orthonet.reparametrizers import OrthoKernel, OrthoWeight
+
+D = torch.float64
+
+
+def cold(function):
+    with orthonet.caching(False):
+        return function()
+
+
+@pytest.mark.parametrize("sizes", [(8, 4), (8, 8)], ids=str)
+def test_a_read_without_gradients_between_two_with(sizes):
+    layers = [OrthoLinear(*sizes, dtype=D) for _ in range(3)]
+    layers[0].requires_grad_(False)
+    first = layers[1].weight
+    with torch.no_grad():
+        assert torch.equal(layers[1].weight, first)
+    assert torch.equal(layers[1].weight, first)
+
+
+def test_tied_factors_of_kernels():
+    kernels = [OrthoConv2d(4, 4, k, dtype=D) for k in (3, 5, 3, 3)]
+    first, last = kernels[0].parametrization, kernels[3].parametrization
+    last.outer.original = first.outer.original
+    for kernel in kernels:
+        torch.testing.assert_close(kernel.weight, cold(lambda k=kernel: k.weight))
+
+
+def test_a_new_weight_at_the_place_of_a_freed_one():
+    for _ in range(20):
+        one, two = OrthoWeight((6, 6), dtype=D), OrthoWeight((6, 6), dtype=D)
+        one(), two()
+        del one
+        three = OrthoWeight((6, 6), dtype=D)
+        three.original = two.original
+        assert torch.equal(three(), two())
+
+
+def test_writes_through_data_to_a_value_that_was_read():
+    layer = OrthoLinear(8, 8, dtype=D)
+    expected = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.weight.data.zero_()
+        torch.testing.assert_close(layer.weight, expected)
+
+
+def test_a_value_changed_in_place_before_backward_is_refused():
+    layer = OrthoLinear(8, 4, dtype=D)
+    loss = (layer.weight * torch.randn(4, 8, dtype=D)).sum()
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        loss.backward()
+
+
+def test_subclasses_compute_what_they_say():
+    class Half(OrthoWeight):
+        def evaluate(self):
+            return 0.5 * super().evaluate()
+
+    class HalfKernel(OrthoKernel):
+        def evaluate(self):
+            return 0.5 * super().evaluate()
+
+    weight = Half((4, 4), dtype=D)
+    torch.testing.assert_close(torch.linalg.svdvals(weight()), torch.full((4,), 0.5, dtype=D))
+    kernel = HalfKernel(4, 4, (3, 3), (1, 1), dtype=D)
+    torch.testing.assert_close(kernel(), cold(kernel))
+
+
+def test_a_constructor_that_fails_leaves_the_others():
+    def refuse(shape):
+        raise RuntimeError("no")
+
+    kept = []
+    for make in (
+        lambda: OrthoConv2d(2, 2, 3, ranks="bad"),
+        lambda: OrthoWeight((3, 3), orthonet.OrthoParams(orthogonalizer=refuse)),
+    ):
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            make()
+        kept.append(caught.value)
+    layer = OrthoConv2d(4, 4, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    layer.weight.sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(layer.weight, cold(lambda: layer.weight), rtol=0, atol=1e-5)
+
+
+def test_deferring_concerns_its_own_weights_only():
+    a, b = OrthoLinear(8, 8, dtype=D), OrthoLinear(8, 8, dtype=D)
+    x = torch.randn(4, 8, dtype=D)
+    step = torch.optim.SGD(b.parameters(), 0.1)
+    b(x).sum().backward()
+    with orthonet.defer_pullback():
+        a(x).sum().backward()
+        step.step()
+        with torch.no_grad():
+            b.parametrization.original.mul_(2.0)
+    assert a.parametrization.original.grad is not None
+
+
+def test_vectorized_derivatives():
+    layer = OrthoLinear(6, 6, dtype=D)
+    x = torch.randn(3, 6, dtype=D, requires_grad=True)
+    found = torch.autograd.functional.jacobian(layer, x, vectorize=True)
+    torch.testing.assert_close(found, torch.autograd.functional.jacobian(layer, x))
+
+
+def test_a_step_that_leaves_no_gradient_behind(monkeypatch):
+    monkeypatch.setattr("orthonet._torch._entry", lambda tensor: None)  # as on an accelerator
+    layer = OrthoLinear(8, 8, dtype=D)
+
+    class Clearing(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.data.add_(p.grad, alpha=-0.3)
+                    p.grad = None
+
+    optimizer = Clearing(layer.parameters(), 0.3)
+    for _ in range(2):
+        layer(torch.randn(4, 8, dtype=D)).square().sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(layer.weight, cold(lambda: layer.weight))
+
+
+def test_readers_beside_a_thread_that_invalidates():
+    net, other = OrthoLinear(8, 8), OrthoLinear(8, 8)
+    stop, errors = threading.Event(), []
+
+    def read():
+        try:
+            while not stop.is_set():
+                assert bool(net.weight.isfinite().all())
+        except (IndexError, KeyError, AttributeError, AssertionError) as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for i in range(300):
+        orthonet.invalidate(other if i % 2 else net)
+        other.weight  # noqa: B018
+        OrthoLinear(8, 8)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_resuming_beside_a_frozen_twin_of_the_same_shape():
+    import copy
+
+    def start(state=None):
+        torch.manual_seed(0)
+        net, twin = OrthoLinear(8, 8), OrthoLinear(8, 8).requires_grad_(False)
+        if state is not None:
+            net.load_state_dict(state)
+        return net, twin
+
+    def run(net, twin):
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        for i in range(3):
+            optimizer.zero_grad()
+            (
+                net(torch.full((2, 8), 0.1 * (i + 1))) - twin(torch.ones(2, 8))
+            ).square().sum().backward()
+            optimizer.step()
+        return net.parametrization.original.detach().clone()
+
+    net, twin = start()
+    run(net, twin)
+    state = copy.deepcopy(net.state_dict())
+    end = run(net, twin)
+    gc.collect()
+    assert torch.equal(run(*start(state)), end)
+
+
+def test_scales_whose_squares_leave_the_range():
+    torch.manual_seed(0)
+    for scale in (1e-30, 5e-21, 1e-19, 1e-15, 1e15, 1e19, 1e30):
+        for shape in ((2, 1), (3, 3), (1, 4)):
+            weight = OrthoWeight(shape)
+            with torch.no_grad():
+                weight.original.mul_(scale)
+                s = torch.linalg.svdvals(weight().double())
+                assert float((s - 1).abs().max()) <= 2e-6
+
+
+# ------------------------------------------------------------------ compiled
+
+
+@pytest.fixture
+def compiler():
+    torch.compiler.reset()
+    return lambda f: torch.compile(f, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("sizes", [(8, 4), (8, 8)], ids=str)
+def test_hooks_of_parameters_run_once_when_compiled(compiler, sizes):
+    layer = OrthoLinear(*sizes, dtype=D)
+    calls = []
+    layer.parametrization.original.register_hook(lambda g: calls.append(1) or 2 * g)
+    x = torch.randn(4, 8, dtype=D, requires_grad=True)
+    layer(x).sin().sum().backward()
+    eager = layer.parametrization.original.grad.clone()
+    layer.zero_grad()
+    compiler(layer)(x).sin().sum().backward()
+    assert len(calls) == 2
+    torch.testing.assert_close(layer.parametrization.original.grad, eager)
+
+
+@pytest.mark.parametrize("sizes", [(8, 4), (8, 8)], ids=str)
+def test_compiled_functional_calls_use_what_they_are_given(compiler, sizes):
+    layer, other = OrthoLinear(*sizes, dtype=D), OrthoLinear(*sizes, dtype=D)
+    x = torch.randn(4, 8, dtype=D, requires_grad=True)
+    given = dict(other.named_parameters())
+    compiled = compiler(lambda given, x: functional_call(layer, given, (x,)))
+    torch.testing.assert_close(compiled(given, x), other(x))
+    found = torch.autograd.grad(compiled(given, x).sin().sum(), list(given.values()))
+    truth = torch.autograd.grad(other(x).sin().sum(), list(other.parameters()))
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_parameter_that_the_graph_changes(compiler):
+    layer, step = OrthoLinear(8, 4, dtype=D), torch.randn(4, 8, dtype=D)
+
+    def function(x):
+        with torch.no_grad():
+            layer.parametrization.original.add_(step)
+        return layer(x)
+
+    x = torch.randn(2, 8, dtype=D)
+    found = compiler(function)(x)
+    torch.testing.assert_close(found, layer(x))
+
+
+@pytest.mark.parametrize("sizes", [(8, 4), (8, 8)], ids=str)
+def test_an_old_compiled_graph_is_refused(compiler, sizes):
+    layer = OrthoLinear(*sizes, dtype=D)
+    y = compiler(layer)(torch.randn(4, 8, dtype=D, requires_grad=True))
+    with torch.no_grad():
+        layer.parametrization.original.normal_()
+    with pytest.raises(RuntimeError, match="modified"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("sizes", [(8, 4), (8, 8)], ids=str)
+def test_freezing_between_compiled_forward_and_backward(compiler, sizes):
+    layer = OrthoLinear(*sizes, dtype=D)
+    x = torch.randn(4, 8, dtype=D, requires_grad=True)
+    y = compiler(layer)(x)
+    layer.parametrization.original.requires_grad_(False)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(4, sizes[1], dtype=D) @ layer.weight)
+
+
+def test_two_layers_share_compiled_code(compiler):
+    count = []
+
+    def backend(graph, inputs):
+        count.append(1)
+        return graph.forward
+
+    a, b = OrthoLinear(8, 4), OrthoLinear(8, 4)
+    x = torch.randn(4, 8)
+    compiled = torch.compile(lambda layer, x: layer(x), backend=backend, fullgraph=True)
+    for layer in (a, b):
+        torch.testing.assert_close(
+            compiled(layer, x), nn.functional.linear(x, layer.weight, layer.bias)
+        )
+    assert len(count) <= 2
