@@ -2,8 +2,7 @@
 
 from orthonet.certify import _zoo_rules  # noqa: F401 (registers them)
 from orthonet.certify._accuracy import certified_accuracy, certified_curve
-from orthonet.certify._apgd import apgd_l2
-from orthonet.certify._autoattack import auto_attack_l2
+from orthonet.certify._apgd import apgd_ensemble_l2, apgd_l2
 from orthonet.certify._bound import Bound, Row
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
@@ -47,7 +46,7 @@ __all__ = [
     "recurrent_bound",
     "pgd_l2",
     "apgd_l2",
-    "auto_attack_l2",
+    "apgd_ensemble_l2",
     "attack_certificate",
     "AttackReport",
     "lipschitz_estimate",
