@@ -5,8 +5,7 @@ The package can be called: `orthonet.certify(model, x)` is `orthonet.certify.cer
 
 from orthonet.certify import _package  # noqa: F401 (makes the package callable)
 from orthonet.certify._accuracy import certified_accuracy, certified_curve
-from orthonet.certify._apgd import apgd_l2
-from orthonet.certify._autoattack import auto_attack_l2
+from orthonet.certify._apgd import apgd_ensemble_l2, apgd_l2
 from orthonet.certify._bound import Bound, Row
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
@@ -51,7 +50,7 @@ __all__ = [
     "recurrent_bound",
     "pgd_l2",
     "apgd_l2",
-    "auto_attack_l2",
+    "apgd_ensemble_l2",
     "attack_certificate",
     "AttackReport",
     "lipschitz_estimate",

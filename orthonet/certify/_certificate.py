@@ -65,6 +65,7 @@ class LipschitzCertificate:
         constants: The same of what the exported graph stores, where layers of this library hold
             the weights that they compute.
         data: SHA-256 of all other data of the modules, by name.
+        roundings: How often a number is rounded on its way to an output; 0 where it is not known.
     """
 
     constant: Bound
@@ -80,6 +81,7 @@ class LipschitzCertificate:
     hashes: dict[str, str] = field(default_factory=dict)
     constants: dict[str, str] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
+    roundings: float = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_walker": None}  # the graph stays behind
@@ -224,8 +226,9 @@ class LipschitzCertificate:
         entries of the input, this is a radius in l1, and divided by $\sqrt n$ one in l-infinity.
 
         With the inputs each margin loses $2 \sqrt 2 e$, where e is the `rounding` anywhere within
-        that distance of the sample. Without them logits lose the rounding of their own dtype, u
-        relative to each, at the sample and at the other point.
+        that distance of the sample. Without them logits lose the rounding of their dtype at the
+        sample and at the other point: u relative to each, or in less than float64 what the
+        `roundings` on the way make of it as a rule, 8 times the root of their number.
 
         Args:
             logits: The certified model in eval mode; or what it returned, in any floating dtype:
@@ -243,8 +246,8 @@ class LipschitzCertificate:
 
         Guarantee:
             Lower bound of the distance to the nearest point of another class: with the inputs for
-            the deployed forward pass; without them for logits that are off by no more than one
-            rounding each, which a forward pass of many operations may exceed.
+            the deployed forward pass; without them for logits that are off by no more than what
+            is taken off, which no proof says of the forward pass that they come from.
 
         Raises:
             ValueError: The logits are not finite or do not fit the certificate, or the model is
@@ -257,7 +260,8 @@ class LipschitzCertificate:
             labels=labels, target=target, outputs=self._classes(),
         )  # fmt: skip
         if inputs is None:
-            return convert_radius(find(dtype=self._output_dtype()), norm, self._entries())
+            found = find(dtype=self._output_dtype(), roundings=self.roundings)
+            return convert_radius(found, norm, self._entries())
         whole = find(torch.zeros(len(logits), dtype=torch.float64))
         near = torch.where(whole.isfinite(), whole, 0.0)
         found = find(self.rounding(inputs, within=near, dtype=dtype))

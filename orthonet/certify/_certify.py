@@ -13,7 +13,7 @@ from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._identity import data_hashes, digest, hashes
 from orthonet.certify._lower import lower_bound
-from orthonet.certify._modes import check_subnormal
+from orthonet.certify._modes import check_subnormal, exclusive
 from orthonet.certify._norms import EFFORTS, Effort, limits
 from orthonet.certify._norms import effort as with_effort
 from orthonet.certify._progress import Progress, report, reporting
@@ -90,7 +90,7 @@ def certify(
     check_subnormal("certify")
     _check_region(examples[0].device)
     _check_model(model)
-    with torch.no_grad(), with_effort(effort), reporting(progress):
+    with exclusive(), torch.no_grad(), with_effort(effort), reporting(progress):
         walker = propagate(model, examples, autocast=autocast)
         identity = hashes(model), data_hashes(model)
         pairs = _pairs(walker)
@@ -115,6 +115,7 @@ def certify(
         tuple(tuple(n.meta["val"].shape[1:]) for n in nodes),
         tuple(walker.program.dtype_of(n) for n in nodes), identity[0],
         {name: digest(t) for name, t in walker.program.stored.items()}, identity[1],
+        walker.roundings(),
     )  # fmt: skip
 
 

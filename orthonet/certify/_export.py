@@ -24,7 +24,7 @@ from orthonet.certify._fold import fold, moving
 from orthonet.certify._marks import Marker, mark_of, marked_copy
 from orthonet.certify._program import BATCH, Program
 from orthonet.certify._regions import autocast_region
-from orthonet.certify._structure import Listing, as_it_runs, compare, listing, variants
+from orthonet.certify._structure import Recorder, compare, recording, variants
 from orthonet.errors import UncertifiableError
 
 __all__ = ["FAILURES", "export", "refuse_export", "samples_of"]
@@ -51,14 +51,14 @@ def export(
     # PyTorch 2.6 slices no dim without a largest size
     batch = torch.export.Dim("batch", min=2, max=_LARGEST_BATCH)
     shapes = _free_batch(twin, samples, batch)
+    recorder = Recorder(twin, (BATCH, 1), lambda: marker.visited[-1])
     try:
         with (
-            marker.functions(twin), torch.no_grad(), warnings.catch_warnings(), as_it_runs(twin),
-            autocast_region(samples[0].device, autocast),
+            marker.functions(twin), torch.no_grad(), warnings.catch_warnings(),
+            recording(recorder), autocast_region(samples[0].device, autocast),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
             program = torch.export.export(twin, samples, dynamic_shapes=shapes, strict=False)
-            listings = listing(program), listing(program, 1), listing(program, dtypes=False)
             graphs = [m for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
             if any(_writes(node) for m in graphs for node in m.graph.nodes):
                 program = program.run_decompositions({})
@@ -105,7 +105,7 @@ def export(
     result = Program([], nodes, outputs, constants, marker.calls, samples=samples)
     result.autocast = autocast
     result.stored = {name: state[name] for n, name in stored.items()}
-    result.structure = lambda: _compare(model, twin, marker, samples, shapes, autocast, listings)
+    result.structure = lambda: _compare(twin, marker, samples, autocast, recorder)
     result.graph = graph
     result.batch = str(nodes[0].meta["val"].shape[0])
     for node in graph.nodes:
@@ -122,35 +122,32 @@ def export(
 
 
 def _compare(
-    model: nn.Module, twin: nn.Module, marker: Marker, samples: tuple[Tensor, ...], shapes: Any,
-    autocast: torch.dtype | None, listings: tuple[Listing, Listing, Listing],
+    twin: nn.Module, marker: Marker, samples: tuple[Tensor, ...], autocast: torch.dtype | None,
+    traced: Recorder,
 ) -> None:  # fmt: skip
-    """Export the model in every other way that it may be called, and compare the graphs."""
+    """Run the model in every way that it may be called, and compare what it calls."""
+    first: Recorder | None = None
     for variant in variants():
         calls, marker.calls = marker.calls, []
-        inputs = tuple(x[:1] for x in samples) if variant.single else samples
-        size = {"size": 1} if variant.single else {}
+        size = 1 if variant.single else BATCH
+        recorder = Recorder(twin, (size,), lambda: marker.visited[-1])
         try:
             with (
                 marker.functions(twin), variant.around(twin), warnings.catch_warnings(),
-                autocast_region(samples[0].device, autocast),
+                autocast_region(samples[0].device, autocast), recording(recorder),
             ):  # fmt: skip
                 warnings.simplefilter("ignore")
                 wanted = torch.is_grad_enabled()
-                inputs = tuple(x.clone().requires_grad_(wanted) for x in inputs)
-                program = torch.export.export(
-                    twin, inputs, dynamic_shapes=None if variant.single else shapes, strict=False
-                )
-                other = listing(program, dtypes=not variant.dtype, **size)
-        except FAILURES as error:
-            if not variant.dtype:
-                refuse_export(model, samples, marker.visited[-1], error)
-            continue  # with another default dtype it does not run at all
+                twin(*(x[:size].detach().clone().requires_grad_(wanted) for x in samples))
+        except FAILURES:
+            continue  # called in this way it does not run
         finally:
             marker.calls = calls
             del marker.visited[1:]
-        base = listings[2] if variant.dtype else listings[1 if variant.single else 0]
-        compare(base, other, variant.name)
+        compare(traced, recorder, variant, traced=True, autocast=autocast is not None)
+        if first is not None and not variant.single:
+            compare(first, recorder, variant, traced=False)
+        first = first or recorder
 
 
 def _writes(node: fx.Node) -> bool:

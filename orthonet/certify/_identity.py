@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["data_hashes", "digest", "fingerprint", "hashes"]
+__all__ = ["data_hashes", "digest", "fingerprint", "hashes", "is_library"]
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 _OWN = {
@@ -60,7 +60,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     found = {**hashes(model), **_attributes(model, objects=True)}
     classes: dict[type, None] = {}
     for path, module in model.named_modules():
-        classes |= dict.fromkeys(c for c in type(module).__mro__ if not _is_library(c.__module__))
+        classes |= dict.fromkeys(c for c in type(module).__mro__ if not is_library(c.__module__))
         for name, value in vars(module).items():
             if isinstance(value, (types.FunctionType, types.MethodType)):
                 found.update(_read_by(f"{path}.{name}", value, set()))
@@ -73,7 +73,8 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _is_library(module: str | None) -> bool:
+def is_library(module: str | None) -> bool:
+    """Whether a module is part of PyTorch, of this library, or of what they rest on."""
     return (module or "").split(".")[0] in _LIBRARIES
 
 
@@ -93,7 +94,7 @@ def _attributes(model: nn.Module, objects: bool) -> dict[str, str]:
                 name = getattr(hook, "__qualname__", type(hook).__qualname__)
                 found[f"{prefix}hook {name}"] = found.get(f"{prefix}hook {name}", "") + "1"
         for name, value in vars(module).items():
-            if name not in _OWN and not (name.startswith("_") and _is_library(kind.__module__)):
+            if name not in _OWN and not (name.startswith("_") and is_library(kind.__module__)):
                 found[prefix + name] = _text(value, objects=objects)
     return found
 
@@ -112,7 +113,7 @@ def _read_by(name: str, function: Any, seen: set[int]) -> Iterator[tuple[str, st
     values |= vars(function)
     for key, value in values.items():
         if isinstance(value, (types.FunctionType, types.MethodType)):
-            if not _is_library(value.__module__):
+            if not is_library(value.__module__):
                 yield from _read_by(f"{name} > {key}", value, seen)
         elif not isinstance(value, (types.ModuleType, nn.Module)):
             yield f"{name} > {key}", _text(value)
@@ -159,6 +160,6 @@ def _text(value: Any, *, objects: bool = True, seen: frozenset[int] = frozenset(
         return f"{name}{{{','.join(sorted(map(text, value)))}}}"
     if objects and type(value).__module__ == "itertools":
         return repr(value)  # a counter says where it stands
-    if objects and hasattr(value, "__dict__") and not _is_library(type(value).__module__):
+    if objects and hasattr(value, "__dict__") and not is_library(type(value).__module__):
         return f"{name}{text(vars(value))}"
     return name

@@ -55,7 +55,10 @@ def lower_bound(walker: Walker, examples: Sequence[Tensor]) -> Bound | None:
         ],
         1,
     )
-    isometric = all(abs(row.constant - 1.0) <= _ENOUGH for row in walker.rows())
+    isometric = all(
+        abs(row.constant - 1.0) <= _ENOUGH and row.method != "largest slope"
+        for row in walker.rows()
+    )
     steps, starts = (_GLANCE, 1) if isometric else _extent(function, points[:1])
     copies = points[torch.arange(starts) % len(points)]
     noise = torch.randn(copies.shape, generator=generator, dtype=torch.float64)
@@ -67,18 +70,20 @@ def lower_bound(walker: Walker, examples: Sequence[Tensor]) -> Bound | None:
     if found is None:
         return Bound(0.0, kind="estimate")
     _, a, difference = found
+    lengths = _LENGTHS[:1] if isometric else _LENGTHS
+    points = torch.cat([a, *(a + factor * difference for factor in lengths)])
+    with torch.no_grad():
+        values = function(points)
+    rises = torch.linalg.vector_norm(values[1:] - values[:1], dim=1)
+    try:
+        errors = forward_error(walker, function.split(points), 0.0, torch.float64)
+    except UncertifiableError:
+        errors = _UNPROVED / 2 * torch.cat([torch.zeros(1).double(), 2.0 * rises])
     best = 0.0
-    for factor in _LENGTHS:
-        pair = torch.cat([a, a + factor * difference])
-        with torch.no_grad():
-            values = function(pair)
-        try:
-            errors = forward_error(walker, function.split(pair), 0.0, torch.float64)
-        except UncertifiableError:
-            errors = _UNPROVED / 2 * torch.linalg.vector_norm(values[1] - values[0]).expand(2)
-        rise = float(torch.linalg.vector_norm(values[1] - values[0])) * (1.0 - 1e-12)
-        run = float(torch.linalg.vector_norm(pair[1] - pair[0])) * (1.0 + 1e-12)
-        ratio = (rise - float(errors.sum())) / run if run else 0.0
+    for i in range(len(lengths)):
+        rise = float(rises[i]) * (1.0 - 1e-12)
+        run = float(torch.linalg.vector_norm(points[i + 1] - a[0])) * (1.0 + 1e-12)
+        ratio = (rise - float(errors[0] + errors[i + 1])) / run if run else 0.0
         best = max(best, ratio if ratio == ratio else 0.0)
     return Bound(best, kind="estimate")
 

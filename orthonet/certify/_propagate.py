@@ -124,6 +124,15 @@ class Walker:
         states = sorted(seen, key=lambda s: order[s.node])
         return (*self.extra, *(s.row for s in states if s.row is not None))
 
+    def roundings(self) -> float:
+        """How often a number is rounded on its way through: the terms of all sums, and more."""
+        total = 0.0
+        for state in self.states.values():
+            weights = [w for w in state.call.args if isinstance(w, Tensor) and w.ndim > 1]
+            terms = max((w.numel() // max(1, len(w)) for w in weights), default=0)
+            total += terms + 2.0
+        return total
+
     # what a node is ---------------------------------------------------------------------------
 
     def path(self, node: fx.Node) -> str:
@@ -183,7 +192,8 @@ class Walker:
         moving = self.program.moving
         for node in self.program.nodes:
             name = op_name(node)
-            both = sum(n in moving for n in node.all_input_nodes) >= 2
+            values = [n.meta.get("val") for n in node.all_input_nodes if n in moving]
+            both = sum(isinstance(v, Tensor) and v.ndim > 2 for v in values) >= 2
             if both and name in ("scaled_dot_product_attention", "bmm", "matmul", "einsum"):
                 advice = ADVICE["scaled_dot_product_attention" if name[0] == "s" else "bmm"]
                 self._refuse(

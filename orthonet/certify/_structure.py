@@ -1,65 +1,47 @@
-"""Whether a model is one function: its graph must be the same however it is called.
+"""A model must be one function, however it is called: its calls of PyTorch must be the same.
 
-A sample shows a branch only where the branch makes a difference; the graphs show it everywhere.
-The model is exported again at batch 1, with gradients, in inference mode, with another default
-dtype and number of threads, as it runs and as it is compiled, and the listings of these graphs are
-compared node by node. The batch size may enter the shapes of tensors and nothing else.
+A sample shows a branch only where the branch makes a difference; the calls show it everywhere. They
+are recorded while the model is exported, and then while it runs at batch 1, with gradients, in
+inference mode, with another default dtype and number of threads, and as if it were compiled, and
+compared one by one. The batch size may enter the shapes of tensors and nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import operator
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from orthonet import _checks
-from orthonet.certify._program import op_name, path_of, refuse, source_of
+from orthonet.certify._identity import digest, is_library
+from orthonet.certify._program import op_name, refuse
 from orthonet.errors import UncertifiableError
 
-__all__ = ["Listing", "as_it_runs", "check_batch_in_shapes", "compare", "listing", "variants"]
-
-_PROBE = 131
-"""The batch size that stands for all others where two graphs with a free one are compared."""
-_INLINED = "wrap_with_set_grad_enabled"
-_CHECKS = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size"}
-_FLAGS = ("_is_compiling_flag", "_is_exporting_flag")
-
-
-class Line(NamedTuple):
-    """One operation of a listing, and the node that it comes from."""
-
-    what: Any
-    node: fx.Node
-
-
-class Listing(NamedTuple):
-    """The operations of an exported graph with its shapes at one batch size, and its outputs."""
-
-    lines: list[Line]
-    outputs: Any
+__all__ = ["Recorder", "check_batch_in_shapes", "compare", "recording", "variants"]
 
 
 class Variant(NamedTuple):
     """One more way to call the model."""
 
     name: str
-    single: bool
-    """At batch 1, not with a free batch size."""
     mode: Callable[[], contextlib.AbstractContextManager[Any]]
+    single: bool = False
+    """At batch 1, not with the batch that it was traced with."""
     threads: bool = False
     """With another number of threads."""
-    flags: bool = False
-    """Compiled, not as it runs."""
+    compiled: bool = False
+    """As if it were compiled or exported."""
     dtype: bool = False
-    """With another default dtype, so that the dtypes in the graph may differ."""
+    """With another default dtype, so that the dtypes of the calls may differ."""
 
     @contextlib.contextmanager
     def around(self, model: torch.nn.Module) -> Iterator[None]:
@@ -67,29 +49,44 @@ class Variant(NamedTuple):
         answers: dict[Any, Any] = {}
         if self.threads:
             answers[torch.get_num_threads] = torch.get_num_threads() + 1
+        if self.compiled:
+            answers |= dict.fromkeys(_COMPILING, _yes_to_the_user)
+        if self.dtype:
+            answers |= {torch.get_default_dtype: _other_dtype(), torch.tensor: _tensor}
         with contextlib.ExitStack() as stack:
-            if self.dtype:
-                answers[torch.get_default_dtype] = _other_dtype()
-                answers[torch.tensor] = _tensor
-                stack.enter_context(_Factories())
             stack.enter_context(_answering(model, answers))
+            if self.dtype:
+                stack.enter_context(_Factories())
             stack.enter_context(self.mode())
-            if not self.flags:
-                stack.enter_context(as_it_runs(model))
             yield
 
 
 def variants() -> list[Variant]:
     """The ways to call a model that may make no difference."""
+    none, grad, inference = torch.no_grad, torch.enable_grad, torch.inference_mode
     return [
-        Variant("at batch 1", True, torch.no_grad),
-        Variant("at batch 1 with gradients", True, torch.enable_grad, threads=True),
-        Variant("at batch 1 in inference mode", True, torch.inference_mode),
-        Variant("with gradients", False, torch.enable_grad),
-        Variant("in inference mode with other threads", False, torch.inference_mode, threads=True),
-        Variant("under torch.compile or torch.export", False, torch.no_grad, flags=True),
-        Variant("with another default dtype", False, torch.no_grad, dtype=True),
+        Variant("without gradients", none),
+        Variant("with gradients", grad),
+        Variant("in inference mode", inference, threads=True),
+        Variant("at batch 1", none, single=True),
+        Variant("at batch 1 with gradients", grad, single=True, threads=True),
+        Variant("at batch 1 in inference mode", inference, single=True),
+        Variant("under torch.compile or torch.export", none, compiled=True),
+        Variant("with another default dtype", none, dtype=True),
     ]
+
+
+_COMPILING = tuple(
+    getattr(torch.compiler, name)
+    for name in ("is_compiling", "is_exporting", "is_dynamo_compiling")
+    if hasattr(torch.compiler, name)
+)
+
+
+def _yes_to_the_user(function: Callable[[], bool]) -> bool:
+    """Yes where the model asks, the truth where PyTorch or this library does."""
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return function() if is_library(caller) else True
 
 
 _default_dtype = torch.get_default_dtype  # not the one that answers otherwise
@@ -105,7 +102,8 @@ def _answering(model: torch.nn.Module, answers: dict[Any, Any]) -> Iterator[None
 
     Nothing is set: the default dtype and the threads of the process are those of all threads.
     """
-    spaces = [vars(torch), *(getattr(type(m).forward, "__globals__", {}) for m in model.modules())]
+    spaces = [vars(torch), vars(torch.compiler)]
+    spaces += [getattr(type(m).forward, "__globals__", {}) for m in model.modules()]
     me, changed = threading.get_ident(), []
 
     def answering(function: Callable[..., Any], answer: Any) -> Callable[..., Any]:
@@ -117,9 +115,10 @@ def _answering(model: torch.nn.Module, answers: dict[Any, Any]) -> Iterator[None
         return call
 
     wrapped = {f: answering(f, answer) for f, answer in answers.items()}
+    kinds = (types.BuiltinFunctionType, types.FunctionType)
     for space in {id(s): s for s in spaces}.values() if answers else ():
         for name, value in list(space.items()):
-            if isinstance(value, types.BuiltinFunctionType) and value in wrapped:
+            if isinstance(value, kinds) and value in wrapped:
                 changed.append((space, name, value))
                 space[name] = wrapped[value]
     try:
@@ -160,116 +159,143 @@ def _has_float(data: Any) -> bool:
     )
 
 
-@contextlib.contextmanager
-def as_it_runs(model: torch.nn.Module) -> Iterator[None]:
-    """Within it, `torch.compiler.is_exporting()` says no while the model is traced."""
-    flags = [name for name in _FLAGS if hasattr(torch.compiler, name)]
-    before: list[dict[str, Any]] = []
-
-    def enter(*_: Any) -> None:
-        before.append({name: getattr(torch.compiler, name) for name in flags})
-        for name in flags:
-            setattr(torch.compiler, name, False)
-
-    def leave(*_: Any) -> None:
-        for name, value in before.pop().items():
-            setattr(torch.compiler, name, value)
-
-    handles = [
-        model.register_forward_pre_hook(enter, prepend=True),
-        model.register_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+# recording --------------------------------------------------------------------------------------
 
 
-# listings ---------------------------------------------------------------------------------------
+class Line(NamedTuple):
+    """One call of PyTorch.
+
+    Attributes:
+        calls: What is called with which arguments, and the shapes and dtypes of what it returns,
+            for each batch size.
+        loose: The same without dtypes.
+        data: The contents of the tensors that it reads from outside of the model.
+        name: The function.
+        path: The module in whose forward it is.
+        source: The line of the user's code.
+    """
+
+    calls: dict[int, Any]
+    loose: dict[int, Any]
+    data: tuple[str, ...]
+    name: str
+    path: str
+    source: str
 
 
-def listing(program: Any, size: int = _PROBE, dtypes: bool = True) -> Listing:
-    """The operations of an exported program, its free batch size being `size`."""
-    signature = program.graph_signature
-    state = {**program.state_dict, **program.constants}
-    stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    lifted = signature.inputs_to_lifted_tensor_constants
-    user = list(signature.user_inputs)
-    env: dict[fx.Node, Any] = {}
-    for node in program.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        if node.name in stored:
-            env[node] = ("stored", stored[node.name])
-        elif node.name in lifted:
-            env[node] = ("constant", _content(state[lifted[node.name]], dtypes))
-        else:
-            env[node] = ("input", user.index(node.name) if node.name in user else node.name)
-    lines: list[Line] = []
-    outputs = _list(program.graph_module, env, lines, size, dtypes)
-    return Listing(lines, outputs)
+class Recorder(TorchFunctionMode):
+    """Lists the calls of PyTorch in one forward pass, and what it returns."""
 
+    def __init__(self, model: torch.nn.Module, sizes: tuple[int, ...], path: Callable[[], str]):
+        super().__init__()
+        self.model, self.sizes, self.path = model, sizes, path
+        self.lines: list[Line] = []
+        self.ran = False
 
-def _list(
-    module: fx.GraphModule, env: dict[fx.Node, Any], lines: list[Line], size: int, dtypes: bool
-) -> Any:
-    """Add the operations of a graph to `lines`, and return what it returns."""
-
-    def value(x: Any) -> Any:
-        if isinstance(x, fx.Node):
-            return env[x]
-        if isinstance(x, (tuple, list)):
-            return tuple(value(v) for v in x)
-        if isinstance(x, dict):
-            return tuple(sorted((k, value(v)) for k, v in x.items() if v is not None))
-        if isinstance(x, slice):
-            return ("slice", value(x.start), value(x.stop), value(x.step))
-        if isinstance(x, torch.dtype):
-            return str(x) if dtypes else "dtype"
-        if isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            return _at(x, size)
-        if isinstance(x, float) and x != x:
-            return "nan"
-        return (type(x).__name__, x if isinstance(x, (int, float, str, bool)) else str(x))
-
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            env[node] = ("attribute", node.target)
-        elif node.op == "output":
-            return value(node.args[0])
-        if node.op != "call_function" or op_name(node) in _CHECKS:
-            continue
-        found = node.meta.get("val")
-        if isinstance(found, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
-            env[node] = value(found)
-            continue
-        if getattr(node.target, "__name__", "") == _INLINED:
-            body: Any = module.get_submodule(str(node.args[1].target))  # type: ignore[union-attr]
-            formal = [n for n in body.graph.nodes if n.op == "placeholder"]
-            inner = {n: env[a] for n, a in zip(formal, node.args[2:], strict=True)}  # type: ignore[index]
-            env[node] = ("results", _list(body, inner, lines, size, dtypes))
-            continue
-        if node.target is operator.getitem and env[node.args[0]][0] == "results":  # type: ignore[index]
-            env[node] = env[node.args[0]][1][node.args[1]]  # type: ignore[index]
-            continue
-        what = (
-            str(node.target),
-            value(node.args),
-            value(node.kwargs),
-            _shapes(found, size, dtypes),
+    def start(self, inputs: Any) -> None:
+        """Begin anew: a trace may run the model several times."""
+        self.lines, self.kept, self.data, self.ran = [], [], [], True
+        self.known: dict[int, Any] = {}
+        named = (
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
         )
-        for argument in node.args:  # other graphs inside of this one
-            if isinstance(argument, fx.Node) and argument.op == "get_attr":
-                inside: list[Line] = []
-                body = getattr(module, str(argument.target), None)
-                if isinstance(body, fx.GraphModule):
-                    holes = {n: ("hole", i) for i, n in enumerate(body.graph.nodes)}
-                    result = _list(body, holes, inside, size, dtypes)
-                    what = (*what, tuple(line.what for line in inside), result)
-        env[node] = ("result", len(lines))
-        lines.append(Line(what, node))
-    return None
+        for name, tensor in named:
+            self.known.setdefault(id(tensor), ("stored", name))
+        for place, tensor in enumerate(inputs):
+            self.known[id(tensor)] = ("input", place)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, _name_of(func)
+        if name != "certify_mark" and _is_ours():
+            result = func(*args, **kwargs)
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    self.known.setdefault(id(tensor), ("ours", len(self.lines)))
+            self.kept.append((args, kwargs, result))
+            return result
+        self.data = []
+        before = {
+            (n, dtypes): self.text((args, kwargs), n, dtypes)
+            for n in self.sizes
+            for dtypes in (True, False)
+        }
+        inner = getattr(func, "__wrapped__", None)
+        if inner is not None and not is_library(getattr(func, "__module__", "")):
+            with self:  # a function of the user's that PyTorch shows as one call
+                return inner(*args, **kwargs)
+        result = func(*args, **kwargs)
+        found: list[Tensor] = []
+        tree_map_only(Tensor, found.append, result)
+        if name == "certify_mark":
+            self.known[id(result)] = self.known.get(id(args[0]), "?")
+            self.kept.append(result)
+            return result
+        in_place = name.endswith("_") and not name.endswith("__")
+        if not found and not in_place and not name.endswith(_WRITING):
+            return result  # a question about shapes and dtypes
+        for place, tensor in enumerate(found):
+            self.known.setdefault(id(tensor), ("result", len(self.lines), place))
+        self.kept.append((args, kwargs, result))  # so that no id is used again
+        calls = {n: (name, before[n, True], self.shapes(found, n, True)) for n in self.sizes}
+        loose = {n: (name, before[n, False], self.shapes(found, n, False)) for n in self.sizes}
+        source = _source()
+        self.lines.append(Line(calls, loose, tuple(self.data), name, self.path(), source))
+        return result
+
+    def finish(self, result: Any) -> None:
+        """Note what the model returns."""
+        calls = {n: ("return", self.text(result, n, True)) for n in self.sizes}
+        self.lines.append(Line(calls, calls, (), "return", "", ""))
+        self.kept, self.known = [], {}
+
+    def text(self, value: Any, size: int, dtypes: bool) -> Any:
+        """The same for the same arguments, with `size` for a free batch size."""
+        if isinstance(value, Tensor):
+            if id(value) not in self.known:
+                self.known[id(value)] = ("constant", tuple(map(str, value.shape)))
+                self.kept.append(value)
+                if len(self.sizes) == 1:  # in a trace it has no contents
+                    self.data.append(_content(value))
+            return self.known[id(value)]
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return _at(value, size)
+        if isinstance(value, (tuple, list)):
+            return tuple(self.text(v, size, dtypes) for v in value)
+        if isinstance(value, dict):
+            kept = ((k, v) for k, v in value.items() if dtypes or k != "dtype")
+            return tuple((str(k), self.text(v, size, dtypes)) for k, v in kept)
+        if isinstance(value, slice):
+            return ("slice", self.text((value.start, value.stop, value.step), size, dtypes))
+        if isinstance(value, torch.dtype):
+            return str(value) if dtypes else "dtype"
+        if isinstance(value, (int, float, complex, str, bytes)):
+            return (type(value).__name__, repr(value))
+        if type(value).__module__ == "numpy":
+            self.data.append(repr(value.tolist()))
+        return (type(value).__name__, str(value) if isinstance(value, _PRINTED) else "")
+
+    @staticmethod
+    def shapes(found: list[Tensor], size: int, dtypes: bool) -> Any:
+        return tuple(
+            (
+                tuple(_at(n, size)[1] if isinstance(n, torch.SymInt) else str(n) for n in t.shape),
+                str(t.dtype) if dtypes else t.dtype.is_floating_point,
+            )
+            for t in found
+        )
+
+
+_WRITING = ("__setitem__", "__set__", "__delitem__")
+_PRINTED = (type(None), type(...), torch.device, torch.memory_format, torch.layout)
+
+
+def _name_of(func: Any) -> str:
+    """The name of a function, of the property whose getter it is, or of an operation."""
+    owner, name = getattr(func, "__self__", None), getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__"):
+        return f"{getattr(owner, '__name__', '')}.{name}"
+    return name.split(".")[0]
 
 
 def _at(number: Any, size: int) -> Any:
@@ -278,52 +304,89 @@ def _at(number: Any, size: int) -> Any:
     found = expression.subs(dict.fromkeys(expression.free_symbols, size))
     kind = {torch.SymInt: int, torch.SymFloat: float}.get(type(number), bool)
     try:
-        return (kind.__name__, kind(found))
+        return (kind.__name__, repr(kind(found)))
     except TypeError:
         return ("symbolic", str(found))
 
 
-def _shapes(found: Any, size: int, dtypes: bool) -> Any:
-    if isinstance(found, Tensor):
-        shape = tuple(
-            _at(n, size) if isinstance(n, torch.SymInt) else ("int", int(n)) for n in found.shape
-        )
-        return (shape, str(found.dtype) if dtypes else found.dtype.is_floating_point)
-    if isinstance(found, (tuple, list)):
-        return tuple(_shapes(v, size, dtypes) for v in found)
-    return type(found).__name__
+def _content(value: Tensor) -> str:
+    """The bytes of a tensor that the forward pass makes, or that is no parameter; "" in a trace."""
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.is_meta:
+        return ""
+    return digest(value)
 
 
-def _content(value: Any, dtypes: bool) -> Any:
-    """The bytes of a constant that the forward pass writes out."""
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    value = value.detach().cpu().resolve_conj().contiguous()
-    if not dtypes:
-        value = value.to(torch.float64) if value.is_floating_point() else value
-        return (tuple(value.shape),)
-    code = hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-    return (tuple(value.shape), str(value.dtype), code)
+def _is_ours() -> bool:
+    """Whether this library calls PyTorch, in one of its layers: they take other ways in a trace."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.split(".")[0] not in _BETWEEN and name != __name__:
+            return name.startswith("orthonet.") and not name.startswith("orthonet.certify.")
+        frame = frame.f_back
+    return False
 
 
-def compare(base: Listing, other: Listing, name: str) -> None:
-    """Refuse a model whose graph is another one when it is called in another way.
+_BETWEEN = ("torch", "contextlib", "functools")
+
+
+def _source() -> str:
+    """The line of the user's code that is running, `file:line`."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and is_library(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Within it, the calls of the model are recorded."""
+    model = recorder.model
+
+    def enter(_: Any, args: Any) -> None:
+        recorder.start(args)
+        recorder.__enter__()
+
+    def leave(_: Any, args: Any, result: Any) -> None:
+        recorder.__exit__(None, None, None)
+        recorder.finish(result)
+
+    handles = [
+        model.register_forward_pre_hook(enter),
+        model.register_forward_hook(leave, always_call=True, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compare(
+    base: Recorder, other: Recorder, variant: Variant, *, traced: bool, autocast: bool = False
+) -> None:
+    """Refuse a model that calls something else when it is called in another way.
+
+    With `traced`, the base is a trace, in which constants have no contents, and no operation has
+    been given another dtype by `autocast` yet.
 
     Raises:
-        UncertifiableError: The listings differ; the message names the first operation.
+        UncertifiableError: The records differ; the message names the first call.
     """
-    pairs = list(zip(base.lines, other.lines, strict=False))
-    place = next((i for i, (a, b) in enumerate(pairs) if a.what != b.what), None)
-    if place is None and len(base.lines) == len(other.lines) and base.outputs == other.outputs:
+    (size,) = other.sizes
+
+    loose = variant.dtype or (traced and autocast)
+
+    def same(a: Line, b: Line) -> bool:
+        calls = a.loose[size] == b.loose[size] if loose else a.calls[size] == b.calls[size]
+        return calls and (traced or variant.dtype or a.data == b.data)
+
+    pairs = zip(base.lines, other.lines, strict=False)
+    place = next((i for i, (a, b) in enumerate(pairs) if not same(a, b)), None)
+    if place is None and len(base.lines) == len(other.lines):
         return
-    longer = base if len(base.lines) >= len(other.lines) else other
-    place = len(pairs) if place is None else place
-    details: dict[str, Any] = {"called": name}
-    if place < len(longer.lines):
-        lines = (base if place < len(base.lines) else other).lines
-        node = lines[place].node
-        details |= {"operation": op_name(node), "path": path_of(node)}
-        details |= {"source": source_of(node)} if source_of(node) else {}
+    place = min(len(base.lines), len(other.lines)) - 1 if place is None else place
+    line = other.lines[place] if other.lines[place].source else base.lines[place]
     _checks.fail(
         "certify",
         "the model must be the same function of its input however it is called",
@@ -331,7 +394,10 @@ def compare(base: Listing, other: Listing, name: str) -> None:
         "number of threads and the batch size out of forward: this one computes something else "
         "there",
         UncertifiableError,
-        **details,
+        called=variant.name,
+        operation=line.name,
+        path=line.path,
+        source=line.source,
     )
 
 
