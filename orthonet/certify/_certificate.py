@@ -259,13 +259,12 @@ class LipschitzCertificate:
             certified_radius, logits, self.constant.value, self.pairs,
             labels=labels, target=target, outputs=self._classes(),
         )  # fmt: skip
-        if inputs is None:
-            found = find(dtype=self._output_dtype(), roundings=self.roundings)
-            return convert_radius(found, norm, self._entries())
-        whole = find(torch.zeros(len(logits), dtype=torch.float64))
-        near = torch.where(whole.isfinite(), whole, 0.0)
-        found = find(self.rounding(inputs, within=near, dtype=dtype))
-        found = torch.minimum(found, whole).clamp_min(0.0)
+        found = find(dtype=self._output_dtype(), roundings=self.roundings)
+        if inputs is not None:
+            whole = find(torch.zeros(len(logits), dtype=torch.float64))
+            near = torch.where(whole.isfinite(), whole, 0.0)
+            proved = find(self.rounding(inputs, within=near, dtype=dtype))
+            found = torch.minimum(proved, found).clamp_min(0.0)
         return convert_radius(found, norm, self._entries())
 
     def _read(self, logits: Any, x: Any, inputs: Any, model: Any) -> tuple[Tensor, Any]:

@@ -102,7 +102,7 @@ def _answering(model: torch.nn.Module, answers: dict[Any, Any]) -> Iterator[None
 
     Nothing is set: the default dtype and the threads of the process are those of all threads.
     """
-    spaces = [vars(torch), vars(torch.compiler)]
+    spaces: list[Any] = [vars(torch), vars(torch.compiler)]
     spaces += [getattr(type(m).forward, "__globals__", {}) for m in model.modules()]
     me, changed = threading.get_ident(), []
 
@@ -235,7 +235,11 @@ class Recorder(TorchFunctionMode):
         if not found and not in_place and not name.endswith(_WRITING):
             return result  # a question about shapes and dtypes
         for place, tensor in enumerate(found):
-            self.known.setdefault(id(tensor), ("result", len(self.lines), place))
+            self.known[id(tensor)] = (
+                "result",
+                len(self.lines),
+                place,
+            )  # also where it is an operand
         self.kept.append((args, kwargs, result))  # so that no id is used again
         calls = {n: (name, before[n, True], self.shapes(found, n, True)) for n in self.sizes}
         loose = {n: (name, before[n, False], self.shapes(found, n, False)) for n in self.sizes}
@@ -498,7 +502,7 @@ def _is_count(number: Any) -> bool:
     """Whether it is a constant, or a positive multiple of a power of the batch size."""
     if not isinstance(number, torch.SymInt):
         return False
-    expression = number.node.expr
+    expression: Any = number.node.expr
     if not expression.free_symbols:
         return True
     coefficient, rest = expression.as_coeff_Mul()
