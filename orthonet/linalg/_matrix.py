@@ -14,7 +14,9 @@ __all__ = [
     "add_identity",
     "cholesky",
     "compute_dtype",
+    "divide_triangular",
     "gram_defect",
+    "minus_product",
     "minus_transpose",
     "on_tall",
     "require_finite",
@@ -55,6 +57,24 @@ def on_tall(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return function(x.mT, *args, **kwargs).mT.to(w.dtype)
 
     return wrapper
+
+
+def divide_triangular(x: Tensor, t: Tensor, *, upper: bool = True) -> Tensor:
+    """X T^-1 for triangular T, of which the other triangle is not read.
+
+    Large single systems are solved transposed, from the left: 0.7 of the time from the right at
+    2048 x 256 and 0.8 to 0.9 at 256 and 512; 1.3 of it at 64, batched or not.
+    """
+    if t.ndim == 2 and t.shape[-1] > 128:
+        return torch.linalg.solve_triangular(t.mT, x.mT, upper=not upper).mT
+    return torch.linalg.solve_triangular(t, x, upper=upper, left=False)
+
+
+def minus_product(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """A - B C."""
+    if a.ndim > 3:
+        return a - b @ c
+    return (torch.addmm if a.ndim == 2 else torch.baddbmm)(a, b, c, alpha=-1.0)
 
 
 def add_identity(a: Tensor, scale: float = 1.0) -> Tensor:

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from orthonet.linalg import _polar_series as series
-from orthonet.linalg._matrix import add_identity, cholesky, minus_transpose, symmetric_product
+from orthonet.linalg._matrix import (
+    add_identity,
+    cholesky,
+    divide_triangular,
+    minus_product,
+    minus_transpose,
+    symmetric_product,
+)
 from orthonet.linalg._polar_gradient import centred_gradient
 from orthonet.linalg._polar_steps import near_pass, recentred_polar
 from orthonet.linalg.factorization import cholesky_qr
@@ -107,7 +114,7 @@ class CentredMap(abc.ABC):
         if u.shape[-2] == u.shape[-1]:
             return self.turn(u, scale, s)
         s = s.sub_(self.turned(s))
-        return _minus_product(grad, u, s).div_(scale)
+        return minus_product(grad, u, s).div_(scale)
 
     def turn(self, u: Tensor, scale: Tensor, s: Tensor) -> Tensor:
         r"""\(U K(S) / c\): the pull-back for square U, of which only \(S = U^\top G\) is needed."""
@@ -115,13 +122,6 @@ class CentredMap(abc.ABC):
 
     def __repr__(self) -> str:
         return f"<the {self.name} map>"
-
-
-def _minus_product(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """A - B C."""
-    if a.ndim == 3:
-        return torch.baddbmm(a, b, c, alpha=-1.0)
-    return torch.addmm(a, b, c, alpha=-1.0) if a.ndim == 2 else a - b @ c
 
 
 class _Polar(CentredMap):
@@ -148,7 +148,9 @@ class _Polar(CentredMap):
                 reach = _rounded_up(bound, 8.0, self.limit)
             c, error = series.near(degree or 4, reach)
             p, _ = near_pass(e, square, degree or 4, c)
-            if kept is not None and mean is not kept:  # a pass from far has changed the norm
+            if (
+                kept is not None and mean is not None and mean is not kept
+            ):  # a pass from far has changed the norm
                 p = p.mul_((kept / mean).sqrt_())
             x = _times(x, p)
             if degree:
@@ -199,11 +201,11 @@ class _QR(CentredMap):
         if _wide(x):
             y = torch.linalg.solve_triangular(lower, x, upper=False)
         else:
-            y = _from_the_right(x, lower)
+            y = divide_triangular(x, lower.mT)
         if bound > 0.3:
             e = _measure(y).e.triu_()
             e.diagonal(dim1=-2, dim2=-1).mul_(0.5)
-            y = _minus_product(y, e.mT, y) if _wide(x) else _minus_product(y, y, e)
+            y = minus_product(y, e.mT, y) if _wide(x) else minus_product(y, y, e)
         return y
 
     def far(self, x: Tensor) -> Tensor:
@@ -213,13 +215,6 @@ class _QR(CentredMap):
 
     def turned(self, s: Tensor) -> Tensor:
         return minus_transpose(s).tril_(-1)
-
-
-def _from_the_right(x: Tensor, lower: Tensor) -> Tensor:
-    """X L^-T; a large single system from the left, which is faster."""
-    if x.ndim == 2 and x.shape[-1] > 128:
-        return torch.linalg.solve_triangular(lower, x.mT, upper=False).mT.contiguous()
-    return torch.linalg.solve_triangular(lower.mT, x, upper=True, left=False)
 
 
 POLAR: CentredMap = _Polar()
