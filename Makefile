@@ -44,7 +44,7 @@ bench: $(VENV)/.bench        ## everything against its peers, and the pages that
 	$(BIN)/python -m benchmarks.certificates
 	$(BIN)/python -m benchmarks.certificate_peers
 	$(BIN)/python -m benchmarks.optim --steps 1000
-	$(BIN)/python -m benchmarks.shared_out
+	$(BIN)/python -m benchmarks.across_processes
 	$(BIN)/python -m benchmarks.presets
 	$(BIN)/python -m benchmarks.launches
 	$(BIN)/python -m benchmarks.engine

@@ -15,7 +15,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,3 +224,29 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def network_tables(
+    rows: Iterable[Mapping[str, Any]],
+    header: Sequence[str],
+    cells: Callable[[Mapping[str, Any]], list[str]],
+) -> list[str]:
+    """One Markdown table a network, of the rows of all libraries and presets."""
+    groups: dict[str, list[list[str]]] = {}
+    for row in rows:
+        title = f"{row['net']}, compiled" if row["compiled"] else row["net"]
+        failed = [row["error"], *[""] * (len(header) - 1)] if "error" in row else None
+        line = [f"{row['library']} {row['preset']}", *(failed or cells(row))]
+        groups.setdefault(title, []).append(line)
+    return [table([title, *header], lines) for title, lines in groups.items()]
+
+
+def ratio_cells(row: Mapping[str, Any]) -> list[str]:
+    """The time of a row relative to the plain network, its quartiles, and milliseconds."""
+    quartiles = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
+    return [f"{row['ratio']:.2f}", quartiles, f"{1e3 * row['seconds']:.2f}"]
+
+
+def residual_cell(row: Mapping[str, Any]) -> str:
+    """The residual of a row; empty where nothing is constrained."""
+    return "" if row["residual"] is None else f"{row['residual']:.0e}"

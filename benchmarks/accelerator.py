@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -301,20 +301,10 @@ HEADER = (
 )
 
 
-def _line(row: dict[str, Any]) -> list[str]:
-    name = f"{row['library']} {row['preset']}"
-    if "error" in row:
-        return [name, row["error"], *[""] * (len(HEADER) - 1)]
-    return [
-        name,
-        str(row.get("launches", "")),
-        str(row.get("waits", "")),
-        f"{row['ratio']:.2f}",
-        f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}",
-        f"{1e3 * row['seconds']:.2f}",
-        f"{row['peak_bytes'] / 2**20:.1f}",
-        "" if row["residual"] is None else f"{row['residual']:.0e}",
-    ]
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    counts = [str(row.get("launches", "")), str(row.get("waits", ""))]
+    peak = f"{row['peak_bytes'] / 2**20:.1f}"
+    return [*counts, *harness.ratio_cells(row), peak, harness.residual_cell(row)]
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -323,12 +313,7 @@ def summary(result: dict[str, Any]) -> str:
     parts = (
         ["tests marked gpu: " + ", ".join(f"{k} {v}" for k, v in tests.items())] if tests else []
     )
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        title = f"{row['net']}, compiled" if row["compiled"] else row["net"]
-        groups.setdefault(title, []).append(row)
-    parts += [harness.table([title, *HEADER], map(_line, rows)) for title, rows in groups.items()]
-    return "\n\n".join(parts)
+    return "\n\n".join(parts + harness.network_tables(result["rows"], HEADER, _cells))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -145,29 +145,15 @@ def run(settings: Settings) -> dict[str, Any]:
 HEADER = ("step over plain", "quartiles", "ms", "saved MB", "max abs(sigma - 1)")
 
 
-def line(row: dict[str, Any]) -> list[str]:
+def cells(row: Mapping[str, Any]) -> list[str]:
     """The cells of one row."""
-    name = f"{row['library']} {row['preset']}"
-    if "error" in row:
-        return [name, row["error"], *[""] * (len(HEADER) - 1)]
-    return [
-        name,
-        f"{row['ratio']:.2f}",
-        f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}",
-        f"{1e3 * row['seconds']:.2f}",
-        f"{row['saved_bytes'] / 2**20:.1f}",
-        "" if row["residual"] is None else f"{row['residual']:.0e}",
-    ]
+    saved = f"{row['saved_bytes'] / 2**20:.1f}"
+    return [*harness.ratio_cells(row), saved, harness.residual_cell(row)]
 
 
 def summary(result: dict[str, Any]) -> str:
     """One table a network, eager ones first."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        title = f"{row['net']}, compiled" if row["compiled"] else row["net"]
-        groups.setdefault(title, []).append(row)
-    tables = (harness.table([title, *HEADER], map(line, rows)) for title, rows in groups.items())
-    return "\n\n".join(tables)
+    return "\n\n".join(harness.network_tables(result["rows"], HEADER, cells))
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import _harness as harness
 from benchmarks import (
+    across_processes,
     certificate_peers,
     certificates,
     convolutions,
@@ -24,14 +25,13 @@ from benchmarks import (
     optim,
     orthogonalizers,
     rnn,
-    shared_out,
 )
 
 # Benchmarks whose page shows what they print, by the name of their JSON file.
 PRINTED = {
     module.__name__.rpartition(".")[2]: module.summary
     for module in (
-        orthogonalizers, floor, linear_step, convolutions, manifolds, rnn, optim, shared_out,
+        orthogonalizers, floor, linear_step, convolutions, manifolds, rnn, optim, across_processes,
         certificates, certificate_peers,
     )
 }  # fmt: skip

@@ -1,10 +1,10 @@
-"""The retraction of a step shared out among two processes: its share next to that of one.
+"""The retraction of a step distributed across two processes: its share next to that of one.
 
-python -m benchmarks.shared_out [--layers 8] [--sizes 512 1024] [--seconds 10]
+python -m benchmarks.across_processes [--layers 8] [--sizes 512 1024] [--seconds 10]
 
 Two processes on this machine (gloo), one thread each. Printed is the time of one process, the least
-of interleaved rounds, of what follows an optimizer step that has moved every matrix: alone, shared
-out, and with FSDP2, where it is always shared out (collect, retract, hand out). Below it the model
+of interleaved rounds, of what follows an optimizer step that has moved every matrix: alone,
+distributed, and with FSDP2, where it always is (collect, retract, hand out). Below it the model
 of `docs/guide/caching.md` for more ranks: what one computes and sends in a step.
 """
 
@@ -116,7 +116,7 @@ def main() -> None:
     }
     chosen = {name: getattr(options, name) for name in ("layers", "sizes", "seconds", "presets")}
     result = {"environment": harness.environment(), "options": chosen, "presets": kept}
-    path = harness.write("shared_out", result, options.out)
+    path = harness.write("across_processes", result, options.out)
     print(f"{summary(result)}\n\nwritten to {path}")
 
 
