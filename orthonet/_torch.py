@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd as ConvNd
+from torch.optim import Optimizer
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
@@ -60,6 +61,7 @@ __all__ = [
     "mutates",
     "not_compiled",
     "operation_name",
+    "parameters_of",
     "patched",
     "run_backward",
     "recording_in_kernel",
@@ -270,6 +272,11 @@ foreach_mul_ = _torch._foreach_mul_
 foreach_norm = _torch._foreach_norm
 foreach_sub_ = _torch._foreach_sub_
 """One call for a list of tensors, as `torch.optim` uses them; an empty list is an error."""
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters of all groups of an optimizer, in order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def is_shard(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Work on a list of matrices shared out among processes: who takes what, and the exchange.
+"""Work on a list of matrices distributed across processes: who takes what, and the exchange.
 
 Plain functions on tensors and a process group; without one, every process does everything.
 """

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from orthonet import _checks
+from orthonet import _checks, _torch
 from orthonet.linalg._ranks import assign, exchange, put_, rank_and_size, whole
 from orthonet.optim._base import require_matrices, require_orthogonal
 from orthonet.optim._batches import blocks
@@ -83,7 +83,7 @@ def retract_after_step(
         TypeError,
         optimizer=type(optimizer).__name__,
     )
-    known = [p for group in optimizer.param_groups for p in group["params"]]
+    known = _torch.parameters_of(optimizer)
     chosen = known if params is None else list(params)
     identities = {id(p) for p in known}
     for p in chosen:

@@ -9,7 +9,7 @@ own functions do to that class through one module leaves the others alone.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +184,7 @@ def _adopt(module: nn.Module) -> None:
     for entry in lists.values():
         if type(entry) is ParametrizationList:
             entry.__class__ = CachedParametrizationList
-            entry._enroll()
+            CachedParametrizationList._enroll(cast("CachedParametrizationList", entry))
     module.__class__ = _shared_class(type(module).__bases__[0], lists)
 
 

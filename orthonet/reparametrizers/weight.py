@@ -40,7 +40,7 @@ __all__ = [
 GIVEN = "_given"  # the attribute of a part for its value, while something made of it is computed
 
 SLOT = "_served"  # the attribute of a weight for what its provider has found
-NUMBER = "_number"  # ... and for its number in this process, a tensor
+NUMBER = "_number"  # ... and for its number in this process, as an int and as a tensor
 
 W = TypeVar("W", bound="Weight")
 
@@ -139,14 +139,14 @@ class _EnrolledWhenMade(abc.ABCMeta):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         weight = super().__call__(*args, **kwargs)
-        _alive[number_of(weight)] = weakref.ref(
-            weight, functools.partial(_retire, number_of(weight))
-        )
+        _enroll(weight)
         return weight
 
 
-def _retire(number: int, _: object) -> None:
-    _alive.pop(number, None)
+def _enroll(weight: Weight) -> None:
+    number = number_of(weight)
+    # the reference that the callback is given becomes the default of `pop`
+    _alive[number] = weakref.ref(weight, functools.partial(_alive.pop, number))
 
 
 class Weight(nn.Module, metaclass=_EnrolledWhenMade):
@@ -179,22 +179,21 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
         super().__setstate__(state)
         self._enroll()
 
-    def _take_number(self) -> int:
+    def _take_number(self) -> None:
         """Take a new number; a copy, also a shallow one, does not share what was found before."""
         number = next(_numbers)
         vars(self).update({SLOT: None, NUMBER: (number, torch.tensor(number, device="cpu"))})
-        return number
 
     def _enroll(self) -> None:
         """Become known to the process; for modules that no constructor of this class has made."""
-        number = self._take_number()
-        _alive[number] = weakref.ref(self, functools.partial(_retire, number))
+        self._take_number()
+        _enroll(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter):
             # FSDP2 sets its shards so, before it lends full tensors whose changes leave no trace.
-            super().__setattr__("_sharded", True)
+            vars(self)["_sharded"] = True
 
     @abc.abstractmethod
     def evaluate(self) -> Tensor:

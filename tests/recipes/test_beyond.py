@@ -58,9 +58,7 @@ def test_the_lower_bound_of_a_mean_holds_as_often_as_it_says():
 def test_w1_is_a_lower_bound_whatever_was_learned(tmp_path):
     for iterations in (1, 60):
         # A seed whose untrained critic points the right way: a lower bound is cut at 0.
-        config = W1Config(
-            iterations=iterations, hidden=16, batch_size=64, samples=4000, seed=4
-        )
+        config = W1Config(iterations=iterations, hidden=16, batch_size=64, samples=4000, seed=4)
         report = train_w1(config, tmp_path)
         found = report.figures
         assert found["lower"] < found["estimate"]

@@ -1,11 +1,13 @@
 """The engine: one retraction per optimizer step, and what every hand may do between two steps."""
 
 import copy
+import functools
 import gc
 import io
 import pickle
 import re
 import threading
+import time
 import weakref
 
 import pytest
@@ -20,7 +22,10 @@ from orthonet import linalg
 from orthonet.layers import OrthoConv2d, OrthoLinear
 from orthonet.linalg.retraction import POLAR, QR, centre, retract
 from orthonet.reparametrizers import REEVALUATING_OPTIMIZERS, OrthoWeight, register
+from orthonet.reparametrizers.providers import cold_cache
+from orthonet.reparametrizers.providers.computation import pulled_cold
 from orthonet.reparametrizers.providers.engine import ENGINE
+from orthonet.reparametrizers.providers.matrices import member
 from orthonet.testing import MATRIX_CASES, hard_matrix, orthogonality_error, tolerances
 from tests.references import polar_gradient_reference, polar_reference
 
@@ -86,12 +91,16 @@ def cold(function):
         return function()
 
 
+def step_of(net, x, optimizer):
+    optimizer.zero_grad()
+    loss(net, x).backward()
+    optimizer.step()
+
+
 def trained(net, steps=3, lr=1e-2, make=torch.optim.Adam):
     optimizer = make(net.parameters(), lr=lr)
     for _ in range(steps):
-        optimizer.zero_grad()
-        loss(net, torch.randn(5, 8, dtype=originals(net)[0].dtype)).backward()
-        optimizer.step()
+        step_of(net, torch.randn(5, 8, dtype=originals(net)[0].dtype), optimizer)
     return optimizer
 
 
@@ -233,12 +242,7 @@ def test_one_look_and_the_same_launches_at_any_depth(make, preset):
     extra = []
     for model in (net, deep):
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
-
-        def step(model=model, optimizer=optimizer):
-            optimizer.zero_grad()
-            loss(model, torch.ones(5, 8)).backward()
-            optimizer.step()
-
+        step = functools.partial(step_of, model, torch.ones(5, 8), optimizer)
         for _ in range(3):
             step()
         before = ENGINE.looks
@@ -247,12 +251,7 @@ def test_one_look_and_the_same_launches_at_any_depth(make, preset):
         assert found.waits == 1
         plain = orthonet.to_plain(model)
         fused = torch.optim.Adam(plain.parameters(), fused=True)
-
-        def plain_step(model=plain, optimizer=fused):
-            optimizer.zero_grad()
-            loss(model, torch.ones(5, 8)).backward()
-            optimizer.step()
-
+        plain_step = functools.partial(step_of, plain, torch.ones(5, 8), fused)
         for _ in range(2):
             plain_step()
         extra.append(found.launches - counts.count(plain_step, "cpu").launches)
@@ -261,12 +260,6 @@ def test_one_look_and_the_same_launches_at_any_depth(make, preset):
 
 
 # ------------------------------------------------------------------ steps that are none
-
-
-def step_of(net, x, optimizer):
-    optimizer.zero_grad()
-    loss(net, x).backward()
-    optimizer.step()
 
 
 @nets
@@ -757,6 +750,49 @@ def test_servers_beside_a_training(x):
             thread.join()
     assert not errors
     assert_close(weights(net), cold(lambda: weights(net)))
+
+
+def test_a_parameter_that_is_replaced_while_it_is_looked_at():
+    layer = OrthoLinear(8, 8)
+    weight = layer.parametrization
+
+    def replaced(groups):
+        weight.original = nn.Parameter(torch.eye(8))  # as functional_call does, in another thread
+        return ENGINE.retract(groups, move=False)
+
+    ENGINE.serve([member(weight)], replaced)
+    assert torch.equal(layer.weight, torch.eye(8))
+
+
+@pytest.mark.parametrize("how", ["backward", "forward"])
+def test_a_reader_never_takes_an_alias_for_the_parameter(how):
+    layer = OrthoLinear(8, 8)
+    weight, evaluate = layer.parametrization, OrthoWeight.evaluate
+    with torch.no_grad():
+        weight.original.copy_(torch.randn(8, 8))  # away from the centre: computed by the cold map
+    inside, reading = threading.Event(), threading.Event()
+
+    def slow():
+        if threading.current_thread() is computing:
+            inside.set()
+            reading.wait()
+            time.sleep(0.05)
+        return evaluate(weight)
+
+    def compute():
+        if how == "backward":
+            pulled_cold(weight, torch.ones(8, 8))
+        else:
+            cold_cache.read(weight)
+
+    computing = threading.Thread(target=compute)
+    weight.evaluate = slow
+    computing.start()
+    inside.wait()
+    reading.set()
+    layer.weight.sin().sum().backward()
+    computing.join()
+    assert weight.original.grad is not None
 
 
 def test_a_refusal_of_a_map_leaves_everything():

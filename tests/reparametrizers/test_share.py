@@ -1,4 +1,4 @@
-"""The retraction shared out among two real processes, with whole parameters and with shards."""
+"""The retraction distributed across two real processes, with whole parameters and with shards."""
 
 import contextlib
 import copy

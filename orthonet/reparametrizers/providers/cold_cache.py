@@ -10,6 +10,7 @@ tracing, tensor subclasses, ...) the answer is None, and the weight is computed 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _torch
-from orthonet.reparametrizers.providers.computation import Computation, attach, own_graph
+from orthonet.reparametrizers.providers.computation import (
+    SWAPPING,
+    Computation,
+    attach,
+    own_graph,
+)
 from orthonet.reparametrizers.providers.defer import deferred, undeferred
 from orthonet.reparametrizers.providers.engine import ENGINE
 from orthonet.reparametrizers.providers.structure import STATE, Stamps, Structure
@@ -195,7 +201,8 @@ def _computed(weight: Weight, structure: Structure) -> Tensor:
     now, versions = _steps, [t._version for t in tensors]
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     random = None if recorded in structure.audited else _random_states(tensors)
-    computation = _compute_on_aliases(weight, structure, recorded)
+    with SWAPPING if _has_map(weight) else contextlib.nullcontext():
+        computation = _compute_on_aliases(weight, structure, recorded)
     kept = Kept(computation, now, recorded)
     if random is not None:
         if recorded and _foreign(computation):
@@ -209,6 +216,11 @@ def _computed(weight: Weight, structure: Structure) -> Tensor:
         _keep(weight, structure, kept)
     value = kept.get(recorded)
     return weight.evaluate() if value is None else value
+
+
+def _has_map(weight: Weight) -> bool:
+    """Whether the engine looks at parameters of `weight` or of its parts."""
+    return any(isinstance(part, Weight) and part.map is not None for part in weight.modules())
 
 
 def _compute_on_aliases(weight: Weight, structure: Structure, recorded: bool) -> Computation:

@@ -7,6 +7,7 @@ inputs to the outputs, owned by a `Computation`; the node pulls gradients back t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -16,9 +17,13 @@ from torch import Tensor
 
 from orthonet import _checks, _torch
 
-__all__ = ["Computation", "Gradients", "attach", "own_graph", "pulled_cold"]
+__all__ = ["SWAPPING", "Computation", "Gradients", "attach", "own_graph", "pulled_cold"]
 
 Gradients = tuple[Tensor | None, ...]
+
+SWAPPING = threading.RLock()
+"""Held while a weight with a map has aliases in place of its parameters, and while the engine looks
+at parameters: another thread never takes an alias for a parameter."""
 
 
 class Computation:
@@ -158,17 +163,18 @@ def pulled_cold(weight: Any, grad: Tensor) -> list[Tensor | None]:
     """The gradients of the parameters of a weight through its `evaluate`; no hook of them runs."""
     swapped: dict[int, tuple[Tensor, Tensor]] = {}
     homes = [(m._parameters, n) for m in weight.modules() for n in m._parameters]
-    try:
-        with own_graph():
+    with SWAPPING:
+        try:
+            with own_graph():
+                for place, name in homes:
+                    p = place[name]
+                    if p is not None:
+                        swapped.setdefault(id(p), (p, torch.nn.Parameter(p.detach())))
+                        place[name] = swapped[id(p)][1]
+                value = weight.evaluate()
+        finally:
+            back = {id(alias): p for p, alias in swapped.values()}
             for place, name in homes:
-                p = place[name]
-                if p is not None:
-                    swapped.setdefault(id(p), (p, torch.nn.Parameter(p.detach())))
-                    place[name] = swapped[id(p)][1]
-            value = weight.evaluate()
-    finally:
-        back = {id(alias): p for p, alias in swapped.values()}
-        for place, name in homes:
-            place[name] = back.get(id(place[name]), place[name])
+                place[name] = back.get(id(place[name]), place[name])
     aliases = [alias for _, alias in swapped.values()]
     return list(_torch.run_backward((value,), (grad,), aliases))

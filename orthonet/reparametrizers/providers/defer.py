@@ -111,7 +111,7 @@ class _Deferral:
 
     def waits_for(self, optimizer: Optimizer) -> bool:
         """Whether a parameter of `optimizer` would get a gradient."""
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        owned = set(map(id, _torch.parameters_of(optimizer)))
         with self.lock:
             watched = [
                 computation.versions[i][0]

@@ -13,7 +13,6 @@ above; elsewhere the weight is computed by its cold map. No read writes anything
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,8 +23,21 @@ from torch.optim import LBFGS, Optimizer
 
 from orthonet import _checks, _torch
 from orthonet.linalg.retraction import CentredMap, Moved, centre, retract
-from orthonet.reparametrizers.providers.computation import Computation, attach, pulled_cold
+from orthonet.reparametrizers.providers.computation import (
+    SWAPPING,
+    Computation,
+    attach,
+    pulled_cold,
+)
 from orthonet.reparametrizers.providers.defer import OPEN, deferred
+from orthonet.reparametrizers.providers.matrices import (
+    Member,
+    groups_of,
+    manageable,
+    member,
+    stacked,
+    write,
+)
 from orthonet.reparametrizers.providers.packet import Centred, Family, Packet
 from orthonet.reparametrizers.weight import SLOT, Composition, Weight, alive, caching, number_of
 
@@ -33,10 +45,6 @@ __all__ = [
     "ENGINE",
     "REEVALUATING_OPTIMIZERS",
     "Engine",
-    "groups_of",
-    "manageable",
-    "parameters",
-    "stacked",
 ]
 
 REEVALUATING_OPTIMIZERS: set[type[Optimizer]] = {LBFGS}
@@ -44,13 +52,6 @@ REEVALUATING_OPTIMIZERS: set[type[Optimizer]] = {LBFGS}
 
 No retraction moves their parameters, and weights are computed by the cold maps. Add the class of an
 optimizer of your own that does so.
-"""
-
-_ALONE_FROM = 384  # smaller side from which one matrix fills a processor
-_LARGEST = 2**22
-"""Entries of a group, 16 MB in float32. Its gradients arrive together.
-
-DistributedDataParallel sends 25 MB at a time, as soon as they are there.
 """
 
 
@@ -158,10 +159,11 @@ class Found:
                 return False
         return all(map(_torch.Stamp.holds, self.stamps, self.scores))
 
-    def learns(self, weight: Weight) -> bool:
+    def learns(self) -> bool:
         """Whether a parameter that the value depends on requires a gradient."""
-        for part in self.parts or (weight,):
-            if part._parameters["original"].requires_grad:  # type: ignore[union-attr]
+        for record in self.records:
+            p = record.parameter()
+            if p is not None and p.requires_grad:
                 return True
         return any(p.requires_grad for p in self.scores)
 
@@ -181,15 +183,17 @@ class Served:
         return Served, ()
 
 
-Retraction = Callable[[Sequence[Sequence[Weight]]], list[Moved]]  # of the parameters of groups
-Share = Callable[[Optimizer, list[Weight]], list[Weight]]  # returns the weights that it leaves
+Group = Sequence[Member]
+Retraction = Callable[[Sequence[Group]], list[Moved]]  # of the parameters of groups
+# From the identities of the parameters of an optimizer, and those that it has moved, to the rest.
+Share = Callable[[set[int], list[Member]], list[Member]]
 
 
 class Engine:
     """The hook behind optimizer steps, and the provider of the values that it makes."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = SWAPPING
         self.records: dict[int, Record] = {}  # by identity of the parameter
         self.squares: dict[Any, bool] = {}  # whether the last step of a kind of group needed E^2
         self.looks = 0  # how often the host has waited
@@ -217,19 +221,19 @@ class Engine:
         if not caching.on:
             return
         with self.lock, torch.inference_mode(False), torch.no_grad():
-            moved = self._moved_by(optimizer)
-            self._expire_scores(optimizer)
+            owned = set(map(id, _torch.parameters_of(optimizer)))
+            moved = self._moved(owned)
+            self._expire_scores(owned)
             if moved:
                 self._clear_readers()
             if not isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
-                moved = [w for w in moved if w._parameters["original"].requires_grad]  # type: ignore[union-attr]
+                moved = [m for m in moved if m.parameter.requires_grad]
                 for share in tuple(self.shares):
-                    moved = share(optimizer, moved)
+                    moved = share(owned, moved)
                 self.serve(moved, self.retract)
 
-    def _expire_scores(self, optimizer: Optimizer) -> None:
-        """Forget what was composed with scores that `optimizer` may have moved without a trace."""
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    def _expire_scores(self, owned: set[int]) -> None:
+        """Forget what was composed with scores that an optimizer may have moved without a trace."""
         for weight in alive():
             found = _served(weight).found
             if found is not None and any(id(p) in owned for p in found.scores):
@@ -237,14 +241,14 @@ class Engine:
                     record.batch.shared.clear()
                 _served(weight).found = None
 
-    def _moved_by(self, optimizer: Optimizer) -> list[Weight]:
-        """The weights whose parameter has moved, in the order of their construction."""
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        moved: dict[int, Weight | None] = {}
+    def _moved(self, owned: set[int]) -> list[Member]:
+        """The matrices of an optimizer that have moved, in the order of their construction."""
+        moved: dict[int, Member | None] = {}
         for weight in alive():
-            p = weight._parameters.get("original")
-            if p is None or id(p) not in owned or weight.map is None:
+            held = member(weight)
+            if held is None or id(held.parameter) not in owned:
                 continue
+            p = held.parameter
             record = self.records.get(id(p))
             # Fused optimizers do not count the version up, and some clear the gradients in `step`.
             if not p.requires_grad and (record is None or record.holds(weight)):
@@ -252,10 +256,10 @@ class Engine:
             self.records.pop(id(p), None)
             if not manageable(weight, p):
                 continue
-            tied = moved.setdefault(id(p), weight)
-            if tied is not None and tied.map is not weight.map:
+            tied = moved.setdefault(id(p), held)
+            if tied is not None and tied.map is not held.map:
                 moved[id(p)] = None  # tied weights of two maps have no common centre
-        return [w for w in moved.values() if w is not None]
+        return [m for m in moved.values() if m is not None]
 
     def _clear_readers(self) -> None:
         """Free what readers hold of values that are out of date."""
@@ -264,20 +268,20 @@ class Engine:
             if served.found is not None and not served.found.holds(weight):
                 served.found = None
 
-    def serve(self, weights: Sequence[Weight], retracted: Retraction) -> None:
+    def serve(self, members: Group, retracted: Retraction) -> None:
         """Bring the parameters to the centre, or see which stand there, and record their values."""
-        groups = list(groups_of(weights))
+        groups = list(groups_of(members))
         # Before anything is read: what another thread writes meanwhile must not pass for this.
-        originals = [w._parameters["original"] for group in groups for w in group]
-        stamps = {id(p): _torch.Stamp(p) for p in originals}  # type: ignore[arg-type]
+        stamps = {id(m.parameter): _torch.Stamp(m.parameter) for m in members}
         for group, result in zip(groups, retracted(groups) if groups else (), strict=True):
             if any(result.written):
-                stamps |= {id(p): _torch.Stamp(p) for p in _write(group, result)}
-            self._record(group, group[0].map, result, stamps)  # type: ignore[arg-type]
+                stamps |= {id(p): _torch.Stamp(p) for p in write(group, result)}
+            self._record(group, result, stamps)
 
-    def retract(self, groups: Sequence[Sequence[Weight]], move: bool = True) -> list[Moved]:
+    def retract(self, groups: Sequence[Group], move: bool = True) -> list[Moved]:
         """The parameters of each group at the centre; not moved, they are only looked at."""
-        return self.retracted([(stacked(parameters(g)), g[0].map) for g in groups], move)  # type: ignore[misc]
+        batches = [(stacked([m.parameter.detach() for m in g]), g[0].map) for g in groups]
+        return self.retracted(batches, move)
 
     def retracted(
         self, batches: Sequence[tuple[Tensor, CentredMap]], move: bool = True
@@ -295,17 +299,11 @@ class Engine:
                 self.squares[kind] = result.squared
         return found
 
-    def _record(
-        self,
-        group: Sequence[Weight],
-        way: CentredMap,
-        result: Moved,
-        stamps: dict[int, _torch.Stamp],
-    ) -> None:
+    def _record(self, group: Group, result: Moved, stamps: dict[int, _torch.Stamp]) -> None:
+        way = group[0].map
         batch = Batch(way, Centred(way, *centre(result.point)) if any(result.good) else None)
         first = 0
-        for weight in group:
-            p: Tensor = weight._parameters["original"]  # type: ignore[assignment]
+        for weight, p, _ in group:
             count, value = p.shape[:-2].numel(), None
             if batch.centred is not None and all(result.good[first : first + count]):
                 u = batch.centred.u
@@ -335,7 +333,7 @@ class Engine:
                 found = served.found = self._find(weight)
             if found is None:
                 return None
-        if torch.is_grad_enabled() and found.learns(weight):
+        if torch.is_grad_enabled() and found.learns():
             shared = found.shared
             if shared is None:
                 with self.lock:
@@ -402,10 +400,10 @@ class Engine:
 
     def _present(self, weight: Weight) -> Record | None:
         """The record of a matrix as it stands; looked at with all others that have none."""
-        p = weight._parameters.get("original")
-        way = None if p is None else weight.map
-        if p is None or way is None:
+        held = member(weight)
+        if held is None:
             return None
+        p = held.parameter
         if _torch.capturing(p):
             _refuse_capture(weight)
         record = self.records.get(id(p))
@@ -415,19 +413,20 @@ class Engine:
             with torch.inference_mode(False), torch.no_grad():
                 self.serve(list(self._unknown()), functools.partial(self.retract, move=False))
             record = self.records.get(id(p))
-        return record if record is not None and record.map is way and record.holds(weight) else None
+        here = record is not None and record.map is held.map and record.holds(weight)
+        return record if here else None
 
-    def _unknown(self) -> Iterator[Weight]:
+    def _unknown(self) -> Iterator[Member]:
         """The matrices of the process whose state nobody has looked at."""
         seen: set[int] = set()
         for weight in alive():
-            p = weight._parameters.get("original")
-            if p is None or id(p) in seen or weight.map is None or not manageable(weight, p):
+            held = member(weight)
+            if held is None or id(held.parameter) in seen or not manageable(weight, held.parameter):
                 continue
-            record = self.records.get(id(p))
-            if record is None or record.map is not weight.map or not record.holds(weight):
-                seen.add(id(p))
-                yield weight
+            record = self.records.get(id(held.parameter))
+            if record is None or record.map is not held.map or not record.holds(weight):
+                seen.add(id(held.parameter))
+                yield held
 
     def _shared(
         self, weight: Weight, found: Found, grad: bool, *, alone: bool = False
@@ -466,24 +465,26 @@ class Engine:
         """The parameters of one batch, except those that are read by another weight only."""
         batch, alone = found.records[0].batch, isinstance(home, tuple)
         members = [
-            (other, record)
+            (other, record, p)
             for reference, record in batch.records
             if (other := reference()) is not None
+            and (p := record.parameter()) is not None
             and other.composed == weight.composed
             and (not alone or other is weight)
             and (not grad or alone or (_learns(other) and self._home(other) == home))
             and record.value is not None
             and record.holds(other)
         ]
-        if not any(other is weight for other, _ in members):  # tied to one of them
-            members = [(weight, found.records[0])]
+        if not any(other is weight for other, _, _ in members):  # tied to one of them
+            record = found.records[0]
+            members = [(weight, record, record.parameter())]
         packet = Packet(
-            [other._parameters["original"] for other, _ in members],  # type: ignore[misc]
-            [record.value for _, record in members],  # type: ignore[misc]
-            [record.span for _, record in members],
+            [p for _, _, p in members],  # type: ignore[misc]
+            [record.value for _, record, _ in members],  # type: ignore[misc]
+            [record.span for _, record, _ in members],
             batch.centred,  # type: ignore[arg-type]
         )
-        return Shared(packet, [other for other, _ in members])
+        return Shared(packet, [other for other, _, _ in members])
 
     def _family(self, weight: Weight, found: Found, grad: bool, home: object) -> Shared:
         """All weights that are composed as this one is, of parts in the same batches."""
@@ -527,19 +528,6 @@ def _learns(weight: Weight) -> bool:
     return any(p.requires_grad for p in weight.parameters())
 
 
-def manageable(weight: Weight, p: Tensor) -> bool:
-    """Whether the parameter may be kept at the centre."""
-    return (
-        weight.caching
-        and type(p) is nn.Parameter
-        and not weight._sharded
-        and p.dtype in (torch.float32, torch.float64)
-        and p.numel() > 0
-        and p.is_contiguous()
-        and _torch.cannot_change_unseen(p)
-    )
-
-
 def _refuse_capture(weight: Weight) -> None:
     _checks.fail(
         weight,
@@ -548,53 +536,6 @@ def _refuse_capture(weight: Weight) -> None:
         "Capture orthonet.to_plain(model), or use torch.compile without CUDA graphs",
         RuntimeError,
     )
-
-
-def groups_of(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
-    """Weights whose matrices make one batch; a large matrix on the CPU stays alone."""
-    groups: dict[Any, list[Weight]] = {}
-    for weight in weights:
-        p: Any = weight._parameters["original"]
-        groups.setdefault((p.shape[-2:], p.dtype, p.device, weight.map), []).append(weight)
-    for group in groups.values():
-        p = group[0]._parameters["original"]
-        large = p.is_cpu and min(p.shape[-2:]) >= _ALONE_FROM
-        chunk: list[Weight] = []
-        for weight in group:
-            size = sum(w._parameters["original"].numel() for w in (*chunk, weight))  # type: ignore[union-attr]
-            if chunk and (large or size > _LARGEST):
-                yield chunk
-                chunk = []
-            chunk.append(weight)
-        yield chunk
-
-
-def parameters(group: Sequence[Weight]) -> list[Tensor]:
-    """Those that the weights of a group are made of."""
-    return [w._parameters["original"].detach() for w in group]  # type: ignore[union-attr]
-
-
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """The matrices of a group, (k, m, n); a single matrix as it stands."""
-    if len(tensors) == 1:
-        x = tensors[0]
-        return x.view(x.shape[-2:]) if x.shape[:-2].numel() == 1 else x.view(-1, *x.shape[-2:])
-    return torch.cat([p.view(-1, *p.shape[-2:]) for p in tensors])
-
-
-def _write(group: Sequence[Weight], result: Moved) -> list[Tensor]:
-    """Write the matrices that have moved; the others keep their bits and their version."""
-    points = result.point.reshape(-1, *result.point.shape[-2:])
-    parameters, pieces, first = [], [], 0
-    for weight in group:
-        p: Any = weight._parameters["original"]
-        count = p.shape[:-2].numel()
-        if any(result.written[first : first + count]):
-            parameters.append(p)
-            pieces.append(points[first : first + count].view(p.shape))
-        first += count
-    _torch.foreach_copy_(parameters, pieces)
-    return parameters
 
 
 ENGINE = Engine()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -172,7 +172,7 @@ class Family(_AtCentre):
     ) -> None:
         first, self.size = compositions[0], len(compositions)
         self.compose, self.parts = first.compose, tuple(parts)
-        inputs: list[Tensor] = []
+        inputs: list[Any] = []
         for i in range(len(parts)):
             inputs += [c.parts[i].original for c in compositions]
         for i in range(len(first.scores)):

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import distributed as dist
 from torch import nn
-from torch.optim import Optimizer
 
 from orthonet import _checks, _torch
 from orthonet.linalg._ranks import assign, exchange, rank_and_size
 from orthonet.linalg.retraction import Moved
 from orthonet.reparametrizers.providers import shards
-from orthonet.reparametrizers.providers.engine import ENGINE, manageable, parameters, stacked
+from orthonet.reparametrizers.providers.engine import ENGINE
+from orthonet.reparametrizers.providers.matrices import Member, manageable, member, stacked
 from orthonet.reparametrizers.providers.shards import centred_pieces, cost, flags
 from orthonet.reparametrizers.weight import Weight
 
@@ -40,7 +40,7 @@ def share_among_ranks(
     parameters of `torch.optim.LBFGS` and matrices without a retraction (such as
     `EXP_ORTHO_PARAMS`) are computed by each process for itself.
 
-    With `fully_shard` there is nothing to call: parameters that are shards are shared out in any
+    With `fully_shard` there is nothing to call: parameters that are shards are distributed in any
     case, and the answer says how.
 
     Args:
@@ -70,29 +70,30 @@ def share_among_ranks(
         RuntimeError,
     )
     found = {
-        id(m._parameters["original"]): (name, m)
+        id(held.parameter): (name, held)
         for name, m in reversed(list(module.named_modules()))
-        if isinstance(m, Weight) and m.map is not None and m._parameters.get("original") is not None
+        if isinstance(m, Weight) and (held := member(m)) is not None
     }  # tied weights are one
     named = list(reversed(found.values()))
-    weights = [weight for _, weight in named]
-    kinds = {_torch.is_shard(p) for p in parameters(weights)}
+    weights = [held.weight for _, held in named]
+    matrices = [held.parameter for _, held in named]
+    kinds = {_torch.is_shard(p) for p in matrices}
     _checks.require(
         len(kinds) < 2,
         "share_among_ranks",
         "the parameters must be whole in every process, or all of them shards of FSDP2",
         "Call fully_shard on every part that has orthogonal matrices, or on none",
-        parameters=sorted({type(w._parameters["original"]).__name__ for w in weights}),
+        parameters=sorted({type(p).__name__ for p in matrices}),
     )
     for share in list(ENGINE.shares):
         if isinstance(share, Shared):
             share.leave(weights)
     if kinds == {True}:
-        owners, size = shards.owners(weights)
+        owners, size = shards.owners(matrices)
     else:
         group = dist.new_group() if process_group is None and enabled else process_group
         size = rank_and_size(group)[1]
-        owners = assign([cost(w) for w in weights], size)
+        owners = assign([cost(p) for p in matrices], size)
         if enabled:
             ENGINE.shares.append(Shared(group, weights, owners))
     pairs = list(zip(named, owners, strict=True))
@@ -116,8 +117,8 @@ class Shared:
         self.members, self.owners = [m for m, _ in pairs], [o for _, o in pairs]
         self._end_if_empty()
 
-    def __call__(self, optimizer: Optimizer, moved: list[Weight]) -> list[Weight]:
-        """Retract all members that `optimizer` holds; the others of `moved` are left.
+    def __call__(self, owned: set[int], moved: list[Member]) -> list[Member]:
+        """Retract all members among the `owned` parameters; the others of `moved` are left.
 
         Which have moved is not asked: all processes must find the same members.
         """
@@ -126,24 +127,24 @@ class Shared:
         if not present:
             self._end_if_empty()
             return moved
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        taken: dict[int, Weight] = {}
+        taken: dict[int, Member] = {}
         owners: dict[int, int] = {}
         for weight, owner in zip(present, self._owners_of(members), strict=True):
-            p = weight._parameters.get("original")
-            if p is None or id(p) not in owned or not (p.requires_grad and manageable(weight, p)):
+            held = member(weight)
+            if held is None or id(held.parameter) not in owned:
                 continue
-            if weight.map is not None:
-                taken[id(p)], owners[id(weight)] = weight, owner
+            p = held.parameter
+            if p.requires_grad and manageable(weight, p):
+                taken[id(p)], owners[id(weight)] = held, owner
         if taken:
             ENGINE.serve(list(taken.values()), lambda groups: self._retracted(groups, owners))
-        return [w for w in moved if id(w._parameters["original"]) not in taken]
+        return [m for m in moved if id(m.parameter) not in taken]
 
     def _owners_of(self, members: Sequence[Weight | None]) -> list[int]:
         _checks.require(
             None not in members,
             "share_among_ranks",
-            "the model must have the matrices that it had when the work was shared out",
+            "the model must have the matrices that it had when the work was distributed",
             "Call share_among_ranks again in all processes",
             RuntimeError,
         )
@@ -153,18 +154,18 @@ class Shared:
         if all(member() is None for member in self.members) and self in ENGINE.shares:
             ENGINE.shares.remove(self)
 
-    def _retracted(self, groups: Sequence[Sequence[Weight]], owners: dict[int, int]) -> list[Moved]:
+    def _retracted(self, groups: Sequence[Sequence[Member]], owners: dict[int, int]) -> list[Moved]:
         """The centred matrices of all processes, of which this one has computed its part."""
-        weights = [weight for group in groups for weight in group]
-        mine = [i for i, weight in enumerate(weights) if owners[id(weight)] == self.rank]
-        pieces = parameters(weights)
+        members = [m for group in groups for m in group]
+        whose = [owners[id(m.weight)] for m in members]
+        mine = [i for i, owner in enumerate(whose) if owner == self.rank]
+        pieces = [m.parameter.detach() for m in members]
         marks = [p.new_empty(2, p.shape[:-2].numel()) for p in pieces]
-        computed = centred_pieces([weights[i] for i in mine], [pieces[i] for i in mine])
+        computed = centred_pieces([members[i]._replace(parameter=pieces[i]) for i in mine])
         for i, (point, mark) in zip(mine, computed, strict=True):
             pieces[i], marks[i] = point, mark
-        whose = [owners[id(weight)] for weight in weights]
         received = exchange([*pieces, *marks], whose * 2, self.group)
-        points, marks = received[: len(weights)], received[len(weights) :]
+        points, marks = received[: len(members)], received[len(members) :]
         written, good = flags(marks)
         results, first = [], 0
         for group in groups:

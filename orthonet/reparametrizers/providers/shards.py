@@ -20,12 +20,8 @@ from orthonet import _torch
 from orthonet.linalg._ranks import assign, collect, exchange, hand_out, rank_and_size, whole
 from orthonet.linalg.retraction import centre, retract
 from orthonet.reparametrizers.providers.computation import attach
-from orthonet.reparametrizers.providers.engine import (
-    ENGINE,
-    REEVALUATING_OPTIMIZERS,
-    groups_of,
-    stacked,
-)
+from orthonet.reparametrizers.providers.engine import ENGINE, REEVALUATING_OPTIMIZERS
+from orthonet.reparametrizers.providers.matrices import Member, groups_of, member, stacked
 from orthonet.reparametrizers.providers.packet import Centred, Packet
 from orthonet.reparametrizers.weight import GIVEN, Weight, alive, caching
 
@@ -71,21 +67,20 @@ def forget(module: nn.Module | None = None) -> None:
             _known.pop(weight, None)
 
 
-def cost(weight: Weight) -> float:
+def cost(p: Tensor) -> float:
     """What a retraction costs, in operations to a factor."""
-    shape = weight._parameters["original"].shape  # type: ignore[union-attr]
-    return float(shape.numel() * min(shape[-2:]))
+    return float(p.numel() * min(p.shape[-2:]))
 
 
 def _group(p: Any) -> Any:
-    """The processes among which a matrix is shared out: those that replicate it work alike."""
+    """The processes among which a matrix is distributed: those that replicate it work alike."""
     return p.device_mesh.get_group(p.device_mesh.ndim - 1)
 
 
-def owners(weights: Sequence[Weight]) -> tuple[list[int], int]:
+def owners(matrices: Sequence[Tensor]) -> tuple[list[int], int]:
     """Who retracts each matrix, if one optimizer holds these and no others, and of how many."""
-    size = rank_and_size(_group(weights[0]._parameters["original"]))[1]
-    return assign([cost(w) for w in weights], size), size
+    size = rank_and_size(_group(matrices[0]))[1]
+    return assign([cost(p) for p in matrices], size), size
 
 
 # ------------------------------------------------------------------ after a step
@@ -94,35 +89,35 @@ def owners(weights: Sequence[Weight]) -> tuple[list[int], int]:
 @torch.no_grad()
 def after_step(optimizer: Optimizer) -> None:
     """Bring to the centre what `optimizer` holds in shards: a collective of their processes."""
-    given = [p for group in optimizer.param_groups for p in group["params"]]
+    given = _torch.parameters_of(optimizer)
     places = {id(p): i for i, p in enumerate(given)}
-    held: dict[int, Weight | None] = {}
+    moved: dict[int, Member | None] = {}
     for weight in alive():
-        p = weight._parameters.get("original")
-        if p is None or id(p) not in places or not _torch.is_shard(p):
+        held = member(weight)
+        if held is None or id(held.parameter) not in places or not _torch.is_shard(held.parameter):
             continue
         _known.pop(weight, None)
-        if not (p.requires_grad and _manageable(weight, p)):
+        if not (held.parameter.requires_grad and _manageable(weight, held.parameter)):
             continue
-        tied = held.setdefault(places[id(p)], weight)
-        if tied is not None and tied.map is not weight.map:
-            held[places[id(p)]] = None  # tied weights of two maps have no common centre
-    if not held or not caching.on or isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
+        place = places[id(held.parameter)]
+        tied = moved.setdefault(place, held)
+        if tied is not None and tied.map is not held.map:
+            moved[place] = None  # tied weights of two maps have no common centre
+    if not moved or not caching.on or isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
         return
-    meshes: dict[Any, list[Weight]] = {}
-    for place in sorted(held):  # the order of the optimizer is the same in all processes
-        weight = held[place]
-        if weight is not None:
-            meshes.setdefault(given[place].device_mesh, []).append(weight)
+    meshes: dict[Any, list[Member]] = {}
+    for place in sorted(moved):  # the order of the optimizer is the same in all processes
+        held, mesh = moved[place], getattr(given[place], "device_mesh", None)
+        if held is not None:
+            meshes.setdefault(mesh, []).append(held)
     with ENGINE.lock:
-        for weights in meshes.values():
-            _retract(weights)
+        for members in meshes.values():
+            _retract(members)
 
 
 def _manageable(weight: Weight, p: Any) -> bool:
     return (
         weight.caching
-        and weight.map is not None
         and p.dtype in (torch.float32, torch.float64)
         and p.numel() > 0
         and _local(p).device.type == p.device_mesh.device_type  # not where they are offloaded
@@ -130,13 +125,13 @@ def _manageable(weight: Weight, p: Any) -> bool:
     )
 
 
-def _retract(weights: list[Weight]) -> None:
-    parts: list[Any] = [w._parameters["original"].detach() for w in weights]  # type: ignore[union-attr]
+def _retract(members: list[Member]) -> None:
+    parts: list[Any] = [m.parameter.detach() for m in members]
     group = _group(parts[0])
-    whose, _ = owners(weights)
+    whose, _ = owners(parts)
     collected = collect(parts, whose, group)
     mine = sorted(collected)
-    computed = centred_pieces([weights[i] for i in mine], [collected[i] for i in mine])
+    computed = centred_pieces([members[i]._replace(parameter=collected[i]) for i in mine])
     marks = [_local(p).new_empty(2, p.shape[:-2].numel()) for p in parts]
     for i, (point, mark) in zip(mine, computed, strict=True):
         collected[i], marks[i] = point, mark
@@ -149,30 +144,24 @@ def _retract(weights: list[Weight]) -> None:
     ]
     if pairs:
         _torch.foreach_copy_([p for p, _ in pairs], [new for _, new in pairs])
-    for weight, all_good in zip(weights, good, strict=True):
+    for held, all_good in zip(members, good, strict=True):
         if all(all_good):
-            _known[weight] = _Known(weight._parameters["original"])  # type: ignore[arg-type]
+            _known[held.weight] = _Known(held.parameter)
 
 
-def centred_pieces(
-    weights: Sequence[Weight], tensors: Sequence[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """Whole parameters at the centre, and marks: which matrices are written, and which are good."""
-    places = {id(weight): i for i, weight in enumerate(weights)}
-    groups = [[places[id(w)] for w in group] for group in groups_of(weights)]
-    batches: list[Any] = [
-        (stacked([tensors[i].contiguous() for i in group]), weights[group[0]].map)
-        for group in groups
-    ]
-    result: list[Any] = [None] * len(weights)
+def centred_pieces(members: Sequence[Member]) -> list[tuple[Tensor, Tensor]]:
+    """Whole matrices at the centre, and marks: which of them are written, and which are good."""
+    groups = list(groups_of(members))
+    batches = [(stacked([m.parameter.contiguous() for m in g]), g[0].map) for g in groups]
+    result: dict[int, tuple[Tensor, Tensor]] = {}
     for group, found in zip(groups, ENGINE.retracted(batches), strict=True):
         points, first = found.point.reshape(-1, *found.point.shape[-2:]), 0
-        for i in group:
-            last = first + tensors[i].shape[:-2].numel()
+        for weight, p, _ in group:
+            last = first + p.shape[:-2].numel()
             mark = points.new_tensor([found.written[first:last], found.good[first:last]])
-            result[i] = points[first:last].view(tensors[i].shape), mark
+            result[id(weight)] = points[first:last].view(p.shape), mark
             first = last
-    return result
+    return [result[id(m.weight)] for m in members]
 
 
 def flags(marks: Sequence[Tensor]) -> tuple[list[list[bool]], list[list[bool]]]:
