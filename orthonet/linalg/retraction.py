@@ -148,9 +148,8 @@ class _Polar(CentredMap):
                 reach = _rounded_up(bound, 8.0, self.limit)
             c, error = series.near(degree or 4, reach)
             p, _ = near_pass(e, square, degree or 4, c)
-            if (
-                kept is not None and mean is not None and mean is not kept
-            ):  # a pass from far has changed the norm
+            # a pass from far has changed the norm
+            if kept is not None and mean is not None and mean is not kept:
                 p = p.mul_((kept / mean).sqrt_())
             x = _times(x, p)
             if degree:
