@@ -3,18 +3,11 @@
 The package can be called: `orthonet.certify(model, x)` is `orthonet.certify.certify(model, x)`.
 """
 
-from orthonet.certify import (
-    _package,  # noqa: F401 (makes the package callable)
-    _zoo_rules,  # noqa: F401 (registers them)
-)
-from orthonet.certify._apgd import apgd_l2
-from orthonet.certify._autoattack import auto_attack_l2
+from orthonet.certify import _package  # noqa: F401 (makes the package callable)
+from orthonet.certify._accuracy import certified_accuracy, certified_curve
+from orthonet.certify._apgd import apgd_ensemble_l2, apgd_l2
 from orthonet.certify._bound import Bound, Row
-from orthonet.certify._certificate import (
-    LipschitzCertificate,
-    certified_accuracy,
-    certified_curve,
-)
+from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
 from orthonet.certify._chain import Affine
 from orthonet.certify._empirical import (
@@ -31,6 +24,7 @@ from orthonet.certify._report import report_html
 from orthonet.certify._rules import Call, Operand, Step, register_rule
 from orthonet.certify._sequence import recurrent_bound, sequence_bound
 from orthonet.certify._slopes import Activation
+from orthonet.certify.ops import families  # noqa: F401 (registers them)
 
 __all__ = [
     "certify",
@@ -56,7 +50,7 @@ __all__ = [
     "recurrent_bound",
     "pgd_l2",
     "apgd_l2",
-    "auto_attack_l2",
+    "apgd_ensemble_l2",
     "attack_certificate",
     "AttackReport",
     "lipschitz_estimate",

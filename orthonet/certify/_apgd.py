@@ -1,14 +1,24 @@
-"""A second attack, whose steps adapt themselves: what one attack misses, another may find."""
+"""Attacks whose steps adapt themselves: what one of them misses, another may find."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orthonet.certify._empirical import _ball, _gain
+from orthonet import _checks
+from orthonet.certify._empirical import _Ball, _ball, _gain, _predicted, _rivals
 from orthonet.certify._secants import _TINY, _rows, _unit
 
 __all__ = ["apgd_l2"]
+
+
+LOSSES = ("dlr", "ce")
+
+_Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def _dlr(logits: Tensor, y: Tensor) -> Tensor:
@@ -20,6 +30,30 @@ def _dlr(logits: Tensor, y: Tensor) -> Tensor:
     return gain / (ordered[:, 0] - ordered[:, 2]).clamp_min(_TINY)
 
 
+def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """The cross-entropy of the true class; of one output the margin, which orders points alike."""
+    if logits.ndim == 1 or logits.shape[1] == 1:
+        return _gain(logits, y)
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def _towards(rank: int) -> _Loss:
+    """The targeted ratio: the margin of the class that was the `rank`-th rival at the start."""
+    rivals: list[Tensor] = []
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        if not rivals:
+            rivals.append(_rivals(logits.detach(), y).argsort(1, descending=True)[:, rank])
+        gain = _gain(logits, y, rivals[0])
+        if logits.shape[1] < 4:
+            return gain
+        ordered = logits.sort(dim=1, descending=True).values
+        width = ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2
+        return gain / width.clamp_min(_TINY)
+
+    return loss
+
+
 def apgd_l2(
     model: nn.Module,
     x: Tensor,
@@ -28,15 +62,17 @@ def apgd_l2(
     *,
     steps: int = 60,
     restarts: int = 1,
+    loss: Literal["dlr", "ce"] = "dlr",
     bounds: tuple[float, float] | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Auto-PGD on the difference of logits ratio, within an l2 ball of its own for each sample.
+    r"""Attack with Auto-PGD within an l2 ball of its own for each sample.
 
     Ascent with momentum from the diameter down: a sample whose objective rose in less than three
     quarters of the steps since the last check, or whose best value stood still, halves its step
-    and goes on from its best point. The objective is
-    \((\max_{j \ne y} f_j - f_y) / (f_{(1)} - f_{(3)})\), which no scaling of the logits changes.
+    and goes on from its best point. The objective is the difference of logits ratio
+    \((\max_{j \ne y} f_j - f_y) / (f_{(1)} - f_{(3)})\), which no scaling of the logits changes,
+    or the cross-entropy.
 
     Args:
         model: A classifier in eval mode.
@@ -45,6 +81,7 @@ def apgd_l2(
         radius: The radius, or one for each sample.
         steps: Steps of each start.
         restarts: Number of starts; the first at the sample, the others at random.
+        loss: The objective, `"dlr"` or `"ce"`.
         bounds: The box of valid inputs, or None.
         generator: Source of the random starts.
 
@@ -63,14 +100,24 @@ def apgd_l2(
         F. Croce, M. Hein, Reliable evaluation of adversarial robustness with an ensemble of
         diverse parameter-free attacks, ICML 2020, algorithm 1 and equation 6.
     """
+    _checks.one_of("apgd_l2", LOSSES, loss=loss)
     ball = _ball("apgd_l2", model, x, y, radius, bounds, steps, restarts)
+    objective = _dlr if loss == "dlr" else _cross_entropy
+    return _ascend(model, ball, objective, steps, restarts, generator)
+
+
+def _ascend(
+    model: nn.Module, ball: _Ball, loss: _Loss, steps: int, restarts: int,
+    generator: torch.Generator | None,
+) -> Tensor:  # fmt: skip
+    """The points with the largest margin that Auto-PGD on `loss` meets."""
     x, y = ball.x, ball.y
 
     def climb(delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         point = ball.point(delta).requires_grad_()
         with torch.enable_grad():
             logits = model(point)
-            value = _dlr(logits, y)
+            value = loss(logits, y)
             (gradient,) = torch.autograd.grad(value.sum(), point)
         return value.detach(), _gain(logits.detach(), y), _unit(gradient)
 
@@ -102,3 +149,68 @@ def apgd_l2(
                 mark, rises, since = top, torch.zeros_like(top), 0
                 period = max(max(1, round(0.06 * steps)), period - max(1, round(0.03 * steps)))
     return ball.inside(found)
+
+
+def apgd_ensemble_l2(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    radius: float | Tensor,
+    *,
+    steps: int = 100,
+    targets: int = 9,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Attack with three kinds of Auto-PGD, one after the other, on the samples that still stand.
+
+    Auto-PGD on the cross-entropy, on the difference of logits ratio, and towards each of the
+    `targets` best rivals: the first half of AutoAttack, in the published order. FAB and Square,
+    its other half, are not part of it, and neither is its name: what AutoAttack itself finds is
+    compared with a certificate by `attack_certificate(..., attack=...)`.
+
+    Args:
+        model: A classifier in eval mode.
+        x: The samples, inside `bounds`.
+        y: The classes to leave, (N,); of a binary classifier with one output 0 or 1.
+        radius: The radius, or one for each sample.
+        steps: Steps of each attack.
+        targets: Rivals that are pursued, the best ones first.
+        bounds: The box of valid inputs, or None.
+        generator: Source of the random starts.
+
+    Shape:
+        x: (N, *), returned with the same shape and dtype
+
+    Guarantee:
+        Every returned point lies in the box, and its distance to x, computed in float64 from the
+        rounded points, is at most `radius`. A sample that was not moved to another class is
+        returned as it is.
+
+    Raises:
+        ValueError: As for `apgd_l2`.
+
+    References:
+        F. Croce, M. Hein, Reliable evaluation of adversarial robustness with an ensemble of
+        diverse parameter-free attacks, ICML 2020.
+    """
+    owner = "apgd_ensemble_l2"
+    _checks.positive_int(owner, targets=targets)
+    ball = _ball(owner, model, x, y, radius, bounds, steps, 1)
+    with torch.no_grad():
+        clean = model(ball.x)
+    classes = 1 if clean.ndim == 1 else clean.shape[1]
+    losses = [_cross_entropy, _dlr]
+    losses += [_towards(rank) for rank in range(min(targets, classes - 1) if classes > 2 else 0)]
+    found, stands = ball.x.clone(), _gain(clean, ball.y) <= 0
+    for loss in losses:
+        part = stands.nonzero()[:, 0]
+        if not len(part):
+            break
+        few = ball._replace(x=ball.x[part], y=ball.y[part], radius=ball.radius[part])
+        points = _ascend(model, few, loss, steps, 1, generator)
+        with torch.no_grad():
+            moved = _predicted(model(points)) != few.y
+        found[part[moved]] = points[moved]
+        stands[part[moved]] = False
+    return found

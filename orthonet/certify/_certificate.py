@@ -1,13 +1,16 @@
-"""`certify` and what it returns."""
+"""The certificate that `certify` returns."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from html import escape
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,8 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.certify._bound import Bound, Row
 from orthonet.certify._forward_error import forward_error, unit_roundoffs
+from orthonet.certify._identity import data_hashes, hashes
+from orthonet.certify._modes import check_products, check_subnormal
 from orthonet.certify._propagate import Walker
 from orthonet.certify._radius import (
     RadiusCurve,
@@ -25,12 +30,16 @@ from orthonet.certify._radius import (
     reach,
 )
 from orthonet.certify._regions import autocast_region
+from orthonet.certify.proof import load, save
 from orthonet.errors import UncertifiableError
 
-__all__ = ["LipschitzCertificate", "certified_accuracy", "certified_curve"]
+__all__ = ["LipschitzCertificate"]
 
 
-@dataclass(frozen=True, eq=False)
+_SHORT = 12  # rows of a short table
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class LipschitzCertificate:
     r"""A proved upper bound of the l2 -> l2 Lipschitz constant of a model, for each sample.
 
@@ -49,6 +58,14 @@ class LipschitzCertificate:
             was not searched for. `constant.value / lower.value` bounds how loose the bound is.
         outputs: The bound of each output by itself.
         autocast: The dtype of `torch.autocast` under which the bound holds; None without.
+        output_shapes: The shape of one sample of each output; empty where they are not known.
+        output_dtypes: The dtype of each output, as the model computes it.
+        hashes: SHA-256 of every parameter and buffer of the model when it was certified, by name:
+            of the bytes in row-major order, little-endian. `matches` compares them.
+        constants: The same of what the exported graph stores, where layers of this library hold
+            the weights that they compute.
+        data: SHA-256 of all other data of the modules, by name.
+        roundings: How often a number is rounded on its way to an output; 0 where it is not known.
     """
 
     constant: Bound
@@ -59,12 +76,55 @@ class LipschitzCertificate:
     outputs: tuple[Bound, ...] = ()
     autocast: torch.dtype | None = None
     _walker: Walker | None = field(default=None, repr=False)
+    output_shapes: tuple[tuple[int, ...], ...] = ()
+    output_dtypes: tuple[torch.dtype, ...] = ()
+    hashes: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, str] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
+    roundings: float = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_walker": None}  # the graph stays behind
 
     def __str__(self) -> str:
         return self.table()
+
+    def __repr__(self) -> str:
+        lines = [f"LipschitzCertificate: {self.summary()}"]
+        cells = [(r.path, r.op, f"{r.constant:.6g}", f"{r.cumulative:.6g}") for r in self._short()]
+        widths = [max((len(c[i]) for c in cells), default=0) for i in range(4)]
+        for row in cells:
+            line = "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))
+            lines.append("  " + line.rstrip())
+        if len(self.rows) > _SHORT:
+            lines.insert(1 + _SHORT // 2, f"  ... {len(self.rows) - _SHORT} more, see table()")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook."""
+        head = "<tr><th>module</th><th>operation</th><th>constant</th><th>cumulative</th></tr>"
+        body = "".join(
+            f"<tr><td>{escape(r.path)}</td><td>{escape(r.op)}</td><td>{r.constant:.6g}</td>"
+            f"<td>{r.cumulative:.6g}</td></tr>"
+            for r in self._short()
+        )
+        more = len(self.rows) - _SHORT
+        note = f"<p>and {more} more rows in the middle, see table()</p>" if more > 0 else ""
+        return f"<p>{escape(self.summary())}</p><table>{head}{body}</table>{note}"
+
+    def _short(self) -> tuple[Row, ...]:
+        half = _SHORT // 2
+        return self.rows if len(self.rows) <= _SHORT else self.rows[:half] + self.rows[-half:]
+
+    def summary(self) -> str:
+        """The constant in one line, and what a search reached from below."""
+        value, kind = self.constant.value, self.constant.kind
+        last = f"Lipschitz constant ({self.constant.norm}, {kind}): {value:.9g}"
+        if self.autocast is not None:
+            last += f" under {_name(self.autocast)} autocast"
+        if self.lower is not None:
+            last += f"; at least {self.lower.value:.6g} is reached"
+        return last
 
     def table(self) -> str:
         """The rows as a text table, the constant of the model in the last line."""
@@ -88,13 +148,7 @@ class LipschitzCertificate:
             for line in lines
         ]
         text.insert(1, "-" * len(text[0]))
-        value, kind = self.constant.value, self.constant.kind
-        last = f"Lipschitz constant ({self.constant.norm}, {kind}): {value:.9g}"
-        if self.autocast is not None:
-            last += f" under {_name(self.autocast)} autocast"
-        if self.lower is not None:
-            last += f"; at least {self.lower.value:.6g} is reached"
-        return "\n".join([*text, last])
+        return "\n".join([*text, self.summary()])
 
     def to_json(self) -> str:
         """The certificate as JSON text; numbers keep every digit."""
@@ -106,6 +160,8 @@ class LipschitzCertificate:
             "autocast": None if self.autocast is None else _name(self.autocast),
             "rows": [asdict(row) for row in self.rows],
             "pairs": None if self.pairs is None else self.pairs.tolist(),
+            "hashes": self.hashes,
+            "constants": self.constants,
             "versions": {
                 "orthonet": version("orthonet"),
                 "torch": torch.__version__,
@@ -114,17 +170,54 @@ class LipschitzCertificate:
         }
         return json.dumps(content, indent=1)
 
+    def save(self, path: str | Path) -> None:
+        """Write the proof for an independent checker, `orthonet-check`.
+
+        `path` gets the graph, the gain of each operation and its witness as JSON, and the file
+        with the suffix `.safetensors` next to it the constants. The bound of the file is the one
+        that follows from its gains: for networks of orthogonal layers about 1e-6 above `constant`.
+
+        Args:
+            path: The file to write, e.g. `"certificate.json"`.
+
+        Raises:
+            UncertifiableError: The certificate was pickled or loaded, and has lost the graph.
+        """
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> LipschitzCertificate:
+        """Read a certificate that `save` wrote.
+
+        Its `constant` and `pairs` are those of the file, which the checker verifies. It has no
+        graph: `rounding` and `radius(..., inputs=...)` need a new call of `certify`.
+
+        Args:
+            path: The JSON file.
+
+        Raises:
+            ValueError: The file is no certificate, or its constants are not next to it.
+        """
+        return load(path)
+
     def radius(
         self,
-        logits: Tensor,
+        logits: Tensor | nn.Module | None = None,
+        x: Tensor | Sequence[Tensor] | None = None,
         *,
         norm: str = "l2",
         labels: Tensor | None = None,
         target: Tensor | None = None,
         inputs: Tensor | Sequence[Tensor] | None = None,
         dtype: torch.dtype | None = None,
+        model: nn.Module | None = None,
     ) -> Tensor:
-        r"""The distance, in units of the input, within which the predicted class cannot change.
+        r"""Return the distance within which the predicted class of each sample cannot change.
+
+        `certificate.radius(model, x)` runs the model, checks that it is the certified one, and
+        takes the rounding of this forward pass off: the class that the deployed model predicts in
+        floating point is the same at all points that near. `radius(logits)` leaves the forward
+        pass to the caller.
 
         $r = \min_{j \ne y} (f_y - f_j) / K_{yj}$, y the predicted class, with the constant
         $K_{yj}$ of $f_y - f_j$: that of `pairs`, or $\sqrt 2$ times `constant`. A tie has radius 0.
@@ -132,38 +225,120 @@ class LipschitzCertificate:
         $\|\delta\|_2 \le \|\delta\|_1$ and $\|\delta\|_2 \le \sqrt n\,\|\delta\|_\infty$ for n
         entries of the input, this is a radius in l1, and divided by $\sqrt n$ one in l-infinity.
 
-        With `inputs`, the forward pass itself may round: each margin loses $2 \sqrt 2 e$, where e
-        is the `rounding` anywhere within that distance of the sample. The class that the *deployed*
-        model predicts, in floating point, is then the same at all points that near.
+        With the inputs each margin loses $2 \sqrt 2 e$, where e is the `rounding` anywhere within
+        that distance of the sample. Without them logits lose the rounding of their dtype at the
+        sample and at the other point: u relative to each, or in less than float64 what the
+        `roundings` on the way make of it as a rule, 8 times the root of their number.
 
         Args:
-            logits: What the model returned, in any floating dtype; evaluated in float64 with
-                outward rounding.
+            logits: The certified model in eval mode; or what it returned, in any floating dtype:
+                evaluated in float64 with outward rounding.
+            x: With a model, a batch for it, or one batch for each of its arguments.
             norm: `"l2"`, `"linf"` or `"l1"`.
             labels: The true classes, (N,); with them, a wrong prediction has radius 0.
             target: One class a sample, (N,): only a change to this class counts.
-            inputs: What the model was given, to take the rounding of its forward pass off.
-            dtype: The dtype in which it was run, see `rounding`.
+            inputs: With logits, what the model was given: takes the rounding of its forward off.
+            dtype: With `inputs`, the dtype in which the model was run, see `rounding`.
+            model: With logits, the model that they come from: it must be the certified one.
 
         Shape:
             logits: (N, classes), or (N,) or (N, 1) for a binary classifier; returns (N,), float64
 
         Guarantee:
-            Lower bound of the distance to the nearest point of another class, for logits that are
-            exact, or with `inputs` for those of the deployed forward pass.
+            Lower bound of the distance to the nearest point of another class: with the inputs for
+            the deployed forward pass; without them for logits that are off by no more than what
+            is taken off, which no proof says of the forward pass that they come from.
 
         Raises:
-            ValueError: The logits are not finite or do not fit the certificate.
-            UncertifiableError: With `inputs`, the rounding of an operation is not known.
+            ValueError: The logits are not finite or do not fit the certificate, or the model is
+                not the one that was certified.
+            UncertifiableError: With the inputs, the rounding of an operation is not known.
         """
-        constant, pairs = self.constant.value, self.pairs
-        found = certified_radius(logits, constant, pairs, labels=labels, target=target)
+        logits, inputs = self._read(logits, x, inputs, model)
+        find = functools.partial(
+            certified_radius, logits, self.constant.value, self.pairs,
+            labels=labels, target=target, outputs=self._classes(),
+        )  # fmt: skip
+        found = find(dtype=self._output_dtype(), roundings=self.roundings)
         if inputs is not None:
-            near = torch.where(found.isfinite(), found, 0.0)
-            error = self.rounding(inputs, within=near, dtype=dtype)
-            less = certified_radius(logits, constant, pairs, error, labels=labels, target=target)
-            found = torch.minimum(less, found).clamp_min(0.0)
+            whole = find(torch.zeros(len(logits), dtype=torch.float64))
+            near = torch.where(whole.isfinite(), whole, 0.0)
+            proved = find(self.rounding(inputs, within=near, dtype=dtype))
+            found = torch.minimum(proved, found).clamp_min(0.0)
         return convert_radius(found, norm, self._entries())
+
+    def _read(self, logits: Any, x: Any, inputs: Any, model: Any) -> tuple[Tensor, Any]:
+        """The logits, and the inputs where they are known."""
+        if isinstance(logits, nn.Module):
+            logits, model = None, logits
+        if model is not None:
+            self.require_match(model)
+        if logits is not None:
+            _checks.require(
+                x is None, "LipschitzCertificate",
+                "the first argument of radius must be the model where a batch follows",
+                "Call certificate.radius(model, x), or certificate.radius(logits, inputs=x)",
+                first=logits,
+            )  # fmt: skip
+            return logits, inputs
+        x = inputs if x is None else x
+        _checks.require(
+            x is not None and isinstance(model, nn.Module), "LipschitzCertificate",
+            "radius needs the model and the batch that it is run on, or logits",
+            "Call certificate.radius(model, x)", model=type(model).__name__, x=x,
+        )  # fmt: skip
+        _checks.require(
+            not model.training, "LipschitzCertificate", "the model must be in eval mode",
+            "Call model.eval() first",
+        )  # fmt: skip
+        batch = (x,) if isinstance(x, Tensor) else tuple(x)
+        self._check_inputs(batch, 0.0)
+        tensor = next(iter((*model.parameters(), *model.buffers())), batch[0])
+        batch = tuple(t.to(tensor.device) for t in batch)
+        with torch.no_grad(), autocast_region(tensor.device, self.autocast):
+            logits = model(*batch)
+        _checks.require(
+            isinstance(logits, Tensor), "LipschitzCertificate",
+            "the model must return one tensor of logits",
+            "Run it, and pass the logits: certificate.radius(logits, inputs=x)",
+            output=type(logits).__name__,
+        )  # fmt: skip
+        return logits, batch
+
+    def matches(self, model: nn.Module) -> bool:
+        """Return whether this is the model that was certified.
+
+        Compares SHA-256 of every parameter and buffer, and all other plain data of the modules.
+        """
+        return not self._changed(model)
+
+    def require_match(self, model: nn.Module) -> None:
+        """Raise an error unless the model `matches` the certificate.
+
+        Raises:
+            ValueError: It does not; the message names what has changed.
+        """
+        changed = self._changed(model)
+        _checks.require(
+            not changed, "LipschitzCertificate", "the model must be the one that was certified",
+            "Call certify again: a certificate holds for the weights that it was made for",
+            changed=changed[:5],
+        )  # fmt: skip
+
+    def _changed(self, model: nn.Module) -> list[str]:
+        found = {**hashes(model), **data_hashes(model)}
+        known = {**self.hashes, **self.data}
+        return [name for name in {**known, **found} if known.get(name) != found.get(name)]
+
+    def _classes(self) -> set[int]:
+        """The numbers of classes that logits may have; none where they are not known."""
+        return {
+            n for shape in self.output_shapes for n in ((shape[0], shape[-1]) if shape else (1,))
+        }
+
+    def _output_dtype(self) -> torch.dtype | None:
+        """The dtype with the fewest bits that an output has."""
+        return max(self.output_dtypes, key=lambda d: torch.finfo(d).eps, default=None)
 
     def band(self, radius: float, *, norm: str = "l2") -> float:
         r"""How far the output can move, for regression: $\|f(x') - f(x)\|_2 \le K r$.
@@ -180,16 +355,24 @@ class LipschitzCertificate:
         """
         return reach(self.constant.value, radius, norm, self._entries())
 
-    def curve(self, logits: Tensor, labels: Tensor, *, norm: str = "l2") -> RadiusCurve:
+    def curve(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        norm: str = "l2",
+        inputs: Tensor | Sequence[Tensor] | None = None,
+    ) -> RadiusCurve:
         """The certified accuracy as a function of the radius, and the area under it.
 
         Args:
-            logits: As in `radius`.
+            logits: What the model returned, as in `radius`.
             labels: The true classes, (N,); for one output, positive for the positive class.
             norm: As in `radius`.
+            inputs: As in `radius`.
         """
         correct = correct_within(logits, labels, self.radius(logits), [0.0])[0]
-        found = self.radius(logits, norm=norm, labels=labels)
+        found = self.radius(logits, norm=norm, labels=labels, inputs=inputs)
         return RadiusCurve(found.sort(descending=True).values, correct, norm)
 
     def _entries(self) -> int:
@@ -230,8 +413,9 @@ class LipschitzCertificate:
             where something might.
 
         Raises:
-            UncertifiableError: The rounding of an operation is not known, or the certificate was
-                pickled and has lost the graph.
+            UncertifiableError: The rounding of an operation is not known, a mode is on under which
+                products have fewer bits or subnormal numbers are flushed to zero, or the
+                certificate was pickled and has lost the graph.
         """
         _checks.require(
             self._walker is not None,
@@ -249,6 +433,11 @@ class LipschitzCertificate:
         )
         batch = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
         self._check_inputs(batch, within)
+        program = self._walker.program  # type: ignore[union-attr]
+        check_subnormal("LipschitzCertificate")
+        dtypes = {dtype} if dtype else {*program.dtypes.values(), *self.output_dtypes}
+        devices = {x.device for x in (*batch, *program.samples)}
+        check_products("LipschitzCertificate", devices, dtypes)
         return forward_error(self._walker, batch, within, dtype)  # type: ignore[arg-type]
 
     def _check_inputs(self, batch: tuple[Any, ...], within: Tensor | float) -> None:
@@ -284,68 +473,3 @@ class LipschitzCertificate:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-@torch.no_grad()
-def certified_accuracy(
-    model: nn.Module,
-    certificate: LipschitzCertificate,
-    loader: Iterable[Sequence[Tensor]],
-    radii: Sequence[float],
-    *,
-    norm: str = "l2",
-) -> list[float]:
-    """The certified accuracy of a model on a data set, at each radius.
-
-    Args:
-        model: The certified model, in eval mode.
-        certificate: What `certify` returned for it.
-        loader: Batches (inputs, labels); they are moved to the device of the model.
-        radii: Radii in units of the input; 0 gives the clean accuracy.
-        norm: The norm of the radii: `"l2"`, `"linf"` or `"l1"`.
-
-    Raises:
-        ValueError: The model is in train mode, or the loader is empty.
-    """
-    curve = certified_curve(model, certificate, loader, norm=norm)
-    return [curve.at(radius) for radius in radii]
-
-
-@torch.no_grad()
-def certified_curve(
-    model: nn.Module,
-    certificate: LipschitzCertificate,
-    loader: Iterable[Sequence[Tensor]],
-    *,
-    norm: str = "l2",
-) -> RadiusCurve:
-    """The certified accuracy on a data set as a function of the radius, and the area under it.
-
-    Args:
-        model: The certified model, in eval mode.
-        certificate: What `certify` returned for it.
-        loader: Batches (inputs, labels); they are moved to the device of the model.
-        norm: The norm of the radii: `"l2"`, `"linf"` or `"l1"`.
-
-    Raises:
-        ValueError: The model is in train mode, or the loader is empty.
-    """
-    _checks.require(
-        not model.training, "certified_accuracy", "the model must be in eval mode",
-        "Call model.eval() first",
-    )  # fmt: skip
-    tensor = next(iter((*model.parameters(), *model.buffers())), None)
-    curves = []
-    for inputs, labels in loader:
-        inputs = inputs if tensor is None else inputs.to(tensor.device)
-        with autocast_region(inputs.device, certificate.autocast):
-            logits = model(inputs)
-        curves.append(certificate.curve(logits, labels, norm=norm))
-    _checks.require(
-        sum(curve.samples for curve in curves) > 0,
-        "certified_accuracy",
-        "the loader must not be empty",
-        "Pass at least one batch",
-    )
-    radii = torch.cat([curve.radii for curve in curves]).sort(descending=True).values
-    return RadiusCurve(radii, sum(curve.correct for curve in curves), norm)

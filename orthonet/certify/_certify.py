@@ -9,19 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.certify import (  # noqa: F401
-    _contraction_rules,
-    _function_rules,
-    _matrix_rules,
-    _module_rules,
-    _selection_rules,
-    _spatial_rules,
-)
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import LipschitzCertificate
+from orthonet.certify._identity import data_hashes, digest, hashes
 from orthonet.certify._lower import lower_bound
+from orthonet.certify._modes import check_subnormal, exclusive
 from orthonet.certify._norms import EFFORTS, Effort, limits
 from orthonet.certify._norms import effort as with_effort
+from orthonet.certify._progress import Progress, report, reporting
 from orthonet.certify._propagate import Walker, propagate
 from orthonet.certify._radius import pairwise_constants
 from orthonet.certify._regions import HALF
@@ -38,6 +33,7 @@ def certify(
     effort: Effort = "default",
     lower: bool = True,
     autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
 ) -> LipschitzCertificate:
     r"""Prove an upper bound of the l2 Lipschitz constant of a model, for each sample.
 
@@ -57,11 +53,15 @@ def certify(
             several bounds, a longer search. Chains of affine maps and activations anywhere in the
             graph are bounded by [`mlp_bound`][orthonet.certify.mlp_bound], too: by its closed form
             up to width 256 with `"default"`, by its descent up to 1024 with `"tight"`.
-        lower: Search for a secant from below, so that the gap is seen (not with `"fast"`).
+        lower: Search for a secant from below, so that the gap is seen (not with `"fast"`). It ends
+            where the gap is below 1e-4, and is short where every operation has the constant 1.
         autocast: Certify the model as it runs under `torch.autocast` to this dtype, `bfloat16` or
             `float16`: with the weights of each operation rounded where PyTorch rounds them, which
             is found out by running it. `radius(logits, inputs=...)` then takes off the rounding
             of that forward pass, operation by operation in the dtype that it has there.
+
+        progress: Called as `progress(done, total, what)` whenever a step of the proof is done; a
+            line every few seconds goes to the logger `"orthonet.certify"` at level INFO anyway.
 
     Shape:
         example_input: (N, *), the batch first
@@ -81,15 +81,20 @@ def certify(
         >>> [row.op for row in certify(model, torch.ones(1, 2)).rows]
         ['linear', 'relu']
     """
-    examples = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+    examples = (
+        (example_input,) if not isinstance(example_input, (tuple, list)) else (tuple(example_input))
+    )
     _check_examples(examples)
     _checks.one_of("certify", tuple(EFFORTS), effort=effort)
     _checks.one_of("certify", (None, *HALF), autocast=autocast)
+    check_subnormal("certify")
     _check_region(examples[0].device)
     _check_model(model)
-    with torch.no_grad(), with_effort(effort):
+    with exclusive(), torch.no_grad(), with_effort(effort), reporting(progress):
         walker = propagate(model, examples, autocast=autocast)
+        identity = hashes(model), data_hashes(model)
         pairs = _pairs(walker)
+        report(len(walker.states), len(walker.states), "search from below")
         below = lower_bound(walker, examples) if lower else None
         _checks.require(
             below is None or below.value <= walker.bound.value * (1.0 + 1e-9),
@@ -104,8 +109,14 @@ def certify(
                      for s in walker.outputs)  # fmt: skip
     shapes = tuple(tuple(x.shape[1:]) for x in examples)
     shape = shapes[0] if len(shapes) == 1 else shapes
-    return LipschitzCertificate(walker.bound, walker.rows(), shape, pairs, below, each,
-                                autocast, walker)  # fmt: skip
+    nodes = walker.program.outputs
+    return LipschitzCertificate(
+        walker.bound, walker.rows(), shape, pairs, below, each, autocast, walker,
+        tuple(tuple(n.meta["val"].shape[1:]) for n in nodes),
+        tuple(walker.program.dtype_of(n) for n in nodes), identity[0],
+        {name: digest(t) for name, t in walker.program.stored.items()}, identity[1],
+        walker.roundings(),
+    )  # fmt: skip
 
 
 def _pairs(walker: Walker) -> Tensor | None:
@@ -172,7 +183,23 @@ def _check_region(device: torch.device) -> None:
 
 
 def _check_model(model: nn.Module) -> None:
+    _checks.require(
+        isinstance(model, nn.Module),
+        "certify",
+        "the model must be a torch.nn.Module",
+        "Pass the module itself: not its state_dict, its class, or an exported program",
+        UncertifiableError,
+        model=type(model).__name__,
+    )
     for path, module in model.named_modules():
+        _checks.require(
+            "train" not in vars(module) or not isinstance(module, torch.fx.GraphModule),
+            "certify",
+            "the model must not be the module of an exported program",
+            "Pass the module that was exported: an exported one has lost its modules and modes",
+            UncertifiableError,
+            path=path or type(module).__name__,
+        )
         _checks.require(
             not isinstance(module, torch.jit.ScriptModule),
             "certify",
@@ -207,6 +234,23 @@ def _check_model(model: nn.Module) -> None:
             path=path,
         )
         _checks.require(
+            tensor.layout == torch.strided and not tensor.is_quantized,
+            "certify",
+            "weights must be dense tensors",
+            "Store weight.to_dense() in the model: what is not stored counts as zero there, too",
+            UncertifiableError,
+            path=path,
+            layout=tensor.layout,
+        )
+        _checks.require(
+            not tensor.is_meta,
+            "certify",
+            "weights must be on a device with data",
+            "Load the weights first: a model on meta has none",
+            UncertifiableError,
+            path=path,
+        )
+        _checks.require(
             tensor.dtype not in (torch.float16, torch.bfloat16),
             "certify",
             "weights must be float32 or float64",
@@ -216,10 +260,15 @@ def _check_model(model: nn.Module) -> None:
             dtype=tensor.dtype,
         )
         _checks.require(
-            not tensor.is_meta and (tensor.is_complex() or bool(tensor.isfinite().all())),
+            not tensor.is_meta and (tensor.is_complex() or _is_finite(tensor)),
             "certify",
             "weights must be finite",
             "Look for the step of the training that made a NaN or an infinity",
             UncertifiableError,
             path=path,
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    values = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    return bool(values.isfinite().all())

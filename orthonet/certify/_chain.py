@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks, layers
-from orthonet._torch import is_hooked
-from orthonet.certify._slopes import Activation, activation_of
+from orthonet.certify._slopes import Activation
+from orthonet.certify.ops.activations import activation_of
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import (
     UNDERFLOW,
@@ -184,7 +184,7 @@ def read_layers(
     """
     affine: list[Affine] = []
     activations: list[Activation] = []
-    for layer in _flat(model):
+    for layer in _flat(model, owner):
         if isinstance(layer, nn.Module):
             layer = _read_module(layer, affine, activations, owner)
             if layer is None:
@@ -230,10 +230,30 @@ def _fits(owner: str, before: Affine, after: Affine) -> None:
     )
 
 
-def _flat(model: Layer | Iterable[Layer]) -> Iterable[Layer]:
+_CALLED = ("forward", "__call__", "__iter__", "__getitem__")
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether calling the module is more than its class says."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    shared = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    return bool(hooks or shared) or type(module).__call__ is not nn.Module.__call__
+
+
+def _flat(model: Layer | Iterable[Layer], owner: str) -> Iterable[Layer]:
+    """The layers in the order of their calls: of a Sequential that calls one after the other."""
+    if isinstance(model, nn.Sequential):
+        own = [n for n in _CALLED if getattr(type(model), n) is not getattr(nn.Sequential, n)]
+        _checks.require(
+            not own and not _hooked(model), owner,
+            "a chain must call its layers in turn, without a forward or hooks of its own",
+            "Pass the layers in the order of their calls, or certify the model",
+            UncertifiableError,
+            model=type(model).__name__,
+        )  # fmt: skip
     if isinstance(model, nn.Sequential) or not isinstance(model, (nn.Module, Affine, Activation)):
         for layer in model:
-            yield from _flat(layer)
+            yield from _flat(layer, owner)
     else:
         yield model
 
@@ -246,7 +266,7 @@ def _read_module(
         UncertifiableError,
         module=type(module).__name__,
     )  # fmt: skip
-    hooked = is_hooked(module) or "forward" in vars(module)
+    hooked = _hooked(module)
     known = (nn.Linear.forward, layers.OrthoLinear.forward)
     if isinstance(module, nn.Linear) and type(module).forward in known and not hooked:
         bias = None if module.bias is None else module.bias.detach()

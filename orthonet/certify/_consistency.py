@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from orthonet import _checks
-from orthonet.certify._export import FAILURES, refuse_export
+from orthonet.certify._export import FAILURES, refuse_export, samples_of
+from orthonet.certify._identity import fingerprint
 from orthonet.certify._marks import ROOT
 from orthonet.certify._program import Program
 from orthonet.certify._regions import autocast_region
+from orthonet.certify._replay import replay
 from orthonet.errors import UncertifiableError
 
-__all__ = ["check_samples_apart", "check_same_function"]
+__all__ = ["check_samples_apart", "check_same_function", "run_once"]
 
-_TOLERANCE = 1e-4  # of the largest output: kernels may differ by batch size, branches differ more
-_HALF_TOLERANCE = 2.0**-5  # of outputs in half precision, after several roundings
+_TOLERANCE = 1e-4  # of an entry: kernels may differ by batch size, branches differ more
+_HALF_TOLERANCE = 2.0**-5  # in half precision, after several roundings
+_CANCELLED = 1e-11  # of the largest output, in float64, where float32 may have cancelled
 
 
 def _outputs(
@@ -34,36 +41,86 @@ def _outputs(
             return []
 
 
-def _close(a: list[Tensor], b: list[Tensor], tolerance: float = _TOLERANCE) -> bool:
-    finite = [t[t.isfinite()] for t in a]
-    scale = max([float(t.abs().max()) for t in finite if t.numel()], default=0.0)
-    return len(a) == len(b) and all(
-        x.shape == y.shape
-        and x.dtype == y.dtype
-        and torch.allclose(x, y, rtol=0, atol=tolerance * scale, equal_nan=True)
-        for x, y in zip(a, b, strict=True)
-    )
+def _close(
+    a: list[Tensor], b: list[Tensor], tolerance: float = _TOLERANCE, floor: float = 0.0
+) -> bool:
+    """Whether outputs agree entry by entry, relative to the entry's largest of all samples."""
+    if len(a) != len(b):
+        return False
+    for x, y in zip(a, b, strict=True):
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return False
+        size = torch.maximum(_finite(x), _finite(y))
+        if size.ndim and len(size):
+            size = size.amax(0, keepdim=True)
+        least = floor * float(size.max()) if size.numel() else 0.0
+        equal = (x == y) | ((x != x) & (y != y))
+        if not bool((equal | (_finite(x - y) <= tolerance * size + least) & x.isfinite()).all()):
+            return False
+    return True
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.abs().double().nan_to_num(torch.inf, torch.inf, torch.inf)
+
+
+def run_once(model: nn.Module, examples: tuple[Tensor, ...], autocast: torch.dtype | None) -> None:
+    """Run the model, so that what it computes at the first call and keeps is in its graph."""
+    inputs = samples_of(examples)
+    region = autocast_region(inputs[0].device, autocast)
+    with region, torch.no_grad(), contextlib.suppress(*FAILURES):  # the export says it better
+        model(*inputs)
 
 
 def check_same_function(model: nn.Module, program: Program) -> None:
     """Run the model with gradients and without, and its graph: all three must agree.
 
     Raises:
-        UncertifiableError: They do not.
+        UncertifiableError: They do not, or running the model changes something in it.
     """
     size = len(program.samples[0])
+    before = fingerprint(model)  # it has run before: what is kept once is kept
     with autocast_region(program.samples[0].device, program.autocast):
         first, again = (_outputs(model, program, size, gradients) for gradients in (False, True))
     with torch.no_grad():
         traced = _run(program)
     tolerance = _TOLERANCE if program.autocast is None else _HALF_TOLERANCE
     _checks.require(
-        _close(first, again, tolerance) and _close(first, traced, tolerance),
+        (_close(first, again, tolerance) and _close(first, traced, tolerance))
+        or _close_in_float64(model, program),
         "certify",
         "the model must be a function of its input alone",
         "Remove random numbers and state that forward reads or writes (gradient mode is one), and "
         "writing in place into the input of a module that has a rule",
         UncertifiableError,
+    )
+    after = fingerprint(model)
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    _checks.require(
+        not changed,
+        "certify",
+        "forward must change no attribute, buffer, counter or global",
+        "Its output could depend on earlier calls: keep state out of forward in eval mode",
+        UncertifiableError,
+        changed=changed[:5],
+    )
+
+
+def _close_in_float64(model: nn.Module, program: Program) -> bool:
+    """The same comparison where roundings are too small to hide or to make a difference."""
+    if program.autocast is not None or program.samples[0].dtype != torch.float32:
+        return False
+    twin, inputs = copy.deepcopy(model).double(), [x.double() for x in program.samples]
+    found = []
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            try:
+                leaves = [x.clone().requires_grad_(gradients).clone() for x in inputs]
+                found.append([t.detach() for t in _flat(twin(*leaves))])
+            except FAILURES:
+                return False
+    return _close(*found, floor=_CANCELLED) and _close(
+        found[0], [t.double() for t in _run(program, replay(program, inputs))], floor=_CANCELLED
     )
 
 
@@ -75,10 +132,18 @@ def check_samples_apart(model: nn.Module, program: Program) -> None:
     Raises:
         UncertifiableError: They do, or the map depends on the batch size.
     """
+    twin: nn.Module | None = None
     whole = _outputs(model, program, len(program.samples[0]))
     for size, gradients in ((1, False), (1, True), (2, False)):
+        close = _close([t[:size] for t in whole], _outputs(model, program, size, gradients))
+        if not close and program.samples[0].dtype == torch.float32:
+            twin = twin or copy.deepcopy(model).double()
+            wide = replace(program, samples=tuple(x.double() for x in program.samples))
+            large = _outputs(twin, wide, len(program.samples[0]))
+            few = _outputs(twin, wide, size, gradients)
+            close = _close([t[:size] for t in large], few, floor=_CANCELLED)
         _checks.require(
-            _close([t[:size] for t in whole], _outputs(model, program, size, gradients)),
+            close,
             "certify",
             "the samples of a batch must not depend on each other or on their number",
             "A certificate is given for each sample on its own: keep forward without branches on "
@@ -88,23 +153,20 @@ def check_samples_apart(model: nn.Module, program: Program) -> None:
         )
 
 
-def _run(program: Program) -> list[Tensor]:
-    env: dict[fx.Node, Any] = dict(zip(program.inputs, program.samples, strict=True))
+def _run(program: Program, found: dict[fx.Node, Any] | None = None) -> list[Tensor]:
+    """The outputs of the graph at the samples; `found` are values of its nodes."""
+    env = dict(zip(program.inputs, program.samples, strict=True)) if found is None else found
 
     def value(node: fx.Node) -> Any:
         return env[node] if node in env else program.constants[node]
 
-    for node in program.graph.nodes:
+    for node in program.graph.nodes if found is None else ():
         if node.op == "call_function" and node not in env:
             args, kwargs = map_arg((node.args, node.kwargs), value)
             with program.region(node):
-                env[node] = node.target(*args, **kwargs)
+                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return [value(node) for node in program.outputs]
 
 
 def _flat(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    return [t for v in value for t in _flat(v)] if isinstance(value, (tuple, list)) else []
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]

@@ -30,6 +30,8 @@ def decompose(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     Nodes that do not depend on the input stay as they are: they are computed, not bounded. What
     has no decomposition into operations with rules stays, too, and is refused by its own name.
     """
+    for node in nodes:
+        _write_choice(graph, node)
     table: dict[Any, Any] = {}
     for node in nodes:
         target: Any = node.target
@@ -91,6 +93,74 @@ def skip_whole_slices(graph: fx.Graph) -> None:
         if not begin and (end is None or (isinstance(end, int) and end >= _END)) and step == 1:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+
+
+_SIDES = {"gt": 1, "ge": 1, "lt": -1, "le": -1}
+
+
+def _write_choice(graph: fx.Graph, node: fx.Node) -> None:
+    """Write a choice between multiples of x by the sign of x as a leaky rectifier.
+
+    It is continuous, which its mask alone does not tell.
+    """
+    name, args = _name(node), node.args
+    if not name.startswith("where.") or not isinstance(args[0], fx.Node):
+        return
+    mask, (above, below) = args[0], args[1:3]
+    side = _SIDES.get(_name(mask).removesuffix(".Scalar"))
+    if side is None or mask.args[1] != 0 or not isinstance(mask.args[0], fx.Node):
+        return
+    x = mask.args[0]
+    slopes = [_multiple(value, x) for value in (above, below)[::side]]
+    if any(slope is None for slope in slopes):
+        return
+    right, left = slopes  # of x > 0 and of x < 0
+    aten = torch.ops.aten
+    with graph.inserting_before(node):
+        if right:
+            if (left / right) * right != left:  # type: ignore[operator]
+                return
+            result = graph.call_function(aten.leaky_relu.default, (x, left / right))  # type: ignore[operator]
+            factor = right
+        else:
+            result = graph.call_function(aten.neg.default, (x,))
+            result = graph.call_function(aten.relu.default, (result,))
+            factor = -left  # type: ignore[operator]
+        if factor != 1.0:
+            result = graph.call_function(aten.mul.Tensor, (result, factor))
+    new: fx.Node | Any = result
+    while new is not x and isinstance(new, fx.Node):
+        new.meta.update(node.meta)
+        new.meta[DECOMPOSED] = True
+        new = new.args[0]
+    node.replace_all_uses_with(result)
+
+
+def _name(node: Any) -> str:
+    """The operation and overload of a node of ATen, else nothing."""
+    schema = getattr(getattr(node, "target", None), "_schema", None)
+    if schema is None or not schema.name.startswith("aten::"):
+        return ""
+    return f"{schema.name[6:]}.{schema.overload_name or 'default'}"
+
+
+def _multiple(value: Any, x: fx.Node) -> float | None:
+    """The number that x is multiplied by to give this value, None if it is no multiple."""
+    if value is x:
+        return 1.0
+    if isinstance(value, (int, float)):
+        return 0.0 if value == 0 else None
+    name = _name(value)
+    if name in ("zeros_like.default",):
+        return 0.0
+    if name == "neg.default" and value.args[0] is x:
+        return -1.0
+    if name in ("mul.Tensor", "mul.Scalar"):
+        pair = value.args[:2]
+        other = [a for a in pair if a is not x]
+        if len(other) == 1 and isinstance(other[0], (int, float)):
+            return float(other[0])
+    return None
 
 
 def _covered(module: fx.GraphModule) -> bool:

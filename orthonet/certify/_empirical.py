@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,6 +48,13 @@ def _check_attack(owner: str, model: nn.Module, x: Tensor, y: Tensor) -> None:
         len(x) == len(y.reshape(-1)), owner, "there must be one label for each sample",
         "Pass class indices", x=x, y=y,
     )  # fmt: skip
+    if y.is_floating_point() and len(x):
+        with torch.no_grad():
+            logits = model(x[:1])
+        _checks.require(
+            logits.ndim == 1 or logits.shape[1] == 1, owner, "labels must be integers",
+            "Pass class indices, e.g. labels.long()", y=y,
+        )  # fmt: skip
 
 
 class _Ball(NamedTuple):
@@ -220,6 +228,25 @@ class AttackReport:
         )
 
 
+Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
+def _allowed(
+    points: Tensor, x: Tensor, radii: Tensor, bounds: tuple[float, float] | None
+) -> Tensor:
+    """The points of an attack of another library, where they lie in the ball and in the box."""
+    _checks.require(
+        isinstance(points, Tensor) and points.shape == x.shape, "attack_certificate",
+        "attack must return one point for each sample", "Return a tensor of the shape of x",
+        points=points, x=x,
+    )  # fmt: skip
+    points = points.detach().to(x)
+    low, high = bounds if bounds is not None else (-torch.inf, torch.inf)
+    inside = ((points >= low) & (points <= high)).flatten(1).all(1)
+    inside &= _lengths(points.double() - x.detach().double()) <= radii
+    return torch.where(_rows(inside, x), points, x.detach())
+
+
 def attack_certificate(
     model: nn.Module,
     certificate: LipschitzCertificate,
@@ -230,6 +257,7 @@ def attack_certificate(
     restarts: int = 2,
     bounds: tuple[float, float] | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
+    attack: Attack | None = None,
 ) -> AttackReport:
     """Try to change the predicted class of each sample inside its own certified radius.
 
@@ -242,6 +270,9 @@ def attack_certificate(
         restarts: See `pgd_l2`.
         bounds: See `pgd_l2`.
         generator: See `pgd_l2`.
+        attack: Another attack, called as `attack(model, x, classes, radii)`: `apgd_ensemble_l2`,
+            or one of another library. Points that it returns outside of the radius or of the box
+            count as unmoved. `steps` and `restarts` do not apply to it.
 
     Returns:
         A report; if `broken` is not 0, the certificate or the rounding of the forward pass is to
@@ -253,16 +284,13 @@ def attack_certificate(
     before = _predicted(logits)
     radii = certificate.radius(logits)
     radii = torch.where(radii.isfinite(), radii, 0.0).to(x.device)
-    points = pgd_l2(
-        model,
-        x,
-        before,
-        radii,
-        steps=steps,
-        restarts=restarts,
-        bounds=bounds,
-        generator=generator,
-    )
+    if attack is None:
+        points = pgd_l2(
+            model, x, before, radii, steps=steps, restarts=restarts, bounds=bounds,
+            generator=generator,
+        )  # fmt: skip
+    else:
+        points = _allowed(attack(model, x, before, radii), x, radii, bounds)
     with torch.no_grad():
         after = _predicted(model(points))
     labels = y.detach().reshape(-1).to(x.device)
@@ -308,7 +336,7 @@ def lipschitz_estimate(
     Guarantee:
         None from above: `kind="estimate"`, which no certificate accepts.
     """
-    _check_attack("lipschitz_estimate", model, x, torch.zeros(len(x)))
+    _check_attack("lipschitz_estimate", model, x, torch.zeros(len(x), dtype=torch.long))
     _checks.positive_int("lipschitz_estimate", steps=steps)
     found = steepest_secant(model, x, steps=steps, step_size=step_size, generator=generator)
     return Bound(0.0 if found is None else found[0], kind="estimate")

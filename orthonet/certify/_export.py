@@ -6,7 +6,10 @@ model: the weights of a certificate are the deployed ones to the last bit.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import logging
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -18,12 +21,16 @@ from orthonet import _checks
 from orthonet._torch import mutates
 from orthonet.certify._decompose import decompose, inline_regions, skip_whole_slices
 from orthonet.certify._fold import fold, moving
-from orthonet.certify._marks import mark_of, marked_copy
+from orthonet.certify._marks import Marker, mark_of, marked_copy
 from orthonet.certify._program import BATCH, Program
 from orthonet.certify._regions import autocast_region
+from orthonet.certify._structure import Recorder, compare, recording, variants
 from orthonet.errors import UncertifiableError
 
-__all__ = ["FAILURES", "export", "refuse_export"]
+__all__ = ["FAILURES", "export", "refuse_export", "samples_of"]
+
+_LARGEST_BATCH = 2**40
+"""No batch is larger, so that no branch on the batch size hides behind the range."""
 
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
@@ -39,25 +46,26 @@ def export(
         UncertifiableError: The model cannot be exported, writes its state, draws random numbers,
             mixes samples, or the graph does not compute what the model does.
     """
-    samples = _samples(inputs)
+    samples = samples_of(inputs)
     twin, marker = marked_copy(model)
     # PyTorch 2.6 slices no dim without a largest size
-    batch = torch.export.Dim("batch", min=2, max=2**20)
+    batch = torch.export.Dim("batch", min=2, max=_LARGEST_BATCH)
+    shapes = _free_batch(twin, samples, batch)
+    recorder = Recorder(twin, (BATCH, 1), lambda: marker.visited[-1])
     try:
         with (
             marker.functions(twin), torch.no_grad(), warnings.catch_warnings(),
-            autocast_region(samples[0].device, autocast),
+            recording(recorder), autocast_region(samples[0].device, autocast),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
-            program = torch.export.export(
-                twin, samples, dynamic_shapes=_free_batch(twin, samples, batch), strict=False
-            )
+            program = torch.export.export(twin, samples, dynamic_shapes=shapes, strict=False)
             graphs = [m for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
             if any(_writes(node) for m in graphs for node in m.graph.nodes):
                 program = program.run_decompositions({})
     except FAILURES as error:
+        guards = _guards(twin, marker, samples, shapes) if "Constraints" in str(error) else []
         with autocast_region(samples[0].device, autocast):
-            refuse_export(model, samples, marker.visited[-1], error)
+            refuse_export(model, samples, marker.visited[-1], error, guards)
     signature = program.graph_signature
     if signature.buffers_to_mutate:
         _checks.fail(
@@ -73,7 +81,11 @@ def export(
     nodes = [n for n in placeholders if n.name in user and isinstance(n.meta.get("val"), Tensor)]
     user_outputs = set(signature.user_outputs)
     last = list(graph.nodes)[-1]
-    places = [i for i, n in enumerate(_outputs(last)) if getattr(n, "name", n) in user_outputs]
+    places = [
+        i
+        for i, n in enumerate(_outputs(last))
+        if n is not None and getattr(n, "name", n) in user_outputs
+    ]
     outputs = [_outputs(last)[i] for i in places]
     _check_outputs(outputs)
     state = {**program.state_dict, **program.constants}
@@ -92,6 +104,8 @@ def export(
             constants[node] = program.graph_module.get_submodule(str(node.target))
     result = Program([], nodes, outputs, constants, marker.calls, samples=samples)
     result.autocast = autocast
+    result.stored = {name: state[name] for n, name in stored.items()}
+    result.structure = lambda: _compare(twin, marker, samples, autocast, recorder)
     result.graph = graph
     result.batch = str(nodes[0].meta["val"].shape[0])
     for node in graph.nodes:
@@ -102,9 +116,38 @@ def export(
     decompose(graph, [n for n in _needed(result, list(graph.nodes)) if n in moves])
     result.outputs = [_outputs(last)[i] for i in places]
     result.moving = moving(graph.nodes, nodes)
-    result.nodes = _needed(result, list(graph.nodes))
+    result.nodes = result.needed = _needed(result, list(graph.nodes))
     fold(result)
     return result
+
+
+def _compare(
+    twin: nn.Module, marker: Marker, samples: tuple[Tensor, ...], autocast: torch.dtype | None,
+    traced: Recorder,
+) -> None:  # fmt: skip
+    """Run the model in every way that it may be called, and compare what it calls."""
+    first: Recorder | None = None
+    for variant in variants():
+        calls, marker.calls = marker.calls, []
+        size = 1 if variant.single else BATCH
+        recorder = Recorder(twin, (size,), lambda: marker.visited[-1])
+        try:
+            with (
+                marker.functions(twin), variant.around(twin), warnings.catch_warnings(),
+                autocast_region(samples[0].device, autocast), recording(recorder),
+            ):  # fmt: skip
+                warnings.simplefilter("ignore")
+                wanted = torch.is_grad_enabled()
+                twin(*(x[:size].detach().clone().requires_grad_(wanted) for x in samples))
+        except FAILURES:
+            continue  # called in this way it does not run
+        finally:
+            marker.calls = calls
+            del marker.visited[1:]
+        compare(traced, recorder, variant, traced=True, autocast=autocast is not None)
+        if first is not None and not variant.single:
+            compare(first, recorder, variant, traced=False)
+        first = first or recorder
 
 
 def _writes(node: fx.Node) -> bool:
@@ -112,7 +155,7 @@ def _writes(node: fx.Node) -> bool:
     return node.op == "call_function" and mutates(node.target)
 
 
-def _samples(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def samples_of(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """A batch of points near the first of each example."""
     generator = torch.Generator().manual_seed(0)
     samples = []
@@ -133,7 +176,43 @@ def _free_batch(model: nn.Module, samples: Sequence[Tensor], batch: Any) -> tupl
     return tuple(shapes)
 
 
-def refuse_export(model: nn.Module, samples: Any, path: str, error: Exception) -> None:
+class _Guards(logging.Handler):
+    """Notes which conditions on the batch size a trace met, and where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = re.match(r"eval (.*) \[guard added\] \((.*?)\),?", record.getMessage())
+        if found:
+            self.seen.append(re.sub(r"\bs\d+\b", "batch", found[1]) + f" ({found[2]})")
+
+
+def _guards(model: nn.Module, marker: Marker, samples: Any, shapes: Any) -> list[str]:
+    """Trace again, to find the lines that read more of the batch size than that it is one."""
+    log, handler = logging.getLogger("torch.fx.experimental.symbolic_shapes"), _Guards()
+    level, propagate = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        with (
+            contextlib.suppress(*FAILURES), torch.no_grad(), warnings.catch_warnings(),
+            marker.functions(model),
+        ):  # fmt: skip
+            warnings.simplefilter("ignore")
+            torch.export.export(model, samples, dynamic_shapes=shapes, strict=False)
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
+    return handler.seen[:3]
+
+
+def refuse_export(
+    model: nn.Module, samples: Any, path: str, error: Exception, guards: Sequence[str] = ()
+) -> None:
     """Say whether the model runs at all, and if so where its export failed."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
@@ -159,7 +238,7 @@ def refuse_export(model: nn.Module, samples: Any, path: str, error: Exception) -
         "module at this path a rule with @register_rule",
         UncertifiableError,
         path=path,
-        error=text,
+        **({"conditions": list(guards)} if guards else {"error": text}),
     )
 
 

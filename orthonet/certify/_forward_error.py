@@ -18,11 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from orthonet.certify._affine import _variance
-from orthonet.certify._normalization_error import normalization_error
 from orthonet.certify._replay import replay
-from orthonet.certify._rules import BatchDependent, Call, Operand, Rounding, Step
-from orthonet.certify._sizes import absolute_convolution, absolute_matrix
+from orthonet.certify._rules import Rounding, Step, record_of
 
 if TYPE_CHECKING:
     from orthonet.certify._propagate import Walker
@@ -157,10 +154,13 @@ class _Errors:
             return self._compound(step, step.roundings, state, order)
         carried = torch.zeros_like(self.ball)
         own = torch.zeros_like(self.ball)
-        absolute = _absolute_gain(call)
-        once = absolute is not None and self.dtype is None and call.op not in _TRANSPOSED
+        record = record_of(call.target)
+        absolute = record.absolute(call) if record is not None and record.absolute else None
+        stages = record.stages(call) if record is not None and record.stages else 1
+        offset = record.offset(call) if record is not None and record.offset else 0.0
+        once = absolute is not None and self.dtype is None and stages == 1
         share = _sums(step.roundings, self.dtype_of(state)) if once else relative(
-            step.roundings, _stages(call)
+            step.roundings, stages
         )  # fmt: skip
         for gain, parent in zip(step.gains, order, strict=True):
             error, size = self.read(parent, state)
@@ -171,13 +171,13 @@ class _Errors:
             if absolute is None:
                 self.known[state] = carried  # for the size of a node without a twin
                 own = own + self.size(state) + carried
-            own = own + _offset(state)
+            own = own + offset
             wide = math.prod(state.shape) ** 0.5 * max(1.0, absolute or 1.0)
             own = own * share + wide * self.tiny(state, step.roundings)
             if once and _UNITS[self.dtype_of(state)] > 2.0**-24:  # operands are rounded already
                 self.known[state] = own = own + carried
                 own = own + ((1.0 + _UNITS[self.dtype_of(state)]) ** 2 - 1.0) * (
-                    self.size(state) + own + _offset(state)
+                    self.size(state) + own + offset
                 )
                 carried = torch.zeros_like(own)
         return (carried + own) * _SAFE
@@ -202,7 +202,10 @@ class _Errors:
             near = near + self.exact.of(parent)
         if bool((self.ball > 0).any()):
             near = near + self.walker.bound_of(parent).value * self.ball
-        found = normalization_error(state.call, values, near, error, self.gamma(state))
+        record = record_of(state.call.target)
+        if record is None or record.error is None:
+            return None
+        found = record.error(state.call, values, near, error, self.gamma(state))
         if found is None:
             return None
         return found + math.prod(state.shape) ** 0.5 * self.tiny(state, 1.0)
@@ -229,60 +232,6 @@ def _sums(roundings: float, dtype: torch.dtype) -> float:
     return roundings * unit / max(1.0 - roundings * unit, 2.0**-60) * _SAFE
 
 
-def _stages(call: Call) -> int:
-    """How often a sum is stored: a transposed convolution may add its taps in half precision."""
-    if call.op not in _TRANSPOSED:
-        return 1
-    taps = math.prod(call.constant(1, "weight").shape[2:])
-    return 1 + math.ceil(taps / 3)
-
-
 def _times(gain: float, error: Tensor) -> Tensor:
     """The product, of an infinite error and no gain 0."""
     return gain * error if gain else torch.zeros_like(error)
-
-
-_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
-_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-
-
-def _absolute_gain(call: Call) -> float | None:
-    """The norm of the matrix of absolute values, by its row and column sums; None if unknown."""
-    if call.op in ("linear", "matmul", "mm", "addmm"):
-        matrices = [a for a in call.args if isinstance(a, Tensor) and a.ndim == 2]
-        return absolute_matrix(matrices[-1])
-    if call.op in _CONVOLUTIONS or call.op in _TRANSPOSED:
-        groups = call.get(8 if call.op == "convolution" else 6, "groups", 1)
-        return absolute_convolution(call.constant(1, "weight"), groups)
-    return None
-
-
-def _offset(state: State) -> float:
-    """The norm of what is added to the linear part."""
-    call = state.call
-    if call.op in ("linear", *_CONVOLUTIONS, *_TRANSPOSED):
-        bias = call.get(2, "bias", None)
-        if bias is None:
-            return 0.0
-        repeats = math.prod(state.shape) / max(1, bias.numel())
-        return float(bias.detach().double().norm()) * math.sqrt(repeats) * _SAFE
-    if "batch_norm" in call.op:
-        scale = _variance(state).cpu().rsqrt()
-        if call.get(1, "weight", None) is not None:
-            scale = scale * call.constant(1, "weight")
-        shift = (scale * call.constant(3, "running_mean")).norm()
-        if call.get(2, "bias", None) is not None:
-            shift = shift + call.constant(2, "bias").norm()
-        return float(shift) * math.sqrt(math.prod(state.shape[1:])) * _SAFE
-    if call.op in ("add", "sub", "rsub", "addmm", "rnn_tanh_cell", "rnn_relu_cell", "lerp"):
-        total = 0.0
-        for value in (*call.args, *call.kwargs.values()):
-            if isinstance(value, BatchDependent) and value.rows:
-                value = value.value[:1]
-            if isinstance(value, Tensor) and value.ndim <= 1 + len(state.shape):
-                repeats = max(1.0, math.prod(state.shape) / max(1, value.numel()))
-                total += float(value.detach().double().norm()) * math.sqrt(repeats)
-            elif isinstance(value, (int, float)) and not isinstance(value, Operand):
-                total += abs(value) * math.sqrt(math.prod(state.shape))
-        return total * _SAFE
-    return 0.0

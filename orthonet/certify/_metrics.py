@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.certify._empirical import _predicted, pgd_l2
+from orthonet.certify._radius import check_radii
 
 __all__ = ["empirical_accuracy", "survivors"]
 
@@ -57,6 +58,7 @@ def empirical_accuracy(
     """
     _checks.require(len(x) > 0, "empirical_accuracy", "there must be a sample", "Pass some", x=x)
     _checks.positive_int("empirical_accuracy", batch_size=batch_size)
+    check_radii("empirical_accuracy", radii)
     labels = y.detach().reshape(-1).to(x.device)
     with torch.no_grad():
         clean = torch.cat([_predicted(model(part)) for part in x.split(batch_size)])

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from orthonet import layers
 from orthonet.certify._affine import action_of
 from orthonet.certify._bound import Bound
 from orthonet.certify._chain import Affine
 from orthonet.certify._marks import mark_of
 from orthonet.certify._mlp import MLPBound, mlp_bound
 from orthonet.certify._norms import limits
-from orthonet.certify._rules import Call, canonical
-from orthonet.certify._slopes import Activation, activation_of
+from orthonet.certify._rules import record_of
+from orthonet.certify._slopes import Activation
+from orthonet.certify.ops.activations import activation_of
 from orthonet.errors import UncertifiableError
 
 # By these names: an export in another thread changes those in the package.
-from orthonet.functional import group_sort, householder, max_min
 
 if TYPE_CHECKING:
     from orthonet.certify._propagate import Walker
@@ -29,17 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Perceptron", "perceptron_of"]
 
-# The classes that have the slopes of an operation.
-_CLASSES: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU, "relu6": nn.ReLU6, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid,
-    "hardsigmoid": nn.Hardsigmoid, "hardswish": nn.Hardswish, "silu": nn.SiLU, "gelu": nn.GELU,
-    "selu": nn.SELU, "log_sigmoid": nn.LogSigmoid,
-}  # fmt: skip
-_BOTH_SIGNS = {"abs", "mish", "elu", "softplus", "sin", "cos", "erf", "asinh", "leaky_relu",
-               "prelu"}  # fmt: skip
-"""Operations on entries whose slopes are within plus and minus the constant of their rule."""
-_RISING = {"atan", "hardtanh", "softshrink"}
-"""Those whose slopes are within zero and that constant."""
 _SIDE = {"fast": 0, "default": 256, "tight": 1024}
 
 
@@ -105,46 +91,17 @@ def _activation(walker: Walker, state: State) -> Activation | None:
     shape, parent = state.shape, state.parents[0]
     if shape != parent.shape or not isinstance(state.node.meta.get("val"), Tensor):
         return None
-    width, mark, op = math.prod(shape), mark_of(state.node), state.call.op
+    width, mark = math.prod(shape), mark_of(state.node)
     if mark is not None:
         target = walker.program.calls[mark[0]].target
         if mark[1] >= 0 or len(shape) != 1:
             return None
-        module = target if isinstance(target, nn.Module) else _module(target, state.call)
-        return None if module is None else activation_of(module, width)
-    if not isinstance(canonical(state.node.target), str):
+        if isinstance(target, nn.Module):
+            return activation_of(target, width)
+    else:
+        target = state.node.target
+    record = record_of(target)
+    if record is None or record.slopes is None:
         return None
-    if op in _CLASSES:
-        return activation_of(_CLASSES[op](), width)
-    least = _least(state, op)
-    if least is None:
-        return None
-    largest = walker.step_of(state).gains[0].value
-    low, high = (torch.full((width,), v, dtype=torch.float64) for v in (least * largest, largest))
-    return Activation(torch.relu, low, high)  # the function is not read, only its slopes are
-
-
-def _module(target: Any, call: Call) -> nn.Module | None:
-    """The module of a function of ours."""
-    if target is max_min:
-        return layers.MaxMin(call.get(1, "dim", 1))
-    if target is group_sort:
-        return layers.GroupSort(call.get(1, "group_size", 2), call.get(2, "dim", 1))
-    if target is householder:
-        theta = call.constant(1, "theta")
-        module = layers.HouseholderActivation(2 * len(theta), call.get(2, "dim", 1))
-        module = module.double().requires_grad_(False)
-        module.theta.copy_(theta)
-        return module
-    return None
-
-
-def _least(state: State, op: str) -> float | None:
-    """The smallest slope in units of the largest modulus, or None for another operation."""
-    if op == "softplus" or op == "elu":
-        plain = all(isinstance(v, (int, float)) and v > 0 for v in state.call.args[1:])
-        return 0.0 if op == "elu" and plain else -1.0
-    if op == "leaky_relu":
-        slope = state.call.get(1, "negative_slope", 0.01)
-        return 0.0 if isinstance(slope, (int, float)) and slope >= 0 else -1.0
-    return 0.0 if op in _RISING else -1.0 if op in _BOTH_SIGNS else None
+    record.check(state.call)
+    return record.slopes(state.call, width)

@@ -12,9 +12,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from orthonet.certify._bound import Bound
-from orthonet.certify._rules import Operand
+from orthonet.certify._rules import Operand, parameters, record_of
 from orthonet.linalg._rounding import add_up, hypot_up, mul_up
 from orthonet.linalg.enclosure import spectral_norm_bound
 
@@ -145,37 +146,45 @@ def _compatible(rows: list[_Combination | None]) -> bool:
 
 def _piece(state: State) -> _Combination | None:
     """A slice, a selected entry, or a part of a split, as a piece of the tensor it is cut from."""
-    call, node = state.call, state.node
-    if call.op == "getitem" and state.parents:
-        split = state.parents[0]
-        place: Any = node.args[1]
-        if split.call.op not in ("split", "split_with_sizes", "chunk", "unbind", "tensor_split"):
-            return None
-        sizes = split.node.meta["val"]
-        default = 0
-        dim = split.call.get(1 if split.call.op == "unbind" else 2, "dim", default)
-        if not split.parents or not isinstance(dim, int):
-            return None
-        whole = split.parents[0]
-        dim %= len(whole.shape) + 1
-        lengths = [1 if split.call.op == "unbind" else int(t.shape[dim]) for t in sizes]
-        begin = sum(lengths[:place])
-        return _Combination(whole, dim, {(begin, begin + lengths[place]): 1.0})
-    if call.op not in ("slice", "select") or len(state.parents) != 1:
+    place: Any = None
+    cut = state
+    if state.call.op == "getitem" and state.parents:
+        place, cut = state.node.args[1], state.parents[0]
+    record = record_of(cut.node.target)
+    if (
+        record is None
+        or not record.cuts
+        or len(cut.parents) != 1
+        or (cut is state) != (place is None)
+    ):
         return None
-    whole = state.parents[0]
-    dim = call.get(1, "dim", 0) % (len(whole.shape) + 1)
-    size = whole.shape[dim - 1] if dim else 0
-    if call.op == "select":
-        begin = call.get(2, "index", 0) % max(size, 1)
-        return _Combination(whole, dim, {(begin, begin + 1): 1.0}) if dim else None
-    begin, end, stride = (call.get(i, name, None) for i, name in _SLICE)
-    begin, end = begin or 0, size if end is None else end
-    if not dim or stride not in (None, 1):
-        return None
-    if begin < 0 or end < 0:
-        begin, end = begin % size if begin < 0 else begin, end % size if end < 0 else end
-    return _Combination(whole, dim, {(min(begin, size), min(end, size)): 1.0})
+    whole = cut.parents[0]
+    dim = cut.call["dim"] % (len(whole.shape) + 1)
+    found = _range(cut, dim, whole.shape[dim - 1], place) if dim else None
+    return None if found is None else _Combination(whole, dim, {found: 1.0})
 
 
-_SLICE = ((2, "start"), (3, "end"), (4, "step"))
+def _range(state: State, dim: int, size: int, place: Any) -> tuple[int, int] | None:
+    """Where a piece begins and ends: the operation itself is run on the numbers of the entries."""
+    shape = [1] * (len(state.parents[0].shape) + 1)
+    shape[dim] = size
+    numbers = torch.arange(size).reshape(shape)
+    listed = [state.call.arguments[name] for name in parameters(state.call.target)][1:]
+    if not all(map(_is_plain, listed)):
+        return None
+    result: Any = state.call.target(numbers, *listed)
+    if place is not None:
+        result = result[place]
+    if not isinstance(result, Tensor):  # a split itself, before a part is taken
+        return None
+    entries = result.flatten().tolist()
+    begin = entries[0] if entries else 0
+    end = begin + len(entries)
+    return (begin, end) if entries == list(range(begin, end)) else None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an argument is numbers alone."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, int)

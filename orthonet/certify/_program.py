@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ class Program:
         moving: The nodes of the graph whose values depend on the input.
         autocast: The dtype of autocast, None where it is off.
         dtypes: The dtypes of the floating values that were found under autocast.
+        needed: All nodes that lead to the output, also those that do not depend on the input.
+        stored: The parameters, buffers and lifted constants of the graph, by their names.
+        structure: Compares the graph with those of other ways to call the model.
     """
 
     nodes: list[fx.Node]
@@ -55,6 +59,9 @@ class Program:
     moving: set[fx.Node] = field(default_factory=set)
     autocast: torch.dtype | None = None
     dtypes: dict[fx.Node, torch.dtype] = field(default_factory=dict)
+    needed: list[fx.Node] = field(default_factory=list)
+    stored: dict[str, Tensor] = field(default_factory=dict)
+    structure: Callable[[], None] = lambda: None
 
     def dtype_of(self, node: fx.Node) -> torch.dtype:
         """The dtype of the value of a node, of the first of several values."""

@@ -16,16 +16,17 @@ from orthonet.certify._advice import ADVICE
 from orthonet.certify._affine import Island, action_of, materialise, moves
 from orthonet.certify._autocast import round_constants
 from orthonet.certify._bound import Bound, Row
-from orthonet.certify._consistency import check_same_function, check_samples_apart
+from orthonet.certify._consistency import check_same_function, check_samples_apart, run_once
 from orthonet.certify._export import export
 from orthonet.certify._fold import fill
-from orthonet.certify._form_rules import form_of
-from orthonet.certify._forms import form_bound
+from orthonet.certify._forms import form_bound, form_of
 from orthonet.certify._marks import ROOT, LeafCall, mark_of
+from orthonet.certify._modes import exclusive
 from orthonet.certify._norms import limits, matrix_norm
 from orthonet.certify._perceptron import Perceptron, perceptron_of
 from orthonet.certify._pieces import Pieces
 from orthonet.certify._program import Program, op_name, path_of, source_of
+from orthonet.certify._progress import report
 from orthonet.certify._rules import (
     REARRANGEMENT,
     BatchDependent,
@@ -38,6 +39,7 @@ from orthonet.certify._rules import (
     module_rule,
 )
 from orthonet.certify._state import State
+from orthonet.certify._structure import check_batch_in_shapes
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import add_up
 
@@ -54,14 +56,24 @@ def propagate(
     autocast: torch.dtype | None = None,
 ) -> Walker:  # fmt: skip
     """Bound the l2 -> l2 constant of `model`, sample by sample, in the shapes of `examples`."""
-    program = export(model, examples, autocast)
-    if autocast is not None:
-        round_constants(program)
-    check_same_function(model, program)
+    with exclusive():
+        run_once(model, examples, autocast)
+        program = export(model, examples, autocast)
+        if autocast is not None:
+            round_constants(program)
+        check_same_function(model, program)
     walker = Walker(model, program, prefix)
     walker.walk()  # names the operation that mixes samples, where it knows it
-    check_samples_apart(model, program)
+    with exclusive():
+        check_samples_apart(model, program)
+        check_batch_in_shapes(program.needed, program.moving, program.batch)
+        program.structure()
+    program.structure = _compared  # let the copy of the model go
     return walker
+
+
+def _compared() -> None:
+    """The graph has been compared."""
 
 
 class Walker:
@@ -88,12 +100,14 @@ class Walker:
             else:
                 self._visit(node, shape)
         self.outputs = [self.states.get(n) for n in self.program.outputs]
-        found = list(dict.fromkeys(s for s in self.outputs if s is not None))
+        found = [s for s in self.outputs if s is not None]  # one that is returned twice, twice
         bounds = [self.bound_of(s) for s in found]
         if len(bounds) == 1:
             self.bound = bounds[0]
         elif bounds:
-            joint = self.pieces.side_by_side(found)
+            joint = None
+            if len(set(found)) == len(found):
+                joint = self.pieces.side_by_side(found)
             total = Bound.hypot(*bounds)
             self.bound = total if joint is None or joint.value >= total.value else joint
 
@@ -109,6 +123,15 @@ class Walker:
         order = {node: i for i, node in enumerate(self.program.nodes)}
         states = sorted(seen, key=lambda s: order[s.node])
         return (*self.extra, *(s.row for s in states if s.row is not None))
+
+    def roundings(self) -> float:
+        """How often a number is rounded on its way through: the terms of all sums, and more."""
+        total = 0.0
+        for state in self.states.values():
+            weights = [w for w in state.call.args if isinstance(w, Tensor) and w.ndim > 1]
+            terms = max((w.numel() // max(1, len(w)) for w in weights), default=0)
+            total += terms + 2.0
+        return total
 
     # what a node is ---------------------------------------------------------------------------
 
@@ -139,6 +162,7 @@ class Walker:
         rest = value.shape[1:]
         whole = value.ndim >= 1 and str(value.shape[0]) == self.program.batch
         if not whole or not all(isinstance(size, int) for size in rest):
+            self._refuse_attention()
             self._refuse(
                 node,
                 "dim 0 must stay the batch, neither moved, merged, nor mixed into other dims",
@@ -163,6 +187,21 @@ class Walker:
             )
         return tuple(rest)
 
+    def _refuse_attention(self) -> None:
+        """Name a product of two values of the input, where there is one: no reshaping helps it."""
+        moving = self.program.moving
+        for node in self.program.nodes:
+            name = op_name(node)
+            values = [n.meta.get("val") for n in node.all_input_nodes if n in moving]
+            both = sum(isinstance(v, Tensor) and v.ndim > 2 for v in values) >= 2
+            if both and name in ("scaled_dot_product_attention", "bmm", "matmul", "einsum"):
+                advice = ADVICE["scaled_dot_product_attention" if name[0] == "s" else "bmm"]
+                self._refuse(
+                    node, "every operation on the input must have a Lipschitz rule",
+                    f"{advice}; or register a rule for the class of the module at this path with "
+                    "@register_rule",
+                )  # fmt: skip
+
     # visiting ---------------------------------------------------------------------------------
 
     def _visit(self, node: fx.Node, shape: tuple[int, ...]) -> None:
@@ -177,6 +216,7 @@ class Walker:
             call = Call(
                 name, path, fill(leaf.args, values),
                 {k: fill(v, values) for k, v in leaf.kwargs.items()}, shape, source_of(node),
+                leaf.target,
             )  # fmt: skip
             state = State(node, call, shape, self.program.constants, parents)
             state.step = self._leaf_step(state, leaf)
@@ -185,7 +225,7 @@ class Walker:
             kwargs = self._argument(node.kwargs)
             name = canonical(node.target)
             name = name if isinstance(name, str) else op_name(node)
-            call = Call(name, self.path(node), args, kwargs, shape, source_of(node))
+            call = Call(name, self.path(node), args, kwargs, shape, source_of(node), node.target)
             state = State(node, call, shape, self.program.constants, parents)
             action = action_of(state)
             sources = {p.start for p in parents}
@@ -283,6 +323,8 @@ class Walker:
         """The smallest bound of a node that is found, from the input of the model to it."""
         if state.bound is None:
             state.bound = self._best(state)
+            done = sum(s.bound is not None for s in self.states.values())
+            report(done, len(self.states), f"{state.call.op} of {state.call.path}")
         return state.bound
 
     def _best(self, state: State) -> Bound:

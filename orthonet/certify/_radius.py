@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "NORMS",
     "RadiusCurve",
     "certified_radius",
+    "check_radii",
     "convert_radius",
     "correct_within",
     "pairwise_constants",
@@ -76,18 +77,33 @@ def certified_radius(
     *,
     labels: Tensor | None = None,
     target: Tensor | None = None,
+    outputs: Collection[int] = (),
+    dtype: torch.dtype | None = None,
+    roundings: float = 0.0,
 ) -> Tensor:
-    """L2 radii (N,) in float64, rounded downward; see `LipschitzCertificate.radius`."""
-    logits = _checked(logits)
-    shrink = 1.0 - 4 * UNIT_ROUNDOFF  # the roundings of a difference, a quotient, and this product
+    """L2 radii (N,) in float64, rounded downward; see `LipschitzCertificate.radius`.
+
+    `rounding` bounds the l2 error of all logits of a sample. Without it each logit is off by the
+    rounding of its own dtype, or of `dtype`, that of the model, where this one holds all of them.
+    Of `roundings` on the way most cancel: 8 times their root counts, or all where there are few,
+    relative to the largest logit; in float64 only the last one.
+    """
+    given, logits = logits, _checked(logits, outputs)
+    unit = _roundoff(given, dtype) if rounding is None else None
+    many = 0.0
+    if unit and unit[0] > UNIT_ROUNDOFF:
+        many = min(roundings, 8.0 * math.sqrt(roundings)) * 2.0**-24  # sums are in float32
     # Two logits, at the sample and at the other point, are each off by at most the rounding.
-    off = torch.zeros(len(logits), dtype=torch.float64) if rounding is None else rounding * 2.0
-    off = off * (1.0 + 4 * UNIT_ROUNDOFF)
+    off = torch.zeros(len(logits), dtype=torch.float64)
+    if rounding is not None:
+        off = _above(rounding * 2.0)
     if logits.ndim == 1:
         _checks.require(target is None, "LipschitzCertificate", "a binary classifier has no target",
                         "Leave it out", target=target)  # fmt: skip
         bound = torch.tensor(constant, dtype=torch.float64)
-        radii = _quotient(logits.abs() - off, bound) * shrink
+        if unit:
+            off = _above(logits.abs() * (2.0 * max(unit[0], many))) + unit[1]
+        radii = _quotient(_less(logits.abs(), off), bound)
         if labels is None:
             return radii
         return torch.where((logits > 0) == (_classes(labels, len(logits), None) > 0), radii, 0.0)
@@ -106,8 +122,13 @@ def certified_radius(
     if labels is not None:
         predicted = _classes(labels, len(logits), classes)
     top = logits.gather(1, predicted[:, None])
-    margin = (top - logits) * shrink - (off * up(math.sqrt(2.0)))[:, None]
-    radii = _quotient(margin, pairs[predicted]) * shrink
+    less = _above(off * up(math.sqrt(2.0)))[:, None].expand_as(logits)
+    if unit:  # of both logits, scaled first so that the sum does not overflow
+        twice = 2.0 * unit[0]
+        less = _above(top.abs() * twice + logits.abs() * twice) + unit[1]
+        if many:
+            less = torch.maximum(less, _above(logits.abs().amax(1, keepdim=True) * (4.0 * many)))
+    radii = _quotient(_less(top, logits, less), pairs[predicted])
     radii.scatter_(1, predicted[:, None], math.inf)
     least = radii.amin(1)
     if target is None:
@@ -115,6 +136,33 @@ def certified_radius(
     aim = _classes(target, len(logits), classes)
     # Another class may be the predicted one already: then there is nothing to protect.
     return torch.where(least > 0, radii.gather(1, aim[:, None])[:, 0], 0.0)
+
+
+def _roundoff(logits: Tensor, dtype: torch.dtype | None) -> tuple[float, float]:
+    """The unit roundoff of logits, and four times the smallest number: what underflow takes.
+
+    Logits of a float32 model that were cast to float64 still carry the rounding of float32: where
+    the dtype of the model holds all of them, it counts.
+    """
+    kind = logits.dtype
+    if dtype is not None and torch.finfo(dtype).eps > torch.finfo(kind).eps:
+        kind = dtype if torch.equal(logits.to(dtype).to(kind), logits) else kind
+    info = torch.finfo(kind)
+    return info.eps / 2, 4.0 * info.smallest_normal * info.eps
+
+
+def _above(values: Tensor) -> Tensor:
+    """The next floats: not less than what a rounded operation stands for; zero stays zero."""
+    return torch.where(values == 0, values, values.nextafter(torch.tensor(torch.inf).double()))
+
+
+def _less(first: Tensor, *others: Tensor) -> Tensor:
+    """A difference rounded downward, also where it overflows or the first operand is subnormal."""
+    down = torch.tensor(-torch.inf, dtype=torch.float64)
+    for other in others:
+        found = (first - other).nextafter(down)
+        first = torch.where(other == 0, first, found)
+    return first
 
 
 def _classes(labels: Tensor, count: int, classes: int | None) -> Tensor:
@@ -134,7 +182,9 @@ def convert_radius(radii: Tensor, norm: str, entries: int) -> Tensor:
     _checks.one_of("LipschitzCertificate", NORMS, norm=norm)
     if norm != "linf" or entries <= 1:
         return radii
-    return radii / sqrt_up(entries) * (1.0 - 2 * UNIT_ROUNDOFF)
+    quotient = radii / sqrt_up(entries)
+    below = quotient.nextafter(torch.zeros((), dtype=torch.float64))
+    return torch.where(radii.isinf(), radii, below)
 
 
 def reach(constant: float, radius: float, norm: str, entries: int) -> float:
@@ -177,23 +227,55 @@ class RadiusCurve:
 
     def at(self, radius: float) -> float:
         """The share of samples that are right and certified beyond `radius`; at 0 `clean`."""
+        check_radii("RadiusCurve", [radius])
         if radius <= 0:
             return self.clean
         return int((self.radii > radius).sum()) / max(1, self.samples)
 
 
+def check_radii(owner: str, radii: Sequence[float]) -> None:
+    """Every radius must be a number that is not negative."""
+    good = isinstance(radii, (Sequence, Tensor)) and all(
+        isinstance(r, (int, float, Tensor)) and float(r) >= 0.0 for r in radii
+    )
+    _checks.require(
+        good, owner, "radii must be a list of numbers >= 0",
+        "Pass e.g. radii=[0.0, 0.1]; 0 gives the clean accuracy", radii=radii,
+    )  # fmt: skip
+
+
 def _quotient(margin: Tensor, constant: Tensor) -> Tensor:
-    """The quotient; a tie has radius 0 even where the constant is 0."""
-    return torch.where(margin > 0, margin / constant, 0.0)
+    """The quotient rounded downward; a tie has radius 0 even where the constant is 0.
+
+    A finite margin over a positive constant is never infinite, even where the division overflows.
+    """
+    below = (margin / constant).nextafter(torch.zeros((), dtype=torch.float64))
+    below = torch.where(constant == 0, math.inf, below)
+    return torch.where(margin > 0, below, 0.0)
 
 
-def _checked(logits: Tensor) -> Tensor:
-    shaped = 1 <= logits.ndim <= 2 and logits.is_floating_point()
+def _checked(logits: Tensor, outputs: Collection[int] = ()) -> Tensor:
+    """The logits in float64; of one output as a vector.
+
+    `outputs` are the numbers of classes that the certified model has, where they are known.
+    """
+    shaped = (
+        isinstance(logits, Tensor) and 1 <= logits.ndim <= 2 and logits.is_floating_point()
+    )  # fmt: skip
     _checks.require(
         shaped and (logits.ndim == 1 or logits.shape[1] >= 1),
         "LipschitzCertificate",
         "logits must be (N, classes), or (N,) or (N, 1) for a binary classifier",
         "Flatten the other dimensions into the batch",
+        logits=logits,
+    )
+    classes = 1 if logits.ndim == 1 else logits.shape[1]
+    _checks.require(
+        not outputs or classes in outputs,
+        "LipschitzCertificate",
+        f"logits must have {' or '.join(map(str, sorted(set(outputs))))} classes, "
+        "as the output of the certified model has",
+        "Pass a batch (N, classes): one sample as logits[None], and nothing squeezed",
         logits=logits,
     )
     logits = logits.detach().to("cpu", torch.float64)
@@ -211,11 +293,12 @@ def correct_within(
     logits: Tensor, labels: Tensor, radius: Tensor, radii: Sequence[float]
 ) -> list[int]:
     """How many samples are predicted rightly and certified beyond each of `radii`."""
+    check_radii("certified_accuracy", radii)
     logits, labels = _checked(logits), labels.detach().to("cpu").reshape(-1)
     _checks.require(
-        len(labels) == len(logits),
+        len(labels) == len(logits) and (logits.ndim == 1 or not labels.is_floating_point()),
         "certified_accuracy",
-        "there must be one label for each sample",
+        "there must be one label for each sample, an integer",
         "Pass class indices, not one-hot vectors",
         labels=labels,
         logits=logits,

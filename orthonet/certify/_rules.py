@@ -6,10 +6,11 @@ graph that the call was found in.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
@@ -18,24 +19,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet._torch import NN_FUNCTIONS, is_hooked, operation_name
+from orthonet._torch import NN_FUNCTIONS, is_hooked, is_overload, operation_name
 from orthonet.certify._bound import Bound
+from orthonet.certify._norms import conv_norm
 from orthonet.errors import UncertifiableError
+from orthonet.linalg._sizes import Rounding
+from orthonet.linalg.enclosure import spectral_norm_bound
 
 __all__ = [
     "COPY",
     "REARRANGEMENT",
+    "RECORDS",
     "BatchDependent",
     "Call",
     "Operand",
     "Rounding",
     "Step",
     "as_step",
+    "bind",
     "canonical",
     "exact",
     "function_leaves",
     "function_rule",
+    "is_default",
     "module_rule",
+    "of_squares",
+    "overload_name",
+    "parameters",
+    "record_of",
     "register_rule",
     "scalar_rounding",
     "upper",
@@ -60,22 +71,16 @@ class Operand:
         self._state = state  # what the walk knows of it
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the tensor is traced in."""
+        value = None if self._state is None else self._state.node.meta.get("val")
+        return value.dtype if isinstance(value, Tensor) else torch.float32
+
+    @property
     def bound(self) -> Bound:
         if not isinstance(self._bound, Bound):
             self._bound = self._bound()
         return self._bound
-
-
-class Rounding(NamedTuple):
-    r"""A bound of the rounding of one operation: $\gamma_{count} (size \|x\| + offset)$ in l2.
-
-    Half precision rounds what is stored three times in each of `stages`.
-    """
-
-    count: float
-    size: float
-    offset: float = 0.0
-    stages: int = 1
 
 
 Roundings = float | Rounding | Callable[[Callable[..., float]], Rounding] | None
@@ -166,6 +171,7 @@ class Call:
         kwargs: The keyword arguments, likewise.
         output_shape: The shape of one sample of the output.
         source: The line of code that it comes from, where that is known.
+        target: The function that is called; its schema or signature names the arguments.
     """
 
     op: str
@@ -174,6 +180,34 @@ class Call:
     kwargs: dict[str, Any]
     output_shape: tuple[int, ...]
     source: str = ""
+    target: Any = None
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """Every argument by its name in the schema of `target`, defaults filled in."""
+        return bind(self.target, self.args, self.kwargs)
+
+    def __getitem__(self, name: str) -> Any:
+        """The argument of this name; also of the overloads that have it only."""
+        return self.arguments[name]
+
+    def given(self, name: str, default: Any = None) -> Any:
+        """The argument of this name, or `default` where the overload has none."""
+        return self.arguments.get(name, default)
+
+    def number(self, name: str) -> float:
+        """The argument of this name as a float; anything else is refused."""
+        value = self.arguments[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.refuse(f"argument {name!r} must be a number", "Use a constant of the model")
+        return float(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """The argument of this name as a truth value; anything else is refused."""
+        value = self.arguments.get(name, default)
+        if not isinstance(value, (bool, int)):
+            self.refuse(f"argument {name!r} must be True or False", "Use a constant of the model")
+        return bool(value)
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -193,7 +227,7 @@ class Call:
     @property
     def operand(self) -> Operand:
         """The only operand, the first argument; more are refused."""
-        first = self.get(0, "input", None)
+        first = self.args[0] if self.args else next(iter(self.kwargs.values()), None)
         if len(self.operands) != 1 or not isinstance(first, Operand):
             self.refuse(
                 "this operation is certified for one tensor that depends on the input, in the "
@@ -209,9 +243,16 @@ class Call:
             return self.args[position]
         return self.kwargs.get(name, default)
 
+    def fixed(self, name: str) -> Tensor:
+        """The argument of this name as a finite float64 tensor on the CPU, or it is refused."""
+        return self.as_constant(self.arguments[name], name)
+
     def constant(self, position: int, name: str) -> Tensor:
         """A constant argument as a float64 tensor on the CPU; finite, or it is refused."""
-        value = self.get(position, name, None)
+        return self.as_constant(self.get(position, name, None), name)
+
+    def as_constant(self, value: Any, name: str) -> Tensor:
+        """`value` as a finite float64 tensor on the CPU, or it is refused by this name."""
         if isinstance(value, BatchDependent) and value.rows:
             value = value.value[:1]  # one for each sample, all the same
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -221,6 +262,8 @@ class Call:
                 f"argument {name!r} must be a constant of the model",
                 "Values that depend on the input or on the batch size cannot scale it",
             )
+        if value.layout is not torch.strided:
+            value = value.to_dense()
         value = value.detach().to("cpu", torch.float64)
         if not bool(value.isfinite().all()):
             self.refuse(f"argument {name!r} must be finite", "Look for a NaN or an infinity")
@@ -245,6 +288,48 @@ class Call:
         _checks.fail("certify", requirement, advice, UncertifiableError, **where)
 
 
+_REQUIRED = object()
+
+
+@functools.cache
+def parameters(target: Any) -> dict[str, Any]:
+    """The names of the arguments of a function, in order, with their defaults."""
+    schema = getattr(target, "_schema", None)
+    if schema is not None:
+        return {
+            a.name: a.default_value if a.has_default_value() else _REQUIRED
+            for a in schema.arguments
+        }
+    empty = inspect.Parameter.empty
+    return {
+        name: _REQUIRED if parameter.default is empty else parameter.default
+        for name, parameter in inspect.signature(target).parameters.items()
+    }
+
+
+def bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name; defaults stand for those that are not given."""
+    names = parameters(target)
+    found = {name: value for name, value in names.items() if value is not _REQUIRED}
+    found.update(zip(names, args, strict=False))
+    found.update(kwargs)
+    return found
+
+
+def is_default(target: Any, name: str, value: Any) -> bool:
+    """Whether this value of an argument is what leaving it out means."""
+    default = parameters(target).get(name, _REQUIRED)
+    if default is _REQUIRED or isinstance(value, (Tensor, Operand, BatchDependent)):
+        return False
+    if isinstance(value, (list, tuple)) or isinstance(default, (list, tuple)):
+        both = (value, default)
+        listed = [list(v) if isinstance(v, (list, tuple)) else [v] for v in both]
+        return listed[0] == listed[1]
+    return (type(value) is type(default) and value == default) or (
+        isinstance(value, (int, float)) and isinstance(default, (int, float)) and value == default
+    )
+
+
 class _Entry(NamedTuple):
     rule: Callable[..., Any]
     nested: bool
@@ -252,6 +337,27 @@ class _Entry(NamedTuple):
 
 _MODULES: dict[type[nn.Module], _Entry] = {}
 _FUNCTIONS: dict[Any, Callable[[Call], Any]] = {}
+RECORDS: dict[Any, Any] = {}
+"""The records of `ops`, by the name of an overload ("topk.default") or by a Python function."""
+
+
+def overload_name(target: Any) -> Any:
+    """What a record is known by: the overload of an operation, or a function itself."""
+    if target is operator.getitem:  # a part of several outputs
+        return "getitem"
+    if not is_overload(target):
+        return target
+    name = target._schema.name.removeprefix("aten::")
+    return f"{name}.{target._schema.overload_name or 'default'}"
+
+
+def record_of(target: Any) -> Any:
+    """The record of an operation in `ops`, if there is one."""
+    try:
+        return RECORDS.get(overload_name(target))
+    except TypeError:  # a target that cannot be hashed
+        return None
+
 
 _NAMESPACES = (torch, F, NN_FUNCTIONS, operator, torch.special, torch.linalg)
 _SPELLINGS = {
@@ -340,16 +446,21 @@ _DISPATCHED = {
 
 
 def function_rule(target: Any) -> Callable[[Call], Any] | None:
-    """The rule of a function, method or operation of ATen, if there is one."""
+    """The rule of a function, method or operation of ATen: a registered one, or its record's."""
     try:
-        return _FUNCTIONS.get(canonical(target))
+        found = _FUNCTIONS.get(canonical(target))
     except TypeError:  # a target that cannot be hashed
         return None
+    if found is not None:
+        return found
+    record = record_of(target)
+    return None if record is None else record.step
 
 
 def function_leaves() -> list[Any]:
     """The Python functions that have a rule: they are not looked into."""
-    return [target for target in _FUNCTIONS if not isinstance(target, str)]
+    named = (*_FUNCTIONS, *RECORDS)
+    return list(dict.fromkeys(target for target in named if not isinstance(target, str)))
 
 
 def module_rule(module: nn.Module) -> _Entry | None:
@@ -366,7 +477,30 @@ def module_rule(module: nn.Module) -> _Entry | None:
             return _MODULES[base]
         if base in _MODULES:
             return None
+        if base.__module__.startswith("orthonet.layers.") and hasattr(base, "declared_bound"):
+            known = not hooks and _same_map(type(module), base)
+            return _Entry(_declared, False) if known else None
     return None
+
+
+def _declared(module: Any, input_shape: tuple[int, ...]) -> Step:
+    """What a layer of ours declares of itself."""
+    found = module.declared_bound(input_shape, _NORMS)
+    kind = "exact" if found.exact else "upper"
+    return Step((Bound(found.value, kind=kind),), found.method, roundings=found.rounding)
+
+
+class _Norms:
+    """Proved norms for layers, with the effort in force."""
+
+    def matrix(self, matrix: Tensor) -> float:
+        return spectral_norm_bound(matrix)
+
+    def convolution(self, kernel: Tensor, input_size: tuple[int, ...], **geometry: Any) -> float:
+        return conv_norm(kernel, input_size, **geometry).value
+
+
+_NORMS = _Norms()
 
 
 def _same_map(cls: type, base: type) -> bool:

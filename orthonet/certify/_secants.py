@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -37,13 +38,14 @@ def steepest_secant(
     steps: int,
     step_size: float,
     generator: torch.Generator | None,
+    goal: float = math.inf,
 ) -> tuple[float, Tensor, Tensor] | None:
     """The largest ratio |f(b) - f(a)| / |b - a| that was found, less rounding, and a and b - a.
 
     The direction b - a turns as in a power iteration on the Jacobian, and the pair moves uphill,
     with some noise, where that helps: by `step_size` times the root mean square length of the
     points for the first one, by half, a quarter and an eighth of it for the next ones, in turn.
-    None for a function that does not depend on its input.
+    It ends early where a ratio reaches `goal`; None for a function that is constant.
 
     Shape:
         x: (N, *), the points to start from; a and b - a are single samples (1, *)
@@ -89,5 +91,7 @@ def steepest_secant(
         direction = torch.where(keep, _unit(to_b - to_a), direction)
         uphill = torch.where(keep, _unit(to_a + to_b), uphill)
         reached = torch.maximum(reached, ratio.nan_to_num(0.0, 0.0, 0.0))
+        if float(reached.max()) >= goal:
+            break
     i = int(reached.argmax())
     return max(0.0, float(reached[i])), best[0][i : i + 1], best[1][i : i + 1] * length

@@ -18,9 +18,9 @@ from orthonet import _checks, layers
 from orthonet.certify._bound import Bound
 from orthonet.certify._recurrent_error import StepConstants, recurrent_rounding
 from orthonet.certify._rules import Step, register_rule, upper
-from orthonet.certify._sizes import absolute_matrix
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import add_up, div_up, down, hypot_up, mul_up, sqrt_up, up
+from orthonet.linalg._sizes import absolute_matrix
 from orthonet.linalg.enclosure import spectral_norm_bound
 
 __all__ = ["recurrent_bound", "sequence_bound"]

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import layers
-from orthonet.linalg._rounding import UNIT_ROUNDOFF, down, gamma, up
+from orthonet.linalg._rounding import UNIT_ROUNDOFF, gamma
 
-__all__ = ["Activation", "activation_of"]
+__all__ = ["Activation", "Narrow", "bell", "kinks", "reflections", "rising", "sech2", "sorting"]
 
 Narrow = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -54,7 +53,7 @@ class Activation:
         return torch.maximum(self.lower.abs(), self.upper.abs())
 
 
-def _kinks(knots: tuple[float, ...], slopes: tuple[float | Tensor, ...]) -> Narrow:
+def kinks(knots: tuple[float, ...], slopes: tuple[float | Tensor, ...]) -> Narrow:
     """The slopes of a piecewise linear function: `slopes[i]` left of `knots[i]`."""
 
     def narrow(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +71,7 @@ def _kinks(knots: tuple[float, ...], slopes: tuple[float | Tensor, ...]) -> Narr
     return narrow
 
 
-def _bell(derivative: Callable[[Tensor], Tensor], peak: float) -> Narrow:
+def bell(derivative: Callable[[Tensor], Tensor], peak: float) -> Narrow:
     """The slopes of a function whose derivative is even, positive and falls away from 0."""
     slack = 1e-14  # 40 times the rounding of the derivatives that are used here
 
@@ -85,7 +84,7 @@ def _bell(derivative: Callable[[Tensor], Tensor], peak: float) -> Narrow:
     return narrow
 
 
-def _rising(derivative: Callable[[Tensor], Tensor]) -> Narrow:
+def rising(derivative: Callable[[Tensor], Tensor]) -> Narrow:
     """The slopes of a convex function with slopes in [0, 1]."""
     slack = 1e-14
 
@@ -96,108 +95,13 @@ def _rising(derivative: Callable[[Tensor], Tensor]) -> Narrow:
     return narrow
 
 
-def _sech2(x: Tensor) -> Tensor:
+def sech2(x: Tensor) -> Tensor:
     # 1 - tanh^2 cancels; this form has a small relative error, and underflows to a sound 0.
     e = (-2.0 * x.abs()).exp()
     return 4.0 * e / (1.0 + e).square()
 
 
-_SELU = 1.0507009873554805  # scale
-_SELU_LEFT = 1.0507009873554805 * 1.6732632423543772
-_HARD = 0.16666667164  # torch takes the float32 of 1 / 6
-# (function, least slope, largest slope, narrowing); suprema with many digits were enclosed by
-# interval arithmetic and rounded outward. f(x) - f(-x) = x holds for GELU and SiLU, so that their
-# slopes at x and -x add up to 1.
-_PLAIN: dict[type[nn.Module], tuple[Callable[[Tensor], Tensor], float, float, Narrow | None]] = {
-    nn.ReLU: (torch.relu, 0.0, 1.0, _kinks((0.0,), (0.0, 1.0))),
-    nn.ReLU6: (F.relu6, 0.0, 1.0, _kinks((0.0, 6.0), (0.0, 1.0, 0.0))),
-    nn.Tanh: (torch.tanh, 0.0, 1.0, _bell(_sech2, 1.0)),
-    nn.Sigmoid: (torch.sigmoid, 0.0, 0.25, _bell(lambda x: _sech2(x / 2) / 4, 0.25)),
-    nn.Softsign: (F.softsign, 0.0, 1.0, _bell(lambda x: (1 + x.abs()).square().reciprocal(), 1.0)),
-    nn.LogSigmoid: (F.logsigmoid, 0.0, 1.0, None),
-    nn.Tanhshrink: (F.tanhshrink, 0.0, 1.0, None),
-    nn.Hardsigmoid: (F.hardsigmoid, 0.0, _HARD, None),
-    nn.Hardswish: (F.hardswish, -0.5000001, 1.5000001, None),
-    nn.SELU: (F.selu, 0.0, up(_SELU_LEFT), None),
-    nn.GELU: (F.gelu, -0.1289930725, 1.1289930725, None),  # the larger interval of the two kinds
-    nn.SiLU: (F.silu, -0.0998393238, 1.0998393238, None),
-    nn.Identity: (lambda x: x, 1.0, 1.0, None),
-    layers.Abs: (torch.abs, -1.0, 1.0, _kinks((0.0,), (-1.0, 1.0))),
-}
-
-
-def activation_of(module: nn.Module, width: int) -> Activation | None:
-    """The slopes of a module that acts on vectors of `width` entries; None if it is unknown.
-
-    The class must be a known one itself: a subclass may compute something else.
-    """
-    entry = _PLAIN.get(type(module))
-    if entry is not None:
-        function, low, high, narrow = entry
-        if isinstance(module, nn.GELU):
-            function = lambda x: F.gelu(x, approximate=module.approximate)  # noqa: E731
-        return _entrywise(function, low, high, width, narrow)
-    if type(module) in (layers.MaxMin, layers.GroupSort) and module.dim in (1, -1):
-        return _sorting(module, width)
-    if type(module) is layers.HouseholderActivation and module.dim in (1, -1):
-        return _reflections(module, width)
-    return _with_parameter(module, width)
-
-
-def _entrywise(
-    function: Callable[[Tensor], Tensor], low: float, high: float, width: int, narrow: Narrow | None
-) -> Activation:
-    least, most = (torch.full((width,), value, dtype=torch.float64) for value in (low, high))
-    return Activation(function, least, most, narrow=narrow)
-
-
-def _with_parameter(module: nn.Module, width: int) -> Activation | None:
-    if type(module) is nn.LeakyReLU or type(module) is nn.RReLU:
-        leak = (
-            module.negative_slope
-            if isinstance(module, nn.LeakyReLU)
-            else (module.lower + module.upper) / 2  # in eval
-        )
-        low, high = min(leak, 1.0), max(leak, 1.0)
-        if type(module) is nn.RReLU:
-            low, high = down(low) if low < 1 else low, up(high) if high > 1 else high
-            return _entrywise(lambda x: F.leaky_relu(x, leak), low, high, width, None)
-        return _entrywise(
-            lambda x: F.leaky_relu(x, leak), low, high, width, _kinks((0.0,), (leak, 1.0))
-        )
-    if type(module) is nn.PReLU:
-        leak = module.weight.detach().to("cpu", torch.float64).expand(width)
-        one = torch.ones_like(leak)
-        return Activation(
-            lambda x: torch.where(x >= 0, x, leak * x),
-            torch.minimum(leak, one),
-            torch.maximum(leak, one),
-            narrow=_kinks((0.0,), (leak, 1.0)),
-        )
-    if type(module) is nn.ELU and module.alpha >= 0:
-        return _entrywise(
-            lambda x: F.elu(x, module.alpha), 0.0, max(1.0, module.alpha), width, None
-        )
-    if type(module) is nn.CELU and module.alpha > 0:
-        return _entrywise(lambda x: F.celu(x, module.alpha), 0.0, 1.0, width, None)
-    if type(module) is nn.Softplus and module.beta > 0 and module.threshold >= 20:
-        beta = module.beta
-        return _entrywise(
-            lambda x: F.softplus(x, beta, module.threshold), 0.0, 1.0, width,
-            _rising(lambda x: torch.sigmoid(beta * x)) if module.threshold >= 40 else None,
-        )  # fmt: skip
-    if type(module) is nn.Hardtanh and module.min_val <= module.max_val:
-        ends = (float(module.min_val), float(module.max_val))
-        return _entrywise(lambda x: x.clamp(*ends), 0.0, 1.0, width, _kinks(ends, (0.0, 1.0, 0.0)))
-    if type(module) is nn.Softshrink:
-        ends = (-float(module.lambd), float(module.lambd))
-        return _entrywise(
-            lambda x: F.softshrink(x, module.lambd), 0.0, 1.0, width, _kinks(ends, (1.0, 0.0, 1.0))
-        )
-    return None
-
-
-def _sorting(module: nn.Module, width: int) -> Activation | None:
+def sorting(module: nn.Module, width: int) -> Activation | None:
     """Sorting moves the mean of a group as it is, and what is left shrinks: a basis of both.
 
     In pairs what is left is one difference, whose modulus is taken; of larger groups it is a
@@ -223,7 +127,7 @@ def _sorting(module: nn.Module, width: int) -> Activation | None:
     lower = torch.where(kept, 1.0, -1.0).double()
     groups = torch.where(kept, -1, torch.arange(width) // size) if size > 2 else None
     # Of a pair (a, b) the maximum comes first, or last: (a - b) becomes |a - b| or its negative.
-    modulus = _kinks((0.0,), (-1.0, 1.0) if isinstance(module, layers.MaxMin) else (1.0, -1.0))
+    modulus = kinks((0.0,), (-1.0, 1.0) if isinstance(module, layers.MaxMin) else (1.0, -1.0))
 
     def narrow(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         least, most = modulus(low, high)
@@ -248,7 +152,7 @@ def _on_last_dim(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return layers.GroupSort(int(module.group_size), dim=-1)  # type: ignore[arg-type]
 
 
-def _reflections(module: layers.HouseholderActivation, width: int) -> Activation | None:
+def reflections(module: layers.HouseholderActivation, width: int) -> Activation | None:
     """Each pair is kept along one direction, and the modulus is taken along the other."""
     if module.channels != width:
         return None

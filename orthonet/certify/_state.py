@@ -31,6 +31,7 @@ class State:
     seconds: float = 0.0  # what the rule of its module took
     used: list[State] = field(default_factory=list)
     """The nodes whose bounds the bound was made from."""
+    interval: tuple[float, float] | None = None  # of its entries, see `ops.intervals`
 
     @property
     def start(self) -> State:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from orthonet._checks import in_range, positive_int, require
+from orthonet.layers._declared import Declared, Norms, float64, length_of
+from orthonet.linalg._sizes import Rounding
 
 __all__ = ["BatchLipNorm1d", "BatchLipNorm2d", "BatchLipNorm3d"]
 
@@ -95,6 +98,17 @@ class _BatchLipNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps:g}, momentum={self.momentum}"
+
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
+        with torch.no_grad():
+            gains = float64(self, self.gains())  # as forward computes them
+            mean = float64(self, self.running_mean)
+        largest, repeats = float(gains.abs().max()), math.prod(input_shape[1:])
+        offset = length_of(gains * mean, repeats) + length_of(self.bias, repeats)
+        return Declared(
+            largest, "diagonal of running statistics", True, Rounding(4.0, largest, offset)
+        )
 
 
 class BatchLipNorm1d(_BatchLipNorm):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from orthonet import functional
 from orthonet._checks import in_range, positive_int, require
 from orthonet.layers._activations import HouseholderActivation, MaxMin
+from orthonet.layers._declared import REARRANGEMENT, Declared, Norms, isometric, length_of, refuse
+from orthonet.linalg._sizes import Rounding
 
 __all__ = [
     "OPLU",
@@ -61,6 +63,10 @@ class FullSort(nn.Module):
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
 
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
+        return isometric(self, input_shape, 0.0)
+
 
 class BetaAbs(nn.Module):
     """Modulus of the first share `beta` of the channels, see `orthonet.functional.beta_abs`.
@@ -91,6 +97,10 @@ class BetaAbs(nn.Module):
     def extra_repr(self) -> str:
         return f"beta={self.beta:g}, dim={self.dim}"
 
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
+        return isometric(self, input_shape, 0.0)
+
 
 class SoftHuber(nn.Module):
     r"""Smooth modulus \(\sqrt{x^2 + \delta^2} - \delta\), see `orthonet.functional.soft_huber`.
@@ -118,6 +128,11 @@ class SoftHuber(nn.Module):
 
     def extra_repr(self) -> str:
         return f"delta={self.delta:g}"
+
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
+        rounding = Rounding(64.0, 2.0, 2.0 * math.prod(input_shape) ** 0.5)
+        return Declared(1.0, "slope in (-1, 1)", rounding=rounding)
 
 
 class NActivation(nn.Module):
@@ -169,6 +184,12 @@ class NActivation(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.channels}, dim={self.dim}"
 
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
+        shifts = self.theta.abs().amax(0)
+        repeats = math.prod(input_shape) // max(1, shifts.numel())
+        return isometric(self, input_shape, Rounding(2.0, 1.0, 2.0 * length_of(shifts, repeats)))
+
 
 class HouseholderActivation2(HouseholderActivation):
     r"""Turn and reflect pairs of channels in four learnable sectors (order 2).
@@ -205,6 +226,13 @@ class HouseholderActivation2(HouseholderActivation):
     def forward(self, x: Tensor) -> Tensor:
         return functional.householder_order2(x, self.theta, self.dim)
 
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
+        # For exact angles; that sines and cosines and the choice of the sector round is counted
+        # with the forward pass, relative to the largest angle.
+        angle = float(self.theta.detach().abs().max()) + 2.0 * math.pi
+        return isometric(self, input_shape, Rounding(128.0, 4.0 * (1.0 + angle)))
+
 
 class ChannelShuffle(nn.Module):
     """Interleave blocks of channels, so that grouped layers behind it mix them.
@@ -240,3 +268,9 @@ class ChannelShuffle(nn.Module):
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}, dim={self.dim}"
+
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
+        if self.dim % (len(input_shape) + 1) == 0:
+            refuse(self, "the channels must not be the batch", "Choose another dim")
+        return Declared(1.0, REARRANGEMENT, True, 0.0)

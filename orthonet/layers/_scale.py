@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from orthonet._checks import in_range, positive_int, require
+from orthonet.layers._declared import Declared, Norms
 
 __all__ = ["FirstChannels", "Scale"]
 
@@ -40,6 +41,10 @@ class Scale(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.factor:g}"
+
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
+        return Declared(abs(self.factor), "factor", True, 1.0)
 
 
 class FirstChannels(nn.Module):

@@ -218,11 +218,12 @@ def test_what_is_not_covered_is_refused():
 
 def test_accuracy_is_that_of_the_model_under_autocast():
     model = nn.Linear(4, 3).eval()
-    certificate = certify(model, torch.zeros(1, 4), autocast=torch.bfloat16)
     seen = []
     model.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    certificate = certify(model, torch.zeros(1, 4), autocast=torch.bfloat16)
+    seen.clear()
     x, labels = torch.randn(6, 4), torch.randint(3, (6,))
-    certified_accuracy(model, certificate, [(x, labels)], [0.0])
+    certified_accuracy(model, [(x, labels)], [0.0], certificate)
     assert seen == [torch.bfloat16]
     assert '"autocast": "bfloat16"' in certificate.to_json()
     assert copy.deepcopy(certificate).autocast == torch.bfloat16

@@ -237,7 +237,7 @@ class Gated(nn.Module):
 REFUSED = {
     "product": (lambda x: x * x.flip(1), "operation='mul'"),
     "square": (lambda x: x**2, "Powers have no global Lipschitz constant"),
-    "quotient": (lambda x: 1 / (1 + x.abs()), "operation='reciprocal'"),
+    "quotient": (lambda x: 1 / (x.abs() - 1), "operation='reciprocal'"),
     "where": (lambda x: torch.where(x > 0, x, x + 1), "operation='gt'"),
     "cast": (lambda x: x.long().float(), "operation='to'"),
     "step": (lambda x: torch.sign(x), "operation='sign'"),
@@ -270,9 +270,9 @@ REFUSED = {
     "no output": (lambda x: None, "output must be a tensor"),
     "softplus": (lambda x: F.softplus(x, threshold=1.0), "jumps at the threshold"),
     "dropout": (lambda x: F.dropout(x, training=True), "function of its input alone|switched off"),
-    "norm of order 1": (lambda x: x.norm(p=1, dim=1), "must be the Euclidean one"),
-    "norm of order 1 in linalg": (
-        lambda x: torch.linalg.norm(x, ord=1, dim=1), "must be the Euclidean one",
+    "norm of order 1/2": (lambda x: x.norm(p=0.5, dim=1), "must be the Euclidean one"),
+    "norm of order 1/2 in linalg": (
+        lambda x: torch.linalg.norm(x, ord=0.5, dim=1), "must be the Euclidean one",
     ),
     "bits": (lambda x: x.view(torch.int32), "float32 or float64|another dtype"),
     "half": (lambda x: x.half().float(), "operation='half'|float32 or float64"),

@@ -38,6 +38,7 @@ LINEAR = {
     "einsum, dots": (lambda s, x: torch.einsum("b...i,oi->b...o", x, s.w), (2, 3, 6)),
     "einsum, implicit": (lambda s, x: torch.einsum("bi,ic", x, s.w), (6,)),
     "einsum, diagonal": (lambda s, x: torch.einsum("bi,i->bi", x, s.b), (6,)),
+    "einsum, three": (lambda s, x: torch.einsum("bi,ij,jk->bk", x, s.w, s.w), (6,)),
     "einsum, alone": (lambda s, x: torch.einsum("bij->bji", x), (2, 3)),
     "einsum, alone, sum": (lambda s, x: torch.einsum("bij->bj", x), (2, 3)),
     "tensordot": (lambda s, x: torch.tensordot(x, s.w, dims=([1], [1])), (6, 2)),
@@ -126,7 +127,7 @@ def test_the_rounding_is_bounded(name):
 
 REFUSED = {
     "product": (lambda s, x: torch.einsum("bi,bi->b", x, x), "no Lipschitz constant"),
-    "three": (lambda s, x: torch.einsum("bi,ij,jk->bk", x, s.w, s.w), "multiply constants before"),
+    "three": (lambda s, x: torch.einsum("bi,bj,jk->bk", x, x, s.w), "no Lipschitz constant"),
     "batch sum": (lambda s, x: torch.einsum("bi,ij->j", x, s.w), "dim 0 must stay the batch"),
     "trace": (lambda s, x: torch.einsum("bi,jj->bi", x, s.w), "stand once in a tensor"),
     "mask of the input": (lambda s, x: torch.where(x > 0, s.b, x), "gt"),

@@ -1,5 +1,4 @@
 import math
-import sys
 
 import pytest
 import torch
@@ -9,9 +8,9 @@ from orthonet import layers
 from orthonet.certify import (
     Bound,
     LipschitzCertificate,
+    apgd_ensemble_l2,
     apgd_l2,
     attack_certificate,
-    auto_attack_l2,
     certify,
     lipschitz_estimate,
     pgd_l2,
@@ -115,10 +114,8 @@ def test_a_wrong_certificate_is_found_out():
     assert report.attacked_accuracy < 0.5
 
 
-@pytest.mark.parametrize("version", ["rand", pytest.param("standard", marks=pytest.mark.slow)])
-def test_autoattack_breaks_no_certificate(version):
+def test_the_ensemble_breaks_no_certificate():
     """Just inside the certified radius of each sample nothing changes, far outside much does."""
-    pytest.importorskip("torchattacks")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), layers.OrthoLinear(25, 16), layers.MaxMin(),
                           layers.UnitNormLinear(16, 5)).eval()  # fmt: skip
@@ -126,35 +123,58 @@ def test_autoattack_breaks_no_certificate(version):
     with torch.no_grad():
         logits = model(x)
     y = logits.argmax(1)
-    radius = certify(model, x).radius(logits)
+    certificate = certify(model, x)
+    radius = certificate.radius(logits)
     state = torch.get_rng_state()
-    points = auto_attack_l2(model, x, y, radius, version=version)
+    points = apgd_ensemble_l2(model, x, y, radius)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(points, x)  # where a class changed, the certificate would be broken
-    points = auto_attack_l2(model, x, y, 8 * radius, version="rand")
+    points = apgd_ensemble_l2(model, x, y, 8 * radius)
     changed = model(points).argmax(1) != y
     assert int(changed.sum()) >= 3  # of 6; observed 6
+    assert torch.equal(points[~changed], x[~changed])
     distance = (points.double() - x.double()).flatten(1).norm(dim=1)
     assert bool((distance <= 8 * radius).all())
     assert float(points.min()) >= 0.0
     assert float(points.max()) <= 1.0
+    report = attack_certificate(model, certificate, x, y, attack=apgd_ensemble_l2)
+    assert (report.attacked, report.broken) == (6, 0)
 
 
-def test_what_autoattack_cannot_do(monkeypatch):
-    model, x, logits = linear_problem(3, torch.float32)
+@pytest.mark.parametrize("classes", [1, 2, 3, 5])
+def test_the_ensemble_meets_the_distance_of_a_linear_classifier(classes):
+    model, x, logits = linear_problem(classes)
+    y = logits.argmax(1) if classes > 1 else (logits[:, 0] > 0).long()
+    distance = certify(model, x).radius(logits)
+    for factor, succeeds in ((1 - 1e-6, False), (1 + 1e-2, True)):
+        points = apgd_ensemble_l2(model, x, y, distance * factor, bounds=None)
+        assert bool(((points - x).norm(dim=1) <= distance * factor).all())
+        after = model(points)
+        changed = (after.argmax(1) if classes > 1 else (after[:, 0] > 0).long()) != y
+        assert bool((changed == succeeds).all())  # every nearest rival is one of the targets
+
+
+def test_points_of_other_attacks_are_checked():
+    model, x, logits = linear_problem(3)
     y = logits.argmax(1)
-    with pytest.raises(ValueError, match="at least four classes"):
-        auto_attack_l2(model, x, y, 0.1, version="rand")
-    with pytest.raises(ValueError, match="x must be float32"):
-        auto_attack_l2(model.double(), x.double(), y, 0.1)
-    model, x, logits = linear_problem(4, torch.float32)
+    certificate = certify(model, x)
+    for far in (lambda m, x, y, r: x + 9.0, lambda m, x, y, r: x + 2.0 * r[:, None]):
+        assert attack_certificate(model, certificate, x, y, attack=far).broken == 0
+
+    def near(model, x, y, radii):
+        return apgd_l2(model, x, y, radii, steps=5, bounds=None)
+
+    wrong = LipschitzCertificate(Bound(0.05 * certificate.constant.value), (), (6,))
+    # of 60; observed 60
+    assert attack_certificate(model, wrong, x, y, bounds=None, attack=near).broken > 30
+    with pytest.raises(ValueError, match="one point for each sample"):
+        attack_certificate(model, certificate, x, y, attack=lambda m, x, y, r: x[:1])
+    with pytest.raises(ValueError, match="labels must be integers"):
+        attack_certificate(model, certificate, x, y.double())
+    with pytest.raises(ValueError, match="loss must be one of 'dlr', 'ce'"):
+        apgd_l2(model, x, y, 0.1, loss="mse")
     with pytest.raises(ValueError, match="x must lie inside the box"):
-        auto_attack_l2(model, x + 2.0, logits.argmax(1), 0.1)
-    with pytest.raises(ValueError, match=r"images .* of at least 5x5 pixels"):
-        auto_attack_l2(model, x, logits.argmax(1), 0.1)
-    monkeypatch.setitem(sys.modules, "torchattacks", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install \"orthonet\[attack\]\""):
-        auto_attack_l2(model, x, logits.argmax(1), 0.1, version="rand")
+        apgd_ensemble_l2(model, x + 2.0, y, 0.1)
 
 
 def test_estimate_is_below_the_constant_and_near_it():

@@ -1,5 +1,6 @@
-"""Soundness: random small networks of all operations against their dense Jacobians."""
+"""Soundness: random graphs over all records, and random networks under autocast."""
 
+import dataclasses
 import random
 import statistics
 
@@ -9,12 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from orthonet import functional, layers
-from orthonet.certify import certify
+from orthonet.certify import Bound, Step, certify
 from orthonet.certify._replay import Replay
+from orthonet.certify._rules import RECORDS
 from orthonet.errors import UncertifiableError
+from orthonet.testing import fuzz_certificates
+from orthonet.testing.fuzz import main
 from tests.references import jacobian_reference
 
-SCALES = (1.0, 1.0, 1.0, 1e-18, 1e18, 1e-9, 1e9, 1e-40)
 ACTIVATIONS = (
     nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Mish, nn.Softplus, nn.ELU, nn.Hardswish, nn.Sigmoid,
     nn.SELU, nn.PReLU, nn.Softsign, nn.Tanhshrink, layers.Abs, lambda: nn.LeakyReLU(-1.5),
@@ -83,7 +86,7 @@ def block() -> nn.Module:
     return Mix(branch, random.randrange(KINDS))
 
 
-def network(seed: int, scales: tuple[float, ...] = SCALES) -> tuple[nn.Module, torch.Tensor]:
+def network(seed: int, scales: tuple[float, ...]) -> tuple[nn.Module, torch.Tensor]:
     random.seed(seed)
     torch.manual_seed(seed)
     x = torch.randn(4, 4, random.choice([5, 6]), random.choice([5, 7]), dtype=torch.float64)
@@ -103,29 +106,41 @@ def network(seed: int, scales: tuple[float, ...] = SCALES) -> tuple[nn.Module, t
     return model.eval(), x
 
 
-def check(seed: int) -> float | None:
-    """The ratio of the bound and the largest Jacobian norm; None for a net that cannot run."""
-    try:
-        model, x = network(seed)
-    except (RuntimeError, ValueError):  # a window larger than the image
-        return None
-    truth = 0.0
-    for sample in torch.cat([x, 1e-3 * x[:1]]):
-        jacobian = jacobian_reference(model, sample)
-        if bool(jacobian.isfinite().all()) and jacobian.numel():
-            size = float(jacobian.abs().max())
-            scaled = jacobian / size if size else jacobian
-            truth = max(truth, float(torch.linalg.matrix_norm(scaled, 2)) * size)
-    effort = random.choice(["fast", "default", "tight"])
-    bound = certify(model, x[:1], lower=False, effort=effort).constant.value
-    assert bound >= truth * (1 - 1e-12), (seed, effort, bound, truth, model)
-    return bound / truth if 1e-300 < truth < 1e300 else None
+def test_random_graphs_are_bounded_from_above():
+    report = fuzz_certificates(160)
+    assert not report.violations, str(report)
+    assert report.graphs == 160
+    assert report.certified > 140  # observed 150; the others hold elu with a negative input_scale
+    assert len(report.operations) > 60  # observed 85
+    assert statistics.median(report.gaps) < 10  # of bound / largest slope; observed 1.0
 
 
-def test_random_networks_are_bounded_from_above():
-    gaps = [gap for gap in map(check, range(36)) if gap is not None]
-    assert len(gaps) > 25  # observed 33
-    assert statistics.median(gaps) < 10  # of bound / largest of 5 Jacobians; observed 1.4
+@pytest.mark.parametrize(("name", "overload"), [("mul", "mul.Tensor"), ("topk", "topk.default")])
+def test_the_fuzzer_finds_a_wrong_rule(name, overload, monkeypatch):
+    """A factor that is halved, and an order that is not looked at."""
+
+    def halved(call):
+        step = right.gain(call)
+        return step._replace(gains=tuple(Bound(g.value / 2) for g in step.gains))
+
+    right = RECORDS[overload]
+    wrong = halved if name == "mul" else lambda call: Step((Bound(1.0),), "selection")
+    monkeypatch.setitem(RECORDS, overload, dataclasses.replace(right, gain=wrong, linear=None))
+    report = fuzz_certificates(24, operations=[name])
+    assert report.violations, str(report)
+    assert all(v.found > v.claimed for v in report.violations)
+
+
+@pytest.mark.slow
+def test_many_random_graphs_are_bounded_from_above():
+    report = fuzz_certificates(2000, seed=10_000)
+    assert not report.violations, str(report)
+    assert report.certified > 1700
+
+
+def test_the_command_reports(capsys):
+    assert main(["--graphs", "2", "--seed", "5"]) == 0
+    assert capsys.readouterr().out.startswith("2 graphs")
 
 
 def check_autocast(seed: int, dtype: torch.dtype) -> float | None:
@@ -174,12 +189,6 @@ def test_random_networks_under_autocast_are_bounded_from_above():
 def test_many_random_networks_under_autocast_are_bounded_from_above(dtype):
     ratios = [r for r in (check_autocast(s, dtype) for s in range(2000, 2300)) if r is not None]
     assert len(ratios) > 200
-
-
-@pytest.mark.slow
-def test_many_random_networks_are_bounded_from_above():
-    gaps = [gap for gap in map(check, range(1000, 1450)) if gap is not None]
-    assert len(gaps) >= 300
 
 
 def test_single_convolutions_with_zero_padding_are_tight():

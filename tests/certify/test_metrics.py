@@ -48,3 +48,5 @@ def test_bad_arguments():
         empirical_accuracy(model, torch.zeros(0, 4), torch.zeros(0), [0.1])
     with pytest.raises(ValueError, match="eval mode"):
         empirical_accuracy(Threshold(), torch.zeros(1, 4), torch.ones(1).long(), [0.1])
+    with pytest.raises(ValueError, match="numbers >= 0"):
+        empirical_accuracy(model, torch.zeros(1, 4), torch.ones(1).long(), [-0.1])

@@ -20,7 +20,7 @@ def certificate(constant=2.0, pairs=None) -> LipschitzCertificate:
 
 
 def test_radius_without_pairs_is_the_margin_over_root_two():
-    logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 0.5, 0.25]])
+    logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 0.5, 0.25]], dtype=torch.float64)
     radius = certificate().radius(logits)
     assert radius.dtype == torch.float64
     # rounded downward by a few units in the last place
@@ -36,7 +36,8 @@ def test_ties_have_radius_zero():
 
 
 def test_binary_classifiers():
-    for logits in (torch.tensor([4.0, -1.0, 0.0]), torch.tensor([[4.0], [-1.0], [0.0]])):
+    vector = torch.tensor([4.0, -1.0, 0.0], dtype=torch.float64)
+    for logits in (vector, vector[:, None]):
         assert certificate().radius(logits).tolist() == pytest.approx([2.0, 0.5, 0.0], rel=1e-15)
         share = certificate().certified_accuracy(logits, torch.tensor([1, 0, 0]), [0.0, 1.0])
         assert share == [1.0, pytest.approx(1 / 3)]
@@ -109,7 +110,7 @@ def test_certified_accuracy_counts():
     loader = [(x[:3], y[:3]), (x[3:], y[3:])]
     radii = [0.0, 0.5, 1.0, 2.0, 3.0]
     expected = [0.75, 0.75, 0.5, 0.25, 0.0]  # distances 1.41, 0.71, wrong, 2.12
-    assert certified_accuracy(model, found, loader, radii) == expected
+    assert certified_accuracy(model, loader, radii, found) == expected
     assert found.certified_accuracy(model(x), y, radii) == expected
 
 
@@ -125,13 +126,13 @@ def test_errors():
     with pytest.raises(ValueError, match="one label for each sample"):
         certificate().certified_accuracy(torch.zeros(2, 3), torch.zeros(3), [0.0])
     with pytest.raises(ValueError, match="the loader must not be empty"):
-        certified_accuracy(nn.Identity().eval(), certificate(), [], [0.0])
+        certified_accuracy(nn.Identity().eval(), [], [0.0], certificate())
     with pytest.raises(ValueError, match="eval mode"):
-        certified_accuracy(nn.Identity(), certificate(), [], [0.0])
+        certified_accuracy(nn.Identity(), [], [0.0], certificate())
 
 
 def test_other_norms_labels_and_targets():
-    logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 0.5, 0.25], [1.0, 1.0, 0.0]])
+    logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 0.5, 0.25], [1.0, 1.0, 0.0]]).double()
     found = certificate()
     plain = found.radius(logits)
     assert torch.equal(found.radius(logits, norm="l1"), plain)
@@ -173,3 +174,76 @@ def test_inputs_that_do_not_fit_are_refused(shape):
     with pytest.raises(ValueError, match="one sample for each row of the logits"):
         found.radius(torch.randn(5, 3), inputs=torch.zeros(shape))
     assert len(found.radius(torch.randn(5, 3), inputs=torch.zeros(5, 2, 3))) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_logits_lose_at_least_the_rounding_of_their_dtype(dtype, classes):
+    """R6: the radius of rounded logits lies below that of any exact logits that round to them."""
+    logits = torch.randn(200, classes, dtype=torch.float64).to(dtype)
+    info = torch.finfo(dtype)
+    unit, tiny = Fraction(info.eps) / 2, 4 * Fraction(info.smallest_normal) * Fraction(info.eps)
+    slack = Fraction(2) ** -48  # of the float64 roundings of the radius itself, 8 of 2^-53
+    for row, found in zip(logits.tolist(), certificate().radius(logits).tolist(), strict=True):
+        exact, radius = [Fraction(v) for v in row], Fraction(found)
+        if classes == 1:
+            size = abs(exact[0])
+            assert radius * 2 < size * (1 - unit) or found == 0.0
+            assert radius * 2 >= (size * (1 - 2 * unit) - tiny) * (1 - slack)
+            continue
+        top = max(exact)
+        margins = [(top - v, unit * (abs(top) + abs(v))) for v in exact if v != top]
+        worst = max(Fraction(0), min(margin - off for margin, off in margins))
+        assert radius**2 * 8 < worst**2 or found == 0.0
+        # and no more than one further rounding of each logit, for the other point
+        least = max(Fraction(0), min(margin - 2 * off - tiny for margin, off in margins))
+        root = Fraction(math.sqrt(8)) * (1 + slack)
+        assert radius * root >= least - slack * max(map(abs, exact))
+
+
+def test_logits_of_a_float32_model_carry_its_rounding_in_float64_too():
+    model = nn.Linear(5, 4).eval()
+    x = torch.randn(50, 5)
+    found, logits = certify(model, x), model(x).detach()
+    assert torch.equal(found.radius(logits.double()), found.radius(logits))
+    assert bool((found.radius(model.double()(x.double()).detach()) > 0).all())
+
+
+def test_the_ends_of_the_range_round_downward():
+    """R3: margins near the overflow and among the subnormal numbers."""
+    largest = torch.finfo(torch.float64).max
+    found = certificate(1.0).radius(torch.tensor([[largest, -largest]], dtype=torch.float64))
+    assert (
+        0.0 < found.item() < math.inf
+        and Fraction(found.item()) ** 2 * 2 <= (2 * Fraction(largest)) ** 2
+    )
+    tiny = torch.tensor([[5e-324, 0.0], [1e-320, 0.0], [2.0, 2.0 - 2.0**-52]], dtype=torch.float64)
+    for constant in (1e-300, 0.75, 1.0, 3.0):
+        radii = certificate(constant).radius(tiny).tolist()
+        for radius, (a, b) in zip(radii, tiny.tolist(), strict=True):
+            assert (
+                Fraction(radius) ** 2 * 2 * Fraction(constant) ** 2
+                <= (Fraction(a) - Fraction(b)) ** 2
+            )
+    steep = certificate(1e-300).radius(torch.tensor([[1e300, 0.0]], dtype=torch.float64)).item()
+    assert steep == largest  # the quotient overflows, the distance is finite
+    flat = certificate(1.0).radius(torch.tensor([[1e-320, 0.0]]).double(), norm="linf").item()
+    assert Fraction(flat) ** 2 * 8 <= Fraction(1e-320) ** 2
+
+
+@pytest.mark.parametrize("shape", [(3,), (5,), (5, 1), (5, 4)])
+def test_logits_of_another_number_of_classes_are_refused(shape):
+    """R5: one sample of three classes is not three samples of a binary classifier."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), nn.ReLU()).eval()
+    found = certify(model, torch.zeros(1, 6))
+    assert found.output_shapes == ((3,),)
+    with pytest.raises(ValueError, match="logits must have 3 classes"):
+        found.radius(torch.randn(shape))
+    with pytest.raises(ValueError, match="logits must have 3 classes"):
+        found.certified_accuracy(torch.randn(shape), torch.zeros(shape[0]).long(), [0.0])
+    with pytest.raises(ValueError, match="logits must have 3 classes"):
+        found.radius(torch.randn(shape), inputs=torch.zeros(shape[0], 6))
+    binary = certify(nn.Sequential(nn.Linear(6, 1)).eval(), torch.zeros(1, 6))
+    assert len(binary.radius(torch.randn(5))) == len(binary.radius(torch.randn(5, 1))) == 5
+    with pytest.raises(ValueError, match="logits must have 1 classes"):
+        binary.radius(torch.randn(5, 2))

@@ -23,13 +23,23 @@ def test_a_cast_to_fewer_bits_jumps():
 
 def test_the_jump_of_softplus_is_counted_as_rounding():
     """At the threshold torch steps from log(1 + e^x) down to x, by 2e-9, which float64 sees."""
+    found = certify(nn.Softplus().eval(), torch.zeros(1, 1))
     model = nn.Softplus().double().eval()
-    found = certify(model, torch.zeros(1, 1, dtype=torch.float64))
     x = torch.tensor([[20.0]], dtype=torch.float64)
     step = float((model(x) - model(x + 1e-12)).abs())
     assert 2e-9 < step < float(found.rounding(x, dtype=torch.float64)) < 3e-9
     low = float(found.rounding(x.float(), dtype=torch.float32))
     assert step < low < 2e-4  # observed 1.6e-4: 64 roundings of 2 * 20 + 0.7
+
+
+def test_softplus_in_float64_jumps_at_its_default_threshold():
+    x = torch.tensor([[20.0]], dtype=torch.float64)
+    above = torch.nextafter(x, torch.full_like(x, 21.0))
+    secant = float(((nn.Softplus()(above) - nn.Softplus()(x)) / (above - x)).abs())
+    assert secant > 1e5
+    with pytest.raises(UncertifiableError, match="jumps at the threshold"):
+        certify(nn.Softplus().double().eval(), x)
+    assert certify(nn.Softplus(1.0, 40.0).double().eval(), x).constant.value == 1.0
 
 
 def test_what_cannot_be_walked_is_named():

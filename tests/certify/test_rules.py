@@ -126,7 +126,7 @@ SMOOTH = {
     "elu": nn.ELU(1.7),
     "celu": nn.CELU(0.4),
     "selu": nn.SELU(),
-    "softplus": nn.Softplus(2.0),
+    "softplus": nn.Softplus(2.0, 40.0),  # at 20 it jumps, and float64 sees it
     "tanh": nn.Tanh(),
     "sigmoid": nn.Sigmoid(),
     "relu": nn.ReLU(),

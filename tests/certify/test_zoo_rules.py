@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthonet import layers
 from orthonet.certify import certify
@@ -102,3 +103,56 @@ def test_the_bound_holds_for_the_weights_that_forward_computes(name):
     rounding = certificate.rounding(x.float())
     assert bool((observed <= rounding).all())
     assert bool((certificate.rounding(x.float(), within=0.5) >= rounding).all())
+
+
+class Factors(TorchDispatchMode):
+    """Collects the sorted entries of every tensor that something is multiplied by."""
+
+    PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "mul", "matmul", "einsum")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name.removeprefix("aten::") in self.PRODUCTS:
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            self.seen += [entries(a) for a in tensors if a.dtype != torch.bool]
+        return func(*args, **(kwargs or {}))
+
+
+def entries(tensor):
+    tensor = tensor.detach().resolve_conj()
+    parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    # a transposed block is conjugated: signs do not count
+    return parts.abs().flatten().sort().values
+
+
+# What `declared_bound` takes the norms of, in the dtype of the layer.
+READ = {
+    "cayley": lambda layer, x: [layer.blocks(tuple(x.shape[-2:]))],
+    "lot": lambda layer, x: [layer.blocks(tuple(x.shape[-2:]))],
+    "bro": lambda layer, x: [layer.blocks(tuple(x.shape[-2:]))],
+    "soc": lambda layer, x: [layer.parametrization()[0]],
+    "sandwich": lambda layer, x: layer.factors(),
+    "cpl": lambda layer, x: layer.parametrization(),
+    "sll": lambda layer, x: layer.parametrization(),
+    "cpl_conv": lambda layer, x: layer.parametrization(),
+    "sll_conv": lambda layer, x: layer.parametrization(),
+    "lipnext": lambda layer, x: [layer.rotation.compute(),
+                                 layer.mixing.compute() @ layer.rotation.compute().mT],
+    "batch_norm": lambda layer, x: [layer.gains()],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_rules_take_the_norms_of_what_forward_multiplies_by(name):
+    layer, shape = hard(name)
+    x = torch.randn(2, *shape)
+    with torch.no_grad():
+        read = [entries(t) for t in READ[name](layer, x)]
+        with Factors() as factors:
+            layer(x)
+    for weight in read:
+        assert any(weight.shape == seen.shape and torch.equal(weight, seen)
+                   for seen in factors.seen), [tuple(s.shape) for s in factors.seen]  # fmt: skip

@@ -182,7 +182,7 @@ def test_robust_accuracy_runs_where_the_model_is():
     model = nn.Sequential(OrthoLinear(6, 6), layers.MaxMin(), OrthoLinear(6, 3)).eval()
     x = torch.randn(20, 6)
     labels = model(x).argmax(1)
-    accuracies = certified_accuracy(model, certify(model, x[:1]), [(x, labels)], (0.0, 0.1, 1e3))
+    accuracies = certified_accuracy(model, [(x, labels)], (0.0, 0.1, 1e3), certify(model, x[:1]))
     assert accuracies[0] == 1.0
     assert accuracies[0] >= accuracies[1] > accuracies[2] == 0.0
 

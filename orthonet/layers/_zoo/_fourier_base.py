@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from orthonet import _checks, functional
 from orthonet._torch import conv_paddings, set_conv_paddings
 from orthonet.layers._base import WithoutPlainWeight
+from orthonet.layers._declared import SAFE, Declared, Norms, float64, image_of, length_of
 from orthonet.layers._zoo._base import (
     adopt_arguments,
     check_circular,
@@ -19,10 +21,12 @@ from orthonet.layers._zoo._base import (
 )
 from orthonet.layers._zoo._export import circular_twin, image_size_of
 from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg._rounding import mul_up
+from orthonet.linalg._sizes import Chained, Rounding, absolute_matrix, fourier_roundings
 from orthonet.linalg.fourier import apply_symbol
 from orthonet.reparametrizers import FourierWeight
 
-__all__ = ["FourierConv2d"]
+__all__ = ["FourierConv2d", "fourier_chain"]
 
 
 class FourierConv2d(WithoutPlainWeight, nn.Module):
@@ -226,3 +230,45 @@ class FourierConv2d(WithoutPlainWeight, nn.Module):
             f"stride={self.stride}, padding={self.padding!r}, padding_mode={self.padding_mode!r}"
         )
         return text if self.groups == 1 else f"{text}, groups={self.groups}"
+
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
+        blocks, size, text = self._symbol(input_shape)
+        value = mul_up(norms.matrix(blocks), self.lipschitz, SAFE)
+        inside = self.in_channels // self.groups * self.stride[0] ** 2
+        same = blocks.shape[-1] == inside and blocks.shape[-2] * self.groups == self.out_channels
+        chain = fourier_chain(Chained(), blocks, size)
+        rounding = self._finished(chain, length_of(self.bias, math.prod(size)))
+        if self.padding_mode == "circular" and same:
+            return Declared(value, text, True, rounding)
+        return Declared(value, text, rounding=rounding)
+
+    def _symbol(self, input_shape: tuple[int, ...]) -> tuple[Tensor, tuple[int, int], str]:
+        """The symbol on the torus that the layer works on, as the transforms of forward apply it.
+
+        The inverse transform takes the Hermitian part of the first and of the last column of
+        frequencies; elsewhere each block is applied as it is.
+        """
+        torus, _ = self._torus(image_of(self, input_shape))
+        size = (torus[0] // self.stride[0], torus[1] // self.stride[0])
+        with torch.no_grad():
+            blocks = float64(self, self.blocks(size))
+        grid = blocks.unflatten(1, (size[0], size[1] // 2 + 1)).clone()
+        opposite = -torch.arange(size[0]) % size[0]
+        for column in {0} | ({size[1] // 2} if size[1] % 2 == 0 else set()):
+            own = grid[:, :, column]
+            grid[:, :, column] = (own + own[:, opposite].conj()) / 2
+        text = "{} Fourier blocks {}x{}".format(blocks.shape[1], *blocks.shape[2:])
+        return grid.flatten(1, 2), size, text
+
+    def _finished(self, chain: Chained | None, bias: float = 0.0) -> Rounding | None:
+        """The factor K and the bias."""
+        return None if chain is None else chain.map(self.lipschitz, 1.0, bias).rounding()
+
+
+def fourier_chain(chain: Chained, blocks: Tensor, size: tuple[int, int]) -> Chained | None:
+    """Behind two transforms and the blocks between them, whose half spectrum counts twice."""
+    transform = fourier_roundings(size)
+    if transform is None:
+        return None
+    return chain.map(2.0 * absolute_matrix(blocks), 2.0 * transform + 4.0 * blocks.shape[-1] + 16.0)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, fx, nn
 
 from orthonet import _checks, functional
 from orthonet.layers._base import WithoutPlainWeight
+from orthonet.layers._declared import (
+    REARRANGEMENT,
+    SAFE,
+    Declared,
+    Norms,
+    float64,
+    image_of,
+    length_of,
+)
 from orthonet.layers._piecewise import BetaAbs
 from orthonet.layers._zoo._base import check_image, match_channels, new_bias
+from orthonet.linalg._rounding import mul_up
+from orthonet.linalg._sizes import Chained, absolute_matrix
 from orthonet.reparametrizers import POLAR_ORTHO_PARAMS, OrthoParams, OrthoWeight
 
 __all__ = ["LipNeXtBlock2d", "SpatialShift2d"]
@@ -51,6 +64,13 @@ class SpatialShift2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"fraction={self.fraction:g}, padding_mode={self.padding_mode!r}"
+
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
+        image_of(self, input_shape)
+        if self.padding_mode == "circular":
+            return Declared(1.0, REARRANGEMENT, True, 0.0)
+        return Declared(1.0, "selection of entries", rounding=0.0)
 
 
 class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
@@ -160,6 +180,20 @@ class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
     def extra_repr(self) -> str:
         scale = "" if self.lipschitz == 1.0 else f", lipschitz={self.lipschitz:g}"
         return f"{self.in_channels}, {self.out_channels}{scale}"
+
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
+        size = image_of(self, input_shape)
+        with torch.no_grad():  # as forward computes them, in its dtype
+            rotation, mixing = self.rotation.compute(), self.mixing.compute()
+            mixing = float64(self, mixing @ rotation.mT)
+        rotation = float64(self, rotation)
+        sizes = norms.matrix(rotation), norms.matrix(mixing)
+        chain = Chained().map(absolute_matrix(rotation), float(len(rotation)))
+        bias = length_of(self.bias, math.prod(size))
+        chain = chain.map(absolute_matrix(mixing), len(mixing) + 1.0, bias).map(self.lipschitz, 1.0)
+        value = mul_up(*sizes, self.lipschitz, SAFE)
+        return Declared(value, "shift between orthogonal mixings", rounding=chain.rounding())
 
 
 class _PlainBlock(nn.Module):

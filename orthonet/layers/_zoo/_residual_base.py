@@ -10,6 +10,7 @@ one number for each row.
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from orthonet import _checks
+from orthonet.layers._declared import (
+    SAFE,
+    Declared,
+    Norms,
+    at_zero,
+    float64,
+    image_of,
+    length_of,
+    of_rows,
+)
 from orthonet.layers._zoo._base import (
     CachedParts,
     InnerWeight,
@@ -26,6 +37,8 @@ from orthonet.layers._zoo._base import (
     new_bias,
 )
 from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg._rounding import add_up, mul_up
+from orthonet.linalg._sizes import Chained, absolute_convolution, absolute_matrix
 from orthonet.linalg.rescaling import convolution_norm_upper, gershgorin_scale
 
 __all__ = ["ACTIVATIONS", "ResidualConv2d", "ResidualLinear", "SlopedWeight"]
@@ -215,6 +228,17 @@ class ResidualLinear(_Residual):
             filter(None, [f"{self.in_features}, {self.out_features}", super().extra_repr()])
         )
 
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
+        weight, scale = deployed_weights(self)
+        norm = norms.matrix(weight * (scale / 2).sqrt()[:, None])
+        chain = Chained().map(absolute_matrix(weight), weight.shape[1] + 1.0, length_of(self.bias))
+        chain = chain.activation(at_zero(self, weight.shape[0]))
+        chain = chain.map(absolute_matrix(weight * scale[:, None]), weight.shape[0] + 2.0)
+        rounding = Chained().plus(chain).map(self.lipschitz, 1.0).rounding()
+        value = step_of_descent(self.lipschitz, norm)
+        return Declared(value, f"|T^-1/2 J| = {norm:.6g}", rounding=of_rows(rounding, input_shape))
+
 
 class ResidualConv2d(_Residual, SameSizeConv2d):
     """CPL and SLL on images."""
@@ -308,3 +332,41 @@ class ResidualConv2d(_Residual, SameSizeConv2d):
         match = _matching(width, (self.in_channels, self.out_channels), -3, self.lipschitz)
         plain = _PlainResidual(inner, copy.deepcopy(self.activation), outer, match)
         return fx.symbolic_trace(plain).train(self.training)
+
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
+        size = image_of(self, input_shape)
+        weight, scale = deployed_weights(self)
+        scale = scale.view(-1, 1, 1, 1)
+        norm = norms.convolution(
+            weight * (scale / 2).sqrt(),
+            size,
+            padding=self._pad,
+            dilation=self.dilation,
+            groups=self.groups,
+            padding_mode=self.padding_mode,
+        )
+        pixels, hidden = math.prod(size), weight.shape[0]
+        first = absolute_convolution(weight, self.groups)
+        second = absolute_convolution(weight * scale, self.groups)
+        terms = float(weight[0].numel())
+        chain = Chained().map(first, terms + 1.0, length_of(self.bias, pixels))
+        chain = chain.activation(at_zero(self, hidden * pixels))
+        chain = chain.map(second, terms * hidden / (weight.shape[1] * self.groups) + 2.0)
+        rounding = Chained().plus(chain).map(self.lipschitz, 1.0).rounding()
+        return Declared(
+            step_of_descent(self.lipschitz, norm), f"|T^-1/2 J| = {norm:.6g}", rounding=rounding
+        )
+
+
+def step_of_descent(factor: float, norm: float) -> float:
+    r"""Constant of x - 2 J^T T^{-1} s(J x + b) with s = |T^{-1/2} J|^2: 1, or 2 s - 1 beyond."""
+    square = mul_up(norm, norm, SAFE)
+    return mul_up(factor, 1.0 if square <= 1.0 else add_up(mul_up(2.0, square), -1.0))
+
+
+def deployed_weights(module: Any) -> tuple[Tensor, Tensor]:
+    """The two tensors of the parametrization as forward computes them, in float64."""
+    with torch.no_grad():
+        first, second = module.parametrization()
+    return float64(module, first), float64(module, second)

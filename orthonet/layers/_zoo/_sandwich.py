@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from orthonet import _checks, functional
 from orthonet.layers._base import WithoutPlainWeight
+from orthonet.layers._declared import SAFE, Declared, Norms, at_zero, float64, length_of, of_rows
 from orthonet.layers._zoo._base import new_bias
 from orthonet.layers._zoo._export import circular_twin
-from orthonet.layers._zoo._fourier_base import FourierConv2d
+from orthonet.layers._zoo._fourier_base import FourierConv2d, fourier_chain
 from orthonet.layers._zoo._residual_base import ACTIVATIONS
 from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg._rounding import mul_up
+from orthonet.linalg._sizes import Chained, absolute_matrix
 from orthonet.linalg.fourier import apply_symbol
 from orthonet.linalg.unitary import cayley_rectangular
 from orthonet.reparametrizers import Weight
@@ -69,6 +72,12 @@ class _Pair(Weight):
 def _clamped(log_scale: Tensor) -> Tensor:
     """The logarithm of Psi, kept within float range."""
     return log_scale.clamp(-20.0, 20.0)
+
+
+# For any A and B, s of slopes in [0, 1] and positive D, x -> sqrt2 K A* D s(sqrt2 D^-1 B x + b) has
+# the constant K N with N = |[A, B]|^2: u = D ds has |u|^2 <= sqrt2 <u, B dx>, and
+# |A* u|^2 <= N |u|^2 - |B* u|^2, so |dy|^2 <= 2 K^2 max_w (sqrt2 N <w, dx> - |w|^2), which is
+# K^2 N^2 |dx|^2.
 
 
 class SandwichLinear(WithoutPlainWeight, nn.Module):
@@ -176,6 +185,20 @@ class SandwichLinear(WithoutPlainWeight, nn.Module):
         scale = "" if self.lipschitz == 1.0 else f", lipschitz={self.lipschitz:g}"
         return f"{self.in_features}, {self.out_features}{scale}"
 
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
+        with torch.no_grad():
+            outer, inner = (float64(self, w) for w in self.factors())
+            psi = float64(self, self.log_scale).clamp(-20.0, 20.0).exp()
+        root = math.sqrt(2.0)
+        a, b = outer.mT / (psi[:, None] * root * self.lipschitz), inner * (psi[:, None] / root)
+        norm = mul_up(norms.matrix(torch.cat([a, b], 1)), SAFE)
+        chain = Chained().map(absolute_matrix(inner), inner.shape[1] + 1.0, length_of(self.bias))
+        chain = chain.activation(at_zero(self, inner.shape[0]))
+        chain = chain.map(absolute_matrix(outer), outer.shape[1] + 1.0)
+        value = mul_up(norm, norm, self.lipschitz, SAFE)
+        return Declared(value, "|[A, B]|^2", rounding=of_rows(chain.rounding(), input_shape))
+
 
 class SandwichConv2d(FourierConv2d):
     r"""Sandwich layer with convolutions A and B that are orthogonalized at each frequency.
@@ -277,3 +300,25 @@ class SandwichConv2d(FourierConv2d):
         )  # fmt: skip
         plain = nn.Sequential(first, copy.deepcopy(self.activation), last)
         return plain.train(self.training)
+
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
+        blocks, size, text = self._symbol(input_shape)
+        width = self.out_channels // self.groups
+        with torch.no_grad():
+            like = torch.empty(0, dtype=compute_dtype(self.parametrization.original.dtype))
+            inner, outer = (float64(self, self._scale(sign, like)) for sign in (-1, 1))
+        inner, outer = (t.view(self.groups, 1, 1, width) for t in (inner, outer))
+        # The product of both scales is 2 up to their rounding, which is counted as one of B.
+        a, b = blocks[:, :, :width], blocks[:, :, width:]
+        norm = mul_up(norms.matrix(torch.cat([a, b * (inner * outer / 2)], 2)), SAFE)
+        pixels = math.prod(size)
+        chain = fourier_chain(Chained(), (b * inner).mH, size)
+        if chain is not None:
+            hidden = chain.map(1.0, 2.0, length_of(self.bias, pixels))
+            hidden = hidden.activation(at_zero(self, self.out_channels * pixels))
+            chain = fourier_chain(hidden, a * outer, size)
+        rounding = self._finished(chain)
+        return Declared(
+            mul_up(norm, norm, self.lipschitz, SAFE), f"|[A, B]|^2, {text}", rounding=rounding
+        )

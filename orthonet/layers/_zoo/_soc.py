@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
+from orthonet.layers._declared import SAFE, Declared, Norms, float64, image_of, length_of, refuse
 from orthonet.layers._zoo._base import CachedParts, SameSizeConv2d, match_channels, new_bias
 from orthonet.layers._zoo._export import circular_twin, image_size_of
 from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg._rounding import add_up, mul_up, up
+from orthonet.linalg._sizes import Chained, absolute_convolution
 from orthonet.linalg.rescaling import convolution_norm_upper
 
 __all__ = ["SOCConv2d", "SkewKernel"]
@@ -193,3 +197,30 @@ class SOCConv2d(SameSizeConv2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, terms={self.terms}"
+
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """The remainder of the series of a skew operator, from a proved norm of it."""
+        size = image_of(self, input_shape)
+        with torch.no_grad():
+            deployed, used = self.parametrization()
+            factor = float(float64(self, self.factor(used)))
+        kernel = float64(self, deployed)
+        grouped = kernel.unflatten(0, (self.groups, -1))
+        if not torch.equal(grouped, -grouped.transpose(1, 2).flip(-2, -1)):
+            refuse(self, "the kernel must be skew", "Make it by L = M - M^T, as the layer does")
+        terms = self._number_of_terms(deployed.dtype)
+        norm = norms.convolution(
+            kernel,
+            size,
+            padding=self._pad,
+            dilation=self.dilation,
+            groups=self.groups,
+            padding_mode=self.padding_mode,
+        )
+        remainder = mul_up(up(math.pow(up(norm), terms)), 1.0 / math.factorial(terms), SAFE)
+        value = mul_up(add_up(1.0, remainder), factor, SAFE)
+        series = math.exp(absolute_convolution(kernel, self.groups))
+        count = terms * (kernel[0].numel() + 3.0)
+        chain = replace(Chained().map(series, count), stages=terms)
+        rounding = chain.map(factor, 1.0, length_of(self.bias, math.prod(size))).rounding()
+        return Declared(value, f"series of {terms} terms at |L| <= {norm:.3g}", rounding=rounding)

@@ -12,13 +12,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from orthonet.certify._rules import Rounding
+__all__ = ["Chained", "Rounding", "absolute_convolution", "absolute_matrix", "fourier_roundings"]
 
-__all__ = ["Chained", "absolute_convolution", "absolute_matrix", "fourier_roundings"]
+
+class Rounding(NamedTuple):
+    r"""A bound of the rounding of one operation: $\gamma_{count} (size \|x\| + offset)$ in l2.
+
+    Half precision rounds what is stored three times in each of `stages`.
+    """
+
+    count: float
+    size: float
+    offset: float = 0.0
+    stages: int = 1
+
 
 _SAFE = 1.0 + 2.0**-40  # for the float64 roundings of this bookkeeping itself
 _LARGEST_PRIME = 13  # of a size whose transform is a product of short ones

@@ -6,24 +6,24 @@ import math
 from collections.abc import Callable
 from typing import NoReturn
 
-import torch.nn.functional as F
 from torch import nn
 
 from orthonet import _checks, layers
 from orthonet.certify._bound import Bound
 from orthonet.certify._rules import Call, Rounding, Step, exact, of_squares, register_rule, upper
-from orthonet.certify._spatial_rules import _each, lp_step
+from orthonet.certify.ops.registry import op
 from orthonet.errors import UncertifiableError
 from orthonet.layers._residual import root_mean_square
 from orthonet.linalg._rounding import sqrt_up, up
 
-__all__: list[str] = []
+__all__ = ["BoundOf", "Shape", "refuse_module"]
 
 Shape = tuple[int, ...]
 BoundOf = Callable[[nn.Module, Shape], Bound]
 
 
-def _refuse(module: nn.Module, requirement: str, advice: str) -> NoReturn:
+def refuse_module(module: nn.Module, requirement: str, advice: str) -> NoReturn:
+    """Raise an `UncertifiableError` that names the class of a module."""
     _checks.fail(module, requirement, advice, UncertifiableError)
 
 
@@ -31,7 +31,9 @@ def _refuse(module: nn.Module, requirement: str, advice: str) -> NoReturn:
 def _layer_centering(module: layers.LayerCentering, input_shape: Shape) -> Step:
     rank = len(input_shape) + 1
     if any(dim % rank == 0 for dim in module.dim):
-        _refuse(module, "the mean must not be taken over the batch", "Choose feature dimensions")
+        refuse_module(
+            module, "the mean must not be taken over the batch", "Choose feature dimensions"
+        )
     return exact(1.0, "orthogonal projection", math.prod(input_shape) + 4.0)
 
 
@@ -40,13 +42,13 @@ def _layer_centering(module: layers.LayerCentering, input_shape: Shape) -> Step:
 )
 def _adaptive_pool(module: nn.Module, input_shape: Shape) -> Step:
     if len(input_shape) < len(module.output_size):  # type: ignore[arg-type]
-        _refuse(module, "the input must have a batch dimension", "Use x.unsqueeze(0)")
+        refuse_module(module, "the input must have a batch dimension", "Use x.unsqueeze(0)")
     # The scale is a float that was computed in a few roundings.
     size = math.prod(input_shape)
     return upper(up(1.0 + 2.0**-48), "by construction", of_squares(size, size, size))
 
 
-@register_rule(root_mean_square)
+@op(root_mean_square, reads=("y",), samples=lambda draw, shape: root_mean_square)
 def _pair(call: Call) -> Step:
     """The norm of a pair is 1-Lipschitz, so its root mean square is with both gains halved."""
     if len(call.operands) != 2:
@@ -57,32 +59,9 @@ def _pair(call: Call) -> Step:
     return Step((half, half), "root mean square of two", "hypot", rounding)
 
 
-@register_rule(nn.LPPool1d, nn.LPPool2d, nn.LPPool3d)
-def _lp_pool(module: nn.LPPool2d, input_shape: Shape) -> Step:
-    dims = int(type(module).__name__[-2])
-    window = _each(module.kernel_size, dims)
-    stride = _each(module.stride or window, dims)
-    size = math.prod(input_shape)
-    return lp_step(module.norm_type, window, stride, module.ceil_mode, size)
-
-
-@register_rule(F.lp_pool1d, F.lp_pool2d, F.lp_pool3d)
-def _lp_pool_function(call: Call) -> Step:
-    dims = int(call.op[-2])
-    window = _each(call.get(2, "kernel_size", 1), dims)
-    stride = _each(call.get(3, "stride", None) or window, dims)
-    order, ceil = call.get(1, "norm_type", 2), call.get(4, "ceil_mode", False)
-    return lp_step(order, window, stride, ceil, math.prod(call.operand.shape))
-
-
-@register_rule(nn.Softsign, nn.Tanhshrink)
-def _unit_slope(module: nn.Module, input_shape: Shape) -> Step:
-    return exact(1.0, "largest slope", 64.0)
-
-
 @register_rule(nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 def _attention(module: nn.Module, input_shape: Shape) -> Step:
-    _refuse(
+    refuse_module(
         module,
         "dot-product attention has no Lipschitz constant: its scores are products of activations",
         "Mix tokens by a constant matrix or a convolution instead, or bound the inputs and "

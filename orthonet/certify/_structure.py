@@ -1,0 +1,510 @@
+"""A model must be one function, however it is called: its calls of PyTorch must be the same.
+
+A sample shows a branch only where the branch makes a difference; the calls show it everywhere. They
+are recorded while the model is exported, and then while it runs at batch 1, with gradients, in
+inference mode, with another default dtype and number of threads, and as if it were compiled, and
+compared one by one. The batch size may enter the shapes of tensors and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from orthonet import _checks
+from orthonet.certify._identity import digest, is_library
+from orthonet.certify._program import op_name, refuse
+from orthonet.errors import UncertifiableError
+
+__all__ = ["Recorder", "check_batch_in_shapes", "compare", "recording", "variants"]
+
+
+class Variant(NamedTuple):
+    """One more way to call the model."""
+
+    name: str
+    mode: Callable[[], contextlib.AbstractContextManager[Any]]
+    single: bool = False
+    """At batch 1, not with the batch that it was traced with."""
+    threads: bool = False
+    """With another number of threads."""
+    compiled: bool = False
+    """As if it were compiled or exported."""
+    dtype: bool = False
+    """With another default dtype, so that the dtypes of the calls may differ."""
+
+    @contextlib.contextmanager
+    def around(self, model: torch.nn.Module) -> Iterator[None]:
+        """Within it, this thread sees the model called in this way."""
+        answers: dict[Any, Any] = {}
+        if self.threads:
+            answers[torch.get_num_threads] = torch.get_num_threads() + 1
+        if self.compiled:
+            answers |= dict.fromkeys(_COMPILING, _yes_to_the_user)
+        if self.dtype:
+            answers |= {torch.get_default_dtype: _other_dtype(), torch.tensor: _tensor}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_answering(model, answers))
+            if self.dtype:
+                stack.enter_context(_Factories())
+            stack.enter_context(self.mode())
+            yield
+
+
+def variants() -> list[Variant]:
+    """The ways to call a model that may make no difference."""
+    none, grad, inference = torch.no_grad, torch.enable_grad, torch.inference_mode
+    return [
+        Variant("without gradients", none),
+        Variant("with gradients", grad),
+        Variant("in inference mode", inference, threads=True),
+        Variant("at batch 1", none, single=True),
+        Variant("at batch 1 with gradients", grad, single=True, threads=True),
+        Variant("at batch 1 in inference mode", inference, single=True),
+        Variant("under torch.compile or torch.export", none, compiled=True),
+        Variant("with another default dtype", none, dtype=True),
+    ]
+
+
+_COMPILING = tuple(
+    getattr(torch.compiler, name)
+    for name in ("is_compiling", "is_exporting", "is_dynamo_compiling")
+    if hasattr(torch.compiler, name)
+)
+
+
+def _yes_to_the_user(function: Callable[[], bool]) -> bool:
+    """Yes where the model asks, the truth where PyTorch or this library does."""
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return function() if is_library(caller) else True
+
+
+_default_dtype = torch.get_default_dtype  # not the one that answers otherwise
+
+
+def _other_dtype() -> torch.dtype:
+    return torch.float32 if _default_dtype() == torch.float64 else torch.float64
+
+
+@contextlib.contextmanager
+def _answering(model: torch.nn.Module, answers: dict[Any, Any]) -> Iterator[None]:
+    """Within it, functions of torch give other answers, or are other functions, to this thread.
+
+    Nothing is set: the default dtype and the threads of the process are those of all threads.
+    """
+    spaces: list[Any] = [vars(torch), vars(torch.compiler)]
+    spaces += [getattr(type(m).forward, "__globals__", {}) for m in model.modules()]
+    me, changed = threading.get_ident(), []
+
+    def answering(function: Callable[..., Any], answer: Any) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != me:
+                return function(*args, **kwargs)
+            return answer(function, *args, **kwargs) if callable(answer) else answer
+
+        return call
+
+    wrapped = {f: answering(f, answer) for f, answer in answers.items()}
+    kinds = (types.BuiltinFunctionType, types.FunctionType)
+    for space in {id(s): s for s in spaces}.values() if answers else ():
+        for name, value in list(space.items()):
+            if isinstance(value, kinds) and value in wrapped:
+                changed.append((space, name, value))
+                space[name] = wrapped[value]
+    try:
+        yield
+    finally:
+        for space, name, value in changed:
+            space[name] = value
+
+
+_FACTORIES = {"zeros", "ones", "empty", "rand", "randn", "eye", "linspace", "logspace"}
+_OF_DATA = {"full", "arange", "as_tensor", "scalar_tensor", "asarray"}
+
+
+def _tensor(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    """`torch.tensor`, which no mode sees while a model is traced."""
+    if kwargs.get("dtype") is None and _has_float(args):
+        kwargs["dtype"] = _other_dtype()
+    return function(*args, **kwargs)
+
+
+class _Factories(TorchFunctionMode):
+    """In this thread, new tensors without a dtype get another default dtype."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        if kwargs.get("dtype") is None and (
+            name in _FACTORIES or (name in _OF_DATA and _has_float((args, kwargs)))
+        ):
+            kwargs["dtype"] = _other_dtype()
+        return func(*args, **kwargs)
+
+
+def _has_float(data: Any) -> bool:
+    if isinstance(data, dict):
+        data = tuple(data.values())
+    return isinstance(data, float) or (
+        isinstance(data, (tuple, list)) and any(map(_has_float, data))
+    )
+
+
+# recording --------------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """One call of PyTorch.
+
+    Attributes:
+        calls: What is called with which arguments, and the shapes and dtypes of what it returns,
+            for each batch size.
+        loose: The same without dtypes.
+        data: The contents of the tensors that it reads from outside of the model.
+        name: The function.
+        path: The module in whose forward it is.
+        source: The line of the user's code.
+    """
+
+    calls: dict[int, Any]
+    loose: dict[int, Any]
+    data: tuple[str, ...]
+    name: str
+    path: str
+    source: str
+
+
+class Recorder(TorchFunctionMode):
+    """Lists the calls of PyTorch in one forward pass, and what it returns."""
+
+    def __init__(self, model: torch.nn.Module, sizes: tuple[int, ...], path: Callable[[], str]):
+        super().__init__()
+        self.model, self.sizes, self.path = model, sizes, path
+        self.lines: list[Line] = []
+        self.ran = False
+
+    def start(self, inputs: Any) -> None:
+        """Begin anew: a trace may run the model several times."""
+        self.lines, self.kept, self.data, self.ran = [], [], [], True
+        self.known: dict[int, Any] = {}
+        named = (
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        )
+        for name, tensor in named:
+            self.known.setdefault(id(tensor), ("stored", name))
+        for place, tensor in enumerate(inputs):
+            self.known[id(tensor)] = ("input", place)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, _name_of(func)
+        if name != "certify_mark" and _is_ours():
+            result = func(*args, **kwargs)
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    self.known.setdefault(id(tensor), ("ours", len(self.lines)))
+            self.kept.append((args, kwargs, result))
+            return result
+        self.data = []
+        before = {
+            (n, dtypes): self.text((args, kwargs), n, dtypes)
+            for n in self.sizes
+            for dtypes in (True, False)
+        }
+        inner = getattr(func, "__wrapped__", None)
+        if inner is not None and not is_library(getattr(func, "__module__", "")):
+            with self:  # a function of the user's that PyTorch shows as one call
+                return inner(*args, **kwargs)
+        result = func(*args, **kwargs)
+        found: list[Tensor] = []
+        tree_map_only(Tensor, found.append, result)
+        if name == "certify_mark":
+            self.known[id(result)] = self.known.get(id(args[0]), "?")
+            self.kept.append(result)
+            return result
+        in_place = name.endswith("_") and not name.endswith("__")
+        if not found and not in_place and not name.endswith(_WRITING):
+            return result  # a question about shapes and dtypes
+        for place, tensor in enumerate(found):
+            self.known[id(tensor)] = (
+                "result",
+                len(self.lines),
+                place,
+            )  # also where it is an operand
+        self.kept.append((args, kwargs, result))  # so that no id is used again
+        calls = {n: (name, before[n, True], self.shapes(found, n, True)) for n in self.sizes}
+        loose = {n: (name, before[n, False], self.shapes(found, n, False)) for n in self.sizes}
+        source = _source()
+        self.lines.append(Line(calls, loose, tuple(self.data), name, self.path(), source))
+        return result
+
+    def finish(self, result: Any) -> None:
+        """Note what the model returns."""
+        calls = {n: ("return", self.text(result, n, True)) for n in self.sizes}
+        self.lines.append(Line(calls, calls, (), "return", "", ""))
+        self.kept, self.known = [], {}
+
+    def text(self, value: Any, size: int, dtypes: bool) -> Any:
+        """The same for the same arguments, with `size` for a free batch size."""
+        if isinstance(value, Tensor):
+            if id(value) not in self.known:
+                self.known[id(value)] = ("constant", tuple(map(str, value.shape)))
+                self.kept.append(value)
+                if len(self.sizes) == 1:  # in a trace it has no contents
+                    self.data.append(_content(value))
+            return self.known[id(value)]
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return _at(value, size)
+        if isinstance(value, (tuple, list)):
+            return tuple(self.text(v, size, dtypes) for v in value)
+        if isinstance(value, dict):
+            kept = ((k, v) for k, v in value.items() if dtypes or k != "dtype")
+            return tuple((str(k), self.text(v, size, dtypes)) for k, v in kept)
+        if isinstance(value, slice):
+            return ("slice", self.text((value.start, value.stop, value.step), size, dtypes))
+        if isinstance(value, torch.dtype):
+            return str(value) if dtypes else "dtype"
+        if isinstance(value, (int, float, complex, str, bytes)):
+            return (type(value).__name__, repr(value))
+        if type(value).__module__ == "numpy":
+            self.data.append(repr(value.tolist()))
+        return (type(value).__name__, str(value) if isinstance(value, _PRINTED) else "")
+
+    @staticmethod
+    def shapes(found: list[Tensor], size: int, dtypes: bool) -> Any:
+        return tuple(
+            (
+                tuple(_at(n, size)[1] if isinstance(n, torch.SymInt) else str(n) for n in t.shape),
+                str(t.dtype) if dtypes else t.dtype.is_floating_point,
+            )
+            for t in found
+        )
+
+
+_WRITING = ("__setitem__", "__set__", "__delitem__")
+_PRINTED = (type(None), type(...), torch.device, torch.memory_format, torch.layout)
+
+
+def _name_of(func: Any) -> str:
+    """The name of a function, of the property whose getter it is, or of an operation."""
+    owner, name = getattr(func, "__self__", None), getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__"):
+        return f"{getattr(owner, '__name__', '')}.{name}"
+    return name.split(".")[0]
+
+
+def _at(number: Any, size: int) -> Any:
+    """The value of a symbolic number where every free size is `size`."""
+    expression = number.node.expr
+    found = expression.subs(dict.fromkeys(expression.free_symbols, size))
+    kind = {torch.SymInt: int, torch.SymFloat: float}.get(type(number), bool)
+    try:
+        return (kind.__name__, repr(kind(found)))
+    except TypeError:
+        return ("symbolic", str(found))
+
+
+def _content(value: Tensor) -> str:
+    """The bytes of a tensor that the forward pass makes, or that is no parameter; "" in a trace."""
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.is_meta:
+        return ""
+    return digest(value)
+
+
+def _is_ours() -> bool:
+    """Whether this library calls PyTorch, in one of its layers: they take other ways in a trace."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.split(".")[0] not in _BETWEEN and name != __name__:
+            return name.startswith("orthonet.") and not name.startswith("orthonet.certify.")
+        frame = frame.f_back
+    return False
+
+
+_BETWEEN = ("torch", "contextlib", "functools")
+
+
+def _source() -> str:
+    """The line of the user's code that is running, `file:line`."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and is_library(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Within it, the calls of the model are recorded."""
+    model = recorder.model
+
+    def enter(_: Any, args: Any) -> None:
+        recorder.start(args)
+        recorder.__enter__()
+
+    def leave(_: Any, args: Any, result: Any) -> None:
+        recorder.__exit__(None, None, None)
+        recorder.finish(result)
+
+    handles = [
+        model.register_forward_pre_hook(enter),
+        model.register_forward_hook(leave, always_call=True, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compare(
+    base: Recorder, other: Recorder, variant: Variant, *, traced: bool, autocast: bool = False
+) -> None:
+    """Refuse a model that calls something else when it is called in another way.
+
+    With `traced`, the base is a trace, in which constants have no contents, and no operation has
+    been given another dtype by `autocast` yet.
+
+    Raises:
+        UncertifiableError: The records differ; the message names the first call.
+    """
+    (size,) = other.sizes
+
+    loose = variant.dtype or (traced and autocast)
+
+    def same(a: Line, b: Line) -> bool:
+        calls = a.loose[size] == b.loose[size] if loose else a.calls[size] == b.calls[size]
+        return calls and (traced or variant.dtype or a.data == b.data)
+
+    pairs = zip(base.lines, other.lines, strict=False)
+    place = next((i for i, (a, b) in enumerate(pairs) if not same(a, b)), None)
+    if place is None and len(base.lines) == len(other.lines):
+        return
+    place = min(len(base.lines), len(other.lines)) - 1 if place is None else place
+    line = other.lines[place] if other.lines[place].source else base.lines[place]
+    _checks.fail(
+        "certify",
+        "the model must be the same function of its input however it is called",
+        "Take branches on gradient mode, inference mode, torch.compiler, the default dtype, the "
+        "number of threads and the batch size out of forward: this one computes something else "
+        "there",
+        UncertifiableError,
+        called=variant.name,
+        operation=line.name,
+        path=line.path,
+        source=line.source,
+    )
+
+
+# the batch size ---------------------------------------------------------------------------------
+
+_COUNTS = {"sym_size", "sym_numel", "mul", "floordiv", "getitem"}
+_SHAPES = {
+    "view", "reshape", "_unsafe_view", "expand", "repeat", "broadcast_to", "unflatten", "zeros",
+    "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "slice", "split",
+    "split_with_sizes", "view_copy", "expand_copy",
+}  # fmt: skip
+"""Operations that read integers as sizes; the walk looks at the batch dim of what they return."""
+_FILL = {"full": 1, "new_full": 2}  # the argument that is a value
+_ROWWISE = {
+    *_SHAPES, "zeros_like", "ones_like", "full_like", "empty_like", "expand_as", "view_as",
+    "reshape_as", "type_as", "to", "_to_copy", "clone", "contiguous", "detach", "detach_", "alias",
+    "lift_fresh_copy", "unsqueeze", "squeeze", "flatten", "transpose", "permute", "select", "cat",
+    "stack", "chunk", "unbind", "getitem", "certify_mark", "linear", "matmul", "mm", "addmm", "bmm",
+    "baddbmm", "add", "sub", "rsub", "mul", "div", "neg", "abs", "relu", "tanh", "sigmoid", "exp",
+    "fill_", "zero_", "copy_", "add_", "mul_", "masked_fill", "where", "index_select",
+    "wrap_with_autocast", "_assert_tensor_metadata",
+}  # fmt: skip
+"""What makes, of equal rows, a tensor of equal rows for every batch size, where dim 0 stays."""
+
+
+def check_batch_in_shapes(nodes: list[fx.Node], moving: set[fx.Node], batch: str) -> None:
+    """Refuse graphs in which the batch size is more than the size of dim 0.
+
+    Raises:
+        UncertifiableError: It is divided, compared, or used as a value; or a constant that is
+            shaped like the batch goes through an operation that may tell one row from another.
+    """
+    sized: set[fx.Node] = set()
+    for node in nodes:
+        found, name = node.meta.get("val"), _name(node)
+        if node.op != "call_function":
+            continue
+        if isinstance(found, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            if name not in _COUNTS or not _is_count(found):
+                _refuse_size(node)
+            continue
+        places = [*enumerate(node.args), *((-1, v) for v in node.kwargs.values())]
+        for place, argument in places:
+            if _symbolic(argument) and (name not in _SHAPES or place == _FILL.get(name)):
+                _refuse_size(node)
+        if node in moving:
+            continue
+        if any(n in sized for n in node.all_input_nodes) or _has_batch(found, batch):
+            sized.add(node)
+            if name not in _ROWWISE or not _leads(found, batch):
+                _refuse_size(node)
+
+
+def _name(node: fx.Node) -> str:
+    return op_name(node).removeprefix("orthonet::").split(".")[0]
+
+
+def _refuse_size(node: fx.Node) -> None:
+    refuse(
+        node,
+        "the batch size may be the size of dim 0 and nothing else",
+        "A certificate is given for each sample on its own: a value that depends on how many there "
+        "are, or on which of them it is, mixes them",
+    )
+
+
+def _symbolic(argument: Any) -> bool:
+    if isinstance(argument, fx.Node):
+        argument = argument.meta.get("val")
+        if isinstance(argument, (tuple, list)):
+            return False  # of several results
+    if isinstance(argument, (tuple, list)):
+        return any(map(_symbolic, argument))
+    return isinstance(argument, (torch.SymInt, torch.SymFloat, torch.SymBool)) and bool(
+        argument.node.expr.free_symbols
+    )
+
+
+def _has_batch(found: Any, batch: str) -> bool:
+    if isinstance(found, Tensor):
+        return any(isinstance(n, torch.SymInt) for n in found.shape)
+    return isinstance(found, (tuple, list)) and any(_has_batch(v, batch) for v in found)
+
+
+def _leads(found: Any, batch: str) -> bool:
+    """Whether dim 0 is the batch size, and no other dim depends on it."""
+    if isinstance(found, (tuple, list)):
+        return all(_leads(v, batch) for v in found)
+    return (
+        isinstance(found, Tensor)
+        and found.ndim > 0
+        and str(found.shape[0]) == batch
+        and not any(isinstance(n, torch.SymInt) for n in found.shape[1:])
+    )
+
+
+def _is_count(number: Any) -> bool:
+    """Whether it is a constant, or a positive multiple of a power of the batch size."""
+    if not isinstance(number, torch.SymInt):
+        return False
+    expression: Any = number.node.expr
+    if not expression.free_symbols:
+        return True
+    coefficient, rest = expression.as_coeff_Mul()
+    base, power = rest.as_base_exp()
+    return bool(coefficient.is_Integer and coefficient > 0 and base.is_Symbol and power.is_Integer)

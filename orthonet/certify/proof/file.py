@@ -1,0 +1,224 @@
+"""Certificates as files: JSON, and the constants next to it in the safetensors format.
+
+The format, key by key, is described in docs/guide/checking.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from orthonet import _checks
+from orthonet.certify._bound import Bound, Row
+from orthonet.certify._program import Program
+from orthonet.certify._regions import autocast_region
+from orthonet.certify.proof.graph import Constant, Writer
+from orthonet.errors import UncertifiableError
+from orthonet.linalg._rounding import hypot_up, mul_up, up
+
+if TYPE_CHECKING:
+    from orthonet.certify._certificate import LipschitzCertificate
+
+__all__ = ["load", "save"]
+
+FORMAT = "orthonet certificate 1"
+_SAMPLES = 2
+_ROOM = 1.0 + 2.0**-26
+
+
+def save(certificate: LipschitzCertificate, path: str | Path) -> None:
+    """Write a certificate: `path` as JSON, its constants next to it as `.safetensors`."""
+    path = Path(path)
+    walker = certificate._walker
+    _checks.require(
+        walker is not None,
+        "LipschitzCertificate",
+        "the graph of the model must be there to be saved",
+        "Call certify again: a certificate that was pickled, loaded or built by hand has none",
+        UncertifiableError,
+    )
+    _checks.require(
+        path.suffix != ".safetensors", "LipschitzCertificate",
+        "path must be that of the JSON file, the constants go next to it",
+        "Call save('certificate.json')", path=str(path),
+    )  # fmt: skip
+    with torch.no_grad():
+        writer = Writer(walker)  # type: ignore[arg-type]
+        samples = _samples(walker.model, walker.program, writer)  # type: ignore[union-attr]
+        pairs = _pairs(certificate, writer)
+    each = [writer.bounds[i] for i in writer.outputs]
+    bound = each[0] if len(each) == 1 else hypot_up(*each)
+    weights = path.with_suffix(".safetensors")
+    content = {
+        "format": FORMAT,
+        "weights": weights.name,
+        "inputs": [
+            list(writer.shapes[i]) for i, n in enumerate(writer.nodes) if n["op"] == "input"
+        ],
+        "constants": {name: c.entry() for name, c in writer.constants.items()},
+        "nodes": writer.nodes,
+        "outputs": writer.outputs,
+        "bound": bound.hex(),
+        "each": [b.hex() for b in each],
+        **({"pairs": pairs} if pairs is not None else {}),
+        **({"samples": samples} if samples is not None else {}),
+        "prover": _prover(certificate),
+    }
+    _write_safetensors(weights, writer.constants.items())
+    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+def load(path: str | Path) -> LipschitzCertificate:
+    """Read a certificate that `save` wrote: its constants are the ones that a checker verifies."""
+    from orthonet.certify._certificate import LipschitzCertificate
+
+    path = Path(path)
+    content = json.loads(path.read_text("utf-8"))
+    _checks.require(
+        isinstance(content, dict) and content.get("format") == FORMAT,
+        "LipschitzCertificate",
+        f"the file must be of the format {FORMAT!r}",
+        "Pass the JSON file that certificate.save wrote",
+        path=str(path),
+    )
+    told = content["prover"]
+    pairs = None
+    if "pairs" in content:
+        entry = content["constants"][content["pairs"]]
+        pairs = _read_tensor(path.with_name(Path(content["weights"]).name), entry["sha256"])
+    shape = _tuples(told["input_shape"])
+    rows = tuple(
+        Row(**{**row, "input_shape": _tuples(row["input_shape"]), **_floats(row)})
+        for row in told["rows"]
+    )
+    lower = told["lower"]
+    autocast = told["autocast"]
+    return LipschitzCertificate(
+        Bound(float.fromhex(content["bound"])),
+        rows,
+        shape,
+        pairs,
+        None if lower is None else Bound(float.fromhex(lower), kind="estimate"),
+        tuple(Bound(float.fromhex(value)) for value in content["each"]),
+        None if autocast is None else getattr(torch, autocast),
+    )
+
+
+_NUMBERS = ("constant", "cumulative", "seconds")
+
+
+def _prover(certificate: LipschitzCertificate) -> dict[str, Any]:
+    """What the prover found, for the record: no claim of the file rests on it."""
+    lower, autocast = certificate.lower, certificate.autocast
+    return {
+        "constant": certificate.constant.value.hex(),
+        "kind": certificate.constant.kind,
+        "lower": None if lower is None else lower.value.hex(),
+        "input_shape": certificate.input_shape,
+        "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
+        "rows": [
+            {k: v.hex() if k in _NUMBERS else v for k, v in vars(row).items()}
+            for row in certificate.rows
+        ],
+        "versions": {
+            "orthonet": version("orthonet"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _floats(row: dict[str, Any]) -> dict[str, float]:
+    return {key: float.fromhex(row[key]) for key in _NUMBERS}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _samples(model: Any, program: Program, writer: Writer) -> dict[str, list[str]] | None:
+    """A few inputs and what the model makes of them; None under autocast, which rounds them."""
+    if program.autocast is not None:
+        return None
+    inputs = [x[:_SAMPLES].clone() for x in program.samples]
+    with autocast_region(inputs[0].device, None):
+        outputs = _flat(model(*(x.clone() for x in inputs)))
+    if not all(x.dtype in (torch.float32, torch.float64) for x in (*inputs, *outputs)):
+        return None
+    if len(outputs) != len(writer.outputs):
+        return None
+    named = {"inputs": inputs, "outputs": outputs}
+    return {k: [writer.aside(x, f"samples.{k}") for x in v] for k, v in named.items()}
+
+
+def _flat(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value
+    return [t for v in values for t in _flat(v)]
+
+
+def _pairs(certificate: LipschitzCertificate, writer: Writer) -> str | None:
+    """The constants of differences of outputs that follow from the nodes of the file.
+
+    Behind a last matrix |w_i - w_j| times the bound of its operand, at most root 2 times the whole.
+    """
+    if certificate.pairs is None or len(writer.outputs) != 1:
+        return None
+    place = writer.outputs[0]
+    whole, count = writer.bounds[place], writer.shapes[place][0]
+    factor, rows = 1.0, torch.arange(count)
+    while writer.nodes[place]["op"] in ("slice", "scale"):
+        node = writer.nodes[place]
+        if node["op"] == "scale":
+            factor = mul_up(factor, abs(float.fromhex(node["factor"])))
+        else:
+            rows = rows * node["step"] + node["start"]
+        place = node["inputs"][0]
+    pairs = torch.full(
+        (count, count), mul_up(up(math.sqrt(2.0)), whole, _ROOM), dtype=torch.float64
+    )
+    node = writer.nodes[place]
+    if node["op"] == "affine":
+        weight = writer.constants[node["weight"]].value.double()[rows]
+        features = mul_up(factor, writer.bounds[node["inputs"][0]], _ROOM)
+        for i in range(count):
+            near = torch.linalg.vector_norm(weight - weight[i], dim=1) * features
+            pairs[i] = torch.minimum(pairs[i], near + 2.0**-180)
+    return writer.aside(pairs.fill_diagonal_(0.0), "pairs")
+
+
+def _write_safetensors(path: Path, constants: Iterable[tuple[str, Constant]]) -> None:
+    header, end, parts = {}, 0, []
+    for name, constant in constants:
+        begin, end = end, end + len(constant.data)
+        shape = list(constant.value.shape)
+        header[name] = {"dtype": constant.dtype, "shape": shape, "data_offsets": [begin, end]}
+        parts.append(constant.data)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *parts]))
+
+
+def _read_tensor(path: Path, sha256: str) -> Tensor:
+    """The float64 tensor with a hash, from the file of constants."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    for entry in json.loads(data[8 : 8 + length]).values():
+        begin, end = (8 + length + n for n in entry["data_offsets"])
+        if entry["dtype"] == "F64" and hashlib.sha256(data[begin:end]).hexdigest() == sha256:
+            values = torch.frombuffer(bytearray(data[begin:end]), dtype=torch.float64)
+            return values.reshape(entry["shape"])
+    return _checks.fail(
+        "LipschitzCertificate", "the constants must be those of the certificate",
+        "Keep the JSON and the safetensors file of one save together", path=str(path),
+    )  # fmt: skip

@@ -1,0 +1,159 @@
+"""Every slope supremum, proved in ball arithmetic: no rounding, no grid.
+
+The line is cut into intervals. On each, a Taylor polynomial of the derivative with balls for
+coefficients encloses it; where that is too wide, the interval is halved. Beyond +-40 (12
+for GELU and erf) the derivatives are enclosed at the end, from where on they are monotone.
+"""
+
+import math
+
+import pytest
+
+from orthonet.certify.ops.suprema import SIXTH, SUPREMA
+
+flint = pytest.importorskip("flint")
+arb, arb_series = flint.arb, flint.arb_series
+
+FAR = {"gelu": 12, "gelu_tanh": 12, "erf": 12}
+HALF, ONE = arb("0.5"), arb(1)
+
+
+def sigmoid(t):
+    return 1 / (1 + (-t).exp())
+
+
+def tanh(t):
+    return 1 - 2 / (1 + (2 * t).exp())
+
+
+def asinh(t):
+    return ((t * t + 1).sqrt() + t).log()
+
+
+def inner(t):
+    """sqrt(2 / pi) (t + 0.044715 t^3), of GELU's approximation."""
+    return (2 / arb.pi()).sqrt() * (t + arb("0.044715") * t * t * t)
+
+
+# The functions themselves: their derivatives come from power series.
+SMOOTH = {
+    "asinh": lambda t: asinh(t) if t[0] > 0 else -asinh(-t),  # without cancellation
+    "atan": lambda t: t.atan(),
+    "cos": lambda t: t.cos(),
+    "erf": lambda t: t.erf(),
+    "gelu": lambda t: t * HALF * (1 + (t * HALF.sqrt()).erf()),
+    "gelu_tanh": lambda t: t * HALF * (1 + tanh(inner(t))),
+    "mish": lambda t: t * tanh((1 + t.exp()).log()),
+    "sigmoid": sigmoid,
+    "silu": lambda t: t * sigmoid(t),
+    "sin": lambda t: t.sin(),
+    "tanh": tanh,
+    "tanhshrink": lambda t: t - tanh(t),
+}
+# What the derivative tends to on the left and on the right. Those of asinh and
+# atan, 1 / sqrt(1 + x^2) and 1 / (1 + x^2), are monotone, and so are in [0, 1] everywhere.
+LIMITS = {
+    "erf": (0, 0), "gelu": (0, 1), "gelu_tanh": (0, 1),
+    "mish": (0, 1), "sigmoid": (0, 0), "silu": (0, 1),
+    "tanh": (0, 0), "tanhshrink": (1, 1),
+}  # fmt: skip
+
+
+def derivatives(f, x, count):
+    """The Taylor coefficients of f at the ball x, from the first derivative on."""
+    series = f(arb_series([x, ONE], count + 2))
+    return [series[k + 1] * (k + 1) for k in range(count)]
+
+
+def enclosure(f, middle, radius):
+    """A ball that holds f' on [middle - radius, middle + radius]."""
+    whole = arb(middle.mid(), radius)
+    at, first = derivatives(f, arb(middle), 2)
+    _, _, second = derivatives(f, whole, 3)
+    step = arb(0, radius)
+    return at + first * step + second * step * step
+
+
+def is_within(f, middle, radius, low, high, depth=0):
+    """Whether low <= f' <= high is proved on an interval."""
+    try:
+        ball = enclosure(f, middle, radius)
+        if ball >= low and ball <= high:
+            return True
+    except ValueError:  # too wide for a denominator
+        pass
+    if depth > 60:
+        return False
+    half = radius / 2
+    return all(is_within(f, middle + s * half, half, low, high, depth + 1) for s in (-1, 1))
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_slopes_stay_within_their_suprema(name):
+    flint.ctx.prec = 120
+    low, high = (arb(v) for v in SUPREMA[name])
+    # An end that is attained at a point, as 1 of tanh at 0, is proved up to 2^-60.
+    tight = ("atan", "asinh", "sin", "cos", "sigmoid", "tanh", "tanhshrink", "erf")  # fmt: skip
+    slack = arb(2) ** -60 if name in tight else arb(0)
+    far = FAR.get(name, 40)
+    for i in range(-far, far):
+        middle, radius = arb(i) + HALF, HALF
+        assert is_within(SMOOTH[name], middle, radius, low - slack, high + slack)
+
+
+PLACES = {
+    "erf": (None, 0.0), "sigmoid": (None, 0.0), "gelu": (-(2**0.5), 2**0.5),
+    "gelu_tanh": (-1.4185040087908283, 1.4185040087908283),
+    "mish": (-2.2563763963607931, 1.4905711794854284),
+    "silu": (-2.3993572805154677, 2.3993572805154677),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_suprema_are_reached(name):
+    """No more than 1e-12 is given away."""
+    flint.ctx.prec = 120
+    at = PLACES[name]
+    for place, end in zip(at, SUPREMA[name], strict=True):
+        if place is not None:
+            slope = derivatives(SMOOTH[name], arb(place), 1)[0]
+            assert abs(slope - arb(end)) < arb(10) ** -12
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_tails(name):
+    """Far out the derivatives are monotone exponentials: both ends are as good as reached."""
+    flint.ctx.prec = 400
+    for side, limit in zip((-1, 1), LIMITS[name], strict=True):
+        slope = derivatives(SMOOTH[name], arb(side * FAR.get(name, 40)), 1)[0]
+        gap = abs(slope - limit)
+        assert gap < arb(10) ** -12
+        low, high = SUPREMA[name]
+        assert low <= limit <= high
+        if low == limit or high == limit:  # from inside
+            inside = slope - limit if low == limit else limit - slope
+            assert inside >= 0 or (low < 0 and gap < -arb(low))
+
+
+def test_kinks():
+    """Functions made of pieces: their slopes are written down, not enclosed."""
+    assert SUPREMA["relu"] == (0.0, 1.0) and SUPREMA["abs"] == (-1.0, 1.0)
+    assert SUPREMA["neg"] == (-1.0, -1.0) and SUPREMA["softsign"] == (0.0, 1.0)
+    sixths = [arb(1) / 6, arb(SIXTH)]
+    low, high = (arb(v) for v in SUPREMA["hardsigmoid"])
+    assert all(low <= s <= high for s in sixths)
+    low, high = (arb(v) for v in SUPREMA["hardswish"])
+    for s in sixths:  # (2 x + 3) s at -3 and 3
+        assert low <= -3 * s and 9 * s <= high
+    # scale alpha e^x at 0, with the constants of torch
+    scale, alpha = (
+        arb("1.0507009873554804934193349852946"),
+        arb("1.6732632423543772848170429916717"),
+    )
+    product = scale * alpha
+    assert product <= arb(SUPREMA["selu"][1]) < product + arb(10) ** -12
+    # of values in (0, 1): 1 / (1 + e^x), 1 / (1 + e^(-beta x)) and e^(x / alpha) for x < 0
+    assert all(SUPREMA[name] == (0.0, 1.0) for name in ("log_sigmoid", "softplus", "celu"))
+    assert set(SMOOTH) | {"relu", "abs", "neg", "softsign", "hardsigmoid", "hardswish", "selu",
+                          "celu", "log_sigmoid", "softplus"} == set(SUPREMA)  # fmt: skip
+    assert math.isfinite(SIXTH)

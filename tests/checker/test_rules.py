@@ -1,0 +1,214 @@
+"""The rules against dense singular values in float64, and against claims just below them."""
+
+import math
+import random
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from orthonet_checker import Rejected, norms, slopes
+from orthonet_checker.store import Store
+from orthonet_checker.verify import verify
+from tests.checker import oracle
+
+SIZE = 60  # random geometries
+
+
+def _square(value: float) -> Fraction:
+    return Fraction(float(value)) ** 2
+
+
+def _geometry(rng: random.Random) -> tuple[dict, tuple[int, ...], np.ndarray]:
+    """A random convolution, its image, and its kernel, seldom of one scale."""
+    dims, groups = rng.choice([1, 2, 2, 3]), rng.choice([1, 1, 2])
+    circular = rng.random() < 0.3
+    side = {1: 12, 2: 6, 3: 4}[dims]
+    kernel = [rng.randint(1, 3) for _ in range(dims)]
+    stride = [rng.randint(1, 3) for _ in range(dims)]
+    dilation = [rng.randint(1, 2) for _ in range(dims)]
+    image = [rng.randint(2, side) for _ in range(dims)]
+    padding = [[rng.randint(0, 2), rng.randint(0, 2)] for _ in range(dims)]
+    if circular:
+        image = [s * -(-n // s) for s, n in zip(stride, image, strict=True)]
+        padding = [
+            [min(a, n), max(0, min(n, d * (k - 1) - a))]
+            for (a, _), n, d, k in zip(padding, image, dilation, kernel, strict=True)
+        ]
+    shape = (groups * rng.randint(1, 3), rng.randint(1, 3), *kernel)
+    weight = np.random.default_rng(rng.randrange(2**32)).standard_normal(shape)
+    if rng.random() < 0.3:
+        weight *= 10.0 ** np.random.default_rng(rng.randrange(2**32)).integers(-12, 1, shape)
+    weight *= 2.0 ** rng.choice([0, 0, -60, 40])
+    node = {"op": "convolution", "weight": "w", "stride": stride, "padding": padding,
+            "dilation": dilation, "groups": groups, "circular": circular}  # fmt: skip
+    return node, (groups * shape[1], *image), weight.astype(np.float32).astype(np.float64)
+
+
+def _repeats(node: dict, shape: tuple[int, ...], out: tuple[int, ...]) -> bool:
+    """Whether an output pixel of a circular convolution is there twice, or strides do not fit."""
+    sizes = zip(shape[1:], node["stride"], out[1:], strict=True)
+    return any(n % s or o * s > n for n, s, o in sizes)
+
+
+def _operation(node: dict, weight: np.ndarray, rule: str, t: float | None = None):
+    from orthonet_checker.operations import OPERATIONS
+
+    entries = {k: v for k, v in node.items() if k != "op"}
+    return OPERATIONS[node["op"]]({**entries, "weight": weight, "rule": rule,
+                                   "t": None if t is None else Fraction(t)})  # fmt: skip
+
+
+def test_convolutions_of_any_geometry():
+    """Row sums and torus are never below the dense norm; what they do not take, they refuse."""
+    rng, checked, refused, least = random.Random(3), 0, 0, math.inf
+    while checked < SIZE:
+        node, shape, weight = _geometry(rng)
+        array = {"w": torch.from_numpy(weight)}
+        scale = float(np.abs(weight).max()) or 1.0
+        try:
+            unit = torch.zeros(1, *shape, dtype=torch.float64)
+            unscaled = {"w": array["w"] / scale}
+            true = oracle.slope(lambda x: oracle.apply(node, [x], unscaled), unit)  # noqa: B023
+            oracle_shape = tuple(oracle.apply(node, [unit], array).shape[1:])
+        except RuntimeError:
+            with pytest.raises(Rejected):  # the kernel is larger than the padded image
+                _operation(node, weight, "gram").shape(shape)
+            continue
+        if true == 0.0:  # the taps meet zeros only
+            continue
+        for rule in ("gram", "gram2"):
+            op = _operation(node, weight, rule)
+            assert op.shape(shape) == oracle_shape
+            if node["circular"] and _repeats(node, shape, oracle_shape):
+                with pytest.raises(Rejected, match="circular"):
+                    op.square(shape)
+                refused += 1
+                break
+            proved = op.square(shape)
+            excess = float(proved / Fraction(scale) ** 2) / true**2
+            least = min(least, excess)
+            assert excess >= 1 - 1e-12, (node, shape)
+        else:
+            checked += 1
+            margins = (t for t in (1.0001, 1.1, 1.5, 3.0, 30.0, 1e4))
+            for margin in margins:
+                try:
+                    op = _operation(node, weight, "torus", (true * scale) ** 2 * margin)
+                    proved = op.square(shape)
+                except Rejected:
+                    continue
+                excess = float(proved / Fraction(scale) ** 2) / true**2
+                least = min(least, excess)
+                assert excess >= 1 - 1e-12, (node, shape)
+                break
+    # Row sums attain the norm of kernels of one entry: 1 + 2^-29, the slack of the sums.
+    assert 1 <= least < 1.01
+    assert refused > 0
+
+
+def test_the_torus_is_tight_on_circular_convolutions():
+    weight = np.random.default_rng(0).standard_normal((5, 3, 3, 2)).astype(np.float32)
+    node = {"op": "convolution", "weight": "w", "stride": [2, 1], "padding": [[1, 0], [1, 0]],
+            "dilation": [1, 1], "groups": 1, "circular": True}  # fmt: skip
+    array = {"w": torch.from_numpy(weight).double()}
+    unit = torch.zeros(1, 3, 6, 5, dtype=torch.float64)
+    true = oracle.slope(lambda x: oracle.apply(node, [x], array), unit)
+    weight = weight.astype(np.float64)
+    proved = _operation(node, weight, "torus", true**2 * (1 + 1e-9)).square((3, 6, 5))
+    assert 1 < float(proved / _square(true)) < 1 + 1e-8
+    with pytest.raises(Rejected, match="not positive definite"):
+        _operation(node, weight, "torus", true**2 * (1 - 1e-6)).square((3, 6, 5))
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 7), (40, 40), (90, 20)])
+def test_matrices(m, n):
+    """The Cholesky rule is tight for every matrix, and for none below its norm."""
+    rng = np.random.default_rng(m)
+    for scale in (1.0, 1e-30, 1e30):
+        a = (rng.standard_normal((m, n)) * scale).astype(np.float32).astype(np.float64)
+        true = float(np.linalg.norm(a / scale, 2)) * scale
+        assert norms.gram(a) >= _square(true * (1 - 1e-14))
+        proved = norms.matrix(a, Fraction(true**2 * (1 + 1e-9)))
+        assert 1 < float(proved / _square(true)) < 1 + 1e-8
+        with pytest.raises(Rejected, match="not positive definite"):
+            norms.matrix(a, Fraction(true**2 * (1 - 1e-7)))
+
+
+def test_orthogonal_matrices_need_no_witness():
+    a = torch.linalg.qr(torch.randn(200, 50, dtype=torch.float64)).Q.float().numpy()
+    true = float(np.linalg.norm(a.astype(np.float64), 2))
+    # float32 rounds each entry by 2^-25 relatively: 50 products that are 1e-8 instead of 0
+    assert 1 <= float(norms.gram(a.astype(np.float64)) / _square(true)) < 1 + 2e-6
+
+
+def test_pieces_are_exact_products():
+    """Of float64 entries of any size the pieces lose no more than what is counted as lost."""
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((4, 30)) * 10.0 ** rng.integers(-9, 1, (4, 30))
+    a /= norms.scale_of(a)
+    parts = norms.pieces_of(a, 30)
+    assert np.all(np.abs(parts[1]) <= 2.0 ** parts[0])
+    exact = [[sum(Fraction(x) * Fraction(y) for x, y in zip(r, s, strict=True)) for s in a.tolist()]
+             for r in a.tolist()]  # fmt: skip
+    pieces = norms.products(parts, parts)
+    off = norms.rest_error(a, parts[3])
+    for i in range(4):
+        for j in range(4):
+            total = sum(Fraction(float(p[i, j])) for p in pieces)
+            assert abs(total - exact[i][j]) <= off
+            assert Fraction(float(norms.size_of(pieces)[i, j])) * Fraction(norms.SLACK) >= abs(
+                total
+            )
+    assert 0 < off < Fraction(1, 2**30)
+
+
+def test_roots_round_upward():
+    for square in (Fraction(2), Fraction(1, 3), Fraction(10**40), Fraction(1, 7**60), Fraction(0)):
+        root = norms.root_up(square)
+        assert square <= root**2 <= square * (1 + Fraction(1, 2**78)) + Fraction(1, 2**150)
+
+
+_POINTS = np.linspace(-15.0, 15.0, 400_001)
+
+
+@pytest.mark.parametrize("name", slopes.NAMES)
+def test_slopes_hold_and_are_tight(name):
+    """Chords reach the proved slope within 1e-4, and none is steeper."""
+    parameters = {"leaky_relu": (-2.5,), "elu": (1.75,), "softshrink": (0.5,), "clamp": (-1.0, 2.0),
+                  "clamp_min": (0.25,), "clamp_max": (0.25,)}.get(name, ())  # fmt: skip
+    exact = tuple(Fraction(p) for p in parameters)
+    y = slopes.apply(name, _POINTS, exact)
+    steepest = float(np.abs(np.diff(y) / np.diff(_POINTS)).max())
+    claim = Fraction(steepest * (1 + 1e-6))
+    proved = slopes.prove(name, exact, claim)
+    assert steepest * (1 - 1e-9) <= float(proved) <= steepest * (1 + 1e-4)
+    true = oracle._ACTIVATIONS[name](torch.from_numpy(_POINTS[::100].copy()), *parameters)
+    assert np.abs(y[::100] - true.numpy()).max() < 1e-12
+    if name in slopes.ENCLOSED:
+        with pytest.raises(Rejected, match="above the claim"):
+            slopes.prove(name, exact, Fraction(steepest * (1 - 1e-5)))
+
+
+def test_roots_of_unity():
+    table = norms.roots_of_unity(12)
+    assert abs(table[3] - 1j) <= 2**-53
+    assert np.abs(table**12 - 1).max() < 1e-14
+
+
+def test_products_that_underflow_prove_nothing():
+    """Six factors of 2^-190, then six of 2^190: the identity, whose matrix in floats is zero."""
+    small, nodes = [2.0**-190] * 6 + [2.0**190] * 6, [{"op": "input", "path": ""}]
+    for i, factor in enumerate(small):
+        nodes.append({"op": "scale", "path": "", "inputs": [i], "rule": "definition",
+                      "factor": factor.hex(), "gain": factor.hex()})  # fmt: skip
+    content = {
+        "format": "orthonet certificate 1", "weights": "w", "inputs": [[2]], "constants": {},
+        "nodes": nodes, "outputs": [12], "bound": (1.0).hex(), "each": [(1.0).hex()], "prover": {},
+    }  # fmt: skip
+    assert verify(content, Store(), Store()).bound == 1
+    nodes[12]["joint"] = {"since": 0, "gain": (0.5).hex(), "t": (0.2).hex()}
+    content["bound"] = content["each"][0] = (0.5).hex()
+    with pytest.raises(Rejected, match="too large or too small"):
+        verify(content, Store(), Store())
