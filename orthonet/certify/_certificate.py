@@ -282,11 +282,12 @@ class LipschitzCertificate:
             )  # fmt: skip
             return logits, inputs
         x = inputs if x is None else x
-        _checks.require(
-            x is not None and isinstance(model, nn.Module), "LipschitzCertificate",
-            "radius needs the model and the batch that it is run on, or logits",
-            "Call certificate.radius(model, x)", model=type(model).__name__, x=x,
-        )  # fmt: skip
+        if x is None or not isinstance(model, nn.Module):
+            _checks.fail(
+                "LipschitzCertificate",
+                "radius needs the model and the batch that it is run on, or logits",
+                "Call certificate.radius(model, x)", model=type(model).__name__, x=x,
+            )  # fmt: skip
         _checks.require(
             not model.training, "LipschitzCertificate", "the model must be in eval mode",
             "Call model.eval() first",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,9 +82,8 @@ def certify(
         >>> [row.op for row in certify(model, torch.ones(1, 2)).rows]
         ['linear', 'relu']
     """
-    examples = (
-        (example_input,) if not isinstance(example_input, (tuple, list)) else (tuple(example_input))
-    )
+    single = not isinstance(example_input, (tuple, list))
+    examples: Any = (example_input,) if single else tuple(example_input)
     _check_examples(examples)
     _checks.one_of("certify", tuple(EFFORTS), effort=effort)
     _checks.one_of("certify", (None, *HALF), autocast=autocast)

@@ -96,14 +96,15 @@ def curve(
 
         def gain(call: Call) -> Step:
             found = read(call)
-            rounds: Any = rounding(call) if callable(rounding) else rounding
+            rule: Any = rounding
+            rounds: Any = rule(call) if callable(rule) else rule
             size = mul_up(found.largest, amplification(call, call.operand))
             return exact(size, "largest slope", rounds)
 
         def slopes(call: Call, width: int) -> Activation | None:
             found = read(call)
-            ends = [_spread(call, v, width) for v in (found.lower, found.upper)]
-            return Activation(found.function, *ends)  # only its slopes are read
+            lower, upper = (_spread(call, v, width) for v in (found.lower, found.upper))
+            return Activation(found.function, lower, upper)  # only its slopes are read
 
         def run(x: Tensor, y: Tensor, values: dict[str, Any]) -> Tensor:
             target = overloads[0]
@@ -435,6 +436,8 @@ def activation_of(module: nn.Module, width: int) -> Activation | None:
     found = entry.build(**{name: getattr(module, name) for name in entry.reads})
     if found is None:
         return None
-    ends = (torch.as_tensor(v, dtype=torch.float64).expand(width)
-            for v in (found.lower, found.upper))  # fmt: skip
-    return Activation(found.function, *(end.contiguous() for end in ends), narrow=found.narrow)
+    lower, upper = (
+        torch.as_tensor(v, dtype=torch.float64).expand(width).contiguous()
+        for v in (found.lower, found.upper)
+    )
+    return Activation(found.function, lower, upper, narrow=found.narrow)

@@ -20,7 +20,7 @@ __all__ = ["Grid", "adaptive", "along", "average", "interpolation", "padding", "
 def along(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     """Apply one matrix to each of the last dims."""
     for dim, matrix in zip(range(-len(matrices), 0), matrices, strict=True):
-        x = torch.tensordot(x, matrix, dims=([dim], [1])).movedim(-1, dim)
+        x = (x.movedim(dim, -1) @ matrix.mT).movedim(-1, dim)
     return x
 
 

@@ -288,7 +288,12 @@ def _einsum(call: Call) -> Step:
     summed = math.prod(s for c, s in zip(x[1:], call.operands[0].shape, strict=True)
                        if c not in out and c not in kept)  # fmt: skip
     gain = step.gains[0].value + mul_up(2.0 * error, sqrt_up(summed))
-    return Step((Bound(gain * _SAFE if gain else 0.0),), step.method)
+    # In whatever order pairs are contracted: no sum has more terms than all letters together.
+    lengths = zip(x[1:], call.operands[0].shape, strict=True)
+    count = terms * math.prod(s for c, s in lengths if c not in out) + len(tensors)
+    absolute: Any = product_step(call, x, size, kept, out).roundings
+    rounding = Rounding(count, mul_up(absolute.size, _SAFE))
+    return Step((Bound(gain * _SAFE if gain else 0.0),), step.method, roundings=rounding)
 
 
 def _merged(letters: list[str], fixed: list[Tensor], kept: str) -> tuple[Tensor, int]:
@@ -334,7 +339,7 @@ def _tensordot_run(a: Values, absolute: bool) -> Any:
 @op("tensordot.default", reads=("other", "dims_self", "dims_other"),
     linear=Linear(_tensordot_run, wide, heavy=True),
     samples=lambda draw, shape: (lambda x, y, w=constant(draw, 2, shape[-1]):
-        torch.tensordot(x, w, dims=([len(shape)], [1]))))  # fmt: skip
+        torch.ops.aten.tensordot(x, w, [len(shape)], [1])))  # fmt: skip
 def _tensordot(call: Call) -> Step:
     """The sum of X W, or of W X where all dims of W are summed, so that the batch stays first."""
     first = len(call.operands) == 1 and isinstance(call["self"], Operand)

@@ -203,7 +203,7 @@ def _square_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     if len(shape) != 3 or min(shape[1:]) < 2:
         return None
     stride = draw.choice([1, 2])
-    return draw.choice([lambda x, y: functional.l2_norm_pool(x, 2, stride),
+    return draw.choice([lambda x, y: functional.l2_norm_pool(x, [2, 2], [stride, stride]),
                         lambda x, y: functional.global_l2_norm_pool(x, 2)])  # fmt: skip
 
 
