@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
@@ -26,6 +27,7 @@ __all__ = [
     "ConvNd",
     "DispatchMode",
     "ModuleStamp",
+    "MODULE_ATTRIBUTES",
     "NN_FUNCTIONS",
     "Stamp",
     "TO_COPY",
@@ -60,10 +62,16 @@ __all__ = [
     "is_traced",
     "mutates",
     "not_compiled",
+    "operation_arguments",
     "operation_name",
+    "overload_name",
     "parameters_of",
     "patched",
+    "REQUIRED",
+    "forward_hooks",
+    "has_global_forward_hooks",
     "run_backward",
+    "tensors_in",
     "recording_in_kernel",
     "running_ddp",
     "set_conv_paddings",
@@ -295,6 +303,28 @@ def is_hooked(module: nn.Module, *, backward: bool = False) -> bool:
     return bool(hooks)
 
 
+def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """Return the hooks of this module before and after its forward pass."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def has_global_forward_hooks() -> bool:
+    """Return whether hooks run around the forward pass of every module of the process."""
+    modules: Any = nn.modules.module
+    return bool(modules._global_forward_hooks or modules._global_forward_pre_hooks)
+
+
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {
+    "_all_weights", "_flat_weight_refs", "_flat_weights", "_flat_weights_names"
+}  # fmt: skip
+"""What `nn.Module` and the recurrent layers of `torch.nn` keep for themselves."""
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of nested tuples, lists, dictionaries and registered classes, in order."""
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+
+
 def is_hooked_tensor(tensor: Tensor) -> bool:
     """Return whether hooks of the user run when a gradient of the tensor arrives."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
@@ -353,6 +383,31 @@ def operation_name(target: Any) -> str | None:
     if isinstance(target, _ops.OpOverloadPacket):
         return target._qualified_op_name  # type: ignore[no-any-return]
     return None
+
+
+def overload_name(target: Any) -> str | None:
+    """Return the name of an overload, "add.Tensor" or "other::add.Tensor"; None for other targets.
+
+    The namespace of ATen is left out.
+    """
+    if not is_overload(target):
+        return None
+    name = target._schema.name.removeprefix("aten::")
+    return f"{name}.{target._schema.overload_name or 'default'}"
+
+
+REQUIRED: Any = object()
+"""Stands for the default of an argument that has none."""
+
+
+def operation_arguments(target: Any) -> dict[str, Any] | None:
+    """Return the arguments of an overload with their defaults, in order; None for other targets."""
+    if not is_overload(target):
+        return None
+    return {
+        a.name: a.default_value if a.has_default_value() else REQUIRED
+        for a in target._schema.arguments
+    }
 
 
 def mutates(target: Any) -> bool:

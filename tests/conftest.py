@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # pytest listens to every logger, and torch then formats each step of torch.export: ten times slower
@@ -25,12 +26,18 @@ def seed() -> int:
     return 0
 
 
+def _global_state():
+    switches = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+    modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+    return *switches, *modes, forward_ad._current_level
+
+
 @pytest.fixture(autouse=True)
 def _clean_defaults():
     """Fail a test that leaves torch's global state changed for the tests after it."""
-    state = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+    state = _global_state()
     yield
-    left = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+    left = _global_state()
     assert left == state, f"the test left torch's global state at {left}, it was {state}"
 
 

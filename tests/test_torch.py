@@ -376,6 +376,37 @@ def test_conv_output_padding_reaches_the_size():
         _torch.conv_output_padding(conv, x, [90, 90])
 
 
+def test_hooks_around_forward_are_listed():
+    module, calls = nn.Linear(2, 2), []
+    before = module.register_forward_pre_hook(lambda *_: calls.append("before"))
+    module.register_forward_hook(lambda *_: calls.append("after"))
+    for hook in _torch.forward_hooks(module):
+        hook()
+    assert calls == ["before", "after"]
+    before.remove()
+    assert len(_torch.forward_hooks(module)) == 1
+    assert not _torch.has_global_forward_hooks()
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert _torch.has_global_forward_hooks()
+    finally:
+        everywhere.remove()
+
+
+def test_what_modules_keep_for_themselves():
+    known = _torch.MODULE_ATTRIBUTES
+    assert {"training", "_parameters", "_buffers", "_modules", "_forward_hooks"} <= known
+    assert {name for name in vars(nn.LSTM(2, 2)) if name.startswith("_")} <= known
+    assert "in_features" not in known
+
+
+def test_tensors_in_nested_values():
+    a, b = torch.zeros(1), torch.ones(2)
+    found = _torch.tensors_in({"x": (a, 3), "y": [b, None, "z"]})
+    assert found[0] is a and found[1] is b and len(found) == 2
+    assert _torch.tensors_in(5) == []
+
+
 ADD = torch.ops.aten.add
 
 
@@ -384,6 +415,14 @@ def test_operations_and_their_names():
     assert not _torch.is_overload(torch.add)
     assert _torch.operation_name(ADD.Tensor) == _torch.operation_name(ADD) == "aten::add"
     assert _torch.operation_name(torch.add) is None
+    assert _torch.overload_name(ADD.Tensor) == "add.Tensor"
+    assert _torch.overload_name(torch.ops.aten.relu.default) == "relu.default"
+    assert _torch.overload_name(torch.ops.prims.add.default) == "prims::add.default"
+    assert _torch.overload_name(ADD) is _torch.overload_name(torch.add) is None
+    assert _torch.operation_arguments(ADD.Tensor) == {
+        "self": _torch.REQUIRED, "other": _torch.REQUIRED, "alpha": 1
+    }  # fmt: skip
+    assert _torch.operation_arguments(torch.add) is None
     assert _torch.mutates(ADD.out) and _torch.mutates(torch.ops.aten.add_.Tensor)
     assert not _torch.mutates(ADD.Tensor) and not _torch.mutates(torch.add)
 

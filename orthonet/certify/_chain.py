@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks, layers
+from orthonet._torch import has_global_forward_hooks, is_hooked
 from orthonet.certify._slopes import Activation
 from orthonet.certify.ops.activations import activation_of
 from orthonet.errors import UncertifiableError
@@ -235,9 +236,9 @@ _CALLED = ("forward", "__call__", "__iter__", "__getitem__")
 
 def _hooked(module: nn.Module) -> bool:
     """Whether calling the module is more than its class says."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    shared = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
-    return bool(hooks or shared) or type(module).__call__ is not nn.Module.__call__
+    if is_hooked(module) or has_global_forward_hooks() or "forward" in vars(module):
+        return True
+    return type(module).__call__ is not nn.Module.__call__
 
 
 def _flat(model: Layer | Iterable[Layer], owner: str) -> Iterable[Layer]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
 from orthonet import _checks
+from orthonet._torch import tensors_in
 from orthonet.certify._export import FAILURES, refuse_export, samples_of
 from orthonet.certify._identity import fingerprint
 from orthonet.certify._marks import ROOT
@@ -35,7 +35,7 @@ def _outputs(
     with torch.set_grad_enabled(gradients):
         inputs = [leaf.clone() for leaf in leaves]  # which may be written to
         try:
-            return [t.detach() for t in _flat(model(*inputs))]
+            return [t.detach() for t in tensors_in(model(*inputs))]
         except FAILURES as error:
             refuse_export(model, inputs, ROOT, error)
             return []
@@ -116,7 +116,7 @@ def _close_in_float64(model: nn.Module, program: Program) -> bool:
         with torch.set_grad_enabled(gradients):
             try:
                 leaves = [x.clone().requires_grad_(gradients).clone() for x in inputs]
-                found.append([t.detach() for t in _flat(twin(*leaves))])
+                found.append([t.detach() for t in tensors_in(twin(*leaves))])
             except FAILURES:
                 return False
     return _close(*found, floor=_CANCELLED) and _close(
@@ -166,7 +166,3 @@ def _run(program: Program, found: dict[fx.Node, Any] | None = None) -> list[Tens
             with program.region(node):
                 env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return [value(node) for node in program.outputs]
-
-
-def _flat(value: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from orthonet._torch import composite_of, core_decompositions, is_overload
+from orthonet._torch import composite_of, core_decompositions, is_overload, overload_name
 from orthonet.certify._regions import DECOMPOSED, REGION_OFF
 from orthonet.certify._rules import function_rule
 
@@ -138,10 +138,7 @@ def _write_choice(graph: fx.Graph, node: fx.Node) -> None:
 
 def _name(node: Any) -> str:
     """The operation and overload of a node of ATen, else nothing."""
-    schema = getattr(getattr(node, "target", None), "_schema", None)
-    if schema is None or not schema.name.startswith("aten::"):
-        return ""
-    return f"{schema.name[6:]}.{schema.overload_name or 'default'}"
+    return overload_name(getattr(node, "target", None)) or ""
 
 
 def _multiple(value: Any, x: fx.Node) -> float | None:

@@ -14,18 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orthonet._torch import MODULE_ATTRIBUTES, forward_hooks
+
 __all__ = ["data_hashes", "digest", "fingerprint", "hashes", "is_library"]
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
-_OWN = {
-    "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks",
-    "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_non_persistent_buffers_set",
-    "_is_full_backward_hook", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs", "training", "_flat_weights", "_flat_weight_refs",
-    "_all_weights",
-}  # fmt: skip
-"""Of what nn.Module keeps itself, the parameters, buffers and children are listed by name."""
 _LARGEST_DEPTH = 6
 _LIBRARIES = ("torch", "orthonet", "numpy", "math", "builtins", "einops")
 
@@ -89,12 +82,13 @@ def _attributes(model: nn.Module, objects: bool) -> dict[str, str]:
         kind = type(module)
         prefix = f"{path}." if path else ""
         found[f"{prefix}__class__"] = f"{kind.__module__}.{kind.__qualname__}"
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for hook in hooks.values():
-                name = getattr(hook, "__qualname__", type(hook).__qualname__)
-                found[f"{prefix}hook {name}"] = found.get(f"{prefix}hook {name}", "") + "1"
+        for hook in forward_hooks(module):
+            name = getattr(hook, "__qualname__", type(hook).__qualname__)
+            found[f"{prefix}hook {name}"] = found.get(f"{prefix}hook {name}", "") + "1"
         for name, value in vars(module).items():
-            if name not in _OWN and not (name.startswith("_") and is_library(kind.__module__)):
+            if name not in MODULE_ATTRIBUTES and not (
+                name.startswith("_") and is_library(kind.__module__)
+            ):
                 found[prefix + name] = _text(value, objects=objects)
     return found
 

@@ -163,6 +163,11 @@ class Walker:
         whole = value.ndim >= 1 and str(value.shape[0]) == self.program.batch
         if not whole or not all(isinstance(size, int) for size in rest):
             self._refuse_attention()
+            if any(str(size).startswith("u") for size in value.shape):
+                self._refuse(
+                    node, "a shape must not depend on values, such as those of a mask",
+                    "Index with integers: self.index = mask.nonzero()[:, 0] in __init__",
+                )  # fmt: skip
             self._refuse(
                 node,
                 "dim 0 must stay the batch, neither moved, merged, nor mixed into other dims",

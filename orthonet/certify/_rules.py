@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orthonet import _checks
-from orthonet._torch import NN_FUNCTIONS, is_hooked, is_overload, operation_name
+from orthonet import _checks, _torch
+from orthonet._torch import NN_FUNCTIONS, REQUIRED, is_hooked, operation_name
 from orthonet.certify._bound import Bound
 from orthonet.certify._norms import conv_norm
 from orthonet.errors import UncertifiableError
@@ -288,21 +288,15 @@ class Call:
         _checks.fail("certify", requirement, advice, UncertifiableError, **where)
 
 
-_REQUIRED = object()
-
-
 @functools.cache
 def parameters(target: Any) -> dict[str, Any]:
     """The names of the arguments of a function, in order, with their defaults."""
-    schema = getattr(target, "_schema", None)
-    if schema is not None:
-        return {
-            a.name: a.default_value if a.has_default_value() else _REQUIRED
-            for a in schema.arguments
-        }
+    known = _torch.operation_arguments(target)
+    if known is not None:
+        return known
     empty = inspect.Parameter.empty
     return {
-        name: _REQUIRED if parameter.default is empty else parameter.default
+        name: REQUIRED if parameter.default is empty else parameter.default
         for name, parameter in inspect.signature(target).parameters.items()
     }
 
@@ -310,7 +304,7 @@ def parameters(target: Any) -> dict[str, Any]:
 def bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name; defaults stand for those that are not given."""
     names = parameters(target)
-    found = {name: value for name, value in names.items() if value is not _REQUIRED}
+    found = {name: value for name, value in names.items() if value is not REQUIRED}
     found.update(zip(names, args, strict=False))
     found.update(kwargs)
     return found
@@ -318,8 +312,8 @@ def bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[st
 
 def is_default(target: Any, name: str, value: Any) -> bool:
     """Whether this value of an argument is what leaving it out means."""
-    default = parameters(target).get(name, _REQUIRED)
-    if default is _REQUIRED or isinstance(value, (Tensor, Operand, BatchDependent)):
+    default = parameters(target).get(name, REQUIRED)
+    if default is REQUIRED or isinstance(value, (Tensor, Operand, BatchDependent)):
         return False
     if isinstance(value, (list, tuple)) or isinstance(default, (list, tuple)):
         both = (value, default)
@@ -345,10 +339,7 @@ def overload_name(target: Any) -> Any:
     """What a record is known by: the overload of an operation, or a function itself."""
     if target is operator.getitem:  # a part of several outputs
         return "getitem"
-    if not is_overload(target):
-        return target
-    name = target._schema.name.removeprefix("aten::")
-    return f"{name}.{target._schema.overload_name or 'default'}"
+    return _torch.overload_name(target) or target
 
 
 def record_of(target: Any) -> Any:

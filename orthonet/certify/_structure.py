@@ -9,6 +9,7 @@ compared one by one. The batch size may enter the shapes of tensors and nothing 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import types
@@ -19,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from orthonet import _checks
+from orthonet._torch import tensors_in
 from orthonet.certify._identity import digest, is_library
 from orthonet.certify._program import op_name, refuse
 from orthonet.errors import UncertifiableError
@@ -209,9 +210,8 @@ class Recorder(TorchFunctionMode):
         kwargs, name = kwargs or {}, _name_of(func)
         if name != "certify_mark" and _is_ours():
             result = func(*args, **kwargs)
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, Tensor):
-                    self.known.setdefault(id(tensor), ("ours", len(self.lines)))
+            for tensor in tensors_in(result):
+                self.known.setdefault(id(tensor), ("ours", len(self.lines)))
             self.kept.append((args, kwargs, result))
             return result
         self.data = []
@@ -225,8 +225,7 @@ class Recorder(TorchFunctionMode):
             with self:  # a function of the user's that PyTorch shows as one call
                 return inner(*args, **kwargs)
         result = func(*args, **kwargs)
-        found: list[Tensor] = []
-        tree_map_only(Tensor, found.append, result)
+        found = tensors_in(result)
         if name == "certify_mark":
             self.known[id(result)] = self.known.get(id(args[0]), "?")
             self.kept.append(result)
@@ -345,25 +344,25 @@ def _source() -> str:
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
     """Within it, the calls of the model are recorded."""
-    model = recorder.model
+    model, before = recorder.model, vars(recorder.model).get("forward")
+    plain = model.forward
 
-    def enter(_: Any, args: Any) -> None:
-        recorder.start(args)
-        recorder.__enter__()
-
-    def leave(_: Any, args: Any, result: Any) -> None:
-        recorder.__exit__(None, None, None)
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        recorder.start((*args, *kwargs.values()))
+        with recorder:
+            result = plain(*args, **kwargs)
         recorder.finish(result)
+        return result
 
-    handles = [
-        model.register_forward_pre_hook(enter),
-        model.register_forward_hook(leave, always_call=True, prepend=True),
-    ]
+    model.forward = forward
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
 
 
 def compare(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from orthonet import _checks
+from orthonet._torch import mutates
 from orthonet.certify import certify
 from orthonet.certify._decompose import decompose
 from orthonet.certify._fold import fold, moving
@@ -292,7 +293,7 @@ def _traced(model: nn.Module, x: Tensor) -> Walker | None:
         return None
     graph = traced.graph
     nodes = list(graph.nodes)
-    if any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in nodes):
+    if any(mutates(n.target) for n in nodes):
         return None
     for node in nodes:  # any number of samples
         if op_name(node) in ("view", "reshape", "_unsafe_view", "expand"):

@@ -14,17 +14,8 @@ from orthonet import layers
 from orthonet.certify import Bound, certify, register_rule
 from orthonet.certify import _rules as rules
 from orthonet.errors import UncertifiableError
+from tests.certify.functions import Lambda
 from tests.references import jacobian_reference
-
-
-class Lambda(nn.Module):
-    def __init__(self, function, *children):
-        super().__init__()
-        self.function = function
-        self.parts = nn.ModuleList(children)
-
-    def forward(self, x):
-        return self.function(x, *self.parts)
 
 
 def steepest(model: nn.Module, x: torch.Tensor) -> float:

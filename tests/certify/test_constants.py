@@ -30,6 +30,12 @@ class Fixed(nn.Module):
 
 
 # The function and the shape of a sample.
+def written(mask, x, value):
+    x = x.clone()
+    x[:, mask] = value
+    return x
+
+
 LINEAR = {
     "einsum": (lambda s, x: torch.einsum("oi,bi->bo", s.w, x), (6,)),
     "einsum, of the channels": (lambda s, x: torch.einsum("bchw,oc->bohw", x, s.w), (6, 2, 3)),
@@ -70,6 +76,10 @@ LINEAR = {
         (2, 4),
     ),
     "index": (lambda s, x: x[:, s.index] @ s.w[:3], (6,)),
+    "two indices": (lambda s, x: x[:, s.index, s.index], (3, 4)),
+    "a number at a mask": (lambda s, x: written(s.mask, x @ s.w, 2.0), (6,)),
+    "values at a mask": (lambda s, x: written(s.mask, x, x[:, :4] @ s.w[:4, :4]), (6,)),
+    "one value at a mask": (lambda s, x: written(s.mask, s.b.expand_as(x), x[:, :1]), (6,)),
     "triangle": (lambda s, x: (x @ s.w).tril(-1) + x.triu(1), (6, 6)),
     "mask of a product": (lambda s, x: (x @ s.w) * s.mask * 2.0, (6,)),
     "stack of one matrix": (lambda s, x: x @ s.w[None], (3, 2, 6)),

@@ -8,16 +8,8 @@ from torch import nn
 from orthonet import convert, layers
 from orthonet.certify import _norms as norms
 from orthonet.certify import certify
+from tests.certify.functions import Lambda
 from tests.references import jacobian_reference
-
-
-class Lambda(nn.Module):
-    def __init__(self, function, *children):
-        super().__init__()
-        self.function, self.parts = function, nn.ModuleList(children)
-
-    def forward(self, *x):
-        return self.function(*x, *self.parts)
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:

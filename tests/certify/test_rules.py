@@ -9,6 +9,7 @@ from torch import nn
 
 from orthonet import functional
 from orthonet.certify import certify
+from tests.certify.functions import Lambda
 from tests.references import jacobian_reference
 
 LINEAR = {
@@ -97,15 +98,6 @@ LAMBDAS = {
     "index with repetition": lambda x: x[:, [0, 0, 1]],
     "static shapes": lambda x: x.reshape(x.size(0), -1) * float(2),
 }
-
-
-class Lambda(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 @pytest.mark.parametrize("name", LAMBDAS)

@@ -18,6 +18,7 @@ from orthonet.certify.ops.registry import (
     Linear,
     Values,
     added,
+    aten_name,
     constant,
     f64,
     first_moves,
@@ -95,7 +96,7 @@ def _pair(call: Call) -> tuple[Any, Any]:
 
 
 def _matmul_run(a: Values, absolute: bool) -> Any:
-    name = a.target._schema.name.removeprefix("aten::")
+    name = aten_name(a.target)
     first, second = (f64(a[key], absolute) for key in ("self", _SECOND[name]))
     return first @ (second.mT if name == "inner" and second.ndim > 1 else second)
 
@@ -150,7 +151,7 @@ def _product(call: Call) -> Step:
 
 
 def _addmm_run(a: Values, absolute: bool) -> Any:
-    name = a.target._schema.name.removeprefix("aten::")
+    name = aten_name(a.target)
     first, second = (f64(a[key], absolute) for key in (_FIRST[name], _SECOND[name]))
     return f64(a["alpha"], absolute) * (first @ second)
 

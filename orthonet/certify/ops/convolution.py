@@ -22,6 +22,7 @@ from orthonet.certify.ops.intervals import Interval, interval_of
 from orthonet.certify.ops.registry import (
     Linear,
     Values,
+    aten_name,
     constant,
     each,
     f64,
@@ -227,7 +228,7 @@ def _transposed(call: Call) -> Step:
 
 def _pads(call: Call) -> tuple[list[tuple[int, int]], str]:
     """The padding of the last dims, and how it is filled."""
-    name = call.target._schema.name.removeprefix("aten::")
+    name = aten_name(call.target)
     amounts = list(call.given("pad", call.given("padding", ())))
     mode = call.given("mode", "constant")
     if name.startswith(("reflection", "replication")):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from orthonet.certify._rules import Operand, record_of
+from orthonet.certify._rules import Call, Operand, record_of
 
-__all__ = ["EVERYTHING", "Interval", "interval_of"]
+__all__ = ["EVERYTHING", "Interval", "interval_of", "as_input"]
 
 Interval = tuple[float, float]
 EVERYTHING: Interval = (-math.inf, math.inf)
@@ -30,3 +30,8 @@ def interval_of(operand: Operand) -> Interval:
         else:
             state.interval = record.interval(state.call)
     return operand._state.interval
+
+
+def as_input(call: Call) -> Interval:
+    """That of the first operand, for an operation whose outputs are some of its inputs."""
+    return interval_of(call.operands[0])

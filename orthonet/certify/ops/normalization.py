@@ -24,7 +24,7 @@ from torch import Tensor
 
 from orthonet.certify._forms import Form, scaled
 from orthonet.certify._rules import Call, Rounding, Step, exact, upper
-from orthonet.certify.ops.registry import Linear, Values, constant, f64, op
+from orthonet.certify.ops.registry import Linear, Values, aten_name, constant, f64, op
 from orthonet.linalg._rounding import div_up, down, mul_up, up
 
 __all__: list[str] = []
@@ -47,7 +47,7 @@ def _run(a: Values, absolute: bool) -> Any:
         scale = scale * f64(a["weight"], absolute)
     x = a["input"]
     result = x * scale.reshape(-1, *[1] * (x.ndim - 2))
-    return (result,) if "native" in a.target._schema.name else result
+    return (result,) if "native" in aten_name(a.target) else result
 
 
 def _form(state: Any, forms: list[Form]) -> Form | None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import _checks, functional
+from orthonet._torch import operation_name
 from orthonet.certify._forms import Form, on_identity, pairs_of
 from orthonet.certify._norms import matrix_norm
 from orthonet.certify._rules import (
@@ -25,8 +26,8 @@ from orthonet.certify._rules import (
 )
 from orthonet.certify.ops import axes
 from orthonet.certify.ops.convolution import spatial_sizes
-from orthonet.certify.ops.intervals import Interval, interval_of
-from orthonet.certify.ops.registry import Linear, Values, each, op, wide
+from orthonet.certify.ops.intervals import as_input
+from orthonet.certify.ops.registry import Linear, Values, aten_name, each, op, wide
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import add_up, mul_up, sqrt_up, up
 
@@ -35,12 +36,8 @@ __all__: list[str] = []
 
 def _dims_of(target: Any) -> int:
     """The number of spatial dims, from a name like avg_pool2d or adaptive_max_pool1d."""
-    name = target._schema.name if hasattr(target, "_schema") else target.__name__
+    name = operation_name(target) or target.__name__
     return int(next(c for c in reversed(name.replace("_aa", "")) if c.isdigit()))
-
-
-def _within(call: Call) -> Interval:
-    return interval_of(call.operands[0])
 
 
 def _shared(count: int) -> str:
@@ -70,7 +67,7 @@ def _pool_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
 _MAX = [f"max_pool{d}d{kind}.default" for d in (1, 2, 3) for kind in ("", "_with_indices")]
 
 
-@op(*_MAX, reads=("kernel_size", "stride", "padding", "dilation", "ceil_mode"), interval=_within,
+@op(*_MAX, reads=("kernel_size", "stride", "padding", "dilation", "ceil_mode"), interval=as_input,
     samples=_pool_samples)  # fmt: skip
 def _max_pool(call: Call) -> Step:
     dims = int(call.op[8])
@@ -87,7 +84,7 @@ def _max_pool(call: Call) -> Step:
 
 
 @op(*(f"adaptive_max_pool{d}d.default" for d in (1, 2, 3)), reads=("output_size",),
-    interval=_within)  # fmt: skip
+    interval=as_input)  # fmt: skip
 def _adaptive_max_pool(call: Call) -> Step:
     dims = _dims_of(call.target)
     outputs = call.output_shape[len(call.output_shape) - dims :]
@@ -103,7 +100,7 @@ def _adaptive_max_pool(call: Call) -> Step:
 def _average_axes(target: Any, get: Any, sizes: Any, outputs: Any) -> tuple[list[Tensor], float]:
     """The matrices of an average along its axes, and the factor of all of them."""
     dims = len(sizes)
-    if "adaptive" in target._schema.name:
+    if "adaptive" in (operation_name(target) or ""):
         return [axes.adaptive(n, m) for n, m in zip(sizes, outputs, strict=True)], 1.0
     kernel = each(get("kernel_size"), dims)
     stride = each(get("stride") or kernel, dims)
@@ -229,7 +226,7 @@ def _overlap(most: int, rounding: float = COPY) -> Step:
     return exact(sqrt_up(most), f"windows, {most} over an entry at most", rounding)
 
 
-@op("unfold.default", "unfold_copy.default", reads=("dimension", "size", "step"), interval=_within,
+@op("unfold.default", "unfold_copy.default", reads=("dimension", "size", "step"), interval=as_input,
     linear=Linear(lambda a, absolute: a.run(), moves=True),
     samples=lambda draw, shape: (lambda x, y, n=draw.randrange(1, 1 + shape[-1]), s=draw.choice(
         [1, 2]): x.unfold(-1, n, s)))  # fmt: skip
@@ -315,7 +312,7 @@ _SCALES = ("scales_d", "scales_h", "scales_w")
 
 def _grids(target: Any, get: Any, sizes: Any, outputs: Any) -> list[axes.Grid]:
     """One grid for each axis, with the scale factors in whatever argument they stand."""
-    dims, mode = len(sizes), _RESIZE[target._schema.name.removeprefix("aten::")]
+    dims, mode = len(sizes), _RESIZE[aten_name(target)]
     listed = get("scale_factors")
     if listed is None:
         named = [get("scales")] if dims == 1 else [get(name) for name in _SCALES[3 - dims :]]
@@ -385,7 +382,7 @@ def _interpolate(call: Call) -> Step:
         value = mul_up(value, add_up(norm, lost))
         others = math.prod(norms[:i] + norms[i + 1 :])
         moved += others * grid.moved * grid.reach
-    mode = _RESIZE[call.target._schema.name.removeprefix("aten::")]
+    mode = _RESIZE[aten_name(call.target)]
     if "nearest" in mode:
         certain = all(grid.certain for grid in grids)
         method = f"{mode} along each axis, verified"

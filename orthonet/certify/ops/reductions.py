@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from orthonet.certify._advice import ADVICE
 from orthonet.certify._norms import matrix_norm
 from orthonet.certify._rules import COPY, Call, Rounding, Step, exact, of_squares, upper
-from orthonet.certify.ops.intervals import Interval, interval_of
+from orthonet.certify.ops.intervals import as_input
 from orthonet.certify.ops.registry import (
     SMOOTH,
     Linear,
@@ -25,10 +25,6 @@ from orthonet.certify.ops.registry import (
 from orthonet.linalg._rounding import div_up, down, sqrt_up
 
 __all__: list[str] = []
-
-
-def _within(call: Call) -> Interval:
-    return interval_of(call.operands[0])
 
 
 def _without_dtype(a: Values, absolute: bool) -> Any:
@@ -150,14 +146,14 @@ def _along(call: Call, name: str = "dim") -> Step:
 
 
 @op("amax.default", "amin.default", "max.dim", "min.dim", "max.default", "min.default",
-    reads=("dim", "keepdim"), interval=_within, samples=_extreme_samples)  # fmt: skip
+    reads=("dim", "keepdim"), interval=as_input, samples=_extreme_samples)  # fmt: skip
 def _extreme(call: Call) -> Step:
     call.operand  # noqa: B018
     call.feature_dims(call.given("dim"))
     return exact(1.0, "selection or order", COPY)
 
 
-@op("sort.default", "sort.stable", reads=("dim",), free=("stable", "descending"), interval=_within,
+@op("sort.default", "sort.stable", reads=("dim",), free=("stable", "descending"), interval=as_input,
     samples=lambda draw, shape: (lambda x, y, d=place(draw, shape): x.sort(d).values))  # fmt: skip
 def _sort(call: Call) -> Step:
     return _along(call)
@@ -170,7 +166,7 @@ def _topk_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: x.topk(count, dim, **options).values
 
 
-@op("topk.default", reads=("k", "dim", "sorted"), free=("largest",), interval=_within,
+@op("topk.default", reads=("k", "dim", "sorted"), free=("largest",), interval=as_input,
     samples=_topk_samples)  # fmt: skip
 def _topk(call: Call) -> Step:
     if not call.flag("sorted", True):
@@ -188,14 +184,14 @@ def _rank_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     ])  # fmt: skip
 
 
-@op("median.dim", "kthvalue.default", reads=("k", "dim", "keepdim"), interval=_within,
+@op("median.dim", "kthvalue.default", reads=("k", "dim", "keepdim"), interval=as_input,
     samples=_rank_samples)  # fmt: skip
 def _rank(call: Call) -> Step:
     """Order statistics are 1-Lipschitz in the largest change of an entry."""
     return _along(call)
 
 
-@op("cummax.default", "cummin.default", reads=("dim",), interval=_within,
+@op("cummax.default", "cummin.default", reads=("dim",), interval=as_input,
     samples=lambda draw, shape: (lambda x, y, d=place(draw, shape), f=draw.choice(
         [torch.cummax, torch.cummin]): f(x, d).values))  # fmt: skip
 def _running(call: Call) -> Step:

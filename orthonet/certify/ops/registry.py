@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from orthonet._torch import operation_name
 from orthonet.certify._bound import Bound
 from orthonet.certify._rules import (
     RECORDS,
@@ -30,6 +31,7 @@ from orthonet.certify._rules import (
 from orthonet.linalg._rounding import div_up, sqrt_up
 
 __all__ = [
+    "NOTHING",
     "ONE",
     "SMOOTH",
     "Constant",
@@ -39,6 +41,7 @@ __all__ = [
     "Values",
     "added",
     "amplification",
+    "aten_name",
     "constant",
     "each",
     "each_repeated",
@@ -52,6 +55,7 @@ __all__ = [
     "zeros",
 ]
 
+NOTHING = Bound(0.0, kind="exact")
 ONE = Bound(1.0, kind="exact")
 SMOOTH = 64.0
 """Roundings that an elementary function of a math library is taken to need, a few ulp in truth."""
@@ -165,6 +169,11 @@ def op(*overloads: Any, reads: tuple[str, ...] = (), **fields: Any) -> Callable[
         return gain
 
     return decorate
+
+
+def aten_name(target: Any) -> str:
+    """The name of an operation of ATen without its overload; nothing for other functions."""
+    return (operation_name(target) or "").removeprefix("aten::")
 
 
 # --- what rules share ----------------------------------------------------------------------------

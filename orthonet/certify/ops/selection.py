@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -18,8 +19,9 @@ from orthonet.certify._rules import (
     exact,
     scalar_rounding,
 )
-from orthonet.certify.ops.intervals import EVERYTHING, Interval, interval_of
+from orthonet.certify.ops.intervals import EVERYTHING, Interval, as_input, interval_of
 from orthonet.certify.ops.registry import (
+    NOTHING,
     ONE,
     Constant,
     Linear,
@@ -34,12 +36,6 @@ from orthonet.certify.ops.registry import (
 from orthonet.linalg._rounding import mul_up, sqrt_up
 
 __all__: list[str] = []
-
-_NOTHING = Bound(0.0, kind="exact")
-
-
-def _same_range(call: Call) -> Interval:
-    return interval_of(call.operands[0])
 
 
 # --- indices -------------------------------------------------------------------------------------
@@ -58,23 +54,54 @@ def _index_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: x[(*(slice(None),) * (dim + 1), index)]
 
 
-@op("index.Tensor", "index_select.default", reads=("indices", "dim", "index"),
-    linear=Linear(_listed, moves=True), interval=_same_range, samples=_index_samples)  # fmt: skip
-def _index(call: Call) -> Step:
+def _mask_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
+    places = torch.tensor([draw.random() < 0.5 for _ in range(math.prod(shape))] or [True])
+    mask = places.reshape(shape) if shape else places
+    mask.view(-1)[0] = True
+    return lambda x, y: x[:, mask]
+
+
+@op("index_select.default", reads=("dim", "index"), linear=Linear(_listed, moves=True),
+    interval=as_input, samples=_index_samples)  # fmt: skip
+def _index_select(call: Call) -> Step:
     call.operand  # noqa: B018 (refuses a second one)
-    if call.op == "index_select":
-        places = {call.feature_dims(call["dim"])[0]: call["index"]}
-    else:
-        listed = enumerate(call["indices"])
-        places = {dim - 1: index for dim, index in listed if index is not None}
-    ((where, index),) = places.items() if len(places) == 1 else ((-1, None),)
-    if where < 0 or not isinstance(index, Tensor) or index.ndim > 1 or index.dtype != torch.int64:
-        call.refuse(
-            "an index must be one constant list of integers along a feature dimension",
-            "Use slices, or torch.index_select with a constant index",
-        )
-    counts = (index.flatten() % max(1, call.operand.shape[where])).bincount(minlength=1)
-    return exact(sqrt_up(int(counts.max())), "selection, repeated at most so often", COPY)
+    (where,), index = call.feature_dims(call["dim"]), call["index"]
+    if not isinstance(index, Tensor):
+        call.refuse("an index must be a constant list of integers", "Use slices")
+    return _repeated(index % max(1, call.operand.shape[where]))
+
+
+@op("index.Tensor", reads=("indices",), linear=Linear(_listed, moves=True), interval=as_input,
+    samples=_mask_samples)  # fmt: skip
+def _index(call: Call) -> Step:
+    return _repeated(_places(call, call.operand.shape))
+
+
+def _repeated(places: Tensor) -> Step:
+    """The constant of a copy of entries at these places."""
+    most = int(places.flatten().bincount(minlength=1).max())
+    return exact(sqrt_up(most), "selection, repeated at most so often", COPY)
+
+
+def _places(call: Call, shape: tuple[int, ...]) -> Tensor:
+    """Which entries of a sample the constant indices and masks of a call name, in their order.
+
+    Found by indexing numbers in place of entries. Every sample must keep its own place.
+    """
+    indices: Any = call["indices"]
+    wanted = "indices must be constant integers or masks of feature dimensions"
+    advice = "Use slices, masks of the features, or torch.index_select with a constant index"
+    kinds = (torch.int64, torch.int32, torch.bool)
+    if any(i is not None and not (isinstance(i, Tensor) and i.dtype in kinds) for i in indices):
+        call.refuse(wanted, advice)
+    at = tuple(slice(None) if i is None else i.cpu() for i in indices)
+    size, found = math.prod(shape), torch.empty(0)
+    for batch in (2, 3):
+        found = torch.arange(batch * size).view(batch, *shape)[at]
+        own = size * torch.arange(batch).view(-1, *[1] * (found.ndim - 1))
+        if len(found) != batch or not bool((found == found[:1] + own).all()):
+            call.refuse(f"dim 0 must stay the batch, and {wanted}", advice)
+    return found[0]
 
 
 def _one_row(call: Call, name: str) -> Tensor:
@@ -105,7 +132,7 @@ def _gather_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
 
 
 @op("gather.default", reads=("dim", "index"), free=("sparse_grad",),
-    linear=Linear(_listed, moves=True), interval=_same_range, samples=_gather_samples)  # fmt: skip
+    linear=Linear(_listed, moves=True), interval=as_input, samples=_gather_samples)  # fmt: skip
 def _gather(call: Call) -> Step:
     call.operand  # noqa: B018 (refuses a second one)
     (where,) = call.feature_dims(call["dim"])
@@ -167,10 +194,51 @@ def _copied(a: Values, absolute: bool) -> Any:
     linear=Linear(_copied, moves=True, when=lambda call: True))  # fmt: skip
 def _copy(call: Call) -> Step:
     """The second argument in the shape of the first."""
-    gains = [_NOTHING] if isinstance(call["self"], Operand) else []
+    gains = [NOTHING] if isinstance(call["self"], Operand) else []
     if isinstance(call["src"], Operand):
         gains.append(Bound(amplification(call, call["src"]), kind="exact"))
     return Step(tuple(gains), "copy", roundings=scalar_rounding(call, call["src"]))
+
+
+def _put_run(a: Values, absolute: bool) -> Any:
+    """The linear part of a tensor in which entries at indices are replaced."""
+    values, target = (zeros(a[k]).to(torch.float64) for k in ("values", "self"))
+    if isinstance(a["self"], Constant) and len(target) != len(values):
+        target = target[:1].expand(len(values), *target.shape[1:])
+    return a.target(target, plain(a["indices"]), values, False)
+
+
+def _put_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask.view(-1)[:: draw.choice([1, 2])] = True
+
+    def put(x: Tensor, y: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, mask] = y[:, mask].relu() if use else 2.0
+        return x
+
+    use = draw.random() < 0.5
+    return put
+
+
+@op("index_put.default", reads=("indices", "values", "accumulate"), samples=_put_samples,
+    linear=Linear(_put_run, moves=True, when=lambda call: not call["accumulate"]))  # fmt: skip
+def _index_put(call: Call) -> Step:
+    places = _places(call, call.output_shape)
+    most = int(places.flatten().bincount(minlength=1).max()) if places.numel() else 0
+    adds, values, gains = call.flag("accumulate"), call["values"], []
+    single = not isinstance(values, Operand) and getattr(values, "numel", lambda: 1)() == 1
+    if not adds and most > 1 and not single:
+        call.refuse("no entry may be written twice", "The order of writing is not defined")
+    if isinstance(call["self"], Operand):
+        gains.append(ONE)
+    if isinstance(values, Operand):
+        if len(values.shape) != places.ndim:
+            call.refuse("dim 0 must stay the batch", "Write values of the shape of x[index]")
+        repeats = math.prod(places.shape) / max(1, math.prod(values.shape))
+        gains.append(Bound(sqrt_up(math.ceil(repeats) * (most if adds else 1))))
+    rounding = float(most) if adds else scalar_rounding(call, values)
+    return Step(tuple(gains), "entries of one or the other", "sum" if adds else "hypot", rounding)
 
 
 def _scatter_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:

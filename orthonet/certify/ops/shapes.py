@@ -21,8 +21,9 @@ from orthonet.certify._rules import (
     Step,
     exact,
 )
-from orthonet.certify.ops.intervals import EVERYTHING, Interval, interval_of
+from orthonet.certify.ops.intervals import EVERYTHING, Interval, as_input, interval_of
 from orthonet.certify.ops.registry import (
+    NOTHING,
     ONE,
     Linear,
     Values,
@@ -33,12 +34,6 @@ from orthonet.certify.ops.registry import (
 )
 
 __all__: list[str] = []
-
-_NOTHING = Bound(0.0, kind="exact")
-
-
-def _same_range(call: Call) -> Interval:
-    return interval_of(call.operands[0])
 
 
 def _with_zero(call: Call) -> Interval:
@@ -71,7 +66,7 @@ def _rearrange(call: Call) -> Step:
     # That the batch stays where it is and whole is checked for every operation by its shapes.
     if not isinstance(call.args[0], Operand):
         call.refuse("the tensor to rearrange must be the first argument", "Rewrite the call")
-    others = (_NOTHING,) * (len(call.operands) - 1)  # only their shape or dtype
+    others = (NOTHING,) * (len(call.operands) - 1)  # only their shape or dtype
     return Step((ONE, *others), REARRANGEMENT, roundings=COPY)
 
 
@@ -94,7 +89,7 @@ def _reshape_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
 
 
 op("reshape.default", "view.default", "_unsafe_view.default", reads=("shape", "size"),
-   linear=Linear(_reshaped, moves=True), interval=_same_range,
+   linear=Linear(_reshaped, moves=True), interval=as_input,
    samples=_reshape_samples)(_rearrange)  # fmt: skip
 op(
     "flatten.using_ints",
@@ -107,7 +102,7 @@ op(
     "view_copy.default",
     reads=("start_dim", "end_dim", "dim", "sizes", "size"),
     linear=_MOVED,
-    interval=_same_range,
+    interval=as_input,
 )(_rearrange)
 
 
@@ -130,7 +125,7 @@ op("permute.default", "transpose.int", "movedim.int", "movedim.intlist", "t.defa
    "swapaxes.default", "swapdims.default", "moveaxis.int", "moveaxis.intlist", "mT.a",
    "permute_copy.default", "transpose_copy.int",
    reads=("dims", "dim0", "dim1", "source", "destination", "axis0", "axis1"),
-   linear=_MOVED, interval=_same_range, samples=_permute_samples)(_rearrange)  # fmt: skip
+   linear=_MOVED, interval=as_input, samples=_permute_samples)(_rearrange)  # fmt: skip
 
 
 def _pixels_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
@@ -151,7 +146,7 @@ def _pixels_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
 
 op("pixel_shuffle.default", "pixel_unshuffle.default", "channel_shuffle.default",
    "native_channel_shuffle.default", reads=("upscale_factor", "downscale_factor", "groups"),
-   linear=_MOVED, interval=_same_range, samples=_pixels_samples)(_rearrange)  # fmt: skip
+   linear=_MOVED, interval=as_input, samples=_pixels_samples)(_rearrange)  # fmt: skip
 
 _COPIES = ("memory_format", "non_blocking", "copy", "dtype", "device", "other", "layout",
            "pin_memory")  # fmt: skip
@@ -160,7 +155,7 @@ op("contiguous.default", "clone.default", "detach.default", "alias.default", "li
    "lift_fresh_copy.default", "positive.default", "to.dtype", "to.device", "to.other",
    "to.dtype_layout", "to.prim_Device", "to.prim_dtype", "to.prim_other", "_to_copy.default",
    "type_as.default", "detach_copy.default", "alias_copy.default", free=_COPIES,
-   linear=_AS_IT_IS, kernel=unchanged, interval=_same_range,
+   linear=_AS_IT_IS, kernel=unchanged, interval=as_input,
    samples=lambda draw, shape: (lambda x, y: x.clone().contiguous()))(_rearrange)  # fmt: skip
 
 
@@ -170,13 +165,13 @@ def _like(a: Values, absolute: bool) -> Any:
 
 
 op("view_as.default", "reshape_as.default", reads=("other",),
-   linear=Linear(_like, moves=True), interval=_same_range)(_rearrange)  # fmt: skip
+   linear=Linear(_like, moves=True), interval=as_input)(_rearrange)  # fmt: skip
 
 
 @op("dropout.default", "alpha_dropout.default", "feature_alpha_dropout.default",
     "feature_dropout.default", "native_dropout.default", reads=("train",), free=("p",),
     linear=Linear(lambda a, absolute: (a.args[0], None) if "native" in str(a.target)
-                  else a.args[0], moves=True), kernel=unchanged, interval=_same_range,
+                  else a.args[0], moves=True), kernel=unchanged, interval=as_input,
     samples=lambda draw, shape: (lambda x, y: F.dropout(x, 0.5, training=False)))  # fmt: skip
 def _dropout(call: Call) -> Step:
     if call["train"] is not False:
@@ -219,7 +214,7 @@ def _slice_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
 
 
 @op("slice.Tensor", "slice_copy.Tensor", reads=("dim", "start", "end", "step"), linear=_MOVED,
-    interval=_same_range, cuts=True, samples=_slice_samples)  # fmt: skip
+    interval=as_input, cuts=True, samples=_slice_samples)  # fmt: skip
 def _slice(call: Call) -> Step:
     return _selection(call, "dim")
 
@@ -234,7 +229,7 @@ def _select_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
 
 
 @op("select.int", "narrow.default", "select_copy.int", reads=("dim", "index", "start", "length"),
-    linear=_MOVED, interval=_same_range, cuts=True, samples=_select_samples)  # fmt: skip
+    linear=_MOVED, interval=as_input, cuts=True, samples=_select_samples)  # fmt: skip
 def _select(call: Call) -> Step:
     return _selection(call, "dim")
 
@@ -260,7 +255,7 @@ def _split_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     "tensor_split.sections", "tensor_split.indices", "unbind.int", "unsafe_split.Tensor",
     "unsafe_chunk.default", "split_with_sizes_copy.default", "unbind_copy.int", "split_copy.Tensor",
     reads=("split_size", "split_sizes", "chunks", "sections", "indices", "dim"), linear=_MOVED,
-    interval=_same_range, cuts=True, samples=_split_samples)  # fmt: skip
+    interval=as_input, cuts=True, samples=_split_samples)  # fmt: skip
 def _split(call: Call) -> Step:
     call.feature_dims(call["dim"])
     # Pieces of tensor_split may overlap; each alone is a selection.
@@ -272,14 +267,14 @@ def _getitem_form(state: Any, forms: list[Form]) -> Form | None:
     return forms[0] if "batch_norm" in state.parents[0].call.op else None
 
 
-@op("getitem", linear=Linear(_run, moves=True), kernel=_getitem_form, interval=_same_range,
+@op("getitem", linear=Linear(_run, moves=True), kernel=_getitem_form, interval=as_input,
     reads=("b",))  # fmt: skip
 def _part(call: Call) -> Step:
     return Step((ONE,), REARRANGEMENT, roundings=0.0)
 
 
 @op("diagonal.default", "diagonal_copy.default", reads=("offset", "dim1", "dim2"), linear=_MOVED,
-    interval=_same_range, samples=lambda draw, shape: (
+    interval=as_input, samples=lambda draw, shape: (
         (lambda x, y, k=draw.randrange(-1, 2): x.diagonal(k, 1, 2)) if min(shape[:2]) > 1 and
         len(shape) > 1 else None))  # fmt: skip
 def _diagonal(call: Call) -> Step:
@@ -291,7 +286,7 @@ def _dims_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return draw.choice([lambda x, y: x.flip(dim), lambda x, y: x.roll(shift, dim)])
 
 
-@op("flip.default", "roll.default", reads=("dims", "shifts"), linear=_MOVED, interval=_same_range,
+@op("flip.default", "roll.default", reads=("dims", "shifts"), linear=_MOVED, interval=as_input,
     samples=_dims_samples)  # fmt: skip
 def _flip(call: Call) -> Step:
     dims = call["dims"]
@@ -325,20 +320,24 @@ def _repeat_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
 
 @op("expand.default", "repeat.default", "tile.default", "broadcast_to.default",
     "expand_copy.default", reads=("size", "repeats", "dims"), free=("implicit",), linear=_MOVED,
-    interval=_same_range, samples=_repeat_samples)  # fmt: skip
+    interval=as_input, samples=_repeat_samples)  # fmt: skip
 def _repeat(call: Call) -> Step:
     return exact(amplification(call), "repetition", COPY)
 
 
-@op("expand_as.default", reads=("other",), interval=_same_range)
+@op("expand_as.default", reads=("other",), interval=as_input)
 def _expand_as(call: Call) -> Step:
     if not isinstance(call["self"], Operand):
         call.refuse("the tensor to repeat must be the first argument", "Rewrite the call")
     gain = Bound(amplification(call, call["self"]), kind="exact")
-    return Step((gain, *(_NOTHING,) * (len(call.operands) - 1)), "repetition", roundings=COPY)
+    return Step((gain, *(NOTHING,) * (len(call.operands) - 1)), "repetition", roundings=COPY)
 
 
-@op("repeat_interleave.self_int", reads=("repeats", "dim", "output_size"), interval=_same_range)
+@op(
+    "repeat_interleave.self_int",
+    reads=("repeats", "dim", "output_size"),
+    interval=as_input,
+)
 def _interleave(call: Call) -> Step:
     if not isinstance(call["repeats"], int):
         call.refuse(

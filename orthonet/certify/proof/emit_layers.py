@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from orthonet._torch import conv_paddings
 from orthonet.certify.proof.emit import emits
 from orthonet.certify.proof.norms import blocks_witness, convolution_witness
 from orthonet.layers._zoo._residual_base import ResidualConv2d
@@ -105,7 +106,7 @@ def _fourier(writer: Writer, state: State) -> int | None:
     torus, output = layer._torus((height, width))
     zeros = layer.padding_mode == "zeros"
     if zeros:
-        left, _, top, _ = layer._reversed_padding_repeated_twice
+        left, _, top, _ = conv_paddings(layer)
         trail.pad((0, 0), (top, torus[0] - height - top), (left, torus[1] - width - left))
     size = (torus[0] // s, torus[1] // s)
     if s > 1:
