@@ -28,6 +28,7 @@ __all__ = [
     "DispatchMode",
     "ModuleStamp",
     "MODULE_ATTRIBUTES",
+    "NEAREST_EXACT_2D",
     "NN_FUNCTIONS",
     "Stamp",
     "TO_COPY",
@@ -366,6 +367,9 @@ def conv_output_padding(module: Any, input: Tensor, output_size: Sequence[int] |
 
 NN_FUNCTIONS: Any = _C._nn
 """The namespace in which `torch.nn.functional` finds its functions that are not Python."""
+
+NEAREST_EXACT_2D: Any = torch.ops.aten._upsample_nearest_exact2d.default
+"""The operation of `F.interpolate(mode="nearest-exact")`, which takes sizes and scales."""
 
 TO_COPY: Any = torch.ops.aten._to_copy.default
 """The operation that changes the dtype or device of a tensor, as a dispatch mode sees it."""

@@ -427,6 +427,12 @@ def test_operations_and_their_names():
     assert not _torch.mutates(ADD.Tensor) and not _torch.mutates(torch.add)
 
 
+def test_nearest_exact_takes_the_pixel_at_the_centre():
+    x = torch.arange(6.0).view(1, 1, 2, 3)
+    wanted = F.interpolate(x, size=(4, 1), mode="nearest-exact")
+    assert torch.equal(_torch.NEAREST_EXACT_2D(x, [4, 1], None, None), wanted)
+
+
 def test_composite_operations_have_their_parts():
     relu6, x = torch.ops.aten.relu6.default, torch.linspace(-9.0, 9.0, 7)
     assert torch.equal(_torch.composite_of(relu6)(x), F.relu6(x))

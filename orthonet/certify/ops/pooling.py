@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import _checks, functional
-from orthonet._torch import operation_name
+from orthonet._torch import NEAREST_EXACT_2D, operation_name
 from orthonet.certify._forms import Form, on_identity, pairs_of
 from orthonet.certify._norms import matrix_norm
 from orthonet.certify._rules import (
@@ -349,7 +349,7 @@ def _resize_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
         scale = [draw.choice([0.7, 2.0, 100.0, 0.01]) for _ in shape[1:]]
         target = {"nearest": torch.ops.aten.upsample_nearest1d.default} if flat else {
             "nearest": torch.ops.aten.upsample_nearest2d.default,
-            "nearest-exact": torch.ops.aten._upsample_nearest_exact2d.default}  # fmt: skip
+            "nearest-exact": NEAREST_EXACT_2D}  # fmt: skip
         if mode in target:
             return lambda x, y: target[mode](x, size, *scale)
         if mode in ("linear", "bilinear"):
