@@ -5,26 +5,26 @@ The package can be called: `orthonet.certify(model, x)` is `orthonet.certify.cer
 
 from orthonet.certify import _package  # noqa: F401 (makes the package callable)
 from orthonet.certify._accuracy import certified_accuracy, certified_curve
-from orthonet.certify._apgd import apgd_ensemble_l2, apgd_l2
 from orthonet.certify._bound import Bound, Row
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
-from orthonet.certify._chain import Affine
-from orthonet.certify._empirical import (
+from orthonet.certify._radius import RadiusCurve
+from orthonet.certify._report import report_html
+from orthonet.certify._sequence import recurrent_bound, sequence_bound
+from orthonet.certify.attacks.apgd import apgd_ensemble_l2, apgd_l2
+from orthonet.certify.attacks.pgd import (
     AttackReport,
     attack_certificate,
     lipschitz_estimate,
     pgd_l2,
 )
-from orthonet.certify._local import local_bound, local_radius
-from orthonet.certify._metrics import empirical_accuracy
-from orthonet.certify._mlp import MLPBound, mlp_bound
-from orthonet.certify._radius import RadiusCurve
-from orthonet.certify._report import report_html
-from orthonet.certify._rules import Call, Operand, Step, register_rule
-from orthonet.certify._sequence import recurrent_bound, sequence_bound
-from orthonet.certify._slopes import Activation
+from orthonet.certify.metrics import empirical_accuracy
+from orthonet.certify.mlp.chain import Affine
+from orthonet.certify.mlp.local import local_bound, local_radius
+from orthonet.certify.mlp.perceptron import MLPBound, mlp_bound
+from orthonet.certify.mlp.slopes import Activation
 from orthonet.certify.ops import families  # noqa: F401 (registers them)
+from orthonet.certify.rules import Call, Operand, Step, register_rule
 
 __all__ = [
     "certify",

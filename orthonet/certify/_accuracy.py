@@ -12,7 +12,7 @@ from orthonet import _checks
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
 from orthonet.certify._radius import RadiusCurve, check_radii
-from orthonet.certify._regions import autocast_region
+from orthonet.certify.graph.regions import autocast_region
 
 __all__ = ["certified_accuracy", "certified_curve"]
 

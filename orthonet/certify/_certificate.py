@@ -18,10 +18,6 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.certify._bound import Bound, Row
-from orthonet.certify._forward_error import forward_error, unit_roundoffs
-from orthonet.certify._identity import data_hashes, hashes
-from orthonet.certify._modes import check_products, check_subnormal
-from orthonet.certify._propagate import Walker
 from orthonet.certify._radius import (
     RadiusCurve,
     certified_radius,
@@ -29,8 +25,12 @@ from orthonet.certify._radius import (
     correct_within,
     reach,
 )
-from orthonet.certify._regions import autocast_region
+from orthonet.certify.graph.identity import data_hashes, hashes
+from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.proof import load, save
+from orthonet.certify.rounding.forward import forward_error, unit_roundoffs
+from orthonet.certify.rounding.modes import check_products, check_subnormal
+from orthonet.certify.walk.walker import Walker
 from orthonet.errors import UncertifiableError
 
 __all__ = ["LipschitzCertificate"]

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import LipschitzCertificate
-from orthonet.certify._identity import data_hashes, digest, hashes
-from orthonet.certify._lower import lower_bound
-from orthonet.certify._modes import check_subnormal, exclusive
-from orthonet.certify._norms import EFFORTS, Effort, limits
-from orthonet.certify._norms import effort as with_effort
 from orthonet.certify._progress import Progress, report, reporting
-from orthonet.certify._propagate import Walker, propagate
 from orthonet.certify._radius import pairwise_constants
-from orthonet.certify._regions import HALF
-from orthonet.certify._rules import Operand
+from orthonet.certify.graph.identity import data_hashes, digest, hashes
+from orthonet.certify.graph.regions import HALF
+from orthonet.certify.norms import EFFORTS, Effort, limits
+from orthonet.certify.norms import effort as with_effort
+from orthonet.certify.rounding.modes import check_subnormal, exclusive
+from orthonet.certify.rules import Operand
+from orthonet.certify.walk.below import lower_bound
+from orthonet.certify.walk.walker import Walker, propagate
 from orthonet.errors import UncertifiableError
 
 __all__ = ["certify"]

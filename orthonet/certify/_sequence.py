@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from orthonet import _checks, layers
 from orthonet.certify._bound import Bound
-from orthonet.certify._recurrent_error import StepConstants, recurrent_rounding
-from orthonet.certify._rules import Step, register_rule, upper
+from orthonet.certify.rounding.recurrent import StepConstants, recurrent_rounding
+from orthonet.certify.rules import Step, register_rule, upper
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import add_up, div_up, down, hypot_up, mul_up, sqrt_up, up
 from orthonet.linalg._sizes import absolute_matrix

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from orthonet.certify import attack_certificate, certify
-from orthonet.certify._metrics import survivors
+from orthonet.certify.metrics import survivors
 from orthonet.convert import to_plain
 from orthonet.recipes._data import Images, require_package
 

@@ -23,13 +23,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from orthonet import _checks
 from orthonet._torch import mutates
 from orthonet.certify import certify
-from orthonet.certify._decompose import decompose
-from orthonet.certify._fold import fold, moving
-from orthonet.certify._marks import mark_of, marked_copy
-from orthonet.certify._norms import effort as with_effort
-from orthonet.certify._program import BATCH, Program, op_name
-from orthonet.certify._propagate import Walker
-from orthonet.certify._rules import RECORDS
+from orthonet.certify.graph.decompose import decompose
+from orthonet.certify.graph.fold import fold, moving
+from orthonet.certify.graph.marks import mark_of, marked_copy
+from orthonet.certify.graph.program import BATCH, Program, op_name
+from orthonet.certify.norms import effort as with_effort
+from orthonet.certify.rules import RECORDS
+from orthonet.certify.walk.walker import Walker
 from orthonet.errors import UncertifiableError
 
 __all__ = ["FuzzReport", "Violation", "fuzz_certificates"]

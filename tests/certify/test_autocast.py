@@ -9,7 +9,7 @@ from torch import nn
 
 from orthonet import layers
 from orthonet.certify import Bound, certified_accuracy, certify, register_rule
-from orthonet.certify._replay import Replay
+from orthonet.certify.graph.replay import Replay
 from orthonet.convert import to_plain
 from orthonet.errors import UncertifiableError
 from orthonet.testing import jacobian

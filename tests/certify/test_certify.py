@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from orthonet import layers
-from orthonet.certify import Bound, certify, register_rule
-from orthonet.certify import _rules as rules
+from orthonet.certify import Bound, certify, register_rule, rules
 from orthonet.errors import UncertifiableError
 from tests.certify.functions import Lambda
 from tests.references import jacobian_reference

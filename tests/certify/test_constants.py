@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from orthonet.certify import Bound, certify, register_rule
-from orthonet.certify import _rules as rules
-from orthonet.certify._replay import Replay
+from orthonet.certify import Bound, certify, register_rule, rules
+from orthonet.certify.graph.replay import Replay
 from orthonet.errors import UncertifiableError
 from tests.references import jacobian_reference
 

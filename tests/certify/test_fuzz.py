@@ -11,8 +11,8 @@ from torch import nn
 
 from orthonet import functional, layers
 from orthonet.certify import Bound, Step, certify
-from orthonet.certify._replay import Replay
-from orthonet.certify._rules import RECORDS
+from orthonet.certify.graph.replay import Replay
+from orthonet.certify.rules import RECORDS
 from orthonet.errors import UncertifiableError
 from orthonet.testing import fuzz_certificates
 from orthonet.testing.fuzz import main

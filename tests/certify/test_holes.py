@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from orthonet.certify import Bound, Call, Operand, certify
-from orthonet.certify._rules import RECORDS as records
-from orthonet.certify._rules import is_default
+from orthonet.certify.rules import RECORDS as records
+from orthonet.certify.rules import is_default
 from orthonet.errors import UncertifiableError
 from tests.certify.functions import Lambda
 from tests.references import jacobian_reference

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from orthonet import convert, layers
-from orthonet.certify import _norms as norms
-from orthonet.certify import certify
+from orthonet.certify import certify, norms
 from tests.certify.functions import Lambda
 from tests.references import jacobian_reference
 

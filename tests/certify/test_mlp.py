@@ -9,9 +9,9 @@ from torch import nn
 
 from orthonet import UncertifiableError, layers
 from orthonet.certify import Activation, Affine, certify, mlp_bound
-from orthonet.certify._chain import Chain, read_layers
-from orthonet.certify._lipsdp import closed_form, descend
-from orthonet.certify._proof import prove
+from orthonet.certify.mlp.chain import Chain, read_layers
+from orthonet.certify.mlp.lipsdp import closed_form, descend
+from orthonet.certify.mlp.multipliers import prove
 from orthonet.testing import jacobian
 
 ACTIVATIONS = {

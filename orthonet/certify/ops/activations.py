@@ -13,18 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import layers
-from orthonet.certify._forms import Form, scaled
-from orthonet.certify._rules import (
-    COPY,
-    Call,
-    Rounding,
-    Roundings,
-    Step,
-    exact,
-    scalar_rounding,
-    upper,
-)
-from orthonet.certify._slopes import (
+from orthonet.certify.mlp.slopes import (
     Activation,
     Narrow,
     bell,
@@ -45,6 +34,17 @@ from orthonet.certify.ops.registry import (
     op,
 )
 from orthonet.certify.ops.suprema import SUPREMA
+from orthonet.certify.rules import (
+    COPY,
+    Call,
+    Rounding,
+    Roundings,
+    Step,
+    exact,
+    scalar_rounding,
+    upper,
+)
+from orthonet.certify.walk.forms import Form, scaled
 from orthonet.linalg._rounding import down, mul_up, up
 
 __all__ = ["Curve", "activation_of"]

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthonet.certify._advice import ADVICE
 from orthonet.certify._bound import Bound
-from orthonet.certify._forms import Form, aligned, channels_of, scaled
-from orthonet.certify._rules import BatchDependent, Call, Operand, Step, exact, upper
+from orthonet.certify.ops.advice import ADVICE
 from orthonet.certify.ops.intervals import EVERYTHING, Interval, interval_of
 from orthonet.certify.ops.registry import (
     SMOOTH,
@@ -28,6 +26,8 @@ from orthonet.certify.ops.registry import (
     op,
     zeros,
 )
+from orthonet.certify.rules import BatchDependent, Call, Operand, Step, exact, upper
+from orthonet.certify.walk.forms import Form, aligned, channels_of, scaled
 from orthonet.linalg._rounding import div_up, down, mul_up, up
 
 __all__: list[str] = []

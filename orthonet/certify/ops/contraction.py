@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from orthonet.certify._bound import Bound
-from orthonet.certify._norms import matrix_norm
-from orthonet.certify._rules import BatchDependent, Call, Operand, Rounding, Step
+from orthonet.certify.norms import matrix_norm
 from orthonet.certify.ops.registry import (
     Linear,
     Values,
@@ -26,6 +25,7 @@ from orthonet.certify.ops.registry import (
     op,
     wide,
 )
+from orthonet.certify.rules import BatchDependent, Call, Operand, Rounding, Step
 from orthonet.linalg._rounding import mul_up, power_of_two_scale, sqrt_up, squared_norm_up
 from orthonet.linalg._sizes import absolute_matrix
 

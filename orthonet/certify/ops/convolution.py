@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orthonet.certify._bound import Bound
-from orthonet.certify._forms import Form, on_identity, pairs_of, pointwise
-from orthonet.certify._norms import conv_norm
-from orthonet.certify._rules import Call, Operand, Step, exact, scalar_rounding
+from orthonet.certify.norms import conv_norm
 from orthonet.certify.ops import axes
 from orthonet.certify.ops.contraction import bias_norm
 from orthonet.certify.ops.intervals import Interval, interval_of
@@ -31,6 +29,8 @@ from orthonet.certify.ops.registry import (
     op,
     wide,
 )
+from orthonet.certify.rules import Call, Operand, Step, exact, scalar_rounding
+from orthonet.certify.walk.forms import Form, on_identity, pairs_of, pointwise
 from orthonet.linalg._rounding import sqrt_up
 from orthonet.linalg._sizes import absolute_convolution
 from orthonet.linalg.convolution_bounds import NormBound

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from orthonet.certify._rules import Call, Operand, record_of
+from orthonet.certify.rules import Call, Operand, record_of
 
 __all__ = ["EVERYTHING", "Interval", "interval_of", "as_input"]
 

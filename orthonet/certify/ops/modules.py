@@ -10,8 +10,8 @@ from torch import nn
 
 from orthonet import _checks, layers
 from orthonet.certify._bound import Bound
-from orthonet.certify._rules import Call, Rounding, Step, exact, of_squares, register_rule, upper
 from orthonet.certify.ops.registry import op
+from orthonet.certify.rules import Call, Rounding, Step, exact, of_squares, register_rule, upper
 from orthonet.errors import UncertifiableError
 from orthonet.layers._residual import root_mean_square
 from orthonet.linalg._rounding import sqrt_up, up

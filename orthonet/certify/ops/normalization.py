@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orthonet.certify._forms import Form, scaled
-from orthonet.certify._rules import Call, Rounding, Step, exact, upper
 from orthonet.certify.ops.registry import Linear, Values, aten_name, constant, f64, op
+from orthonet.certify.rules import Call, Rounding, Step, exact, upper
+from orthonet.certify.walk.forms import Form, scaled
 from orthonet.linalg._rounding import div_up, down, mul_up, up
 
 __all__: list[str] = []

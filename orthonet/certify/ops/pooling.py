@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from orthonet import _checks, functional
 from orthonet._torch import NEAREST_EXACT_2D, operation_name
-from orthonet.certify._forms import Form, on_identity, pairs_of
-from orthonet.certify._norms import matrix_norm
-from orthonet.certify._rules import (
+from orthonet.certify.norms import matrix_norm
+from orthonet.certify.ops import axes
+from orthonet.certify.ops.convolution import spatial_sizes
+from orthonet.certify.ops.intervals import as_input
+from orthonet.certify.ops.registry import Linear, Values, aten_name, each, op, wide
+from orthonet.certify.rules import (
     COPY,
     Call,
     Rounding,
@@ -24,10 +27,7 @@ from orthonet.certify._rules import (
     register_rule,
     upper,
 )
-from orthonet.certify.ops import axes
-from orthonet.certify.ops.convolution import spatial_sizes
-from orthonet.certify.ops.intervals import as_input
-from orthonet.certify.ops.registry import Linear, Values, aten_name, each, op, wide
+from orthonet.certify.walk.forms import Form, on_identity, pairs_of
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import add_up, mul_up, sqrt_up, up
 

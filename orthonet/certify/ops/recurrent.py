@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from orthonet.certify._bound import Bound
-from orthonet.certify._norms import matrix_norm
-from orthonet.certify._rules import Call, Operand, Step
+from orthonet.certify.norms import matrix_norm
 from orthonet.certify.ops.registry import added, op
+from orthonet.certify.rules import Call, Operand, Step
 
 __all__: list[str] = []
 

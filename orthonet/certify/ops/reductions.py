@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from orthonet.certify._advice import ADVICE
-from orthonet.certify._norms import matrix_norm
-from orthonet.certify._rules import COPY, Call, Rounding, Step, exact, of_squares, upper
+from orthonet.certify.norms import matrix_norm
+from orthonet.certify.ops.advice import ADVICE
 from orthonet.certify.ops.intervals import as_input
 from orthonet.certify.ops.registry import (
     SMOOTH,
@@ -22,6 +21,7 @@ from orthonet.certify.ops.registry import (
     place,
     wide,
 )
+from orthonet.certify.rules import COPY, Call, Rounding, Step, exact, of_squares, upper
 from orthonet.linalg._rounding import div_up, down, sqrt_up
 
 __all__: list[str] = []

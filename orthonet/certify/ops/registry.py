@@ -18,7 +18,7 @@ from torch import Tensor
 
 from orthonet._torch import operation_name
 from orthonet.certify._bound import Bound
-from orthonet.certify._rules import (
+from orthonet.certify.rules import (
     RECORDS,
     BatchDependent,
     Call,

@@ -10,15 +10,6 @@ import torch
 from torch import Tensor
 
 from orthonet.certify._bound import Bound
-from orthonet.certify._rules import (
-    COPY,
-    BatchDependent,
-    Call,
-    Operand,
-    Step,
-    exact,
-    scalar_rounding,
-)
 from orthonet.certify.ops.intervals import EVERYTHING, Interval, as_input, interval_of
 from orthonet.certify.ops.registry import (
     NOTHING,
@@ -32,6 +23,15 @@ from orthonet.certify.ops.registry import (
     op,
     plain,
     zeros,
+)
+from orthonet.certify.rules import (
+    COPY,
+    BatchDependent,
+    Call,
+    Operand,
+    Step,
+    exact,
+    scalar_rounding,
 )
 from orthonet.linalg._rounding import mul_up, sqrt_up
 

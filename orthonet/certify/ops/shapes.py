@@ -12,15 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orthonet.certify._bound import Bound
-from orthonet.certify._forms import Form, aligned, unchanged
-from orthonet.certify._rules import (
-    COPY,
-    REARRANGEMENT,
-    Call,
-    Operand,
-    Step,
-    exact,
-)
 from orthonet.certify.ops.intervals import EVERYTHING, Interval, as_input, interval_of
 from orthonet.certify.ops.registry import (
     NOTHING,
@@ -32,6 +23,15 @@ from orthonet.certify.ops.registry import (
     place,
     zeros,
 )
+from orthonet.certify.rules import (
+    COPY,
+    REARRANGEMENT,
+    Call,
+    Operand,
+    Step,
+    exact,
+)
+from orthonet.certify.walk.forms import Form, aligned, unchanged
 
 __all__: list[str] = []
 

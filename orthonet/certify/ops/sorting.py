@@ -6,11 +6,11 @@ import random
 from typing import Any
 
 from orthonet import functional, layers
-from orthonet.certify._rules import COPY, Call, Step, exact
-from orthonet.certify._slopes import Activation
+from orthonet.certify.mlp.slopes import Activation
 from orthonet.certify.ops.activations import activation_of
 from orthonet.certify.ops.registry import constant, op
 from orthonet.certify.ops.suprema import SUPREMA
+from orthonet.certify.rules import COPY, Call, Step, exact
 
 __all__: list[str] = []
 

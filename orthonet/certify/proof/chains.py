@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from orthonet.certify._chain import Affine, Chain
-from orthonet.certify._lipsdp import closed_form, descend
-from orthonet.certify._proof import prove
-from orthonet.certify._slopes import Activation
+from orthonet.certify.mlp.chain import Affine, Chain
+from orthonet.certify.mlp.lipsdp import closed_form, descend
+from orthonet.certify.mlp.multipliers import prove
+from orthonet.certify.mlp.slopes import Activation
 from orthonet.linalg._rounding import mul_up, power_of_two_scale
 
 if TYPE_CHECKING:
-    from orthonet.certify._state import State
     from orthonet.certify.proof.graph import Writer
+    from orthonet.certify.walk.state import State
 
 __all__ = ["ChainWitness", "chain_witness"]
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from orthonet.certify._rules import BatchDependent, Operand
 from orthonet.certify.proof.norms import square_gain
+from orthonet.certify.rules import BatchDependent, Operand
 from orthonet.linalg._rounding import up
 
 if TYPE_CHECKING:
-    from orthonet.certify._state import State
     from orthonet.certify.proof.graph import Writer
+    from orthonet.certify.walk.state import State
 
 __all__ = ["EMITTERS", "constant_of", "dim_of", "each", "emits", "padding_of", "single"]
 

@@ -15,8 +15,8 @@ from orthonet.layers._zoo._residual_base import ResidualConv2d
 from orthonet.linalg._rounding import mul_up
 
 if TYPE_CHECKING:
-    from orthonet.certify._state import State
     from orthonet.certify.proof.graph import Writer
+    from orthonet.certify.walk.state import State
 
 __all__: list[str] = []
 

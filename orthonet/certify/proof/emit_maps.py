@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from orthonet.certify._rules import Operand
 from orthonet.certify.proof.emit import each, emits, padding_of, single
 from orthonet.certify.proof.norms import (
     LARGEST,
@@ -17,10 +16,11 @@ from orthonet.certify.proof.norms import (
     matrix_witness,
     square_gain,
 )
+from orthonet.certify.rules import Operand
 
 if TYPE_CHECKING:
-    from orthonet.certify._state import State
     from orthonet.certify.proof.graph import Writer
+    from orthonet.certify.walk.state import State
 
 __all__: list[str] = []
 

@@ -11,8 +11,8 @@ from orthonet.certify.proof.emit import dim_of, each, emits, single
 from orthonet.linalg._rounding import mul_up
 
 if TYPE_CHECKING:
-    from orthonet.certify._state import State
     from orthonet.certify.proof.graph import Writer
+    from orthonet.certify.walk.state import State
 
 __all__: list[str] = []
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.certify._bound import Bound, Row
-from orthonet.certify._program import Program
-from orthonet.certify._regions import autocast_region
+from orthonet.certify.graph.program import Program
+from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.proof.graph import Constant, Writer
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import hypot_up, mul_up, up

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orthonet.certify._affine import moves
-from orthonet.certify._marks import ROOT, mark_of
-from orthonet.certify._norms import matrix_norm
+from orthonet.certify.graph.marks import ROOT, mark_of
+from orthonet.certify.norms import matrix_norm
 from orthonet.certify.proof import emit_layers, emit_maps, emit_nonlinear  # noqa: F401 (they register)
 from orthonet.certify.proof.chains import chain_witness
 from orthonet.certify.proof.emit import EMITTERS
 from orthonet.certify.proof.norms import joint_witness
+from orthonet.certify.walk.islands import moves
 from orthonet.linalg._rounding import add_up, hypot_up, mul_up
 
 if TYPE_CHECKING:
-    from orthonet.certify._propagate import Walker
-    from orthonet.certify._state import State
+    from orthonet.certify.walk.state import State
+    from orthonet.certify.walk.walker import Walker
 
 __all__ = ["Constant", "Writer"]
 

@@ -23,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 from orthonet import _checks
 from orthonet._torch import tensors_in
-from orthonet.certify._identity import digest, is_library
-from orthonet.certify._program import op_name, refuse
+from orthonet.certify.graph.identity import digest, is_library
+from orthonet.certify.graph.program import op_name, refuse
 from orthonet.errors import UncertifiableError
 
 __all__ = ["Recorder", "check_batch_in_shapes", "compare", "recording", "variants"]

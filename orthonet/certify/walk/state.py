@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from orthonet.certify._bound import Bound, Row
-from orthonet.certify._rules import Call, Step
+from orthonet.certify.rules import Call, Step
 
 __all__ = ["State"]
 

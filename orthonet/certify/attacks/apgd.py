@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.certify._empirical import _Ball, _ball, _gain, _predicted, _rivals
-from orthonet.certify._secants import _TINY, _rows, _unit
+from orthonet.certify.attacks.pgd import _Ball, _ball, _gain, _predicted, _rivals
+from orthonet.certify.attacks.secants import _TINY, _rows, _unit
 
 __all__ = ["apgd_l2"]
 

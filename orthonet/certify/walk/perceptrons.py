@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from orthonet.certify._affine import action_of
 from orthonet.certify._bound import Bound
-from orthonet.certify._chain import Affine
-from orthonet.certify._marks import mark_of
-from orthonet.certify._mlp import MLPBound, mlp_bound
-from orthonet.certify._norms import limits
-from orthonet.certify._rules import record_of
-from orthonet.certify._slopes import Activation
+from orthonet.certify.graph.marks import mark_of
+from orthonet.certify.mlp.chain import Affine
+from orthonet.certify.mlp.perceptron import MLPBound, mlp_bound
+from orthonet.certify.mlp.slopes import Activation
+from orthonet.certify.norms import limits
 from orthonet.certify.ops.activations import activation_of
+from orthonet.certify.rules import record_of
+from orthonet.certify.walk.islands import action_of
 from orthonet.errors import UncertifiableError
 
 # By these names: an export in another thread changes those in the package.
 
 if TYPE_CHECKING:
-    from orthonet.certify._propagate import Walker
-    from orthonet.certify._state import State
+    from orthonet.certify.walk.state import State
+    from orthonet.certify.walk.walker import Walker
 
 __all__ = ["Perceptron", "perceptron_of"]
 

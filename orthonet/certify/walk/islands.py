@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from orthonet.certify._marks import mark_of
-from orthonet.certify._program import BATCH
-from orthonet.certify._rules import BatchDependent, bind, record_of
+from orthonet.certify.graph.marks import mark_of
+from orthonet.certify.graph.program import BATCH
 from orthonet.certify.ops.registry import Constant, Linear, Values
+from orthonet.certify.rules import BatchDependent, bind, record_of
 from orthonet.linalg._rounding import (
     UNDERFLOW,
     add_up,
@@ -29,7 +29,7 @@ from orthonet.linalg._rounding import (
 )
 
 if TYPE_CHECKING:
-    from orthonet.certify._state import State
+    from orthonet.certify.walk.state import State
 
 __all__ = [
     "Island",

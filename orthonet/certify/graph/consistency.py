@@ -13,12 +13,12 @@ from torch.fx.node import map_arg
 
 from orthonet import _checks
 from orthonet._torch import tensors_in
-from orthonet.certify._export import FAILURES, refuse_export, samples_of
-from orthonet.certify._identity import fingerprint
-from orthonet.certify._marks import ROOT
-from orthonet.certify._program import Program
-from orthonet.certify._regions import autocast_region
-from orthonet.certify._replay import replay
+from orthonet.certify.graph.export import FAILURES, refuse_export, samples_of
+from orthonet.certify.graph.identity import fingerprint
+from orthonet.certify.graph.marks import ROOT
+from orthonet.certify.graph.program import Program
+from orthonet.certify.graph.regions import autocast_region
+from orthonet.certify.graph.replay import replay
 from orthonet.errors import UncertifiableError
 
 __all__ = ["check_samples_apart", "check_same_function", "run_once"]

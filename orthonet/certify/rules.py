@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from orthonet import _checks, _torch
 from orthonet._torch import NN_FUNCTIONS, REQUIRED, is_hooked, operation_name
 from orthonet.certify._bound import Bound
-from orthonet.certify._norms import conv_norm
+from orthonet.certify.norms import conv_norm
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._sizes import Rounding
 from orthonet.linalg.enclosure import spectral_norm_bound

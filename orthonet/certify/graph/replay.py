@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from orthonet.certify._marks import mark_of
-from orthonet.certify._program import BATCH, Program, op_name
-from orthonet.certify._regions import CASTS
-from orthonet.certify._rules import BatchDependent
+from orthonet.certify.graph.marks import mark_of
+from orthonet.certify.graph.program import BATCH, Program, op_name
+from orthonet.certify.graph.regions import CASTS
+from orthonet.certify.rules import BatchDependent
 
 __all__ = ["Replay", "replay"]
 

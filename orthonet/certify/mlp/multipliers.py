@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orthonet.certify._chain import Chain, frobenius_up
+from orthonet.certify.mlp.chain import Chain, frobenius_up
 from orthonet.linalg._rounding import (
     UNDERFLOW,
     UNIT_ROUNDOFF,

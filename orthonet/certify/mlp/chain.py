@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks, layers
 from orthonet._torch import has_global_forward_hooks, is_hooked
-from orthonet.certify._slopes import Activation
+from orthonet.certify.mlp.slopes import Activation
 from orthonet.certify.ops.activations import activation_of
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import (

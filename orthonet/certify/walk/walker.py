@@ -12,22 +12,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from orthonet import _checks
-from orthonet.certify._advice import ADVICE
-from orthonet.certify._affine import Island, action_of, materialise, moves
-from orthonet.certify._autocast import round_constants
 from orthonet.certify._bound import Bound, Row
-from orthonet.certify._consistency import check_same_function, check_samples_apart, run_once
-from orthonet.certify._export import export
-from orthonet.certify._fold import fill
-from orthonet.certify._forms import form_bound, form_of
-from orthonet.certify._marks import ROOT, LeafCall, mark_of
-from orthonet.certify._modes import exclusive
-from orthonet.certify._norms import limits, matrix_norm
-from orthonet.certify._perceptron import Perceptron, perceptron_of
-from orthonet.certify._pieces import Pieces
-from orthonet.certify._program import Program, op_name, path_of, source_of
 from orthonet.certify._progress import report
-from orthonet.certify._rules import (
+from orthonet.certify.graph.consistency import check_same_function, check_samples_apart, run_once
+from orthonet.certify.graph.export import export
+from orthonet.certify.graph.fold import fill
+from orthonet.certify.graph.marks import ROOT, LeafCall, mark_of
+from orthonet.certify.graph.program import Program, op_name, path_of, source_of
+from orthonet.certify.graph.structure import check_batch_in_shapes
+from orthonet.certify.norms import limits, matrix_norm
+from orthonet.certify.ops.advice import ADVICE
+from orthonet.certify.rounding.modes import exclusive
+from orthonet.certify.rules import (
     REARRANGEMENT,
     BatchDependent,
     Call,
@@ -38,8 +34,12 @@ from orthonet.certify._rules import (
     function_rule,
     module_rule,
 )
-from orthonet.certify._state import State
-from orthonet.certify._structure import check_batch_in_shapes
+from orthonet.certify.walk.autocast import round_constants
+from orthonet.certify.walk.forms import form_bound, form_of
+from orthonet.certify.walk.islands import Island, action_of, materialise, moves
+from orthonet.certify.walk.perceptrons import Perceptron, perceptron_of
+from orthonet.certify.walk.pieces import Pieces
+from orthonet.certify.walk.state import State
 from orthonet.errors import UncertifiableError
 from orthonet.linalg._rounding import add_up
 

@@ -19,12 +19,12 @@ from torch import Tensor, fx, nn
 
 from orthonet import _checks
 from orthonet._torch import mutates
-from orthonet.certify._decompose import decompose, inline_regions, skip_whole_slices
-from orthonet.certify._fold import fold, moving
-from orthonet.certify._marks import Marker, mark_of, marked_copy
-from orthonet.certify._program import BATCH, Program
-from orthonet.certify._regions import autocast_region
-from orthonet.certify._structure import Recorder, compare, recording, variants
+from orthonet.certify.graph.decompose import decompose, inline_regions, skip_whole_slices
+from orthonet.certify.graph.fold import fold, moving
+from orthonet.certify.graph.marks import Marker, mark_of, marked_copy
+from orthonet.certify.graph.program import BATCH, Program
+from orthonet.certify.graph.regions import autocast_region
+from orthonet.certify.graph.structure import Recorder, compare, recording, variants
 from orthonet.errors import UncertifiableError
 
 __all__ = ["FAILURES", "export", "refuse_export", "samples_of"]

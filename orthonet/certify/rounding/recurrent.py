@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from orthonet.certify._rules import Rounding
+from orthonet.certify.rules import Rounding
 from orthonet.linalg._rounding import add_up, hypot_up, mul_up, sqrt_up
 
 __all__ = ["StepConstants", "recurrent_rounding"]

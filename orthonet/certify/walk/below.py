@@ -9,10 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from orthonet.certify._bound import Bound
-from orthonet.certify._forward_error import forward_error
-from orthonet.certify._norms import limits
-from orthonet.certify._replay import Replay
-from orthonet.certify._secants import steepest_secant
+from orthonet.certify.attacks.secants import steepest_secant
+from orthonet.certify.graph.replay import Replay
+from orthonet.certify.norms import limits
+from orthonet.certify.rounding.forward import forward_error
 from orthonet.errors import UncertifiableError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from orthonet.certify._propagate import Walker
+    from orthonet.certify.walk.walker import Walker
 
 __all__ = ["lower_bound"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import LipschitzCertificate
-from orthonet.certify._secants import _TINY, _lengths, _noise, _rows, _unit, steepest_secant
+from orthonet.certify.attacks.secants import _TINY, _lengths, _noise, _rows, _unit, steepest_secant
 
 __all__ = ["AttackReport", "attack_certificate", "lipschitz_estimate", "pgd_l2"]
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.certify._chain import Affine, Chain, Layer, frobenius_up, read_layers, rotated
-from orthonet.certify._lipsdp import closed_form
-from orthonet.certify._mlp import EFFORTS, MLPBound, chain_bound
-from orthonet.certify._proof import prove
-from orthonet.certify._slopes import Activation
+from orthonet.certify.mlp.chain import Affine, Chain, Layer, frobenius_up, read_layers, rotated
+from orthonet.certify.mlp.lipsdp import closed_form
+from orthonet.certify.mlp.multipliers import prove
+from orthonet.certify.mlp.perceptron import EFFORTS, MLPBound, chain_bound
+from orthonet.certify.mlp.slopes import Activation
 from orthonet.linalg._rounding import UNDERFLOW, UNIT_ROUNDOFF, add_up, gamma, mul_up, sqrt_up, up
 
 __all__ = ["local_bound", "local_radius"]

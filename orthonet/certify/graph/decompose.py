@@ -13,8 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from orthonet._torch import composite_of, core_decompositions, is_overload, overload_name
-from orthonet.certify._regions import DECOMPOSED, REGION_OFF
-from orthonet.certify._rules import function_rule
+from orthonet.certify.graph.regions import DECOMPOSED, REGION_OFF
+from orthonet.certify.rules import function_rule
 
 __all__ = ["decompose", "inline_regions", "skip_whole_slices"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.certify._empirical import _predicted, pgd_l2
 from orthonet.certify._radius import check_radii
+from orthonet.certify.attacks.pgd import _predicted, pgd_l2
 
 __all__ = ["empirical_accuracy", "survivors"]
 

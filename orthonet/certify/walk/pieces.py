@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from orthonet.certify._bound import Bound
-from orthonet.certify._rules import Operand, parameters, record_of
+from orthonet.certify.rules import Operand, parameters, record_of
 from orthonet.linalg._rounding import add_up, hypot_up, mul_up
 from orthonet.linalg.enclosure import spectral_norm_bound
 
 if TYPE_CHECKING:
-    from orthonet.certify._propagate import Walker
-    from orthonet.certify._state import State
+    from orthonet.certify.walk.state import State
+    from orthonet.certify.walk.walker import Walker
 
 __all__ = ["Pieces"]
 

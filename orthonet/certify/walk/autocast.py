@@ -14,9 +14,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from orthonet._torch import TO_COPY, DispatchMode
-from orthonet.certify._program import Program, op_name, refuse
-from orthonet.certify._regions import CASTS, DECOMPOSED, HALF
-from orthonet.certify._rules import BatchDependent
+from orthonet.certify.graph.program import Program, op_name, refuse
+from orthonet.certify.graph.regions import CASTS, DECOMPOSED, HALF
+from orthonet.certify.rules import BatchDependent
 
 __all__ = ["round_constants"]
 

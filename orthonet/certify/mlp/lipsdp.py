@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orthonet.certify._chain import Chain
+from orthonet.certify.mlp.chain import Chain
 
 __all__ = ["closed_form", "descend"]
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orthonet.certify._affine import amplification_of
 from orthonet.certify._bound import Bound
-from orthonet.certify._norms import conv_norm
-from orthonet.certify._rules import record_of
+from orthonet.certify.norms import conv_norm
+from orthonet.certify.rules import record_of
+from orthonet.certify.walk.islands import amplification_of
 from orthonet.linalg._rounding import (
     UNDERFLOW,
     add_up,
@@ -29,7 +29,7 @@ from orthonet.linalg._rounding import (
 )
 
 if TYPE_CHECKING:
-    from orthonet.certify._state import State
+    from orthonet.certify.walk.state import State
 
 __all__ = [
     "Form",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from orthonet.certify._marks import Marked, mark_of
-from orthonet.certify._program import BATCH, Program, op_name, refuse
-from orthonet.certify._rules import BatchDependent
+from orthonet.certify.graph.marks import Marked, mark_of
+from orthonet.certify.graph.program import BATCH, Program, op_name, refuse
+from orthonet.certify.rules import BatchDependent
 
 __all__ = ["fill", "fold", "moving"]
 

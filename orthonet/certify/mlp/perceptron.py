@@ -11,10 +11,10 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.certify._bound import Bound
-from orthonet.certify._chain import Chain, Layer, read_layers
-from orthonet.certify._lipsdp import closed_form, descend
-from orthonet.certify._proof import Proof, prove
 from orthonet.certify._radius import pairwise_constants
+from orthonet.certify.mlp.chain import Chain, Layer, read_layers
+from orthonet.certify.mlp.lipsdp import closed_form, descend
+from orthonet.certify.mlp.multipliers import Proof, prove
 from orthonet.linalg._rounding import UNIT_ROUNDOFF, add_up, mul_up, up
 from orthonet.linalg.enclosure import spectral_norm_bound
 

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from orthonet.certify._replay import replay
-from orthonet.certify._rules import Rounding, Step, record_of
+from orthonet.certify.graph.replay import replay
+from orthonet.certify.rules import Rounding, Step, record_of
 
 if TYPE_CHECKING:
-    from orthonet.certify._propagate import Walker
-    from orthonet.certify._state import State
+    from orthonet.certify.walk.state import State
+    from orthonet.certify.walk.walker import Walker
 
 __all__ = ["forward_error", "unit_roundoffs"]
 

@@ -14,8 +14,8 @@ from torch import Tensor, fx
 
 from orthonet import _checks
 from orthonet._torch import operation_name
-from orthonet.certify._marks import ROOT, LeafCall, mark_of
-from orthonet.certify._regions import REGION_OFF, autocast_region
+from orthonet.certify.graph.marks import ROOT, LeafCall, mark_of
+from orthonet.certify.graph.regions import REGION_OFF, autocast_region
 from orthonet.errors import UncertifiableError
 
 __all__ = ["BATCH", "Program", "op_name", "path_of", "refuse", "source_of"]

@@ -1,0 +1,1 @@
+"""Searches for points that break a certificate."""

@@ -1,0 +1,1 @@
+"""The graph of a model: exported, marked, folded, compared with what the model calls."""

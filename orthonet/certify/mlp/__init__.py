@@ -1,0 +1,1 @@
+"""Bounds of perceptrons: chains of affine maps and activations."""

@@ -1,0 +1,1 @@
+"""What a forward pass in floating point adds to exact arithmetic."""

@@ -1,0 +1,1 @@
+"""From the inputs of a graph to its outputs: what each node, and what nodes together, bound."""
