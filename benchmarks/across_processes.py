@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 
 import orthonet
 from benchmarks import _harness as harness
-from orthonet.linalg._ranks import assign
+from orthonet.linalg.distributed import assign
 
 
 def build(layers: int, size: int, preset: str, sharded: bool) -> nn.Sequential:

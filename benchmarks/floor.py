@@ -37,8 +37,8 @@ from benchmarks.orthogonalizers import UNIT, training_step
 from orthonet import _torch, caching, reparametrizers
 from orthonet.layers import OrthoConv2d
 from orthonet.linalg import polar
-from orthonet.linalg._matrix import add_identity
-from orthonet.linalg._polar_gradient import _conjugate_gradients
+from orthonet.linalg.matrix import add_identity
+from orthonet.linalg.polar_factor.gradient import _conjugate_gradients
 
 # Operators that count as arithmetic, and what the table calls them.
 NAMES = {

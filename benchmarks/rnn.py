@@ -31,7 +31,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from benchmarks import _harness as harness
 from orthonet import layers, reparametrizers
 from orthonet.functional import recurrence
-from orthonet.functional._recurrence import recurrence_loop
+from orthonet.functional.recurrence import recurrence_loop
 from orthonet.testing import orthogonality_error
 
 BASELINE = "plain kernel"

@@ -16,10 +16,10 @@ from pathlib import Path
 from benchmarks import _harness as harness
 from benchmarks.page import DOCS, fill
 from orthonet.recipes import ZooConfig, ZooReport, load
-from orthonet.recipes._files import write_json
-from orthonet.recipes._zoo import _planned
-from orthonet.recipes._zoo_figures import zoo_figure
-from orthonet.recipes._zoo_report import HEADER
+from orthonet.recipes.running.files import write_json
+from orthonet.recipes.zoo.bench import _planned
+from orthonet.recipes.zoo.figures import zoo_figure
+from orthonet.recipes.zoo.report import HEADER
 
 PAGE = DOCS / "zoo-benchmark.md"
 # What the comparison was asked to reach on digits: accuracy, certified at 0.141, 0.5 and 1, in %.

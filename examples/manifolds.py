@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import orthonet
 from orthonet.manifolds import SO, Correlation, Grassmannian
-from orthonet.recipes._figures import BLUE, GREY, _figure, _save
+from orthonet.recipes.running.figures import BLUE, GREY, _figure, _save
 
 Curve = list[float]
 

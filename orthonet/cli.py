@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from orthonet import __version__, _checks, convert, recipes
-from orthonet.functional._recurrence import NONLINEARITIES
+from orthonet.functional.recurrence import NONLINEARITIES
 from orthonet.layers import available
-from orthonet.layers._rnn_kernels import INITIALIZATIONS
+from orthonet.layers.recurrent.kernels import INITIALIZATIONS
 
 __all__ = ["main"]
 

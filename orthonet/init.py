@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.linalg import apply_projectors, block_convolution, haar
-from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg.matrix import compute_dtype
 
 __all__ = ["conv_orthogonal_", "orthogonal_"]
 

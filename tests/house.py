@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "orthonet"
 
 
 def name_of(file: Path) -> str:
-    """The dotted name of a module, `orthonet.linalg._matrix`."""
+    """The dotted name of a module, `orthonet.linalg.matrix`."""
     parts = list(file.relative_to(ROOT.parent).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import zoo_page
 from benchmarks.page import fill
-from orthonet.recipes._zoo_report import HEADER
+from orthonet.recipes.zoo.report import HEADER
 
 FOUND = zoo_page.reports()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from orthonet.functional import mod_relu, recurrence
-from orthonet.functional._recurrence import NONLINEARITIES, recurrence_loop
+from orthonet.functional.recurrence import NONLINEARITIES, recurrence_loop
 
 TIME, BATCH, INPUTS, HIDDEN = 4, 3, 2, 4
 

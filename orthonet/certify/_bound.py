@@ -7,7 +7,7 @@ from typing import Literal
 
 from orthonet import _checks
 from orthonet.errors import UncertifiableError
-from orthonet.linalg._rounding import add_up, hypot_up, mul_up
+from orthonet.linalg.bounds.rounding import add_up, hypot_up, mul_up
 
 __all__ = ["Bound", "Kind", "Row"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._rounding import (
+from orthonet.linalg.bounds.rounding import (
     UNDERFLOW,
     UNIT_ROUNDOFF,
     add_up,

@@ -19,9 +19,9 @@ from orthonet.certify._bound import Bound
 from orthonet.certify.rounding.recurrent import StepConstants, recurrent_rounding
 from orthonet.certify.rules import Step, register_rule, upper
 from orthonet.errors import UncertifiableError
-from orthonet.linalg._rounding import add_up, div_up, down, hypot_up, mul_up, sqrt_up, up
-from orthonet.linalg._sizes import absolute_matrix
-from orthonet.linalg.enclosure import spectral_norm_bound
+from orthonet.linalg.bounds.enclosure import spectral_norm_bound
+from orthonet.linalg.bounds.rounding import add_up, div_up, down, hypot_up, mul_up, sqrt_up, up
+from orthonet.linalg.bounds.sizes import absolute_matrix
 
 __all__ = ["recurrent_bound", "sequence_bound"]
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from orthonet.linalg.convolution_bounds import NormBound, convolution_norm_bound
-from orthonet.linalg.enclosure import spectral_norm_bound
+from orthonet.linalg.bounds.convolutions import NormBound, convolution_norm_bound
+from orthonet.linalg.bounds.enclosure import spectral_norm_bound
 
 __all__ = ["EFFORTS", "Effort", "Limits", "conv_norm", "effort", "limits", "matrix_norm"]
 

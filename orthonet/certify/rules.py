@@ -23,8 +23,8 @@ from orthonet._torch import NN_FUNCTIONS, REQUIRED, is_hooked, operation_name
 from orthonet.certify._bound import Bound
 from orthonet.certify.norms import conv_norm
 from orthonet.errors import UncertifiableError
-from orthonet.linalg._sizes import Rounding
-from orthonet.linalg.enclosure import spectral_norm_bound
+from orthonet.linalg.bounds.enclosure import spectral_norm_bound
+from orthonet.linalg.bounds.sizes import Rounding
 
 __all__ = [
     "COPY",

@@ -11,7 +11,7 @@ from orthonet.manifolds import (
     NormBall,
     Simplex,
 )
-from orthonet.manifolds._scalar import Scalar
+from orthonet.manifolds.scalar import Scalar
 
 __all__ = [
     "bounded",

@@ -16,7 +16,7 @@ from orthonet.manifolds import (
     Symplectic,
     Unitary,
 )
-from orthonet.manifolds._trivialization import Triv
+from orthonet.manifolds.trivialization import Triv
 
 __all__ = ["grassmannian", "orthogonal", "product", "symplectic", "unitary"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from orthonet.constraints._registration import Init, M, constrain
 from orthonet.manifolds import SL, AlmostOrthogonal, FixedRank, GLp, LowRank, SpectralBall
-from orthonet.manifolds._scalar import Scalar
-from orthonet.manifolds._trivialization import Triv
+from orthonet.manifolds.scalar import Scalar
+from orthonet.manifolds.trivialization import Triv
 
 __all__ = [
     "almost_orthogonal",

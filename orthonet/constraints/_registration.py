@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from orthonet import _checks, reparametrizers
 from orthonet.constraints._list import ConstrainedList
 from orthonet.manifolds import Manifold, Parametrization
-from orthonet.manifolds._maps import ProjectedParametrization
+from orthonet.manifolds.maps import ProjectedParametrization
 
 __all__ = ["Init", "M", "assign", "constrain", "parametrizations_of", "register"]
 

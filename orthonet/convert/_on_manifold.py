@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from orthonet import _checks
-from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds import Stiefel
 from orthonet.reparametrizers import BatchedIdentity, OrthoParams, OrthoWeight
 

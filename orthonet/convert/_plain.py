@@ -7,7 +7,7 @@ import copy
 from torch import nn
 
 from orthonet import _checks
-from orthonet.reparametrizers._registration import bake
+from orthonet.reparametrizers.registration import bake
 
 __all__ = ["to_plain"]
 

@@ -28,7 +28,7 @@ from orthonet.functional._pooling import (
     scaled_avg_pool,
     space_to_depth,
 )
-from orthonet.functional._recurrence import mod_relu, recurrence
+from orthonet.functional.recurrence import mod_relu, recurrence
 
 __all__ = [
     "absolute",

@@ -60,26 +60,26 @@ from orthonet.layers._registry import (
     register_method,
     table,
 )
-from orthonet.layers._residual import (
+from orthonet.layers._scale import FirstChannels, Scale
+from orthonet.layers.recurrent.contractive import ContractiveRNN, ContractiveRNNCell
+from orthonet.layers.recurrent.gated import OrthoGRU, OrthoGRUCell, OrthoLSTM, OrthoLSTMCell
+from orthonet.layers.recurrent.layers import FinalState, OrthoRNN, OrthoRNNCell
+from orthonet.layers.residual import (
     AdditiveResidual,
     ConcatResidual,
     ConvexResidual,
     L2NormResidual,
     PrescaledResidual,
 )
-from orthonet.layers._rnn import FinalState, OrthoRNN, OrthoRNNCell
-from orthonet.layers._rnn_contractive import ContractiveRNN, ContractiveRNNCell
-from orthonet.layers._rnn_gated import OrthoGRU, OrthoGRUCell, OrthoLSTM, OrthoLSTMCell
-from orthonet.layers._scale import FirstChannels, Scale
-from orthonet.layers._zoo._fourier import (
+from orthonet.layers.zoo._fourier import (
     BROConv2d,
     BROLinear,
     CayleyConv2d,
     CayleyLinear,
     LOTConv2d,
 )
-from orthonet.layers._zoo._lipnext import LipNeXtBlock2d, SpatialShift2d
-from orthonet.layers._zoo._rescaled import (
+from orthonet.layers.zoo._lipnext import LipNeXtBlock2d, SpatialShift2d
+from orthonet.layers.zoo._rescaled import (
     AOLConv2d,
     AOLLinear,
     CholeskyConv2d,
@@ -91,9 +91,9 @@ from orthonet.layers._zoo._rescaled import (
     SpectralConv2d,
     SpectralLinear,
 )
-from orthonet.layers._zoo._residual import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
-from orthonet.layers._zoo._sandwich import SandwichConv2d, SandwichLinear
-from orthonet.layers._zoo._soc import SOCConv2d
+from orthonet.layers.zoo._residual import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
+from orthonet.layers.zoo._sandwich import SandwichConv2d, SandwichLinear
+from orthonet.layers.zoo._soc import SOCConv2d
 
 __all__ = [
     "AOLConv2d",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.reparametrizers import Weight
-from orthonet.reparametrizers._plain_values import warn_projected
+from orthonet.reparametrizers.plain_values import warn_projected
 
 __all__ = ["ConstrainedWeight", "WithoutPlainWeight"]
 

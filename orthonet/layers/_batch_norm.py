@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from orthonet._checks import in_range, positive_int, require
 from orthonet.layers._declared import Declared, Norms, float64, length_of
-from orthonet.linalg._sizes import Rounding
+from orthonet.linalg.bounds.sizes import Rounding
 
 __all__ = ["BatchLipNorm1d", "BatchLipNorm2d", "BatchLipNorm3d"]
 

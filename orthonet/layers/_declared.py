@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.errors import UncertifiableError
-from orthonet.linalg._rounding import up
-from orthonet.linalg._sizes import Rounding
+from orthonet.linalg.bounds.rounding import up
+from orthonet.linalg.bounds.sizes import Rounding
 
 __all__ = [
     "REARRANGEMENT",

@@ -11,7 +11,7 @@ from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.layers._base import ConstrainedWeight
 from orthonet.layers.turned_linear import turned_linear
-from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg.matrix import compute_dtype
 from orthonet.reparametrizers import (
     DEFAULT_ORTHO_PARAMS,
     L2Normalize,

@@ -11,7 +11,7 @@ from orthonet import functional
 from orthonet._checks import in_range, positive_int, require
 from orthonet.layers._activations import HouseholderActivation, MaxMin
 from orthonet.layers._declared import REARRANGEMENT, Declared, Norms, isometric, length_of, refuse
-from orthonet.linalg._sizes import Rounding
+from orthonet.linalg.bounds.sizes import Rounding
 
 __all__ = [
     "OPLU",

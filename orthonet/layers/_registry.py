@@ -12,7 +12,7 @@ from torch import nn
 from orthonet import _checks
 from orthonet.layers._conv import OrthoConv2d
 from orthonet.layers._linear import OrthoLinear, UnitNormLinear
-from orthonet.layers._zoo import _fourier, _lipnext, _rescaled, _residual, _sandwich, _soc
+from orthonet.layers.zoo import _fourier, _lipnext, _rescaled, _residual, _sandwich, _soc
 
 __all__ = [
     "Method",

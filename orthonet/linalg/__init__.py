@@ -1,13 +1,13 @@
 """Pure functions on the last two dimensions of a tensor: the mathematics of the library."""
 
-from orthonet.linalg.convolution import block_convolution
-from orthonet.linalg.convolution_bounds import NormBound, convolution_norm_bound
-from orthonet.linalg.enclosure import gram_norm_bound, spectral_norm_bound
+from orthonet.linalg.bounds.convolutions import NormBound, convolution_norm_bound
+from orthonet.linalg.bounds.enclosure import gram_norm_bound, spectral_norm_bound
 from orthonet.linalg.exponential import cayley, matrix_exponential, rotate_base, skew
 from orthonet.linalg.factorization import cholesky_qr, qr
-from orthonet.linalg.fourier import apply_symbol, kernel_symbol
+from orthonet.linalg.kernels.convolution import block_convolution
+from orthonet.linalg.kernels.fourier import apply_symbol, kernel_symbol
+from orthonet.linalg.kernels.paraunitary import apply_projectors
 from orthonet.linalg.logarithm import rotation_logarithm
-from orthonet.linalg.paraunitary import apply_projectors
 from orthonet.linalg.polar import bjorck, polar, polar_svd
 from orthonet.linalg.rescaling import (
     almost_orthogonal,

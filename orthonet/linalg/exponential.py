@@ -11,10 +11,10 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet._torch import in_forward_mode, is_traced
-from orthonet.linalg._matrix import add_identity, compute_dtype
-from orthonet.linalg._polar_gradient import centred_gradient
-from orthonet.linalg._polar_steps import recentred_polar
+from orthonet.linalg.matrix import add_identity, compute_dtype
 from orthonet.linalg.polar import polar, save_centred, saved_centred
+from orthonet.linalg.polar_factor.gradient import centred_gradient
+from orthonet.linalg.polar_factor.steps import recentred_polar
 
 __all__ = ["cayley", "matrix_exponential", "rotate_base", "skew"]
 

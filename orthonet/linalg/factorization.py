@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from orthonet._torch import in_transform
-from orthonet.linalg._matrix import (
+from orthonet.linalg.matrix import (
     add_identity,
     cholesky,
     divide_triangular,

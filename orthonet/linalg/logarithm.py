@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._matrix import compute_dtype, require_finite
+from orthonet.linalg.matrix import compute_dtype, require_finite
 
 __all__ = ["rotation_logarithm"]
 

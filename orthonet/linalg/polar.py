@@ -15,15 +15,15 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet._torch import in_transform
-from orthonet.linalg._matrix import on_tall
-from orthonet.linalg._polar_bjorck import bjorck_polar
-from orthonet.linalg._polar_gradient import (
+from orthonet.linalg.matrix import on_tall
+from orthonet.linalg.polar_factor.bjorck import bjorck_polar
+from orthonet.linalg.polar_factor.gradient import (
     differentiable_gradient,
     eigen_gradient,
     gradient,
     inverse_gradient,
 )
-from orthonet.linalg._polar_steps import (
+from orthonet.linalg.polar_factor.steps import (
     Factors,
     gram_polar,
     polar_from_svd,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orthonet import _checks
-from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg.matrix import compute_dtype
 
 __all__ = [
     "almost_orthogonal",

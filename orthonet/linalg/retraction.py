@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orthonet.linalg import _polar_series as series
-from orthonet.linalg._matrix import (
+from orthonet.linalg.factorization import cholesky_qr
+from orthonet.linalg.matrix import (
     add_identity,
     cholesky,
     divide_triangular,
@@ -28,10 +28,10 @@ from orthonet.linalg._matrix import (
     minus_transpose,
     symmetric_product,
 )
-from orthonet.linalg._polar_gradient import centred_gradient
-from orthonet.linalg._polar_steps import near_pass, recentred_polar
-from orthonet.linalg.factorization import cholesky_qr
 from orthonet.linalg.polar import polar
+from orthonet.linalg.polar_factor import series
+from orthonet.linalg.polar_factor.gradient import centred_gradient
+from orthonet.linalg.polar_factor.steps import near_pass, recentred_polar
 
 __all__ = ["POLAR", "QR", "CentredMap", "Moved", "centre", "retract"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._matrix import compute_dtype
 from orthonet.linalg.factorization import qr
+from orthonet.linalg.matrix import compute_dtype
 
 __all__ = ["haar"]
 

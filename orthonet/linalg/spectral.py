@@ -1,7 +1,7 @@
 r"""Spectral norm from below (power iteration) and from above (Gram iteration).
 
 Both are fast and differentiable. Neither accounts for rounding: a certificate takes its norms from
-the enclosures of `orthonet.linalg.enclosure`.
+the enclosures of `orthonet.linalg.bounds.enclosure`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet._torch import is_traced
-from orthonet.linalg._matrix import rms_scale
+from orthonet.linalg.matrix import rms_scale
 
 __all__ = ["gram_iteration", "power_iteration", "rounds"]
 

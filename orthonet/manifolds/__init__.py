@@ -10,14 +10,14 @@ from orthonet.manifolds._hyperbolic import Hyperbolic
 from orthonet.manifolds._intervals import Bounded, Nonnegative, NormBall, SpectralBall
 from orthonet.manifolds._linear import LinearParametrization, Rn, Skew, Sym, Symmetric
 from orthonet.manifolds._low_rank import AlmostOrthogonal, FixedRank, LowRank
-from orthonet.manifolds._maps import MappedParametrization, ProjectedParametrization
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds._product import ProductManifold, ProductParametrization
 from orthonet.manifolds._semidefinite import PSD, PSSD, PSSDFixedRank, PSSDLowRank
 from orthonet.manifolds._simplex import DoublyStochastic, Simplex
 from orthonet.manifolds._sphere import Oblique, Sphere, SphereTrivialization
 from orthonet.manifolds._stiefel import SO, St, Stiefel
-from orthonet.manifolds._trivialization import (
+from orthonet.manifolds.maps import MappedParametrization, ProjectedParametrization
+from orthonet.manifolds.trivialization import (
     FrameTrivialization,
     SignedTrivialization,
     Trivialization,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds._parametrization import Parametrization
 
 __all__ = ["Manifold", "Membership"]

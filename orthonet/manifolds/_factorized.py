@@ -10,9 +10,9 @@ from torch import Tensor
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._log_volume import frame_log_volume, gaps
 from orthonet.manifolds._parametrization import Parametrization
-from orthonet.manifolds._scalar import log_derivative
 from orthonet.manifolds._stiefel import Stiefel
-from orthonet.manifolds._trivialization import FrameTrivialization, Triv
+from orthonet.manifolds.scalar import log_derivative
+from orthonet.manifolds.trivialization import FrameTrivialization, Triv
 
 __all__ = ["EigenParametrization", "SingularParametrization", "high", "raised"]
 

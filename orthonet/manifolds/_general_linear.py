@@ -13,8 +13,8 @@ from orthonet.manifolds._factorized import SingularParametrization, high, raised
 from orthonet.manifolds._linear import square_problem
 from orthonet.manifolds._low_rank import fill
 from orthonet.manifolds._parametrization import Parametrization
-from orthonet.manifolds._scalar import Scalar, positive_map
-from orthonet.manifolds._trivialization import Triv
+from orthonet.manifolds.scalar import Scalar, positive_map
+from orthonet.manifolds.trivialization import Triv
 
 __all__ = ["SL", "GLp"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds._stiefel import Stiefel
-from orthonet.manifolds._trivialization import FrameTrivialization, Triv
+from orthonet.manifolds.trivialization import FrameTrivialization, Triv
 
 __all__ = ["Gr", "Grassmannian"]
 

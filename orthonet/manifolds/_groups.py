@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._packing import pack_symmetric, unpack_symmetric
+from orthonet.linalg.packing import pack_symmetric, unpack_symmetric
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._linear import square_problem
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds._stiefel import Stiefel
-from orthonet.manifolds._trivialization import Triv, Trivialization, check_triv
+from orthonet.manifolds.trivialization import Triv, Trivialization, check_triv
 
 __all__ = ["Symplectic", "SymplecticTrivialization", "Unitary"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.manifolds._base import Manifold
-from orthonet.manifolds._maps import MappedParametrization
 from orthonet.manifolds._parametrization import Parametrization
+from orthonet.manifolds.maps import MappedParametrization
 
 __all__ = ["Hyperbolic"]
 

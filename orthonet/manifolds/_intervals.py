@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._spectral_map import singular_map
+from orthonet.linalg.spectral_map import singular_map
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._factorized import SingularParametrization
-from orthonet.manifolds._maps import MappedParametrization
 from orthonet.manifolds._parametrization import Parametrization
-from orthonet.manifolds._scalar import Scalar, absolute, bounded_map, fold, positive_map
-from orthonet.manifolds._trivialization import Triv
+from orthonet.manifolds.maps import MappedParametrization
+from orthonet.manifolds.scalar import Scalar, absolute, bounded_map, fold, positive_map
+from orthonet.manifolds.trivialization import Triv
 
 __all__ = ["Bounded", "Nonnegative", "NormBall", "SpectralBall"]
 

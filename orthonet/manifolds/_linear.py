@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orthonet.linalg._packing import pack_skew, pack_symmetric, unpack_skew, unpack_symmetric
+from orthonet.linalg.packing import pack_skew, pack_symmetric, unpack_skew, unpack_symmetric
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._parametrization import Parametrization
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from orthonet.linalg._matrix import add_identity
-from orthonet.linalg._packing import pack_skew
+from orthonet.linalg.matrix import add_identity
+from orthonet.linalg.packing import pack_skew
 
 if TYPE_CHECKING:
-    from orthonet.manifolds._trivialization import FrameTrivialization
+    from orthonet.manifolds.trivialization import FrameTrivialization
 
 __all__ = ["frame_log_volume", "gaps"]
 

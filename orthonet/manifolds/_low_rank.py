@@ -10,13 +10,13 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.linalg import polar
-from orthonet.linalg._spectral_map import singular_map
+from orthonet.linalg.spectral_map import singular_map
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._factorized import SingularParametrization, high, raised
 from orthonet.manifolds._parametrization import Parametrization
-from orthonet.manifolds._scalar import Scalar, bounded_map, positive_map
 from orthonet.manifolds._stiefel import Stiefel
-from orthonet.manifolds._trivialization import Triv
+from orthonet.manifolds.scalar import Scalar, bounded_map, positive_map
+from orthonet.manifolds.trivialization import Triv
 
 __all__ = ["AlmostOrthogonal", "FixedRank", "LowRank", "fill"]
 

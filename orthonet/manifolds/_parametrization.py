@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet._torch import without_autocast
-from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg.matrix import compute_dtype
 
 if TYPE_CHECKING:
     from orthonet.manifolds._base import Manifold, Membership

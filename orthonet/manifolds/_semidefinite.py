@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._spectral_map import eigen_map
+from orthonet.linalg.spectral_map import eigen_map
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._factorized import EigenParametrization, high, raised
 from orthonet.manifolds._linear import Symmetric, square_problem
 from orthonet.manifolds._low_rank import fill
 from orthonet.manifolds._parametrization import Parametrization
-from orthonet.manifolds._scalar import Scalar, absolute, positive_map
-from orthonet.manifolds._trivialization import Triv
+from orthonet.manifolds.scalar import Scalar, absolute, positive_map
+from orthonet.manifolds.trivialization import Triv
 
 __all__ = ["PSD", "PSSD", "PSSDFixedRank", "PSSDLowRank"]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._sinkhorn import sinkhorn
+from orthonet.linalg.sinkhorn import sinkhorn
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._linear import square_problem
-from orthonet.manifolds._maps import MappedParametrization
 from orthonet.manifolds._parametrization import Parametrization
-from orthonet.manifolds._scalar import absolute
+from orthonet.manifolds.maps import MappedParametrization
+from orthonet.manifolds.scalar import absolute
 
 __all__ = ["DoublyStochastic", "Simplex"]
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg._rotation import (
+from orthonet.linalg.rotation import (
     complement_reflector,
     times_complement,
     times_complement_adjoint,
 )
 from orthonet.manifolds._base import Manifold
-from orthonet.manifolds._maps import ProjectedParametrization
 from orthonet.manifolds._parametrization import Parametrization
-from orthonet.manifolds._trivialization import Trivialization
+from orthonet.manifolds.maps import ProjectedParametrization
+from orthonet.manifolds.trivialization import Trivialization
 
 __all__ = ["Oblique", "Sphere", "SphereTrivialization", "cos_sinc", "unit"]
 

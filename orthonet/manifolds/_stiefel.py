@@ -10,14 +10,14 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.linalg import haar, polar, rotation_logarithm
-from orthonet.linalg._matrix import compute_dtype
-from orthonet.linalg._rotation import frame_cayley, frame_exponential, polished
+from orthonet.linalg.matrix import compute_dtype
+from orthonet.linalg.rotation import frame_cayley, frame_exponential, polished
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._linear import square_problem
-from orthonet.manifolds._maps import ProjectedParametrization
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds._rotations import Distribution, block_rotation, rotation_angles
-from orthonet.manifolds._trivialization import FrameTrivialization, SignedTrivialization, Triv
+from orthonet.manifolds.maps import ProjectedParametrization
+from orthonet.manifolds.trivialization import FrameTrivialization, SignedTrivialization, Triv
 
 __all__ = ["SO", "St", "Stiefel"]
 

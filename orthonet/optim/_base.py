@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg._ranks import assign, exchange, put_, rank_and_size, whole
+from orthonet.linalg.distributed import assign, exchange, put_, rank_and_size, whole
 from orthonet.optim._batches import Block, blocks
 from orthonet.optim._stiefel_steps import residual, retract
 

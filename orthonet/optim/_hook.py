@@ -11,7 +11,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from orthonet import _checks, _torch
-from orthonet.linalg._ranks import assign, exchange, put_, rank_and_size, whole
+from orthonet.linalg.distributed import assign, exchange, put_, rank_and_size, whole
 from orthonet.optim._base import require_matrices, require_orthogonal
 from orthonet.optim._batches import blocks
 from orthonet.optim._stiefel_steps import retract, tangent

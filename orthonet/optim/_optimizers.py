@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from orthonet import _checks
 from orthonet._torch import foreach_norm
-from orthonet.linalg._matrix import minus_transpose
+from orthonet.linalg.matrix import minus_transpose
 from orthonet.optim._base import Read, State, StiefelOptimizer
 from orthonet.optim._batches import Block
 from orthonet.optim._plain import adam_step, sgd_step

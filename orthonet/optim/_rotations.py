@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from orthonet.linalg import polar
-from orthonet.linalg._matrix import add_identity, symmetric_product
+from orthonet.linalg.matrix import add_identity, symmetric_product
 from orthonet.optim._stiefel_steps import retract
 
 __all__ = ["EVERY", "Turn", "Workspace", "coefficients", "rotate"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from orthonet.linalg import polar, retraction
-from orthonet.linalg._matrix import add_identity
+from orthonet.linalg.matrix import add_identity
 
 __all__ = ["newton_schulz_sign", "residual", "retract", "symmetric_part", "tangent"]
 

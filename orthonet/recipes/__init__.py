@@ -5,11 +5,15 @@ A recipe is a function that returns a frozen [`TrainConfig`][orthonet.recipes.Tr
 `demo`.
 """
 
-from orthonet.recipes._beyond import BeyondReport
-from orthonet.recipes._beyond_table import BEYOND_RECIPES
-from orthonet.recipes._checkpoint import load_checkpoint, save_checkpoint
-from orthonet.recipes._cifar import load_cifar10
-from orthonet.recipes._config import (
+from orthonet.recipes.beyond.distance import SDFConfig, Trace, sphere_trace, train_sdf
+from orthonet.recipes.beyond.flow import FlowConfig, Inverse, ResidualFlow, invert, train_flow
+from orthonet.recipes.beyond.report import BeyondReport
+from orthonet.recipes.beyond.table import BEYOND_RECIPES
+from orthonet.recipes.beyond.wasserstein import W1Config, train_w1
+from orthonet.recipes.data.cifar import load_cifar10
+from orthonet.recipes.data.digits import Images, Split, load, stratified_split
+from orthonet.recipes.data.folder import ImageFolders
+from orthonet.recipes.images.config import (
     ORTHO_PARAMS,
     RECIPES,
     FolderConfig,
@@ -19,25 +23,21 @@ from orthonet.recipes._config import (
     folder,
     mnist5k,
 )
-from orthonet.recipes._data import Images, Split, load, stratified_split
-from orthonet.recipes._distance import SDFConfig, Trace, sphere_trace, train_sdf
-from orthonet.recipes._evaluate import Evaluation, evaluate
-from orthonet.recipes._flow import FlowConfig, Inverse, ResidualFlow, invert, train_flow
-from orthonet.recipes._folder import ImageFolders
-from orthonet.recipes._gradient_flow import gradient_norms
-from orthonet.recipes._run import Report, certify_checkpoint, train
-from orthonet.recipes._sequence_config import (
+from orthonet.recipes.images.evaluate import Evaluation, evaluate
+from orthonet.recipes.images.run import Report, certify_checkpoint, train
+from orthonet.recipes.images.spectra import Spectrum, layer_spectra
+from orthonet.recipes.images.train import fit
+from orthonet.recipes.running.checkpoint import load_checkpoint, save_checkpoint
+from orthonet.recipes.sequences.config import (
     SEQUENCE_RECIPES,
     SequenceConfig,
     copying,
     seq_mnist,
 )
-from orthonet.recipes._sequence_run import SequenceReport, SequenceResult, train_sequences
-from orthonet.recipes._spectra import Spectrum, layer_spectra
-from orthonet.recipes._train import fit
-from orthonet.recipes._wasserstein import W1Config, train_w1
-from orthonet.recipes._zoo import ZooConfig, bench_zoo
-from orthonet.recipes._zoo_report import ZooReport
+from orthonet.recipes.sequences.gradient_flow import gradient_norms
+from orthonet.recipes.sequences.run import SequenceReport, SequenceResult, train_sequences
+from orthonet.recipes.zoo.bench import ZooConfig, bench_zoo
+from orthonet.recipes.zoo.report import ZooReport
 
 __all__ = [
     "BEYOND_RECIPES",

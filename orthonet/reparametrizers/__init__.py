@@ -8,13 +8,6 @@ from orthonet.reparametrizers._normalizers import (
     BatchedPowerIteration,
     L2Normalize,
 )
-from orthonet.reparametrizers._orthogonalizers import (
-    BatchedBjorckOrthogonalization,
-    BatchedCholeskyOrthogonalization,
-    BatchedExponentialOrthogonalization,
-    BatchedQROrthogonalization,
-    Orthogonalizer,
-)
 from orthonet.reparametrizers._parameter_groups import parameter_groups
 from orthonet.reparametrizers._params import (
     AUTO_ORTHO_PARAMS,
@@ -31,21 +24,28 @@ from orthonet.reparametrizers._params import (
     OrthoParams,
 )
 from orthonet.reparametrizers._polar import BatchedPolarOrthogonalization
-from orthonet.reparametrizers._registration import (
-    CachedParametrizationList,
-    adopt,
-    register,
-    remove,
-)
 from orthonet.reparametrizers._spectral import FourierWeight
 from orthonet.reparametrizers.groups import fuse, unfuse
 from orthonet.reparametrizers.kernel_geometry import KernelGeometry
 from orthonet.reparametrizers.orthogonal import OrthoWeight
+from orthonet.reparametrizers.orthogonalizers import (
+    BatchedBjorckOrthogonalization,
+    BatchedCholeskyOrthogonalization,
+    BatchedExponentialOrthogonalization,
+    BatchedQROrthogonalization,
+    Orthogonalizer,
+)
 from orthonet.reparametrizers.providers import (
     REEVALUATING_OPTIMIZERS,
     defer_pullback,
     invalidate,
     share_among_ranks,
+)
+from orthonet.reparametrizers.registration import (
+    CachedParametrizationList,
+    adopt,
+    register,
+    remove,
 )
 from orthonet.reparametrizers.weight import Composition, Provider, Weight, caching
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from orthonet import _checks, _torch
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg._filtering import filter_signal
-from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg.kernels.filtering import filter_signal
+from orthonet.linalg.matrix import compute_dtype
 from orthonet.reparametrizers._kernel_fit import fit_factors
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
 from orthonet.reparametrizers.kernel_geometry import (

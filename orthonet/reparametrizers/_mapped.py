@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet._torch import without_autocast
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg._matrix import compute_dtype
+from orthonet.linalg.matrix import compute_dtype
 from orthonet.reparametrizers.weight import Weight
 
 __all__ = ["MappedWeight"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg._matrix import compute_dtype, rms_scale
+from orthonet.linalg.matrix import compute_dtype, rms_scale
 from orthonet.linalg.spectral import rounds
 
 __all__ = ["BatchedIdentity", "BatchedPowerIteration", "L2Normalize"]

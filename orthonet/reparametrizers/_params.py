@@ -11,13 +11,13 @@ from torch import nn
 
 from orthonet import _checks
 from orthonet.reparametrizers._normalizers import BatchedIdentity, BatchedPowerIteration
-from orthonet.reparametrizers._orthogonalizers import (
+from orthonet.reparametrizers._polar import BatchedPolarOrthogonalization
+from orthonet.reparametrizers.orthogonalizers import (
     BatchedBjorckOrthogonalization,
     BatchedCholeskyOrthogonalization,
     BatchedExponentialOrthogonalization,
     BatchedQROrthogonalization,
 )
-from orthonet.reparametrizers._polar import BatchedPolarOrthogonalization
 
 __all__ = [
     "AUTO_ORTHO_PARAMS",

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from orthonet.linalg import polar
 from orthonet.linalg.retraction import POLAR
-from orthonet.reparametrizers._orthogonalizers import Orthogonalizer
+from orthonet.reparametrizers.orthogonalizers import Orthogonalizer
 
 __all__ = ["BatchedPolarOrthogonalization"]
 

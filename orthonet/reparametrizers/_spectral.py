@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet._torch import without_autocast
 from orthonet.linalg import haar
-from orthonet.linalg._matrix import compute_dtype
-from orthonet.linalg.fourier import kernel_symbol
+from orthonet.linalg.kernels.fourier import kernel_symbol
+from orthonet.linalg.matrix import compute_dtype
 from orthonet.reparametrizers.providers.cold_cache import slot_of
 from orthonet.reparametrizers.weight import Weight
 

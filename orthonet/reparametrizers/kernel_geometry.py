@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from orthonet import _checks
 from orthonet.linalg import block_convolution
-from orthonet.linalg._matrix import add_identity
-from orthonet.linalg._projector_product import multiplications, multiply_projectors
+from orthonet.linalg.kernels.projector_product import multiplications, multiply_projectors
+from orthonet.linalg.matrix import add_identity
 
 __all__ = ["KernelFactors", "KernelGeometry", "chosen", "sharpened"]
 

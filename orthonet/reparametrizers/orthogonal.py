@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from orthonet import _checks, _torch
 from orthonet.linalg import haar, polar_svd
-from orthonet.linalg._matrix import compute_dtype
-from orthonet.linalg._ranks import whole
+from orthonet.linalg.distributed import whole
+from orthonet.linalg.matrix import compute_dtype
 from orthonet.linalg.retraction import CentredMap
 from orthonet.reparametrizers._normalizers import BatchedIdentity, BatchedPowerIteration
-from orthonet.reparametrizers._orthogonalizers import Orthogonalizer, require_semi_orthogonal
 from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
+from orthonet.reparametrizers.orthogonalizers import Orthogonalizer, require_semi_orthogonal
 from orthonet.reparametrizers.weight import GIVEN, Weight
 
 __all__ = ["OrthoWeight"]

@@ -47,7 +47,7 @@ def test_islands_are_what_they_compute(name, written, monkeypatch):
     if not written:  # too large to be written out: by the kernel, on a torus
         limits = {k: norms.Limits(k, 0, 0, 0, 0) for k in norms.EFFORTS}
         monkeypatch.setattr(norms, "EFFORTS", limits)
-        monkeypatch.setattr("orthonet.linalg.convolution_bounds._DENSE_SIDE", 0)
+        monkeypatch.setattr("orthonet.linalg.bounds.convolutions._DENSE_SIDE", 0)
     truth = float(torch.linalg.matrix_norm(jacobian_reference(model, x[0]), 2))
     found = certify(model, x, lower=False)
     assert found.constant.value >= truth * (1 - 1e-12)

@@ -11,8 +11,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 import orthonet
 from orthonet import layers, linalg
 from orthonet.errors import NotOnManifoldError, ProjectionWarning
-from orthonet.layers import _rnn_gated, _rnn_kernels
-from orthonet.layers._rnn_kernels import INITIALIZATIONS
+from orthonet.layers.recurrent import gated as _rnn_gated
+from orthonet.layers.recurrent import kernels as _rnn_kernels
+from orthonet.layers.recurrent.kernels import INITIALIZATIONS
 from orthonet.reparametrizers.providers.engine import ENGINE
 from orthonet.testing import LAYER_LAWS, orthogonality_error, tolerances
 from tests.presets import PRESETS

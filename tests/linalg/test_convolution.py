@@ -48,7 +48,7 @@ SHIFTS = [(0, 0, 0), (0, 1, 1), (1, 0, 1), ()]
 @pytest.mark.parametrize("weighted", [False, True])
 def test_chain_of_factors_has_the_gradients_of_its_steps(dims, weighted):
     """One node for all factors, against autograd through the operations it replaces."""
-    from orthonet.linalg._projector_product import chain
+    from orthonet.linalg.kernels.projector_product import chain
 
     kernel = torch.randn(2, 3, 2, 1, 4, dtype=torch.float64, requires_grad=True)
     bases = torch.randn(2, len(dims), 3, 2, dtype=torch.float64, requires_grad=True)
@@ -92,7 +92,7 @@ def test_product_of_factors_has_the_values_and_gradients_of_their_chain(
     taps, axes, rows, weighted, channels_first, batch
 ):
     """Whichever way is taken, against the factors one by one, in both layouts."""
-    from orthonet.linalg._projector_product import chain, multiply_projectors
+    from orthonet.linalg.kernels.projector_product import chain, multiply_projectors
 
     def draw(*shape):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
@@ -119,7 +119,7 @@ def test_product_of_factors_has_the_values_and_gradients_of_their_chain(
 def test_multiplications_of_a_product_are_counted(taps, axes, rows):
     from torch.utils.flop_counter import FlopCounterMode
 
-    from orthonet.linalg._projector_product import multiplications, multiply_projectors
+    from orthonet.linalg.kernels.projector_product import multiplications, multiply_projectors
 
     start, bases = torch.randn(1, rows, 6, *taps), torch.randn(1, len(axes), 6, 2)
     with FlopCounterMode(display=False) as counter:
@@ -147,7 +147,7 @@ def test_chain_of_factors_can_be_differentiated_twice_and_transformed():
 
 @pytest.mark.parametrize("steps", [(1, 1), (2, 1)])
 def test_filtering_a_signal_is_the_convolution_with_the_factors(steps):
-    from orthonet.linalg._filtering import filter_signal
+    from orthonet.linalg.kernels.filtering import filter_signal
 
     bases = torch.randn(1, 2, 3, 2, dtype=torch.float64, requires_grad=True)
     signal = torch.randn(1, 3, 2, 5, 4, dtype=torch.float64, requires_grad=True)

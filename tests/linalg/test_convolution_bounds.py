@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from orthonet.linalg.convolution_bounds import convolution_norm_bound
+from orthonet.linalg.bounds.convolutions import convolution_norm_bound
 from tests.references import convolution_by_unit_vectors
 
 

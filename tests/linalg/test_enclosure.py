@@ -7,8 +7,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from orthonet.linalg import _rounding as rounding
-from orthonet.linalg.enclosure import gram_norm_bound, spectral_norm_bound
+from orthonet.linalg.bounds import rounding
+from orthonet.linalg.bounds.enclosure import gram_norm_bound, spectral_norm_bound
 
 
 def is_positive_semidefinite(a: list[list[Fraction]]) -> bool:

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from orthonet import linalg
-from orthonet.linalg import _rotation, exponential
-from orthonet.linalg._packing import pack_skew, unpack_skew
+from orthonet.linalg import exponential
+from orthonet.linalg import rotation as _rotation
+from orthonet.linalg.packing import pack_skew, unpack_skew
 from orthonet.testing import orthogonality_error, tolerances
 from tests.references import rotation_reference
 

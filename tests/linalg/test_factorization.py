@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from orthonet import linalg
-from orthonet.linalg import _matrix
+from orthonet.linalg import matrix as _matrix
 from orthonet.testing import (
     MATRIX_CASES,
     MATRIX_SHAPES,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orthonet.linalg import _packing as packing
+from orthonet.linalg import packing
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from orthonet import linalg
-from orthonet.linalg import _polar_bjorck, _polar_series
+from orthonet.linalg.polar_factor import bjorck as _polar_bjorck
+from orthonet.linalg.polar_factor import series as _polar_series
 from orthonet.testing import (
     MATRIX_CASES,
     MATRIX_SHAPES,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orthonet.linalg._spectral_map import eigen_map, singular_map
+from orthonet.linalg.spectral_map import eigen_map, singular_map
 
 F = {
     "square": lambda s: (s * s, 2 * s),

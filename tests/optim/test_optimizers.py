@@ -12,7 +12,7 @@ from torch import nn
 import orthonet
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg import haar, polar_svd
-from orthonet.linalg._ranks import assign
+from orthonet.linalg.distributed import assign
 from orthonet.optim import StiefelAdam, StiefelMuon, StiefelSGD, retract_after_step
 from orthonet.testing import tolerances
 from tests import references

@@ -18,10 +18,10 @@ from orthonet.recipes import (
     train_sdf,
     train_w1,
 )
-from orthonet.recipes._beyond import grid
-from orthonet.recipes._flow import DENSITIES
-from orthonet.recipes._shapes import SHAPES, polygon, star
-from orthonet.recipes._wasserstein import mean_below, shells
+from orthonet.recipes.beyond.flow import DENSITIES
+from orthonet.recipes.beyond.report import grid
+from orthonet.recipes.beyond.shapes import SHAPES, polygon, star
+from orthonet.recipes.beyond.wasserstein import mean_below, shells
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

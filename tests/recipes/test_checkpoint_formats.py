@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from orthonet import cli, recipes
-from orthonet.recipes._train import build
+from orthonet.recipes.images.train import build
 
 
 def test_safetensors_give_the_same_model_and_the_report_is_written(tmp_path, capsys):

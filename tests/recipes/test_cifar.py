@@ -11,7 +11,7 @@ from orthonet import cli, recipes
 from orthonet.certify import certify
 from orthonet.models import convnet_xs
 from orthonet.recipes import cifar10_xs, load_cifar10
-from orthonet.recipes._augment import random_crop
+from orthonet.recipes.data.augment import random_crop
 
 NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 

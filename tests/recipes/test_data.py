@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from orthonet.recipes import Images, load, stratified_split
-from orthonet.recipes._augment import random_affine
-from orthonet.recipes._data import _read, require_package
+from orthonet.recipes.data.augment import random_affine
+from orthonet.recipes.data.digits import _read, require_package
 
 SIZES = {"digits": (1437, 360, 8), "mnist5k": (4000, 1000, 28)}
 

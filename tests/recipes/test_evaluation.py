@@ -22,8 +22,8 @@ from orthonet.recipes import (
     layer_spectra,
     train,
 )
-from orthonet.recipes._evaluate import attack_radii
-from orthonet.recipes._figures import radius_figure, spectra_figure, training_figure
+from orthonet.recipes.images.evaluate import attack_radii
+from orthonet.recipes.running.figures import radius_figure, spectra_figure, training_figure
 from orthonet.testing import singular_values
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -102,7 +102,7 @@ def test_spectra_are_those_of_the_dense_operators():
 
 
 def test_large_images_are_cut_and_it_says_so(monkeypatch):
-    monkeypatch.setattr("orthonet.recipes._spectra._LARGEST", 100)
+    monkeypatch.setattr("orthonet.recipes.images.spectra._LARGEST", 100)
     conv = nn.Conv2d(4, 2, 3, padding=1).eval()
     (spectrum,) = layer_spectra(conv, torch.rand(1, 4, 20, 20))
     assert spectrum.operator == "4x5x5 → 2x5x5 (a part of the image)"
@@ -145,7 +145,7 @@ def config() -> TrainConfig:
 @pytest.fixture(scope="module")
 def report(few, config, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orthonet.recipes._run.load", lambda dataset: few)
+        patch.setattr("orthonet.recipes.images.run.load", lambda dataset: few)
         yield train(config, tmp_path_factory.mktemp("runs") / "run")
 
 

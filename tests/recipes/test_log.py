@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from orthonet import cli, recipes
-from orthonet.recipes._log import Log
+from orthonet.recipes.running.log import Log
 from tests.recipes.test_resume import SMALL, few
 
 

@@ -15,7 +15,7 @@ from torch import distributed, multiprocessing
 
 from orthonet import recipes
 from orthonet.recipes import Images, Split, digits, fit, load
-from orthonet.recipes import _log as log_module
+from orthonet.recipes.running import log as log_module
 
 # Not MaxMin: where a patch is black, the biases of a pair meet after a step of Adam, which moves
 # each by the learning rate, and rounding would choose between them.

@@ -9,7 +9,7 @@ from torch import nn
 
 from orthonet import cli, layers, recipes
 from orthonet.recipes import SequenceConfig, copying, gradient_norms, seq_mnist, train_sequences
-from orthonet.recipes._sequence_data import copying_batch, task_of
+from orthonet.recipes.sequences.data import copying_batch, task_of
 
 TINY = {"hidden": 8, "batch_size": 4, "iterations": 3, "log_every": 2}
 

@@ -21,7 +21,7 @@ from orthonet.recipes import (
     mnist5k,
     save_checkpoint,
 )
-from orthonet.recipes._files import write_atomically
+from orthonet.recipes.running.files import write_atomically
 
 SMALL = {"model_arguments": {"channels": (4, 8), "hidden": (16,)}, "epochs": 2}
 

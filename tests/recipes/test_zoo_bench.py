@@ -9,10 +9,10 @@ from orthonet import cli, recipes
 from orthonet.layers import available
 from orthonet.models import convnet_zoo
 from orthonet.recipes import Images, Split, ZooConfig, ZooReport, bench_zoo
-from orthonet.recipes import _zoo as zoo
-from orthonet.recipes import _zoo_report as zoo_report
-from orthonet.recipes._train import build
-from orthonet.recipes._zoo_cost import step_cost
+from orthonet.recipes.images.train import build
+from orthonet.recipes.zoo import bench as zoo
+from orthonet.recipes.zoo import report as zoo_report
+from orthonet.recipes.zoo.cost import step_cost
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -112,7 +112,7 @@ def test_the_cost_counts_what_a_linear_network_keeps(monkeypatch):
     """A linear layer keeps its input for the weight's gradient, the loss its logits."""
     config = recipes.digits(model="mlp_digits", batch_size=64)
     monkeypatch.setattr(
-        "orthonet.recipes._zoo_cost.build",
+        "orthonet.recipes.zoo.cost.build",
         lambda _: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)),
     )
     cost = step_cost(config, Images(torch.rand(64, 1, 8, 8), torch.zeros(64, dtype=torch.long)))

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import orthonet
 from orthonet import linalg
 from orthonet.layers import OrthoLinear
-from orthonet.linalg import _polar_series
+from orthonet.linalg.polar_factor import series as _polar_series
 from orthonet.reparametrizers import BatchedPolarOrthogonalization, OrthoWeight
 from orthonet.testing import MATRIX_CASES, hard_matrix, orthogonality_error, tolerances
 from tests.references import polar_gradient_reference, polar_reference

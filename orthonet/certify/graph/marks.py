@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from orthonet import functional
 from orthonet._torch import is_hooked, patched
 from orthonet.certify.rules import function_leaves, module_rule
-from orthonet.reparametrizers._registration import bake
+from orthonet.reparametrizers.registration import bake
 
 __all__ = ["ROOT", "LeafCall", "Marked", "Marker", "mark_of", "marked_copy"]
 

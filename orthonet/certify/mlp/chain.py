@@ -14,7 +14,7 @@ from orthonet._torch import has_global_forward_hooks, is_hooked
 from orthonet.certify.mlp.slopes import Activation
 from orthonet.certify.ops.activations import activation_of
 from orthonet.errors import UncertifiableError
-from orthonet.linalg._rounding import (
+from orthonet.linalg.bounds.rounding import (
     UNDERFLOW,
     add_up,
     gamma,

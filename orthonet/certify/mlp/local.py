@@ -16,7 +16,15 @@ from orthonet.certify.mlp.lipsdp import closed_form
 from orthonet.certify.mlp.multipliers import prove
 from orthonet.certify.mlp.perceptron import EFFORTS, MLPBound, chain_bound
 from orthonet.certify.mlp.slopes import Activation
-from orthonet.linalg._rounding import UNDERFLOW, UNIT_ROUNDOFF, add_up, gamma, mul_up, sqrt_up, up
+from orthonet.linalg.bounds.rounding import (
+    UNDERFLOW,
+    UNIT_ROUNDOFF,
+    add_up,
+    gamma,
+    mul_up,
+    sqrt_up,
+    up,
+)
 
 __all__ = ["local_bound", "local_radius"]
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from orthonet.certify.mlp.chain import Chain, frobenius_up
-from orthonet.linalg._rounding import (
+from orthonet.linalg.bounds.enclosure import spectral_norm_bound
+from orthonet.linalg.bounds.rounding import (
     UNDERFLOW,
     UNIT_ROUNDOFF,
     add_up,
@@ -21,7 +22,6 @@ from orthonet.linalg._rounding import (
     squared_norm_up,
     up,
 )
-from orthonet.linalg.enclosure import spectral_norm_bound
 
 __all__ = ["Proof", "prove"]
 

@@ -15,8 +15,8 @@ from orthonet.certify._radius import pairwise_constants
 from orthonet.certify.mlp.chain import Chain, Layer, read_layers
 from orthonet.certify.mlp.lipsdp import closed_form, descend
 from orthonet.certify.mlp.multipliers import Proof, prove
-from orthonet.linalg._rounding import UNIT_ROUNDOFF, add_up, mul_up, up
-from orthonet.linalg.enclosure import spectral_norm_bound
+from orthonet.linalg.bounds.enclosure import spectral_norm_bound
+from orthonet.linalg.bounds.rounding import UNIT_ROUNDOFF, add_up, mul_up, up
 
 __all__ = ["EFFORTS", "MLPBound", "chain_bound", "mlp_bound"]
 

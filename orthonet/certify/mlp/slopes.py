@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import layers
-from orthonet.linalg._rounding import UNIT_ROUNDOFF, gamma
+from orthonet.linalg.bounds.rounding import UNIT_ROUNDOFF, gamma
 
 __all__ = ["Activation", "Narrow", "bell", "kinks", "reflections", "rising", "sech2", "sorting"]
 

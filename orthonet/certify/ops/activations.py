@@ -45,7 +45,7 @@ from orthonet.certify.rules import (
     upper,
 )
 from orthonet.certify.walk.forms import Form, scaled
-from orthonet.linalg._rounding import down, mul_up, up
+from orthonet.linalg.bounds.rounding import down, mul_up, up
 
 __all__ = ["Curve", "activation_of"]
 

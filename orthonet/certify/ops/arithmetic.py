@@ -28,7 +28,7 @@ from orthonet.certify.ops.registry import (
 )
 from orthonet.certify.rules import BatchDependent, Call, Operand, Step, exact, upper
 from orthonet.certify.walk.forms import Form, aligned, channels_of, scaled
-from orthonet.linalg._rounding import div_up, down, mul_up, up
+from orthonet.linalg.bounds.rounding import div_up, down, mul_up, up
 
 __all__: list[str] = []
 

@@ -26,8 +26,8 @@ from orthonet.certify.ops.registry import (
     wide,
 )
 from orthonet.certify.rules import BatchDependent, Call, Operand, Rounding, Step
-from orthonet.linalg._rounding import mul_up, power_of_two_scale, sqrt_up, squared_norm_up
-from orthonet.linalg._sizes import absolute_matrix
+from orthonet.linalg.bounds.rounding import mul_up, power_of_two_scale, sqrt_up, squared_norm_up
+from orthonet.linalg.bounds.sizes import absolute_matrix
 
 __all__ = ["product_step"]
 

@@ -31,9 +31,9 @@ from orthonet.certify.ops.registry import (
 )
 from orthonet.certify.rules import Call, Operand, Step, exact, scalar_rounding
 from orthonet.certify.walk.forms import Form, on_identity, pairs_of, pointwise
-from orthonet.linalg._rounding import sqrt_up
-from orthonet.linalg._sizes import absolute_convolution
-from orthonet.linalg.convolution_bounds import NormBound
+from orthonet.linalg.bounds.convolutions import NormBound
+from orthonet.linalg.bounds.rounding import sqrt_up
+from orthonet.linalg.bounds.sizes import absolute_convolution
 
 __all__ = ["spatial_sizes"]
 

@@ -13,8 +13,8 @@ from orthonet.certify._bound import Bound
 from orthonet.certify.ops.registry import op
 from orthonet.certify.rules import Call, Rounding, Step, exact, of_squares, register_rule, upper
 from orthonet.errors import UncertifiableError
-from orthonet.layers._residual import root_mean_square
-from orthonet.linalg._rounding import sqrt_up, up
+from orthonet.layers.residual import root_mean_square
+from orthonet.linalg.bounds.rounding import sqrt_up, up
 
 __all__ = ["BoundOf", "Shape", "refuse_module"]
 

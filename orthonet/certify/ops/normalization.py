@@ -25,7 +25,7 @@ from torch import Tensor
 from orthonet.certify.ops.registry import Linear, Values, aten_name, constant, f64, op
 from orthonet.certify.rules import Call, Rounding, Step, exact, upper
 from orthonet.certify.walk.forms import Form, scaled
-from orthonet.linalg._rounding import div_up, down, mul_up, up
+from orthonet.linalg.bounds.rounding import div_up, down, mul_up, up
 
 __all__: list[str] = []
 

@@ -29,7 +29,7 @@ from orthonet.certify.rules import (
 )
 from orthonet.certify.walk.forms import Form, on_identity, pairs_of
 from orthonet.errors import UncertifiableError
-from orthonet.linalg._rounding import add_up, mul_up, sqrt_up, up
+from orthonet.linalg.bounds.rounding import add_up, mul_up, sqrt_up, up
 
 __all__: list[str] = []
 

@@ -22,7 +22,7 @@ from orthonet.certify.ops.registry import (
     wide,
 )
 from orthonet.certify.rules import COPY, Call, Rounding, Step, exact, of_squares, upper
-from orthonet.linalg._rounding import div_up, down, sqrt_up
+from orthonet.linalg.bounds.rounding import div_up, down, sqrt_up
 
 __all__: list[str] = []
 

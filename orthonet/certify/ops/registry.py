@@ -28,7 +28,7 @@ from orthonet.certify.rules import (
     is_default,
     parameters,
 )
-from orthonet.linalg._rounding import div_up, sqrt_up
+from orthonet.linalg.bounds.rounding import div_up, sqrt_up
 
 __all__ = [
     "NOTHING",

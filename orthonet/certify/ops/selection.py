@@ -33,7 +33,7 @@ from orthonet.certify.rules import (
     exact,
     scalar_rounding,
 )
-from orthonet.linalg._rounding import mul_up, sqrt_up
+from orthonet.linalg.bounds.rounding import mul_up, sqrt_up
 
 __all__: list[str] = []
 

@@ -11,7 +11,7 @@ from orthonet.certify.mlp.chain import Affine, Chain
 from orthonet.certify.mlp.lipsdp import closed_form, descend
 from orthonet.certify.mlp.multipliers import prove
 from orthonet.certify.mlp.slopes import Activation
-from orthonet.linalg._rounding import mul_up, power_of_two_scale
+from orthonet.linalg.bounds.rounding import mul_up, power_of_two_scale
 
 if TYPE_CHECKING:
     from orthonet.certify.proof.graph import Writer

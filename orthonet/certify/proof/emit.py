@@ -15,7 +15,7 @@ from torch import Tensor
 
 from orthonet.certify.proof.norms import square_gain
 from orthonet.certify.rules import BatchDependent, Operand
-from orthonet.linalg._rounding import up
+from orthonet.linalg.bounds.rounding import up
 
 if TYPE_CHECKING:
     from orthonet.certify.proof.graph import Writer

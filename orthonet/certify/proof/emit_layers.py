@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from orthonet._torch import conv_paddings
 from orthonet.certify.proof.emit import emits
 from orthonet.certify.proof.norms import blocks_witness, convolution_witness
-from orthonet.layers._zoo._residual_base import ResidualConv2d
-from orthonet.linalg._rounding import mul_up
+from orthonet.layers.zoo.residual_base import ResidualConv2d
+from orthonet.linalg.bounds.rounding import mul_up
 
 if TYPE_CHECKING:
     from orthonet.certify.proof.graph import Writer

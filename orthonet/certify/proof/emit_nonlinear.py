@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from orthonet.certify.proof.emit import dim_of, each, emits, single
-from orthonet.linalg._rounding import mul_up
+from orthonet.linalg.bounds.rounding import mul_up
 
 if TYPE_CHECKING:
     from orthonet.certify.proof.graph import Writer

@@ -23,7 +23,7 @@ from orthonet.certify.graph.program import Program
 from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.proof.graph import Constant, Writer
 from orthonet.errors import UncertifiableError
-from orthonet.linalg._rounding import hypot_up, mul_up, up
+from orthonet.linalg.bounds.rounding import hypot_up, mul_up, up
 
 if TYPE_CHECKING:
     from orthonet.certify._certificate import LipschitzCertificate

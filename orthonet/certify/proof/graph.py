@@ -17,7 +17,7 @@ from orthonet.certify.proof.chains import chain_witness
 from orthonet.certify.proof.emit import EMITTERS
 from orthonet.certify.proof.norms import joint_witness
 from orthonet.certify.walk.islands import moves
-from orthonet.linalg._rounding import add_up, hypot_up, mul_up
+from orthonet.linalg.bounds.rounding import add_up, hypot_up, mul_up
 
 if TYPE_CHECKING:
     from orthonet.certify.walk.state import State

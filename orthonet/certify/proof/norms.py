@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orthonet.linalg._rounding import mul_up, sqrt_up
+from orthonet.linalg.bounds.rounding import mul_up, sqrt_up
 
 __all__ = [
     "Witness",

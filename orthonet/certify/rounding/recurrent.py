@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from orthonet.certify.rules import Rounding
-from orthonet.linalg._rounding import add_up, hypot_up, mul_up, sqrt_up
+from orthonet.linalg.bounds.rounding import add_up, hypot_up, mul_up, sqrt_up
 
 __all__ = ["StepConstants", "recurrent_rounding"]
 

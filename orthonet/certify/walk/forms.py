@@ -18,7 +18,7 @@ from orthonet.certify._bound import Bound
 from orthonet.certify.norms import conv_norm
 from orthonet.certify.rules import record_of
 from orthonet.certify.walk.islands import amplification_of
-from orthonet.linalg._rounding import (
+from orthonet.linalg.bounds.rounding import (
     UNDERFLOW,
     add_up,
     gamma,

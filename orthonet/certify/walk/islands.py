@@ -17,7 +17,7 @@ from orthonet.certify.graph.marks import mark_of
 from orthonet.certify.graph.program import BATCH
 from orthonet.certify.ops.registry import Constant, Linear, Values
 from orthonet.certify.rules import BatchDependent, bind, record_of
-from orthonet.linalg._rounding import (
+from orthonet.linalg.bounds.rounding import (
     UNDERFLOW,
     add_up,
     gamma,

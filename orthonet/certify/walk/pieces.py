@@ -16,8 +16,8 @@ from torch import Tensor
 
 from orthonet.certify._bound import Bound
 from orthonet.certify.rules import Operand, parameters, record_of
-from orthonet.linalg._rounding import add_up, hypot_up, mul_up
-from orthonet.linalg.enclosure import spectral_norm_bound
+from orthonet.linalg.bounds.enclosure import spectral_norm_bound
+from orthonet.linalg.bounds.rounding import add_up, hypot_up, mul_up
 
 if TYPE_CHECKING:
     from orthonet.certify.walk.state import State

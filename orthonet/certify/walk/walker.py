@@ -41,7 +41,7 @@ from orthonet.certify.walk.perceptrons import Perceptron, perceptron_of
 from orthonet.certify.walk.pieces import Pieces
 from orthonet.certify.walk.state import State
 from orthonet.errors import UncertifiableError
-from orthonet.linalg._rounding import add_up
+from orthonet.linalg.bounds.rounding import add_up
 
 __all__ = ["Walker", "propagate"]
 

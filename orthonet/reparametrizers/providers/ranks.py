@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch import nn
 
 from orthonet import _checks, _torch
-from orthonet.linalg._ranks import assign, exchange, rank_and_size
+from orthonet.linalg.distributed import assign, exchange, rank_and_size
 from orthonet.linalg.retraction import Moved
 from orthonet.reparametrizers.providers import shards
 from orthonet.reparametrizers.providers.engine import ENGINE

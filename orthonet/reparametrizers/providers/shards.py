@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from orthonet import _torch
-from orthonet.linalg._ranks import assign, collect, exchange, hand_out, rank_and_size, whole
+from orthonet.linalg.distributed import assign, collect, exchange, hand_out, rank_and_size, whole
 from orthonet.linalg.retraction import centre, retract
 from orthonet.reparametrizers.providers.computation import attach
 from orthonet.reparametrizers.providers.engine import ENGINE, REEVALUATING_OPTIMIZERS

@@ -1,0 +1,367 @@
+"""GRU and LSTM with an orthogonal recurrent kernel in each gate."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orthonet._torch import in_forward_mode, is_traced
+from orthonet.layers.recurrent.base import RecurrentLayer, State, at_last
+from orthonet.layers.recurrent.cells import RecurrentCell
+from orthonet.manifolds.trivialization import Triv
+from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
+
+__all__ = ["OrthoGRU", "OrthoGRUCell", "OrthoLSTM", "OrthoLSTMCell"]
+
+
+def _differentiated_by_torch() -> bool:
+    """Whether PyTorch's own sequence kernels cannot be used."""
+    return is_traced() or in_forward_mode()
+
+
+class _GatedLayer(RecurrentLayer):
+    """Runs all layers in PyTorch's own kernel, cuDNN or oneDNN; a loop under `torch.compile`."""
+
+    def _stack(self, x: Tensor, sizes: Tensor | None, states: State) -> tuple[Tensor, State]:
+        if _differentiated_by_torch():
+            return super()._stack(x, sizes, states)
+        weights = [self._any(name).to(x.dtype) for names in self._all_weights for name in names]
+        run = torch.lstm if self._states > 1 else torch.gru
+        hx = list(states) if self._states > 1 else states[0]
+        options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
+        with _no_advice(x.is_cuda or self.proj_size > 0):
+            if sizes is None:
+                y, *states_ = run(x, hx, weights, *options, False)  # type: ignore[call-overload]
+            else:
+                y, *states_ = run(x, sizes, hx, weights, *options)  # type: ignore[call-overload]
+        return y, tuple(states_)
+
+    def _any(self, name: str) -> Tensor:
+        return self._kernel(name) if name in self.recurrent else getattr(self, name)
+
+    def _parts(self, suffix: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Projected inputs of all steps, transposed kernel, its bias, transposed projection."""
+        bias = bias_hh = None
+        if self.bias:
+            bias = getattr(self, f"bias_ih{suffix}").to(x.dtype)
+            bias_hh = getattr(self, f"bias_hh{suffix}").to(x.dtype)
+        inputs = F.linear(x, getattr(self, f"weight_ih{suffix}").to(x.dtype), bias)
+        project = self._kernel(f"weight_hr{suffix}").mT if self.proj_size else None
+        return inputs, self._kernel(f"weight_hh{suffix}").mT, bias_hh, project
+
+
+class OrthoGRU(_GatedLayer):
+    r"""`nn.GRU` with an orthogonal recurrent kernel in each gate.
+
+    \(r = \sigma(W_{ir} x + b_{ir} + Q_r h + b_{hr})\), \(z = \sigma(W_{iz} x + b_{iz} + Q_z h +
+    b_{hz})\), \(n = \tanh(W_{in} x + b_{in} + r \odot (Q_n h + b_{hn}))\),
+    \(h' = (1 - z) \odot n + z \odot h\), with \(Q_r, Q_z, Q_n\) orthogonal.
+
+    Args:
+        input_size: Features of the input.
+        hidden_size: Features of the state.
+        num_layers: Layers that are stacked.
+        bias: Whether to add the learnable biases `bias_ih` and `bias_hh`.
+        batch_first: Whether batches come as (batch, time, features).
+        dropout: Probability of dropping a feature between two layers, in training.
+        bidirectional: Whether a second kernel runs backwards in time.
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters; computed is in float32 at least.
+        ortho_params: How the recurrent kernels are made orthogonal.
+        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
+            matrices, for dynamic trivialization around a base, see `update_base`.
+        init: Where they start: `"haar"`, `"henaff"`, `"cayley"` or `"identity"`, see `OrthoRNN`.
+
+    Shape:
+        As `nn.GRU`.
+
+    Guarantee:
+        \(\max|\sigma - 1|\) of the kernel of each gate as the orthogonalizer promises, 2e-6 in
+        float32 with every preset. The gates multiply states, so the map of sequences has no
+        constant that is independent of the length and the inputs: `certify` refuses it.
+
+    Raises:
+        ValueError: an argument out of range; when called, shapes or dtypes that do not fit.
+
+    Examples:
+        >>> output, last = OrthoGRU(3, 8)(torch.zeros(5, 2, 3))
+        >>> output.shape, last.shape
+        (torch.Size([5, 2, 8]), torch.Size([1, 2, 8]))
+
+    References:
+        Cho et al., *Learning phrase representations using RNN encoder-decoder*, EMNLP 2014; Jing
+        et al., *Gated orthogonal recurrent units*, Neural Computation 31 (2019).
+    """
+
+    _gates = 3
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        triv: Triv | None = None,
+        init: str = "haar",
+    ) -> None:
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            0, device, dtype, ortho_params, triv, init,
+        )  # fmt: skip
+
+    def _scan(
+        self, suffix: str, x: Tensor, states: State, last: Tensor | None
+    ) -> tuple[Tensor, State]:
+        inputs, kernel, bias, _ = self._parts(suffix, x)
+        h, outputs = states[0], []
+        for u in inputs.unbind(0):
+            v = h @ kernel if bias is None else torch.addmm(bias, h, kernel)
+            (ur, uz, un), (vr, vz, vn) = u.chunk(3, -1), v.chunk(3, -1)
+            r, z = torch.sigmoid(ur + vr), torch.sigmoid(uz + vz)
+            n = torch.tanh(un + r * vn)
+            h = n + z * (h - n)
+            outputs.append(h)
+        y = torch.stack(outputs)
+        return y, (at_last(y, last),)
+
+    def to_plain(self) -> nn.GRU:
+        """Return a new `nn.GRU` with the present weights, independent of this layer."""
+        return self._plain(nn.GRU)
+
+
+class OrthoLSTM(_GatedLayer):
+    r"""`nn.LSTM` with an orthogonal recurrent kernel in each gate.
+
+    \((i, f, g, o) = W_{ih} x + b + (Q_i, Q_f, Q_g, Q_o) h\),
+    \(c' = \sigma(f) \odot c + \sigma(i) \odot \tanh g\), \(h' = \sigma(o) \odot \tanh c'\), with
+    orthogonal \(Q\). With `proj_size`, \(h' = P (\sigma(o) \odot \tanh c')\), and \(P\) and the
+    now tall \(Q\) are semi-orthogonal.
+
+    Args:
+        input_size: Features of the input.
+        hidden_size: Features of the cell.
+        num_layers: Layers that are stacked.
+        bias: Whether to add the learnable biases `bias_ih` and `bias_hh`.
+        batch_first: Whether batches come as (batch, time, features).
+        dropout: Probability of dropping a feature between two layers, in training.
+        bidirectional: Whether a second kernel runs backwards in time.
+        proj_size: Features of the state, fewer than `hidden_size`; 0 for no projection.
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters; computed is in float32 at least.
+        ortho_params: How the recurrent kernels are made orthogonal.
+        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
+            matrices, for dynamic trivialization around a base, see `update_base`.
+        init: Where they start: `"haar"`, `"henaff"`, `"cayley"` or `"identity"`, see `OrthoRNN`.
+
+    Shape:
+        As `nn.LSTM`.
+
+    Guarantee:
+        \(\max|\sigma - 1|\) of the kernel of each gate as the orthogonalizer promises, 2e-6 in
+        float32 with every preset. The gates multiply states, so the map of sequences has no
+        constant that is independent of the length and the inputs: `certify` refuses it.
+
+    Raises:
+        ValueError: an argument out of range; when called, shapes or dtypes that do not fit.
+
+    Examples:
+        >>> output, (h, c) = OrthoLSTM(3, 8, proj_size=4)(torch.zeros(5, 2, 3))
+        >>> output.shape, h.shape, c.shape
+        (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]), torch.Size([1, 2, 8]))
+
+    References:
+        Hochreiter & Schmidhuber, *Long short-term memory*, Neural Computation 9 (1997).
+    """
+
+    _gates = 4
+    _states = 2
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        triv: Triv | None = None,
+        init: str = "haar",
+    ) -> None:
+        super().__init__(
+            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            proj_size, device, dtype, ortho_params, triv, init,
+        )  # fmt: skip
+
+    def _scan(
+        self, suffix: str, x: Tensor, states: State, last: Tensor | None
+    ) -> tuple[Tensor, State]:
+        inputs, kernel, bias, project = self._parts(suffix, x)
+        if bias is not None:
+            inputs = inputs + bias
+        (h, c), outputs, cells = states, [], []
+        for u in inputs.unbind(0):
+            i, f, g, o = torch.addmm(u, h, kernel).chunk(4, -1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+            h = h if project is None else h @ project
+            outputs.append(h)
+            cells.append(c)
+        y = torch.stack(outputs)
+        return y, (at_last(y, last), c if last is None else at_last(torch.stack(cells), last))
+
+    def to_plain(self) -> nn.LSTM:
+        """Return a new `nn.LSTM` with the present weights, independent of this layer."""
+        return self._plain(nn.LSTM, proj_size=self.proj_size)
+
+
+class OrthoGRUCell(RecurrentCell, nn.GRUCell):
+    r"""`nn.GRUCell` with an orthogonal recurrent kernel in each gate, see `OrthoGRU`.
+
+    Args:
+        input_size: Features of the input.
+        hidden_size: Features of the state.
+        bias: Whether to add the learnable biases `bias_ih` and `bias_hh`.
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters; computed is in float32 at least.
+        ortho_params: How the recurrent kernels are made orthogonal.
+        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
+            matrices, for dynamic trivialization around a base, see `update_base`.
+        init: Where they start: `"haar"`, `"henaff"`, `"cayley"` or `"identity"`, see `OrthoRNN`.
+
+    Shape:
+        As `nn.GRUCell`.
+
+    Guarantee:
+        \(\max|\sigma - 1|\) of the kernel of each gate as the orthogonalizer promises.
+
+    Raises:
+        ValueError: an argument out of range; when called, shapes that do not fit.
+
+    Examples:
+        >>> OrthoGRUCell(3, 8)(torch.zeros(2, 3)).shape
+        torch.Size([2, 8])
+    """
+
+    _gates = 3
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        triv: Triv | None = None,
+        init: str = "haar",
+    ) -> None:
+        self._start(input_size, hidden_size, bias, device, dtype, ortho_params, triv, init)
+        self.reset_parameters()
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Return the state after the input, from the state `hx` (zeros if None)."""
+        with torch.autocast(input.device.type, enabled=False):
+            x, states, single = self._prepared(input, hx)
+            h = torch.gru_cell(x, states[0], *self._weights(x))  # type: ignore[arg-type]
+        return self._finished(h, single)
+
+    def to_plain(self) -> nn.GRUCell:
+        """Return a new `nn.GRUCell` with the present weights, independent of this cell."""
+        return self._plain(nn.GRUCell)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, init={self.init}"
+
+
+class OrthoLSTMCell(RecurrentCell, nn.LSTMCell):
+    r"""`nn.LSTMCell` with an orthogonal recurrent kernel in each gate, see `OrthoLSTM`.
+
+    Args:
+        input_size: Features of the input.
+        hidden_size: Features of the state.
+        bias: Whether to add the learnable biases `bias_ih` and `bias_hh`.
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters; computed is in float32 at least.
+        ortho_params: How the recurrent kernels are made orthogonal.
+        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
+            matrices, for dynamic trivialization around a base, see `update_base`.
+        init: Where they start: `"haar"`, `"henaff"`, `"cayley"` or `"identity"`, see `OrthoRNN`.
+
+    Shape:
+        As `nn.LSTMCell`.
+
+    Guarantee:
+        \(\max|\sigma - 1|\) of the kernel of each gate as the orthogonalizer promises.
+
+    Raises:
+        ValueError: an argument out of range; when called, shapes that do not fit.
+
+    Examples:
+        >>> h, c = OrthoLSTMCell(3, 8)(torch.zeros(2, 3))
+        >>> h.shape
+        torch.Size([2, 8])
+    """
+
+    _gates = 4
+    _states = 2
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        triv: Triv | None = None,
+        init: str = "haar",
+    ) -> None:
+        self._start(input_size, hidden_size, bias, device, dtype, ortho_params, triv, init)
+        self.reset_parameters()
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the states (h, c) after the input, from the states `hx` (zeros if None)."""
+        with torch.autocast(input.device.type, enabled=False):
+            x, states, single = self._prepared(input, hx)
+            h, c = torch.lstm_cell(x, states, *self._weights(x))  # type: ignore[arg-type]
+        return self._finished(h, single), self._finished(c, single)
+
+    def to_plain(self) -> nn.LSTMCell:
+        """Return a new `nn.LSTMCell` with the present weights, independent of this cell."""
+        return self._plain(nn.LSTMCell)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, init={self.init}"
+
+
+@contextlib.contextmanager
+def _no_advice(active: bool):
+    """Silence what cannot be followed: to flatten computed weights (cuDNN), not to project."""
+    if not active:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
+        warnings.filterwarnings("ignore", message="LSTM with projections is not supported")
+        yield

@@ -1,0 +1,1 @@
+"""Norms bounded from above, with the rounding of the bound itself."""

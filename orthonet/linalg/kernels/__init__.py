@@ -1,0 +1,1 @@
+"""The algebra of convolution kernels."""

@@ -1,0 +1,1 @@
+"""The parts of the polar factor: its steps, their polynomials, its gradient."""

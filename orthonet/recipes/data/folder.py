@@ -1,0 +1,166 @@
+"""Images in the folders of their classes, as those of ImageNet lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+from orthonet import _checks
+from orthonet.recipes.data.augment import random_affine, random_crop
+from orthonet.recipes.data.digits import Images, Split, require_package
+from orthonet.recipes.data.sources import Part
+from orthonet.recipes.images.config import FolderConfig
+
+__all__ = ["ImageFolders"]
+
+_OWNER = "orthonet train folder"
+
+
+class ImageFolders:
+    r"""Pictures of DIR/train/CLASS and DIR/val/CLASS, read by the workers of `DataLoader`.
+
+    The order is that of torch's `DistributedSampler`; how a picture is cropped, moved and mirrored
+    depends on the seed, the epoch and the picture alone. So one process and several, with few
+    workers or many, train on the same batches, and a resumed training on those that it would have
+    had. Where the number of processes does not divide that of the pictures, the sampler repeats
+    some.
+
+    Args:
+        config: The folder, the size of the images, and how they are changed at random.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no picture in it.
+        ValueError: Training and validation have other classes.
+        ModuleNotFoundError: torchvision is missing.
+    """
+
+    def __init__(self, config: FolderConfig) -> None:
+        module = require_package("torchvision.transforms", "torchvision", "vision")
+        size = config.image_size
+        flat: Any = module.ToTensor()
+        crop = module.RandomResizedCrop(size, scale=(config.min_scale, 1.0))
+        centre = [module.Resize(round(size * 256 / 224)), module.CenterCrop(size)]
+        self.config = config
+        self.train = _Pictures(_listed(config, "train"), module.Compose([crop, flat]), config)
+        self.val = _Pictures(_listed(config, "val"), module.Compose([*centre, flat]), None)
+        self.number, self.classes = len(self.train), self.train.files.classes
+        _checks.require(
+            self.val.files.classes == self.classes, _OWNER,
+            "train and val must hold the same classes", "Name their folders alike",
+            only_in_one=sorted(set(self.val.files.classes) ^ set(self.classes)),
+        )  # fmt: skip
+
+    def completed(self) -> FolderConfig:
+        """The configuration with the shape of the images and the number of their classes."""
+        size = self.config.image_size
+        found = {"in_shape": (3, size, size), "num_classes": len(self.classes)}
+        arguments = {**found, **self.config.model_arguments}
+        return dataclasses.replace(self.config, model_arguments=arguments)
+
+    def batches(
+        self, epoch: int, generator: torch.Generator, rank: int, size: int
+    ) -> Iterator[Part]:
+        """The training pictures of this process."""
+        del generator  # the randomness is that of seed, epoch and picture
+        batch = self.config.batch_size
+        _checks.require(
+            batch % size == 0, _OWNER, "batch_size must be a multiple of the number of processes",
+            "Choose such a one", batch_size=batch, processes=size,
+        )  # fmt: skip
+        sampler = _Order(self.train, size, rank, seed=self.config.seed)
+        sampler.set_epoch(epoch)
+        for x, y in self._loader(self.train, batch // size, sampler):
+            yield Part(x, y, 1.0, len(y))
+
+    def tests(self, rank: int, size: int) -> Iterator[Images]:
+        """The validation pictures of this process, none of them twice."""
+        part = Subset(self.val, range(rank, len(self.val), size))
+        for x, y in self._loader(part, max(1, self.config.batch_size // size)):
+            yield Images(x, y)
+
+    def evaluated(self) -> Split:
+        """The validation pictures that are certified and attacked; there are none to train on."""
+        number = len(self.val)
+        wanted = min(number, self.config.evaluated or number)
+        chosen = [i * number // wanted for i in range(wanted)]
+        parts = list(self._loader(Subset(self.val, chosen), self.config.batch_size))
+        x, y = (torch.cat([part[i].cpu() for part in parts]) for i in (0, 1))
+        return Split(Images(x[:0], y[:0]), Images(x, y))
+
+    def _loader(self, data: Any, batch: int, sampler: Any = None) -> Iterator[tuple[Tensor, ...]]:
+        device = torch.device(self.config.device)
+        loader = DataLoader(
+            data, batch, sampler=sampler, num_workers=min(self.config.workers, _cores()),
+            pin_memory=device.type == "cuda", generator=torch.Generator(),
+        )  # fmt: skip
+        for x, y in loader:
+            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+class _Order(DistributedSampler):
+    """Pairs of epoch and index, so that a worker knows which epoch it is."""
+
+    def __init__(self, data: Dataset, size: int, rank: int, *, seed: int) -> None:
+        super().__init__(data, size, rank, seed=seed)
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in super().__iter__():
+            yield self.epoch, index
+
+
+class _Pictures(Dataset):
+    """Tensors (3, size, size) in [0, 1] and their classes; changed at random where `config` is."""
+
+    def __init__(self, files: Any, transform: Any, config: FolderConfig | None) -> None:
+        self.files, self.transform, self.config = files, transform, config
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: Any) -> tuple[Tensor, int]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        path, label = self.files.samples[index]
+        try:
+            picture = self.files.loader(path)
+        except (OSError, SyntaxError) as error:  # what Pillow raises for broken files
+            _checks.fail(_OWNER, "every file must be a whole picture", "Replace it or remove it",
+                         file=path, reason=str(error))  # fmt: skip
+        config = self.config
+        if config is None:
+            return self.transform(picture), label
+        seed = random.Random(f"{config.seed} {epoch} {index}").getrandbits(62)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            x = self.transform(picture)[None]
+        generator = torch.Generator().manual_seed(seed)
+        x = random_affine(
+            x, generator, shift=config.shift, rotation=config.rotation, zoom=config.zoom,
+            shear=config.shear,
+        )  # fmt: skip
+        return random_crop(x, generator, crop=config.crop, flip=config.flip)[0], label
+
+
+def _listed(config: FolderConfig, part: str) -> Any:
+    folder = Path(config.data_root) / part
+    module = require_package("torchvision.datasets", "torchvision", "vision")
+    try:
+        return module.ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        reason = "there is no such folder" if not folder.is_dir() else str(error).splitlines()[0]
+    return _checks.fail(
+        _OWNER, "the folder must hold pictures as train/CLASS/* and val/CLASS/*",
+        "Name their folder with --data", FileNotFoundError, folder=str(folder), reason=reason,
+    )  # fmt: skip
+
+
+def _cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,182 @@
+"""Accuracy, certificate and attack on held-out images."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from orthonet.certify import attack_certificate, certify
+from orthonet.certify.metrics import survivors
+from orthonet.convert import to_plain
+from orthonet.recipes.data.digits import Images, require_package
+
+_BATCH = 250
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What is known of a model on some images; every accuracy is a share in [0, 1].
+
+    Attributes:
+        accuracy: Share of rightly classified images.
+        constant: Proved upper bound of the l2 Lipschitz constant.
+        table: The certificate as text, a line for each operation.
+        rows: The certificate's rows as plain values, without their durations.
+        radii: Certified radius of every image; 0 where it is misclassified.
+        certified: Radius -> share of images that are right and certified beyond that radius.
+        attacked: Radius -> share of images that stay right under an attack of that radius.
+        attempts: Number of certified images that were attacked just inside their own radius.
+        broken: How many of them changed class: 0, or the certificate is wrong.
+    """
+
+    accuracy: float
+    constant: float
+    table: str = dataclasses.field(compare=False)  # it holds durations
+    rows: list[dict[str, Any]]
+    radii: list[float]
+    certified: dict[float, float]
+    attacked: dict[float, float]
+    attempts: int
+    broken: int
+
+    def lines(self) -> list[str]:
+        """The outcome as lines of text."""
+        lines = [
+            self.table,
+            "",
+            f"clean accuracy        {self.accuracy:7.1%}  ({len(self.radii)} images)",
+            f"Lipschitz constant    {self.constant:.7f}  (l2, proved upper bound)",
+            "l2 radius    certified   under attack",
+        ]
+        lines += [
+            f"{radius:<9g}    {value:8.1%}    {self.attacked[radius]:8.1%}"
+            for radius, value in self.certified.items()
+        ]
+        verdict = "none changed class" if not self.broken else f"{self.broken} CHANGED CLASS"
+        lines.append(
+            f"attacked just inside their certified radius: {self.attempts} images, {verdict}"
+        )
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON can hold it."""
+        at_radii = [
+            {"radius": radius, "certified": self.certified.get(radius), "attacked": value}
+            for radius, value in self.attacked.items()
+        ]
+        return {
+            "accuracy": self.accuracy,
+            "constant": self.constant,
+            "at_radii": at_radii,
+            "inside_certified_radius": {"attacked": self.attempts, "changed_class": self.broken},
+            "certificate": self.rows,
+            "radii": self.radii,
+        }
+
+
+def evaluate(
+    model: nn.Module,
+    images: Images,
+    *,
+    radii: Sequence[float],
+    attack_steps: int = 40,
+    seed: int = 0,
+    export: bool = True,
+    progress: bool = False,
+) -> Evaluation:
+    r"""Certify a classifier and attack it.
+
+    What is certified is the plain copy of the model with its weights in float64, evaluated in
+    float64; what the attack finds (in float32, for speed) is judged by the same copy. Two attacks
+    are made: at every radius on all images that are still right, and on every certified image
+    just inside its own certified radius, in float64.
+
+    Args:
+        model: A classifier of this library's layers, or of stock ones.
+        images: Images in [0, 1] and their classes.
+        radii: Radii at which certified accuracy is told; the attack also tries some between them.
+        attack_steps: Gradient steps of an attack.
+        seed: Seed of the random starts of the attacks.
+        export: Whether to judge the plain copy. A copy of the model as it is takes its place
+            where not: for layers whose export is certified less tightly, or depends on the image.
+        progress: Whether to show a progress bar (of tqdm) on the standard error stream.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        UncertifiableError: A part of the model has no known constant.
+        ModuleNotFoundError: A progress bar is asked for and tqdm is missing.
+    """
+    device = next(model.parameters()).device
+    attacker = to_plain(model) if export else copy.deepcopy(model)
+    attacker = attacker.to(device).eval().requires_grad_(False)
+    judge = copy.deepcopy(attacker).double()
+    x, y = images.x.to(device), images.y.to(device)
+    everything = torch.arange(len(x), device=device)
+    certificate = certify(judge, x[:1].double())
+    with torch.no_grad():
+        logits = torch.cat([judge(x[part].double()) for part in everything.split(_BATCH)])
+    right = logits.argmax(1) == y
+    alive = right.clone()
+    generator = torch.Generator().manual_seed(seed)
+    attacked, attempts, broken = {0.0: int(right.sum()) / len(x)}, 0, 0
+    with _progress_bar(progress, len(attack_radii(radii)) + 1) as bar:
+        for radius in attack_radii(radii):
+            alive = survivors(
+                attacker, judge, x, y, alive, radius, batch_size=_BATCH, steps=attack_steps,
+                restarts=1, generator=generator,
+            )  # fmt: skip
+            attacked[radius] = int(alive.sum()) / len(x)
+            bar.update()
+        for part in everything.split(_BATCH):
+            report = attack_certificate(
+                judge, certificate, x[part].double(), y[part], steps=attack_steps, restarts=1,
+                generator=generator,
+            )  # fmt: skip
+            attempts, broken = attempts + report.attacked, broken + report.broken
+        bar.update()
+    certified = certificate.certified_accuracy(logits, y, radii)
+    return Evaluation(
+        accuracy=attacked[0.0],
+        constant=certificate.constant.value,
+        table=certificate.table(),
+        rows=[
+            {name: value for name, value in dataclasses.asdict(row).items() if name != "seconds"}
+            for row in certificate.rows
+        ],
+        radii=torch.where(right.cpu(), certificate.radius(logits), 0.0).tolist(),
+        certified=dict(zip(radii, certified, strict=True)),
+        attacked=attacked,
+        attempts=attempts,
+        broken=broken,
+    )
+
+
+def attack_radii(radii: Sequence[float]) -> list[float]:
+    """The positive `radii`, a point between each and its neighbour, and two beyond the last."""
+    marks = [0.0, *sorted({r for r in radii if r > 0})]
+    between = [(a + b) / 2 for a, b in itertools.pairwise(marks[1:])]
+    return sorted([*marks[1:], *between, 1.25 * marks[-1], 1.5 * marks[-1]])
+
+
+def _progress_bar(progress: bool, total: int) -> Any:
+    tqdm = require_package("tqdm", "tqdm").tqdm if progress else _Silent
+    return tqdm(total=total, unit="attack", desc="attacking")
+
+
+class _Silent(contextlib.nullcontext):
+    """A progress bar that shows nothing."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__(self)
+
+    def update(self) -> None:
+        """Nothing."""

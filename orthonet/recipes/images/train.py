@@ -1,0 +1,161 @@
+"""The training loop: one process or several, one seed, one-cycle Adam or SGD."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from orthonet import _checks
+from orthonet.losses import OffsetCrossEntropyLoss
+from orthonet.models import create
+from orthonet.recipes.data.digits import Images, Split, require_package
+from orthonet.recipes.data.sources import InMemory, Source
+from orthonet.recipes.images.config import TrainConfig
+from orthonet.recipes.running.log import Log
+from orthonet.recipes.running.processes import rank_and_size, replica_of, totals
+from orthonet.recipes.running.resume import Resumable
+
+FOLLOWED_RADIUS = 0.5
+
+
+def build(config: TrainConfig) -> nn.Module:
+    """The untrained model of a run; torch's global generators are left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = create(config.model, ortho_params=config.preset, **config.model_arguments)
+    return model.to(config.device)
+
+
+def fit(
+    config: TrainConfig,
+    data: Split | Source,
+    *,
+    progress: bool = False,
+    folder: Path | None = None,
+    resume: bool = False,
+    tensorboard: bool = False,
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    r"""Train the model of `config`.
+
+    Where torch.distributed is initialized, the processes train one model together: each takes its
+    part of every batch, and the gradient is that of the whole batch. Only the first one writes.
+
+    Args:
+        config: What to train, and how.
+        data: Training images; the test images are only looked at. Or a source of batches, as the
+            recipe for folders has it.
+        progress: Whether to show a progress bar (of tqdm) on the standard error stream.
+        folder: Where `state.pt` (all that the rest of the training depends on) and `log.csv` are
+            replaced after every epoch; nothing is written without it.
+        resume: Whether to go on from `state.pt`, if there is one. What follows is what an
+            uninterrupted training would have done.
+        tensorboard: Whether to write every row into `folder / "tensorboard"` too.
+
+    Returns:
+        The model in eval mode, and a row for every epoch: its number, learning rate, mean training
+        loss and accuracy (on the augmented images, while the weights move), accuracy on the test
+        images, and the share of test images whose margin exceeds \(\sqrt 2 \cdot 0.5 K\) (the
+        certified accuracy at radius 0.5 if the constant is the K that was asked for).
+
+    Raises:
+        ValueError: The images do not fit the model, the loss is not finite, or `state.pt` is that
+            of another configuration.
+        ModuleNotFoundError: A progress bar or TensorBoard is asked for and its package is missing.
+    """
+    model = build(config)
+    generator = torch.Generator().manual_seed(config.seed)
+    source = InMemory(config, data) if isinstance(data, Split) else data
+    steps = config.epochs * math.ceil(source.number / config.batch_size)
+    loss_fn = OffsetCrossEntropyLoss(config.offset, config.temperature)
+    optimizer = optimizer_of(config, model)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        config.lr,
+        total_steps=steps,
+        pct_start=config.warmup,
+        cycle_momentum=config.optimizer == "adam",
+    )
+    rank, size = rank_and_size()
+    replica = replica_of(model)
+    state = Resumable(model, optimizer, schedule, generator)
+    history: list[dict[str, float]] = []
+    if folder is not None and resume:
+        history = state.load(folder / "state.pt", config.to_dict(), config.device)
+    writes = folder is not None and rank == 0
+    log = Log(folder if writes else None, "epoch", history, tensorboard=tensorboard)
+    bar = _progress_bar(config.epochs) if progress else None
+    if bar is not None:
+        bar.update(len(history))
+    with log:
+        for epoch in range(len(history) + 1, config.epochs + 1):
+            model.train()
+            rate, sums = schedule.get_last_lr()[0], (0.0, 0.0, 0.0)
+            for part in source.batches(epoch, generator, rank, size):
+                logits = replica(part.x)
+                loss = loss_fn(logits, part.y)
+                _checks.require(
+                    math.isfinite(loss.item()), "fit", "the loss must stay finite",
+                    "Lower the learning rate", epoch=epoch, lr=rate,
+                )  # fmt: skip
+                optimizer.zero_grad()
+                (loss * part.share).backward()
+                optimizer.step()
+                schedule.step()
+                right = float((logits.argmax(1) == part.y).float().mean())
+                found = (loss.item() * part.counted, right * part.counted, part.counted)
+                sums = tuple(map(sum, zip(sums, found, strict=True)))
+            total, right, number = totals(*sums, device=config.device)
+            accuracy, followed = _follow(model, source.tests(rank, size), config)
+            row = {
+                "epoch": epoch,
+                "lr": rate,
+                "loss": total / number,
+                "train_accuracy": right / number,
+                "test_accuracy": accuracy,
+                "test_margin_accuracy": followed,
+            }
+            history.append(row)
+            if folder is not None and rank == 0:
+                state.save(folder / "state.pt", config.to_dict(), history)
+            log.add(row)
+            if bar is not None:
+                bar.set_postfix(loss=f"{row['loss']:.3f}", test=f"{accuracy:.1%}")
+                bar.update()
+    if bar is not None:
+        bar.close()
+    return model.eval(), history
+
+
+def optimizer_of(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that the configuration names."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9)
+    return torch.optim.Adam(model.parameters(), lr=config.lr)
+
+
+@torch.no_grad()
+def _follow(
+    model: nn.Module, batches: Iterable[Images], config: TrainConfig
+) -> tuple[float, float]:
+    """Accuracy, and the share of margins above the one that is followed, over all processes."""
+    model.eval()
+    wanted = math.sqrt(2) * config.lipschitz * FOLLOWED_RADIUS
+    right = followed = number = 0
+    for x, y in batches:
+        logits = model(x)
+        true = logits.gather(1, y[:, None]).squeeze(1)
+        margin = true - logits.scatter(1, y[:, None], -math.inf).amax(1)
+        right += int((margin > 0).sum())
+        followed += int((margin > wanted).sum())
+        number += len(y)
+    right, followed, number = totals(right, followed, number, device=config.device)
+    return right / number, followed / number
+
+
+def _progress_bar(epochs: int) -> Any:
+    return require_package("tqdm", "tqdm").tqdm(total=epochs, unit="epoch", desc="training")

@@ -1,0 +1,1 @@
+"""What every recipe shares: files, logs, processes, resuming."""

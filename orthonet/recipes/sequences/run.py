@@ -1,0 +1,195 @@
+"""A whole run on sequences: every model, its test, its flow of gradients, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from orthonet.recipes.data.digits import require_package
+from orthonet.recipes.images.run import _versions
+from orthonet.recipes.running.files import write_atomically, write_json
+from orthonet.recipes.running.log import writer_class
+from orthonet.recipes.running.processes import joined
+from orthonet.recipes.sequences.config import SequenceConfig
+from orthonet.recipes.sequences.data import Batch, Task, task_of
+from orthonet.recipes.sequences.figures import gradient_figure, learning_figure
+from orthonet.recipes.sequences.gradient_flow import gradient_norms
+from orthonet.recipes.sequences.train import (
+    SequenceModel,
+    assess,
+    build_sequence_model,
+    fit_sequences,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceResult:
+    """What became of one model.
+
+    Attributes:
+        model: Its name.
+        parameters: Number of trained numbers.
+        loss: Mean cross-entropy on sequences that it was not trained on.
+        score: Share of right classes there; in "copying" among the symbols to be recalled.
+        seconds: Duration of the training.
+        history: Rows of the training.
+        flow: Norm of the gradient of the test loss with respect to the state after each step.
+        orthogonality: Largest distance of a singular value of the recurrent kernel from 1.
+    """
+
+    model: str
+    parameters: int
+    loss: float
+    score: float
+    seconds: float
+    history: list[dict[str, float]]
+    flow: list[float]
+    orthogonality: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceReport:
+    """What came out of a run on sequences.
+
+    Attributes:
+        config: What was run.
+        results: One entry for each model, in the order of the configuration.
+        skipped: Models whose library is not installed.
+        files: What was written.
+    """
+
+    config: SequenceConfig
+    results: tuple[SequenceResult, ...]
+    skipped: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+    def summary(self) -> str:
+        """The outcome in a few lines of text."""
+        config = self.config
+        share = "recall" if config.task == "copying" else "accuracy"
+        lines = [
+            f"{config.title}, hidden {config.hidden}, batch {config.batch_size}, "
+            f"{config.iterations} iterations, seed {config.seed}",
+            f"loss without memory   {config.baseline:.5f}",
+            f"model        test loss   {share:>8}   seconds   parameters   max |sigma - 1|",
+        ]
+        lines += [
+            f"{r.model:<10} {r.loss:>11.5f}   {r.score:>8.1%}   {r.seconds:>7.1f}   "
+            f"{r.parameters:>10}   {r.orthogonality:>15.0e}"
+            for r in self.results
+        ]
+        lines += [f"{name:<10} skipped: not installed" for name in self.skipped]
+        if self.files:
+            lines += ["written:", *(f"  {path}" for path in self.files)]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the file names, as JSON can hold it."""
+        return {
+            "config": self.config.to_dict(),
+            "baseline": self.config.baseline,
+            "results": [dataclasses.asdict(result) for result in self.results],
+            "skipped": list(self.skipped),
+            "versions": _versions(),
+        }
+
+
+def train_sequences(
+    config: SequenceConfig,
+    out: str | os.PathLike[str],
+    *,
+    progress: bool = False,
+    resume: bool = False,
+    tensorboard: bool = False,
+) -> SequenceReport | None:
+    """Train every model of `config` on the same sequences and write what came out.
+
+    Into the folder `out` go `metrics.json`, the weights of each model as `MODEL.pt` (a state_dict),
+    its history as `MODEL.csv`, and the pictures `training.png` and `gradient_norms.png`.
+
+    Started by `torchrun`, the processes train together; the first one does the rest.
+
+    Args:
+        config: What to run: `copying()` or `seq_mnist()`, changed as you like.
+        out: A folder, made if it is missing.
+        progress: Whether to show progress bars on the standard error stream.
+        resume: Whether to go on from the states in `out`, if there are any: `MODEL.state.pt`.
+        tensorboard: Whether to write every row of the training into `tensorboard` in `out` too.
+
+    Returns:
+        The report; None in all processes of `torchrun` but the first.
+
+    Raises:
+        ModuleNotFoundError: A package of the extra `demo`, torchvision, or tensorboard is missing.
+        ValueError: The loss is not finite, or a state is that of another configuration.
+        OSError: `out` cannot be written.
+    """
+    require_package("matplotlib", "matplotlib")  # better now than after the training
+    if tensorboard:
+        writer_class()
+    folder = Path(out)
+    trained, skipped = [], []
+    with joined(config.device) as rank:
+        task = task_of(config)
+        for name in config.models:
+            model = build_sequence_model(config, name, task)
+            if model is None:
+                skipped.append(name)
+                continue
+            history = fit_sequences(
+                model, config, task, name=name, folder=folder, progress=progress, resume=resume,
+                tensorboard=tensorboard,
+            )  # fmt: skip
+            trained.append((name, model, history))
+    if rank != 0:
+        return None
+    results, files = [], []
+    for name, model, history in trained:
+        results.append(_result(name, model, config, task, history))
+        state = {key: value.cpu() for key, value in model.state_dict().items()}
+        files.append(
+            write_atomically(
+                folder / f"{name}.pt", lambda file, state=state: torch.save(state, file)
+            )
+        )
+    report = SequenceReport(config, tuple(results), tuple(skipped))
+    files.append(write_json(folder / "metrics.json", report.to_dict()))
+    files.append(learning_figure(folder / "training.png", report))
+    files.append(gradient_figure(folder / "gradient_norms.png", report))
+    return dataclasses.replace(report, files=tuple(files))
+
+
+def _result(
+    name: str,
+    model: SequenceModel,
+    config: SequenceConfig,
+    task: Task,
+    history: list[dict[str, float]],
+) -> SequenceResult:
+    found = assess(model, config, task)
+    batch = Batch(task.test[0].x[:, :32], task.test[0].y[..., :32])
+    wanted = batch.y[-1:] if model.every_step else batch.y
+
+    def loss(states: torch.Tensor) -> torch.Tensor:
+        """Of the last step alone, so that what flows back comes from one place."""
+        logits = model.head(states[-1:] if model.every_step else states[-1])
+        return F.cross_entropy(logits.flatten(0, -2), wanted.flatten())
+
+    rnn: Any = model.rnn
+    kernel: torch.Tensor = rnn.weight_hh_l0
+    sigma = torch.linalg.svdvals(kernel.detach().double().unflatten(0, (-1, config.hidden)))
+    return SequenceResult(
+        model=name,
+        parameters=sum(p.numel() for p in model.parameters()),
+        loss=found["loss"],
+        score=found["score"],
+        seconds=history[-1]["seconds"],
+        history=history,
+        flow=gradient_norms(model.rnn, batch.x, loss).tolist(),
+        orthogonality=(sigma - 1.0).abs().max().item(),
+    )
