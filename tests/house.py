@@ -80,7 +80,7 @@ def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
 
 def room_of(module: str) -> str:
     """The room that a module stands in: the first name below the library."""
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def private_reaches(arrows: dict[str, set[str]]) -> list[tuple[str, str]]:

@@ -78,6 +78,7 @@ class Operand:
 
     @property
     def bound(self) -> Bound:
+        """The bound, found when it is first asked for."""
         if not isinstance(self._bound, Bound):
             self._bound = self._bound()
         return self._bound

@@ -80,6 +80,7 @@ class Program:
         return autocast_region(self.samples[0].device, self.autocast_at(node))
 
     def parents(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that this one is computed from: for a part of a call, those of the call."""
         mark = mark_of(node)
         if mark is not None and mark[1] < 0:
             return list(self.entries.get(mark[0], {}).values())
@@ -111,6 +112,7 @@ def op_name(node: fx.Node) -> str:
 
 
 def refuse(node: fx.Node, requirement: str, advice: str) -> None:
+    """Raise an `UncertifiableError` that names the operation, the module and the line."""
     details = {"operation": op_name(node), "path": path_of(node)}
     if source_of(node):
         details["source"] = source_of(node)

@@ -67,11 +67,13 @@ class Replay(nn.Module):
         self.shapes = [tuple(n.meta["val"].shape[1:]) for n in program.inputs]
 
     def split(self, x: Tensor) -> list[Tensor]:
+        """The inputs of the model, from one row for each sample."""
         sizes = [torch.Size(shape).numel() for shape in self.shapes]
         parts = x.split(sizes, 1)
         return [p.reshape(len(x), *s) for p, s in zip(parts, self.shapes, strict=True)]
 
     def forward(self, x: Tensor) -> Tensor:
+        """All outputs in one row for each sample, (N, n) -> (N, m)."""
         env = replay(self.program, self.split(x))
         outputs = []
         for node in self.program.outputs:

@@ -280,6 +280,7 @@ class Recorder(TorchFunctionMode):
 
     @staticmethod
     def shapes(found: list[Tensor], size: int, dtypes: bool) -> Any:
+        """The shapes and dtypes of tensors, with `size` for a free batch size."""
         return tuple(
             (
                 tuple(_at(n, size)[1] if isinstance(n, torch.SymInt) else str(n) for n in t.shape),

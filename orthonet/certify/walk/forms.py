@@ -73,6 +73,7 @@ class Form:
 
     @property
     def dims(self) -> int:
+        """The number of spatial dims."""
         return len(self.size)
 
     def dense(self) -> Form:

@@ -35,4 +35,5 @@ class State:
 
     @property
     def start(self) -> State:
+        """Where the island that the node ends begins: the node itself where it is in none."""
         return self.source or self

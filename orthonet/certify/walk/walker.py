@@ -92,6 +92,7 @@ class Walker:
         self.outputs: list[State | None] = []
 
     def walk(self) -> None:
+        """Bound every node, in the order of the graph."""
         for node in self.program.nodes:
             shape = self._shape(node, node.meta.get("val"))
             if node in self.program.inputs:
@@ -136,6 +137,7 @@ class Walker:
     # what a node is ---------------------------------------------------------------------------
 
     def path(self, node: fx.Node) -> str:
+        """The module that a node was called in, as messages name it."""
         name = path_of(node)
         return ".".join(p for p in (self.prefix, name) if p not in (ROOT, "")) or ROOT
 

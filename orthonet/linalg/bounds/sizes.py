@@ -106,4 +106,5 @@ class Chained:
         )  # fmt: skip
 
     def rounding(self) -> Rounding:
+        """The sum, as what a rule returns."""
         return Rounding(self.count, self.size, self.offset, max(1, self.stages))
