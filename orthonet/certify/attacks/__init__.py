@@ -1,1 +1,3 @@
 """Searches for points that break a certificate."""
+
+__all__: list[str] = []

@@ -1,1 +1,3 @@
 """Bounds of perceptrons: chains of affine maps and activations."""
+
+__all__: list[str] = []

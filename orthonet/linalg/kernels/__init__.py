@@ -1,1 +1,3 @@
 """The algebra of convolution kernels."""
+
+__all__: list[str] = []

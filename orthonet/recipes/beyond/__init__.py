@@ -1,1 +1,3 @@
 """Recipes beyond classification."""
+
+__all__: list[str] = []

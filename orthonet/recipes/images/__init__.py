@@ -1,1 +1,3 @@
 """Recipes that classify images."""
+
+__all__: list[str] = []

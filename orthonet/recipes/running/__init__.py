@@ -1,1 +1,3 @@
 """What every recipe shares: files, logs, processes, resuming."""
+
+__all__: list[str] = []

@@ -1,1 +1,3 @@
 """Recipes on sequences."""
+
+__all__: list[str] = []

@@ -1,1 +1,3 @@
 """The comparison of the layers of the zoo."""
+
+__all__: list[str] = []
