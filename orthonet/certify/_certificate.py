@@ -35,6 +35,9 @@ from orthonet.errors import UncertifiableError
 
 __all__ = ["LipschitzCertificate"]
 
+_FAR = tuple(2.0**k for k in (120, 60, 40, 30, 25, 20, 15, 10, 5, 0, -10, -20))
+"""Radii that are tried where the margin has a constant of 0."""
+
 
 _SHORT = 12  # rows of a short table
 
@@ -261,9 +264,14 @@ class LipschitzCertificate:
         )  # fmt: skip
         found = find(dtype=self._output_dtype(), roundings=self.roundings)
         if inputs is not None:
+            self._check_dtypes(logits, inputs, dtype)
             whole = find(torch.zeros(len(logits), dtype=torch.float64))
-            near = torch.where(whole.isfinite(), whole, 0.0)
-            proved = find(self.rounding(inputs, within=near, dtype=dtype))
+            proved = torch.zeros_like(whole)
+            # Where exact arithmetic never changes the class, floats may do so far away.
+            for far in _FAR if bool(whole.isinf().any()) else (0.0,):
+                near = whole.clamp(max=far) if far else whole
+                within = torch.minimum(find(self.rounding(inputs, within=near, dtype=dtype)), near)
+                proved = torch.maximum(proved, within)
             found = torch.minimum(proved, found).clamp_min(0.0)
         return convert_radius(found, norm, self._entries())
 
@@ -297,7 +305,7 @@ class LipschitzCertificate:
         tensor = next(iter((*model.parameters(), *model.buffers())), batch[0])
         batch = tuple(t.to(tensor.device) for t in batch)
         with torch.no_grad(), autocast_region(tensor.device, self.autocast):
-            logits = model(*batch)
+            logits = model(*(t.clone() for t in batch))  # a forward may write to its input
         _checks.require(
             isinstance(logits, Tensor), "LipschitzCertificate",
             "the model must return one tensor of logits",
@@ -436,10 +444,27 @@ class LipschitzCertificate:
         self._check_inputs(batch, within)
         program = self._walker.program  # type: ignore[union-attr]
         check_subnormal("LipschitzCertificate")
-        dtypes = {dtype} if dtype else {*program.dtypes.values(), *self.output_dtypes}
+        dtypes = {dtype} if dtype else {program.dtype_of(node) for node in program.nodes}
         devices = {x.device for x in (*batch, *program.samples)}
         check_products("LipschitzCertificate", devices, dtypes)
         return forward_error(self._walker, batch, within, dtype)  # type: ignore[arg-type]
+
+    def _check_dtypes(self, logits: Tensor, inputs: Any, dtype: torch.dtype | None) -> None:
+        """Refuse a forward pass in another dtype than the one whose rounding is counted."""
+        samples = self._walker.program.samples if self._walker is not None else ()
+        batch = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        wanted = dtype or self._output_dtype()
+        coarse = wanted is not None and torch.finfo(logits.dtype).eps > torch.finfo(wanted).eps
+        other = dtype is None and any(
+            x.dtype != s.dtype for x, s in zip(batch, samples, strict=False)
+        )
+        _checks.require(
+            not coarse and not other, "LipschitzCertificate",
+            f"inputs and logits must be of the dtypes that were certified: "
+            f"{[_name(s.dtype) for s in samples]} and {wanted and _name(wanted)}",
+            "Call certify with an example of the dtype that is deployed, or pass dtype=",
+            inputs=[_name(x.dtype) for x in batch], logits=_name(logits.dtype),
+        )  # fmt: skip
 
     def _check_inputs(self, batch: tuple[Any, ...], within: Tensor | float) -> None:
         nested = bool(self.input_shape) and isinstance(self.input_shape[0], tuple)

@@ -215,3 +215,62 @@ def test_sparse_weights_are_refused_by_name():
 
     with pytest.raises(UncertifiableError, match="weights must be dense tensors"):
         certify(Sparse().eval(), torch.zeros(1, 3, dtype=torch.float64))
+
+
+def weighed(function, weights, *shape):
+    """Behind a kink that hides it from a search, and with signed weights behind it."""
+    row = torch.tensor([weights], dtype=torch.float64)
+    return lambda x: F.linear(function((x - 1000).relu()).flatten(1), row)
+
+
+@pytest.mark.parametrize("size", range(60, 130))
+def test_uncertain_places_of_nearest_entries_are_no_map_to_go_on_with(size):
+    middle = size // 2
+    weights = [0.0] * size
+    weights[0], weights[middle], weights[-1] = -1.0, 1.0, -1.0
+    function = weighed(lambda x: F.interpolate(x, size=size), weights)
+    x = torch.full((1, 1, 2), 2000.0, dtype=torch.float64)
+    least = float(torch.linalg.matrix_norm(jacobian_reference(Lambda(function), x[0]), 2))
+    assert bound(function, 1, 2) >= least * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("scale", [-1.0, -0.5, math.nan, 0.0])
+def test_scales_that_torch_does_not_take(scale):
+    function = weighed(
+        lambda x: ATEN.upsample_nearest1d.default(x, [4], scale), [1.0, -1.0, 0.0, 0.0]
+    )
+    assert bound(function, 1, 4) >= math.sqrt(2) * (1 - 1e-12)
+
+
+LARGE = torch.tensor([1000000, 1000000])
+HALF = torch.tensor([False, True])
+BOUNDED = {
+    "where": lambda x: torch.where(HALF, x.sigmoid(), LARGE),
+    "masked_fill": lambda x: x.sigmoid().masked_fill(~HALF, LARGE[0]),
+    "where not a number": lambda x: torch.where(HALF, x.sigmoid(), math.inf).clamp(0, 1e6),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_constants_of_every_dtype_count_in_an_interval(name):
+    assert bound(lambda x: BOUNDED[name](x) * (x - 1000).sigmoid() * 4, 2) >= 1e6
+
+
+def test_only_the_first_of_several_results_has_a_bound():
+    with pytest.raises(UncertifiableError, match=r"only the first result|bounded from above"):
+        bound(lambda x: (ATEN.log_sigmoid_forward.default(x - 1000)[1] * 9).exp(), 1)
+    assert bound(lambda x: ATEN.log_sigmoid_forward.default(x)[0], 1) == 1.0
+
+
+EXTREME = {
+    "rsqrt": lambda x: (x.abs() + 1e-300).rsqrt(),
+    "power": lambda x: x.relu() ** math.inf,
+    "no power": lambda x: x.relu() ** math.nan,
+    "response norm": lambda x: F.local_response_norm(x[:, None], 3, 1.0, 2.0, 1e-300),
+}
+
+
+@pytest.mark.parametrize("name", EXTREME)
+def test_slopes_beyond_the_range_are_refused_in_a_sentence(name):
+    with pytest.raises(UncertifiableError, match="got operation="):
+        bound(EXTREME[name], 2)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from orthonet import UncertifiableError, layers
-from orthonet.certify import Activation, Affine, certify, mlp_bound
+from orthonet.certify import Activation, Affine, certify, local_bound, mlp_bound
 from orthonet.certify.mlp.chain import Chain, read_layers
 from orthonet.certify.mlp.lipsdp import closed_form, descend
 from orthonet.certify.mlp.multipliers import prove
@@ -24,7 +24,7 @@ ACTIVATIONS = {
     "sigmoid": nn.Sigmoid,
     "elu": lambda: nn.ELU(1.5),
     "selu": nn.SELU,
-    "softplus": lambda: nn.Softplus(3.0),
+    "softplus": lambda: nn.Softplus(3.0, 40.0),  # at 20 it jumps, and float64 sees it
     "gelu": nn.GELU,
     "tanh gelu": lambda: nn.GELU("tanh"),
     "silu": nn.SiLU,
@@ -305,3 +305,27 @@ def test_perceptrons_inside_a_graph():
     alone = certify(model.b, torch.zeros(1, 27).double(), effort="tight")
     # observed 2e-3 apart: the descents start from batch norm folded at another place
     assert alone.constant.value == pytest.approx(mlp_bound(model.b).constant.value, rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    "bounds", [mlp_bound, lambda m: local_bound(m, torch.zeros(1).double(), 1)]
+)
+def test_softplus_jumps_in_float64(bounds):
+    def model(threshold):
+        linear = nn.Linear(1, 1, bias=False)
+        return nn.Sequential(linear, nn.Softplus(threshold=threshold), nn.Linear(1, 1)).eval()
+
+    with pytest.raises(UncertifiableError, match="softplus of float64 must have threshold >= 34"):
+        bounds(model(20.0).double())
+    assert bounds(model(40.0).double()).constant.value > 0.0
+
+
+def test_batch_norm_is_read_as_its_forward_reads_it():
+    norm = nn.BatchNorm1d(3)
+    nn.init.constant_(norm.weight, 10.0)
+    model = nn.Sequential(nn.Linear(2, 3), norm, nn.ReLU(), nn.Linear(3, 2)).eval()
+    whole = mlp_bound(model).constant.value
+    norm.affine = False  # read by nothing
+    assert mlp_bound(model).constant.value == whole
+    norm.affine, norm.weight, norm.bias = True, None, None
+    assert mlp_bound(model).constant.value == pytest.approx(whole / 10, rel=1e-6)

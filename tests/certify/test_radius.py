@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from orthonet import layers
+from orthonet import UncertifiableError, layers
 from orthonet.certify import (
     Bound,
     LipschitzCertificate,
@@ -247,3 +247,74 @@ def test_logits_of_another_number_of_classes_are_refused(shape):
     assert len(binary.radius(torch.randn(5))) == len(binary.radius(torch.randn(5, 1))) == 5
     with pytest.raises(ValueError, match="logits must have 1 classes"):
         binary.radius(torch.randn(5, 2))
+
+
+def test_floats_change_a_class_that_exact_arithmetic_never_changes():
+    """Two equal rows: the difference of the logits is constant, until x swallows the bias."""
+    model = nn.Sequential(nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[0].bias.copy_(torch.tensor([0.0, 1.0]))
+    found, x = certify(model, torch.zeros(1, 2)), torch.zeros(1, 2)
+    for options in ({}, {"target": torch.tensor([0])}):
+        radius = float(found.radius(model, x, **options))
+        assert 1e4 < radius < 1e8 * math.sqrt(2)  # where it changes; observed 1e6
+    far = torch.full((1, 2), radius / math.sqrt(2))
+    assert model(x).argmax() == model(far).argmax() == model(-far).argmax() == 1
+
+
+class Absorbing(nn.Module):
+    """A function whose rounding is that of 1e7."""
+
+    def forward(self, x):
+        total = ((x + 1e7) - 1e7).sum(1)
+        return torch.stack([-total, total], 1)
+
+
+def test_a_forward_pass_in_another_dtype_than_the_certified_one_is_refused():
+    model = Absorbing().eval()
+    found = certify(model, torch.zeros(1, 1, dtype=torch.float64))
+    x = torch.tensor([[0.6]])
+    assert float(found.radius(model, x.double())) > 0.5
+    with pytest.raises(ValueError, match="of the dtypes that were certified"):
+        found.radius(model, x)
+    with pytest.raises(ValueError, match="of the dtypes that were certified"):
+        found.radius(model(x.double()).float(), inputs=x.double())
+    assert float(certify(model, x).radius(model, x)) == 0.0
+
+
+def test_the_forward_pass_sees_a_copy_of_the_inputs():
+    class Writes(nn.Module):
+        def forward(self, x):
+            y = x * 1.0
+            x.zero_()
+            return torch.stack([-y[:, 0], y[:, 0]], 1)
+
+    model, x = Writes().eval(), torch.tensor([[3.0, 1.0]])
+    before = x.clone()
+    try:
+        found = certify(model, torch.zeros(1, 2))
+    except UncertifiableError:
+        return  # a forward that writes to its input may be refused as well
+    assert torch.equal(found.radius(model, x), found.radius(model(x.clone()), inputs=before))
+    assert torch.equal(x, before)
+
+
+def test_low_precision_counts_wherever_float32_is_computed():
+    class Widened(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.linear(x).double()
+
+    model, x = Widened().eval(), torch.randn(2, 3)
+    found = certify(model, x)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with pytest.raises(UncertifiableError, match="float32"):
+            found.radius(model, x)
+    finally:
+        torch.set_float32_matmul_precision(before)

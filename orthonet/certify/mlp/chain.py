@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from orthonet import _checks, layers
 from orthonet._torch import has_global_forward_hooks, is_hooked
 from orthonet.certify.mlp.slopes import Activation
-from orthonet.certify.ops.activations import activation_of
+from orthonet.certify.ops.activations import activation_of, jumps_in_float64
 from orthonet.errors import UncertifiableError
 from orthonet.linalg.bounds.rounding import (
     UNDERFLOW,
@@ -280,6 +280,13 @@ def _read_module(
     if isinstance(module, layers.HouseholderActivation) and not affine:
         width = module.channels
     found = None if hooked or not width else activation_of(module, width)
+    if type(module) is nn.Softplus and affine and affine[-1].weight.dtype == torch.float64:
+        _checks.require(
+            not jumps_in_float64(module.threshold), owner,
+            "softplus of float64 must have threshold >= 34, for it jumps at the threshold",
+            "Use threshold=40, or a model in float32", UncertifiableError,
+            threshold=module.threshold,
+        )  # fmt: skip
     if found is None:
         _checks.fail(
             owner,
@@ -297,8 +304,9 @@ def _batch_norm(module: nn.BatchNorm1d) -> Affine:
     mean = module.running_mean.detach().to("cpu", torch.float64)  # type: ignore[union-attr]
     scale = (variance + module.eps).rsqrt()
     shift = torch.zeros_like(mean)
-    if module.affine:
+    if module.weight is not None:
         scale = scale * module.weight.detach().to("cpu", torch.float64)
+    if module.bias is not None:
         shift = module.bias.detach().to("cpu", torch.float64)
     rounding = gamma(8)  # two roundings and those of rsqrt
     largest = float(scale.abs().max())

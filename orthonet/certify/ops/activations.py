@@ -47,7 +47,7 @@ from orthonet.certify.rules import (
 from orthonet.certify.walk.forms import Form, scaled
 from orthonet.linalg.bounds.rounding import down, mul_up, up
 
-__all__ = ["Curve", "activation_of"]
+__all__ = ["Curve", "activation_of", "jumps_in_float64"]
 
 
 class Curve(NamedTuple):
@@ -305,13 +305,18 @@ def _celu(alpha: float) -> Curve | None:
     return Curve(lambda x: F.celu(x, alpha), *SUPREMA["celu"]) if alpha > 0.0 else None
 
 
+def jumps_in_float64(threshold: float) -> bool:
+    """Whether float64 sees the jump of softplus at its threshold, of log1p(exp(-threshold))."""
+    return math.exp(-threshold) > 2.0**-54 * threshold
+
+
 def _softplus_rounding(call: Call) -> Any:
     """Beyond the rounding of log1p(exp(x)), the jump to x at the threshold, below float32's.
 
     Where float64 would see the jump, float64 inputs are refused.
     """
     beta, threshold = call.number("beta"), call.number("threshold")
-    if call.operand.dtype == torch.float64 and math.exp(-threshold) > 2.0**-54 * threshold:
+    if call.operand.dtype == torch.float64 and jumps_in_float64(threshold):
         call.refuse(
             "softplus of float64 must have threshold >= 34, for it jumps at the threshold",
             "Use threshold=40, or certify the model in float32",

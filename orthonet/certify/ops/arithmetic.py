@@ -354,7 +354,7 @@ def _sqrt(call: Call) -> Step:
     samples=lambda draw, shape: (lambda x, y: (x.abs() + 0.25).rsqrt()))  # fmt: skip
 def _rsqrt(call: Call) -> Step:
     low = interval_of(call.operand)[0]
-    slope = 0.5 * low**-1.5 * _LIBRARY if low > 0.0 else _INF
+    slope = mul_up(0.5, _pow_up(low, -1.5)) if low > 0.0 else _INF
     return _bounded_slope(call, slope, "bounded away from zero")
 
 
@@ -384,7 +384,9 @@ def _power(call: Call) -> Step:
     power = call.given("exponent", 2)
     low, high = interval_of(call.operand)
     size = max(abs(low), abs(high))
-    if not isinstance(power, (int, float)) or (power != int(power) and low < 0.0):
+    if not isinstance(power, (int, float)) or not math.isfinite(power):
+        call.refuse("a power must be a finite constant number", ADVICE["pow"])
+    if power != int(power) and low < 0.0:
         call.refuse("a power must be an integer, or of values >= 0", ADVICE["pow"])
     if power == 1:
         slope = 1.0

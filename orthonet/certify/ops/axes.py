@@ -93,7 +93,8 @@ class Grid:
         moved: How far a weight times the norm moves for each unit that a place is moved by: a
             bound of the spectral norm of the change of the matrix, over that of the places.
         reach: A bound of the modulus of the places, which float arithmetic rounds relative to.
-        certain: Every float dtype picks the same entries.
+        certain: Every float dtype picks the same entries; otherwise `matrix` holds all that one of
+            them picks, which has no smaller norm but is no map to go on with.
     """
 
     matrix: Tensor
@@ -167,14 +168,16 @@ def _smoothed(size: int, outputs: int, ratio: float, cubic: bool, corners: bool)
 
 def _nearest(size: int, outputs: int, exact: bool, scale: float | None) -> Grid:
     """The entry at or below a place; every entry that some float arithmetic may take for it."""
-    ratio = Fraction(1) / Fraction(scale) if scale else Fraction(size, outputs)
+    scale = scale if scale is not None and 0.0 < scale < math.inf else None
+    ratio = Fraction(size, outputs) if scale is None else 1 / Fraction(scale)
     half = Fraction(1, 2) if exact else Fraction(0)
     shift = 0.5 if exact else 0.0
     choices: list[Callable[[int], int]] = [lambda i: math.floor((i + half) * ratio)]
     for dtype in (torch.float32, torch.float64):
-        step = torch.tensor(1.0 / scale if scale else size / outputs, dtype=dtype)
         if scale is None:
             step = torch.tensor(float(size), dtype=dtype) / torch.tensor(outputs, dtype=dtype)
+        else:
+            step = torch.tensor(1.0 / scale, dtype=dtype)
         choices.append(lambda i, step=step: int(torch.floor((i + shift) * step)))
     matrix = torch.zeros(outputs, size, dtype=torch.float64)
     certain = True

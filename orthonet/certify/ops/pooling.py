@@ -333,6 +333,14 @@ def _resize_run(a: Values, absolute: bool) -> Any:
     return axes.along(x, matrices)
 
 
+def _resizes_for_sure(call: Call) -> bool:
+    """Whether the matrices are the map, in every dtype."""
+    if len(call.operands) != 1:
+        return False
+    sizes, outputs = call.operand.shape[1:], call.output_shape[1:]
+    return all(grid.certain for grid in _grids(call.target, call.given, sizes, outputs))
+
+
 def _resize_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     if len(shape) not in (2, 3) or max(shape[1:]) > 8:
         return None
@@ -369,7 +377,7 @@ def _resize_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     reads=("output_size", "align_corners", "scale_factors", "scales", *_SCALES),
     samples=_resize_samples,
     linear=Linear(_resize_run, lambda state: 16 * max(state.parents[0].shape) + 64,
-                  heavy=True))  # fmt: skip
+                  heavy=True, when=_resizes_for_sure))  # fmt: skip
 def _interpolate(call: Call) -> Step:
     """Interpolation is a Kronecker product: the product of the norms along each axis."""
     sizes, outputs = call.operand.shape[1:], call.output_shape[1:]

@@ -268,8 +268,9 @@ def _response(call: Call) -> Step:
     each row and each column has n - 1 of them. On the diagonal it is at most twice as large.
     """
     size, alpha, beta, k = (call.number(name) for name in ("size", "alpha", "beta", "k"))
-    if not (k > 0.0 and alpha >= 0.0 and beta >= 0.0):
-        call.refuse("a response norm must have k > 0, alpha >= 0 and beta >= 0",
+    powers = beta * abs(math.log(k)) if 0.0 < k < math.inf else math.inf
+    if not (powers < 700.0 and alpha >= 0.0 and beta >= 0.0):
+        call.refuse("a response norm must have k > 0, alpha >= 0, beta >= 0 and a k^-beta in range",
                     "Use the default parameters")  # fmt: skip
     value = k**-beta * (max(1.0, 2.0 * beta - 1.0) + (size - 1.0) * beta) * (1.0 + 2.0**-40)
     return upper(value, "by construction")

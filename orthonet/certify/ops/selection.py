@@ -307,14 +307,19 @@ def _choose_linear(a: Values, absolute: bool) -> Any:
 
 
 def _either_range(call: Call) -> Interval:
-    found = [interval_of(x) for x in call.operands]
-    for value in call.arguments.values():
-        if isinstance(value, Tensor) and value.dtype.is_floating_point and value.numel():
+    found = []
+    for name in ("self", "other", "value"):
+        value = call.given(name)
+        if isinstance(value, Operand):
+            found.append(interval_of(value))
+        elif isinstance(value, Tensor) and value.numel() and not value.is_complex():
             found.append((float(value.min()), float(value.max())))
         elif isinstance(value, (int, float)):
             found.append((float(value), float(value)))
-        elif isinstance(value, BatchDependent):
+        elif value is not None and not (isinstance(value, Tensor) and not value.numel()):
             return EVERYTHING
+    if any(math.isnan(end) for ends in found for end in ends):
+        return EVERYTHING
     return min(low for low, _ in found), max(high for _, high in found)
 
 

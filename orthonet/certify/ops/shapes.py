@@ -30,6 +30,7 @@ from orthonet.certify.rules import (
     Operand,
     Step,
     exact,
+    record_of,
 )
 from orthonet.certify.walk.forms import Form, aligned, unchanged
 
@@ -267,9 +268,19 @@ def _getitem_form(state: Any, forms: list[Form]) -> Form | None:
     return forms[0] if "batch_norm" in state.parents[0].call.op else None
 
 
-@op("getitem", linear=Linear(_run, moves=True), kernel=_getitem_form, interval=as_input,
-    reads=("b",))  # fmt: skip
+def _is_bounded_part(call: Call) -> bool:
+    """Whether it is a piece of a tensor that was cut, or the first result of an operation."""
+    state = call.operand._state
+    record = None if state is None else record_of(state.node.target)
+    return record is None or record.cuts or call["b"] == 0
+
+
+@op("getitem", linear=Linear(_run, moves=True, when=_is_bounded_part), kernel=_getitem_form,
+    reads=("b",), interval=lambda call: as_input(call) if _is_bounded_part(call)
+    else EVERYTHING)  # fmt: skip
 def _part(call: Call) -> Step:
+    if not _is_bounded_part(call):
+        call.refuse("only the first result of this operation has a bound", "Use that one alone")
     return Step((ONE,), REARRANGEMENT, roundings=0.0)
 
 
