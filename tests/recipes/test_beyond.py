@@ -19,7 +19,7 @@ from orthonet.recipes import (
     train_w1,
 )
 from orthonet.recipes.beyond.flow import DENSITIES
-from orthonet.recipes.beyond.report import grid
+from orthonet.recipes.beyond.report import grid, optimize
 from orthonet.recipes.beyond.shapes import SHAPES, polygon, star
 from orthonet.recipes.beyond.wasserstein import mean_below, shells
 
@@ -189,7 +189,7 @@ def test_bad_values_are_refused(build, words):
 
 def test_a_loss_that_is_not_finite_stops(tmp_path):
     with pytest.raises(ValueError, match="finite"):
-        recipes._beyond.optimize(
+        optimize(
             torch.nn.Linear(1, 1), lambda: torch.tensor(math.nan), torch.Generator(),
             W1Config(iterations=1), progress=False, name="w1", folder=tmp_path, resume=False,
             tensorboard=False,

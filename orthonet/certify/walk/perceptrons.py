@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,13 +16,12 @@ from orthonet.certify.norms import limits
 from orthonet.certify.ops.activations import activation_of
 from orthonet.certify.rules import record_of
 from orthonet.certify.walk.islands import action_of
+from orthonet.certify.walk.state import State
+from orthonet.certify.walk.walking import Walk
 from orthonet.errors import UncertifiableError
 
 # By these names: an export in another thread changes those in the package.
 
-if TYPE_CHECKING:
-    from orthonet.certify.walk.state import State
-    from orthonet.certify.walk.walker import Walker
 
 __all__ = ["Perceptron", "perceptron_of"]
 
@@ -44,7 +43,7 @@ class Perceptron(NamedTuple):
         return (gain if before is unit else before * gain), [self.start], row
 
 
-def perceptron_of(walker: Walker, end: State) -> Perceptron | None:
+def perceptron_of(walker: Walk, end: State) -> Perceptron | None:
     """The longest chain of at least two affine maps that ends in this node, if it may be tried."""
     side = _SIDE[limits().name]
     if not _is_end(walker, end) or math.prod(end.shape) > side:
@@ -75,7 +74,7 @@ def perceptron_of(walker: Walker, end: State) -> Perceptron | None:
     return Perceptron(start, count, found)
 
 
-def _is_end(walker: Walker, state: State) -> bool:
+def _is_end(walker: Walk, state: State) -> bool:
     """Whether an affine map ends here whose result goes elsewhere than into the next layers."""
     if state.source is None or not any(a and a.heavy for a in map(action_of, state.island)):
         return False
@@ -84,7 +83,7 @@ def _is_end(walker: Walker, state: State) -> bool:
     return state.node in walker.program.outputs or not users or not all(onward)
 
 
-def _activation(walker: Walker, state: State) -> Activation | None:
+def _activation(walker: Walk, state: State) -> Activation | None:
     """The slopes of a node, if it acts entry by entry, or is an activation of ours on a vector."""
     if len(state.parents) != 1 or state.source is not None:
         return None

@@ -9,19 +9,17 @@ assumes that all of the change is in its piece.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from orthonet.certify._bound import Bound
 from orthonet.certify.rules import Operand, parameters, record_of
+from orthonet.certify.walk.state import State
+from orthonet.certify.walk.walking import Walk
 from orthonet.linalg.bounds.enclosure import spectral_norm_bound
 from orthonet.linalg.bounds.rounding import add_up, hypot_up, mul_up
-
-if TYPE_CHECKING:
-    from orthonet.certify.walk.state import State
-    from orthonet.certify.walk.walker import Walker
 
 __all__ = ["Pieces"]
 
@@ -37,7 +35,7 @@ class _Combination(NamedTuple):
 class Pieces:
     """The combinations of pieces that the nodes of one walk are."""
 
-    def __init__(self, walker: Walker) -> None:
+    def __init__(self, walker: Walk) -> None:
         self.walker = walker
         self.known: dict[State, _Combination | None] = {}
 

@@ -6,23 +6,33 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.recipes.data.digits import require_package
-from orthonet.recipes.images.run import _versions
-from orthonet.recipes.running.files import write_atomically, write_json
+from orthonet.recipes.running.files import versions, write_atomically, write_json
 from orthonet.recipes.running.log import Log
 from orthonet.recipes.running.processes import rank_and_size, replica_of, totals
 from orthonet.recipes.running.resume import Resumable
 
-if TYPE_CHECKING:
-    from orthonet.recipes.beyond.distance import SDFConfig
-    from orthonet.recipes.beyond.flow import FlowConfig
-    from orthonet.recipes.beyond.wasserstein import W1Config
+
+class Training(Protocol):
+    """What `optimize` reads of the dataclass that configures a recipe."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def iterations(self) -> int:
+        """Optimizer steps."""
+        ...
+
+    @property
+    def lr(self) -> float:
+        """Highest learning rate."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +67,7 @@ class BeyondReport:
             "config": dict(self.config),
             "figures": dict(self.figures),
             "history": self.history,
-            "versions": _versions(),
+            "versions": versions(),
         }
 
     def written(self, folder: Path, model: nn.Module, picture: Path) -> BeyondReport:
@@ -72,7 +82,7 @@ def optimize(
     model: nn.Module,
     loss_of: Callable[[], Tensor],
     generator: torch.Generator,
-    config: W1Config | SDFConfig | FlowConfig,
+    config: Training,
     *,
     progress: bool,
     name: str,

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from orthonet import _checks
@@ -26,7 +23,7 @@ from orthonet.recipes.images.spectra import layer_spectra
 from orthonet.recipes.images.train import fit
 from orthonet.recipes.running.checkpoint import load_checkpoint, save_checkpoint
 from orthonet.recipes.running.figures import radius_figure, spectra_figure, training_figure
-from orthonet.recipes.running.files import write_json
+from orthonet.recipes.running.files import versions, write_json
 from orthonet.recipes.running.log import writer_class
 from orthonet.recipes.running.processes import joined
 
@@ -67,7 +64,7 @@ class Report:
             "evaluation": self.evaluation.to_dict(),
             "history": self.history,
             "seconds": {part: round(value, 3) for part, value in self.seconds.items()},
-            "versions": _versions(),
+            "versions": versions(),
         }
 
 
@@ -232,13 +229,3 @@ def _written(
     report = dataclasses.replace(report, seconds=seconds)
     metrics = write_json(folder / "metrics.json", report.to_dict())
     return dataclasses.replace(report, files=(*files, metrics, *pictures))
-
-
-def _versions() -> dict[str, Any]:
-    return {
-        "orthonet": version("orthonet"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "threads": torch.get_num_threads(),
-    }

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["write_atomically", "write_csv", "write_json"]
+import torch
+
+__all__ = ["versions", "write_atomically", "write_csv", "write_json"]
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> Path:
@@ -38,3 +42,14 @@ def write_csv(path: Path, rows: Sequence[dict[str, float]]) -> Path:
     """Write rows of the same keys as comma-separated values, atomically."""
     lines = [",".join(rows[0]), *(",".join(map(repr, row.values())) for row in rows)]
     return write_atomically(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+
+
+def versions() -> dict[str, Any]:
+    """Return what writes a file: the versions of the libraries, the machine and its threads."""
+    return {
+        "orthonet": version("orthonet"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+    }

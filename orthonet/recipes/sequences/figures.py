@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from orthonet.recipes.running.figures import BLUE, GREEN, GREY, ORANGE, _figure, _save
-
-if TYPE_CHECKING:
-    from orthonet.recipes.sequences.run import SequenceReport
+from orthonet.recipes.sequences.report import SequenceReport
 
 PURPLE = "#CC79A7"
 _STYLES = {

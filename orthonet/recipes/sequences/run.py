@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from orthonet.recipes.data.digits import require_package
-from orthonet.recipes.images.run import _versions
 from orthonet.recipes.running.files import write_atomically, write_json
 from orthonet.recipes.running.log import writer_class
 from orthonet.recipes.running.processes import joined
@@ -19,84 +18,13 @@ from orthonet.recipes.sequences.config import SequenceConfig
 from orthonet.recipes.sequences.data import Batch, Task, task_of
 from orthonet.recipes.sequences.figures import gradient_figure, learning_figure
 from orthonet.recipes.sequences.gradient_flow import gradient_norms
+from orthonet.recipes.sequences.report import SequenceReport, SequenceResult
 from orthonet.recipes.sequences.train import (
     SequenceModel,
     assess,
     build_sequence_model,
     fit_sequences,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class SequenceResult:
-    """What became of one model.
-
-    Attributes:
-        model: Its name.
-        parameters: Number of trained numbers.
-        loss: Mean cross-entropy on sequences that it was not trained on.
-        score: Share of right classes there; in "copying" among the symbols to be recalled.
-        seconds: Duration of the training.
-        history: Rows of the training.
-        flow: Norm of the gradient of the test loss with respect to the state after each step.
-        orthogonality: Largest distance of a singular value of the recurrent kernel from 1.
-    """
-
-    model: str
-    parameters: int
-    loss: float
-    score: float
-    seconds: float
-    history: list[dict[str, float]]
-    flow: list[float]
-    orthogonality: float
-
-
-@dataclasses.dataclass(frozen=True)
-class SequenceReport:
-    """What came out of a run on sequences.
-
-    Attributes:
-        config: What was run.
-        results: One entry for each model, in the order of the configuration.
-        skipped: Models whose library is not installed.
-        files: What was written.
-    """
-
-    config: SequenceConfig
-    results: tuple[SequenceResult, ...]
-    skipped: tuple[str, ...] = ()
-    files: tuple[Path, ...] = ()
-
-    def summary(self) -> str:
-        """The outcome in a few lines of text."""
-        config = self.config
-        share = "recall" if config.task == "copying" else "accuracy"
-        lines = [
-            f"{config.title}, hidden {config.hidden}, batch {config.batch_size}, "
-            f"{config.iterations} iterations, seed {config.seed}",
-            f"loss without memory   {config.baseline:.5f}",
-            f"model        test loss   {share:>8}   seconds   parameters   max |sigma - 1|",
-        ]
-        lines += [
-            f"{r.model:<10} {r.loss:>11.5f}   {r.score:>8.1%}   {r.seconds:>7.1f}   "
-            f"{r.parameters:>10}   {r.orthogonality:>15.0e}"
-            for r in self.results
-        ]
-        lines += [f"{name:<10} skipped: not installed" for name in self.skipped]
-        if self.files:
-            lines += ["written:", *(f"  {path}" for path in self.files)]
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the file names, as JSON can hold it."""
-        return {
-            "config": self.config.to_dict(),
-            "baseline": self.config.baseline,
-            "results": [dataclasses.asdict(result) for result in self.results],
-            "skipped": list(self.skipped),
-            "versions": _versions(),
-        }
 
 
 def train_sequences(

@@ -19,9 +19,8 @@ from orthonet.models import convnet_zoo
 from orthonet.recipes.data.digits import DATASETS, Images, Split, load, require_package
 from orthonet.recipes.images.config import RADII, TrainConfig
 from orthonet.recipes.images.evaluate import evaluate
-from orthonet.recipes.images.run import _versions
 from orthonet.recipes.images.train import fit
-from orthonet.recipes.running.files import write_json
+from orthonet.recipes.running.files import versions, write_json
 from orthonet.recipes.zoo.cost import StepCost, step_cost
 from orthonet.recipes.zoo.figures import zoo_figure
 from orthonet.recipes.zoo.report import ZooReport
@@ -177,14 +176,14 @@ def run_method(config: ZooConfig, name: str, seed: int, data: Split) -> dict[str
         "seconds_per_step": cost.seconds,
         "saved_bytes": cost.saved_bytes,
         "training_cpu_seconds": round(seconds, 3),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
 def _failed(name: str, seed: int, config: TrainConfig, reason: str) -> dict[str, Any]:
     return {
         "method": name, "seed": seed, "width": config.model_arguments["width"], "lr": config.lr,
-        "epochs": config.epochs, "finite": False, "reason": reason, "versions": _versions(),
+        "epochs": config.epochs, "finite": False, "reason": reason, "versions": versions(),
     }  # fmt: skip
 
 
