@@ -13,7 +13,7 @@ from orthonet.manifolds._factorized import SingularParametrization, high, raised
 from orthonet.manifolds._linear import square_problem
 from orthonet.manifolds._low_rank import fill
 from orthonet.manifolds._parametrization import Parametrization
-from orthonet.manifolds._scalar import Scalar, positive_map
+from orthonet.manifolds._scalar import Scalar, at_least, positive_map
 from orthonet.manifolds._trivialization import Triv
 
 __all__ = ["SL", "GLp"]
@@ -136,7 +136,8 @@ class _UnitProduct:
     f: Callable[[Tensor], Tensor]
 
     def __call__(self, s: Tensor) -> Tensor:
-        logarithm = self.f(torch.cat([torch.ones_like(s[..., :1]), s[..., 1:]], -1)).log()
+        values = self.f(torch.cat([torch.ones_like(s[..., :1]), s[..., 1:]], -1))
+        logarithm = at_least(torch.finfo(s.dtype).eps, values).log()  # bounds the condition number
         return (logarithm - logarithm.mean(-1, keepdim=True)).exp()
 
 
