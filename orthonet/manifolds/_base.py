@@ -20,7 +20,13 @@ from orthonet.errors import NotOnManifoldError
 from orthonet.linalg._matrix import compute_dtype
 from orthonet.manifolds._parametrization import Parametrization
 
-__all__ = ["Manifold", "Membership"]
+__all__ = ["Manifold", "Membership", "root"]
+
+
+def root(square: Tensor) -> Tensor:
+    """Square root for lengths: at 0 and below, it and its derivative are 0."""
+    zero = square <= 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ class Manifold(abc.ABC):
 
     def norm(self, x: Tensor, v: Tensor) -> Tensor:
         """Length of the tangent vector `v` at `x`."""
-        return self.inner(x, v, v).clamp_min(0.0).sqrt()
+        return root(self.inner(x, v, v))
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """Riemannian gradient at `x` from the gradient with respect to all entries."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orthonet.linalg._matrix import compute_dtype
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._factorized import SingularParametrization, high, raised
 from orthonet.manifolds._linear import square_problem
@@ -88,20 +89,18 @@ class SL(GLp):
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield from super()._violations(x)
         # Rounding of the entries moves the logarithm by up to this many units roundoff.
-        condition = torch.linalg.matrix_norm(torch.linalg.inv_ex(x)[0]) * torch.linalg.matrix_norm(
-            x
-        )
         reason = "the determinant must be 1 (its logarithm 0, relative to the condition number)"
-        yield reason, torch.linalg.slogdet(x)[1].abs() / condition
+        yield reason, torch.linalg.slogdet(x)[1].abs() / _condition(x)
 
     def project(self, x: Tensor) -> Tensor:
         """A matrix of positive determinant, see `GLp`, divided by the n-th root of that."""
-        n = max(x.shape[-1], 1)
-        sign, logarithm = torch.linalg.slogdet(x)
-        if not bool((sign > 0).all()):
-            x = super().project(x)
-            logarithm = torch.linalg.slogdet(x)[1]
-        return x * torch.exp(-logarithm / n)[..., None, None]
+        n, work = max(x.shape[-1], 1), x.to(compute_dtype(x.dtype))
+        sign, logarithm = torch.linalg.slogdet(work)
+        inside = (sign > 0) & (_condition(work) < 0.125 / torch.finfo(work.dtype).eps)
+        if not x.is_meta and not bool(inside.all()):
+            work = super().project(work)
+            logarithm = torch.linalg.slogdet(work)[1]
+        return (work * torch.exp(-logarithm / n)[..., None, None]).to(x.dtype)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
         r"""The part of `v` orthogonal to \(x^{-\top}\), the normal."""
@@ -129,6 +128,12 @@ class SL(GLp):
         f = positive_map(self, f)
         values, inverse = _UnitProduct(f), _UnitProductInverse(f)
         return _SpecialParametrization(self, shape, shape[-1], values, inverse, triv)
+
+
+def _condition(x: Tensor) -> Tensor:
+    """Condition number in the Frobenius norm."""
+    x = x.detach()
+    return torch.linalg.matrix_norm(torch.linalg.inv_ex(x)[0]) * torch.linalg.matrix_norm(x)
 
 
 @dataclass(frozen=True)
