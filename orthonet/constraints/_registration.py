@@ -169,8 +169,9 @@ def _build(
         parametrization = space.parametrization(matrix, **options)
     if matrix != shape:
         parametrization = parametrization.viewed_as(shape)
-    if tensor.is_complex():
-        return parametrization.to(tensor.device)
+    if tensor.is_complex():  # `Module.to` warns of complex dtypes
+        parametrization._apply(lambda t: t.to(tensor.device, t.dtype.to_complex()))
+        return parametrization
     return parametrization.to(tensor.device, tensor.dtype)
 
 

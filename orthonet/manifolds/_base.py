@@ -118,8 +118,11 @@ class Manifold(abc.ABC):
     def contains(self, x: Tensor, atol: float | None = None) -> Membership:
         """Whether all matrices of `x` lie on the space, to `atol` (default: `tolerance(x)`).
 
-        The result is true or false in a condition and tells the reason and the distance.
+        The result is true or false in a condition and tells the reason and the distance. Tensors
+        on the meta device are judged by shape and dtype.
         """
+        if not (x.is_floating_point() or x.is_complex()):
+            return Membership(math.inf, atol or 0.0, f"its dtype must be floating, not {x.dtype}")
         allowed = self.tolerance(x) if atol is None else float(atol)
         sizes = tuple(x.shape)
         if len(sizes) < self.event_ndim:
@@ -127,8 +130,8 @@ class Manifold(abc.ABC):
         problem = self._shape_problem(sizes)
         if problem is not None:
             return Membership(math.inf, allowed, problem)
-        if not x.numel():
-            return Membership(0.0, allowed, "it is empty")
+        if x.is_meta or not x.numel():
+            return Membership(0.0, allowed, "it has no values")
         if not bool(torch.isfinite(x).all()):
             return Membership(math.inf, allowed, "its entries must be finite")
         high = x.detach().to(torch.promote_types(x.dtype, torch.float64))

@@ -240,6 +240,18 @@ def test_copies_pickles_and_state_dicts(verb):
     assert torch.equal(module.weight, value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@every_verb
+def test_samples_have_the_dtype_of_the_weight(verb, dtype):
+    module = verb(linear(verb).to(dtype))
+    for part in (module, copy.deepcopy(module)):
+        sample = part.parametrizations.weight[0].sample()
+        assert sample.dtype is dtype
+        part.weight = sample
+        assert part.weight.dtype is dtype
+    assert module.double().parametrizations.weight[0].sample().dtype is torch.float64
+
+
 FLATTENED = [
     (V.orthogonal, (), Stiefel()),
     (V.grassmannian, (), Grassmannian()),
@@ -287,6 +299,7 @@ def test_complex_parameters_take_unitary():
         module.weight.real.sum().backward()
         opt.step()
     assert Unitary().contains(module.weight.detach())
+    assert module.parametrizations.weight[0].sample().dtype is torch.complex64
     orthonet.update_base(module)
     assert Unitary().contains(module.weight.detach())
     with pytest.raises(NotOnManifoldError, match="singular values"):
