@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from orthonet import _checks, reparametrizers
 from orthonet.constraints._list import ConstrainedList
+from orthonet.errors import NotOnManifoldError
 from orthonet.manifolds import Manifold, Parametrization
 from orthonet.manifolds.maps import ProjectedParametrization
 
@@ -36,7 +37,8 @@ def constrain(
         tensor_name: Name of a parameter or buffer of it, constrained already or not. On a
             tensor that has a constraint the new one is applied to its result: by projection, so
             that the last constraint holds, and the earlier ones as far as the projection keeps
-            them.
+            them. Where the projection leaves an earlier space, the coordinates stay, and the
+            value is the projection of the present one.
         space: The space.
         init: What becomes of the present value. None keeps it where it lies on the space and
             projects it otherwise; "keep" raises otherwise; "project" projects; "sample" draws a
@@ -48,8 +50,10 @@ def constrain(
 
     Raises:
         ValueError: no tensor of this name, or of a shape or dtype that the space does not have.
-        NotOnManifoldError: the present value is off the space and `init` is "keep", or the tensor
-            `init` is off it.
+        NotOnManifoldError: the present value is off the space and `init` is "keep", or what
+            `init` asks for is off it, or off the space of an earlier constraint.
+
+        After an error the module is as it was.
 
     Examples:
         >>> from orthonet.constraints import constrain
@@ -78,13 +82,35 @@ def constrain(
     chained = parametrize.is_parametrized(module, tensor_name)
     parametrization = _build(space, tensor, flatten, chained, options)
     value = _initial(parametrization, tensor.detach(), init)
-    if not chained:
-        with torch.no_grad():
-            tensor.copy_(value)
-    register(module, tensor_name, parametrization)
     if chained:
-        setattr(module, tensor_name, value)
+        _chain(module, tensor_name, parametrization, value, init)
+        return module
+    before = tensor.detach().clone()
+    with torch.no_grad():
+        tensor.copy_(value)
+    try:
+        register(module, tensor_name, parametrization)
+    except (RuntimeError, ValueError):
+        with torch.no_grad():
+            tensor.copy_(before)
+        raise
     return module
+
+
+def _chain(
+    module: nn.Module, tensor_name: str, parametrization: Parametrization, value: Tensor, init: Init
+) -> None:
+    """Apply one more parametrization to a constrained tensor, and assign `value`, or do nothing."""
+    if not value.is_meta:
+        parametrization.nearest(value, project=False)  # what a space cannot project is refused here
+    register(module, tensor_name, parametrization)
+    try:
+        setattr(module, tensor_name, value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, NotOnManifoldError) and init in (None, "keep", "project"):
+            return  # off an earlier space; the projection of the present value is in place already
+        del module.parametrizations[tensor_name][-1]  # type: ignore[index, operator]
+        raise
 
 
 def register(module: M, tensor_name: str, parametrization: nn.Module) -> M:
@@ -143,8 +169,9 @@ def _build(
         parametrization = space.parametrization(matrix, **options)
     if matrix != shape:
         parametrization = parametrization.viewed_as(shape)
-    if tensor.is_complex():
-        return parametrization.to(tensor.device)
+    if tensor.is_complex():  # `Module.to` warns of complex dtypes
+        parametrization._apply(lambda t: t.to(tensor.device, t.dtype.to_complex()))
+        return parametrization
     return parametrization.to(tensor.device, tensor.dtype)
 
 

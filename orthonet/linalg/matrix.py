@@ -51,6 +51,8 @@ def on_tall(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             "Reshape it, e.g. kernel.flatten(1)",
             shape=tuple(w.shape),
         )
+        if w.is_meta:
+            return torch.empty_like(w)
         x = w.to(compute_dtype(w.dtype))
         if w.shape[-2] >= w.shape[-1]:
             return function(x, *args, **kwargs).to(w.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orthonet._torch import is_traced
+from orthonet._torch import in_forward_mode, is_traced
 
 __all__ = ["sinkhorn"]
 
@@ -15,8 +15,8 @@ def sinkhorn(logits: Tensor, niters: int = 1000) -> Tensor:
 
     Alternating normalization of rows and columns in the logarithm, ended when the sums are right to
     rounding; at most `niters` rounds (100 where code is traced), after which rows are
-    exact and columns as near as it got. The gradient is implicit: a solve with
-    \(I - P P^\top\), independent of the number of rounds, of first order only.
+    exact and columns as near as it got. Derivatives of first and second order are implicit: solves
+    with \(I - P P^\top\), independent of the number of rounds.
 
     Shape:
         `logits`: (*batch, n, n). Output: the same.
@@ -28,22 +28,25 @@ def sinkhorn(logits: Tensor, niters: int = 1000) -> Tensor:
     n = logits.shape[-1]
     with torch.no_grad():
         x = logits.detach()
-        for step in range(100 if is_traced() else niters):
+        for step in range(1 if x.is_meta else 100 if is_traced() else niters):
             x = x - torch.logsumexp(x, -2, keepdim=True)
             rows = torch.logsumexp(x, -1, keepdim=True)
             x = x - rows
             enough = 4.0 * torch.finfo(x.dtype).eps
-            look = step % 8 == 7 and not is_traced() and not x.is_meta
+            look = step % 8 == 7 and not is_traced()
             if look and bool((rows.abs() <= enough).all()):
                 break
         p = x.exp()
-    if not logits.requires_grad:
+    if not logits.requires_grad and not in_forward_mode():
         return p
-    # d P = P * (dL + a + b'), with a and b such that the sums stay
-    d = p * (logits - logits.detach())
-    rows, columns = d.sum(-1, keepdim=True), d.sum(-2)[..., None]
+    # Newton steps, from p, keep its sums while the logits move: each gives one order of derivatives
+    q = p * (logits - logits.detach()).exp()
     ones = torch.full_like(p, 1.0 / n)  # removes the common shift of a and -b
     identity = torch.eye(n, dtype=p.dtype, device=p.device)
-    a = torch.linalg.solve(identity - p @ p.mT + ones, p @ columns - rows)
-    b = -columns - p.mT @ a
-    return p + d + p * (a + b.mT)
+    inverse = torch.linalg.inv(identity - p @ p.mT + ones)
+    for _ in range(2):
+        change = p - q
+        rows, columns = change.sum(-1, keepdim=True), change.sum(-2)[..., None]
+        a = inverse @ (rows - p @ columns)
+        q = q * (a + (columns - p.mT @ a).mT).exp()
+    return q

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from orthonet._torch import is_traced
 
 __all__ = ["Values", "eigen_map", "singular_map"]
 
@@ -21,9 +22,10 @@ Values = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def singular_map(x: Tensor, f: Values) -> Tensor:
-    r"""\(U \operatorname{diag}(f(\sigma)) V^\top\) of matrices, differentiable once.
+    r"""\(U \operatorname{diag}(f(\sigma)) V^\top\) of matrices.
 
-    The matrices are decomposed in float64 where the device has it.
+    The matrices are decomposed in float64 where the device has it. Second derivatives exist where
+    the values differ.
 
     Args:
         x: Matrices.
@@ -36,11 +38,11 @@ def singular_map(x: Tensor, f: Values) -> Tensor:
         Noferini, *A formula for the Fréchet derivative of a generalized matrix function*, SIAM J.
         Matrix Anal. Appl. 38 (2017), theorem 3.10.
     """
-    return _SingularMap.apply(x, f)  # type: ignore[return-value]
+    return _apply(x, f, True)[0]
 
 
 def eigen_map(x: Tensor, f: Values) -> Tensor:
-    r"""\(Q \operatorname{diag}(f(\lambda)) Q^\top\) of the symmetric part; differentiable once.
+    r"""\(Q \operatorname{diag}(f(\lambda)) Q^\top\) of the symmetric part; see `singular_map`.
 
     Args:
         x: Matrices.
@@ -52,7 +54,7 @@ def eigen_map(x: Tensor, f: Values) -> Tensor:
     References:
         Higham, *Functions of Matrices* (2008), theorem 3.11.
     """
-    return _EigenMap.apply(x, f)  # type: ignore[return-value]
+    return _apply(x, f, False)[0]
 
 
 def _divided(values: Tensor, f: Tensor, slope: Tensor) -> Tensor:
@@ -69,48 +71,93 @@ def _high(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.to(torch.promote_types(x.dtype, torch.float64))
 
 
-class _EigenMap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, f: Values) -> Tensor:
-        values, q = torch.linalg.eigh(_high(0.5 * (x + x.mH)))
-        image, slope = f(values)
-        ctx.save_for_backward(values, q, image, slope)
-        return ((q * image[..., None, :]) @ q.mH).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        values, q, image, slope = ctx.saved_tensors
-        g = grad.to(q.dtype)
-        inner = _divided(values, image, slope) * (q.mH @ (0.5 * (g + g.mH)) @ q)
-        return (q @ inner @ q.mH).to(grad.dtype), None
+def _eigen(x: Tensor, f: Values) -> tuple[Tensor, ...]:
+    """Eigenvectors and eigenvalues of the symmetric part, images and slopes."""
+    values, q = torch.linalg.eigh(_high(0.5 * (x + x.mH)))
+    return q, values, *f(values)
 
 
-class _SingularMap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, f: Values) -> Tensor:
-        u, sigma, vh = torch.linalg.svd(_high(x), full_matrices=False)
-        image, slope = f(sigma)
-        ctx.save_for_backward(u, sigma, vh, image, slope)
-        return ((u * image[..., None, :]) @ vh).to(x.dtype)
+def _eigen_differential(d: Tensor, *parts: Tensor) -> Tensor:
+    """The differential at the matrix of these parts, which is its own adjoint."""
+    q, values, image, slope = parts
+    g = d.to(q.dtype)
+    inner = _divided(values, image, slope) * (q.mH @ (0.5 * (g + g.mH)) @ q)
+    return (q @ inner @ q.mH).to(d.dtype)
+
+
+def _singular(x: Tensor, f: Values) -> tuple[Tensor, ...]:
+    """Singular vectors and values, images and slopes."""
+    u, sigma, vh = torch.linalg.svd(_high(x), full_matrices=False)
+    return u, vh.mH, sigma, *f(sigma)
+
+
+def _singular_differential(d: Tensor, *parts: Tensor) -> Tensor:
+    """The differential at the matrix of these parts, which is its own adjoint."""
+    u, v, sigma, image, slope = parts
+    g = d.to(u.dtype)
+    gv = g @ v
+    inner = u.mH @ gv
+    even, odd = 0.5 * (inner + inner.mH), 0.5 * (inner - inner.mH)
+    tiny = torch.finfo(sigma.dtype).tiny
+    total = sigma[..., :, None] + sigma[..., None, :]
+    images = image[..., :, None] + image[..., None, :]
+    mean = 0.5 * (slope[..., :, None] + slope[..., None, :])
+    ratio = torch.where(total > tiny, images / total.clamp_min(tiny), mean)
+    core = _divided(sigma, image, slope) * even + ratio * odd
+    secant = torch.where(sigma > tiny, image / sigma.clamp_min(tiny), slope)[..., None, :]
+    # What leads out of the column space or the row space; one of the two is zero.
+    left = (gv - u @ inner) * secant
+    ug = u.mH @ g
+    right = (u * secant) @ (ug - ug @ v @ v.mH)
+    return ((u @ core + left) @ v.mH + right).to(d.dtype)
+
+
+class _SpectralMap(torch.autograd.Function):
+    """A spectral function; its second derivatives are those of the decomposition."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        u, sigma, vh, image, slope = ctx.saved_tensors
-        g = grad.to(u.dtype)
-        gv = g @ vh.mH
-        inner = u.mH @ gv
-        even, odd = 0.5 * (inner + inner.mH), 0.5 * (inner - inner.mH)
-        tiny = torch.finfo(sigma.dtype).tiny
-        total = sigma[..., :, None] + sigma[..., None, :]
-        images = image[..., :, None] + image[..., None, :]
-        mean = 0.5 * (slope[..., :, None] + slope[..., None, :])
-        ratio = torch.where(total > tiny, images / total.clamp_min(tiny), mean)
-        core = _divided(sigma, image, slope) * even + ratio * odd
-        secant = torch.where(sigma > tiny, image / sigma.clamp_min(tiny), slope)[..., None, :]
-        # What leads out of the column space or the row space; one of the two is zero.
-        left = ((gv - u @ inner) * secant) @ vh
-        ug = u.mH @ g
-        right = (u * secant) @ (ug - ug @ vh.mH @ vh)
-        return (u @ core @ vh + left + right).to(grad.dtype), None
+    def forward(x: Tensor, f: Values, singular: bool) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        parts = (_singular if singular else _eigen)(x, f)
+        left, image, right = parts[0], parts[-2], parts[1] if singular else parts[0]
+        return ((left * image[..., None, :]) @ right.mH).to(x.dtype), *parts
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, ctx.f, ctx.singular = inputs
+        parts = output[1:]
+        ctx.mark_non_differentiable(*parts)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *parts)
+        ctx.save_for_forward(x, *parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad, (x, *parts) = grads[0], ctx.saved_tensors
+        if grad is None:
+            return None, None, None
+        differential = _singular_differential if ctx.singular else _eigen_differential
+        if torch.is_grad_enabled() or is_traced(grad):
+            parts = (_singular if ctx.singular else _eigen)(x, ctx.f)
+        return differential(grad, *parts), None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, x: Tensor, *options: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        result = _apply(x.movedim(in_dims[0], 0), *options)
+        return result, (0,) * len(result)
+
+
+class _SpectralMapForward(_SpectralMap):
+    """With forward mode, which Dynamo does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _, *parts = ctx.saved_tensors
+        differential = _singular_differential if ctx.singular else _eigen_differential
+        return differential(tangent, *parts), *(None for _ in parts)
+
+
+def _apply(x: Tensor, f: Values, singular: bool) -> Any:
+    function = _SpectralMap if torch.compiler.is_compiling() else _SpectralMapForward
+    return function.apply(x, f, singular)

@@ -20,7 +20,13 @@ from orthonet.errors import NotOnManifoldError
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds._parametrization import Parametrization
 
-__all__ = ["Manifold", "Membership"]
+__all__ = ["Manifold", "Membership", "root"]
+
+
+def root(square: Tensor) -> Tensor:
+    """Square root for lengths: at 0 and below, it and its derivative are 0."""
+    zero = square <= 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,11 @@ class Manifold(abc.ABC):
     def contains(self, x: Tensor, atol: float | None = None) -> Membership:
         """Whether all matrices of `x` lie on the space, to `atol` (default: `tolerance(x)`).
 
-        The result is true or false in a condition and tells the reason and the distance.
+        The result is true or false in a condition and tells the reason and the distance. Tensors
+        on the meta device are judged by shape and dtype.
         """
+        if not (x.is_floating_point() or x.is_complex()):
+            return Membership(math.inf, atol or 0.0, f"its dtype must be floating, not {x.dtype}")
         allowed = self.tolerance(x) if atol is None else float(atol)
         sizes = tuple(x.shape)
         if len(sizes) < self.event_ndim:
@@ -121,8 +130,8 @@ class Manifold(abc.ABC):
         problem = self._shape_problem(sizes)
         if problem is not None:
             return Membership(math.inf, allowed, problem)
-        if not x.numel():
-            return Membership(0.0, allowed, "it is empty")
+        if x.is_meta or not x.numel():
+            return Membership(0.0, allowed, "it has no values")
         if not bool(torch.isfinite(x).all()):
             return Membership(math.inf, allowed, "its entries must be finite")
         high = x.detach().to(torch.promote_types(x.dtype, torch.float64))
@@ -167,7 +176,7 @@ class Manifold(abc.ABC):
 
     def norm(self, x: Tensor, v: Tensor) -> Tensor:
         """Length of the tangent vector `v` at `x`."""
-        return self.inner(x, v, v).clamp_min(0.0).sqrt()
+        return root(self.inner(x, v, v))
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """Riemannian gradient at `x` from the gradient with respect to all entries."""

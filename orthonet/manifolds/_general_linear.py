@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._factorized import SingularParametrization, high, raised
 from orthonet.manifolds._linear import square_problem
 from orthonet.manifolds._low_rank import fill
 from orthonet.manifolds._parametrization import Parametrization
-from orthonet.manifolds.scalar import Scalar, positive_map
+from orthonet.manifolds.scalar import Scalar, at_least, positive_map
 from orthonet.manifolds.trivialization import Triv
 
 __all__ = ["SL", "GLp"]
@@ -88,20 +89,18 @@ class SL(GLp):
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield from super()._violations(x)
         # Rounding of the entries moves the logarithm by up to this many units roundoff.
-        condition = torch.linalg.matrix_norm(torch.linalg.inv_ex(x)[0]) * torch.linalg.matrix_norm(
-            x
-        )
         reason = "the determinant must be 1 (its logarithm 0, relative to the condition number)"
-        yield reason, torch.linalg.slogdet(x)[1].abs() / condition
+        yield reason, torch.linalg.slogdet(x)[1].abs() / _condition(x)
 
     def project(self, x: Tensor) -> Tensor:
         """A matrix of positive determinant, see `GLp`, divided by the n-th root of that."""
-        n = max(x.shape[-1], 1)
-        sign, logarithm = torch.linalg.slogdet(x)
-        if not bool((sign > 0).all()):
-            x = super().project(x)
-            logarithm = torch.linalg.slogdet(x)[1]
-        return x * torch.exp(-logarithm / n)[..., None, None]
+        n, work = max(x.shape[-1], 1), x.to(compute_dtype(x.dtype))
+        sign, logarithm = torch.linalg.slogdet(work)
+        inside = (sign > 0) & (_condition(work) < 0.125 / torch.finfo(work.dtype).eps)
+        if not x.is_meta and not bool(inside.all()):
+            work = super().project(work)
+            logarithm = torch.linalg.slogdet(work)[1]
+        return (work * torch.exp(-logarithm / n)[..., None, None]).to(x.dtype)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
         r"""The part of `v` orthogonal to \(x^{-\top}\), the normal."""
@@ -131,12 +130,19 @@ class SL(GLp):
         return _SpecialParametrization(self, shape, shape[-1], values, inverse, triv)
 
 
+def _condition(x: Tensor) -> Tensor:
+    """Condition number in the Frobenius norm."""
+    x = x.detach()
+    return torch.linalg.matrix_norm(torch.linalg.inv_ex(x)[0]) * torch.linalg.matrix_norm(x)
+
+
 @dataclass(frozen=True)
 class _UnitProduct:
     f: Callable[[Tensor], Tensor]
 
     def __call__(self, s: Tensor) -> Tensor:
-        logarithm = self.f(torch.cat([torch.ones_like(s[..., :1]), s[..., 1:]], -1)).log()
+        values = self.f(torch.cat([torch.ones_like(s[..., :1]), s[..., 1:]], -1))
+        logarithm = at_least(torch.finfo(s.dtype).eps, values).log()  # bounds the condition number
         return (logarithm - logarithm.mean(-1, keepdim=True)).exp()
 
 

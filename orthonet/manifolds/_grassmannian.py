@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orthonet.linalg import polar
+from orthonet.linalg.spectral_map import eigen_map
 from orthonet.manifolds._parametrization import Parametrization
+from orthonet.manifolds._sphere import arc_ratio
 from orthonet.manifolds._stiefel import Stiefel
 from orthonet.manifolds.trivialization import FrameTrivialization, Triv
 
@@ -42,8 +45,9 @@ class Grassmannian(Stiefel):
     def log(self, x: Tensor, y: Tensor) -> Tensor:
         r"""The shortest horizontal vector at `x` whose exponential spans the subspace of `y`.
 
-        First \(y^\top x = P H\) aligns the bases, then
-        \((I - x x^\top) y P = U \Sigma W^\top\) gives \(U \operatorname{atan2}(\Sigma, C) W^\top\).
+        First \(y^\top x = P H\) aligns the bases. The eigenvalues of H are the cosines of the
+        angles \(\theta\), and \((I - x x^\top) y P\,g(H)\) is the vector, with
+        \(g(\cos\theta) = \theta / \sin\theta\).
 
         References:
             Bendokat, Zimmermann & Absil, *A Grassmann manifold handbook*, Adv. Comput. Math. 50
@@ -51,11 +55,8 @@ class Grassmannian(Stiefel):
         """
         if x.shape[-2] < x.shape[-1]:
             return self.log(x.mT, y.mT).mT
-        q, _, rh = torch.linalg.svd(y.mH @ x)
-        aligned = y @ (q @ rh)  # the basis of span(y) nearest to x
-        u, sine, wh = torch.linalg.svd(aligned - x @ (x.mH @ aligned), full_matrices=False)
-        cosine = torch.linalg.vector_norm(x.mH @ aligned @ wh.mH, dim=-2)
-        return (u * torch.atan2(sine, cosine)[..., None, :]) @ wh
+        aligned = y @ polar(y.mT @ x)  # the basis of span(y) nearest to x
+        return self.tangent(x, aligned - x) @ eigen_map(x.mT @ aligned, _angle_over_sine)
 
     def angles(self, x: Tensor, y: Tensor) -> Tensor:
         """Principal angles between the subspaces, descending; accurate for small ones too."""
@@ -63,7 +64,7 @@ class Grassmannian(Stiefel):
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Root of the sum of the squared principal angles."""
-        return self.angles(x, y).square().sum(-1).sqrt()
+        return self.norm(x, self.log(x, y))
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Frobenius inner product (of horizontal vectors)."""
@@ -82,6 +83,17 @@ class Grassmannian(Stiefel):
     def equal(self, x: Tensor, y: Tensor, atol: float = 1e-6) -> bool:
         """Whether two bases span the same subspace."""
         return bool((self.distance(x, y) <= atol).all())
+
+
+def _angle_over_sine(cosine: Tensor) -> tuple[Tensor, Tensor]:
+    """Angle over sine of angles up to a right one, as a function of the cosine, and its slope."""
+    cosine = cosine.clamp(0.0, 1.0)
+    small = cosine > 0.999
+    s = torch.where(small, 0.5 * (1.0 - cosine), torch.zeros_like(cosine))
+    c = torch.where(small, torch.zeros_like(cosine), cosine)
+    ratio = torch.where(small, arc_ratio(s, 1.0 - s), torch.acos(c) / torch.sqrt(1.0 - c * c))
+    series = -1.0 / 3.0 - s * (8.0 / 15.0) - s * s * (24.0 / 35.0) - s**3 * (256.0 / 315.0)
+    return ratio, torch.where(small, series, (c * ratio - 1.0) / (1.0 - c * c))
 
 
 Gr = Grassmannian

@@ -94,7 +94,7 @@ class Symplectic(Manifold):
             Higham, Mackey, Mackey & Tisseur, *Functions preserving matrix groups and iterations for
             the matrix square root*, SIAM J. Matrix Anal. Appl. 26 (2005).
         """
-        if 0 in x.shape:
+        if 0 in x.shape or x.is_meta:
             return x
         j, high = _form(x), x.to(torch.promote_types(x.dtype, torch.float64))
         j = j.to(high.dtype)

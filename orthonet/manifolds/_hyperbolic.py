@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.manifolds._base import Manifold
+from orthonet.manifolds._base import Manifold, root
 from orthonet.manifolds._parametrization import Parametrization
+from orthonet.manifolds._sphere import arc_ratio
 from orthonet.manifolds.maps import MappedParametrization
 
 __all__ = ["Hyperbolic"]
@@ -95,15 +96,16 @@ class Hyperbolic(Manifold):
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
         """The tangent vector at `x` with exp(x, v) = y."""
-        across = self.tangent(x, y)
-        size = _lorentz(across, across).clamp_min(0.0).sqrt()
-        safe = torch.where(size > 0, size, torch.ones_like(size))
-        return across * (self.distance(x, y) / safe)[..., None]
+        s = -self._chord(x, y)[..., None]
+        return self.tangent(x, y - x) * arc_ratio(s, 1.0 - s)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         r"""\(2 r \operatorname{arsinh}(\|x - y\|_L / 2 r)\), accurate for near points."""
-        chord = _lorentz(x - y, x - y).clamp_min(0.0).sqrt()
-        return 2.0 * self.radius * torch.asinh(chord / (2.0 * self.radius))
+        return 2.0 * self.radius * torch.asinh(root(self._chord(x, y)))
+
+    def _chord(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""\(\|x - y\|_L^2 / 4 r^2\)."""
+        return _lorentz(x - y, x - y).clamp_min(0.0) / (4.0 * self.radius**2)
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         """The exponential."""

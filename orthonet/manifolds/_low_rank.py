@@ -71,6 +71,10 @@ class LowRank(Manifold):
         """The truncated singular value decomposition."""
         return singular_map(x, self._kept)
 
+    def _ones(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        _, slope = self._kept(sigma)
+        return slope, torch.zeros_like(sigma)
+
     def _kept(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         slope = torch.zeros_like(sigma)
         slope[..., : self.rank] = 1.0
@@ -83,9 +87,9 @@ class LowRank(Manifold):
             Vandereycken, *Low-rank matrix completion by Riemannian optimization*, SIAM J. Optim. 23
             (2013), eq. 2.5.
         """
-        u, _, vh = (part.to(x.dtype) for part in self._truncated(x))
-        left = u.mT @ v
-        return u @ left + (v - u @ left) @ vh.mT @ vh
+        w = singular_map(x, self._ones)
+        left = w @ (w.mT @ v)
+        return left + (v - left) @ w.mT @ w
 
     def sample(
         self,

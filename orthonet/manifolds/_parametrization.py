@@ -35,6 +35,10 @@ class Parametrization(nn.Module, abc.ABC):
         space: The space of the values.
         shape: Shape of the values, `(*batch, n, k)` or `(*batch, n)`.
 
+    Attributes:
+        dtype: Dtype of the values, as `.to()` was last told; that of `sample`.
+        device: Their device.
+
     Shape:
         Coordinates: (*batch, d), see `coordinate_shape`. Values: `shape`.
     """
@@ -44,6 +48,11 @@ class Parametrization(nn.Module, abc.ABC):
         self.space = space
         self.shape = space.check_shape(shape)
         self.value_shape = self.shape
+        self._stand_beside(torch.empty(0))
+
+    def _stand_beside(self, values: Tensor) -> None:
+        """Take over the dtype and the device of `values`."""
+        self.dtype, self.device = values.dtype, values.device
 
     def viewed_as(self, shape: Sequence[int]) -> Parametrization:
         """Let the values have another shape of as many entries, and return the module.
@@ -150,10 +159,8 @@ class Parametrization(nn.Module, abc.ABC):
         return x
 
     def sample(self, **options: Any) -> Tensor:
-        """A random point; the options are those of `space.sample`."""
-        buffer = next(self.buffers(), None)
-        if buffer is not None:
-            options = {"dtype": buffer.dtype, "device": buffer.device, **options}
+        """A random point; the options are those of `space.sample`, by default `dtype`, `device`."""
+        options = {"dtype": self.dtype, "device": self.device, **options}
         return self.space.sample(self.shape, **options).reshape(self.value_shape)
 
     def contains(self, x: Tensor, atol: float | None = None) -> Membership:
@@ -199,6 +206,7 @@ class Parametrization(nn.Module, abc.ABC):
         """Convert as any module, but keep buffers in float32 where half precision is asked for."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
+        self._stand_beside(fn(torch.empty(0, dtype=self.dtype, device=self.device)))
         for name, old in before.items():
             new = self._buffers[name]
             if old is None or new is None or not old.is_floating_point():

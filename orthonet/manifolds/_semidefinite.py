@@ -10,8 +10,8 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.linalg.spectral_map import eigen_map
-from orthonet.manifolds._base import Manifold
-from orthonet.manifolds._factorized import EigenParametrization, high, raised
+from orthonet.manifolds._base import Manifold, root
+from orthonet.manifolds._factorized import EigenParametrization, raised
 from orthonet.manifolds._linear import Symmetric, square_problem
 from orthonet.manifolds._low_rank import fill
 from orthonet.manifolds._parametrization import Parametrization
@@ -81,9 +81,9 @@ class _Semidefinite(Manifold):
         r = self._rank(x.shape)
         if r == x.shape[-1]:
             return s
-        q = torch.linalg.eigh(high(x))[1][..., -r:].to(x.dtype)
-        outside = s - q @ (q.mT @ s)
-        return s - (outside - (outside @ q) @ q.mT)
+        inside = eigen_map(x, lambda values: _largest(values, r))  # the projector onto the range
+        outside = s - inside @ s
+        return s - (outside - outside @ inside)
 
     def sample(
         self,
@@ -126,26 +126,25 @@ class PSD(_Semidefinite):
         return x @ (0.5 * (grad + grad.mT)) @ x
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
-        r"""\(x^{1/2} e^{x^{-1/2} v\,x^{-1/2}} x^{1/2}\)."""
-        root, inverse = _roots(x)
-        return _sandwich(root, _eigen(_sandwich(inverse, v), torch.exp))
+        r"""\(L\,e^{L^{-1} v L^{-\top}} L^\top\) with \(x = L L^\top\)."""
+        lower = _factor(x)
+        return _congruent(lower, torch.linalg.matrix_exp(_whitened(lower, v)))
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""\(x^{1/2} \log(x^{-1/2} y\,x^{-1/2})\,x^{1/2}\)."""
-        root, inverse = _roots(x)
-        return _sandwich(root, _eigen(_sandwich(inverse, y), torch.log))
+        r"""\(L \log(L^{-1} y L^{-\top})\,L^\top\) with \(x = L L^\top\)."""
+        lower = _factor(x)
+        return _congruent(lower, eigen_map(_whitened(lower, y), _logarithm))
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""\(\|\log(x^{-1/2} y\,x^{-1/2})\|_F\)."""
-        _, inverse = _roots(x)
-        values = torch.linalg.eigvalsh(_sandwich(inverse, y))
-        return values.log().square().sum(-1).sqrt()
+        r"""\(\|\log(L^{-1} y L^{-\top})\|_F\) with \(x = L L^\top\)."""
+        values = torch.linalg.eigvalsh(_whitened(_factor(x), y))
+        return root(values.log().square().sum(-1))
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         r"""Parallel transport along the geodesic: \(E v E^\top\), \(E = (y x^{-1})^{1/2}\)."""
-        root, inverse = _roots(x)
-        e = root @ _eigen(_sandwich(inverse, y), torch.sqrt) @ inverse
-        return e @ v @ e.mT
+        lower = _factor(x)
+        middle = eigen_map(_whitened(lower, y), _square_root)
+        return _congruent(lower @ middle, _whitened(lower, v))
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         r"""\(x + v + \tfrac12 v x^{-1} v\): of second order, and positive definite always."""
@@ -226,18 +225,42 @@ class PSSDFixedRank(_Semidefinite):
         return EigenParametrization(self, shape, self.rank, f, f.inverse, triv)
 
 
-def _eigen(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    values, q = torch.linalg.eigh(0.5 * (x + x.mT))
-    return (q * function(values)[..., None, :]) @ q.mT
+def _largest(values: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    image = torch.zeros_like(values)
+    image[..., values.shape[-1] - r :] = 1.0
+    return image, torch.zeros_like(values)
 
 
-def _roots(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Square root and inverse square root."""
-    values, q = torch.linalg.eigh(0.5 * (x + x.mT))
-    root = values.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
-    return (q * root[..., None, :]) @ q.mT, (q / root[..., None, :]) @ q.mT
+def _logarithm(values: Tensor) -> tuple[Tensor, Tensor]:
+    return values.log(), 1.0 / values
 
 
-def _sandwich(a: Tensor, x: Tensor) -> Tensor:
-    result = a @ x @ a
+def _square_root(values: Tensor) -> tuple[Tensor, Tensor]:
+    roots = values.sqrt()
+    return roots, 0.5 / roots
+
+
+def _factor(x: Tensor) -> Tensor:
+    """L of x = L L^T."""
+    try:
+        return torch.linalg.cholesky(0.5 * (x + x.mT))
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        _checks.fail(
+            "PSD",
+            f"x must be positive definite to the rounding of {x.dtype}",
+            "Convert it to float64, or raise its eigenvalues, e.g. PSD().project(x)",
+            shape=tuple(x.shape),
+        )
+
+
+def _congruent(a: Tensor, x: Tensor) -> Tensor:
+    """A x A^T of symmetric x."""
+    result = a @ x @ a.mT
+    return 0.5 * (result + result.mT)
+
+
+def _whitened(lower: Tensor, x: Tensor) -> Tensor:
+    """L^-1 x L^-T of symmetric x."""
+    half = torch.linalg.solve_triangular(lower, x, upper=False)
+    result = torch.linalg.solve_triangular(lower, half.mT, upper=False)
     return 0.5 * (result + result.mT)

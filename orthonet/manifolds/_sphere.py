@@ -14,12 +14,12 @@ from orthonet.linalg.rotation import (
     times_complement,
     times_complement_adjoint,
 )
-from orthonet.manifolds._base import Manifold
+from orthonet.manifolds._base import Manifold, root
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds.maps import ProjectedParametrization
 from orthonet.manifolds.trivialization import Trivialization
 
-__all__ = ["Oblique", "Sphere", "SphereTrivialization", "cos_sinc", "unit"]
+__all__ = ["Oblique", "Sphere", "SphereTrivialization", "arc_ratio", "cos_sinc", "unit"]
 
 
 def unit(x: Tensor) -> Tensor:
@@ -40,6 +40,23 @@ def cos_sinc(s: Tensor) -> tuple[Tensor, Tensor]:
     cos = 1.0 - near / 2.0 * (1.0 - near / 12.0 * (1.0 - near / 30.0 * (1.0 - near / 56.0)))
     sinc = 1.0 - near / 6.0 * (1.0 - near / 20.0 * (1.0 - near / 42.0 * (1.0 - near / 72.0)))
     return torch.where(small, cos, root.cos()), torch.where(small, sinc, root.sin() / root)
+
+
+def arc_ratio(s: Tensor, c: Tensor) -> Tensor:
+    r"""\(\arcsin\sqrt s / \sqrt{s c}\), \(c = 1 - s\), smooth at 0; 1 for c = 0.
+
+    An angle over its sine, from the square s of the sine of its half; for an s below 0 the same
+    with hyperbolic functions.
+    """
+    small = s.abs() < 1e-3
+    near = torch.where(small, s, torch.zeros_like(s))
+    series = torch.ones_like(s)
+    for n in (5, 4, 3, 2, 1):
+        series = 1.0 + near * (2 * n / (2 * n + 1)) * series
+    far = ~small & (c > 0)
+    size, c = torch.where(far, s.abs(), 0.5).sqrt(), torch.where(far, c, 0.5).sqrt()
+    arc = torch.where(s < 0, torch.asinh(size), torch.atan2(size, c))
+    return torch.where(small, series, torch.where(far, arc / (size * c), 1.0))
 
 
 @dataclass(frozen=True)
@@ -88,10 +105,9 @@ class Sphere(Manifold):
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
         """Shortest tangent vector that leads to `y`; zero where `y` is opposite to `x`."""
-        across = self.tangent(x, y)
-        norm = torch.linalg.vector_norm(across, dim=-1, keepdim=True)
-        safe = torch.where(norm > 0, norm, torch.ones_like(norm))
-        return across * (self.distance(x, y)[..., None] / safe)
+        minus, plus = x - y, x + y
+        halves = ((t * t).sum(-1, keepdim=True) / (4.0 * self.radius**2) for t in (minus, plus))
+        return self.tangent(x, -minus) * arc_ratio(*halves)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Length of the shorter arc; accurate for near and for opposite points."""
@@ -221,7 +237,7 @@ class Oblique(Manifold):
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Root of the sum of the squared distances of the columns."""
-        return self.sphere.distance(x.mT, y.mT).square().sum(-1).sqrt()
+        return root(self.sphere.distance(x.mT, y.mT).square().sum(-1))
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Parallel transport of the columns."""

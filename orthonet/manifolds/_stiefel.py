@@ -16,8 +16,12 @@ from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._linear import square_problem
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds._rotations import Distribution, block_rotation, rotation_angles
-from orthonet.manifolds.maps import ProjectedParametrization
-from orthonet.manifolds.trivialization import FrameTrivialization, SignedTrivialization, Triv
+from orthonet.manifolds.trivialization import (
+    FrameTrivialization,
+    SignedTrivialization,
+    Triv,
+    check_triv,
+)
 
 __all__ = ["SO", "St", "Stiefel"]
 
@@ -27,13 +31,14 @@ def nearest_rotation(x: Tensor, det: int) -> Tensor:
     q = polar(x)
     if 0 in x.shape:
         return q
-    negative = torch.linalg.det(q.detach()) * det < 0
-    if not bool(negative.any()):
+    work = compute_dtype(x.dtype)
+    negative = torch.linalg.det(q.detach().to(work)) * det < 0
+    if x.is_meta or not bool(negative.any()):
         return q
-    u, _, vh = torch.linalg.svd(x)
-    last = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
+    u, _, vh = torch.linalg.svd(x.to(work))
+    last = torch.ones(x.shape[-1], dtype=work, device=x.device)
     last[-1] = -1.0
-    return torch.where(negative[..., None, None], (u * last) @ vh, q)
+    return torch.where(negative[..., None, None], ((u * last) @ vh).to(x.dtype), q)
 
 
 def complex_polar(x: Tensor) -> Tensor:
@@ -45,7 +50,9 @@ def complex_polar(x: Tensor) -> Tensor:
     u = polar(real)
     q = torch.complex(u[..., : x.shape[-2], :k], u[..., x.shape[-2] :, :k])
     # Without full rank the real polar factor is not unique and need not be that of a complex one.
-    if not x.numel() or float((u[..., : x.shape[-2], k:].detach() + q.imag).abs().amax()) < 1e-3:
+    if x.is_meta or not x.numel():
+        return q
+    if float((u[..., : x.shape[-2], k:].detach() + q.imag).abs().amax()) < 1e-3:
         return q
     left, _, right = torch.linalg.svd(x, full_matrices=False)
     return left @ right
@@ -199,7 +206,7 @@ class Stiefel(Manifold):
             dtype: Dtype of the base, if the values are complex.
             cross: Let square matrices cross between the two components of O(n) in training.
         """
-        if triv == "polar":
+        if check_triv(self, triv, "polar") == "polar":
             return ProjectedParametrization(self, shape)
         if cross:
             _checks.require(

@@ -15,6 +15,7 @@ __all__ = [
     "ScalarMap",
     "Scalar",
     "absolute",
+    "at_least",
     "bounded_map",
     "fold",
     "log_derivative",
@@ -29,18 +30,26 @@ def absolute(s: Tensor) -> Tensor:
     return torch.where(s < 0, -s, s)
 
 
+def at_least(floor: float, y: Tensor) -> Tensor:
+    """`y` >= 0 where it is at least `floor`, otherwise raised by that; every slope is kept."""
+    return torch.where(y < floor, y + floor, y)
+
+
+def _positive(y: Tensor) -> Tensor:
+    return at_least(torch.finfo(y.dtype).tiny, y)
+
+
 def _softplus(s: Tensor) -> Tensor:
-    return F.softplus(s) + torch.finfo(s.dtype).eps
+    return _positive(F.softplus(s, threshold=40.0))  # e^-40 rounds to nothing, e^-20 does not
 
 
 def _softplus_inverse(y: Tensor) -> Tensor:
-    eps = torch.finfo(y.dtype).eps
-    y = (y - eps).clamp_min(eps)
+    y = y.clamp_min(torch.finfo(y.dtype).tiny)
     return y + (-torch.expm1(-y)).log()
 
 
 def _exp(s: Tensor) -> Tensor:
-    return s.exp() + torch.finfo(s.dtype).tiny
+    return _positive(s.exp())
 
 
 def _exp_inverse(y: Tensor) -> Tensor:
@@ -48,11 +57,11 @@ def _exp_inverse(y: Tensor) -> Tensor:
 
 
 def _absolute(s: Tensor) -> Tensor:
-    return absolute(s) + torch.finfo(s.dtype).eps
+    return _positive(absolute(s))
 
 
 def _absolute_inverse(y: Tensor) -> Tensor:
-    return (y - torch.finfo(y.dtype).eps).clamp_min(0.0)
+    return y.clamp_min(0.0)
 
 
 def fold(s: Tensor) -> Tensor:

@@ -34,11 +34,11 @@ _EXPONENTIAL = ("exponential", "expm", "exp")
 _CAYLEY = ("cayley",)
 
 
-def check_triv(owner: object, triv: Triv) -> Triv:
-    """Return "exponential", "cayley" or the given map."""
-    if callable(triv):
+def check_triv(owner: object, triv: Triv, *others: str) -> Triv:
+    """Return "exponential", "cayley", one of the `others`, or the given map."""
+    if callable(triv) or triv in others:
         return triv
-    _checks.one_of(owner, (*_EXPONENTIAL, *_CAYLEY), triv=triv)
+    _checks.one_of(owner, (*_EXPONENTIAL, *_CAYLEY, *others), triv=triv)
     return "cayley" if triv in _CAYLEY else "exponential"
 
 
@@ -136,6 +136,7 @@ class FrameTrivialization(Trivialization):
         self.transposed = self.shape[-2] < self.shape[-1]
         n, k = self._sizes
         base = torch.eye(n, k, device=device, dtype=dtype).expand(*self.batch_shape, n, k).clone()
+        self._stand_beside(base)
         self.register_buffer("base", base.mT.contiguous() if self.transposed else base)
         reflector = None  # not an empty one: writers of checkpoints take two such for one
         if k < n:

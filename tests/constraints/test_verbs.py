@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -138,7 +139,7 @@ def wrong(shape: tuple[int, ...]) -> Tensor:
 
 
 def train(module: nn.Module, name: str, opt: torch.optim.Optimizer, count: int = 5) -> None:
-    direction = torch.randn(getattr(module, name).shape)
+    direction = torch.randn_like(getattr(module, name))
     if not any(p.numel() for p in module.parametrizations[name].parameters()):
         return  # a single point, such as the Grassmannian of square matrices
     for _ in range(count):
@@ -239,6 +240,18 @@ def test_copies_pickles_and_state_dicts(verb):
     assert torch.equal(module.weight, value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@every_verb
+def test_samples_have_the_dtype_of_the_weight(verb, dtype):
+    module = verb(linear(verb).to(dtype))
+    for part in (module, copy.deepcopy(module)):
+        sample = part.parametrizations.weight[0].sample()
+        assert sample.dtype is dtype
+        part.weight = sample
+        assert part.weight.dtype is dtype
+    assert module.double().parametrizations.weight[0].sample().dtype is torch.float64
+
+
 FLATTENED = [
     (V.orthogonal, (), Stiefel()),
     (V.grassmannian, (), Grassmannian()),
@@ -286,6 +299,7 @@ def test_complex_parameters_take_unitary():
         module.weight.real.sum().backward()
         opt.step()
     assert Unitary().contains(module.weight.detach())
+    assert module.parametrizations.weight[0].sample().dtype is torch.complex64
     orthonet.update_base(module)
     assert Unitary().contains(module.weight.detach())
     with pytest.raises(NotOnManifoldError, match="singular values"):
@@ -336,6 +350,61 @@ def test_chained_constraints_hold_together():
     assert close(layer.weight, x)
     assert close(pickle.loads(pickle.dumps(layer)).weight, x)
     assert close(copy.deepcopy(layer).weight, x)
+
+
+SECOND = (V.orthogonal, V.nonnegative, V.norm_ball)
+
+
+def snapshot(module: nn.Module) -> tuple:
+    stages = [type(stage) for stage in module.parametrizations.weight]
+    return stages, {**copy.deepcopy(module.state_dict()), "weight": module.weight.detach().clone()}
+
+
+def same(before: tuple, after: tuple) -> bool:
+    (stages, old), (others, new) = before, after
+    return stages == others and old.keys() == new.keys() and all(map(torch.equal, *(
+        [t[key] for key in old] for t in (old, new))))  # fmt: skip
+
+
+@every_verb
+def test_a_second_constraint_works_by_projection(verb):
+    """It was left half registered where its projection left the first space."""
+    for second in (verb for verb in VERBS if verb.function in SECOND):
+        layer = verb(nn.Linear(4, 4).double())
+        first = layer.weight.detach().clone()
+        assert second(layer) is layer
+        assert second.space.contains(layer.weight.detach(), 1e-3)
+        assert close(layer.weight, second.space.project(first))
+        train(layer, "weight", adam(layer), 1)
+        assert second.space.contains(layer.weight.detach(), 1e-3)
+        constraints.remove(layer, "weight")
+
+
+@every_verb
+def test_a_second_constraint_is_applied_or_refused_as_a_whole(verb):
+    layer, refusals = verb(nn.Linear(4, 4)), []
+    before = snapshot(layer)
+    point = 0.1 * torch.randn(4, 4)  # in the ball, hardly on the first space
+    for space, attempt in (
+        (NormBall(), lambda module: V.norm_ball(module, init=point)),
+        (Symplectic(), lambda module: V.symplectic(module, init="sample")),
+        (Symplectic(), lambda module: V.symplectic(module, init="project")),
+        (Sphere(), lambda module: V.sphere(module, init="keep")),
+        (Bounded(), lambda module: V.bounded(module, init=torch.eye(3))),
+        (LowRank(1), lambda module: V.low_rank(module, "weight", 5)),
+    ):
+        module = copy.deepcopy(layer)
+        try:
+            attempt(module)
+        except ValueError as error:
+            refusals.append(str(error))
+            assert same(before, snapshot(module))
+            train(module, "weight", adam(module), 2)
+            assert verb.space.contains(matrix(verb, module.weight))
+        else:
+            assert space.contains(module.weight.detach(), 1e-3)
+    assert len(refusals) >= 3
+    assert all(re.match(r"\w+: .+, got .+\. .+\.$", message) for message in refusals)
 
 
 def test_errors_name_who_what_and_the_way_out():

@@ -34,6 +34,7 @@ from orthonet.manifolds import (
     Symmetric,
     Symplectic,
 )
+from orthonet.testing import tolerances
 
 SHAPES = {
     "1x1": (1, 1),
@@ -84,6 +85,13 @@ SPACES: list[tuple[Manifold, tuple[dict, ...]]] = [
     (ProductManifold((Stiefel(), Sphere()), dim=-2, sizes=(3, 1)), ()),
     (ProductManifold((Stiefel(), Stiefel()), dim=-1), ({"triv": "cayley"},)),
 ]
+
+# A point has up to two orthogonal factors, and is made by some 20 sums of 6 terms. Observed over
+# all cases and 12 seeds: 6.1e-15 and 3.1e-6.
+EXACT = {
+    dtype: 2 * tolerances.PROMISE[dtype] + tolerances.rounding(dtype, 20 * 6)
+    for dtype in (torch.float64, torch.float32)
+}
 
 
 def fits(space: Manifold, shape: tuple[int, ...]) -> bool:

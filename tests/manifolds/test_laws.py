@@ -25,18 +25,13 @@ from orthonet.manifolds import (
     Stiefel,
     Symplectic,
     Trivialization,
+    Unitary,
 )
 from orthonet.testing import tolerances
-from tests.manifolds.common import CASES, SPACES, fits, name, relative
+from tests.manifolds.common import CASES, EXACT, SPACES, fits, name, relative
 
 every_case = pytest.mark.parametrize("case", CASES, ids=name)
 PROJECTED = {torch.float64: 1e-10, torch.float32: 2e-6}  # some projections iterate
-# A point has up to two orthogonal factors, and is made by some 20 sums of 6 terms. Observed over
-# all cases and 12 seeds: 6.1e-15 and 3.1e-6.
-EXACT = {
-    dtype: 2 * tolerances.PROMISE[dtype] + tolerances.rounding(dtype, 20 * 6)
-    for dtype in (torch.float64, torch.float32)
-}
 OVERCOMPLETE = (Simplex, DoublyStochastic, Correlation)
 KINKED = (Nonnegative, Bounded, NormBall, SpectralBall, Simplex)
 
@@ -230,3 +225,41 @@ def test_vmap_and_compile_give_the_same_values():
             assert relative(torch.func.vmap(p)(c), loop) <= 1e-13
             compiled = torch.compile(p, fullgraph=True, backend="aot_eager")
             assert relative(compiled(c[0]), loop[0]) <= 1e-13
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TYPED = [(space, dtype) for space, _ in SPACES for dtype in DTYPES]
+TYPED += [(Unitary(), dtype) for dtype in (torch.complex128, torch.complex64)]
+
+
+@pytest.mark.parametrize(("space", "dtype"), TYPED, ids=str)
+def test_dtype_and_device_are_those_asked_for(space, dtype):
+    shape = next(s for s in ((2, 4, 4), (2, 6, 3)) if fits(space, s))
+    if dtype.is_complex:
+        p = space.parametrization(shape, dtype=dtype)
+    else:
+        p = space.parametrization(shape).to(dtype)
+    x = space.sample(shape, dtype=dtype)
+    for point in (x, space.project(x), p.sample(), p(p.right_inverse(p.sample()))):
+        assert point.dtype is dtype
+        assert space.contains(point)
+        assert p.contains(point)
+    assert p.sample(dtype=torch.float32).dtype is torch.float32
+    assert p.dtype is dtype
+    p.to("meta")
+    meta = (
+        p.sample(),
+        space.sample(shape, dtype=dtype, device="meta"),
+        space.project(x.to("meta")),
+    )
+    assert all(m.is_meta and m.dtype is dtype and m.shape == shape for m in meta)
+    assert space.contains(meta[0])  # as far as shape and dtype tell
+    assert "int64" in space.contains(torch.ones(shape, dtype=torch.int64)).reason
+
+
+def test_an_unknown_trivialization_is_told_every_name():
+    for space in (SO(), Stiefel()):
+        with pytest.raises(ValueError, match=r"'cayley', 'polar', got triv='householder'"):
+            space.parametrization((4, 4), triv="householder")
+    with pytest.raises(ValueError, match=r"'cayley', got triv='polar'"):
+        Grassmannian().parametrization((4, 2), triv="polar")
