@@ -74,6 +74,10 @@ _TESTED = (  # by the library; to try them would cost each process a fifth of a 
     BatchedPolarOrthogonalization,
     BatchedQROrthogonalization,
 )
+_OF_A_USER = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 _ALLOWED = 3.5e-4  # of singular values from 1, in float32, as for an assigned weight
 
 
@@ -175,7 +179,7 @@ class OrthoParams:
             return
         try:
             distance = _distance(lambda: self.orthogonalizer(small), small)
-        except Exception:  # of a user's code, that takes other shapes
+        except _OF_A_USER:  # whose code takes other shapes
             if any(t.is_meta for t in (*built.parameters(), *built.buffers())):
                 return
             distance = _distance(lambda: copy.deepcopy(built), shape)
