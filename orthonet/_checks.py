@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "boolean",
     "fail",
     "floating",
     "in_range",
@@ -86,6 +87,18 @@ def non_negative_int(owner: object, /, **values: Any) -> None:
         good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         require(
             good, owner, f"{name} must be an integer >= 0", f"Pass {name} >= 0", **{name: value}
+        )
+
+
+def boolean(owner: object, /, **values: Any) -> None:
+    """Every value must be True or False (or 1 or 0), not merely something that has a truth."""
+    for name, value in values.items():
+        require(
+            isinstance(value, int) and value in (0, 1),
+            owner,
+            f"{name} must be True or False",
+            f"Pass {name} so, and a preset by its keyword, ortho_params=preset",
+            **{name: value},
         )
 
 

@@ -4,6 +4,7 @@ __all__ = [
     "InPlaceEditWarning",
     "NotOnManifoldError",
     "OrthonetError",
+    "PresetWarning",
     "ProjectionWarning",
     "UncertifiableError",
 ]
@@ -23,6 +24,10 @@ class UncertifiableError(OrthonetError, ValueError):
 
 class ProjectionWarning(UserWarning):
     """A plain weight was loaded into a constrained layer and projected onto its manifold."""
+
+
+class PresetWarning(UserWarning):
+    """A checkpoint does not say with which preset it was made; it was saved before they did."""
 
 
 class InPlaceEditWarning(UserWarning):

@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
 import weakref
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from orthonet.errors import InPlaceEditWarning
 from orthonet.manifolds import Parametrization
 from orthonet.reparametrizers import CachedParametrizationList
 
 __all__ = ["ConstrainedList"]
 
-_INSIDE = (f"{Path(__file__).parents[1]}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}")
-
-
-def _levels_to_the_caller() -> int:
-    """How many frames above the calling function the code lies that is neither ours nor torch's."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
-        frame, level = frame.f_back, level + 1
-    return level
-
 
 class _Memory:
     """What was read last, and how to undo the last assignment; copies and pickles are empty."""
 
-    __slots__ = ("__weakref__", "read", "undo", "version")
+    __slots__ = ("__weakref__", "read", "undo")
 
     def __init__(self) -> None:
         self.read: weakref.ref[Tensor] | None = None
-        self.version = 0
         self.undo: tuple[weakref.ref[Tensor], list[Tensor]] | None = None
-
-    def note(self, value: Tensor) -> None:
-        """Remember that `value` was handed out."""
-        if self.read is None or self.read() is not value:
-            self.read = weakref.ref(value)
-        self.version = value._version
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Memory:
         return _Memory()
@@ -72,17 +50,9 @@ class ConstrainedList(CachedParametrizationList):
         if torch.compiler.is_compiling():
             return super().forward()
         memory = self._memory
-        last = None if memory.read is None else memory.read()
-        if last is not None and last._version != memory.version:
-            memory.read = None
-            warnings.warn(
-                "a constrained tensor was edited in place, which has no effect: assign to it "
-                "instead, e.g. layer.weight = torch.nn.init.orthogonal_(layer.weight)",
-                InPlaceEditWarning,
-                stacklevel=_levels_to_the_caller(),
-            )
         value = super().forward()
-        memory.note(value)
+        if memory.read is None or memory.read() is not value:
+            memory.read = weakref.ref(value)
         return value
 
     @torch.no_grad()

@@ -12,12 +12,15 @@ from orthonet import _checks
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds import Stiefel
 from orthonet.reparametrizers import BatchedIdentity, OrthoParams, OrthoWeight
+from orthonet.reparametrizers.orthogonal import IDENTITY
 
 __all__ = ["manifold_groups", "on_manifold", "trivialize"]
 
 
 class _OnManifold(nn.Module):
     """Stands where the orthogonalizer was, which it keeps for the way back."""
+
+    function = IDENTITY
 
     def __init__(self, weight: OrthoWeight) -> None:
         super().__init__()

@@ -31,6 +31,7 @@ from orthonet.convert._stateless import (
     norm_twin,
     pool_twin,
 )
+from orthonet.convert._untrained import is_untrained
 from orthonet.layers import available
 
 __all__ = ["Rule", "orthogonalize"]
@@ -73,7 +74,8 @@ def orthogonalize(
     Args:
         model: Any module.
         weights: "project" takes the nearest orthogonal weight that each layer finds and keeps
-            biases; "reset" draws new ones.
+            biases; "reset" draws new ones. A warning says so, before the work begins, where
+            nobody has trained the weights that are to be projected.
         rules: What to do with modules by name, a pattern of `fnmatch` such as `"layer4.*"`, or by
             class. The first rule that matches decides: False leaves the module alone; True converts
             it by default; a string names a method of the registry, see
@@ -130,6 +132,15 @@ def orthogonalize(
     _check_rules(model, rules)
     if weights == "project":
         _check_finite(model)
+        if is_untrained(model):
+            sentence = _checks.message(
+                owner,
+                "the model is at its random initialization, of which a projection keeps nothing",
+                "Pass weights='reset', which draws orthogonal weights at once, or load the trained "
+                "weights first",
+                model=type(model).__name__, weights=weights,
+            )  # fmt: skip
+            warnings.warn(sentence, UserWarning, stacklevel=2)
     options = {
         "weights": weights, "downsample": downsample, "fallback": fallback, "norm": norm,
         "activation": activation, "pool": pool,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.reparametrizers import Weight
 from orthonet.reparametrizers.plain_values import warn_projected
+from orthonet.reparametrizers.recorded import keep_if_refused
 
 __all__ = ["ConstrainedWeight", "WithoutPlainWeight"]
 
@@ -106,6 +107,7 @@ class ConstrainedWeight:
         if not hasattr(self.parametrization, "weight"):
             for key in [key for key in state_dict if key.startswith(f"{own}weight.")]:
                 state_dict[own + key.removeprefix(f"{own}weight.")] = state_dict.pop(key)
+        keep_if_refused(self, state_dict, prefix, error_msgs)  # type: ignore[arg-type]
         done = self.parametrization.load_plain(
             state_dict, plain, own, error_msgs, self, lambda w: w.detach() / self._factor
         )
@@ -150,6 +152,7 @@ class WithoutPlainWeight:
                 if name.startswith(prefix):
                     state_dict.pop(name)
             return
+        keep_if_refused(self, state_dict, prefix, error_msgs)  # type: ignore[arg-type]
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -57,6 +57,7 @@ class OrthoConvNd(ConstrainedWeight):
         _checks.positive_int(
             owner, in_channels=in_channels, out_channels=out_channels, groups=groups
         )
+        _checks.boolean(owner, bias=bias)
         _checks.one_of(owner, self._padding_modes, padding_mode=padding_mode)
         _checks.one_of(owner, tuple(KERNEL_METHODS), method=method)
         _checks.require(

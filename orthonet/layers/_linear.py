@@ -101,6 +101,7 @@ class OrthoLinear(_ConstrainedLinear):
         lipschitz: float = 1.0,
     ) -> None:
         _checks.positive_int(type(self), in_features=in_features, out_features=out_features)
+        _checks.boolean(type(self), bias=bias)
         weight = OrthoWeight((out_features, in_features), ortho_params, device, dtype)
         super().__init__(in_features, out_features, bias, device, dtype, weight, lipschitz)
 
@@ -238,5 +239,6 @@ class UnitNormLinear(_ConstrainedLinear):
         lipschitz: float = 1.0,
     ) -> None:
         _checks.positive_int(type(self), in_features=in_features, out_features=out_features)
+        _checks.boolean(type(self), bias=bias)
         rows = _UnitRows((out_features, in_features), device, dtype)
         super().__init__(in_features, out_features, bias, device, dtype, rows, lipschitz)

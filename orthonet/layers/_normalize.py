@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from orthonet._checks import in_range, positive_int, require
+from orthonet._checks import boolean, in_range, positive_int, require
 
 __all__ = [
     "BatchCentering1d",
@@ -170,6 +170,7 @@ class _BatchCentering(nn.Module):
         super().__init__()
         positive_int(self, num_features=num_features)
         in_range(self, 0.0, 1.0, momentum=momentum)
+        boolean(self, bias=bias)
         self.num_features = num_features
         self.momentum = momentum
         if bias:

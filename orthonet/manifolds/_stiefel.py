@@ -16,6 +16,7 @@ from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._linear import square_problem
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds._rotations import Distribution, block_rotation, rotation_angles
+from orthonet.manifolds.maps import ProjectedParametrization
 from orthonet.manifolds.trivialization import (
     FrameTrivialization,
     SignedTrivialization,

@@ -41,6 +41,7 @@ from orthonet.reparametrizers.providers import (
     invalidate,
     share_among_ranks,
 )
+from orthonet.reparametrizers.recorded import RecordedWeight
 from orthonet.reparametrizers.registration import (
     CachedParametrizationList,
     adopt,
@@ -81,6 +82,7 @@ __all__ = [
     "Orthogonalizer",
     "Provider",
     "REEVALUATING_OPTIMIZERS",
+    "RecordedWeight",
     "ReshapedKernel",
     "Weight",
     "adopt",

@@ -11,18 +11,26 @@ from orthonet import _checks, _torch
 from orthonet.linalg import haar, polar_svd
 from orthonet.linalg.distributed import whole
 from orthonet.linalg.matrix import compute_dtype
-from orthonet.linalg.retraction import CentredMap
+from orthonet.linalg.retraction import POLAR, QR, CentredMap
 from orthonet.reparametrizers._normalizers import BatchedIdentity, BatchedPowerIteration
-from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
+from orthonet.reparametrizers._params import (
+    DEFAULT_ORTHO_PARAMS,
+    OrthoParams,
+    described,
+    require_params,
+)
 from orthonet.reparametrizers.orthogonalizers import Orthogonalizer, require_semi_orthogonal
-from orthonet.reparametrizers.weight import GIVEN, Weight
+from orthonet.reparametrizers.recorded import RecordedWeight
+from orthonet.reparametrizers.weight import GIVEN
 
-__all__ = ["OrthoWeight"]
+__all__ = ["IDENTITY", "OrthoWeight"]
+
+IDENTITY = "identity"  # the function of a matrix that is a parameter itself
 
 _SCALING = (BatchedIdentity, BatchedPowerIteration)  # they multiply by a positive number
 
 
-class OrthoWeight(Weight):
+class OrthoWeight(RecordedWeight):
     r"""A semi-orthogonal matrix (or batch): `original`, a normalizer and an orthogonalizer.
 
     Calling it computes `orthogonalizer(normalizer(original))` in float32 at least, also under
@@ -56,6 +64,7 @@ class OrthoWeight(Weight):
     ) -> None:
         super().__init__()
         sizes = _checks.weight_shape(self, shape)
+        require_params(self, ortho_params)
         _checks.require(
             dtype is None or dtype.is_floating_point,
             self,
@@ -87,6 +96,24 @@ class OrthoWeight(Weight):
         if not isinstance(step, Orthogonalizer) or _torch.is_hooked(step):
             return None
         return step.map if step.exact else None
+
+    @property
+    def made_by(self) -> str:
+        """The function, the normalizer and the orthogonalizer, as `state_dict` holds them."""
+        scaled = type(self.normalizer) in _SCALING
+        function = getattr(self.orthogonalizer, "function", "") if scaled else ""
+        return f"{function} | {described(self.normalizer)}, {described(self.orthogonalizer)}"
+
+    def accepts(self, made_by: str) -> bool:
+        """Whether a parameter of a weight made so gives the same weight here.
+
+        Matrices of `orthonet.convert.on_manifold` are parameters of themselves for the polar and
+        the QR map; a model of it looks at the matrices that are loaded.
+        """
+        functions = {self.made_by.split(" | ")[0], made_by.split(" | ")[0]}
+        return super().accepts(made_by) or (
+            IDENTITY in functions and functions <= {IDENTITY, POLAR.name, QR.name}
+        )
 
     def evaluate(self) -> Tensor:
         """Compute the constrained matrix, in the dtype of `original`."""

@@ -77,6 +77,11 @@ class Orthogonalizer(nn.Module, abc.ABC):
         """`centred`, if the very class of the module names it."""
         return vars(type(self)).get("centred")
 
+    @property
+    def function(self) -> str:
+        """The name of the map, which several classes compute; empty for one of its own."""
+        return "" if self.map is None else self.map.name
+
     def __init__(self, weight_shape: Sequence[int]) -> None:
         super().__init__()
         self.weight_shape = _checks.weight_shape(self, weight_shape)

@@ -258,3 +258,70 @@ def test_factories():
 def test_bad_arguments_name_class_and_value(make, message):
     with pytest.raises(ValueError, match=rf"^Batched\w+: .*{message}.*got"):
         make()
+
+
+class SquareOnly(nn.Module):
+    """An orthogonalizer of a user that takes one shape only."""
+
+    def __init__(self, weight_shape):
+        super().__init__()
+        assert weight_shape == (6, 6)
+        self.register_buffer("shift", torch.zeros(6, 6))
+
+    def forward(self, w):
+        return torch.linalg.qr(w + self.shift).Q
+
+
+class Doubling(SquareOnly):
+    def forward(self, w):
+        return 2 * super().forward(w)
+
+
+@pytest.mark.parametrize(
+    ("params", "shape"),
+    [
+        (OrthoParams(BatchedIdentity, BatchedPowerIteration), (4, 4)),
+        (OrthoParams(BatchedIdentity, BatchedPowerIteration), (4, 1)),  # one singular value
+        (OrthoParams(BatchedQROrthogonalization, BatchedPowerIteration), (2, 5, 3)),  # swapped
+        (OrthoParams(BatchedBjorckOrthogonalization, BatchedIdentity), (3, 5)),
+        (OrthoParams(BatchedIdentity, lambda shape: nn.ReLU()), (3, 3)),
+        (OrthoParams(BatchedIdentity, lambda shape: nn.Flatten(0)), (3, 3)),
+        (OrthoParams(BatchedIdentity, Doubling), (6, 6)),
+    ],
+)
+def test_what_does_not_orthogonalize_is_refused_when_it_is_built(params, shape):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="OrthoParams: orthogonalizer must turn matrices"):
+            OrthoWeight(shape, params)
+
+
+def test_own_orthogonalizers_are_tried_once_and_leave_no_trace():
+    calls = []
+
+    def make(shape):
+        calls.append(tuple(shape))
+        torch.randn(3)
+        return SquareOnly(shape)
+
+    params = OrthoParams(BatchedIdentity, make)
+    params.build((6, 6))
+    tried = len(calls)
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        OrthoWeight((6, 6), params)
+    params.build((6, 6))
+    torch.set_rng_state(state)
+    assert len(calls) == tried + 2
+    fresh = OrthoParams(BatchedIdentity, SquareOnly)
+    fresh.build((6, 6))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert fresh == OrthoParams(BatchedIdentity, SquareOnly)
+    assert pickle.loads(pickle.dumps(fresh)) == fresh
+
+
+def test_factories_that_make_no_modules_are_refused():
+    with pytest.raises(ValueError, match=r"orthogonalizer must return a torch\.nn\.Module"):
+        OrthoParams(BatchedIdentity, lambda shape: None).build((3, 3))
+    for wrong in ("cholesky", None, BatchedQROrthogonalization, OrthoParams):
+        with pytest.raises(ValueError, match="ortho_params must be an OrthoParams"):
+            OrthoWeight((3, 3), wrong)

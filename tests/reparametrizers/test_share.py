@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -415,9 +421,27 @@ def checkpoints(rank, folder):
         assert differ(whole(model.parameters()), whole(other.parameters())) == 0.0
     # in one process
     plain = build()
-    plain.load_state_dict({k: v.full_tensor() for k, v in model.state_dict().items()})
+    state = model.state_dict()
+    shards = {k: v.full_tensor() for k, v in state.items() if hasattr(v, "full_tensor")}
+    plain.load_state_dict({**state, **shards})
     with torch.no_grad():
         assert differ([plain(x)], [model(x)]) == 0.0
+
+
+def full_checkpoints(rank):
+    """Gathered by all and sent by the first: the preset is in them, and every process compares."""
+    model = shard(build("QR"))
+    whole_state = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    saved = get_model_state_dict(model, options=whole_state)
+    sent = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    other = shard(build("QR"))
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.1)
+    set_model_state_dict(other, dict(saved) if rank == 0 else {}, options=sent)
+    assert differ(whole(model.parameters()), whole(other.parameters())) == 0.0
+    with pytest.raises(RuntimeError, match="checkpoint=QR_ORTHO_PARAMS"):
+        set_model_state_dict(shard(build()), dict(saved) if rank == 0 else {}, options=sent)
 
 
 def mixed_precision(rank):
@@ -443,7 +467,7 @@ def mixed_precision(rank):
 
 
 WHOLE = (replicas, each_its_part, unused_layers, two_networks, left_to_each)
-SHARDS = (sharded, shards_are_seen, checkpoints, mixed_precision)
+SHARDS = (sharded, shards_are_seen, checkpoints, full_checkpoints, mixed_precision)
 
 
 def run(rank: int, path: str, functions) -> None:

@@ -54,6 +54,7 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
         _checks.positive_int(
             self, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers
         )
+        _checks.boolean(self, bias=bias, batch_first=batch_first, bidirectional=bidirectional)
         _checks.in_range(self, 0.0, 1.0, dropout=dropout)
         _checks.in_range(self, 0, hidden_size - 1, proj_size=proj_size)
         self._kernel_options(ortho_params, triv, init)

@@ -44,6 +44,7 @@ class RecurrentCell(RecurrentKernels):
     ) -> None:
         """Make everything but the values of the parameters."""
         _checks.positive_int(type(self), input_size=input_size, hidden_size=hidden_size)
+        _checks.boolean(type(self), bias=bias)
         module: Any = self
         nn.Module.__init__(module)
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias

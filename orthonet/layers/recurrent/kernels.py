@@ -14,9 +14,17 @@ from orthonet.linalg import polar_svd
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds import Stiefel
 from orthonet.manifolds.trivialization import Triv
-from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams, OrthoWeight, Weight
+from orthonet.reparametrizers import (
+    DEFAULT_ORTHO_PARAMS,
+    OrthoParams,
+    OrthoWeight,
+    RecordedWeight,
+    Weight,
+)
+from orthonet.reparametrizers._params import require_params
 from orthonet.reparametrizers.orthogonalizers import require_semi_orthogonal
 from orthonet.reparametrizers.plain_values import warn_projected
+from orthonet.reparametrizers.recorded import keep_if_refused
 
 __all__ = [
     "INITIALIZATIONS",
@@ -29,7 +37,7 @@ __all__ = [
 INITIALIZATIONS = ("haar", "henaff", "torus", "cayley", "identity")
 
 
-class TrivializedWeight(Weight):
+class TrivializedWeight(RecordedWeight):
     """An orthogonal matrix (or stack) by a map from the skew-symmetric ones, around a base.
 
     Args:
@@ -51,6 +59,12 @@ class TrivializedWeight(Weight):
         coordinates = torch.zeros(self.trivialization.coordinate_shape, device=device, dtype=dtype)
         self.original = nn.Parameter(coordinates)
         self.trivialization.to(device=device, dtype=self.original.dtype)
+        self._triv: Any = getattr(self.trivialization, "triv", triv)  # without its aliases
+
+    @property
+    def made_by(self) -> str:
+        """The map from skew-symmetric matrices, as `state_dict` holds it."""
+        return f" | triv={getattr(self._triv, '__name__', self._triv)}"
 
     @property
     def shape(self) -> torch.Size:
@@ -107,6 +121,7 @@ class RecurrentKernels:
     def _kernel_options(self, ortho_params: OrthoParams, triv: Triv | None, init: str) -> None:
         """Check and keep how the kernels are made and where they start."""
         _checks.one_of(self, INITIALIZATIONS, init=init)
+        require_params(self, ortho_params)
         _checks.require(
             triv is None or ortho_params == DEFAULT_ORTHO_PARAMS,
             self,
@@ -221,6 +236,7 @@ class RecurrentKernels:
         error_msgs: list[str],
     ) -> None:
         """Also accept the kernels of the `nn` twin: they are projected, with a warning."""
+        keep_if_refused(self, state_dict, prefix, error_msgs)  # type: ignore[arg-type]
         moved, dtype = 0.0, torch.float32
         for name in self.recurrent:
             plain, own = f"{prefix}{name}", f"{prefix}recurrent.{name}."

@@ -274,6 +274,7 @@ class MappedLinear(ConstrainedWeight, nn.Linear):
             (out_features, in_features), self._map(), self._initial, lipschitz, device, dtype,
             inverse=self._inverse,
         )  # fmt: skip
+        _checks.boolean(type(self), bias=bias)
         new_bias(self, out_features if bias else None, device, dtype)
 
     def _map(self) -> Callable[[Tensor], Tensor]:
@@ -322,6 +323,7 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
         )
         _checks.lipschitz_constant(type(self), lipschitz)
         self.parametrization = self._make(lipschitz, device, dtype)
+        _checks.boolean(type(self), bias=bias)
         new_bias(self, out_channels if bias else None, device, dtype)
 
     def _make(

@@ -214,4 +214,5 @@ class BROLinear(MappedLinear):
             (size, self.rank), function, delta_orthogonal, lipschitz, device, dtype,
             weight_shape=(out_features, in_features),
         )  # fmt: skip
+        _checks.boolean(type(self), bias=bias)
         new_bias(self, out_features if bias else None, device, dtype)

@@ -99,6 +99,7 @@ class FourierConv2d(WithoutPlainWeight, nn.Module):
         )
         self.lipschitz = float(lipschitz)
         self.image_size = image_size_of(owner, image_size)
+        _checks.boolean(type(self), bias=bias)
         new_bias(self, out_channels if bias else None, device, dtype)
 
     def _strided_same(self) -> None:

@@ -139,6 +139,7 @@ class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
         self.mixing = OrthoWeight((width, width), ortho_params, device, dtype)
         self.shift = SpatialShift2d(fraction, padding_mode)
         self.activation = BetaAbs(beta, dim=-3)
+        _checks.boolean(type(self), bias=bias)
         new_bias(self, width if bias else None, device, dtype)
 
     def reset_parameters(self) -> None:

@@ -139,6 +139,7 @@ class SandwichLinear(WithoutPlainWeight, nn.Module):
         self.activation = ACTIVATIONS[activation]()
         self.parametrization = _Pair(out_features, in_features, device, dtype)
         new_bias(self, out_features, device, dtype, "log_scale")
+        _checks.boolean(type(self), bias=bias)
         new_bias(self, out_features if bias else None, device, dtype)
 
     def reset_parameters(self) -> None:

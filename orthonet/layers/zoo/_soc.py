@@ -149,6 +149,7 @@ class SOCConv2d(SameSizeConv2d):
         self.parametrization = SkewKernel(
             (groups * width, width, *self.kernel_size), groups, float(reach), device, dtype
         )
+        _checks.boolean(type(self), bias=bias)
         new_bias(self, out_channels if bias else None, device, dtype)
 
     def _number_of_terms(self, dtype: torch.dtype) -> int:

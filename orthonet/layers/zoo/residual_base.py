@@ -131,6 +131,7 @@ class _Residual(InnerWeight):
         _checks.one_of(owner, tuple(ACTIVATIONS), activation=activation)
         self._set_constant(lipschitz)
         self.activation = ACTIVATIONS[activation]()
+        _checks.boolean(type(self), bias=bias)
         new_bias(self, hidden if bias else None, device, dtype)
 
 

@@ -26,6 +26,7 @@ from orthonet.reparametrizers.providers.computation import (
     own_graph,
 )
 from orthonet.reparametrizers.providers.defer import deferred, undeferred
+from orthonet.reparametrizers.providers.edits import warn_edited
 from orthonet.reparametrizers.providers.engine import ENGINE
 from orthonet.reparametrizers.providers.structure import STATE, Stamps, Structure
 from orthonet.reparametrizers.weight import GIVEN, Weight
@@ -159,6 +160,11 @@ def _hit(weight: Weight, slot: Slot) -> Tensor | None:
     return kept.get(stamps.requires_grad and torch.is_grad_enabled())
 
 
+def _edited(_: Structure, stamps: Stamps, kept: Kept) -> bool:
+    """Whether a reader has written to the value, and to nothing that it was computed from."""
+    return kept.generation == _steps and stamps.hold() and not kept.stamp.holds(kept.constant)
+
+
 def _keep(weight: Weight, structure: Structure, kept: Kept) -> None:
     """Keep a value that has just been computed; a user's map may have written to itself."""
     slot = slot_of(weight)
@@ -184,7 +190,10 @@ def read(weight: Weight) -> Tensor | None:
             value = _hit(weight, slot)
             if value is not None:
                 return value
+        edited = slot.current is not None and _edited(*slot.current)
         slot.current = None  # free what is out of date first
+        if edited:
+            warn_edited()
         structure = keepable(weight)
         if structure is None:
             return None

@@ -30,6 +30,7 @@ from orthonet.reparametrizers.providers.computation import (
     pulled_cold,
 )
 from orthonet.reparametrizers.providers.defer import OPEN, deferred
+from orthonet.reparametrizers.providers.edits import differs, warn_edited
 from orthonet.reparametrizers.providers.matrices import (
     Member,
     groups_of,
@@ -76,6 +77,11 @@ class Record:
         tensor: Any = parameter()
         self.stamp, self.stream = stamp, _torch.current_stream(tensor)
 
+    def of(self, weight: Weight) -> bool:
+        """Whether the parameter of `weight` is as it was."""
+        p = weight._parameters.get("original")
+        return p is not None and self.parameter() is p and self.stamp.holds(p)
+
     def holds(self, weight: Weight) -> bool:
         """Whether it is the value of the parameter of `weight` as that stands."""
         p = weight._parameters.get("original")
@@ -106,14 +112,20 @@ class Batch:
 class Shared:
     """A computation that several weights read, and the tensors that they are given."""
 
-    __slots__ = ("__weakref__", "computation", "constants", "graphed", "places", "scores")
+    __slots__ = ("__weakref__", "computation", "constants", "graphed", "places", "scores", "stamps")
 
     def __init__(
-        self, computation: Computation, weights: Sequence[Weight], scores: Sequence[Tensor] = ()
+        self,
+        computation: Computation,
+        weights: Sequence[Weight],
+        scores: Sequence[Tensor] = (),
+        composed: bool = False,
     ) -> None:
         self.scores = [(p, _torch.Stamp(p)) for p in scores]
         self.computation = computation
         self.constants = computation.outputs
+        # Readers are given these tensors; those of a packet have their stamps in the records.
+        self.stamps = tuple(map(_torch.Stamp, self.constants)) if composed else ()
         self.graphed: tuple[Tensor, ...] | None = None
         self.places = {number_of(w): i for i, w in enumerate(weights)}
 
@@ -129,14 +141,16 @@ class Shared:
         return self.graphed
 
     def current(self) -> bool:
-        """Whether the scores that it was composed with have not changed."""
-        return all(stamp.holds(p) for p, stamp in self.scores)
+        """Whether neither the scores that it was composed with nor the outputs have changed."""
+        return all(stamp.holds(p) for p, stamp in self.scores) and all(
+            map(_torch.Stamp.holds, self.stamps, self.constants)
+        )
 
 
 class Found:
     """What a read of one weight has found, and what it holds for."""
 
-    __slots__ = ("constant", "parts", "records", "scores", "shared", "stamps", "steps")
+    __slots__ = ("constant", "given", "parts", "records", "scores", "shared", "stamps", "steps")
 
     def __init__(
         self, weight: Weight, records: tuple[Record, ...], composition: Composition | None
@@ -150,9 +164,30 @@ class Found:
         self.steps = tuple(_torch.ModuleStamp(part) for part in self.parts or (weight,))
         self.shared: tuple[Shared, int] | None = None  # with gradients, and the place therein
         self.constant: Tensor | None = None
+        self.given: tuple[tuple[_torch.Stamp, Tensor], ...] = ()  # of a composed weight, to readers
+
+    def give(self, shared: Shared, place: int) -> None:
+        """Remember, of a composed weight, what readers are given."""
+        if shared.stamps:
+            self.given += ((shared.stamps[place], shared.constants[place]),)
+
+    def touched(self) -> list[Tensor]:
+        """What readers were given, if one of them may have written to it."""
+        record: Any = self.records[0]
+        given = self.given if self.parts else ((record.kept, record.value),)
+        return [value for stamp, value in given if not stamp.holds(value)]
+
+    def unmoved(self, weight: Weight) -> bool:
+        """Whether the parameters and scores are as they were."""
+        held = zip(self.records, self.parts or (weight,), strict=True)
+        moved = any(not record.of(part) for record, part in held)
+        return not moved and all(map(_torch.Stamp.holds, self.stamps, self.scores))
 
     def holds(self, weight: Weight) -> bool:
         """Whether it is the value of `weight` as that stands."""
+        for stamp, value in self.given:
+            if not stamp.holds(value):
+                return False
         parts = self.parts or (weight,)
         for record, part, step in zip(self.records, parts, self.steps, strict=True):
             if not (step.holds(part) and record.holds(part)):
@@ -330,21 +365,44 @@ class Engine:
         found = served.found
         if found is None or not found.holds(weight):
             with self.lock:
-                found = served.found = self._find(weight)
+                before, found = found, self._find(weight)
+                served.found = found
             if found is None:
                 return None
+            if before is not None:
+                self._tell_of_edits(weight, before, found)
         if torch.is_grad_enabled() and found.learns():
             shared = found.shared
             if shared is None:
                 with self.lock:
                     shared = found.shared = self._shared(weight, found, True)
+                found.give(*shared)
             return shared[0].outputs()[shared[1]]
         value = found.constant
         if value is None or value.requires_grad:
             with self.lock:
                 shared, place = self._shared(weight, found, False)
             value = found.constant = shared.constants[place].detach()
+            found.give(shared, place)
         return value
+
+    def _tell_of_edits(self, weight: Weight, before: Found, found: Found) -> None:
+        """Warn, once for all weights, if a reader has written to the value of this one.
+
+        Weights of a batch share a version counter: the values themselves tell whose was written to.
+        """
+        touched = before.touched()
+        if not touched or not before.unmoved(weight):
+            return
+        with self.lock, torch.no_grad():
+            shared, place = self._shared(weight, found, False)
+            if not any(differs(t, shared.constants[place]) for t in touched):
+                return
+            for other in alive():
+                served = _served(other)
+                if served.found is not None and served.found.touched():
+                    served.found = None
+        warn_edited()
 
     def pull_back(self, weight: Weight, grad: Tensor) -> list[Tensor | None] | None:
         """The gradients of the parameters of `weight` from that of its value.
@@ -513,7 +571,7 @@ class Engine:
         ]
         family = Family([c for _, c, _ in members], parts, grad)
         scores = [p for _, c, _ in members for p in c.scores]
-        return Shared(family, [other for other, _, _ in members], scores)
+        return Shared(family, [other for other, _, _ in members], scores, composed=True)
 
 
 def _served(weight: Weight) -> Served:
