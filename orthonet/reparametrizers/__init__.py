@@ -9,7 +9,19 @@ from orthonet.reparametrizers._normalizers import (
     L2Normalize,
 )
 from orthonet.reparametrizers._parameter_groups import parameter_groups
-from orthonet.reparametrizers._params import (
+from orthonet.reparametrizers._polar import BatchedPolarOrthogonalization
+from orthonet.reparametrizers._spectral import FourierWeight
+from orthonet.reparametrizers.groups import fuse, unfuse
+from orthonet.reparametrizers.kernel_geometry import KernelGeometry
+from orthonet.reparametrizers.orthogonal import OrthoWeight
+from orthonet.reparametrizers.orthogonalizers import (
+    BatchedBjorckOrthogonalization,
+    BatchedCholeskyOrthogonalization,
+    BatchedExponentialOrthogonalization,
+    BatchedQROrthogonalization,
+    Orthogonalizer,
+)
+from orthonet.reparametrizers.params import (
     AUTO_ORTHO_PARAMS,
     BJORCK_PASS_THROUGH_ORTHO_PARAMS,
     CHOLESKY_ORTHO_PARAMS,
@@ -22,18 +34,6 @@ from orthonet.reparametrizers._params import (
     QR_ORTHO_PARAMS,
     ClassParam,
     OrthoParams,
-)
-from orthonet.reparametrizers._polar import BatchedPolarOrthogonalization
-from orthonet.reparametrizers._spectral import FourierWeight
-from orthonet.reparametrizers.groups import fuse, unfuse
-from orthonet.reparametrizers.kernel_geometry import KernelGeometry
-from orthonet.reparametrizers.orthogonal import OrthoWeight
-from orthonet.reparametrizers.orthogonalizers import (
-    BatchedBjorckOrthogonalization,
-    BatchedCholeskyOrthogonalization,
-    BatchedExponentialOrthogonalization,
-    BatchedQROrthogonalization,
-    Orthogonalizer,
 )
 from orthonet.reparametrizers.providers import (
     REEVALUATING_OPTIMIZERS,

@@ -14,7 +14,6 @@ from orthonet.errors import NotOnManifoldError
 from orthonet.linalg.kernels.filtering import filter_signal
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.reparametrizers._kernel_fit import fit_factors
-from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
 from orthonet.reparametrizers.kernel_geometry import (
     KernelFactors,
     KernelGeometry,
@@ -22,6 +21,7 @@ from orthonet.reparametrizers.kernel_geometry import (
     sharpened,
 )
 from orthonet.reparametrizers.orthogonal import OrthoWeight
+from orthonet.reparametrizers.params import DEFAULT_ORTHO_PARAMS, OrthoParams
 from orthonet.reparametrizers.weight import Composition, Weight
 
 __all__ = ["OrthoKernel"]

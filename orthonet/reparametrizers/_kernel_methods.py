@@ -11,8 +11,8 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.reparametrizers._kernel import OrthoKernel
-from orthonet.reparametrizers._params import DEFAULT_ORTHO_PARAMS, OrthoParams
 from orthonet.reparametrizers.orthogonal import OrthoWeight
+from orthonet.reparametrizers.params import DEFAULT_ORTHO_PARAMS, OrthoParams
 from orthonet.reparametrizers.weight import Weight
 
 __all__ = ["KERNEL_METHODS", "ReshapedKernel"]

@@ -13,13 +13,13 @@ from orthonet.linalg.distributed import whole
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.linalg.retraction import POLAR, QR, CentredMap
 from orthonet.reparametrizers._normalizers import BatchedIdentity, BatchedPowerIteration
-from orthonet.reparametrizers._params import (
+from orthonet.reparametrizers.orthogonalizers import Orthogonalizer, require_semi_orthogonal
+from orthonet.reparametrizers.params import (
     DEFAULT_ORTHO_PARAMS,
     OrthoParams,
     described,
     require_params,
 )
-from orthonet.reparametrizers.orthogonalizers import Orthogonalizer, require_semi_orthogonal
 from orthonet.reparametrizers.recorded import RecordedWeight
 from orthonet.reparametrizers.weight import GIVEN
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.errors import PresetWarning
-from orthonet.reparametrizers._params import name_of
+from orthonet.reparametrizers.params import name_of
 from orthonet.reparametrizers.weight import Weight
 
 __all__ = ["RecordedWeight", "keep_if_refused"]

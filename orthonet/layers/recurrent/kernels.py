@@ -21,8 +21,8 @@ from orthonet.reparametrizers import (
     RecordedWeight,
     Weight,
 )
-from orthonet.reparametrizers._params import require_params
 from orthonet.reparametrizers.orthogonalizers import require_semi_orthogonal
+from orthonet.reparametrizers.params import require_params
 from orthonet.reparametrizers.plain_values import warn_projected
 from orthonet.reparametrizers.recorded import keep_if_refused
 
