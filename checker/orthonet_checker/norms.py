@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import flint
 import numpy as np
@@ -27,6 +28,7 @@ TERMS = 2**22
 
 def gamma(count: int) -> Fraction:
     """Relative error of a sum of products with so many roundings for each of its terms."""
+    need(count < 2**40, "too many roundings")
     return Fraction(count) / (2**53 - count)
 
 
@@ -41,6 +43,12 @@ def scale_of(a: np.ndarray) -> float:
     """The power of two that brings all entries into [-1, 1]; 1 for zeros."""
     largest = float(np.max(np.abs(a), initial=0.0))
     return math.ldexp(1.0, math.frexp(largest)[1]) if largest else 1.0
+
+
+def moderate(a: Any, low: int, high: int) -> bool:
+    """Whether all numbers are 0 or lie between these powers of two, in absolute value."""
+    size = np.abs(np.asarray(a, dtype=np.float64))
+    return bool(np.all((size == 0) | ((size > 2.0**low) & (size < 2.0**high))))
 
 
 def square_up(a: np.ndarray) -> Fraction:

@@ -71,13 +71,13 @@ class Operation:
         """The squared constant of the output from those of the operands, and the claimed gain."""
         return squares[0] * self.gain**2
 
-    def span(self) -> float:
-        """The largest |log2| of its constants other than 0."""
-        found = [getattr(self, name) for name in (*self.constants, "factor", "factors", "eps")
-                 if getattr(self, name, None) is not None]  # fmt: skip
-        sizes = [np.abs(np.asarray(value, dtype=np.float64)).ravel() for value in found]
-        whole = np.concatenate([np.ones(1), *sizes])
-        return float(np.abs(np.log2(whole[whole > 0])).max())
+    def is_moderate(self) -> bool:
+        """Whether a product of one of its numbers and of 2^-400 to 2^300 stays in range.
+
+        The smallest factors are those of `batch_norm`, above 2^-351; pools divide by 2^48 at most.
+        """
+        numbers = [getattr(self, name, None) for name in ("factor", "factors", "eps")]
+        return all(norms.moderate(x, -300, 300) for x in numbers if x is not None)
 
     def apply(self, *xs: np.ndarray, **_: bool) -> np.ndarray:
         """The function."""
@@ -228,10 +228,10 @@ class Add(Operation, name="add"):
     keys: ClassVar = {"factors": reals}
     operands = 0
     linear = True
-    terms = 8
 
     def shape(self, *shapes: Shape) -> Shape:
         need(len(set(shapes)) == 1 and len(shapes) == len(self.factors), "terms of a sum")
+        self.terms = len(shapes) + 4
         return shapes[0]
 
     def combine(self, squares: Sequence[Fraction]) -> Fraction:

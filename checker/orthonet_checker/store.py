@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from orthonet_checker.norms import moderate
 from orthonet_checker.schema import Rejected, many, need, parse, record, text, whole
 
 DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
@@ -72,8 +73,7 @@ class Store:
         need(len(data) == math.prod(key.shape) * DTYPES[key.dtype].itemsize, "size of a tensor")
         values = np.frombuffer(data, DTYPES[key.dtype]).reshape(key.shape).astype(np.float64)
         need(bool(np.isfinite(values).all()), "a constant is not finite")
-        size = np.abs(values)
-        need(bool(np.all((size == 0) | ((size > 2.0**-200) & (size < 2.0**200)))),
+        need(moderate(values, -200, 200),
              "a constant is beyond the range in which roundings are counted")  # fmt: skip
         return values
 

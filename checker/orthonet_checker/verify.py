@@ -153,7 +153,8 @@ def verify(
 
 
 def _root(square: Fraction) -> str:
-    return f"{float(norms.root_up(square)):.10g}"
+    root = norms.root_up(square)
+    return f"{float(root):.10g}" if root < 2**1023 else "more than 2^1023"
 
 
 def _inside(i: int, nodes: Sequence[Any]) -> int:
@@ -305,11 +306,13 @@ def _affine_part(
 
     They are run on unit vectors. With K roundings on the way |fl(A) - A| <= gamma_K |A|_1 entry by
     entry, where |A|_1 is the same run with absolute values, itself rounded: with its computed value
-    M and e = gamma_2K both are covered. No product of constants on the way may leave the range of
-    floats: it would be lost in A and in M.
+    M and e = gamma_2K both are covered. What leaves the range of floats would be lost in A and in
+    M: after each operation all entries of the run that gives M must be 0 or in [2^-400, 2^300].
+    No product in the next one then does (`is_moderate`), and what is lost of smaller numbers in A
+    is below 2^-300 of what M counts there.
     """
     need(node.op is not None and node.op.linear, "the node itself is not affine")
-    terms, span, seen, stack = node.op.terms, node.op.span(), set(), list(node.sources)
+    terms, seen, stack = node.op.terms, set(), list(node.sources)
     while stack:
         i = stack.pop()
         if i == since or i in seen:
@@ -318,9 +321,10 @@ def _affine_part(
         inner = nodes[i]
         need(inner.op is not None and inner.op.linear and i > since,
              f"node {i} is not affine since node {since}")  # fmt: skip
-        terms, span = terms + inner.op.terms, span + inner.op.span()
+        terms += inner.op.terms
         stack += inner.sources
-    need(span < 450, "constants too large or too small to be multiplied in floats")
+    lost = "numbers too large or too small to be multiplied in floats"
+    need(all(n.op.is_moderate() for n in (node, *(nodes[i] for i in seen))), lost)
     index, start = sorted(seen), nodes[since].shape
     width = int(np.prod(start))
     need(width * int(np.prod(node.shape)) <= norms.TERMS * 2, "too large to be written out")
@@ -333,11 +337,12 @@ def _affine_part(
             for i, inner in [*((i, nodes[i]) for i in index), (-1, node)]:
                 xs = [env[j] for j in inner.sources]
                 env[i] = inner.op.apply(*xs, linear=True, size=size)
+                need(not size or norms.moderate(env[i], -400, 300), lost)
             rows.append(env[-1].reshape(len(unit), -1))
         return np.concatenate(rows).T
 
     found, majorant = run(False), run(True)
-    need(bool(np.isfinite(majorant).all() and majorant.max() < 2.0**300), "numbers too large")
+    need(bool(np.isfinite(found).all()), lost)
     return found, majorant, norms.gamma(2 * terms + 2) if terms else Fraction(0)
 
 

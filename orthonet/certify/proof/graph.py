@@ -28,8 +28,9 @@ __all__ = ["Constant", "Writer"]
 _WORTH = 1.0 + 2.0**-17
 """A joint bound of affine operations is written where it is so much below their product."""
 _FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
-_LARGEST_SPAN = 440.0
-"""How many powers of two apart constants in a row may be for the checker to multiply them."""
+_LARGEST_SPAN = 290.0
+"""How many powers of two apart constants in a row may be for the checker to multiply them: it takes
+products from 2^-400 to 2^300, and pools and wide sums need some room."""
 
 
 class Constant:
@@ -292,13 +293,15 @@ class Writer:
         if self.walker.chains.get(state) is None:
             return
         found = chain_witness(self, state)
-        if found is None or sum(map(self._span, range(len(self.nodes)))) >= _LARGEST_SPAN:
+        if found is None:
             return
-        bound = mul_up(found.gain, self.bounds[self.index(found.start)])
+        since = self.index(found.start)
+        if sum(map(self._span, range(since, place + 1))) >= _LARGEST_SPAN:
+            return
+        bound = mul_up(found.gain, self.bounds[since])
         if bound * _WORTH >= self.bounds[place]:
             return
         names = [self.constant(m, state, "multipliers") for m in found.multipliers]
-        since = self.index(found.start)
         self.nodes[place]["chain"] = {
             "since": since, "gain": found.gain.hex(), "multipliers": names,
         }  # fmt: skip
