@@ -239,6 +239,7 @@ def gram_convolution(kernel: np.ndarray, stride: Sequence[int], squared: bool) -
     """
     flat, taps, s = _flat(kernel, stride)
     groups, count, c, inner = flat.shape
+    need(count <= 4096, "too many taps for row sums")
     bits, high, low, rest = pieces_of(flat, count * inner)
     index = np.stack(np.unravel_index(np.arange(count), taps), 1)
     sums: dict[tuple[int, ...], list[np.ndarray]] = {}
@@ -298,6 +299,7 @@ def torus(
     whole = math.lcm(*circle)
     table = roots_of_unity(whole)
     half = (*circle[:-1], circle[-1] // 2 + 1)  # the kernel is real: the others are conjugate
+    need(math.prod(half) * count <= 4 * TERMS, "too many taps and frequencies for the torus")
     frequency = np.indices(half).reshape(len(half), -1).T * (whole // np.array(circle))
     place = np.indices(taps).reshape(len(taps), -1)
     waves = table[(frequency @ place) % whole]

@@ -17,6 +17,7 @@ import numpy as np
 
 from orthonet_checker import norms
 from orthonet_checker.schema import (
+    SIDE,
     Check,
     boolean,
     many,
@@ -29,6 +30,7 @@ from orthonet_checker.schema import (
 )
 
 Shape = tuple[int, ...]
+steps = many(whole(1, SIDE))
 OPERATIONS: dict[str, type[Operation]] = {}
 sizes, pairs, reals = many(whole(1)), many(pair), many(real)
 
@@ -178,7 +180,7 @@ class Pad(Operation, name="pad"):
         need(len(self.amounts) == len(shapes[0]), "a pad needs two amounts for each dim")
         need((self.value is None) == (self.mode != "constant"), "constant pads have a value")
         for n, (a, b) in zip(shapes[0], self.amounts, strict=True):
-            most = {"wrap": n, "reflect": n - 1}.get(self.mode, 2**40)
+            most = {"wrap": n, "reflect": n - 1}.get(self.mode, SIDE)
             need(max(a, b) <= most, "a pad must not be longer than what it copies")
         return tuple(n + a + b for n, (a, b) in zip(shapes[0], self.amounts, strict=True))
 
@@ -313,6 +315,7 @@ class BatchNorm(Operation, name="batch_norm"):
     terms = 16
 
     def shape(self, *shapes: Shape) -> Shape:
+        need(len(shapes[0]) >= 1, "channels of a norm")
         for name in self.constants:
             found = getattr(self, name)
             need(found is None or found.shape == shapes[0][:1], f"the shape of {name}")

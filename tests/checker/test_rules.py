@@ -207,11 +207,11 @@ def test_products_that_underflow_prove_nothing():
         "format": "orthonet certificate 1", "weights": "w", "inputs": [[2]], "constants": {},
         "nodes": nodes, "outputs": [12], "bound": (1.0).hex(), "each": [(1.0).hex()], "prover": {},
     }  # fmt: skip
-    assert verify(content, Store(), Store()).bound == 1
+    assert verify(content, Store()).bound == 1
     nodes[12]["joint"] = {"since": 0, "gain": (0.5).hex(), "t": (0.2).hex()}
     content["bound"] = content["each"][0] = (0.5).hex()
     with pytest.raises(Rejected, match="too large or too small"):
-        verify(content, Store(), Store())
+        verify(content, Store())
 
 
 WIDTH = 2**10
@@ -265,10 +265,10 @@ def test_what_underflows_without_constants_proves_nothing(shrink, rule):
             return exact.certificate([[1]], nodes, gain, arrays)
 
         if holds:
-            assert exact.verdict(*claimed(1 + 2.0**-9)).bound == Fraction(1 + 2.0**-9)
+            assert verify(*claimed(1 + 2.0**-9)).bound == Fraction(1 + 2.0**-9)
         for gain in (2.0**-24, 1 - 2.0**-9) if holds else (2.0**-24, 1 + 2.0**-9):
             with pytest.raises(Rejected):
-                exact.verdict(*claimed(gain))
+                verify(*claimed(gain))
 
 
 @pytest.mark.parametrize("factors", [["scale"] * 6, ["add"] * 6, ["scale", "add"] * 3])
@@ -283,14 +283,14 @@ def test_factors_of_any_size_prove_nothing_false(factors, power):
     assert exact.run(nodes, [Fraction(1)]) == [1]
     nodes[-1]["joint"] = {"since": 0, "gain": (0.5).hex(), "t": (0.25).hex()}
     with pytest.raises(Rejected):
-        exact.verdict(*exact.certificate([[1]], nodes, 0.5))
+        verify(*exact.certificate([[1]], nodes, 0.5))
     nodes[-1]["joint"] = {"since": 0, "gain": (1.0 + 2.0**-30).hex(), "t": (1.0 + 2.0**-32).hex()}
     content, store = exact.certificate([[1]], nodes, 1.0 + 2.0**-30)
     if abs(power) == 60:
-        assert exact.verdict(content, store).bound == 1 + Fraction(1, 2**30)
+        assert verify(content, store).bound == 1 + Fraction(1, 2**30)
     else:
         with pytest.raises(Rejected, match="too large or too small"):
-            exact.verdict(content, store)
+            verify(content, store)
 
 
 @pytest.mark.parametrize("count", [1000, 20_000])
@@ -306,10 +306,10 @@ def test_sums_of_many_terms_round_as_often(count):
         nodes[1]["joint"] = {"since": 0, "gain": gain.hex(), "t": (1 + 2.0**-48).hex()}
         content, store = exact.certificate([[1]], nodes, gain)
         if holds:
-            assert exact.verdict(content, store).bound == Fraction(gain)
+            assert verify(content, store).bound == Fraction(gain)
         else:
             with pytest.raises(Rejected, match="above the joint gain"):
-                exact.verdict(content, store)
+                verify(content, store)
 
 
 ROUNDINGS = {
