@@ -39,6 +39,20 @@ def root_up(square: Fraction) -> Fraction:
     return Fraction(root, 1 << (shift // 2))
 
 
+def shorten(square: Fraction) -> Fraction:
+    """Not below the number, with some 1000 digits at most: products in a row stay cheap.
+
+    Up to 512 binary digits nothing is lost, and of more less than 2^-510 of the number, or 2^-8192.
+    """
+    size = square.numerator.bit_length() - square.denominator.bit_length()
+    need(size < 8192, "gains too large to be multiplied")
+    if square.numerator.bit_length() <= 512 and square.denominator.bit_length() <= 8192:
+        return square
+    shift = min(8192, 511 - size)
+    scaled = square * Fraction(2) ** shift
+    return Fraction(-(-scaled.numerator // scaled.denominator)) / Fraction(2) ** shift
+
+
 def scale_of(a: np.ndarray) -> float:
     """The power of two that brings all entries into [-1, 1]; 1 for zeros."""
     largest = float(np.max(np.abs(a), initial=0.0))

@@ -292,6 +292,7 @@ def _node(
         found = [_look_up(arrays, name, "multipliers") for name in claim["multipliers"]]
         _chain(node, since, nodes, found, claim["gain"])
         node.square = min(node.square, claim["gain"] ** 2 * nodes[since].square)
+    node.square = norms.shorten(node.square)
     return node
 
 
@@ -300,19 +301,22 @@ def _pieces(sources: tuple[int, ...], nodes: list[_Node]) -> Fraction:
 
     With gains g_i since the slices x_i of x, sum g_i^2 |dx_i|^2 is at most max g_i^2 |dx|^2.
     """
-    found: list[dict[tuple[int, int], tuple[set[int], Fraction]]] = []
+    found: list[dict[tuple[int, int], tuple[range, Fraction]]] = []
     for i in sources:
         slices, gain = {}, Fraction(1)
         while nodes[i].op is not None and len(nodes[i].sources) == 1 and nodes[i].op.gain:
             op, i = nodes[i].op, nodes[i].sources[0]
-            gain *= op.gain**2
+            gain = norms.shorten(gain * op.gain**2)
             if type(op).__name__ == "Slice":
-                slices.setdefault((i, op.dim), (set(range(op.start, op.stop, op.step)), gain))
+                slices.setdefault((i, op.dim), (range(op.start, op.stop, op.step), gain))
         found.append(slices)
     best = sum((nodes[i].square for i in sources), Fraction(0))
     for key in set(found[0]).intersection(*found[1:]):
         parts = [slices[key] for slices in found]
-        if len(set().union(*(p for p, _ in parts))) == sum(len(p) for p, _ in parts):
+        count = sum(len(p) for p, _ in parts)
+        if count <= nodes[key[0]].shape[key[1]] and count == len(
+            np.unique(np.concatenate([np.arange(p.start, p.stop, p.step) for p, _ in parts]))
+        ):
             best = min(best, max(g for _, g in parts) * nodes[key[0]].square)
     return best
 
@@ -342,12 +346,14 @@ def _affine_part(
         terms += inner.op.terms
         stack += inner.sources
     lost = "numbers too large or too small to be multiplied in floats"
-    need(all(n.op.is_moderate() for n in (node, *(nodes[i] for i in seen))), lost)
     index, start = sorted(seen), nodes[since].shape
-    width, inside = math.prod(start), sum(math.prod(nodes[i].shape) for i in seen)
-    need(width * math.prod(node.shape) <= norms.TERMS * 2 and width * inside <= 64 * SIZE,
+    width, inside = math.prod(start), [node, *(nodes[i] for i in seen)]
+    work = sum(math.prod(n.shape) * (n.op.terms + 1) for n in inside)
+    need(width * math.prod(node.shape) <= norms.TERMS * 2 and width * work <= 2**38,
          "too large to be written out")  # fmt: skip
-    step = max(1, min(64, SIZE // (inside + 1)))
+    step = max(1, min(64, SIZE // work))
+
+    need(all(n.op.is_moderate() for n in inside), lost)
 
     def run(size: bool) -> np.ndarray:
         rows = []
@@ -473,7 +479,7 @@ def _check_pairs(pairs: np.ndarray, nodes: list[_Node], last: int) -> None:
     rows = np.arange(count)
     while node.op is not None and type(node.op).__name__ in ("Slice", "Scale"):
         if type(node.op).__name__ == "Scale":
-            factor *= node.op.factor**2
+            factor = norms.shorten(factor * node.op.factor**2)
         else:
             rows = rows * node.op.step + node.op.start
         node = nodes[node.sources[0]]
@@ -515,6 +521,8 @@ def _check_samples(
     if verdict.assumed:
         verdict.notes.append("the samples cannot be checked: not all operations are known")
         return
+    entries = sum(math.prod(n.shape) for n in nodes) * len(wanted[0])
+    need(entries <= 16 * SIZE, "samples: too large to be computed")
     values: list[np.ndarray] = []
     left = list(inputs)
     for node in nodes:

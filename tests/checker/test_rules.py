@@ -170,6 +170,41 @@ def test_roots_round_upward():
         assert square <= root**2 <= square * (1 + Fraction(1, 2**78)) + Fraction(1, 2**150)
 
 
+def test_long_numbers_are_shortened_upward():
+    rng = random.Random(0)
+    for bits in (3, 100, 512):
+        short = Fraction(rng.getrandbits(bits) | 1, 2 ** rng.randint(0, 8000))
+        assert norms.shorten(short) == short
+    assert norms.shorten(Fraction(0)) == 0
+    for _ in range(100):
+        long = Fraction(rng.getrandbits(3000) | 1, rng.getrandbits(rng.randint(100, 3000)) | 1)
+        found = norms.shorten(long)
+        assert long <= found <= long * (1 + Fraction(1, 2**500))
+        assert found.numerator.bit_length() + found.denominator.bit_length() < 2**14
+    assert 0 < norms.shorten(Fraction(1, 2**20000)) <= Fraction(1, 2**8192)
+    with pytest.raises(Rejected, match="too large"):
+        norms.shorten(Fraction(2**9000))
+
+
+def test_the_numbers_of_many_nodes_in_a_row_stay_short(monkeypatch):
+    """Otherwise some thousand nodes would take minutes."""
+    sizes, root_up = [], norms.root_up
+
+    def spy(square):
+        sizes.append(square.numerator.bit_length() + square.denominator.bit_length())
+        return root_up(square)
+
+    monkeypatch.setattr(norms, "root_up", spy)
+    nodes, factors = [exact.INPUT], [1.1, 1 / 1.1, 1.1, 1 / 1.1] * 50
+    for i, factor in enumerate(factors):
+        nodes.append(exact.node("scale", i, factor, factor=factor.hex()))
+    product = math.prod(map(Fraction, factors))
+    assert verify(*exact.certificate([[1]], nodes, 1 + 2.0**-40)).bound > product
+    with pytest.raises(Rejected, match="above the claimed bound"):
+        verify(*exact.certificate([[1]], nodes, 1 - 2.0**-40))
+    assert max(sizes) < 3000
+
+
 _POINTS = np.linspace(-15.0, 15.0, 400_001)
 
 
