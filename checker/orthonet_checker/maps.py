@@ -10,8 +10,8 @@ from typing import ClassVar
 import numpy as np
 
 from orthonet_checker import norms, slopes
-from orthonet_checker.operations import Operation, Shape, pairs, sizes
-from orthonet_checker.schema import boolean, many, need, one_of, real, text, whole
+from orthonet_checker.operations import Operation, Shape, pairs, steps
+from orthonet_checker.schema import SIDE, SIZE, boolean, many, need, one_of, real, text, whole
 
 
 class Affine(Operation, name="affine"):
@@ -43,7 +43,7 @@ class Convolution(Operation, name="convolution"):
 
     constants = ("weight", "bias")
     keys: ClassVar = {
-        "weight": text, "stride": sizes, "padding": pairs, "dilation": sizes,
+        "weight": text, "stride": steps, "padding": pairs, "dilation": steps,
         "groups": whole(1), "circular": boolean,
     }  # fmt: skip
     optional: ClassVar = {"bias": text}
@@ -64,6 +64,7 @@ class Convolution(Operation, name="convolution"):
             need(n + a + b >= d * (k - 1) + 1, "a kernel larger than its image")
             out.append((n + a + b - d * (k - 1) - 1) // s + 1)
             need(not self.circular or max(a, b) <= n, "circular padding copies the image once")
+        need(math.prod(out) * math.prod(w.shape[1:]) <= 8 * SIZE, "too large a convolution")
         return (w.shape[0], *out)
 
     def square(self, *shapes: Shape) -> Fraction:
@@ -72,6 +73,9 @@ class Convolution(Operation, name="convolution"):
     def bound(self, w: np.ndarray, shape: Shape, out: Shape) -> Fraction:
         """The squared norm with a kernel, by the rule of the node."""
         groups = self.groups
+        axes = zip(w.shape[2:], self.dilation, self.stride, strict=True)
+        taps = [-(-(d * (k - 1) + 1) // s) * s for k, d, s in axes]
+        need(math.prod(w.shape[:2]) * math.prod(taps) <= SIZE, "too many zeros between the taps")
         kernel = w.reshape(groups, w.shape[0] // groups, *w.shape[1:])
         for axis, d in enumerate(self.dilation, 3):  # zeros between the taps
             wide = list(kernel.shape)
@@ -202,12 +206,13 @@ def windows(
 ) -> list[list[list[int]]]:
     """For each of the last dims, for each output, the places of its window that exist."""
     dims = len(window)
-    need(1 <= dims <= len(shape), "dims of a window")
+    need(1 <= dims <= min(3, len(shape)), "dims of a window")
     need(len(stride) == len(padding) == len(dilation) == dims, "dims of a window")
     found = []
     for n, k, s, (a, b), d in zip(shape[-dims:], window, stride, padding, dilation, strict=True):
         count = (n + a + b - d * (k - 1) - 1) // s + 1
-        need(count >= 1 and max(a, b) <= d * (k - 1) and n <= 2**16, "windows that hold nothing")
+        need(count >= 1 and max(a, b) <= d * (k - 1) and n <= SIDE, "windows that hold nothing")
+        need(count * k <= 2**20, "too many places in windows")
         rows = [[s * i - a + d * t for t in range(k) if 0 <= s * i - a + d * t < n]
                 for i in range(count)]  # fmt: skip
         need(all(rows), "a window that holds nothing")
@@ -223,7 +228,7 @@ class AveragePool(Operation, name="average_pool"):
     """
 
     keys: ClassVar = {
-        "window": sizes, "stride": sizes, "padding": pairs, "count_padding": boolean,
+        "window": steps, "stride": steps, "padding": pairs, "count_padding": boolean,
     }  # fmt: skip
     linear = True
 
@@ -249,12 +254,13 @@ class AveragePool(Operation, name="average_pool"):
 class AdaptivePool(Operation, name="adaptive_average_pool"):
     """The means over floor(i n / m) <= j < ceil((i + 1) n / m) for the m outputs of an axis."""
 
-    keys: ClassVar = {"outputs": sizes}
+    keys: ClassVar = {"outputs": steps}
     linear = True
 
     def shape(self, *shapes: Shape) -> Shape:
         dims = len(self.outputs)
-        need(1 <= dims <= len(shapes[0]) and max(shapes[0][-dims:]) <= 2**16, "dims of a pool")
+        need(1 <= dims <= min(3, len(shapes[0])) and max(shapes[0][-dims:]) <= SIDE,
+             "dims of a pool")  # fmt: skip
         self.terms = 4 * dims + sum(shapes[0][-dims:])
         self.weights = []
         for n, m in zip(shapes[0][-dims:], self.outputs, strict=True):

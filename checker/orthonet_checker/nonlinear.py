@@ -11,7 +11,7 @@ import numpy as np
 
 from orthonet_checker import norms, slopes
 from orthonet_checker.maps import windows
-from orthonet_checker.operations import Operation, Shape, a_dim, pairs, reals, sizes
+from orthonet_checker.operations import Operation, Shape, a_dim, pairs, reals, sizes, steps
 from orthonet_checker.schema import boolean, many, need, one_of, text, whole
 
 
@@ -34,6 +34,7 @@ class PReLU(Operation, name="prelu"):
     keys: ClassVar = {"slopes": text}
 
     def shape(self, *shapes: Shape) -> Shape:
+        need(len(shapes[0]) >= 1, "channels of slopes")
         need(self.slopes.shape in ((1,), shapes[0][:1]), "one slope, or one for each channel")
         return shapes[0]
 
@@ -122,7 +123,7 @@ class MaxPool(Operation, name="max_pool"):
     """The largest entry of each window: what many windows share counts as often."""
 
     keys: ClassVar = {
-        "window": sizes, "stride": sizes, "padding": pairs, "dilation": sizes,
+        "window": steps, "stride": steps, "padding": pairs, "dilation": steps,
     }  # fmt: skip
 
     def shape(self, *shapes: Shape) -> Shape:

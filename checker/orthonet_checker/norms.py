@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import flint
 import numpy as np
@@ -27,6 +28,7 @@ TERMS = 2**22
 
 def gamma(count: int) -> Fraction:
     """Relative error of a sum of products with so many roundings for each of its terms."""
+    need(count < 2**40, "too many roundings")
     return Fraction(count) / (2**53 - count)
 
 
@@ -37,10 +39,30 @@ def root_up(square: Fraction) -> Fraction:
     return Fraction(root, 1 << (shift // 2))
 
 
+def shorten(square: Fraction) -> Fraction:
+    """Not below the number, with some 1000 digits at most: products in a row stay cheap.
+
+    Up to 512 binary digits nothing is lost, and of more less than 2^-510 of the number, or 2^-8192.
+    """
+    size = square.numerator.bit_length() - square.denominator.bit_length()
+    need(size < 8192, "gains too large to be multiplied")
+    if square.numerator.bit_length() <= 512 and square.denominator.bit_length() <= 8192:
+        return square
+    shift = min(8192, 511 - size)
+    scaled = square * Fraction(2) ** shift
+    return Fraction(-(-scaled.numerator // scaled.denominator)) / Fraction(2) ** shift
+
+
 def scale_of(a: np.ndarray) -> float:
     """The power of two that brings all entries into [-1, 1]; 1 for zeros."""
     largest = float(np.max(np.abs(a), initial=0.0))
     return math.ldexp(1.0, math.frexp(largest)[1]) if largest else 1.0
+
+
+def moderate(a: Any, low: int, high: int) -> bool:
+    """Whether all numbers are 0 or lie between these powers of two, in absolute value."""
+    size = np.abs(np.asarray(a, dtype=np.float64))
+    return bool(np.all((size == 0) | ((size > 2.0**low) & (size < 2.0**high))))
 
 
 def square_up(a: np.ndarray) -> Fraction:
@@ -231,6 +253,7 @@ def gram_convolution(kernel: np.ndarray, stride: Sequence[int], squared: bool) -
     """
     flat, taps, s = _flat(kernel, stride)
     groups, count, c, inner = flat.shape
+    need(count <= 4096, "too many taps for row sums")
     bits, high, low, rest = pieces_of(flat, count * inner)
     index = np.stack(np.unravel_index(np.arange(count), taps), 1)
     sums: dict[tuple[int, ...], list[np.ndarray]] = {}
@@ -290,6 +313,7 @@ def torus(
     whole = math.lcm(*circle)
     table = roots_of_unity(whole)
     half = (*circle[:-1], circle[-1] // 2 + 1)  # the kernel is real: the others are conjugate
+    need(math.prod(half) * count <= 4 * TERMS, "too many taps and frequencies for the torus")
     frequency = np.indices(half).reshape(len(half), -1).T * (whole // np.array(circle))
     place = np.indices(taps).reshape(len(taps), -1)
     waves = table[(frequency @ place) % whole]

@@ -17,6 +17,7 @@ import numpy as np
 
 from orthonet_checker import norms
 from orthonet_checker.schema import (
+    SIDE,
     Check,
     boolean,
     many,
@@ -29,6 +30,7 @@ from orthonet_checker.schema import (
 )
 
 Shape = tuple[int, ...]
+steps = many(whole(1, SIDE))
 OPERATIONS: dict[str, type[Operation]] = {}
 sizes, pairs, reals = many(whole(1)), many(pair), many(real)
 
@@ -71,13 +73,13 @@ class Operation:
         """The squared constant of the output from those of the operands, and the claimed gain."""
         return squares[0] * self.gain**2
 
-    def span(self) -> float:
-        """The largest |log2| of its constants other than 0."""
-        found = [getattr(self, name) for name in (*self.constants, "factor", "factors", "eps")
-                 if getattr(self, name, None) is not None]  # fmt: skip
-        sizes = [np.abs(np.asarray(value, dtype=np.float64)).ravel() for value in found]
-        whole = np.concatenate([np.ones(1), *sizes])
-        return float(np.abs(np.log2(whole[whole > 0])).max())
+    def is_moderate(self) -> bool:
+        """Whether a product of one of its numbers and of 2^-400 to 2^300 stays in range.
+
+        The smallest factors are those of `batch_norm`, above 2^-351; pools divide by 2^48 at most.
+        """
+        numbers = [getattr(self, name, None) for name in ("factor", "factors", "eps")]
+        return all(norms.moderate(x, -300, 300) for x in numbers if x is not None)
 
     def apply(self, *xs: np.ndarray, **_: bool) -> np.ndarray:
         """The function."""
@@ -178,7 +180,7 @@ class Pad(Operation, name="pad"):
         need(len(self.amounts) == len(shapes[0]), "a pad needs two amounts for each dim")
         need((self.value is None) == (self.mode != "constant"), "constant pads have a value")
         for n, (a, b) in zip(shapes[0], self.amounts, strict=True):
-            most = {"wrap": n, "reflect": n - 1}.get(self.mode, 2**40)
+            most = {"wrap": n, "reflect": n - 1}.get(self.mode, SIDE)
             need(max(a, b) <= most, "a pad must not be longer than what it copies")
         return tuple(n + a + b for n, (a, b) in zip(shapes[0], self.amounts, strict=True))
 
@@ -228,10 +230,10 @@ class Add(Operation, name="add"):
     keys: ClassVar = {"factors": reals}
     operands = 0
     linear = True
-    terms = 8
 
     def shape(self, *shapes: Shape) -> Shape:
         need(len(set(shapes)) == 1 and len(shapes) == len(self.factors), "terms of a sum")
+        self.terms = len(shapes) + 4
         return shapes[0]
 
     def combine(self, squares: Sequence[Fraction]) -> Fraction:
@@ -313,6 +315,7 @@ class BatchNorm(Operation, name="batch_norm"):
     terms = 16
 
     def shape(self, *shapes: Shape) -> Shape:
+        need(len(shapes[0]) >= 1, "channels of a norm")
         for name in self.constants:
             found = getattr(self, name)
             need(found is None or found.shape == shapes[0][:1], f"the shape of {name}")

@@ -26,7 +26,7 @@ def need(condition: Any, message: str) -> None:
 
 
 def _no_number(text: str) -> Any:
-    raise Rejected(f"a real number must be float.hex() in quotes, found {text}")
+    raise Rejected(f"a real number must be float.hex() in quotes, found {text[:40]}")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -34,11 +34,19 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def parse(text: str) -> Any:
+def _integer(text: str) -> int:
+    need(len(text) <= 20, "an integer has too many digits")
+    return int(text)
+
+
+def parse(data: bytes | str, what: str = "the certificate") -> Any:
     """The JSON value of a text without decimal floats, NaN, infinities and repeated keys."""
-    return json.loads(
-        text, parse_float=_no_number, parse_constant=_no_number, object_pairs_hook=_no_duplicates
-    )
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        return json.loads(text, parse_float=_no_number, parse_constant=_no_number,
+                          parse_int=_integer, object_pairs_hook=_no_duplicates)  # fmt: skip
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise Rejected(f"{what} is no JSON: {error}") from None
 
 
 def record(value: Any, where: str, required: dict[str, Check], optional: dict[str, Check] = {}):  # noqa: B006
@@ -58,6 +66,13 @@ def text(value: Any, where: str) -> str:
     return value
 
 
+def sha256(value: Any, where: str) -> str:
+    """64 hexadecimal digits."""
+    need(type(value) is str and len(value) == 64 and not set(value) - set("0123456789abcdef"),
+         f"{where} must be a SHA-256")  # fmt: skip
+    return value
+
+
 def one_of(*choices: str) -> Check:
     """One of some strings."""
 
@@ -74,7 +89,13 @@ def boolean(value: Any, where: str) -> bool:
     return value
 
 
-def whole(low: int, high: int = 2**40) -> Check:
+SIDE = 2**16
+"""The largest stride, dilation, window or padding."""
+SIZE = 2**24
+"""The most numbers in one value, and the largest of other integers."""
+
+
+def whole(low: int, high: int = SIZE) -> Check:
     """An integer in [low, high]."""
 
     def check(value: Any, where: str) -> int:
@@ -97,7 +118,7 @@ def many(check: Check, least: int = 0) -> Check:
 
 def pair(value: Any, where: str) -> tuple[int, int]:
     """Two non-negative integers."""
-    found = many(whole(0))(value, where)
+    found = many(whole(0, SIDE))(value, where)
     need(len(found) == 2, f"{where} must be pairs")
     return found
 

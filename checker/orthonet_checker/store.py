@@ -1,18 +1,19 @@
-"""Constants: read from safetensors files, and known by the SHA-256 of their bytes."""
+"""Constants: read from safetensors files, and known by name, type, shape and SHA-256."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from orthonet_checker.schema import Rejected, many, need, parse, record, text, whole
+from orthonet_checker.norms import moderate
+from orthonet_checker.schema import many, need, parse, record, text, whole
 
 DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+_BYTES = 2**50
 
 
 class Key(NamedTuple):
@@ -22,60 +23,96 @@ class Key(NamedTuple):
     shape: tuple[int, ...]
     sha256: str
 
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)} with SHA-256 {self.sha256}"
+
 
 def read_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """(dtype, shape, bytes) by name; overlapping, missing or surplus bytes are rejected."""
-    data = path.read_bytes()
-    need(len(data) >= 8, f"{path.name} is no safetensors file")
+    data, file = path.read_bytes(), repr(path.name)
+    need(len(data) >= 8, f"{file} is no safetensors file")
     length = int.from_bytes(data[:8], "little")
-    need(length <= len(data) - 8, f"{path.name} is cut off")
-    try:
-        header = parse(data[8 : 8 + length].decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise Rejected(f"{path.name} has no readable header") from None
-    need(type(header) is dict, f"{path.name} has no readable header")
+    need(length <= len(data) - 8, f"{file} is cut off")
+    header = parse(data[8 : 8 + length], f"the header of {file}")
+    need(type(header) is dict, f"{file} has no readable header")
     body, tensors, spans = data[8 + length :], {}, []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        offsets = many(whole(0))
         found = record(
-            entry, f"{path.name}: {name}",
-            {"dtype": text, "shape": many(whole(0)), "data_offsets": offsets},
+            entry, f"{file}: {name!r}",
+            {"dtype": text, "shape": many(whole(0, _BYTES)),
+             "data_offsets": many(whole(0, _BYTES))},
         )  # fmt: skip
-        need(len(found["data_offsets"]) == 2, f"{path.name}: {name} needs two offsets")
+        need(len(found["data_offsets"]) == 2, f"{file}: {name!r} needs two offsets")
+        need(found["dtype"].replace("_", "").isalnum(), f"{file}: {name!r} has no type")
         begin, end = found["data_offsets"]
-        need(begin <= end <= len(body), f"{path.name}: {name} lies outside of the file")
+        need(begin <= end <= len(body), f"{file}: {name!r} lies outside of the file")
         spans.append((begin, end))
         tensors[name] = (found["dtype"], found["shape"], body[begin:end])
     edges = [0, *(edge for span in sorted(spans) for edge in span), len(body)]
     need(all(a == b for a, b in zip(edges[::2], edges[1::2], strict=True)),
-         f"{path.name} has gaps or overlaps")  # fmt: skip
+         f"{file} has gaps or overlaps")  # fmt: skip
     return tensors
 
 
 class Store:
-    """The tensors of one file or more, found by what they are and not by their names."""
+    """The tensors of one file or more, by their names."""
 
     def __init__(self, *paths: Path) -> None:
-        self.tensors: dict[tuple[str, str], bytes] = {}
+        self.keys: dict[str, Key] = {}
+        self._data: dict[Key, bytes] = {}
         for path in paths:
-            for dtype, _, data in read_safetensors(path).values():
-                self.tensors[dtype, hashlib.sha256(data).hexdigest()] = data
+            for name, (dtype, shape, data) in read_safetensors(path).items():
+                need(name not in self.keys, f"two of the files have a tensor {name!r}")
+                self.add(name, dtype, shape, data)
+
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> Key:
+        """Put in a tensor; what it is."""
+        key = self.keys[name] = Key(dtype, tuple(shape), hashlib.sha256(data).hexdigest())
+        self._data[key] = data
+        return key
 
     def __contains__(self, key: Key) -> bool:
-        return (key.dtype, key.sha256) in self.tensors
+        return key in self._data
 
     def array(self, key: Key) -> np.ndarray:
         """The finite numbers of a constant, in binary64: exact for both dtypes."""
-        data = self.tensors[key.dtype, key.sha256]
-        need(len(data) == math.prod(key.shape) * DTYPES[key.dtype].itemsize, "size of a tensor")
-        values = np.frombuffer(data, DTYPES[key.dtype]).reshape(key.shape).astype(np.float64)
+        values = np.frombuffer(self._data[key], DTYPES[key.dtype])
+        values = values.reshape(key.shape).astype(np.float64)
         need(bool(np.isfinite(values).all()), "a constant is not finite")
-        size = np.abs(values)
-        need(bool(np.all((size == 0) | ((size > 2.0**-200) & (size < 2.0**200)))),
+        need(moderate(values, -200, 200),
              "a constant is beyond the range in which roundings are counted")  # fmt: skip
         return values
+
+
+def unread(model: Store, names: Sequence[tuple[str, Key]]) -> list[str]:
+    """The floating-point tensors of a model that are no constants by name, of (name, key) each.
+
+    In the files all names may stand behind one common prefix, such as `model.`: the one with which
+    most are found. Another tensor under the name of a constant is rejected. A name that two
+    constants have tells nothing.
+    """
+    wanted = dict(names)
+    for name, key in names:
+        if wanted.get(name) not in (None, key):
+            del wanted[name]
+    counts = {"": 0}
+    for found in model.keys:
+        parts = found.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in wanted:
+                prefix = found[: len(found) - len(".".join(parts[i:]))]
+                counts[prefix] = counts.get(prefix, 0) + 1
+    prefix = max(sorted(counts, key=len), key=counts.__getitem__)
+    left = []
+    for found, key in sorted(model.keys.items()):
+        expected = wanted.get(found[len(prefix) :]) if found.startswith(prefix) else None
+        need(expected in (None, key), f"tensor {found!r} of the weights is {key}, "
+             f"not the constant of that name, which is {expected}")  # fmt: skip
+        if expected is None and key.dtype[0] in "FBC" and key.dtype != "BOOL":
+            left.append(found)
+    return left
 
 
 def digest(keys: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -20,6 +21,7 @@ import numpy as np
 from orthonet_checker import maps, nonlinear, norms, slopes  # noqa: F401 (maps and nonlinear register)
 from orthonet_checker.operations import OPERATIONS, Operation, Shape
 from orthonet_checker.schema import (
+    SIZE,
     Rejected,
     anything,
     magnitude,
@@ -28,10 +30,11 @@ from orthonet_checker.schema import (
     one_of,
     parse,
     record,
+    sha256,
     text,
     whole,
 )
-from orthonet_checker.store import DTYPES, Key, Store, digest
+from orthonet_checker.store import DTYPES, Key, Store, digest, unread
 
 FORMAT = "orthonet certificate 1"
 CLOSE = 2.0**-10
@@ -39,7 +42,12 @@ CLOSE = 2.0**-10
 
 _CLAIMS = ("gain", "gains", "rule", "t", "joint", "chain", "path")
 _NODE = {"op": one_of(*OPERATIONS, "input"), "path": text}
-_CONSTANT = {"name": text, "dtype": one_of(*DTYPES), "shape": many(whole(0)), "sha256": text}
+_CONSTANT = {
+    "names": many(text),
+    "dtype": one_of(*DTYPES),
+    "shape": many(whole(0)),
+    "sha256": sha256,
+}
 _JOINT = {"since": whole(0), "gain": magnitude, "t": magnitude}
 _CHAIN = {"since": whole(0), "gain": magnitude, "multipliers": many(text, 1)}
 _HEAD = {
@@ -56,10 +64,10 @@ class Verdict:
 
     Attributes:
         bound: The squared constant that was claimed and follows from the nodes.
-        assumed: One line for each gain that is taken on trust.
+        assumed: One line for each gain, or tensor of the model, that is taken on trust.
         notes: What else was checked, or could not be.
         graph: SHA-256 of the operations, their arguments and their constants.
-        weights: SHA-256 of all constants together.
+        weights: SHA-256 of all constants of nodes together.
         nodes: A line for each node.
     """
 
@@ -96,8 +104,8 @@ def check(
 
     Args:
         path: The JSON file.
-        weights: The safetensors files of the model, which must hold every constant of the nodes;
-            by default the file next to the certificate that it names.
+        weights: The safetensors files of the model, to be compared with the constants of the
+            nodes. The file next to the certificate that it names must be there, too.
         say: Is called with a line for each node that was verified.
 
     Raises:
@@ -105,35 +113,35 @@ def check(
         OSError: A file cannot be read.
     """
     path = Path(path)
-    try:
-        content = parse(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Rejected(f"no JSON: {error}") from None
+    content = parse(path.read_bytes())
     need(type(content) is dict and type(content.get("weights")) is str, "no certificate")
-    named = path.parent / Path(content["weights"]).name
-    own = Store(named) if not weights or named.exists() else Store()
-    return verify(content, own, Store(*map(Path, weights)) if weights else own, say)
+    need(content["weights"].isprintable(), "weights must be the name of a file")
+    try:
+        own = Store(path.parent / Path(content["weights"]).name)
+        model = Store(*map(Path, weights)) if weights else None
+        return verify(content, own, model, say)
+    except (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as e:
+        raise Rejected(f"what it describes cannot be computed: {type(e).__name__}, {e}") from None
 
 
+@np.errstate(all="ignore")  # what is not finite is rejected
 def verify(
-    content: Any, own: Store, model: Store, say: Callable[[str], Any] = lambda line: None
-) -> Verdict:
-    """Verify a parsed certificate: nodes over the constants of `model`, the rest over `own`."""
+    content: Any, own: Store, model: Store | None = None,
+    say: Callable[[str], Any] = lambda line: None,
+) -> Verdict:  # fmt: skip
+    """Verify a parsed certificate with the file of its constants and, if given, the model's."""
     head = record(content, "certificate", _HEAD, _REST)
-    aside = {head.get("pairs"), *_sample_names(head)}
-    keys, arrays = _constants(head["constants"], own, model, aside)
-    bare = [
-        {k: v for k, v in node.items() if k not in _CLAIMS}
-        for node in head["nodes"] if type(node) is dict
-    ]  # fmt: skip
-    whole_graph = {
-        "inputs": head["inputs"], "nodes": bare, "outputs": head["outputs"],
-        "constants": {name: list(key) for name, key in keys.items()},
-    }  # fmt: skip
+    need(type(head["nodes"]) is list, "nodes must be a list")
+    entries, arrays = _constants(head["constants"], own)
+    verdict = Verdict(head["bound"], "", "")
+    nodes, used = _nodes(head, arrays, verdict, say)
+    keys = {name: own.keys[name] for name in sorted(used)}
+    bare = [{k: v for k, v in node.items() if k not in _CLAIMS} for node in head["nodes"]]
+    whole_graph = {"inputs": head["inputs"], "nodes": bare, "outputs": head["outputs"],
+                   "constants": {name: list(key) for name, key in keys.items()}}  # fmt: skip
     canonical = json.dumps(whole_graph, sort_keys=True, separators=(",", ":"))
-    verdict = Verdict(head["bound"], hashlib.sha256(canonical.encode()).hexdigest(),
-                      digest(key for name, key in keys.items() if name not in aside))  # fmt: skip
-    nodes = _nodes(head, arrays, verdict, say)
+    verdict.graph = hashlib.sha256(canonical.encode()).hexdigest()
+    verdict.weights = digest(keys.values())
     outputs = [nodes[_inside(i, nodes)] for i in head["outputs"]]
     total = sum((n.square for n in outputs), Fraction(0))
     need(total <= verdict.bound**2,
@@ -149,11 +157,21 @@ def verify(
         _check_samples(head, arrays, nodes, verdict)
     else:
         verdict.notes.append("no samples: that the graph is the model is the prover's word")
+    if model is not None:
+        for name, key in keys.items():
+            known = f"constant {name!r} ({', '.join(map(repr, entries[name]['names']))})"
+            need(key in model, f"{known}: no tensor of the weights is {key}")
+        names = [(n, key) for name, key in keys.items() for n in entries[name]["names"]]
+        verdict.assumed += [
+            f"tensor {name!r} of the weights is not used: no node reads it by that name"
+            for name in unread(model, names)
+        ]
     return verdict
 
 
 def _root(square: Fraction) -> str:
-    return f"{float(norms.root_up(square)):.10g}"
+    root = norms.root_up(square)
+    return f"{float(root):.10g}" if root < 2**1023 else "more than 2^1023"
 
 
 def _inside(i: int, nodes: Sequence[Any]) -> int:
@@ -166,29 +184,27 @@ def _look_up(arrays: dict[str, np.ndarray], name: Any, where: str) -> np.ndarray
     return arrays[name]
 
 
-def _constants(
-    entries: Any, own: Store, model: Store, aside: set[Any]
-) -> tuple[dict[str, Key], dict[str, np.ndarray]]:
-    """Every constant by its name: of nodes from the model, of samples and margins from `own`."""
+def _constants(entries: Any, own: Store) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What is said of every constant, by its name, and the tensor of that name."""
     need(type(entries) is dict, "constants must be an object")
-    keys, arrays = {}, {}
+    found, arrays = {}, {}
     for name, entry in entries.items():
-        found = record(entry, f"constant {name}", _CONSTANT)
-        keys[name] = key = Key(found["dtype"], found["shape"], found["sha256"])
-        store = own if name in aside else model
-        need(key in store, f"constant {name} ({found['name']}): no tensor of the weights is "
-             f"{key.dtype} with SHA-256 {key.sha256}")  # fmt: skip
-        arrays[name] = store.array(key)
-    return keys, arrays
+        found[name] = record(entry, f"constant {name!r}", _CONSTANT)
+        key = Key(*(found[name][k] for k in Key._fields))
+        need(own.keys.get(name) == key, f"constant {name!r} ({found[name]['names']}): "
+             f"the tensor of that name is not {key}")  # fmt: skip
+        arrays[name] = own.array(key)
+    return found, arrays
 
 
 def _nodes(
     head: dict[str, Any], arrays: dict[str, np.ndarray], verdict: Verdict, say: Callable[[str], Any]
-) -> list[_Node]:
-    need(type(head["nodes"]) is list, "nodes must be a list")
+) -> tuple[list[_Node], set[str]]:
+    """The nodes, and the names of the constants that they read."""
     nodes: list[_Node] = []
     inputs = list(head["inputs"])
     used: set[str] = set()
+    aside = {head.get("pairs"), *_sample_names(head)}  # and multipliers
     for place, entries in enumerate(head["nodes"]):
         need(type(entries) is dict, f"node {place} must be an object")
         op = _NODE["op"](entries.get("op"), f"node {place}: op")
@@ -197,9 +213,10 @@ def _nodes(
             if op == "input":
                 record(entries, where, _NODE)
                 need(inputs, "there are more input nodes than inputs")
+                need(math.prod(inputs[0]) <= SIZE, "too large an input")
                 nodes.append(_Node(None, (), inputs.pop(0), Fraction(1)))
                 continue
-            node = _node(OPERATIONS[op], entries, where, arrays, nodes, used)
+            node = _node(OPERATIONS[op], entries, where, arrays, nodes, used, aside)
         except (ArithmeticError, ValueError, IndexError) as error:  # of NumPy: shapes do not fit
             raise Rejected(f"{where}: {error}") from None
         except Rejected as error:
@@ -207,7 +224,7 @@ def _nodes(
             raise Rejected(message if where in message else f"{where}: {message}") from None
         if node.op is not None and node.op.rule == "assumed":
             gains = ", ".join(f"{float(g):.10g}" for g in node.op.gains)
-            verdict.assumed.append(f"{where}: gain {gains}, {node.op.reason}")
+            verdict.assumed.append(f"{where}: gain {gains}, {node.op.reason!r}")
         nodes.append(node)
         line = f"{where}: {node.op.rule if node.op else ''}, L <= {_root(node.square)}"
         verdict.nodes.append(line)
@@ -217,11 +234,11 @@ def _nodes(
     for place in reversed(range(len(nodes))):
         need(place in reached or nodes[place].op is None, f"node {place} leads to no output")
         reached.update(nodes[place].sources)
-    aside = {head.get("pairs"), *_sample_names(head)}
-    need(not used & aside, "a constant of a node must not be one of the samples or margins")
+    need(not used & aside,
+         "a constant of a node must not be one of the samples, margins or multipliers")  # fmt: skip
     lost = sorted(set(arrays) - used - aside)
     need(not lost, f"constants that no node reads: {lost}")
-    return nodes
+    return nodes, used
 
 
 def _node(
@@ -231,6 +248,7 @@ def _node(
     arrays: dict[str, np.ndarray],
     nodes: list[_Node],
     used: set[str],
+    aside: set[Any],
 ) -> _Node:
     required = {**_NODE, **kind.keys, "inputs": many(whole(0), 1), "rule": one_of(*kind.rules)}
     if kind.operands == 1:
@@ -249,6 +267,7 @@ def _node(
     op = kind(found)
     shapes = [n.shape for n in operands]
     shape = op.shape(*shapes)
+    need(math.prod(shape) <= SIZE, "too large a value")
     if kind.operands == 1:
         proved = op.square(*shapes)
         need(
@@ -269,10 +288,11 @@ def _node(
     if chain is not None:
         claim = record(chain, "chain", _CHAIN)
         since = _inside(claim["since"], nodes)
-        used.update(claim["multipliers"])
+        aside.update(claim["multipliers"])
         found = [_look_up(arrays, name, "multipliers") for name in claim["multipliers"]]
         _chain(node, since, nodes, found, claim["gain"])
         node.square = min(node.square, claim["gain"] ** 2 * nodes[since].square)
+    node.square = norms.shorten(node.square)
     return node
 
 
@@ -281,19 +301,22 @@ def _pieces(sources: tuple[int, ...], nodes: list[_Node]) -> Fraction:
 
     With gains g_i since the slices x_i of x, sum g_i^2 |dx_i|^2 is at most max g_i^2 |dx|^2.
     """
-    found: list[dict[tuple[int, int], tuple[set[int], Fraction]]] = []
+    found: list[dict[tuple[int, int], tuple[range, Fraction]]] = []
     for i in sources:
         slices, gain = {}, Fraction(1)
         while nodes[i].op is not None and len(nodes[i].sources) == 1 and nodes[i].op.gain:
             op, i = nodes[i].op, nodes[i].sources[0]
-            gain *= op.gain**2
+            gain = norms.shorten(gain * op.gain**2)
             if type(op).__name__ == "Slice":
-                slices.setdefault((i, op.dim), (set(range(op.start, op.stop, op.step)), gain))
+                slices.setdefault((i, op.dim), (range(op.start, op.stop, op.step), gain))
         found.append(slices)
     best = sum((nodes[i].square for i in sources), Fraction(0))
     for key in set(found[0]).intersection(*found[1:]):
         parts = [slices[key] for slices in found]
-        if len(set().union(*(p for p, _ in parts))) == sum(len(p) for p, _ in parts):
+        count = sum(len(p) for p, _ in parts)
+        if count <= nodes[key[0]].shape[key[1]] and count == len(
+            np.unique(np.concatenate([np.arange(p.start, p.stop, p.step) for p, _ in parts]))
+        ):
             best = min(best, max(g for _, g in parts) * nodes[key[0]].square)
     return best
 
@@ -305,11 +328,13 @@ def _affine_part(
 
     They are run on unit vectors. With K roundings on the way |fl(A) - A| <= gamma_K |A|_1 entry by
     entry, where |A|_1 is the same run with absolute values, itself rounded: with its computed value
-    M and e = gamma_2K both are covered. No product of constants on the way may leave the range of
-    floats: it would be lost in A and in M.
+    M and e = gamma_2K both are covered. What leaves the range of floats would be lost in A and in
+    M: after each operation all entries of the run that gives M must be 0 or in [2^-400, 2^300].
+    No product in the next one then does (`is_moderate`), and what is lost of smaller numbers in A
+    is below 2^-300 of what M counts there.
     """
     need(node.op is not None and node.op.linear, "the node itself is not affine")
-    terms, span, seen, stack = node.op.terms, node.op.span(), set(), list(node.sources)
+    terms, seen, stack = node.op.terms, set(), list(node.sources)
     while stack:
         i = stack.pop()
         if i == since or i in seen:
@@ -318,26 +343,32 @@ def _affine_part(
         inner = nodes[i]
         need(inner.op is not None and inner.op.linear and i > since,
              f"node {i} is not affine since node {since}")  # fmt: skip
-        terms, span = terms + inner.op.terms, span + inner.op.span()
+        terms += inner.op.terms
         stack += inner.sources
-    need(span < 450, "constants too large or too small to be multiplied in floats")
+    lost = "numbers too large or too small to be multiplied in floats"
     index, start = sorted(seen), nodes[since].shape
-    width = int(np.prod(start))
-    need(width * int(np.prod(node.shape)) <= norms.TERMS * 2, "too large to be written out")
+    width, inside = math.prod(start), [node, *(nodes[i] for i in seen)]
+    work = sum(math.prod(n.shape) * (n.op.terms + 1) for n in inside)
+    need(width * math.prod(node.shape) <= norms.TERMS * 2 and width * work <= 2**38,
+         "too large to be written out")  # fmt: skip
+    step = max(1, min(64, SIZE // work))
+
+    need(all(n.op.is_moderate() for n in inside), lost)
 
     def run(size: bool) -> np.ndarray:
         rows = []
-        for first in range(0, width, 64):
-            unit = np.eye(width)[first : first + 64]
+        for first in range(0, width, step):
+            unit = np.eye(min(step, width - first), width, first)
             env = {since: unit.reshape(-1, *start)}
             for i, inner in [*((i, nodes[i]) for i in index), (-1, node)]:
                 xs = [env[j] for j in inner.sources]
                 env[i] = inner.op.apply(*xs, linear=True, size=size)
+                need(not size or norms.moderate(env[i], -400, 300), lost)
             rows.append(env[-1].reshape(len(unit), -1))
         return np.concatenate(rows).T
 
     found, majorant = run(False), run(True)
-    need(bool(np.isfinite(majorant).all() and majorant.max() < 2.0**300), "numbers too large")
+    need(bool(np.isfinite(found).all()), lost)
     return found, majorant, norms.gamma(2 * terms + 2) if terms else Fraction(0)
 
 
@@ -448,7 +479,7 @@ def _check_pairs(pairs: np.ndarray, nodes: list[_Node], last: int) -> None:
     rows = np.arange(count)
     while node.op is not None and type(node.op).__name__ in ("Slice", "Scale"):
         if type(node.op).__name__ == "Scale":
-            factor *= node.op.factor**2
+            factor = norms.shorten(factor * node.op.factor**2)
         else:
             rows = rows * node.op.step + node.op.start
         node = nodes[node.sources[0]]
@@ -479,27 +510,46 @@ def _sample_names(head: dict[str, Any]) -> list[str]:
 def _check_samples(
     head: dict[str, Any], arrays: dict[str, np.ndarray], nodes: list[_Node], verdict: Verdict
 ) -> None:
-    """No proof: the graph gives what the model gave, for a few inputs."""
+    """No proof: for a few inputs the graph gives what the model gave, not too far apart."""
     names = record(head["samples"], "samples", {"inputs": many(text, 1), "outputs": many(text, 1)})
     inputs = [_look_up(arrays, n, "samples") for n in names["inputs"]]
     wanted = [_look_up(arrays, n, "samples") for n in names["outputs"]]
+    need(all(x.ndim for x in (*inputs, *wanted)), "samples: rows")
     need([x.shape[1:] for x in inputs] == list(head["inputs"]), "samples: shapes of the inputs")
     need(len(wanted) == len(head["outputs"]), "samples: number of outputs")
     need(len({len(x) for x in (*inputs, *wanted)}) == 1 and len(inputs[0]) >= 1, "samples: rows")
     if verdict.assumed:
         verdict.notes.append("the samples cannot be checked: not all operations are known")
         return
+    entries = sum(math.prod(n.shape) for n in nodes) * len(wanted[0])
+    need(entries <= 16 * SIZE, "samples: too large to be computed")
     values: list[np.ndarray] = []
+    left = list(inputs)
     for node in nodes:
         if node.op is None:
-            values.append(inputs.pop(0))
+            values.append(left.pop(0))
         else:
             values.append(node.op.apply(*(values[i] for i in node.sources)))
+        need(bool(np.isfinite(values[-1]).all()), f"samples: node {len(values) - 1} is not finite")
+    found = [values[i] for i in head["outputs"]]
     off = 0.0
-    for place, y in zip(head["outputs"], wanted, strict=True):
-        need(values[place].shape == y.shape, "samples: shape of an output")
-        size = max(float(np.abs(y).max(initial=0.0)), float(np.abs(values[place]).max(initial=0.0)))
-        off = max(off, float(np.abs(values[place] - y).max(initial=0.0)) / (size or 1.0))
+    for y, z in zip(wanted, found, strict=True):
+        need(z.shape == y.shape, "samples: shape of an output")
+        size = max(float(np.abs(y).max(initial=0.0)), float(np.abs(z).max(initial=0.0)))
+        off = max(off, float(np.abs(z - y).max(initial=0.0)) / (size or 1.0))
+    moved = _distance(inputs)
+    for claim, outputs in (
+        (verdict.bound, found),
+        *((c, [y]) for c, y in zip(head["each"], found, strict=True)),
+    ):
+        room = CLOSE * max(float(np.abs(y).max(initial=0.0)) for y in outputs)
+        need(_distance(outputs) <= float(claim) * moved * (1 + CLOSE) + room,
+             f"two samples refute the claimed bound {float(claim):.10g}")  # fmt: skip
     need(off <= CLOSE, f"the graph is not the model: on its samples it is off by {off:.2g}")
     count = len(wanted[0])
     verdict.notes.append(f"on {count} samples the graph gives the model's outputs within {off:.1g}")
+
+
+def _distance(values: Sequence[np.ndarray]) -> float:
+    """Between the first two rows of several values as one long vector."""
+    return math.hypot(*(np.linalg.norm(x[:2][-1] - x[0]) for x in values))

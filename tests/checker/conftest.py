@@ -1,10 +1,8 @@
 """Certificates to check, each saved once."""
 
 import pytest
-import torch
 
-from orthonet.certify import certify
-from tests.checker.nets import NETS
+from tests.checker.nets import save
 
 
 @pytest.fixture(scope="session")
@@ -14,11 +12,7 @@ def saved(tmp_path_factory):
 
     def path_of(name):
         if name not in known:
-            torch.manual_seed(0)
-            model, example = NETS[name]()
-            path = tmp_path_factory.mktemp(name) / "certificate.json"
-            certify(model.eval(), example, lower=False).save(path)
-            known[name] = path
+            known[name] = save(name, tmp_path_factory.mktemp(name))
         return known[name]
 
     return path_of

@@ -15,10 +15,9 @@ HEX = ("gain", "t", "factor", "eps", "value")
 
 def store_of(arrays: dict[str, Tensor]) -> Store:
     store = Store()
-    for value in arrays.values():
+    for name, value in arrays.items():
         dtype = "F32" if value.dtype == torch.float32 else "F64"
-        data = value.contiguous().numpy().tobytes()
-        store.tensors[dtype, hashlib.sha256(data).hexdigest()] = data
+        store.add(name, dtype, value.shape, value.contiguous().numpy().tobytes())
     return store
 
 

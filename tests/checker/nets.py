@@ -1,9 +1,12 @@
 """Small networks that between them use every operation of the file."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from orthonet import models
+from orthonet.certify import certify
 from orthonet.layers import (
     BROConv2d,
     CPLConv2d,
@@ -109,6 +112,15 @@ NETS = {
     "one_dimensional": one_dimensional, "perceptron": perceptron,
     "spectral": spectral,
 }  # fmt: skip
+
+
+def save(name: str, folder: Path) -> Path:
+    """The certificate of a network, in a folder."""
+    torch.manual_seed(0)
+    model, example = NETS[name]()
+    folder.mkdir(exist_ok=True)
+    certify(model.eval(), example, lower=False).save(folder / "certificate.json")
+    return folder / "certificate.json"
 
 
 def deep_convolutions(channels: int = 64, depth: int = 10) -> nn.Module:

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import time
 
 import pytest
 import torch
@@ -73,28 +72,22 @@ def test_layers_of_the_zoo_have_nothing_assumed(layer, tmp_path):
     assert float(verdict.bound) <= found.constant.value * (1 + 1e-5)
 
 
-def test_the_network_of_the_demo_is_checked_in_a_second(tmp_path):
-    """The network of `orthonet train mnist5k`: observed .03 s, within 2.4e-6 of the prover."""
+def test_the_network_of_the_demo_is_checked_near_its_bound(tmp_path):
+    """The network of `orthonet train mnist5k`: how long it takes, measure.py says."""
     model = models.convnet_mnist().eval()
     found = certify(model, torch.zeros(1, 1, 28, 28), lower=False)
     found.save(tmp_path / "c.json")
-    check(tmp_path / "c.json")  # the first call sets up the matrix products
-    start = time.process_time()
     verdict = check(tmp_path / "c.json")
-    assert time.process_time() - start < 1.0
     assert verdict.assumed == []
     assert 0 <= float(verdict.bound) - found.constant.value < 1e-5
 
 
 @pytest.mark.slow
-def test_ten_wide_convolutions_are_checked_in_three_seconds(tmp_path):
-    """Observed .3 s."""
+def test_ten_wide_convolutions_are_checked(tmp_path):
     model = deep_convolutions().eval()
     found = certify(model, torch.zeros(1, 3, 8, 8), lower=False, effort="fast")
     found.save(tmp_path / "c.json")
-    start = time.process_time()
     verdict = check(tmp_path / "c.json")
-    assert time.process_time() - start < 3.0
     assert verdict.assumed == []
     # observed 1 + 4.6e-5: float32 weights are orthogonal within some 2^-18
     assert 1 < float(verdict.bound) < 1.0001
@@ -169,6 +162,24 @@ def test_other_files_are_refused(tmp_path, saved):
         LipschitzCertificate.load(tmp_path / "d.json")
 
 
+def test_margins_of_another_shape_are_refused(tmp_path, saved):
+    """The same bytes as a row: each margin would be another one."""
+    content = json.loads(saved("plain").read_text())
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    data = saved("plain").with_suffix(".safetensors").read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    assert header["pairs"]["shape"] == [3, 3]
+    header["pairs"]["shape"] = [1, 9]
+    text = json.dumps(header).encode()
+    file = tmp_path / content["weights"]
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    with pytest.raises(ValueError, match="Keep the JSON and the safetensors file"):
+        LipschitzCertificate.load(tmp_path / "c.json")
+    with pytest.raises(Rejected, match="'pairs'"):
+        check(tmp_path / "c.json")
+
+
 class Halve(nn.Module):
     def forward(self, x):
         return torch.logsumexp(x, 1, keepdim=True) + torch.softmax(x, 1)
@@ -192,8 +203,10 @@ def test_equal_constants_are_stored_once(tmp_path):
         tmp_path / "c.json"
     )
     content = json.loads((tmp_path / "c.json").read_text())
-    names = [c["name"] for c in content["constants"].values()]
-    assert sum(n.endswith("weight") for n in names) == 1
+    names = [n for c in content["constants"].values() for n in c["names"]]
+    assert names.count("0.weight") == names.count("2.weight") == 1
+    assert sum("0.weight" in c["names"] for c in content["constants"].values()) == 1
+    assert sum(n.endswith("weight") for n in names) == 2
     assert check(tmp_path / "c.json").assumed == []
 
 
@@ -207,11 +220,11 @@ def test_multipliers_prove_less_than_the_product_of_the_norms(saved):
         product *= float.fromhex(node["gain"])
     assert gain < 0.9 * product
     store = store_of(arrays)
-    assert float(verify(content, store, store).bound) == gain
+    assert float(verify(content, store).bound) == gain
     wide = {name: value.double() for name, value in arrays.items()}
     points = torch.randn(200, 1, 6, dtype=torch.float64)
     steepest = max(oracle.slope(lambda x: oracle.run(content, wide, [x])[-1], p) for p in points)
     assert 0.2 * gain < steepest < gain
     last["chain"]["gain"] = (steepest * (1 - 1e-6)).hex()
     with pytest.raises(Rejected, match="the multipliers do not prove"):
-        verify(content, store, store)
+        verify(content, store)

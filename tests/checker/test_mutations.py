@@ -1,85 +1,31 @@
 """No single change that makes a claim false is accepted; the judge shares no code with anybody."""
 
-import collections
 import random
 
 import pytest
-import torch
 
 from orthonet_checker import Rejected, check
-from orthonet_checker.verify import verify
-from tests.checker import oracle
-from tests.checker.mutations import mutate, store_of
+from tests.checker import measure
 from tests.checker.nets import NETS
 
 
-def _changed(content, arrays, other, values) -> bool:
-    same = all(
-        a.shape == b.shape
-        and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
-        for a, b in ((arrays[n], values[n]) for n in arrays)
-    )
-    return content != other or not same
-
-
-def _accepts(content, arrays) -> bool:
-    store = store_of(arrays)
-    try:
-        return not verify(content, store, store).assumed
-    except Rejected:
-        return False
-
-
-def _falsehoods(content, arrays) -> list[str]:
-    return oracle.false_claims(content, arrays)
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_originals_are_accepted_and_true(saved, name):
-    content, arrays = oracle.load(saved(name))
-    assert check(saved(name)).assumed == []
-    assert _accepts(content, arrays)
-    assert _falsehoods(content, arrays) == []
-
-
-def _run(saved, count, judged):
-    """The number of false claims that the judge found among `judged` rejected changes, too."""
-    rng, tally = random.Random(0), collections.Counter()
-    names = list(NETS)
-    while tally["tried"] < count:
-        name = names[tally["tried"] % len(names)]
-        content, arrays = oracle.load(saved(name))
-        other, values, kind = mutate(rng, content, arrays)
-        if not _changed(content, arrays, other, values):
-            continue
-        tally["tried"] += 1
-        if _accepts(other, values):
-            tally["accepted"] += 1
-            assert _falsehoods(other, values) == [], (name, kind)
-        elif judged > tally["judged"] and not kind.startswith(("swap", "drop")):
-            try:
-                found = _falsehoods(other, values)
-            except (oracle.Nonsense, RuntimeError, ValueError, KeyError, IndexError, TypeError):
-                continue  # no function at all
-            tally["judged"] += 1
-            tally["false"] += bool(found)
-    return tally
+def _check(tally, changes):
+    """The judge must see something, and the checker must not reject all."""
+    assert tally["originals"] == len(NETS)
+    assert tally["changes"] == changes
+    assert tally["false"] >= 0.15 * changes
+    assert tally["changed constants"] >= changes / 8
+    assert 0 < tally["accepted"] < changes * 0.3
 
 
 def test_changes_that_make_a_claim_false_are_rejected(saved):
-    tally = _run(saved, 150, judged=30)
-    # The judge must see something: of 30 rejected changes it refutes 17.
-    assert tally["false"] >= 8
-    assert 0 < tally["accepted"] < 60  # observed 24: gains rounded up, weights made smaller
+    """Also every changed constant, by its hash, and no original: `measure.count` asserts it."""
+    _check(measure.count(saved, 150, 0), 150)
 
 
 @pytest.mark.slow
 def test_a_thousand_changes(saved):
-    tally = _run(saved, 1000, judged=1000)
-    # Observed: 99 accepted and true, 901 rejected, of which the judge can run 563 and refutes 279;
-    # the others are no certificate at all, or claim more than the rule proves and are true.
-    assert tally["false"] >= 150
-    assert tally["accepted"] < 300
+    _check(measure.count(saved, 1000, 0), 1000)
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -11,7 +11,7 @@ import torch
 from orthonet_checker import Rejected, norms, slopes
 from orthonet_checker.store import Store
 from orthonet_checker.verify import verify
-from tests.checker import oracle
+from tests.checker import exact, oracle
 
 SIZE = 60  # random geometries
 
@@ -170,6 +170,41 @@ def test_roots_round_upward():
         assert square <= root**2 <= square * (1 + Fraction(1, 2**78)) + Fraction(1, 2**150)
 
 
+def test_long_numbers_are_shortened_upward():
+    rng = random.Random(0)
+    for bits in (3, 100, 512):
+        short = Fraction(rng.getrandbits(bits) | 1, 2 ** rng.randint(0, 8000))
+        assert norms.shorten(short) == short
+    assert norms.shorten(Fraction(0)) == 0
+    for _ in range(100):
+        long = Fraction(rng.getrandbits(3000) | 1, rng.getrandbits(rng.randint(100, 3000)) | 1)
+        found = norms.shorten(long)
+        assert long <= found <= long * (1 + Fraction(1, 2**500))
+        assert found.numerator.bit_length() + found.denominator.bit_length() < 2**14
+    assert 0 < norms.shorten(Fraction(1, 2**20000)) <= Fraction(1, 2**8192)
+    with pytest.raises(Rejected, match="too large"):
+        norms.shorten(Fraction(2**9000))
+
+
+def test_the_numbers_of_many_nodes_in_a_row_stay_short(monkeypatch):
+    """Otherwise some thousand nodes would take minutes."""
+    sizes, root_up = [], norms.root_up
+
+    def spy(square):
+        sizes.append(square.numerator.bit_length() + square.denominator.bit_length())
+        return root_up(square)
+
+    monkeypatch.setattr(norms, "root_up", spy)
+    nodes, factors = [exact.INPUT], [1.1, 1 / 1.1, 1.1, 1 / 1.1] * 50
+    for i, factor in enumerate(factors):
+        nodes.append(exact.node("scale", i, factor, factor=factor.hex()))
+    product = math.prod(map(Fraction, factors))
+    assert verify(*exact.certificate([[1]], nodes, 1 + 2.0**-40)).bound > product
+    with pytest.raises(Rejected, match="above the claimed bound"):
+        verify(*exact.certificate([[1]], nodes, 1 - 2.0**-40))
+    assert max(sizes) < 3000
+
+
 _POINTS = np.linspace(-15.0, 15.0, 400_001)
 
 
@@ -207,8 +242,139 @@ def test_products_that_underflow_prove_nothing():
         "format": "orthonet certificate 1", "weights": "w", "inputs": [[2]], "constants": {},
         "nodes": nodes, "outputs": [12], "bound": (1.0).hex(), "each": [(1.0).hex()], "prover": {},
     }  # fmt: skip
-    assert verify(content, Store(), Store()).bound == 1
+    assert verify(content, Store()).bound == 1
     nodes[12]["joint"] = {"since": 0, "gain": (0.5).hex(), "t": (0.2).hex()}
     content["bound"] = content["each"][0] = (0.5).hex()
     with pytest.raises(Rejected, match="too large or too small"):
-        verify(content, Store(), Store())
+        verify(content, Store())
+
+
+WIDTH = 2**10
+SHRINKS = {
+    "mean": [("pad", {"amounts": [[0, WIDTH - 1]], "mode": "constant", "value": (0.0).hex()}, 1),
+             ("mean", {"dims": [0], "sum": False}, 2.0**-5), ("reshape", {"into": [1]}, 1)],
+    "average_pool": [("average_pool", {"window": [WIDTH], "stride": [1], "count_padding": True,
+                                       "padding": [[0, WIDTH - 1]]}, 2.0**-10)],
+    "adaptive_average_pool": [
+        ("pad", {"amounts": [[0, WIDTH - 1]], "mode": "constant", "value": (0.0).hex()}, 1),
+        ("adaptive_average_pool", {"outputs": [1]}, 2.0**-5)],
+}  # fmt: skip
+
+
+def _row(nodes: list[dict], *steps) -> None:
+    for op, entries, gain in steps:
+        nodes.append(exact.node(op, len(nodes) - 1, gain, **entries))
+
+
+def _there_and_back(shrink: str, times: int) -> list[dict]:
+    """The identity on R, by numbers as small as 2^(-10 times), without any constant."""
+    nodes = [exact.INPUT]
+    for _ in range(times):
+        _row(nodes, *SHRINKS[shrink])
+    for _ in range(times):
+        last = len(nodes) - 1
+        nodes.append(exact.node("add", [last] * WIDTH, factors=[(1.0).hex()] * WIDTH))
+    return nodes
+
+
+@pytest.mark.parametrize("rule", ["joint", "chain"])
+@pytest.mark.parametrize("shrink", SHRINKS)
+def test_what_underflows_without_constants_proves_nothing(shrink, rule):
+    """Pools and sums of many terms move values out of the range of floats: the matrix is 0."""
+    for times, holds in ((20, True), (109, False)):
+        nodes = _there_and_back(shrink, times)
+        arrays = {}
+        if rule == "chain":
+            _row(nodes, ("activation", {"function": "relu", "parameters": []}, 1),
+                 ("scale", {"factor": (1.0).hex()}, 1))  # fmt: skip
+            arrays["m"] = np.array([2.0])
+        assert exact.run(nodes, [Fraction(3)]) == [3]
+
+        def claimed(gain, nodes=nodes, arrays=arrays):
+            witness = (
+                {"multipliers": ["m"]}
+                if rule == "chain"
+                else {"t": (gain**2 * (1 - 2.0**-20)).hex()}
+            )
+            nodes[-1][rule] = {"since": 0, "gain": gain.hex(), **witness}
+            return exact.certificate([[1]], nodes, gain, arrays)
+
+        if holds:
+            assert verify(*claimed(1 + 2.0**-9)).bound == Fraction(1 + 2.0**-9)
+        for gain in (2.0**-24, 1 - 2.0**-9) if holds else (2.0**-24, 1 + 2.0**-9):
+            with pytest.raises(Rejected):
+                verify(*claimed(gain))
+
+
+@pytest.mark.parametrize("factors", [["scale"] * 6, ["add"] * 6, ["scale", "add"] * 3])
+@pytest.mark.parametrize("power", [-1000, -310, -180, -60, 60, 180, 310, 1000])
+def test_factors_of_any_size_prove_nothing_false(factors, power):
+    """Times 2^power and back: a joint bound is refused, or above the exact slope."""
+    nodes = [exact.INPUT]
+    for i, op in enumerate(factors):
+        value = 2.0 ** (power if i < 3 else -power)
+        entries = {"factors": [value.hex()]} if op == "add" else {"factor": value.hex()}
+        nodes.append(exact.node(op, i, value if op == "scale" else None, **entries))
+    assert exact.run(nodes, [Fraction(1)]) == [1]
+    nodes[-1]["joint"] = {"since": 0, "gain": (0.5).hex(), "t": (0.25).hex()}
+    with pytest.raises(Rejected):
+        verify(*exact.certificate([[1]], nodes, 0.5))
+    nodes[-1]["joint"] = {"since": 0, "gain": (1.0 + 2.0**-30).hex(), "t": (1.0 + 2.0**-32).hex()}
+    content, store = exact.certificate([[1]], nodes, 1.0 + 2.0**-30)
+    if abs(power) == 60:
+        assert verify(content, store).bound == 1 + Fraction(1, 2**30)
+    else:
+        with pytest.raises(Rejected, match="too large or too small"):
+            verify(content, store)
+
+
+@pytest.mark.parametrize("count", [1000, 20_000])
+def test_sums_of_many_terms_round_as_often(count):
+    """1 + 2^-53 + 2^-53 + ... is 1 in floats."""
+    nodes = [exact.INPUT]
+    factors = [(1.0).hex(), *[(2.0**-53).hex()] * count]
+    nodes.append(exact.node("add", [0] * (count + 1), factors=factors))
+    (true,) = exact.run(nodes, [Fraction(1)])
+    below, above = 1 + 2.0**-46, 1 + 3 * 2.0**-53 * count
+    assert below < true < above
+    for gain, holds in ((below, False), (above, True)):
+        nodes[1]["joint"] = {"since": 0, "gain": gain.hex(), "t": (1 + 2.0**-48).hex()}
+        content, store = exact.certificate([[1]], nodes, gain)
+        if holds:
+            assert verify(content, store).bound == Fraction(gain)
+        else:
+            with pytest.raises(Rejected, match="above the joint gain"):
+                verify(content, store)
+
+
+ROUNDINGS = {
+    "affine": ({"weight": np.ones((3, 50))}, (50,)),
+    "convolution": ({"weight": np.ones((2, 5, 3, 3)), "stride": (1, 1), "groups": 1,
+                     "padding": ((0, 0), (0, 0)), "dilation": (1, 1), "circular": False},
+                    (5, 4, 4)),
+    "scale": ({"factor": Fraction(1)}, (1,)),
+    "diagonal": ({"factors": np.ones(3), "divide": True}, (3,)),
+    "batch_norm": ({"mean": np.ones(2), "variance": np.ones(2), "eps": Fraction(1)}, (2, 3)),
+    "mean": ({"dims": (0, 1), "sum": False}, (6, 7)),
+    "average_pool": ({"window": (3, 4), "stride": (1, 1), "padding": ((0, 0), (0, 0)),
+                      "count_padding": True}, (6, 7)),
+    "adaptive_average_pool": ({"outputs": (2, 3)}, (9, 7)),
+    "add": ({"factors": (Fraction(1),) * 40}, (2,)),
+}  # fmt: skip
+LEAST = {
+    "affine": 50, "convolution": 45, "scale": 1, "diagonal": 1, "batch_norm": 5, "mean": 42,
+    "average_pool": 3 + 1 + 4 + 1, "adaptive_average_pool": 5 + 1 + 4 + 1, "add": 40,
+}  # fmt: skip
+
+
+def test_every_linear_operation_counts_its_roundings():
+    """At least as many as its longest sum has terms, and 2 to spare; moves have none."""
+    from orthonet_checker.operations import OPERATIONS
+
+    moves = {"reshape", "permute", "flip", "roll", "slice", "pad", "concatenate", "shift"}
+    assert moves | set(ROUNDINGS) == {n for n, kind in OPERATIONS.items() if kind.linear}
+    for name, (entries, shape) in ROUNDINGS.items():
+        op = OPERATIONS[name](entries)
+        op.shape(*[shape] * (40 if name == "add" else 1))
+        assert op.terms >= LEAST[name] + 2, name
+    assert all(OPERATIONS[name].terms == 0 for name in moves)

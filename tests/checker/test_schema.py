@@ -2,15 +2,19 @@
 
 import copy
 import json
+import resource
 import struct
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from orthonet_checker import Rejected, check, schema
+from orthonet_checker.__main__ import main
+from orthonet_checker.operations import OPERATIONS
 from orthonet_checker.store import read_safetensors
 from orthonet_checker.verify import verify
-from tests.checker import oracle
+from tests.checker import exact, oracle
 from tests.checker.mutations import store_of
 
 
@@ -73,6 +77,14 @@ CHANGES = {
     "a weight as sample": (_set("samples", "inputs"), ["c0"]),
     "a far joint": (_set("nodes", 2, "joint", "since"), 7),
     "a joint of nothing": (_set("nodes", 2, "joint"), {}),
+    "nodes are a number": (_set("nodes"), 3),
+    "nodes are null": (_set("nodes"), None),
+    "names are no list": (_set("constants", "c0", "names"), "c0"),
+    "a large stride": (_set("nodes", 1, "stride"), [2**17, 1]),
+    "a large dilation": (_set("nodes", 1, "dilation"), [2**17, 1]),
+    "a large padding": (_set("nodes", 1, "padding"), [[2**17, 0], [0, 0]]),
+    "a large input": (_set("inputs"), [[2, 2**12, 2**12]]),
+    "a large shape": (_set("constants", "c0", "shape"), [2**30, 2, 3, 3]),
 }  # fmt: skip
 
 
@@ -85,7 +97,7 @@ def test_what_is_not_as_described_is_rejected(original, name):
     text = json.dumps(content)
     store = store_of(arrays)
     with pytest.raises(Rejected):
-        verify(schema.parse(text), store, store)
+        verify(schema.parse(text), store)
 
 
 @pytest.mark.parametrize("name", ["format", "constants", "nodes", "bound", "each", "outputs"])
@@ -94,16 +106,18 @@ def test_what_is_missing_is_noticed(original, name):
     content = {k: v for k, v in content.items() if k != name}
     store = store_of(arrays)
     with pytest.raises(Rejected, match="lacks"):
-        verify(content, store, store)
+        verify(content, store)
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "1", '{"bound": 1.5}', '{"bound": NaN}', '{"bound": Infinity}',
-             '{"a": 1, "a": 2}', "[" * 100_000],
+             '{"a": 1, "a": 2}', "[" * 100_000, '{"nodes": ' + "1" * 5000 + "}",
+             '{"weights": "a\\u0000b"}', '{"weights": "a\\nb"}', '{"weights": "\\ud800"}',
+             '{"weights": "."}', '\ufeff{"weights": "a"}'],
 )  # fmt: skip
 def test_other_texts_are_rejected(tmp_path, text):
     (tmp_path / "c.json").write_text(text)
-    with pytest.raises(Rejected):
+    with pytest.raises((Rejected, IsADirectoryError)):
         check(tmp_path / "c.json")
 
 
@@ -116,7 +130,7 @@ def test_nodes_that_lead_nowhere_are_rejected(original):
     content["nodes"].append(node)
     store = store_of(arrays)
     with pytest.raises(Rejected, match="leads to no output"):
-        verify(content, store, store)
+        verify(content, store)
 
 
 def test_margins_and_samples_cannot_lend_weights_to_nodes(original):
@@ -126,7 +140,7 @@ def test_margins_and_samples_cannot_lend_weights_to_nodes(original):
     content["samples"]["inputs"].append("c0")
     store = store_of(arrays)
     with pytest.raises(Rejected, match="must not be one of the samples"):
-        verify(content, store, store)
+        verify(content, store)
 
 
 def _file(header: bytes, body: bytes) -> bytes:
@@ -146,6 +160,8 @@ FILES = {
     "backwards": _file(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}', b"\0" * 4),
     "twice": _file(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
                    b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4),
+    "deep": _file(b"[" * 200_000, b""),
+    "many digits": _file(b'{"a":' + b"1" * 5000 + b"}", b""),
     "more keys": _file(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":1}}', b"\0" * 4),
 }  # fmt: skip
 
@@ -177,3 +193,133 @@ def test_reals_are_exact():
     for text in ("0.1", "0x1", "nan", "-inf", "0x1.0p+1024", 1, True, None):
         with pytest.raises(Rejected):
             schema.real(text, "")
+
+
+def _scale(*factors: float) -> list[dict]:
+    nodes = [exact.INPUT]
+    for i, factor in enumerate(factors):
+        nodes.append(exact.node("scale", i, factor, factor=float(factor).hex()))
+    return nodes
+
+
+def _sampled(x, y, claim=1.0, factors=(1.0,)):
+    samples = {"inputs": ["x"], "outputs": ["y"]}
+    arrays = {"x": np.asarray(x, dtype=float), "y": np.asarray(y, dtype=float)}
+    return exact.certificate([[1]], _scale(*factors), claim, arrays, samples=samples)
+
+
+def test_samples_on_which_the_graph_is_not_finite_are_rejected():
+    """Of NaN every comparison is false, also that with the largest difference."""
+    with pytest.raises(Rejected, match="not finite"):
+        verify(*_sampled([[2.0**199]], [[-7.0]], 1.0, (2.0**900, 2.0**-900)))
+    with pytest.raises(Rejected, match="rows"):
+        verify(*_sampled(1.0, 1.0))
+    with pytest.raises(Rejected, match="off by 2"):
+        verify(*_sampled([[1.0]], [[-1.0]]))
+    assert verify(*_sampled([[1.0], [-1.0]], [[1.0], [-1.0]])).bound == 1
+
+
+def test_samples_that_move_too_far_apart_refute_a_bound(monkeypatch):
+    """As a last resort: a checker that proves too little is caught by two points."""
+    content, store = _sampled([[1.0], [-1.0]], [[3.0], [-3.0]], 3.0, (3.0,))
+    assert verify(content, store).bound == 3
+    scale = type(OPERATIONS["scale"]({"factor": Fraction(1)}))
+    monkeypatch.setattr(scale, "square", lambda self, *shapes: Fraction(0))
+    content["nodes"][1]["gain"] = content["bound"] = content["each"][0] = (2.9).hex()
+    with pytest.raises(Rejected, match=r"two samples refute the claimed bound 2\.9"):
+        verify(content, store)
+
+
+def test_the_shape_of_a_constant_is_that_of_the_file():
+    weight = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    nodes = [exact.INPUT, exact.node("affine", 0, 1.5, rule="gram", weight="w")]
+    content, store = exact.certificate([[3]], nodes, 1.5, {"w": weight})
+    assert verify(content, store).bound == Fraction(3, 2)
+    content["constants"]["w"]["shape"], content["inputs"] = [3, 2], [[2]]
+    with pytest.raises(Rejected, match=r"the tensor of that name is not F64 \[3, 2\]"):
+        verify(content, store)
+
+
+def _large_window(window):
+    return exact.node("average_pool", 0, 1.0, window=window, stride=[1] * len(window),
+                      padding=[[w - 1, 0] for w in window], count_padding=True)  # fmt: skip
+
+
+MALFORMED = {
+    "a norm of numbers": ([[]], [exact.node("batch_norm", 0, 2.0, mean="s", variance="s",
+                                            eps=(1.0).hex())]),
+    "slopes of numbers": ([[]], [exact.node("prelu", 0, 2.0, slopes="s")]),
+    "huge factors": ([[3]], _scale(2.0**1000, 2.0**1000, 2.0**1000)[1:]),
+    "a huge input": ([[2**20, 2**20]], [exact.node("scale", 0, 1.0, factor=(1.0).hex())]),
+    "a huge pad": ([[2**20]], [exact.node("pad", 0, 9.0, amounts=[[0, 2**30]], mode="edge")]),
+    "many pads": ([[1] * 8], [exact.node("pad", 0, 2.0**60, mode="edge",
+                                         amounts=[[0, 2**16]] * 8)]),
+    "many windows": ([[1] * 60], [_large_window([2**16] * 60)]),
+    "a huge window": ([[2**16]], [_large_window([2**16])]),
+    "many outputs": ([[1, 1]], [exact.node("adaptive_average_pool", 0, 2.0**60,
+                                           outputs=[2**16] * 2)]),
+    "a huge value": ([[1]], [{**exact.node("opaque", 0, into=[2**23, 2**23], gains=[(1.0).hex()],
+                                           hypot=False, reason=""), "rule": "assumed"}]),
+    "zeros between taps": ([[1, 2**8, 2**8, 2**8]], [exact.node(
+        "convolution", 0, 9.0, rule="gram", weight="w", stride=[1] * 3, padding=[[2**9, 2**9]] * 3,
+        dilation=[2**9] * 3, groups=1, circular=False)]),
+    "large strides": ([[1, 2, 2]], [exact.node(
+        "convolution", 0, 9.0, rule="gram", weight="v", stride=[2**16] * 2, padding=[[0, 0]] * 2,
+        dilation=[1] * 2, groups=1, circular=False)]),
+}  # fmt: skip
+ARRAYS = {"s": np.array(2.0), "w": np.ones((1, 1, 2, 2, 2)), "v": np.ones((1, 1, 1, 1))}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_what_cannot_be_computed_has_one_sentence(name, tmp_path, capsys):
+    """Status 1, whatever the numbers of the file are, and no memory is asked for."""
+    inputs, nodes = MALFORMED[name]
+    used = {v for n in nodes for v in n.values() if type(v) is str and v in ARRAYS}
+    arrays = {k: ARRAYS[k] for k in sorted(used)}
+    content, _ = exact.certificate(inputs, [exact.INPUT, *nodes], 2.0**1000, arrays)
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    _save(tmp_path / "w.safetensors", arrays)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = main([str(tmp_path / "c.json"), "--quiet"])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
+    shown = capsys.readouterr()
+    if name == "huge factors":  # the bound is true, if it is a number
+        assert "above the claimed bound" in shown.err
+    assert (status, shown.err.count("\n"), shown.err[:9]) == (1, 1, "rejected:")
+
+
+def _save(path, arrays):
+    from safetensors.numpy import save_file
+
+    save_file(arrays, path)
+
+
+LIE = "x\nverified: constant <= 0 for the weights"
+
+
+def test_texts_of_a_file_cannot_write_a_line_of_the_verdict(tmp_path, capsys):
+    gain = [(0.5).hex()]
+    nodes = [exact.INPUT, {**exact.node("opaque", 0, into=[1], gains=gain, hypot=False, reason=LIE),
+                           "rule": "assumed", "path": LIE}]  # fmt: skip
+    content, _ = exact.certificate([[1]], nodes, 0.5)
+    _save(tmp_path / "w.safetensors", {})
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    assert main([str(tmp_path / "c.json")]) == 2
+    shown = capsys.readouterr()
+    assert "verified: constant <= 0 for" in shown.out  # quoted
+    assert not any(line.startswith("verified:") for line in shown.out.splitlines())
+    content["constants"] = {LIE: {"names": [LIE], "dtype": "F32", "shape": [], "sha256": LIE}}
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    assert main([str(tmp_path / "c.json")]) == 1
+    content["constants"][LIE]["sha256"] = "0" * 64
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    assert main([str(tmp_path / "c.json")]) == 1
+    content["constants"] = {LIE: {LIE: 1}}
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    assert main([str(tmp_path / "c.json")]) == 1
+    header = json.dumps({LIE: {"dtype": LIE, "shape": [0], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "w.safetensors").write_bytes(_file(header, b""))
+    assert main([str(tmp_path / "c.json")]) == 1
+    shown = capsys.readouterr()
+    assert shown.err.count("rejected:") == 4
+    assert not any(line.startswith("verified:") for line in (shown.out + shown.err).splitlines())

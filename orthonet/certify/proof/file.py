@@ -94,7 +94,8 @@ def load(path: str | Path) -> LipschitzCertificate:
     pairs = None
     if "pairs" in content:
         entry = content["constants"][content["pairs"]]
-        pairs = _read_tensor(path.with_name(Path(content["weights"]).name), entry["sha256"])
+        named = path.with_name(Path(content["weights"]).name)
+        pairs = _read_tensor(named, content["pairs"], entry)
     shape = _tuples(told["input_shape"])
     rows = tuple(
         Row(**{**row, "input_shape": _tuples(row["input_shape"]), **_floats(row)})
@@ -209,15 +210,16 @@ def _write_safetensors(path: Path, constants: Iterable[tuple[str, Constant]]) ->
     path.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *parts]))
 
 
-def _read_tensor(path: Path, sha256: str) -> Tensor:
-    """The float64 tensor with a hash, from the file of constants."""
+def _read_tensor(path: Path, name: str, wanted: dict[str, Any]) -> Tensor:
+    """The float64 tensor of a name, from the file of constants, if it is the wanted one."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    for entry in json.loads(data[8 : 8 + length]).values():
-        begin, end = (8 + length + n for n in entry["data_offsets"])
-        if entry["dtype"] == "F64" and hashlib.sha256(data[begin:end]).hexdigest() == sha256:
+    found = json.loads(data[8 : 8 + length]).get(name)
+    if found is not None and found["dtype"] == "F64" and found["shape"] == wanted["shape"]:
+        begin, end = (8 + length + n for n in found["data_offsets"])
+        if hashlib.sha256(data[begin:end]).hexdigest() == wanted["sha256"]:
             values = torch.frombuffer(bytearray(data[begin:end]), dtype=torch.float64)
-            return values.reshape(entry["shape"])
+            return values.reshape(found["shape"])
     return _checks.fail(
         "LipschitzCertificate", "the constants must be those of the certificate",
         "Keep the JSON and the safetensors file of one save together", path=str(path),

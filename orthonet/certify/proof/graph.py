@@ -28,18 +28,19 @@ __all__ = ["Constant", "Writer"]
 _WORTH = 1.0 + 2.0**-17
 """A joint bound of affine operations is written where it is so much below their product."""
 _FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
-_LARGEST_SPAN = 440.0
-"""How many powers of two apart constants in a row may be for the checker to multiply them."""
+_LARGEST_SPAN = 290.0
+"""How many powers of two apart constants in a row may be for the checker to multiply them: it takes
+products from 2^-400 to 2^300, and pools and wide sums need some room."""
 
 
 class Constant:
-    """A tensor of the file: its values as they are stored, its name in the model, its hash."""
+    """A tensor of the file: its values as they are stored, its names in the model, its hash."""
 
-    def __init__(self, value: Tensor, name: str) -> None:
+    def __init__(self, value: Tensor, *names: str) -> None:
         value = value.detach().to("cpu")
         if value.dtype not in (torch.float32, torch.float64):
             value = value.to(torch.float32)  # exact for half precision
-        self.value, self.name = value.contiguous(), name
+        self.value, self.names = value.contiguous(), list(names)
         self.dtype = "F32" if value.dtype == torch.float32 else "F64"
         self.data = self.value.numpy().astype(f"<f{value.element_size()}", copy=False).tobytes()
         self.sha256 = hashlib.sha256(self.data).hexdigest()
@@ -52,7 +53,7 @@ class Constant:
     def entry(self) -> dict[str, Any]:
         """What the file says of it."""
         shape = list(self.value.shape)
-        return {"name": self.name, "dtype": self.dtype, "shape": shape, "sha256": self.sha256}
+        return {"names": self.names, "dtype": self.dtype, "shape": shape, "sha256": self.sha256}
 
 
 class Writer:
@@ -73,6 +74,11 @@ class Writer:
         self.constants: dict[str, Constant] = {}
         self._places: dict[State, int] = {}
         self._keys: dict[Any, str] = {}
+        self._state: dict[str, Any] = {
+            name: Constant(value).key
+            for name, value in walker.model.state_dict().items()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        }
         self._witnesses: dict[Any, Any] = {}
         self._users: dict[State, list[State]] = {}
         for state in walker.states.values():
@@ -149,12 +155,21 @@ class Writer:
                         gain=1.0, shape_of=shape)  # fmt: skip
 
     def constant(self, value: Tensor, state: State | None, role: str) -> str:
-        """The name in the file of a constant; equal ones are stored once."""
+        """The name in the file of a constant; equal ones are stored once.
+
+        Its names in the model are those of equal tensors of its state, and that of the role, as
+        which a plain model has what a constrained one computes.
+        """
         path = "" if state is None else state.call.path
-        found = Constant(value, role if path in ("", ROOT) else f"{path}.{role}")
+        found = Constant(value)
         if found.key not in self._keys:
+            found.names = [name for name, key in self._state.items() if key == found.key]
             self._keys[found.key] = f"c{len(self._keys)}"
             self.constants[self._keys[found.key]] = found
+        known = self.constants[self._keys[found.key]].names
+        name = role if path in ("", ROOT) else f"{path}.{role}"
+        if name not in known and name not in self._state:
+            known.append(name)
         return self._keys[found.key]
 
     def aside(self, value: Tensor, name: str) -> str:
@@ -169,7 +184,7 @@ class Writer:
 
     def witness(self, find: Callable[..., Any], weight: Tensor, *geometry: Any) -> Any:
         """The witness of a linear map, found once for equal ones."""
-        key = (find, *Constant(weight, "").key, str(geometry))
+        key = (find, *Constant(weight).key, str(geometry))
         if key not in self._witnesses:
             self._witnesses[key] = find(weight.detach().to("cpu", torch.float64), *geometry)
         return self._witnesses[key]
@@ -292,13 +307,15 @@ class Writer:
         if self.walker.chains.get(state) is None:
             return
         found = chain_witness(self, state)
-        if found is None or sum(map(self._span, range(len(self.nodes)))) >= _LARGEST_SPAN:
+        if found is None:
             return
-        bound = mul_up(found.gain, self.bounds[self.index(found.start)])
+        since = self.index(found.start)
+        if sum(map(self._span, range(since, place + 1))) >= _LARGEST_SPAN:
+            return
+        bound = mul_up(found.gain, self.bounds[since])
         if bound * _WORTH >= self.bounds[place]:
             return
-        names = [self.constant(m, state, "multipliers") for m in found.multipliers]
-        since = self.index(found.start)
+        names = [self.aside(m, "multipliers") for m in found.multipliers]
         self.nodes[place]["chain"] = {
             "since": since, "gain": found.gain.hex(), "multipliers": names,
         }  # fmt: skip
