@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import house
+
 ROOT = Path(__file__).parents[1] / "orthonet"
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -85,6 +87,32 @@ def test_imports_point_left(file):
             allowed = RUNTIME - {"einops"} if room == "linalg" else RUNTIME
             allowed = allowed if at_load or room == "linalg" else allowed | LAZY
             assert first in allowed, f"{ids(file)} may not import {name}"
+
+
+def test_nothing_goes_in_circles():
+    """Also not for types only, or inside of functions."""
+    assert house.circles(house.graph()) == []
+
+
+def test_no_room_looks_behind_the_doors_of_another():
+    """A module with an underscore belongs to its own room; `testing` may look everywhere."""
+    assert house.private_reaches(house.graph()) == []
+
+
+def test_circles_and_reaches_are_found():
+    arrows = {"orthonet.a.x": {"orthonet.b._y"}, "orthonet.b._y": {"orthonet.a.x"}}
+    assert house.circles(arrows) == [["orthonet.a.x", "orthonet.b._y"]]
+    assert house.private_reaches(arrows) == [("orthonet.a.x", "orthonet.b._y")]
+    inside = {"orthonet.b.x": {"orthonet.b._y"}, "orthonet.b._y": {"orthonet._checks"}}
+    assert house.circles({**inside, "orthonet._checks": set()}) == []
+    assert house.private_reaches(inside) == []
+    arrows = house.graph()
+    assert "orthonet.errors" in arrows["orthonet._checks"]  # imports are seen
+    assert house.exports()["orthonet.linalg"] > 10
+
+
+def test_folders_stay_small():
+    assert {f: n for f, n in house.entries().items() if n > 22} == {}
 
 
 @pytest.mark.parametrize("file", FILES, ids=ids)

@@ -186,7 +186,7 @@ class LipschitzCertificate:
         Raises:
             UncertifiableError: The certificate was pickled or loaded, and has lost the graph.
         """
-        save(self, path)
+        save(self, self._walker, path)
 
     @classmethod
     def load(cls, path: str | Path) -> LipschitzCertificate:
@@ -201,7 +201,7 @@ class LipschitzCertificate:
         Raises:
             ValueError: The file is no certificate, or its constants are not next to it.
         """
-        return load(path)
+        return cls(**load(path))
 
     def radius(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg.matrix import compute_dtype
-from orthonet.manifolds._parametrization import Parametrization
+from orthonet.manifolds._parametrization import Membership, Parametrization
 
 __all__ = ["Manifold", "Membership", "root"]
 
@@ -27,25 +27,6 @@ def root(square: Tensor) -> Tensor:
     """Square root for lengths: at 0 and below, it and its derivative are 0."""
     zero = square <= 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
-
-
-@dataclass(frozen=True)
-class Membership:
-    """Whether a tensor lies on a space; true or false in a condition.
-
-    Attributes:
-        distance: The largest violation, relative to the scale of the tensor where the space has
-            none of its own.
-        allowed: The largest violation that counts as rounding.
-        reason: Which property is violated most (or holds least exactly), in words.
-    """
-
-    distance: float
-    allowed: float
-    reason: str
-
-    def __bool__(self) -> bool:
-        return self.distance <= self.allowed
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@ r"""Log-volumes of the trivializations of frames, in the canonical metric."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,10 +10,29 @@ from torch import Tensor
 from orthonet.linalg.matrix import add_identity
 from orthonet.linalg.packing import pack_skew
 
-if TYPE_CHECKING:
-    from orthonet.manifolds.trivialization import FrameTrivialization
-
 __all__ = ["frame_log_volume", "gaps"]
+
+
+class Frames(Protocol):
+    """What the volume depends on: a `FrameTrivialization` has it."""
+
+    triv: Any
+    rotate: bool
+    transposed: bool
+
+    @property
+    def _sizes(self) -> tuple[int, int]: ...
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The shape of the batch."""
+        ...
+
+    def split(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """The blocks A and C."""
+        ...
+
+    def _point(self, coordinates: Tensor) -> Tensor: ...
 
 
 def gaps(values: Tensor) -> Tensor:
@@ -22,7 +41,7 @@ def gaps(values: Tensor) -> Tensor:
     return (values[..., i] - values[..., j]).abs().log().sum(-1)
 
 
-def frame_log_volume(p: FrameTrivialization, coordinates: Tensor) -> Tensor:
+def frame_log_volume(p: Frames, coordinates: Tensor) -> Tensor:
     r"""Log-volume of the map from the coordinates of A and C to frames, canonical metric.
 
     Square, exponential: \(\sum_{a<b} \log|\operatorname{sinc}((\theta_a + \theta_b)/2)|\) over the
@@ -41,7 +60,7 @@ def frame_log_volume(p: FrameTrivialization, coordinates: Tensor) -> Tensor:
     return _by_differentiation(p, coordinates)
 
 
-def _by_differentiation(p: FrameTrivialization, coordinates: Tensor) -> Tensor:
+def _by_differentiation(p: Frames, coordinates: Tensor) -> Tensor:
     batch, d = p.batch_shape, coordinates.shape[-1]
     columns = []
     for i in range(d):

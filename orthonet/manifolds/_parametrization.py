@@ -10,7 +10,8 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,67 @@ from orthonet import _checks
 from orthonet._torch import without_autocast
 from orthonet.linalg.matrix import compute_dtype
 
-if TYPE_CHECKING:
-    from orthonet.manifolds._base import Manifold, Membership
+__all__ = ["Membership", "Parametrization", "Space"]
 
-__all__ = ["Parametrization"]
+
+@dataclass(frozen=True)
+class Membership:
+    """Whether a tensor lies on a space; true or false in a condition.
+
+    Attributes:
+        distance: The largest violation, relative to the scale of the tensor where the space has
+            none of its own.
+        allowed: The largest violation that counts as rounding.
+        reason: Which property is violated most (or holds least exactly), in words.
+    """
+
+    distance: float
+    allowed: float
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.distance <= self.allowed
+
+
+class Space(Protocol):
+    """What a parametrization asks its space: see `Manifold`, which has it all."""
+
+    event_ndim: ClassVar[int]  # how many of the last dimensions one point has
+
+    def check_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape as a tuple, or raise."""
+        ...
+
+    def dimension(self, shape: Sequence[int]) -> int:
+        """The dimension of the space, for tensors of this shape."""
+        ...
+
+    def tolerance(self, x: Tensor) -> float:
+        """The largest violation that counts as rounding."""
+        ...
+
+    def require(self, x: Tensor, owner: object = None, atol: float | None = None) -> None:
+        """Raise unless `x` lies on the space."""
+        ...
+
+    def contains(self, x: Tensor, atol: float | None = None) -> Membership:
+        """Whether `x` lies on the space."""
+        ...
+
+    def project(self, x: Tensor) -> Tensor:
+        """The nearest point."""
+        ...
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """A random point."""
+        ...
 
 
 class Parametrization(nn.Module, abc.ABC):
@@ -43,7 +101,7 @@ class Parametrization(nn.Module, abc.ABC):
         Coordinates: (*batch, d), see `coordinate_shape`. Values: `shape`.
     """
 
-    def __init__(self, space: Manifold, shape: Sequence[int]) -> None:
+    def __init__(self, space: Space, shape: Sequence[int]) -> None:
         super().__init__()
         self.space = space
         self.shape = space.check_shape(shape)

@@ -14,7 +14,7 @@ from orthonet.certify.mlp.slopes import Activation
 from orthonet.linalg.bounds.rounding import mul_up, power_of_two_scale
 
 if TYPE_CHECKING:
-    from orthonet.certify.proof.graph import Writer
+    from orthonet.certify.proof.nodes import Nodes
     from orthonet.certify.walk.state import State
 
 __all__ = ["ChainWitness", "chain_witness"]
@@ -38,7 +38,7 @@ class ChainWitness(NamedTuple):
     multipliers: list[Tensor]
 
 
-def chain_witness(writer: Writer, end: State) -> ChainWitness | None:
+def chain_witness(writer: Nodes, end: State) -> ChainWitness | None:
     """The witness of the chain that ends in a node, if the checker can prove it."""
     walker = writer.walker
     chain = walker.chains[end]
@@ -72,7 +72,7 @@ def chain_witness(writer: Writer, end: State) -> ChainWitness | None:
     return _with_room(affine, slopes, found, mul_up(proof.constant, normal.scale), chain.start)
 
 
-def _slopes_of(writer: Writer, state: State) -> Activation | None:
+def _slopes_of(writer: Nodes, state: State) -> Activation | None:
     """The slopes of a node of the file, as the checker knows them."""
     node = writer.nodes[writer.index(state)]
     if node["op"] != "activation":

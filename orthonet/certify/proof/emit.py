@@ -18,12 +18,12 @@ from orthonet.certify.rules import BatchDependent, Operand
 from orthonet.linalg.bounds.rounding import up
 
 if TYPE_CHECKING:
-    from orthonet.certify.proof.graph import Writer
+    from orthonet.certify.proof.nodes import Nodes
     from orthonet.certify.walk.state import State
 
 __all__ = ["EMITTERS", "constant_of", "dim_of", "each", "emits", "padding_of", "single"]
 
-Emitter = Callable[["Writer", "State"], "int | None"]
+Emitter = Callable[["Nodes", "State"], "int | None"]
 EMITTERS: dict[str, Emitter] = {}
 
 
@@ -82,19 +82,19 @@ def _same_shape(constant: Tensor, shape: Sequence[int]) -> bool:
 
 @emits("reshape", "view", "flatten", "ravel", "unflatten", "squeeze", "unsqueeze", "view_as",
         "reshape_as")  # fmt: skip
-def _reshape(writer: Writer, state: State) -> int | None:
+def _reshape(writer: Nodes, state: State) -> int | None:
     return writer.reshape(writer.index(state.parents[0]), state.shape)
 
 
 @emits("clone", "contiguous", "detach", "alias", "lift_fresh_copy", "dropout", "dropout1d",
         "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "positive", "pos", "float",
         "double", "to", "type_as")  # fmt: skip
-def _same(writer: Writer, state: State) -> int | None:
+def _same(writer: Nodes, state: State) -> int | None:
     return writer.index(state.parents[0])
 
 
 @emits("permute", "transpose", "movedim", "t", "mT")
-def _permute(writer: Writer, state: State) -> int | None:
+def _permute(writer: Nodes, state: State) -> int | None:
     rank = len(state.call.operand.shape) + 1
     order = torch.empty(tuple(range(1, rank + 1)), device="meta")
     fill = tuple(order if isinstance(a, Operand) else a for a in state.call.args)
@@ -107,7 +107,7 @@ def _permute(writer: Writer, state: State) -> int | None:
 
 
 @emits("flip")
-def _flip(writer: Writer, state: State) -> int | None:
+def _flip(writer: Nodes, state: State) -> int | None:
     dims = state.call.get(1, "dims", ())
     found = [dim_of(d, state) for d in ((dims,) if isinstance(dims, int) else dims)]
     place = writer.index(state.parents[0])
@@ -119,7 +119,7 @@ def _flip(writer: Writer, state: State) -> int | None:
 
 
 @emits("roll")
-def _roll(writer: Writer, state: State) -> int | None:
+def _roll(writer: Nodes, state: State) -> int | None:
     shifts, dims = (state.call.get(i, n, ()) for i, n in ((1, "shifts"), (2, "dims")))
     shifts, dims = (((v,) if isinstance(v, int) else tuple(v)) for v in (shifts, dims))
     place = writer.index(state.parents[0])
@@ -134,7 +134,7 @@ def _roll(writer: Writer, state: State) -> int | None:
 
 
 @emits("slice", "narrow")
-def _slice(writer: Writer, state: State) -> int | None:
+def _slice(writer: Nodes, state: State) -> int | None:
     call = state.call
     dim, size = dim_of(call.get(1, "dim", 0), state), 0
     if dim is None:
@@ -150,7 +150,7 @@ def _slice(writer: Writer, state: State) -> int | None:
 
 
 @emits("select")
-def _select(writer: Writer, state: State) -> int | None:
+def _select(writer: Nodes, state: State) -> int | None:
     dim = dim_of(state.call.get(1, "dim", 0), state)
     if dim is None:
         return None
@@ -160,7 +160,7 @@ def _select(writer: Writer, state: State) -> int | None:
 
 
 @emits("split", "split_with_sizes", "chunk", "unbind", "tensor_split")
-def _split(writer: Writer, state: State) -> int | None:
+def _split(writer: Nodes, state: State) -> int | None:
     """The part that the state, one of those of a split, takes."""
     whole = state.parents[0]
     call = whole.call
@@ -179,7 +179,7 @@ def _split(writer: Writer, state: State) -> int | None:
 
 
 @emits("pad", "constant_pad_nd")
-def _pad(writer: Writer, state: State) -> int | None:
+def _pad(writer: Nodes, state: State) -> int | None:
     amounts = padding_of(state)
     if amounts is None:
         return None
@@ -202,7 +202,7 @@ def padding_of(state: State) -> list[list[int]] | None:
 
 
 @emits("cat", "stack")
-def _join(writer: Writer, state: State) -> int | None:
+def _join(writer: Nodes, state: State) -> int | None:
     parts = state.call.args[0]
     if not all(isinstance(p, Operand) for p in parts):
         return None
@@ -218,7 +218,7 @@ def _join(writer: Writer, state: State) -> int | None:
 
 
 @emits("pixel_unshuffle", "pixel_shuffle")
-def _pixels(writer: Writer, state: State) -> int | None:
+def _pixels(writer: Nodes, state: State) -> int | None:
     r, inside = state.call.get(1, "factor", 1), state.call.operand.shape
     if len(inside) != 3:
         return None
@@ -237,7 +237,7 @@ def _pixels(writer: Writer, state: State) -> int | None:
 
 
 @emits("add", "sub", "rsub")
-def _add(writer: Writer, state: State) -> int | None:
+def _add(writer: Nodes, state: State) -> int | None:
     call = state.call
     alpha = call.get(2, "alpha", 1)
     if len(call.args) < 2 or not isinstance(alpha, (int, float)):
@@ -264,12 +264,12 @@ def _add(writer: Writer, state: State) -> int | None:
 
 
 @emits("neg")
-def _neg(writer: Writer, state: State) -> int | None:
+def _neg(writer: Nodes, state: State) -> int | None:
     return writer.scale(writer.index(state.parents[0]), -1.0, state)
 
 
 @emits("mul", "div")
-def _times(writer: Writer, state: State) -> int | None:
+def _times(writer: Nodes, state: State) -> int | None:
     call = state.call
     args = call.args[:2]
     if call.op == "mul" and len(args) == 2 and not isinstance(args[0], Operand):
@@ -293,7 +293,7 @@ def _times(writer: Writer, state: State) -> int | None:
 
 
 @emits("batch_norm", "_native_batch_norm_legit_no_training")
-def _batch_norm(writer: Writer, state: State) -> int | None:
+def _batch_norm(writer: Nodes, state: State) -> int | None:
     call = state.call
     weight, bias, mean, variance = (call.get(i, "", None) for i in (1, 2, 3, 4))
     eps = call.get(7 if call.op == "batch_norm" else 6, "eps", None)
@@ -313,7 +313,7 @@ _STATS = {"mean": "running_mean", "variance": "running_var"}
 
 
 @emits("sum", "mean")
-def _reduce(writer: Writer, state: State) -> int | None:
+def _reduce(writer: Nodes, state: State) -> int | None:
     dims = state.call.get(1, "dim", None)
     if not isinstance(dims, (int, tuple)) or dims == ():
         return None

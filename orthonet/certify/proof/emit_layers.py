@@ -15,7 +15,7 @@ from orthonet.layers.zoo.residual_base import ResidualConv2d
 from orthonet.linalg.bounds.rounding import mul_up
 
 if TYPE_CHECKING:
-    from orthonet.certify.proof.graph import Writer
+    from orthonet.certify.proof.nodes import Nodes
     from orthonet.certify.walk.state import State
 
 __all__: list[str] = []
@@ -24,7 +24,7 @@ __all__: list[str] = []
 class _Trail:
     """A chain of nodes that begins at the operand of a state."""
 
-    def __init__(self, writer: Writer, state: State) -> None:
+    def __init__(self, writer: Nodes, state: State) -> None:
         self.writer, self.state = writer, state
         self.place = writer.index(state.parents[0])
 
@@ -98,7 +98,7 @@ class _Trail:
 
 
 @emits("CayleyConv2d", "LOTConv2d", "BROConv2d")
-def _fourier(writer: Writer, state: State) -> int | None:
+def _fourier(writer: Nodes, state: State) -> int | None:
     layer, trail = writer.leaf(state), _Trail(writer, state)
     if len(trail.shape) != 3:
         return None
@@ -136,7 +136,7 @@ def _fourier(writer: Writer, state: State) -> int | None:
 
 
 @emits("LipNeXtBlock2d")
-def _lipnext(writer: Writer, state: State) -> int | None:
+def _lipnext(writer: Nodes, state: State) -> int | None:
     block, trail = writer.leaf(state), _Trail(writer, state)
     if len(trail.shape) != 3:
         return None
@@ -173,7 +173,7 @@ _SLOPED = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 
 
 @emits("CPLConv2d", "SLLConv2d", "CPLLinear", "SLLLinear")
-def _descent(writer: Writer, state: State) -> int | None:
+def _descent(writer: Nodes, state: State) -> int | None:
     layer, trail = writer.leaf(state), _Trail(writer, state)
     function, image = _SLOPED.get(type(layer.activation)), isinstance(layer, ResidualConv2d)
     if function is None or len(trail.shape) != (3 if image else 1):

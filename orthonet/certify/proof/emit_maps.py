@@ -19,14 +19,14 @@ from orthonet.certify.proof.norms import (
 from orthonet.certify.rules import Operand
 
 if TYPE_CHECKING:
-    from orthonet.certify.proof.graph import Writer
+    from orthonet.certify.proof.nodes import Nodes
     from orthonet.certify.walk.state import State
 
 __all__: list[str] = []
 
 
 @emits("linear", "matmul", "mm", "addmm")
-def _linear(writer: Writer, state: State) -> int | None:
+def _linear(writer: Nodes, state: State) -> int | None:
     call = state.call
     if call.op == "addmm":
         bias, first, weight = call.args[:3]
@@ -50,7 +50,7 @@ def _linear(writer: Writer, state: State) -> int | None:
 
 
 @emits("conv1d", "conv2d", "conv3d", "convolution")
-def _convolution(writer: Writer, state: State) -> int | None:
+def _convolution(writer: Nodes, state: State) -> int | None:
     call = state.call
     weight, bias = call.get(1, "weight", None), call.get(2, "bias", None)
     if not single(state) or not isinstance(weight, Tensor) or weight.numel() > LARGEST:
@@ -99,7 +99,7 @@ def _circular(state: State) -> list[list[int]] | None:
 
 
 @emits(*(f"max_pool{d}d{tail}" for d in (1, 2, 3) for tail in ("", "_with_indices")))
-def _max_pool(writer: Writer, state: State) -> int | None:
+def _max_pool(writer: Nodes, state: State) -> int | None:
     call = _producer(state).call
     dims = int(call.op[8])
     window = each(call.get(1, "kernel_size", 1), dims)
@@ -126,7 +126,7 @@ def _producer(state: State) -> State:
 
 
 @emits("avg_pool1d", "avg_pool2d", "avg_pool3d")
-def _average_pool(writer: Writer, state: State) -> int | None:
+def _average_pool(writer: Nodes, state: State) -> int | None:
     call = state.call
     dims = int(call.op[-2])
     window = each(call.get(1, "kernel_size", 1), dims)
@@ -152,7 +152,7 @@ def _average_pool(writer: Writer, state: State) -> int | None:
 
 @emits("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
         "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")  # fmt: skip
-def _adaptive_pool(writer: Writer, state: State) -> int | None:
+def _adaptive_pool(writer: Nodes, state: State) -> int | None:
     dims = int(state.call.op[-2])
     sizes, outputs = state.parents[0].shape[-dims:], state.shape[-dims:]
     axes = [[(i * n // m, -(-(i + 1) * n // m), 0) for i in range(m)]

@@ -11,7 +11,7 @@ from orthonet.certify.proof.emit import dim_of, each, emits, single
 from orthonet.linalg.bounds.rounding import mul_up
 
 if TYPE_CHECKING:
-    from orthonet.certify.proof.graph import Writer
+    from orthonet.certify.proof.nodes import Nodes
     from orthonet.certify.walk.state import State
 
 __all__: list[str] = []
@@ -33,7 +33,7 @@ _ENCLOSED = ("silu", "mish", "gelu", "gelu_tanh")
 
 
 @emits(*_ACTIVATIONS)
-def _activation(writer: Writer, state: State) -> int | None:
+def _activation(writer: Nodes, state: State) -> int | None:
     name, defaults = _ACTIVATIONS[state.call.op]
     given = [*state.call.args[1:], *state.call.kwargs.values()]
     if not single(state) or len(given) > len(defaults):
@@ -42,7 +42,7 @@ def _activation(writer: Writer, state: State) -> int | None:
     return _function(writer, state, name, numbers)
 
 
-def _function(writer: Writer, state: State, name: str, numbers: Sequence[Any]) -> int | None:
+def _function(writer: Nodes, state: State, name: str, numbers: Sequence[Any]) -> int | None:
     if not all(isinstance(n, (int, float)) for n in numbers) or state.parents[0].shape != (
         state.shape
     ):
@@ -53,13 +53,13 @@ def _function(writer: Writer, state: State, name: str, numbers: Sequence[Any]) -
 
 
 @emits("gelu")
-def _gelu(writer: Writer, state: State) -> int | None:
+def _gelu(writer: Nodes, state: State) -> int | None:
     tanh = state.call.get(1, "approximate", "none") == "tanh"
     return _function(writer, state, "gelu_tanh" if tanh else "gelu", ())
 
 
 @emits("elu")
-def _elu(writer: Writer, state: State) -> int | None:
+def _elu(writer: Nodes, state: State) -> int | None:
     call = state.call
     alpha, scale, inner = (call.get(i, n, 1.0) for i, n in _ELU)
     return _function(writer, state, "elu", (alpha,)) if scale == inner == 1.0 else None
@@ -69,7 +69,7 @@ _ELU = ((1, "alpha"), (2, "scale"), (3, "input_scale"))
 
 
 @emits("hardtanh", "relu6", "clamp")
-def _clamp(writer: Writer, state: State) -> int | None:
+def _clamp(writer: Nodes, state: State) -> int | None:
     call = state.call
     defaults = {"hardtanh": (-1.0, 1.0), "relu6": (0.0, 6.0)}.get(call.op, (None, None))
     names = ("min_val", "max_val") if call.op == "hardtanh" else ("min", "max")
@@ -80,7 +80,7 @@ def _clamp(writer: Writer, state: State) -> int | None:
 
 
 @emits("prelu")
-def _prelu(writer: Writer, state: State) -> int | None:
+def _prelu(writer: Nodes, state: State) -> int | None:
     slopes = state.call.get(1, "weight", None)
     if not single(state) or not isinstance(slopes, Tensor) or not state.shape:
         return None
@@ -94,7 +94,7 @@ def _prelu(writer: Writer, state: State) -> int | None:
 
 
 @emits("maximum", "minimum")
-def _extremum(writer: Writer, state: State) -> int | None:
+def _extremum(writer: Nodes, state: State) -> int | None:
     operands = state.call.operands
     if len(operands) != 2 or any(x.shape != state.shape for x in operands):
         return None
@@ -102,9 +102,7 @@ def _extremum(writer: Writer, state: State) -> int | None:
     return writer.add("extremum", places, state, largest=state.call.op == "maximum")
 
 
-def _sort(
-    writer: Writer, state: State, dim: int, size: int, halves: bool, down: bool
-) -> int | None:
+def _sort(writer: Nodes, state: State, dim: int, size: int, halves: bool, down: bool) -> int | None:
     place = dim_of(dim, state)
     if place is None:
         return None
@@ -114,13 +112,13 @@ def _sort(
 
 
 @emits("max_min", "MaxMin")
-def _max_min(writer: Writer, state: State) -> int | None:
+def _max_min(writer: Nodes, state: State) -> int | None:
     dim = writer.setting(state, 1, "dim", 1)
     return _sort(writer, state, dim, 2, halves=True, down=True)
 
 
 @emits("group_sort", "GroupSort")
-def _group_sort(writer: Writer, state: State) -> int | None:
+def _group_sort(writer: Nodes, state: State) -> int | None:
     size, dim = (
         writer.setting(state, i, n, d) for i, n, d in ((1, "group_size", 2), (2, "dim", 1))
     )
@@ -128,18 +126,18 @@ def _group_sort(writer: Writer, state: State) -> int | None:
 
 
 @emits("FullSort")
-def _full_sort(writer: Writer, state: State) -> int | None:
+def _full_sort(writer: Nodes, state: State) -> int | None:
     dim = writer.setting(state, 1, "dim", 1)
     size = state.call.operand.shape[dim % (len(state.shape) + 1) - 1]
     return _sort(writer, state, dim, size, halves=False, down=False)
 
 
 @emits("Scale")
-def _factor(writer: Writer, state: State) -> int | None:
+def _factor(writer: Nodes, state: State) -> int | None:
     return writer.scale(writer.index(state.parents[0]), float(writer.leaf(state).factor), state)
 
 
 @emits("LayerCentering")
-def _center(writer: Writer, state: State) -> int | None:
+def _center(writer: Nodes, state: State) -> int | None:
     dims = [dim_of(d, state) for d in each(writer.leaf(state).dim, 1)]
     return None if None in dims else writer.node("center", state, dims=dims, gain=1.0)

@@ -12,7 +12,7 @@ import platform
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,12 +21,11 @@ from orthonet import _checks
 from orthonet.certify._bound import Bound, Row
 from orthonet.certify.graph.program import Program
 from orthonet.certify.graph.regions import autocast_region
-from orthonet.certify.proof.graph import Constant, Writer
+from orthonet.certify.proof.graph import Writer
+from orthonet.certify.proof.nodes import Constant
+from orthonet.certify.walk.walker import Walker
 from orthonet.errors import UncertifiableError
 from orthonet.linalg.bounds.rounding import hypot_up, mul_up, up
-
-if TYPE_CHECKING:
-    from orthonet.certify._certificate import LipschitzCertificate
 
 __all__ = ["load", "save"]
 
@@ -35,25 +34,46 @@ _SAMPLES = 2
 _ROOM = 1.0 + 2.0**-26
 
 
-def save(certificate: LipschitzCertificate, path: str | Path) -> None:
+class Proved(Protocol):
+    """What is saved of a certificate beside the graph."""
+
+    @property
+    def constant(self) -> Bound: ...
+
+    @property
+    def lower(self) -> Bound | None: ...
+
+    @property
+    def rows(self) -> tuple[Row, ...]: ...
+
+    @property
+    def input_shape(self) -> tuple[Any, ...]: ...
+
+    @property
+    def pairs(self) -> Tensor | None: ...
+
+    @property
+    def autocast(self) -> torch.dtype | None: ...
+
+
+def save(certificate: Proved, walker: Walker | None, path: str | Path) -> None:
     """Write a certificate: `path` as JSON, its constants next to it as `.safetensors`."""
     path = Path(path)
-    walker = certificate._walker
-    _checks.require(
-        walker is not None,
-        "LipschitzCertificate",
-        "the graph of the model must be there to be saved",
-        "Call certify again: a certificate that was pickled, loaded or built by hand has none",
-        UncertifiableError,
-    )
+    if walker is None:
+        _checks.fail(
+            "LipschitzCertificate",
+            "the graph of the model must be there to be saved",
+            "Call certify again: a certificate that was pickled, loaded or built by hand has none",
+            UncertifiableError,
+        )
     _checks.require(
         path.suffix != ".safetensors", "LipschitzCertificate",
         "path must be that of the JSON file, the constants go next to it",
         "Call save('certificate.json')", path=str(path),
     )  # fmt: skip
     with torch.no_grad():
-        writer = Writer(walker)  # type: ignore[arg-type]
-        samples = _samples(walker.model, walker.program, writer)  # type: ignore[union-attr]
+        writer = Writer(walker)
+        samples = _samples(walker.model, walker.program, writer)
         pairs = _pairs(certificate, writer)
     each = [writer.bounds[i] for i in writer.outputs]
     bound = each[0] if len(each) == 1 else hypot_up(*each)
@@ -77,10 +97,8 @@ def save(certificate: LipschitzCertificate, path: str | Path) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
-def load(path: str | Path) -> LipschitzCertificate:
-    """Read a certificate that `save` wrote: its constants are the ones that a checker verifies."""
-    from orthonet.certify._certificate import LipschitzCertificate
-
+def load(path: str | Path) -> dict[str, Any]:
+    """The fields of a certificate that `save` wrote; its constants are those of the file."""
     path = Path(path)
     content = json.loads(path.read_text("utf-8"))
     _checks.require(
@@ -103,21 +121,21 @@ def load(path: str | Path) -> LipschitzCertificate:
     )
     lower = told["lower"]
     autocast = told["autocast"]
-    return LipschitzCertificate(
-        Bound(float.fromhex(content["bound"])),
-        rows,
-        shape,
-        pairs,
-        None if lower is None else Bound(float.fromhex(lower), kind="estimate"),
-        tuple(Bound(float.fromhex(value)) for value in content["each"]),
-        None if autocast is None else getattr(torch, autocast),
-    )
+    return {
+        "constant": Bound(float.fromhex(content["bound"])),
+        "rows": rows,
+        "input_shape": shape,
+        "pairs": pairs,
+        "lower": None if lower is None else Bound(float.fromhex(lower), kind="estimate"),
+        "outputs": tuple(Bound(float.fromhex(value)) for value in content["each"]),
+        "autocast": None if autocast is None else getattr(torch, autocast),
+    }
 
 
 _NUMBERS = ("constant", "cumulative", "seconds")
 
 
-def _prover(certificate: LipschitzCertificate) -> dict[str, Any]:
+def _prover(certificate: Proved) -> dict[str, Any]:
     """What the prover found, for the record: no claim of the file rests on it."""
     lower, autocast = certificate.lower, certificate.autocast
     return {
@@ -168,7 +186,7 @@ def _flat(value: Any) -> list[Tensor]:
     return [t for v in values for t in _flat(v)]
 
 
-def _pairs(certificate: LipschitzCertificate, writer: Writer) -> str | None:
+def _pairs(certificate: Proved, writer: Writer) -> str | None:
     """The constants of differences of outputs that follow from the nodes of the file.
 
     Behind a last matrix |w_i - w_j| times the bound of its operand, at most root 2 times the whole.
