@@ -283,6 +283,7 @@ def test_what_cannot_be_computed_has_one_sentence(name, tmp_path, capsys):
     status = main([str(tmp_path / "c.json"), "--quiet"])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
     shown = capsys.readouterr()
+    assert "cannot be computed" not in shown.err  # which is what is said of a lack of memory
     if name == "huge factors":  # the bound is true, if it is a number
         assert "above the claimed bound" in shown.err
     assert (status, shown.err.count("\n"), shown.err[:9]) == (1, 1, "rejected:")
