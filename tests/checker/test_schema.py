@@ -113,11 +113,11 @@ def test_what_is_missing_is_noticed(original, name):
     "text", ["", "{", "[]", "1", '{"bound": 1.5}', '{"bound": NaN}', '{"bound": Infinity}',
              '{"a": 1, "a": 2}', "[" * 100_000, '{"nodes": ' + "1" * 5000 + "}",
              '{"weights": "a\\u0000b"}', '{"weights": "a\\nb"}', '{"weights": "\\ud800"}',
-             '{"weights": "."}', '\ufeff{"weights": "a"}'],
+             '\ufeff{"weights": "a"}'],
 )  # fmt: skip
 def test_other_texts_are_rejected(tmp_path, text):
     (tmp_path / "c.json").write_text(text)
-    with pytest.raises((Rejected, IsADirectoryError)):
+    with pytest.raises(Rejected):
         check(tmp_path / "c.json")
 
 
