@@ -113,11 +113,11 @@ def test_what_is_missing_is_noticed(original, name):
     "text", ["", "{", "[]", "1", '{"bound": 1.5}', '{"bound": NaN}', '{"bound": Infinity}',
              '{"a": 1, "a": 2}', "[" * 100_000, '{"nodes": ' + "1" * 5000 + "}",
              '{"weights": "a\\u0000b"}', '{"weights": "a\\nb"}', '{"weights": "\\ud800"}',
-             '{"weights": "."}', '\ufeff{"weights": "a"}'],
+             '\ufeff{"weights": "a"}'],
 )  # fmt: skip
 def test_other_texts_are_rejected(tmp_path, text):
     (tmp_path / "c.json").write_text(text)
-    with pytest.raises((Rejected, IsADirectoryError)):
+    with pytest.raises(Rejected):
         check(tmp_path / "c.json")
 
 
@@ -283,6 +283,7 @@ def test_what_cannot_be_computed_has_one_sentence(name, tmp_path, capsys):
     status = main([str(tmp_path / "c.json"), "--quiet"])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
     shown = capsys.readouterr()
+    assert "cannot be computed" not in shown.err  # which is what is said of a lack of memory
     if name == "huge factors":  # the bound is true, if it is a number
         assert "above the claimed bound" in shown.err
     assert (status, shown.err.count("\n"), shown.err[:9]) == (1, 1, "rejected:")
