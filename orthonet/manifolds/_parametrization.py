@@ -11,7 +11,7 @@ import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from orthonet import _checks
 from orthonet._torch import without_autocast
 from orthonet.linalg.matrix import compute_dtype
 
-__all__ = ["Membership", "Parametrization", "Space"]
+__all__ = ["Membership", "Parametrization"]
 
 
 @dataclass(frozen=True)
@@ -42,47 +42,6 @@ class Membership:
         return self.distance <= self.allowed
 
 
-class Space(Protocol):
-    """What a parametrization asks its space: see `Manifold`, which has it all."""
-
-    event_ndim: ClassVar[int]  # how many of the last dimensions one point has
-
-    def check_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape as a tuple, or raise."""
-        ...
-
-    def dimension(self, shape: Sequence[int]) -> int:
-        """The dimension of the space, for tensors of this shape."""
-        ...
-
-    def tolerance(self, x: Tensor) -> float:
-        """The largest violation that counts as rounding."""
-        ...
-
-    def require(self, x: Tensor, owner: object = None, atol: float | None = None) -> None:
-        """Raise unless `x` lies on the space."""
-        ...
-
-    def contains(self, x: Tensor, atol: float | None = None) -> Membership:
-        """Whether `x` lies on the space."""
-        ...
-
-    def project(self, x: Tensor) -> Tensor:
-        """The nearest point."""
-        ...
-
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """A random point."""
-        ...
-
-
 class Parametrization(nn.Module, abc.ABC):
     r"""A smooth map from coordinates in \(\mathbb{R}^d\) onto a space.
 
@@ -90,7 +49,7 @@ class Parametrization(nn.Module, abc.ABC):
     coordinates. Buffers (bases) keep float32 where the module is converted to half precision.
 
     Args:
-        space: The space of the values.
+        space: The space of the values, a `Manifold`.
         shape: Shape of the values, `(*batch, n, k)` or `(*batch, n)`.
 
     Attributes:
@@ -101,7 +60,7 @@ class Parametrization(nn.Module, abc.ABC):
         Coordinates: (*batch, d), see `coordinate_shape`. Values: `shape`.
     """
 
-    def __init__(self, space: Space, shape: Sequence[int]) -> None:
+    def __init__(self, space: Any, shape: Sequence[int]) -> None:
         super().__init__()
         self.space = space
         self.shape = space.check_shape(shape)

@@ -68,7 +68,7 @@ class Sphere(Manifold):
     """
 
     radius: float = 1.0
-    event_ndim: ClassVar[int] = 1
+    event_ndim = 1
 
     def __post_init__(self) -> None:
         _checks.require(

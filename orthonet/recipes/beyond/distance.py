@@ -21,6 +21,8 @@ from orthonet.recipes.running.figures import BLUE, GREY, ORANGE, _figure, _save
 from orthonet.recipes.running.log import writer_class
 from orthonet.recipes.running.processes import joined, part_of
 
+__all__ = ["SDFConfig", "Trace", "overshoots", "sphere_trace", "train_sdf"]
+
 
 @dataclasses.dataclass(frozen=True)
 class SDFConfig:

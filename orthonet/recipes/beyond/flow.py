@@ -23,6 +23,17 @@ from orthonet.recipes.running.log import writer_class
 from orthonet.recipes.running.processes import joined, part_of
 from orthonet.reparametrizers import QR_ORTHO_PARAMS
 
+__all__ = [
+    "DENSITIES",
+    "FlowConfig",
+    "Inverse",
+    "ResidualFlow",
+    "invert",
+    "moons",
+    "rings",
+    "train_flow",
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:

@@ -18,6 +18,8 @@ from orthonet.recipes.running.log import Log
 from orthonet.recipes.running.processes import rank_and_size, replica_of, totals
 from orthonet.recipes.running.resume import Resumable
 
+__all__ = ["BeyondReport", "Training", "grid", "optimize"]
+
 
 class Training(Protocol):
     """What `optimize` reads of the dataclass that configures a recipe."""

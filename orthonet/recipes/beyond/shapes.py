@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = ["SHAPES", "Shape", "polygon", "star", "torus"]
+
 
 class Shape(NamedTuple):
     """A closed shape inside the box [-1, 1]^d; its signed distance is negative inside."""

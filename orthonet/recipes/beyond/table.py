@@ -9,6 +9,8 @@ from orthonet.recipes.beyond.distance import SDFConfig, train_sdf
 from orthonet.recipes.beyond.flow import FlowConfig, train_flow
 from orthonet.recipes.beyond.wasserstein import W1Config, train_w1
 
+__all__ = ["BEYOND_RECIPES", "BeyondRecipe"]
+
 
 class BeyondRecipe(NamedTuple):
     """A configuration, and the function that carries it out."""

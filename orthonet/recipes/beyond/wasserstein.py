@@ -20,6 +20,8 @@ from orthonet.recipes.running.figures import BLUE, GREY, ORANGE, _figure, _save
 from orthonet.recipes.running.log import writer_class
 from orthonet.recipes.running.processes import joined, part_of
 
+__all__ = ["W1Config", "mean_below", "shells", "train_w1"]
+
 
 @dataclasses.dataclass(frozen=True)
 class W1Config:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = ["random_affine", "random_crop"]
+
 
 def random_affine(
     x: Tensor,

@@ -12,6 +12,8 @@ import torch
 from orthonet import _checks
 from orthonet.recipes.data.digits import Images, Split, require_package
 
+__all__ = ["load_cifar10"]
+
 _PYTHON, _BINARY = "cifar-10-batches-py", "cifar-10-batches-bin"
 _TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 _PIXELS = 3 * 32 * 32

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from orthonet import _checks
 
+__all__ = ["DATASETS", "Images", "Split", "load", "require_package", "stratified_split"]
+
 
 class Images(NamedTuple):
     """Images in [0, 1], (number, 1, height, width), and the index of their class, (number,)."""

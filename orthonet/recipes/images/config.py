@@ -12,6 +12,18 @@ from orthonet.models import list_models
 from orthonet.recipes.data.digits import DATASETS
 from orthonet.reparametrizers import OrthoParams
 
+__all__ = [
+    "FolderConfig",
+    "ORTHO_PARAMS",
+    "RADII",
+    "RECIPES",
+    "TrainConfig",
+    "cifar10_xs",
+    "digits",
+    "folder",
+    "mnist5k",
+]
+
 ORTHO_PARAMS = {
     "default": reparametrizers.DEFAULT_ORTHO_PARAMS,
     "default_test": reparametrizers.DEFAULT_TEST_ORTHO_PARAMS,

@@ -17,6 +17,8 @@ from orthonet.certify.metrics import survivors
 from orthonet.convert import to_plain
 from orthonet.recipes.data.digits import Images, require_package
 
+__all__ = ["Evaluation", "attack_radii", "evaluate"]
+
 _BATCH = 250
 
 

@@ -22,6 +22,8 @@ from orthonet.recipes.images.evaluate import Evaluation
 from orthonet.recipes.images.spectra import layer_spectra
 from orthonet.recipes.running.files import write_atomically
 
+__all__ = ["CertificateReport", "certificate_alone", "write_page"]
+
 
 @dataclass(frozen=True, eq=False)
 class CertificateReport:

@@ -27,6 +27,8 @@ from orthonet.recipes.running.files import versions, write_json
 from orthonet.recipes.running.log import writer_class
 from orthonet.recipes.running.processes import joined
 
+__all__ = ["Report", "certify_checkpoint", "train"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from orthonet._torch import conv_forward
 
+__all__ = ["Spectrum", "layer_spectra"]
+
 _LARGEST = 3200  # entries of an input whose dense operator is decomposed: a few seconds
 
 

@@ -20,6 +20,8 @@ from orthonet.recipes.running.log import Log
 from orthonet.recipes.running.processes import rank_and_size, replica_of, totals
 from orthonet.recipes.running.resume import Resumable
 
+__all__ = ["FOLLOWED_RADIUS", "build", "fit", "optimizer_of"]
+
 FOLLOWED_RADIUS = 0.5
 
 

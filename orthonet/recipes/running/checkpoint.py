@@ -18,6 +18,8 @@ from orthonet.recipes.images.config import TrainConfig
 from orthonet.recipes.images.train import build
 from orthonet.recipes.running.files import write_atomically
 
+__all__ = ["FORMAT", "load_checkpoint", "save_checkpoint"]
+
 FORMAT = "orthonet checkpoint 1"
 
 

@@ -11,6 +11,8 @@ from orthonet.recipes.data.digits import require_package
 from orthonet.recipes.images.spectra import Spectrum
 from orthonet.recipes.running.files import write_atomically
 
+__all__ = ["radius_figure", "spectra_figure", "training_figure"]
+
 # Okabe & Ito: told apart with every kind of colour vision, and in grey by their dashes.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 

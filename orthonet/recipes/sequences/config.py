@@ -10,6 +10,17 @@ from orthonet import _checks
 from orthonet.functional.recurrence import NONLINEARITIES
 from orthonet.layers.recurrent.kernels import INITIALIZATIONS
 
+__all__ = [
+    "ALPHABET",
+    "COPIED",
+    "MODELS",
+    "SEQUENCE_RECIPES",
+    "SequenceConfig",
+    "TASKS",
+    "copying",
+    "seq_mnist",
+]
+
 TASKS = ("copying", "mnist5k", "mnist")
 MODELS = ("orthonet", "lstm", "torch", "geotorch")
 COPIED = 10  # symbols to be copied

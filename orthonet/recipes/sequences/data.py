@@ -11,6 +11,8 @@ from torch import Tensor
 from orthonet.recipes.data.digits import Images, Split, load, require_package
 from orthonet.recipes.sequences.config import ALPHABET, COPIED, SequenceConfig
 
+__all__ = ["Batch", "MARKER", "Task", "copying_batch", "task_of"]
+
 MARKER = ALPHABET + 1
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from orthonet.recipes.running.figures import BLUE, GREEN, GREY, ORANGE, _figure, _save
 from orthonet.recipes.sequences.report import SequenceReport
 
+__all__ = ["PURPLE", "gradient_figure", "learning_figure"]
+
 PURPLE = "#CC79A7"
 _STYLES = {
     "orthonet": ("orthonet OrthoRNN", BLUE, "-"),

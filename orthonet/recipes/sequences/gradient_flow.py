@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 
+__all__ = ["gradient_norms"]
+
 
 def gradient_norms(
     rnn: nn.Module,

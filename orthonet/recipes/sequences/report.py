@@ -9,6 +9,8 @@ from typing import Any
 from orthonet.recipes.running.files import versions
 from orthonet.recipes.sequences.config import SequenceConfig
 
+__all__ = ["SequenceReport", "SequenceResult"]
+
 
 @dataclasses.dataclass(frozen=True)
 class SequenceResult:

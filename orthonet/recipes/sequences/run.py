@@ -26,6 +26,8 @@ from orthonet.recipes.sequences.train import (
     fit_sequences,
 )
 
+__all__ = ["train_sequences"]
+
 
 def train_sequences(
     config: SequenceConfig,

@@ -23,6 +23,15 @@ from orthonet.recipes.running.resume import Resumable
 from orthonet.recipes.sequences.config import COPIED, SequenceConfig
 from orthonet.recipes.sequences.data import Batch, Task
 
+__all__ = [
+    "SequenceModel",
+    "assess",
+    "build_sequence_model",
+    "fit_sequences",
+    "parameter_groups",
+    "score",
+]
+
 
 class SequenceModel(nn.Module):
     """A recurrent layer and a linear map of its states, or of the last one.

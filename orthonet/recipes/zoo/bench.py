@@ -25,6 +25,8 @@ from orthonet.recipes.zoo.cost import StepCost, step_cost
 from orthonet.recipes.zoo.figures import zoo_figure
 from orthonet.recipes.zoo.report import ZooReport
 
+__all__ = ["BUDGETS", "LEARNING_RATES", "ZooConfig", "bench_zoo", "run_method", "width_for"]
+
 BUDGETS = ("parameters", "cpu")
 _SHAPES = {"digits": (1, 8, 8), "mnist5k": (1, 28, 28)}
 # Highest learning rate of Adam; of 0.005, 0.02 and 0.06 the best on validation images of the

@@ -13,6 +13,8 @@ from orthonet.recipes.data.digits import Images
 from orthonet.recipes.images.config import TrainConfig
 from orthonet.recipes.images.train import build
 
+__all__ = ["StepCost", "step_cost"]
+
 
 class StepCost(NamedTuple):
     """Cost of one training step.

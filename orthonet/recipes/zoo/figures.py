@@ -7,6 +7,8 @@ from pathlib import Path
 from orthonet.recipes.running.figures import BLUE, GREY, ORANGE, _figure, _save
 from orthonet.recipes.zoo.report import ZooReport
 
+__all__ = ["zoo_figure"]
+
 _SHADES = ("#9ECAE1", "#4292C6", "#08519C", "#08306B")
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+__all__ = ["HEADER", "ZooReport"]
+
 HEADER = (
     "method", "seeds", "accuracy", "certified", "spread", "PGD", "average radius", "constant",
     "ms a step", "saved MB", "parameters", "epochs", "broken", "not finite",
