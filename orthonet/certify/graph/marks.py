@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import functional
-from orthonet._torch import is_hooked, patched
+from orthonet._torch import patched
 from orthonet.certify.rules import function_leaves, module_rule
+from orthonet.layers.children import as_defined
 from orthonet.reparametrizers.registration import bake
 
 __all__ = ["ROOT", "LeafCall", "Marked", "Marker", "mark_of", "marked_copy"]
@@ -163,6 +164,5 @@ def _freeze(module: nn.Module) -> None:
 def _is_plain(module: nn.Module) -> bool:
     """Whether the layer is ours, computes its weight, and is used as it was defined."""
     cls = type(module)
-    own = any(callable(getattr(cls, name, None)) for name in vars(module))
     library = cls.__module__.startswith("orthonet.") and hasattr(cls, "to_plain")
-    return library and not is_hooked(module) and not own and module_rule(module) is None
+    return library and module_rule(module) is None and as_defined(module)
