@@ -42,6 +42,7 @@ def _surroundings(model: nn.Module) -> dict[str, str]:
     """All but the parameters and buffers of the model and its modules."""
     reader = Reader(lambda module: repr(_hidden(reader, module)))
     found = dict(_hooks(reader, "global ", None)) | _of_modules(reader, model)
+    found |= reader.rest()
     return found | {f"reads {name}": text for name, text in reader.restless()}
 
 
@@ -58,7 +59,7 @@ def _of_modules(reader: Reader, model: nn.Module) -> dict[str, str]:
         cls, prefix = type(module), f"{path}." if path else ""
         found[f"{prefix}__class__"] = f"{cls.__module__}.{cls.__qualname__}"
         found |= dict(_hooks(reader, prefix, module))
-        found |= dict(reader.of_class(cls))
+        reader.add(cls)
         reader.runs(getattr(cls, "forward", None), cls)
         for name, value in vars(module).items():
             if name in MODULE_ATTRIBUTES or (name.startswith("_") and is_library(cls.__module__)):

@@ -72,7 +72,7 @@ class Reader:
         self.texts: dict[int, str] = {}
         self.kept: list[Any] = []
         self.read: set[int] = set()
-        self.classes: dict[type, None] = {}
+        self.queue: list[Any] = []
 
     def know(self, model: nn.Module) -> None:
         """Take the modules of a model as known: others say their path only."""
@@ -90,42 +90,48 @@ class Reader:
             for name in _restless(function, cls, seen):
                 yield name, f"{next(_NUMBERS)}"
 
-    def of_class(self, cls: type) -> Iterator[tuple[str, str]]:
-        """The attributes of a class of the user's, and what its methods read."""
-        if cls in self.classes:
-            return
-        self.classes[cls] = None
-        for base in cls.__mro__:
-            if _is_known(base.__module__):
-                continue
-            for name, value in list(vars(base).items()):
-                label = f"{base.__qualname__}.{name}"
-                if isinstance(value, _FUNCTIONS):
-                    yield from self.of_function(label, value)
-                elif not name.startswith("__") and name not in ("_abc_impl",):
-                    yield label, self.text(value)
+    def add(self, value: Any) -> None:
+        """Take a function or class into what is read, unless it is of a library or of Python."""
+        value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        home = getattr(value, "__module__", None)
+        if id(value) not in self.read and not _is_known(home if isinstance(home, str) else ""):
+            self.read.add(id(value))
+            self.queue.append(value)
 
-    def of_function(self, name: str, function: Any) -> Iterator[tuple[str, str]]:
-        """What a function is, and what it reads: globals, cells, defaults, and its helpers'."""
-        function = getattr(function, "fget", None) or getattr(function, "__func__", function)
-        code = getattr(function, "__code__", None)
-        if code is None or id(function) in self.read:
-            return
-        self.read.add(id(function))
-        self.kept.append(function)
-        yield f"{name}()", _code_text(code)
-        names, values = names_in(code), _values_of(function)
-        for key, value in values.items():
-            label = f"{name} > {key}"
+    def rest(self) -> dict[str, str]:
+        """What the functions and classes are that were met, and what these read, to the last."""
+        found: dict[str, str] = {}
+        place = 0
+        while place < len(self.queue):  # which grows
+            value = self.queue[place]
+            label = f"{place} {getattr(value, '__qualname__', '')}"
+            if isinstance(value, type):
+                found |= dict(self._of_class(label, value))
+            elif isinstance(value, types.FunctionType):
+                found |= dict(self._of_function(label, value))
+            place += 1
+        return found
+
+    def _of_class(self, label: str, cls: type) -> Iterator[tuple[str, str]]:
+        for base in cls.__mro__[1:]:
+            self.add(base)
+        for name, value in list(vars(cls).items()):
+            if isinstance(value, _FUNCTIONS):
+                self.add(value)
+                yield f"{label}.{name}", type(value).__name__
+            elif not name.startswith("__") and name not in ("_abc_impl",):
+                yield f"{label}.{name}", self.text(value)
+
+    def _of_function(self, label: str, function: Any) -> Iterator[tuple[str, str]]:
+        """Its code, and what it reads: globals, cells, defaults, and its helpers'."""
+        code = function.__code__
+        yield f"{label}()", _code_text(code)
+        names = names_in(code)
+        for key, value in _values_of(function).items():
             if isinstance(value, types.ModuleType):
-                yield from self._of_module(label, value, names)
-            elif isinstance(value, (types.FunctionType, types.MethodType)):
-                if not is_library(value.__module__):
-                    yield from self.of_function(label, value)
-            elif isinstance(value, type):
-                yield from self.of_class(value)
+                yield from self._of_module(f"{label} > {key}", value, names)
             else:
-                yield label, self.text(value)
+                yield f"{label} > {key}", self.text(value)
 
     def _of_module(
         self, label: str, module: types.ModuleType, names: set[str]
@@ -137,14 +143,8 @@ class Reader:
         elif root == "numpy":
             yield label, _of_numpy(sys.modules["numpy"].random.get_state())
         elif not _is_known(root):
-            for key in names & vars(module).keys():
-                value = vars(module)[key]
-                if isinstance(value, (types.FunctionType, types.MethodType)):
-                    yield from self.of_function(f"{label}.{key}", value)
-                elif isinstance(value, type):
-                    yield from self.of_class(value)
-                elif not isinstance(value, types.ModuleType):
-                    yield f"{label}.{key}", self.text(value)
+            for key in sorted(names & vars(module).keys()):
+                yield f"{label}.{key}", self.text(vars(module)[key])
 
     def text(self, value: Any, depth: int = 0) -> str:
         """Equal for equal data."""
@@ -172,15 +172,14 @@ class Reader:
         if isinstance(value, nn.Module):
             return self.module_text(value)
         if isinstance(value, type):
-            inside = [] if _is_known(value.__module__) else [*self.of_class(value)]
-            return f"class {value.__qualname__} {inside}"
+            self.add(value)
+            return f"class {value.__qualname__}"
         if isinstance(value, _FUNCTIONS):
             owner = getattr(value, "__self__", None)
-            known = is_library(getattr(value, "__module__", None))
             self.runs(value)
-            inside = [] if known else [*self.of_function(kind.__name__, value)]
+            self.add(value)
             own = "" if owner is None or isinstance(owner, type) else text(owner)
-            return f"{name} {getattr(value, '__qualname__', '')} {own} {inside}"
+            return f"{name} {getattr(value, '__qualname__', '')} {own}"
         if isinstance(value, types.BuiltinFunctionType):
             owner = value.__self__
             module = owner is None or isinstance(owner, (types.ModuleType, type))
@@ -214,7 +213,8 @@ class Reader:
             held = {**{s: getattr(value, s, None) for s in slots}, **getattr(value, "__dict__", {})}
             found = text(held)
             if not _is_known(kind.__module__):
-                return f"{found}{sorted(self.of_class(kind))}"
+                self.add(kind)
+                return found
         if isinstance(value, (dict, tuple, list, deque, set, frozenset, array.array)):
             return found
         if isinstance(value, random.Random):
@@ -234,27 +234,30 @@ class Reader:
 
 def _restless(function: Any, cls: type, seen: set[int]) -> Iterator[str]:
     """The clocks, the environment and the like that a method or what it calls may read."""
-    function = getattr(function, "fget", None) or getattr(function, "__func__", function)
-    code = getattr(function, "__code__", None)
-    if code is None or id(function) in seen or _is_known(getattr(function, "__module__", "")):
-        return
-    seen.add(id(function))
-    names, values = names_in(code), _values_of(function)
-    for name in sorted(names - values.keys()):
-        yield from _restless(getattr(cls, name, None), cls, seen)  # a method
-    for value in values.values():
-        if isinstance(value, types.ModuleType):
-            found = names & _RESTLESS.get(value.__name__, set())
-            yield from (f"{value.__name__}.{name}" for name in sorted(found))
-        elif isinstance(value, type(os.environ)):
-            yield "os.environ"
-        elif isinstance(value, type) and value.__module__ in ("datetime", "uuid"):
-            found = names & _RESTLESS[value.__module__]
-            yield from (f"{value.__module__}.{name}" for name in sorted(found))
-        elif getattr(value, "__name__", "") in _RESTLESS.get(_home(value), ()):
-            yield f"{_home(value)}.{value.__name__}"
-        elif isinstance(value, (types.FunctionType, types.MethodType)):
-            yield from _restless(value, cls, seen)
+    waiting = [function]
+    while waiting:
+        function = waiting.pop()
+        function = getattr(function, "fget", None) or getattr(function, "__func__", function)
+        known = _is_known(getattr(function, "__module__", ""))
+        if known or id(function) in seen or not isinstance(function, types.FunctionType):
+            continue
+        seen.add(id(function))
+        names, values = names_in(function.__code__), _values_of(function)
+        waiting += [getattr(cls, name, None) for name in sorted(names - values.keys())]  # methods
+        for value in values.values():
+            found: set[str] = set()
+            if isinstance(value, types.ModuleType):
+                found = names & _RESTLESS.get(value.__name__, set())
+                home = value.__name__
+            elif isinstance(value, type(os.environ)):
+                found, home = {"environ"}, "os"
+            elif isinstance(value, type) and value.__module__ in ("datetime", "uuid"):
+                found, home = names & _RESTLESS[value.__module__], value.__module__
+            else:
+                home = _home(value)
+                found = {str(getattr(value, "__name__", ""))} & _RESTLESS.get(home, set())
+                waiting.append(value)
+            yield from (f"{home}.{name}" for name in sorted(found))
 
 
 def _home(value: Any) -> str:
@@ -266,7 +269,8 @@ def _values_of(function: Any) -> dict[str, Any]:
     code = function.__code__
     cells = zip(code.co_freevars, function.__closure__ or (), strict=False)
     values = dict(_filled(cells))
-    values |= {n: function.__globals__[n] for n in names_in(code) if n in function.__globals__}
+    names = sorted(names_in(code) & function.__globals__.keys())
+    values |= {n: function.__globals__[n] for n in names if not n.startswith("@py")}  # of pytest
     values |= {f"default {i}": v for i, v in enumerate(function.__defaults__ or ())}
     values |= {f"default {n}": v for n, v in (function.__kwdefaults__ or {}).items()}
     return values | vars(function)
