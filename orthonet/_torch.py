@@ -43,6 +43,7 @@ __all__ = [
     "core_decompositions",
     "current_stream",
     "eager",
+    "flat_weights",
     "foreach_add",
     "foreach_addcmul_",
     "foreach_copy_",
@@ -77,6 +78,7 @@ __all__ = [
     "running_ddp",
     "set_conv_paddings",
     "tracing",
+    "version_of",
     "without_autocast",
 ]
 
@@ -299,20 +301,29 @@ def is_shard(tensor: Tensor) -> bool:
 def is_hooked(module: nn.Module, *, backward: bool = False) -> bool:
     """Return whether hooks of this module run around its forward (or also its backward) pass."""
     hooks = module._forward_hooks or module._forward_pre_hooks
-    if backward:
-        hooks = hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks)
+    return bool(hooks or (backward and (module._backward_hooks or module._backward_pre_hooks)))
 
 
-def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """Return the hooks of this module before and after its forward pass."""
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+def flat_weights(module: nn.RNNBase) -> list[Any]:
+    """Return what the forward pass of a recurrent layer of `torch.nn` computes with."""
+    return module._flat_weights
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; 0 where no writes are counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def forward_hooks(module: nn.Module | None) -> list[Callable[..., Any]]:
+    """Return the hooks before and after the forward pass of a module; None: of every module."""
+    where, kind = (nn.modules.module, "_global") if module is None else (module, "")
+    names = (f"{kind}_forward_pre_hooks", f"{kind}_forward_hooks")
+    return [hook for name in names for hook in getattr(where, name).values()]
 
 
 def has_global_forward_hooks() -> bool:
     """Return whether hooks run around the forward pass of every module of the process."""
-    modules: Any = nn.modules.module
-    return bool(modules._global_forward_hooks or modules._global_forward_pre_hooks)
+    return bool(forward_hooks(None))
 
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {

@@ -509,3 +509,38 @@ class TestPatched:
             kept = F.relu
             assert kept(torch.ones(1)) == -1.0
         assert kept(torch.ones(1)) == 1.0
+
+
+@pytest.mark.parametrize("cls", [nn.RNN, nn.LSTM, nn.GRU])
+def test_recurrent_layers_compute_with_a_list(cls):
+    layer, x = cls(2, 3), torch.randn(4, 1, 2)
+    assert all(a is b for a, b in zip(_torch.flat_weights(layer), layer.parameters(), strict=True))
+    before = layer(x)[0]
+    for weight in _torch.flat_weights(layer):
+        weight.data.mul_(2.0)
+    assert not torch.equal(before, layer(x)[0])
+
+
+def test_writes_to_a_tensor_are_counted():
+    x = torch.zeros(2)
+    before = _torch.version_of(x)
+    x.add_(1.0)
+    assert _torch.version_of(x) > before
+    with torch.inference_mode():
+        assert _torch.version_of(torch.zeros(2).add_(1.0)) == 0
+
+
+def test_hooks_of_every_module_are_found():
+    assert _torch.forward_hooks(None) == []
+    for register in (
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    ):
+        handle = register(_hook)
+        assert _torch.forward_hooks(None) == [_hook] and _torch.has_global_forward_hooks()
+        handle.remove()
+    assert _torch.forward_hooks(None) == [] and not _torch.has_global_forward_hooks()
+
+
+def _hook(*args):
+    return None

@@ -317,7 +317,8 @@ class LipschitzCertificate:
     def matches(self, model: nn.Module) -> bool:
         """Return whether this is the model that was certified.
 
-        Compares SHA-256 of every parameter and buffer, and all other plain data of the modules.
+        Compares SHA-256 of every parameter and buffer, and of what else its forward may read:
+        attributes, hooks, code, globals, closures and class attributes.
         """
         return not self._changed(model)
 

@@ -14,7 +14,8 @@ from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._progress import Progress, report, reporting
 from orthonet.certify._radius import pairwise_constants
-from orthonet.certify.graph.identity import data_hashes, digest, hashes
+from orthonet.certify.graph.identity import data_hashes, hashes
+from orthonet.certify.graph.memory import digest
 from orthonet.certify.graph.regions import HALF
 from orthonet.certify.norms import EFFORTS, Effort, limits
 from orthonet.certify.norms import effort as with_effort
@@ -147,7 +148,9 @@ def _pairs(walker: Walker) -> Tensor | None:
 def _check_examples(examples: tuple[Tensor, ...]) -> None:
     for example in examples:
         _checks.require(
-            isinstance(example, Tensor) and example.ndim >= 1 and example.is_floating_point(),
+            type(example) in (Tensor, nn.Parameter)
+            and example.ndim >= 1
+            and example.is_floating_point(),
             "certify",
             "example_input must be a floating-point tensor whose first dimension is the batch",
             "Pass a batch, e.g. torch.zeros(1, 3, 32, 32); behind an embedding, certify the rest "
@@ -224,6 +227,16 @@ def _check_model(model: nn.Module) -> None:
             "Call the model once: a lazy module makes its weights when it sees an input",
             UncertifiableError,
             path=path,
+        )
+        _checks.require(
+            type(tensor) in (Tensor, nn.Parameter),
+            "certify",
+            "weights must be of torch.Tensor or torch.nn.Parameter, not of another class",
+            "Store tensor.as_subclass(torch.Tensor): a class of its own may give operations "
+            "another meaning",
+            UncertifiableError,
+            path=path,
+            type=type(tensor),
         )
         _checks.require(
             not (tensor.is_inference() or torch.is_inference_mode_enabled()),

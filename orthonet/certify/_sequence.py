@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from orthonet import _checks, layers
 from orthonet.certify._bound import Bound
 from orthonet.certify.rounding.recurrent import StepConstants, recurrent_rounding
-from orthonet.certify.rules import Step, register_rule, upper
+from orthonet.certify.rules import Step, module_rule, register_rule, upper
 from orthonet.errors import UncertifiableError
 from orthonet.linalg.bounds.enclosure import spectral_norm_bound
 from orthonet.linalg.bounds.rounding import add_up, div_up, down, hypot_up, mul_up, sqrt_up, up
@@ -112,6 +112,15 @@ def _require_vanilla(layer: nn.Module) -> None:
         "recurrent_bound",
         "the layer must be OrthoRNN, ContractiveRNN or nn.RNN",
         "The gates of LSTM and GRU multiply states, which has no constant for all inputs",
+        UncertifiableError,
+        layer=type(layer),
+    )
+    _checks.require(
+        module_rule(layer) is not None,
+        "recurrent_bound",
+        "the layer must compute what its class does, with its own parameters",
+        "Take away its hooks and parametrizations, and an own forward: the constant of a step is "
+        "read from the weights",
         UncertifiableError,
         layer=type(layer),
     )

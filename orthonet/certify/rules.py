@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import _checks, _torch
-from orthonet._torch import NN_FUNCTIONS, REQUIRED, is_hooked, operation_name
+from orthonet._torch import NN_FUNCTIONS, REQUIRED, operation_name
 from orthonet.certify._bound import Bound
 from orthonet.certify.norms import conv_norm
 from orthonet.errors import UncertifiableError
+from orthonet.layers.children import as_defined
 from orthonet.linalg.bounds.enclosure import spectral_norm_bound
 from orthonet.linalg.bounds.sizes import Rounding
 
@@ -378,7 +379,8 @@ def register_rule(*targets: Any, nested: bool = False) -> Callable[[Rule], Rule]
 
     Args:
         *targets: Classes of modules: the rule is called as `rule(module, input_shape)`, with the
-            shape of one sample, and the module is not looked into. Or functions, and names of
+            shape of one sample, and the module is not looked into, unless hooks or an own `forward`
+            of a module in it change what it computes. Or functions, and names of
             tensor methods: the rule is called as `rule(call)` with a `Call`. A name stands for the
             function, the method and the in-place variant of torch alike.
         nested: For classes: the rule is called as `rule(module, input_shape, bound_of)`, and
@@ -458,19 +460,16 @@ def function_leaves() -> list[Any]:
 def module_rule(module: nn.Module) -> _Entry | None:
     """The rule of the class of a module, or of a base whose map the class does not change.
 
-    Hooks and an own `forward` of the instance change the map, too; such a module has no rule and
-    is looked into instead.
+    A module that does not compute `as_defined` has no rule and is looked into instead.
     """
-    hooks = is_hooked(module) or any(
-        callable(getattr(type(module), name, None)) for name in vars(module)
-    )
     for base in type(module).__mro__:
-        if base in _MODULES and not hooks and _same_map(type(module), base):
-            return _MODULES[base]
         if base in _MODULES:
-            return None
+            entry = _MODULES[base]
+            inside = not entry.nested  # a nested rule asks for the bounds of its children
+            known = as_defined(module, inside) and _same_map(type(module), base)
+            return entry if known else None
         if base.__module__.startswith("orthonet.layers.") and hasattr(base, "declared_bound"):
-            known = not hooks and _same_map(type(module), base)
+            known = as_defined(module) and _same_map(type(module), base)
             return _Entry(_declared, False) if known else None
     return None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet._checks import in_range, positive_int, require
-from orthonet.layers._declared import Declared, Norms, float64, length_of
+from orthonet.layers._declared import Declared, Norms, check_bias, float64, length_of
 from orthonet.linalg.bounds.sizes import Rounding
 
 __all__ = ["BatchLipNorm1d", "BatchLipNorm2d", "BatchLipNorm3d"]
@@ -101,6 +101,9 @@ class _BatchLipNorm(nn.Module):
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
         """Prove a bound of the Lipschitz constant from the weights that forward computes."""
+        check_bias(
+            self, self.num_features, self.running_mean, self.running_var, self.weight, self.bias
+        )
         with torch.no_grad():
             gains = float64(self, self.gains())  # as forward computes them
             mean = float64(self, self.running_mean)

@@ -23,6 +23,7 @@ __all__ = [
     "Declared",
     "Norms",
     "at_zero",
+    "check_bias",
     "float64",
     "image_of",
     "isometric",
@@ -90,6 +91,19 @@ def image_of(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, int]
 def length_of(bias: Tensor | None, repeats: int = 1) -> float:
     """The norm of a bias that is added at so many places."""
     return 0.0 if bias is None else float(bias.detach().double().norm()) * repeats**0.5 * SAFE
+
+
+def check_bias(module: nn.Module, channels: int, *tensors: Tensor | None) -> None:
+    """Refuse tensors of other sizes than the channels that they are added to or multiplied with.
+
+    Adding them would repeat channels.
+    """
+    if any(t is not None and t.shape != (channels,) for t in tensors):
+        refuse(
+            module,
+            f"its bias and statistics must have one entry for each of its {channels} channels",
+            "Make the layer anew for another number of channels",
+        )
 
 
 def at_zero(module: Any, entries: int) -> float:

@@ -99,7 +99,8 @@ def check_same_function(model: nn.Module, program: Program) -> None:
     _checks.require(
         not changed,
         "certify",
-        "forward must change no attribute, buffer, counter or global",
+        "forward must change no attribute, buffer, counter or global, and read no clock, "
+        "environment or random numbers",
         "Its output could depend on earlier calls: keep state out of forward in eval mode",
         UncertifiableError,
         changed=changed[:5],

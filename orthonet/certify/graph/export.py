@@ -23,6 +23,7 @@ from orthonet.certify.graph.decompose import decompose, inline_regions, skip_who
 from orthonet.certify.graph.fold import fold, moving
 from orthonet.certify.graph.marks import Marker, mark_of, marked_copy
 from orthonet.certify.graph.program import BATCH, Program
+from orthonet.certify.graph.questions import refuse_found
 from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.graph.structure import Recorder, compare, recording, variants
 from orthonet.errors import UncertifiableError
@@ -131,19 +132,25 @@ def _compare(
         calls, marker.calls = marker.calls, []
         size = 1 if variant.single else BATCH
         recorder = Recorder(twin, (size,), lambda: marker.visited[-1])
+        marker.shared = recorder.questions.shared
+        recorder.counting = traced if variant.counts else None
         try:
             with (
                 marker.functions(twin), variant.around(twin), warnings.catch_warnings(),
                 autocast_region(samples[0].device, autocast), recording(recorder),
             ):  # fmt: skip
                 warnings.simplefilter("ignore")
-                wanted = torch.is_grad_enabled()
+                wanted = torch.is_grad_enabled() and not variant.settings
                 twin(*(x[:size].detach().clone().requires_grad_(wanted) for x in samples))
-        except FAILURES:
+        except FAILURES as error:
+            refuse_found(recorder.questions.found)
+            if variant.counts:
+                refuse_export(twin, samples, marker.visited[-1], error)
             continue  # called in this way it does not run
         finally:
-            marker.calls = calls
+            marker.calls, marker.shared = calls, None
             del marker.visited[1:]
+        refuse_found(recorder.questions.found)
         compare(traced, recorder, variant, traced=True, autocast=autocast is not None)
         if first is not None and not variant.single:
             compare(first, recorder, variant, traced=False)

@@ -20,9 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orthonet import functional
-from orthonet._torch import is_hooked, patched
+from orthonet import _checks, functional
+from orthonet._torch import patched, tensors_in, version_of
+from orthonet.certify.graph.memory import storages_of
 from orthonet.certify.rules import function_leaves, module_rule
+from orthonet.errors import UncertifiableError
+from orthonet.layers.children import as_defined
 from orthonet.reparametrizers.registration import bake
 
 __all__ = ["ROOT", "LeafCall", "Marked", "Marker", "mark_of", "marked_copy"]
@@ -60,6 +63,8 @@ class Marker:
     calls: list[LeafCall] = field(default_factory=list)
     visited: list[str] = field(default_factory=lambda: [ROOT])
     thread: int = field(default_factory=threading.get_ident)
+    shared: set[int] | None = None
+    """While the model runs: the memory that goes into a call and comes out of it again."""
 
     def around(self, target: Any, path: str | None, function: Callable[..., Any]) -> Any:
         """`function` with marks on its tensors."""
@@ -90,7 +95,11 @@ class Marker:
                 {key: b for key, (_, b) in named.items()},
             )
             self.calls.append(call)
-            result = function(*(a for a, _ in inside), **{k: a for k, (a, _) in named.items()})
+            given = [a for a, _ in inside], {k: a for k, (a, _) in named.items()}
+            tensors = [] if self.shared is None else tensors_in(given)
+            before = [version_of(t) for t in tensors]
+            result = function(*given[0], **given[1])
+            written = [version_of(t) for t in tensors] != before
             places = 0
 
             def leave(value: Any) -> Any:
@@ -102,7 +111,11 @@ class Marker:
                     return tuple(leave(v) for v in value)
                 return value
 
-            return leave(result)
+            marked_result = leave(result)
+            alike = storages_of(tensors) & storages_of(tensors_in(result))
+            if self.shared is not None and (written or alike):
+                self.shared |= storages_of(tensors_in((args, kwargs, marked_result)))
+            return marked_result
 
         return marked
 
@@ -133,7 +146,14 @@ def marked_copy(model: nn.Module) -> tuple[nn.Module, Marker]:
                 memo[id(value)] = value.detach().clone()
         if _is_plain(module) and id(module) not in memo:
             memo[id(module)] = module.to_plain()  # type: ignore[operator]
-    twin = copy.deepcopy(model, memo)
+    try:
+        twin = copy.deepcopy(model, memo)
+    except TypeError as error:
+        _checks.fail(
+            "certify", "copy.deepcopy must be able to copy the model",
+            "Keep generators, files, locks and the like out of its modules", UncertifiableError,
+            error=str(error),
+        )  # fmt: skip
     for module in twin.modules():
         bake(module)
     marker = Marker()
@@ -163,6 +183,5 @@ def _freeze(module: nn.Module) -> None:
 def _is_plain(module: nn.Module) -> bool:
     """Whether the layer is ours, computes its weight, and is used as it was defined."""
     cls = type(module)
-    own = any(callable(getattr(cls, name, None)) for name in vars(module))
     library = cls.__module__.startswith("orthonet.") and hasattr(cls, "to_plain")
-    return library and not is_hooked(module) and not own and module_rule(module) is None
+    return library and module_rule(module) is None and as_defined(module)

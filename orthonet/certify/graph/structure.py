@@ -23,8 +23,11 @@ from torch.overrides import TorchFunctionMode
 
 from orthonet import _checks
 from orthonet._torch import tensors_in
-from orthonet.certify.graph.identity import digest, is_library
+from orthonet.certify.graph.counts import counted, symbolic_places
+from orthonet.certify.graph.memory import digest
+from orthonet.certify.graph.outside import is_library
 from orthonet.certify.graph.program import op_name, refuse
+from orthonet.certify.graph.questions import Questions, asker
 from orthonet.errors import UncertifiableError
 
 __all__ = ["Recorder", "check_batch_in_shapes", "compare", "recording", "variants"]
@@ -43,6 +46,11 @@ class Variant(NamedTuple):
     """As if it were compiled or exported."""
     dtype: bool = False
     """With another default dtype, so that the dtypes of the calls may differ."""
+    counts: bool = False
+    """With a batch size that notes what is asked of it."""
+    settings: bool = False
+    """With the other answer to questions about settings of PyTorch, and without gradients of the
+    inputs."""
 
     @contextlib.contextmanager
     def around(self, model: torch.nn.Module) -> Iterator[None]:
@@ -52,6 +60,8 @@ class Variant(NamedTuple):
             answers[torch.get_num_threads] = torch.get_num_threads() + 1
         if self.compiled:
             answers |= dict.fromkeys(_COMPILING, _yes_to_the_user)
+        if self.settings:
+            answers |= dict.fromkeys(_SETTINGS, _no_to_the_user)
         if self.dtype:
             answers |= {torch.get_default_dtype: _other_dtype(), torch.tensor: _tensor}
         with contextlib.ExitStack() as stack:
@@ -67,6 +77,7 @@ def variants() -> list[Variant]:
     none, grad, inference = torch.no_grad, torch.enable_grad, torch.inference_mode
     return [
         Variant("without gradients", none),
+        Variant("with a number as the batch size", none, counts=True),
         Variant("with gradients", grad),
         Variant("in inference mode", inference, threads=True),
         Variant("at batch 1", none, single=True),
@@ -74,6 +85,7 @@ def variants() -> list[Variant]:
         Variant("at batch 1 in inference mode", inference, single=True),
         Variant("under torch.compile or torch.export", none, compiled=True),
         Variant("with another default dtype", none, dtype=True),
+        Variant("with gradients of weights only, or deterministic", grad, settings=True),
     ]
 
 
@@ -82,6 +94,21 @@ _COMPILING = tuple(
     for name in ("is_compiling", "is_exporting", "is_dynamo_compiling")
     if hasattr(torch.compiler, name)
 )
+
+
+_SETTINGS = (
+    torch.are_deterministic_algorithms_enabled,
+    torch.is_deterministic_algorithms_warn_only_enabled,
+    torch.is_anomaly_enabled,
+    torch.is_anomaly_check_nan_enabled,
+    torch.is_warn_always_enabled,
+)
+
+
+def _no_to_the_user(function: Callable[[], bool]) -> bool:
+    """What is not so where the model asks, the truth where PyTorch or this library does."""
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return function() if is_library(caller) else not function()
 
 
 def _yes_to_the_user(function: Callable[[], bool]) -> bool:
@@ -174,6 +201,7 @@ class Line(NamedTuple):
         name: The function.
         path: The module in whose forward it is.
         source: The line of the user's code.
+        sized: Where it found sizes that depend on the batch size.
     """
 
     calls: dict[int, Any]
@@ -182,6 +210,7 @@ class Line(NamedTuple):
     name: str
     path: str
     source: str
+    sized: tuple[int, ...] = ()
 
 
 class Recorder(TorchFunctionMode):
@@ -192,6 +221,9 @@ class Recorder(TorchFunctionMode):
         self.model, self.sizes, self.path = model, sizes, path
         self.lines: list[Line] = []
         self.ran = False
+        self.questions = Questions(path, _source)
+        self.counting: Recorder | None = None
+        """The record of a trace, where the batch size is to note what is asked of it."""
 
     def start(self, inputs: Any) -> None:
         """Begin anew: a trace may run the model several times."""
@@ -205,11 +237,13 @@ class Recorder(TorchFunctionMode):
             self.known.setdefault(id(tensor), ("stored", name))
         for place, tensor in enumerate(inputs):
             self.known[id(tensor)] = ("input", place)
+        if len(self.sizes) == 1:
+            self.questions.start(tensors_in(inputs))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, _name_of(func)
         if name != "certify_mark" and _is_ours():
-            result = func(*args, **kwargs)
+            result = self.call(name, func, args, kwargs, ours=True)
             for tensor in tensors_in(result):
                 self.known.setdefault(id(tensor), ("ours", len(self.lines)))
             self.kept.append((args, kwargs, result))
@@ -224,7 +258,7 @@ class Recorder(TorchFunctionMode):
         if inner is not None and not is_library(getattr(func, "__module__", "")):
             with self:  # a function of the user's that PyTorch shows as one call
                 return inner(*args, **kwargs)
-        result = func(*args, **kwargs)
+        result = self.call(name, func, args, kwargs)
         found = tensors_in(result)
         if name == "certify_mark":
             self.known[id(result)] = self.known.get(id(args[0]), "?")
@@ -232,7 +266,7 @@ class Recorder(TorchFunctionMode):
             return result
         in_place = name.endswith("_") and not name.endswith("__")
         if not found and not in_place and not name.endswith(_WRITING):
-            return result  # a question about shapes and dtypes
+            return self.answer(name, result, before)
         for place, tensor in enumerate(found):
             self.known[id(tensor)] = (
                 "result",
@@ -244,6 +278,30 @@ class Recorder(TorchFunctionMode):
         loose = {n: (name, before[n, False], self.shapes(found, n, False)) for n in self.sizes}
         source = _source()
         self.lines.append(Line(calls, loose, tuple(self.data), name, self.path(), source))
+        return result
+
+    def answer(self, name: str, result: Any, asked: dict[tuple[int, bool], Any]) -> Any:
+        """Note a question of the user's about shapes and dtypes, and answer it."""
+        if is_library(asker()):
+            return result
+        place, sized = len(self.lines), symbolic_places(result)
+        calls = {n: (name, asked[n, True]) for n in self.sizes}
+        loose = {n: (name, asked[n, False]) for n in self.sizes}
+        self.lines.append(Line(calls, loose, (), name, self.path(), _source(), sized))
+        if self.counting is not None and place < len(self.counting.lines):
+            sized = self.counting.lines[place].sized
+            return counted(result, sized, self.questions.note_count)
+        return result
+
+    def call(self, name: str, func: Any, args: Any, kwargs: Any, ours: bool = False) -> Any:
+        """Call a function; outside of a trace, its tensors are followed."""
+        if len(self.sizes) > 1:
+            return func(*args, **kwargs)
+        noted = len(self.questions.found)
+        tensors = tensors_in((args, kwargs))
+        result = self.questions.ask(name, tensors, lambda: func(*args, **kwargs))
+        if ours:  # what a layer of this library asks is its own matter
+            del self.questions.found[noted:]
         return result
 
     def finish(self, result: Any) -> None:
@@ -272,6 +330,8 @@ class Recorder(TorchFunctionMode):
             return ("slice", self.text((value.start, value.stop, value.step), size, dtypes))
         if isinstance(value, torch.dtype):
             return str(value) if dtypes else "dtype"
+        if isinstance(value, int) and not isinstance(value, bool):
+            return ("int", int.__repr__(value))  # also of a size that is counted
         if isinstance(value, (int, float, complex, str, bytes)):
             return (type(value).__name__, repr(value))
         if type(value).__module__ == "numpy":

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from orthonet import _checks, functional
 from orthonet._torch import conv_paddings, set_conv_paddings
 from orthonet.layers._base import WithoutPlainWeight
-from orthonet.layers._declared import SAFE, Declared, Norms, float64, image_of, length_of
+from orthonet.layers._declared import (
+    SAFE,
+    Declared,
+    Norms,
+    check_bias,
+    float64,
+    image_of,
+    length_of,
+)
 from orthonet.layers.zoo._base import (
     adopt_arguments,
     check_circular,
@@ -250,6 +258,7 @@ class FourierConv2d(WithoutPlainWeight, nn.Module):
         The inverse transform takes the Hermitian part of the first and of the last column of
         frequencies; elsewhere each block is applied as it is.
         """
+        check_bias(self, self.out_channels, self.bias)
         torus, _ = self._torus(image_of(self, input_shape))
         size = (torus[0] // self.stride[0], torus[1] // self.stride[0])
         with torch.no_grad():

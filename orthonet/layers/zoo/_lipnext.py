@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +20,7 @@ from orthonet.layers._declared import (
     length_of,
 )
 from orthonet.layers._piecewise import BetaAbs
+from orthonet.layers.children import Child
 from orthonet.layers.zoo._base import check_image, match_channels, new_bias
 from orthonet.linalg.bounds.rounding import mul_up
 from orthonet.linalg.bounds.sizes import Chained, absolute_matrix
@@ -111,6 +113,9 @@ class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
         there is no public code, and positions are not encoded here.
     """
 
+    relies_on: ClassVar = {
+        "shift": Child((SpatialShift2d,)), "activation": Child((BetaAbs,), {"dim": -3}),
+    }  # fmt: skip
     bias: Tensor | None
 
     def __init__(

@@ -15,7 +15,7 @@ from orthonet.layers._declared import SAFE, Declared, Norms, at_zero, float64, l
 from orthonet.layers.zoo._base import new_bias
 from orthonet.layers.zoo._export import circular_twin
 from orthonet.layers.zoo._fourier_base import FourierConv2d, fourier_chain
-from orthonet.layers.zoo.residual_base import ACTIVATIONS
+from orthonet.layers.zoo.residual_base import ACTIVATIONS, SLOPED
 from orthonet.linalg.bounds.rounding import mul_up
 from orthonet.linalg.bounds.sizes import Chained, absolute_matrix
 from orthonet.linalg.kernels.fourier import apply_symbol
@@ -114,6 +114,7 @@ class SandwichLinear(WithoutPlainWeight, nn.Module):
         arXiv:2301.11526.
     """
 
+    relies_on = SLOPED
     log_scale: Tensor
     bias: Tensor | None
 
@@ -219,6 +220,7 @@ class SandwichConv2d(FourierConv2d):
         Wang & Manchester, ICML 2023, section 4.
     """
 
+    relies_on = SLOPED
     log_scale: Tensor
     activation: nn.Module
     _function = staticmethod(cayley_rectangular)

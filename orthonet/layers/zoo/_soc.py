@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.layers._declared import SAFE, Declared, Norms, float64, image_of, length_of, refuse
+from orthonet.layers._declared import (
+    SAFE,
+    Declared,
+    Norms,
+    check_bias,
+    float64,
+    image_of,
+    length_of,
+    refuse,
+)
 from orthonet.layers.zoo._base import CachedParts, SameSizeConv2d, match_channels, new_bias
 from orthonet.layers.zoo._export import circular_twin, image_size_of
 from orthonet.linalg.bounds.rounding import add_up, mul_up, up
@@ -202,6 +211,7 @@ class SOCConv2d(SameSizeConv2d):
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
         """The remainder of the series of a skew operator, from a proved norm of it."""
         size = image_of(self, input_shape)
+        check_bias(self, self.out_channels, self.bias)
         with torch.no_grad():
             deployed, used = self.parametrization()
             factor = float(float64(self, self.factor(used)))

@@ -28,6 +28,7 @@ from orthonet.layers._declared import (
     length_of,
     of_rows,
 )
+from orthonet.layers.children import Child
 from orthonet.layers.zoo._base import (
     CachedParts,
     InnerWeight,
@@ -41,7 +42,7 @@ from orthonet.linalg.bounds.sizes import Chained, absolute_convolution, absolute
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.linalg.rescaling import convolution_norm_upper, gershgorin_scale
 
-__all__ = ["ACTIVATIONS", "ResidualConv2d", "ResidualLinear", "SlopedWeight"]
+__all__ = ["ACTIVATIONS", "SLOPED", "ResidualConv2d", "ResidualLinear", "SlopedWeight"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -49,6 +50,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "softplus": nn.Softplus,
     "tanh": nn.Tanh,
 }
+SLOPED = {"activation": Child(tuple(ACTIVATIONS.values()), {"beta": 1.0, "threshold": 20.0})}
+"""What a bound that needs slopes in [0, 1] relies on."""
 
 
 class SlopedWeight(CachedParts):
@@ -115,6 +118,7 @@ class SlopedWeight(CachedParts):
 class _Residual(InnerWeight):
     """What the four layers share."""
 
+    relies_on = SLOPED
     parametrization: SlopedWeight
     activation: nn.Module
 
