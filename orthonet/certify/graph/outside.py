@@ -118,7 +118,7 @@ class Reader:
         for name, value in list(vars(cls).items()):
             if isinstance(value, _FUNCTIONS):
                 self.add(value)
-                yield f"{label}.{name}", str(type(value).__name__)
+                yield f"{label}.{name}", str(type(value))
             elif not name.startswith("__") and name not in ("_abc_impl",):
                 yield f"{label}.{name}", self.text(value)
 
