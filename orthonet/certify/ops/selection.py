@@ -181,7 +181,13 @@ def _write_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     samples=_write_samples)  # fmt: skip
 def _write(call: Call) -> Step:
     call.feature_dims(call["dim"])
-    return Step((ONE,) * len(call.operands), "entries of one or the other", "hypot", COPY)
+    return _one_or_the_other(call, COPY)
+
+
+def _one_or_the_other(call: Call, rounding: Any) -> Step:
+    """Entries of two tensors; of one of them there may be none left, so that 1 is a bound."""
+    gains = (Bound(1.0),) * len(call.operands)
+    return Step(gains, "entries of one or the other", "hypot", rounding)
 
 
 def _copied(a: Values, absolute: bool) -> Any:
@@ -231,7 +237,7 @@ def _index_put(call: Call) -> Step:
     if not adds and most > 1 and not single:
         call.refuse("no entry may be written twice", "The order of writing is not defined")
     if isinstance(call["self"], Operand):
-        gains.append(ONE)
+        gains.append(Bound(1.0))
     if isinstance(values, Operand):
         if len(values.shape) != places.ndim:
             call.refuse("dim 0 must stay the batch", "Write values of the shape of x[index]")
@@ -263,8 +269,7 @@ def _scatter(call: Call) -> Step:
     index, size = _one_row(call, "index"), call.output_shape[where]
     if "src" in call.arguments and _counted(call, where, index, size) > 1:
         call.refuse("no entry may be written twice", "The order of writing is not defined")
-    rounding = scalar_rounding(call, call.given("value"))
-    return Step((ONE,) * len(call.operands), "entries of one or the other", "hypot", rounding)
+    return _one_or_the_other(call, scalar_rounding(call, call.given("value")))
 
 
 @op("scatter_add.default", reads=("dim", "index", "src"))
