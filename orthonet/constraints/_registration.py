@@ -51,9 +51,8 @@ def constrain(
     Raises:
         ValueError: no tensor of this name, or of a shape or dtype that the space does not have.
         NotOnManifoldError: the present value is off the space and `init` is "keep", or what
-            `init` asks for is off it, or off the space of an earlier constraint.
-
-        After an error the module is as it was.
+            `init` asks for is off it, or off the space of an earlier constraint. After an error the
+            module is as it was.
 
     Examples:
         >>> from orthonet.constraints import constrain

@@ -66,7 +66,11 @@ def test_a_changed_model_is_an_error(name):
 def test_the_hashes_are_those_of_the_bytes():
     model = nn.Sequential(OrthoLinear(4, 4), MaxMin(), nn.Linear(4, 2)).eval()
     certificate = certify(model, torch.zeros(1, 4))
-    assert certificate.hashes == {n: digest(p) for n, p in model.state_dict().items()}
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    assert certificate.hashes == {n: digest(p) for n, p in tensors.items()}
+    assert set(model.state_dict()) - set(tensors) == {
+        "0.parametrization._extra_state"
+    }  # the preset
     assert certificate.constants["0.weight"] == digest(model[0].weight)
     assert certificate.constants["2.bias"] == certificate.hashes["2.bias"]
     stored = io.BytesIO()
