@@ -253,7 +253,8 @@ BITS = 8
 WIDTH = 2**BITS
 SHRINKS = {
     "mean": [("pad", {"amounts": [[0, WIDTH - 1]], "mode": "constant", "value": (0.0).hex()}, 1),
-             ("mean", {"dims": [0], "sum": False}, 2.0 ** (-BITS // 2)), ("reshape", {"into": [1]}, 1)],
+             ("mean", {"dims": [0], "sum": False}, 2.0 ** (-BITS // 2)),
+             ("reshape", {"into": [1]}, 1)],
     "average_pool": [("average_pool", {"window": [WIDTH], "stride": [1], "count_padding": True,
                                        "padding": [[0, WIDTH - 1]]}, 2.0**-BITS)],
     "adaptive_average_pool": [
