@@ -7,3 +7,10 @@ PRESETS = {
     for name in reparametrizers.__all__
     if name.endswith("_ORTHO_PARAMS")
 }
+
+DISTINCT = {
+    name: preset
+    for i, (name, preset) in enumerate(PRESETS.items())
+    if preset not in list(PRESETS.values())[:i]
+}
+"""Those that are not another name of one before."""

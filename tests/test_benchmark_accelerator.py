@@ -15,6 +15,7 @@ from benchmarks._candidates import OURS, PLAIN, Candidate
 ARGUMENTS = ("--device", "cpu", "--small")
 
 
+@pytest.mark.slow
 def test_the_whole_command_on_the_cpu(tmp_path):
     command = [sys.executable, "-m", "benchmarks.accelerator", *ARGUMENTS, "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=accelerator.ROOT, capture_output=True, text=True)

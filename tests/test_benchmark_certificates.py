@@ -1,8 +1,11 @@
 """The benchmarks of certificates run at small sizes: bounds hold and are tight."""
 
+import pytest
+
 from benchmarks import certificate_peers, certificates
 
 
+@pytest.mark.slow
 def test_bounds_are_tight_and_printed():
     result = certificates.run(quick=True)
     for row in result["convolutions"]:
@@ -20,6 +23,7 @@ def test_bounds_are_tight_and_printed():
         assert row.get("case", row.get("network")) in text
 
 
+@pytest.mark.slow
 def test_peers_are_measured_or_named(monkeypatch):
     names = ("orthonet fast", "deel-torchlip power iteration, product",
              "auto_LiRPA Jacobian in a ball of 1")  # fmt: skip

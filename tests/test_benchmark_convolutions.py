@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
+
 from benchmarks import _harness as harness
 from benchmarks import convolutions
 from benchmarks._candidates import OURS
 
 
+@pytest.mark.slow
 def test_layers_and_kernels_are_measured(tmp_path):
     result = convolutions.run(convolutions.QUICK)
     kept = json.loads(harness.write("convolutions", result, tmp_path).read_text())

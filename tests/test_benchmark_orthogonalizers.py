@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
+
 from benchmarks import _harness as harness
 from benchmarks import linear_step, orthogonalizers
 from benchmarks._candidates import OURS
 
 
+@pytest.mark.slow
 def test_every_orthogonalizer_is_measured_and_orthogonal(tmp_path):
     result = orthogonalizers.run(orthogonalizers.QUICK)
     path = harness.write("orthogonalizers", result, tmp_path)

@@ -185,7 +185,9 @@ def run(rank: int, path: str, what) -> None:
 
 
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="gloo is not built in")
-@pytest.mark.parametrize("what", [equal, mixed, outside])
+@pytest.mark.parametrize(
+    "what", [equal, *(pytest.param(f, marks=pytest.mark.slow) for f in (mixed, outside))]
+)
 def test_two_processes(tmp_path: Path, what):
     multiprocessing.spawn(run, args=(str(tmp_path / "store"), what), nprocs=2)
 

@@ -80,6 +80,7 @@ def together(rank, folder):
     torch.save((model.state_dict(), history), folder / f"result{rank}")
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     model, history = fit(digits(**SMALL), few())
     multiprocessing.spawn(together, args=(tmp_path,), nprocs=2)
@@ -161,6 +162,7 @@ def test_other_recipes_go_on_too(monkeypatch, tmp_path, name):
         train(dataclasses.replace(config, lr=config.lr / 2), broken, resume=True)
 
 
+@pytest.mark.slow
 def test_a_killed_training_on_sequences_goes_on(tmp_path):
     command = [
         sys.executable, "-m", "orthonet", "train", "copying", "--delay", "3", "--hidden", "6",

@@ -28,7 +28,7 @@ from orthonet.testing import (
     orthogonality_error,
     tolerances,
 )
-from tests.presets import PRESETS
+from tests.presets import DISTINCT, PRESETS
 
 ORTHOGONALIZERS = [
     BatchedBjorckOrthogonalization,
@@ -43,7 +43,7 @@ ORTHOGONALIZERS = [
 RESIDUAL = tolerances.PROMISE
 
 
-@pytest.fixture(params=PRESETS.values(), ids=PRESETS)
+@pytest.fixture(params=DISTINCT.values(), ids=DISTINCT)
 def preset(request) -> OrthoParams:
     return request.param
 
@@ -61,6 +61,7 @@ def set_original(weight: OrthoWeight, value: torch.Tensor) -> None:
 def test_the_published_presets_are_there():
     published = {"DEFAULT", "DEFAULT_TEST", "BJORCK_PASS_THROUGH", "EXP", "QR", "CHOLESKY"}
     assert published | {"CHOLESKY_STABLE", "POLAR", "AUTO"} <= set(PRESETS)
+    assert all(preset in DISTINCT.values() for preset in PRESETS.values())
 
 
 @pytest.mark.parametrize("shape", MATRIX_SHAPES.values(), ids=MATRIX_SHAPES)
