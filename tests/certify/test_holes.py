@@ -278,3 +278,9 @@ EXTREME = {
 def test_slopes_beyond_the_range_are_refused_in_a_sentence(name):
     with pytest.raises(UncertifiableError, match="got operation="):
         bound(EXTREME[name], 2)
+
+
+@pytest.mark.parametrize("function", [torch.softmax, torch.log_softmax])
+def test_softmax_of_one_entry_is_constant(function):
+    assert bound(lambda x: function(x, 1), 1, 3) == 0.0
+    assert bound(lambda x: function(x, 1), 2, 3) > 0.4

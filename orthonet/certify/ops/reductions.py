@@ -233,10 +233,12 @@ def _softmax(call: Call) -> Step:
     offset = math.sqrt(rows) * (3.0 + 2.0 * math.log(max(1, count)))
     if call.op == "softmax":
         rounding = Rounding(count + 140.0, 0.0, offset)
-        return exact(0.5, "largest Jacobian of softmax", rounding)
+        # of one entry it is constant, and so is its logarithm
+        return exact(0.5 if count > 1 else 0.0, "largest Jacobian of softmax", rounding)
     offset, size = offset * math.sqrt(count), 2.0 + 2.0 * math.sqrt(count)
     rounding = Rounding(count + 140.0, size, offset)
-    return exact(sqrt_up(count), "largest Jacobian of log-softmax", rounding)
+    steepest = sqrt_up(count) if count > 1 else 0.0
+    return exact(steepest, "largest Jacobian of log-softmax", rounding)
 
 
 # --- normalization by a length -------------------------------------------------------------------
