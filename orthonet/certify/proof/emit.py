@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from orthonet.certify.ops import registry
 from orthonet.certify.proof.norms import square_gain
 from orthonet.certify.rules import BatchDependent, Operand
 from orthonet.linalg.bounds.rounding import up
@@ -40,8 +41,7 @@ def emits(*names: str) -> Callable[[Emitter], Emitter]:
 
 def each(value: Any, dims: int) -> list[int]:
     """An integer for each dim, as torch takes one or several."""
-    values = [value] * dims if isinstance(value, int) else list(value)
-    return values * dims if len(values) == 1 else values
+    return list(registry.each(value, dims))
 
 
 def dim_of(dim: int, state: State) -> int | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from orthonet.certify._bound import Bound
 from orthonet.certify.norms import conv_norm
+from orthonet.certify.ops.registry import each
 from orthonet.certify.rules import record_of
 from orthonet.certify.walk.islands import amplification_of
 from orthonet.linalg.bounds.rounding import (
@@ -36,7 +37,6 @@ __all__ = [
     "Pairs",
     "aligned",
     "channels_of",
-    "each",
     "form_bound",
     "form_of",
     "on_identity",
@@ -167,12 +167,6 @@ def _find(state: State, source: State, known: dict[Any, Form | None]) -> Form | 
             return None
         forms.append(form)
     return record.kernel(state, forms)
-
-
-def each(value: Any, dims: int) -> tuple[int, ...]:
-    """One number for each spatial dim."""
-    values = (value,) * dims if isinstance(value, int) else tuple(value)
-    return values * dims if len(values) == 1 else values
 
 
 def pairs_of(padding: Any, taps: Any, dilation: tuple[int, ...]) -> Pairs:
