@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 RECIPE ?= mnist5k
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .NOTPARALLEL:
@@ -20,7 +20,7 @@ test-slow: $(VENV)/.test     ## the tests that take minutes
 	$(PYTEST) -m "slow and not gpu"
 
 test-processors: $(VENV)/.test  ## the tests under the kernels of other processors
-	$(BIN)/python -m tests.processors -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m tests.processors -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.lint          ## style and types
 	$(BIN)/ruff check .

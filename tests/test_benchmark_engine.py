@@ -9,15 +9,12 @@ from benchmarks import _nets as nets
 from benchmarks import engine
 from benchmarks._candidates import OURS, PEER, PLAIN, TORCH, Candidate
 
-one_worker = pytest.mark.xdist_group("engine")  # so that it is run once
-
 
 @pytest.fixture(scope="module")
 def quick():
     return engine.run(engine.QUICK)
 
 
-@one_worker
 def test_every_candidate_is_timed_over_the_plain_network(quick):
     settings = engine.QUICK
     for compiled, measured in ((False, settings.eager), (True, settings.compiled)):
@@ -42,7 +39,6 @@ def test_every_candidate_is_timed_over_the_plain_network(quick):
     assert f"{settings.compiled[0].name}, compiled" in text
 
 
-@one_worker
 def test_matrix_maps_are_not_asked_for_convolutions(quick):
     cnn = engine.QUICK.eager[1]
     assert cnn.convolutions

@@ -12,15 +12,12 @@ from benchmarks import page, presets
 from benchmarks._candidates import OURS, conditioned
 from orthonet.testing import tolerances
 
-one_worker = pytest.mark.xdist_group("quick")  # so that they are run once
-
 
 @pytest.fixture(scope="module")
 def quick():
     return presets.run(presets.QUICK)
 
 
-@one_worker
 def test_every_preset_of_ours_is_measured_and_orthogonal(quick):
     for key in ("accuracy", "speed"):
         assert {r["preset"] for r in quick[key] if r["library"] == OURS} == set(presets.PRESETS)
@@ -36,7 +33,6 @@ def test_every_preset_of_ours_is_measured_and_orthogonal(quick):
         assert row["peak_bytes"] > 0
 
 
-@one_worker
 def test_result_survives_json_and_makes_every_table(quick, tmp_path):
     path = harness.write("presets", quick | {"odd": [math.nan, math.inf]}, tmp_path)
     result = json.loads(path.read_text())

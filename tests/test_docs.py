@@ -35,9 +35,6 @@ def page_name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-one_worker = pytest.mark.xdist_group("site")  # so that the site is built once
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("site")
@@ -49,7 +46,6 @@ def site(tmp_path_factory) -> Path:
     return out
 
 
-@one_worker
 def test_site_fetches_nothing_from_another_host(site):
     pages = sorted(site.rglob("*.html"))
     assert len(pages) >= len(PAGES) - 1
@@ -59,13 +55,11 @@ def test_site_fetches_nothing_from_another_host(site):
             assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//|url\(["']?http""", text), text
 
 
-@one_worker
 def test_every_page_of_the_site_sets_its_mathematics(site):
     home = (site / "index.html").read_text()
     assert "assets/javascripts/mathjax-tex-svg.js" in home
 
 
-@one_worker
 def test_every_public_class_and_function_has_its_place_in_the_api(site):
     inventory = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
     listed = {line.split()[0] for line in zlib.decompress(inventory).decode().splitlines()}
@@ -79,7 +73,6 @@ def test_every_public_class_and_function_has_its_place_in_the_api(site):
     assert not missing
 
 
-@one_worker
 def test_no_shape_was_taken_for_an_emphasis(site):
     """`(*, n), (*, m)` in a docstring needs backticks, or Markdown eats the asterisks."""
     eaten = re.compile(r"<em>[^<]*\)[^<]*\(</em>")
