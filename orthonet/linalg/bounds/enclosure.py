@@ -29,7 +29,7 @@ from orthonet.linalg.bounds.rounding import (
 __all__ = ["gram_norm_bound", "spectral_norm_bound"]
 
 _MARGINS = (1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 4e-7, 2e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
-_CHUNK = 2**23  # entries of Gram matrices that are held at once
+_CHUNK = 2**17  # entries of Gram matrices that are held at once: what a cache holds
 _DIRECT = 256  # Gram matrices up to this size go to eigvalsh, larger ones to Lanczos
 _TINY = 16  # up to here eigvalsh takes every block
 _SCREENING = 8
@@ -157,7 +157,7 @@ def _scaled_bound(blocks: Tensor, floor: float) -> float:
     gram = (gram + gram.mH) * 0.5  # exactly Hermitian, with a real diagonal
     gram_error = add_up(mul_up(cost(m + 2), norm2), 4 * m * n * UNDERFLOW)
 
-    estimate = max(_largest_eigenvalue(gram), floor * floor)
+    estimate = floor * floor or _largest_eigenvalue(gram)
     margins = list(_MARGINS)
     while margins:
         margin = margins[0]

@@ -9,8 +9,11 @@ so no singular value changes its sign, whatever an estimate said.
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import math
+import operator
 
 import torch
 
@@ -25,6 +28,7 @@ _BEST = (
     (6.0, 0.1179, (6.199212574, -35.19745424, 95.31367593, -109.9971213, 44.79956718)),
     (10.0, 0.2610, (7.934440812, -55.99975002, 166.6380005, -202.4733102, 85.16152837)),
 )
+_GRID = tuple(itertools.accumulate(itertools.repeat(0.98, 1020), operator.mul, initial=0.9))
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -72,10 +76,11 @@ def near(degree: int, b: float) -> tuple[Polynomial, float]:
 @functools.lru_cache(maxsize=64)
 def reach(degree: int, error: float) -> float:
     """The largest b (to two per cent) on which `near` of this degree is within `error`."""
-    b = 0.9
-    while near(degree, b)[1] > error and b > 1e-9:
-        b *= 0.98
-    return b
+    return _GRID[
+        bisect.bisect_left(
+            _GRID, True, 0, len(_GRID) - 1, key=lambda b: near(degree, b)[1] <= error
+        )
+    ]
 
 
 @functools.lru_cache(maxsize=64)
