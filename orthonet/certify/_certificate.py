@@ -27,7 +27,7 @@ from orthonet.certify._radius import (
 )
 from orthonet.certify.graph.identity import data_hashes, hashes
 from orthonet.certify.graph.regions import autocast_region
-from orthonet.certify.local.radius import grown, local_constant
+from orthonet.certify.local.radius import enlarged, local_constants
 from orthonet.certify.proof import load, save
 from orthonet.certify.rounding.forward import forward_error, unit_roundoffs
 from orthonet.certify.rounding.modes import check_products, check_subnormal
@@ -331,24 +331,10 @@ class LipschitzCertificate:
         radii = self.radius(logits, inputs=batch, labels=labels)
         if logits.ndim != 2 or logits.shape[1] < 2 or len(walker.program.outputs) != 1:
             return convert_radius(radii, norm, self._entries())
-        pairs = self.pairs
-        if pairs is None:
-            whole = torch.tensor(math.sqrt(2.0) * self.constant.value, dtype=torch.float64)
-            pairs = (whole * (1.0 + 2.0**-50)).expand(logits.shape[1], logits.shape[1])
-        found = []
-        for i, start in enumerate(radii.tolist()):
-            sample, row = tuple(t[i : i + 1] for t in batch), logits[i : i + 1]
-            top = int(row.argmax())
-
-            def within(constants: Tensor, radius: float, sample: Any = sample,
-                       row: Tensor = row, top: int = top) -> float:  # fmt: skip
-                table = pairs.clone()
-                table[top] = constants
-                lost = self.rounding(sample, within=radius)
-                return float(certified_radius(row, self.constant.value, table, lost))
-
-            found.append(grown(walker, sample, top, start, pairs[top], within, steps))
-        return convert_radius(torch.tensor(found, dtype=torch.float64), norm, self._entries())
+        found = enlarged(
+            walker, batch, logits, radii, self.constant.value, self.pairs, self.rounding, steps
+        )
+        return convert_radius(found, norm, self._entries())
 
     def local_bound(
         self, x: Tensor | Sequence[Tensor], radius: float, *, norm: str = "l2"
@@ -383,10 +369,7 @@ class LipschitzCertificate:
         batch = (x,) if isinstance(x, Tensor) else tuple(x)
         self._check_inputs(batch, 0.0)
         size = reach(1.0, radius, norm, self._entries())
-        return tuple(
-            local_constant(walker, tuple(t[i : i + 1] for t in batch), size)
-            for i in range(len(batch[0]))
-        )
+        return local_constants(walker, batch, size)
 
     def _read(self, logits: Any, x: Any, inputs: Any, model: Any) -> tuple[Tensor, Any]:
         """The logits, and the inputs where they are known."""

@@ -4,21 +4,64 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from orthonet.certify._bound import Bound
+from orthonet.certify._radius import certified_radius
 from orthonet.certify.local.ball import Ball, TooLargeError
 from orthonet.certify.walk.walker import Walker
 from orthonet.errors import UncertifiableError
+from orthonet.linalg.bounds.rounding import mul_up, up
 
-__all__ = ["grown", "local_constant"]
+__all__ = ["enlarged", "local_constants"]
 
 _WORTH = 1.02  # a gain below this factor is not searched for
 _FIRST = 1.5  # of the radius that is known, the first one that is tried
 
 
-def grown(
+def enlarged(
+    walker: Walker,
+    batch: Sequence[Tensor],
+    logits: Tensor,
+    radii: Tensor,
+    constant: float,
+    pairs: Tensor | None,
+    rounding: Callable[..., Tensor],
+    steps: int,
+) -> Tensor:
+    """Return the radii of a batch, enlarged sample by sample.
+
+    Args:
+        walker: The graph with its global bounds.
+        batch: The inputs.
+        logits: What the deployed model returns for them, (N, classes).
+        radii: What is proved already, (N,).
+        constant: The global constant.
+        pairs: The global constants of differences of logits, if they are known.
+        rounding: Bounds of the rounding of a sample's forward pass, `rounding(x, within=r)`.
+        steps: Balls that are tried for each sample, besides the one that is proved.
+    """
+    if pairs is None:
+        value = mul_up(up(math.sqrt(2.0)), constant)
+        pairs = torch.full((logits.shape[1],) * 2, value, dtype=torch.float64)
+    found = []
+    for i, start in enumerate(radii.tolist()):
+        sample, row = tuple(t[i : i + 1] for t in batch), logits[i : i + 1]
+        top = int(row.argmax())
+
+        def within(constants: Tensor, radius: float, x: Any = sample, row: Tensor = row) -> float:
+            table = pairs.clone()
+            table[int(row.argmax())] = constants
+            return float(certified_radius(row, constant, table, rounding(x, within=radius)))
+
+        found.append(_grown(walker, sample, top, start, pairs[top], within, steps))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _grown(
     walker: Walker,
     inputs: Sequence[Tensor],
     top: int,
@@ -94,8 +137,14 @@ def _balls(
         yield Ball(walker, inputs, radius, chords=chords, proved=proved, joint=True)
 
 
-def local_constant(walker: Walker, inputs: Sequence[Tensor], radius: float) -> Bound:
-    """Return a bound of the constant in the ball around one sample, at most the global one."""
+def local_constants(walker: Walker, batch: Sequence[Tensor], radius: float) -> tuple[Bound, ...]:
+    """Return bounds of the constants in the balls around all samples, at most the global one."""
+    samples = (tuple(t[i : i + 1] for t in batch) for i in range(len(batch[0])))
+    return tuple(_constant(walker, sample, radius) for sample in samples)
+
+
+def _constant(walker: Walker, inputs: Sequence[Tensor], radius: float) -> Bound:
+    """The same of one sample."""
     states = [s for s in walker.outputs if s is not None]
     try:
         found = min(
