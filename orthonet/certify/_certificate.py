@@ -25,6 +25,7 @@ from orthonet.certify._radius import (
     correct_within,
     reach,
 )
+from orthonet.certify._rows import short_html, short_text, text_table
 from orthonet.certify.graph.identity import data_hashes, hashes
 from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.local.radius import enlarged, local_constants
@@ -38,9 +39,6 @@ __all__ = ["LipschitzCertificate"]
 
 _FAR = tuple(2.0**k for k in (120, 60, 40, 30, 25, 20, 15, 10, 5, 0, -10, -20))
 """Radii that are tried where the margin has a constant of 0."""
-
-
-_SHORT = 12  # rows of a short table
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -94,31 +92,11 @@ class LipschitzCertificate:
         return self.table()
 
     def __repr__(self) -> str:
-        lines = [f"LipschitzCertificate: {self.summary()}"]
-        cells = [(r.path, r.op, f"{r.constant:.6g}", f"{r.cumulative:.6g}") for r in self._short()]
-        widths = [max((len(c[i]) for c in cells), default=0) for i in range(4)]
-        for row in cells:
-            line = "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))
-            lines.append("  " + line.rstrip())
-        if len(self.rows) > _SHORT:
-            lines.insert(1 + _SHORT // 2, f"  ... {len(self.rows) - _SHORT} more, see table()")
-        return "\n".join(lines)
+        return f"LipschitzCertificate: {self.summary()}\n{short_text(self.rows)}".rstrip()
 
     def _repr_html_(self) -> str:
         """The same in a notebook."""
-        head = "<tr><th>module</th><th>operation</th><th>constant</th><th>cumulative</th></tr>"
-        body = "".join(
-            f"<tr><td>{escape(r.path)}</td><td>{escape(r.op)}</td><td>{r.constant:.6g}</td>"
-            f"<td>{r.cumulative:.6g}</td></tr>"
-            for r in self._short()
-        )
-        more = len(self.rows) - _SHORT
-        note = f"<p>and {more} more rows in the middle, see table()</p>" if more > 0 else ""
-        return f"<p>{escape(self.summary())}</p><table>{head}{body}</table>{note}"
-
-    def _short(self) -> tuple[Row, ...]:
-        half = _SHORT // 2
-        return self.rows if len(self.rows) <= _SHORT else self.rows[:half] + self.rows[-half:]
+        return f"<p>{escape(self.summary())}</p>{short_html(self.rows)}"
 
     def summary(self) -> str:
         """The constant in one line, and what a search reached from below."""
@@ -132,27 +110,7 @@ class LipschitzCertificate:
 
     def table(self) -> str:
         """The rows as a text table, the constant of the model in the last line."""
-        head = ("module", "operation", "input", "constant", "cumulative", "kind", "s", "method")
-        lines = [head] + [
-            (
-                row.path,
-                row.op,
-                "x".join(map(str, row.input_shape)),
-                f"{row.constant:.7g}",
-                f"{row.cumulative:.7g}",
-                row.kind,
-                f"{row.seconds:.2f}",
-                row.method,
-            )
-            for row in self.rows
-        ]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
-        text = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]])
-            for line in lines
-        ]
-        text.insert(1, "-" * len(text[0]))
-        return "\n".join([*text, self.summary()])
+        return f"{text_table(self.rows)}\n{self.summary()}"
 
     def to_json(self) -> str:
         """The certificate as JSON text; numbers keep every digit."""
