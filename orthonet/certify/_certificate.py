@@ -25,8 +25,10 @@ from orthonet.certify._radius import (
     correct_within,
     reach,
 )
+from orthonet.certify._rows import short_html, short_text, text_table
 from orthonet.certify.graph.identity import data_hashes, hashes
 from orthonet.certify.graph.regions import autocast_region
+from orthonet.certify.local.radius import enlarged, local_constants
 from orthonet.certify.proof import load, save
 from orthonet.certify.rounding.forward import forward_error, unit_roundoffs
 from orthonet.certify.rounding.modes import check_products, check_subnormal
@@ -37,9 +39,6 @@ __all__ = ["LipschitzCertificate"]
 
 _FAR = tuple(2.0**k for k in (120, 60, 40, 30, 25, 20, 15, 10, 5, 0, -10, -20))
 """Radii that are tried where the margin has a constant of 0."""
-
-
-_SHORT = 12  # rows of a short table
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,31 +92,11 @@ class LipschitzCertificate:
         return self.table()
 
     def __repr__(self) -> str:
-        lines = [f"LipschitzCertificate: {self.summary()}"]
-        cells = [(r.path, r.op, f"{r.constant:.6g}", f"{r.cumulative:.6g}") for r in self._short()]
-        widths = [max((len(c[i]) for c in cells), default=0) for i in range(4)]
-        for row in cells:
-            line = "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))
-            lines.append("  " + line.rstrip())
-        if len(self.rows) > _SHORT:
-            lines.insert(1 + _SHORT // 2, f"  ... {len(self.rows) - _SHORT} more, see table()")
-        return "\n".join(lines)
+        return f"LipschitzCertificate: {self.summary()}\n{short_text(self.rows)}".rstrip()
 
     def _repr_html_(self) -> str:
         """The same in a notebook."""
-        head = "<tr><th>module</th><th>operation</th><th>constant</th><th>cumulative</th></tr>"
-        body = "".join(
-            f"<tr><td>{escape(r.path)}</td><td>{escape(r.op)}</td><td>{r.constant:.6g}</td>"
-            f"<td>{r.cumulative:.6g}</td></tr>"
-            for r in self._short()
-        )
-        more = len(self.rows) - _SHORT
-        note = f"<p>and {more} more rows in the middle, see table()</p>" if more > 0 else ""
-        return f"<p>{escape(self.summary())}</p><table>{head}{body}</table>{note}"
-
-    def _short(self) -> tuple[Row, ...]:
-        half = _SHORT // 2
-        return self.rows if len(self.rows) <= _SHORT else self.rows[:half] + self.rows[-half:]
+        return f"<p>{escape(self.summary())}</p>{short_html(self.rows)}"
 
     def summary(self) -> str:
         """The constant in one line, and what a search reached from below."""
@@ -131,27 +110,7 @@ class LipschitzCertificate:
 
     def table(self) -> str:
         """The rows as a text table, the constant of the model in the last line."""
-        head = ("module", "operation", "input", "constant", "cumulative", "kind", "s", "method")
-        lines = [head] + [
-            (
-                row.path,
-                row.op,
-                "x".join(map(str, row.input_shape)),
-                f"{row.constant:.7g}",
-                f"{row.cumulative:.7g}",
-                row.kind,
-                f"{row.seconds:.2f}",
-                row.method,
-            )
-            for row in self.rows
-        ]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
-        text = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]])
-            for line in lines
-        ]
-        text.insert(1, "-" * len(text[0]))
-        return "\n".join([*text, self.summary()])
+        return f"{text_table(self.rows)}\n{self.summary()}"
 
     def to_json(self) -> str:
         """The certificate as JSON text; numbers keep every digit."""
@@ -274,6 +233,101 @@ class LipschitzCertificate:
                 proved = torch.maximum(proved, within)
             found = torch.minimum(proved, found).clamp_min(0.0)
         return convert_radius(found, norm, self._entries())
+
+    def local_radius(
+        self,
+        model: nn.Module,
+        x: Tensor | Sequence[Tensor],
+        *,
+        norm: str = "l2",
+        labels: Tensor | None = None,
+        steps: int = 3,
+    ) -> Tensor:
+        r"""Return the radii of `radius(model, x)`, enlarged by bounds in balls around the samples.
+
+        In a ball of radius r around a sample every unit moves in an interval only, and a chord of
+        its activation that starts there has a slope in an interval. With the constants
+        $K_{yj}(r)$ that follow, $\min(r, \min_j (f_y - f_j) / K_{yj}(r))$ is a radius.
+        Convolutions, residual sums, batch norm, pooling and activations of entries or pairs are
+        followed unit by unit; other operations count with their gain. Networks that are trained
+        without constraints gain a factor of 2 or more; orthogonal networks gain nothing.
+
+        Each sample takes a few passes over the graph with one row for each entry of the input and
+        each unit whose slope is not known. A sample whose rows do not fit into a gigabyte keeps
+        its radius.
+
+        Args:
+            model: The certified model in eval mode.
+            x: A batch for it, or one batch for each of its arguments.
+            norm: As in `radius`.
+            labels: The true classes, (N,); with them, a wrong prediction has radius 0.
+            steps: Balls that are tried for each sample, besides the one that is proved.
+
+        Shape:
+            returns (N,), float64, on the CPU
+
+        Guarantee:
+            Lower bound of the distance to the nearest point where the deployed forward pass
+            predicts another class; never below `radius(model, x)`.
+
+        Raises:
+            ValueError: As for `radius`, or `steps` is not a positive int.
+            UncertifiableError: The certificate has lost the graph, or as for `radius`.
+
+        Examples:
+            >>> from orthonet.certify import certify
+            >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)).eval()
+            >>> x = torch.randn(4, 8)
+            >>> certificate = certify(model, x)
+            >>> local = certificate.local_radius(model, x)
+            >>> bool((local >= certificate.radius(model, x)).all())
+            True
+        """
+        _checks.positive_int("LipschitzCertificate", steps=steps)
+        walker = self._graph()
+        logits, batch = self._read(model, x, None, None)
+        radii = self.radius(logits, inputs=batch, labels=labels)
+        if logits.ndim != 2 or logits.shape[1] < 2 or len(walker.program.outputs) != 1:
+            return convert_radius(radii, norm, self._entries())
+        found = enlarged(
+            walker, batch, logits, radii, self.constant.value, self.pairs, self.rounding, steps
+        )
+        return convert_radius(found, norm, self._entries())
+
+    def local_bound(
+        self, x: Tensor | Sequence[Tensor], radius: float, *, norm: str = "l2"
+    ) -> tuple[Bound, ...]:
+        r"""Return a bound of the Lipschitz constant in the ball around each sample.
+
+        Where a unit moves in an interval only, its activation has slopes in an interval: the
+        bound of the Jacobian that follows, or `constant` where that is smaller.
+
+        Args:
+            x: A batch of inputs, or one batch for each argument of the model.
+            radius: The radius of the balls, in units of the input.
+            norm: The shape of the balls: `"l2"`, `"linf"` or `"l1"`. The bound is from l2 to l2.
+
+        Guarantee:
+            $\|f(a) - f(b)\|_2 \le K \|a - b\|_2$ for all a, b in the closed ball, in exact
+            arithmetic; never above `constant`.
+
+        Raises:
+            ValueError: The inputs do not fit, or `radius` is negative or not finite.
+            UncertifiableError: The certificate has lost the graph.
+
+        Examples:
+            >>> from orthonet.certify import certify
+            >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)).eval()
+            >>> certificate = certify(model, torch.ones(1, 8))
+            >>> (local,) = certificate.local_bound(torch.ones(1, 8), 0.01)
+            >>> local.value < certificate.constant.value
+            True
+        """
+        walker = self._graph()
+        batch = (x,) if isinstance(x, Tensor) else tuple(x)
+        self._check_inputs(batch, 0.0)
+        size = reach(1.0, radius, norm, self._entries())
+        return local_constants(walker, batch, size)
 
     def _read(self, logits: Any, x: Any, inputs: Any, model: Any) -> tuple[Tensor, Any]:
         """The logits, and the inputs where they are known."""
@@ -427,13 +481,7 @@ class LipschitzCertificate:
                 products have fewer bits or subnormal numbers are flushed to zero, or the
                 certificate was pickled and has lost the graph.
         """
-        _checks.require(
-            self._walker is not None,
-            "LipschitzCertificate",
-            "the graph of the model must be there to bound its rounding",
-            "Call certify again: a certificate that was pickled or built by hand has none",
-            UncertifiableError,
-        )
+        walker = self._graph()
         _checks.require(
             dtype is None or unit_roundoffs(dtype) is not None,
             "LipschitzCertificate",
@@ -443,12 +491,22 @@ class LipschitzCertificate:
         )
         batch = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
         self._check_inputs(batch, within)
-        program = self._walker.program  # type: ignore[union-attr]
+        program = walker.program
         check_subnormal("LipschitzCertificate")
         dtypes = {dtype} if dtype else {program.dtype_of(node) for node in program.nodes}
         devices = {x.device for x in (*batch, *program.samples)}
         check_products("LipschitzCertificate", devices, dtypes)
-        return forward_error(self._walker, batch, within, dtype)  # type: ignore[arg-type]
+        return forward_error(walker, batch, within, dtype)
+
+    def _graph(self) -> Walker:
+        if self._walker is None:
+            _checks.fail(
+                "LipschitzCertificate",
+                "the graph of the model must be there to bound its rounding and its moves",
+                "Call certify again: a certificate that was pickled or built by hand has none",
+                UncertifiableError,
+            )
+        return self._walker
 
     def _check_dtypes(self, logits: Tensor, inputs: Any, dtype: torch.dtype | None) -> None:
         """Refuse a forward pass in another dtype than the one whose rounding is counted."""

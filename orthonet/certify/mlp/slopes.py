@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from orthonet import layers
 from orthonet.linalg.bounds.rounding import UNIT_ROUNDOFF, gamma
 
-__all__ = ["Activation", "Narrow", "bell", "kinks", "reflections", "rising", "sech2", "sorting"]
+__all__ = [
+    "Activation", "Chords", "Kinks", "Narrow", "bell", "reflections", "rising", "sech2", "sorting",
+]  # fmt: skip
 
 Narrow = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Chords = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,8 @@ class Activation:
         groups: Ids of groups, (n,), or None.
         narrow: The slopes on intervals of the inputs in the basis, (low, high) -> (lower, upper),
             or None where they cannot be narrowed.
+        chords: The slopes of chords that start in one interval and end in another one around it,
+            (start_low, start_high, low, high) -> (lower, upper), or None where `narrow` has to do.
         value_error: Relative error of `function` as it is computed.
     """
 
@@ -45,6 +50,7 @@ class Activation:
     basis_error: float = 0.0
     groups: Tensor | None = None
     narrow: Narrow | None = None
+    chords: Chords | None = None
     value_error: float = 16 * UNIT_ROUNDOFF
 
     @property
@@ -53,22 +59,53 @@ class Activation:
         return torch.maximum(self.lower.abs(), self.upper.abs())
 
 
-def kinks(knots: tuple[float, ...], slopes: tuple[float | Tensor, ...]) -> Narrow:
+@dataclass(frozen=True, eq=False)
+class Kinks:
     """The slopes of a piecewise linear function: `slopes[i]` left of `knots[i]`."""
 
-    def narrow(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    knots: tuple[float, ...]
+    slopes: tuple[float | Tensor, ...]
+
+    def __call__(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the least and the largest slope on intervals."""
         least = torch.full_like(low, math.inf)
         most = torch.full_like(low, -math.inf)
-        for i, slope in enumerate(slopes):
-            left = knots[i - 1] if i else -math.inf
-            right = knots[i] if i < len(knots) else math.inf
+        for i, slope in enumerate(self.slopes):
+            left = self.knots[i - 1] if i else -math.inf
+            right = self.knots[i] if i < len(self.knots) else math.inf
             touched = (high >= left) & (low <= right)
             value = torch.as_tensor(slope, dtype=low.dtype).expand_as(low)
             least = torch.where(touched, torch.minimum(least, value), least)
             most = torch.where(touched, torch.maximum(most, value), most)
         return least, most
 
-    return narrow
+    def chords(
+        self, start_low: Tensor, start_high: Tensor, low: Tensor, high: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the least and the largest slope of chords from a start in one of two intervals.
+
+        With one knot a chord has the slope a + (b - a) t, where t is the part of it that lies to
+        the right of the knot.
+        """
+        if len(self.knots) != 1:
+            return self(low, high)
+        (knot,), (left, right) = self.knots, self.slopes
+        # From the right at least (start - knot) / (start - low) lies right, from the left at most
+        # (high - knot) / (high - start). Four roundings each.
+        before, behind = (knot - start_high).clamp_min(0.0), (start_low - knot).clamp_min(0.0)
+        under, over = (knot - low).clamp_min(0.0), (high - knot).clamp_min(0.0)
+        least = torch.where(behind > 0, behind / (behind + under) * (1 - 8 * UNIT_ROUNDOFF), 0.0)
+        most = torch.where(before > 0, over / (over + before) * (1 + 8 * UNIT_ROUNDOFF), 1.0)
+        least = torch.where((behind > 0) & (under == 0), 1.0, least)
+        least, most = torch.minimum(least, most.clamp(0.0, 1.0)), most.clamp(0.0, 1.0)
+        left, right = (torch.as_tensor(s, dtype=low.dtype).expand_as(low) for s in (left, right))
+        ends = [torch.where(t == 0, left, torch.where(t == 1, right, left + (right - left) * t))
+                for t in (least, most)]  # fmt: skip
+        slack = 8 * UNIT_ROUNDOFF * torch.maximum(left.abs(), right.abs())
+        slack = torch.where((least == most) & ((least == 0) | (least == 1)), 0.0, slack)
+        lower, upper = torch.minimum(*ends) - slack, torch.maximum(*ends) + slack
+        bottom, top = torch.minimum(left, right), torch.maximum(left, right)
+        return torch.maximum(lower, bottom), torch.minimum(upper, top)
 
 
 def bell(derivative: Callable[[Tensor], Tensor], peak: float) -> Narrow:
@@ -128,10 +165,14 @@ def sorting(module: nn.Module, width: int) -> Activation | None:
     lower = torch.where(kept, 1.0, -1.0).double()
     groups = torch.where(kept, -1, torch.arange(width) // size) if size > 2 else None
     # Of a pair (a, b) the maximum comes first, or last: (a - b) becomes |a - b| or its negative.
-    modulus = kinks((0.0,), (-1.0, 1.0) if isinstance(module, layers.MaxMin) else (1.0, -1.0))
+    modulus = Kinks((0.0,), (-1.0, 1.0) if isinstance(module, layers.MaxMin) else (1.0, -1.0))
 
     def narrow(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         least, most = modulus(low, high)
+        return torch.where(kept, 1.0, least), torch.where(kept, 1.0, most)
+
+    def chords(*ends: Tensor) -> tuple[Tensor, Tensor]:
+        least, most = modulus.chords(*ends)
         return torch.where(kept, 1.0, least), torch.where(kept, 1.0, most)
 
     return Activation(
@@ -142,6 +183,7 @@ def sorting(module: nn.Module, width: int) -> Activation | None:
         size * gamma(4),  # entries of one block, each with at most four roundings
         groups,
         narrow if size == 2 else None,
+        chords if size == 2 else None,
         0.0,
     )
 

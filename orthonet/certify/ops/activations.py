@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from orthonet import layers
 from orthonet.certify.mlp.slopes import (
     Activation,
+    Kinks,
     Narrow,
     bell,
-    kinks,
     reflections,
     rising,
     sech2,
@@ -104,7 +104,10 @@ def curve(
         def slopes(call: Call, width: int) -> Activation | None:
             found = read(call)
             lower, upper = (_spread(call, v, width) for v in (found.lower, found.upper))
-            return Activation(found.function, lower, upper)  # only its slopes are read
+            narrow = found.narrow
+            if isinstance(narrow, Kinks):
+                narrow = Kinks(narrow.knots, tuple(_spread(call, v, width) for v in narrow.slopes))
+            return _activation(found.function, lower, upper, narrow)
 
         def run(x: Tensor, y: Tensor, values: dict[str, Any]) -> Tensor:
             target = overloads[0]
@@ -176,8 +179,8 @@ def _negated(call: Call) -> Interval:
 
 
 _INF = math.inf
-_plain("relu", torch.relu, nn.ReLU, kinks((0.0,), (0.0, 1.0)), rounding=COPY, interval=_positive)
-_plain("abs", torch.abs, layers.Abs, kinks((0.0,), (-1.0, 1.0)), rounding=COPY, interval=_modulus)
+_plain("relu", torch.relu, nn.ReLU, Kinks((0.0,), (0.0, 1.0)), rounding=COPY, interval=_positive)
+_plain("abs", torch.abs, layers.Abs, Kinks((0.0,), (-1.0, 1.0)), rounding=COPY, interval=_modulus)
 _plain("tanh", torch.tanh, nn.Tanh, bell(sech2, 1.0), interval=_within(-1.0, 1.0))
 _plain("sigmoid", torch.sigmoid, nn.Sigmoid, bell(lambda x: sech2(x / 2) / 4, 0.25),
        target=("sigmoid.default", "special_expit.default"), interval=_within(0.0, 1.0))  # fmt: skip
@@ -208,7 +211,7 @@ def _parameter(**choices: list[Any]) -> Callable[[random.Random], dict[str, Any]
 def _ends(low: float, high: float, function: Any) -> Curve:
     if low > high:  # constant
         return Curve(function, 0.0, 0.0)
-    return Curve(function, 0.0, 1.0, kinks((low, high), (0.0, 1.0, 0.0)))
+    return Curve(function, 0.0, 1.0, Kinks((low, high), (0.0, 1.0, 0.0)))
 
 
 @curve("hardtanh.default", reads=("min_val", "max_val"), module=nn.Hardtanh,
@@ -229,7 +232,7 @@ def _relu6() -> Curve:
 def _softshrink(lambd: float) -> Curve:
     knots = (-lambd, lambd)
     function = lambda x: F.softshrink(x, lambd)  # noqa: E731
-    return Curve(function, 0.0, 1.0, kinks(knots, (1.0, 0.0, 1.0)))
+    return Curve(function, 0.0, 1.0, Kinks(knots, (1.0, 0.0, 1.0)))
 
 
 @curve("gelu.default", reads=("approximate",), module=nn.GELU, interval=_within(-0.1701, _INF),
@@ -252,7 +255,7 @@ def _leaky(call: Call) -> Interval:
        arguments=_parameter(negative_slope=[0.01, 0.0, -1.5, 1.0, 2.5]))  # fmt: skip
 def _leaky_relu(negative_slope: float) -> Curve:
     a = negative_slope
-    narrow = kinks((0.0,), (a, 1.0))
+    narrow = Kinks((0.0,), (a, 1.0))
     return Curve(lambda x: F.leaky_relu(x, a), min(a, 1.0), max(a, 1.0), narrow)
 
 
@@ -276,7 +279,7 @@ def _prelu(weight: Tensor) -> Curve:
     one = torch.ones_like(weight)
     return Curve(
         lambda x: torch.where(x >= 0, x, weight * x), torch.minimum(weight, one),
-        torch.maximum(weight, one), kinks((0.0,), (weight, 1.0)),
+        torch.maximum(weight, one), Kinks((0.0,), (weight, 1.0)),
     )  # fmt: skip
 
 
@@ -350,7 +353,7 @@ def _threshold(threshold: float, value: float) -> Curve | None:
     if threshold != value:
         return None
     function = lambda x: F.threshold(x, threshold, value)  # noqa: E731
-    return Curve(function, 0.0, 1.0, kinks((threshold,), (0.0, 1.0)))
+    return Curve(function, 0.0, 1.0, Kinks((threshold,), (0.0, 1.0)))
 
 
 def _minus(a: Values, absolute: bool) -> Any:
@@ -445,4 +448,9 @@ def activation_of(module: nn.Module, width: int) -> Activation | None:
         torch.as_tensor(v, dtype=torch.float64).expand(width).contiguous()
         for v in (found.lower, found.upper)
     )
-    return Activation(found.function, lower, upper, narrow=found.narrow)
+    return _activation(found.function, lower, upper, found.narrow)
+
+
+def _activation(function: Any, lower: Tensor, upper: Tensor, narrow: Narrow | None) -> Activation:
+    chords = narrow.chords if isinstance(narrow, Kinks) else None
+    return Activation(function, lower, upper, narrow=narrow, chords=chords)

@@ -31,7 +31,7 @@ from orthonet.certify.walk.forms import Form, on_identity, pairs_of
 from orthonet.errors import UncertifiableError
 from orthonet.linalg.bounds.rounding import add_up, mul_up, sqrt_up, up
 
-__all__: list[str] = []
+__all__ = ["pooling_windows"]
 
 
 def _dims_of(target: Any) -> int:
@@ -67,8 +67,29 @@ def _pool_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
 _MAX = [f"max_pool{d}d{kind}.default" for d in (1, 2, 3) for kind in ("", "_with_indices")]
 
 
+def pooling_windows(call: Call) -> Tensor:
+    """The places of the entries of each window; in padding, those of an entry inside of it."""
+    dims = int(call.op[8])
+    sizes = spatial_sizes(call, dims, channels=0)
+    kernel = each(call["kernel_size"], dims)
+    stride = each(call["stride"] or kernel, dims)
+    pads, dilation = each(call["padding"], dims), each(call["dilation"], dims)
+    outputs = call.output_shape[len(call.output_shape) - dims :]
+    places = torch.zeros(1, 1, dtype=torch.long)
+    for size, count, taps, step, pad, spread in zip(
+        sizes, outputs, kernel, stride, pads, dilation, strict=True
+    ):
+        place = torch.arange(count)[:, None] * step - pad + torch.arange(taps) * spread
+        inside = (place >= 0) & (place < size)
+        first = place.gather(1, inside.int().argmax(1, keepdim=True))
+        place = torch.where(inside, place, first)
+        places = places[:, None, :, None] * size + place[:, None]
+        places = places.flatten(2).flatten(0, 1)
+    return places
+
+
 @op(*_MAX, reads=("kernel_size", "stride", "padding", "dilation", "ceil_mode"), interval=as_input,
-    samples=_pool_samples)  # fmt: skip
+    samples=_pool_samples, windows=pooling_windows)  # fmt: skip
 def _max_pool(call: Call) -> Step:
     dims = int(call.op[8])
     sizes = spatial_sizes(call, dims, channels=0)

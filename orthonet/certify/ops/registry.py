@@ -121,6 +121,8 @@ class Op:
         error: The rounding of a map whose constant does not bound it, at given inputs; called with
             the call, the inputs, how far they may be off, their error, and the function gamma.
         interval: The least and the largest entry of the output.
+        windows: For the largest entries of windows, the places of the entries of each window among
+            those of a channel, (outputs, taps); a place may be there twice.
         cuts: It returns pieces of its input.
         samples: Draws random arguments.
     """
@@ -137,6 +139,7 @@ class Op:
     stages: Callable[[Call], int] | None = None
     error: Callable[..., Tensor | None] | None = None
     interval: Callable[[Call], Interval] | None = None
+    windows: Callable[[Call], Tensor] | None = None
     cuts: bool = False
     samples: Sampler | None = None
 

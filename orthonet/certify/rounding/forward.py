@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from orthonet.certify.walk.state import State
     from orthonet.certify.walk.walker import Walker
 
-__all__ = ["forward_error", "unit_roundoffs"]
+__all__ = ["Errors", "forward_error", "unit_roundoffs"]
 
 _UNITS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24,
           torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # fmt: skip
@@ -53,8 +53,8 @@ def forward_error(
     with torch.no_grad():
         values = replay(walker.program, [x.detach().cpu().double() for x in inputs])
         ball = torch.as_tensor(within, dtype=torch.float64).expand(len(inputs[0]))
-        exact = _Errors(walker, values, torch.zeros_like(ball), torch.float64, None)
-        errors = _Errors(walker, values, ball, dtype, exact)
+        exact = Errors(walker, values, torch.zeros_like(ball), torch.float64, None)
+        errors = Errors(walker, values, ball, dtype, exact)
         total = torch.zeros_like(ball)
         for state in walker.outputs:
             if state is not None:
@@ -62,12 +62,12 @@ def forward_error(
         return total.sqrt() * _SAFE
 
 
-class _Errors:
+class Errors:
     """The errors of all nodes for one dtype, or for their own, and one radius."""
 
     def __init__(
         self, walker: Walker, values: dict[Any, Any], ball: Tensor, dtype: torch.dtype | None,
-        exact: _Errors | None,
+        exact: Errors | None,
     ) -> None:  # fmt: skip
         self.walker, self.values, self.ball, self.dtype = walker, values, ball, dtype
         self.exact = exact

@@ -7,6 +7,7 @@ absolute values of all constants it bounds the rounding of the first run, entry 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ __all__ = [
     "Island",
     "action_of",
     "amplification_of",
+    "linear_action",
     "linear_part",
     "materialise",
     "moves",
@@ -81,26 +83,37 @@ def linear_part(states: list[State], source: State, x: Tensor, absolute: bool = 
     """The linear part of an island at a batch x of its source, in float64."""
     env: dict[fx.Node, Any] = {source.node: x}
     for state in states:
-        node = state.node
-
-        def value(n: fx.Node, of: State = state) -> Any:
-            if n in env:
-                return env[n]
-            found = of.constants[n]
-            if isinstance(found, BatchDependent):
-                if found.rows:
-                    return Constant(found.value[:1].expand(len(x), *found.value.shape[1:]))
-                if isinstance(found.value, int) and found.value == BATCH:
-                    return len(x)
-                raise ValueError("a constant that depends on the batch size")
-            return Constant(found) if isinstance(found, Tensor) else found
-
-        args, kwargs = map_arg((list(node.args), dict(node.kwargs)), value)
-        action = action_of(state)
-        named = bind(node.target, args, kwargs) if record_of(node.target) else {}
-        values = Values(node.target, list(args), dict(kwargs), named)
-        env[node] = action.run(values, absolute)  # type: ignore[union-attr]
+        env[state.node] = linear_action(state, env, len(x), absolute)
     return env[states[-1].node]
+
+
+def linear_action(
+    state: State, env: Mapping[fx.Node, Any], size: int, absolute: bool = False
+) -> Any:
+    """The linear part of one operation at batches of its operands, `size` samples each.
+
+    Raises:
+        ValueError: A constant among the arguments depends on the batch size.
+    """
+    node = state.node
+
+    def value(n: fx.Node) -> Any:
+        if n in env:
+            return env[n]
+        found = state.constants[n]
+        if isinstance(found, BatchDependent):
+            if found.rows:
+                return Constant(found.value[:1].expand(size, *found.value.shape[1:]))
+            if isinstance(found.value, int) and found.value == BATCH:
+                return size
+            raise ValueError("a constant that depends on the batch size")
+        return Constant(found) if isinstance(found, Tensor) else found
+
+    args, kwargs = map_arg((list(node.args), dict(node.kwargs)), value)
+    action = action_of(state)
+    named = bind(node.target, args, kwargs) if record_of(node.target) else {}
+    values = Values(node.target, list(args), dict(kwargs), named)
+    return action.run(values, absolute)  # type: ignore[union-attr]
 
 
 def roundings_of(states: list[State]) -> int:

@@ -1,0 +1,69 @@
+"""The rows of a certificate as text and HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from orthonet.certify._bound import Row
+
+__all__ = ["short_html", "short_text", "text_table"]
+
+_SHORT = 12  # rows of a short table
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """Return all rows as a text table with a head."""
+    head = ("module", "operation", "input", "constant", "cumulative", "kind", "s", "method")
+    lines = [head] + [
+        (
+            row.path,
+            row.op,
+            "x".join(map(str, row.input_shape)),
+            f"{row.constant:.7g}",
+            f"{row.cumulative:.7g}",
+            row.kind,
+            f"{row.seconds:.2f}",
+            row.method,
+        )
+        for row in rows
+    ]
+    text = _aligned([line[:-1] for line in lines])
+    text = [f"{left}  {line[-1]}" for left, line in zip(text, lines, strict=True)]
+    text.insert(1, "-" * len(text[0]))
+    return "\n".join(text)
+
+
+def short_text(rows: Sequence[Row]) -> str:
+    """Return the first and the last rows, indented, without methods."""
+    lines = [f"  {line.rstrip()}" for line in _aligned(_cells(rows))]
+    if len(rows) > _SHORT:
+        lines.insert(_SHORT // 2, f"  ... {len(rows) - _SHORT} more, see table()")
+    return "\n".join(lines)
+
+
+def short_html(rows: Sequence[Row]) -> str:
+    """Return the same as a table of HTML."""
+    head = "<tr><th>module</th><th>operation</th><th>constant</th><th>cumulative</th></tr>"
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+        for cells in _cells(rows)
+    )
+    more = len(rows) - _SHORT
+    note = f"<p>and {more} more rows in the middle, see table()</p>" if more > 0 else ""
+    return f"<table>{head}{body}</table>{note}"
+
+
+def _cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    half = _SHORT // 2
+    few = rows if len(rows) <= _SHORT else (*rows[:half], *rows[-half:])
+    return [(r.path, r.op, f"{r.constant:.6g}", f"{r.cumulative:.6g}") for r in few]
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
+    """Cells in columns that are as wide as their longest one."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    ]

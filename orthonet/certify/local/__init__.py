@@ -1,0 +1,1 @@
+"""Bounds of any graph in a ball around one input."""
