@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
+from orthonet.layers._spectrum import LinearMap
 from orthonet.reparametrizers import Weight
 from orthonet.reparametrizers.plain_values import warn_projected
 from orthonet.reparametrizers.recorded import keep_if_refused
@@ -16,7 +17,7 @@ from orthonet.reparametrizers.recorded import keep_if_refused
 __all__ = ["ConstrainedWeight", "WithoutPlainWeight"]
 
 
-class ConstrainedWeight:
+class ConstrainedWeight(LinearMap):
     """Mixin before an `nn` class: `weight` becomes a property computed by a sub-module.
 
     The sub-module `parametrization`, a [`Weight`][orthonet.reparametrizers.Weight], owns the raw
@@ -34,8 +35,16 @@ class ConstrainedWeight:
 
     @property
     def lipschitz(self) -> float:
-        """The constant K that was asked of the layer."""
+        """The constant K of the layer; assigning one rescales the weight."""
         return self._factor * self.parametrization.lipschitz
+
+    @lipschitz.setter
+    def lipschitz(self, value: float) -> None:
+        self._set_factor(value / self.parametrization.lipschitz)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Apply the linear part of the layer, in the dtype of `x`."""
+        return nn.functional.linear(x, self.weight.to(x.dtype))
 
     @property
     def weight(self) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from orthonet import _checks
-from orthonet.layers._conv import OrthoConv2d
 from orthonet.layers._linear import OrthoLinear, UnitNormLinear
+from orthonet.layers.convolution.conv import OrthoConv2d
 from orthonet.layers.zoo import _fourier, _lipnext, _rescaled, _residual, _sandwich, _soc
 
 __all__ = [
@@ -240,7 +240,7 @@ for _entry in (
            source="Li 2019, Boissin 2025"),
     Method("aol", "Almost-orthogonal", _rescaled.AOLLinear, _rescaled.AOLConv2d, "1-Lipschitz",
            source="Prach & Lampert 2022"),
-    Method("soc", "Skew orthogonal", None, _soc.SOCConv2d, "orthogonal", stride=False,
+    Method("soc", "Skew orthogonal", None, _soc.SOCConv2d, "orthogonal",
            source="Singla & Feizi 2021"),
     Method("cayley", "Cayley", _fourier.CayleyLinear, _fourier.CayleyConv2d, "orthogonal",
            source="Trockman & Kolter 2021"),
@@ -249,9 +249,9 @@ for _entry in (
     Method("bro", "Block reflector", _fourier.BROLinear, _fourier.BROConv2d, "orthogonal",
            source="Lai 2025"),
     Method("cpl", "Convex potential", _residual.CPLLinear, _residual.CPLConv2d, "1-Lipschitz",
-           nonlinear=True, stride=False, source="Meunier 2022"),
+           nonlinear=True, source="Meunier 2022"),
     Method("sll", "SDP-based", _residual.SLLLinear, _residual.SLLConv2d, "1-Lipschitz",
-           nonlinear=True, stride=False, source="Araujo 2023"),
+           nonlinear=True, source="Araujo 2023"),
     Method("sandwich", "Sandwich (LBDN)", _sandwich.SandwichLinear, _sandwich.SandwichConv2d,
            "1-Lipschitz", nonlinear=True, source="Wang & Manchester 2023"),
     Method("cholesky", "Cholesky (CHORD)", _rescaled.CholeskyLinear, _rescaled.CholeskyConv2d,

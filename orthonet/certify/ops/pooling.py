@@ -194,7 +194,7 @@ def _lp_step(order: Any, kernel: Any, stride: Any, ceil: bool, dims: int, size: 
     if order not in (2, 2.0) or ceil:
         _checks.fail(
             "certify", "a power-average pool must have norm_type 2 and no ceil_mode",
-            "Use LPPool2d(2, ...) or L2NormPool2d", UncertifiableError, norm_type=order,
+            "Use LPPool2d(2, ...) or L2NormPool", UncertifiableError, norm_type=order,
         )  # fmt: skip
     # the average is multiplied by the size of the window: a few roundings
     value = mul_up(sqrt_up(shared), up(1.0 + 2.0**-48))

@@ -20,6 +20,7 @@ from orthonet.layers._declared import (
     image_of,
     length_of,
 )
+from orthonet.layers._spectrum import LinearMap
 from orthonet.layers.zoo._base import (
     adopt_arguments,
     check_circular,
@@ -37,7 +38,7 @@ from orthonet.reparametrizers import FourierWeight
 __all__ = ["FourierConv2d", "fourier_chain"]
 
 
-class FourierConv2d(WithoutPlainWeight, nn.Module):
+class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
     """A convolution with the arguments of `nn.Conv2d` that works on the whole torus at once."""
 
     _function: ClassVar[Any]

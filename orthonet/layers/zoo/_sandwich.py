@@ -250,6 +250,14 @@ class SandwichConv2d(FourierConv2d):
         if not self.log_scale.is_meta:
             nn.init.zeros_(self.log_scale)
 
+    def singular_values(self, input_size: int | tuple[int, ...] | None = None) -> Tensor:
+        """Refuse: the layer contains its activation and is no linear map."""
+        _checks.fail(
+            self,
+            "a layer with an activation inside has no singular values",
+            "Take those of its Jacobian at a point, orthonet.testing.jacobian",
+        )
+
     def _scale(self, sign: int, like: Tensor) -> Tensor:
         return (sign * _clamped(self.log_scale.to(like.dtype))).exp().view(-1, 1, 1) * math.sqrt(2)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from orthonet import _checks
 from orthonet._torch import conv_output_padding
 from orthonet.functional import circular_pad
-from orthonet.layers._conv_base import OrthoConvNd
+from orthonet.layers.convolution.base import OrthoConvNd
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
 __all__ = ["OrthoConvTranspose1d", "OrthoConvTranspose2d", "OrthoConvTranspose3d"]

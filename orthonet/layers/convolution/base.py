@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet._torch import ConvNd, conv_forward, conv_paddings
 from orthonet.layers._base import ConstrainedWeight
-from orthonet.layers._conv_padding import padding_norm
+from orthonet.layers.convolution.padding import padding_norm
 from orthonet.reparametrizers import KERNEL_METHODS, OrthoParams
 
 __all__ = ["OrthoConvNd"]
@@ -70,7 +70,8 @@ class OrthoConvNd(ConstrainedWeight):
             groups=groups,
         )
         # The twin on the meta device brings every attribute that this version of torch has.
-        mode: Any = "zeros" if "output_padding" in arguments else padding_mode
+        stock = "output_padding" not in arguments and padding_mode != "symmetric"
+        mode: Any = padding_mode if stock else "zeros"
         twin = self._plain_class(
             in_channels, out_channels, groups=groups, bias=False, padding_mode=mode,
             device="meta", **arguments,
@@ -151,6 +152,10 @@ class OrthoConvNd(ConstrainedWeight):
             groups=self.groups,
         )
 
+    def linear(self, x: Tensor) -> Tensor:
+        """Apply the linear part of the layer to a batch, in the dtype of `x`."""
+        return self._apply_weight(x, self.weight.to(x.dtype), None)
+
     def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The map of the layer with a given weight and bias."""
         return conv_forward(self, input, weight, bias)
@@ -167,6 +172,7 @@ class OrthoConvNd(ConstrainedWeight):
         )
 
     def extra_repr(self) -> str:
+        """Return the arguments."""
         text = super().extra_repr()  # type: ignore[misc]
         if self._factor != 1.0:
             text = f"{text}, lipschitz={self._factor:g}"

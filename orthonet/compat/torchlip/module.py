@@ -1,0 +1,133 @@
+"""The factor of a layer, networks of a given constant, and their export."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+from torch import Tensor, nn
+
+from orthonet import _checks, convert
+
+__all__ = [
+    "LipschitzModule",
+    "Sequential",
+    "WithWeight",
+    "vanilla_model",
+]
+
+
+class LipschitzModule(nn.Module):
+    """Base class of the layers here: a factor, and `vanilla_export`."""
+
+    _coefficient: float = 1.0
+
+    @property
+    def _coefficient_lip(self) -> float:
+        """The constant of the layer."""
+        return self._coefficient
+
+    @_coefficient_lip.setter
+    def _coefficient_lip(self, value: float) -> None:
+        _checks.lipschitz_constant(type(self), value)
+        self._coefficient = float(value)
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        return y if self._coefficient == 1.0 else y * self._coefficient
+
+    def vanilla_export(self) -> nn.Module:
+        """Return an independent module of stock layers, or a copy where there is none."""
+        return convert.to_plain(self)
+
+
+class WithWeight(LipschitzModule):
+    """A layer of `orthonet.layers` whose weight carries the factor."""
+
+    lipschitz: float
+
+    @property
+    def _coefficient_lip(self) -> float:
+        return self.lipschitz
+
+    @_coefficient_lip.setter
+    def _coefficient_lip(self, value: float) -> None:
+        self.lipschitz = value
+
+    def vanilla_export(self) -> nn.Module:
+        """Return a stock layer with the present weight."""
+        layer: Any = self
+        return layer.to_plain()
+
+
+class Sequential(nn.Sequential):
+    """`nn.Sequential` whose n Lipschitz layers have constant `k_coef_lip ** (1 / n)` each.
+
+    Layers of this module take the factor into their weight or output; a nested `Sequential` shares
+    its part out among its own layers. The whole has constant `k_coef_lip`, which
+    `orthonet.certify` proves.
+    """
+
+    def __init__(self, *args: Any, k_coef_lip: float = 1.0) -> None:
+        super().__init__(*args)
+        self._coefficient_lip = k_coef_lip
+
+    @property
+    def _coefficient_lip(self) -> float:
+        """The constant of the whole."""
+        return self._k_coef_lip
+
+    @_coefficient_lip.setter
+    def _coefficient_lip(self, value: float) -> None:
+        _checks.lipschitz_constant(type(self), value)
+        self._k_coef_lip = float(value)
+        parts = [part for part in self if isinstance(part, (LipschitzModule, Sequential))]
+        _checks.require(
+            bool(parts) or value == 1.0,
+            self,
+            "a constant other than 1 needs Lipschitz layers that take it",
+            "Add a layer of this module, or put orthonet.layers.Scale behind the network",
+            k_coef_lip=value,
+        )
+        for part in parts:
+            part._coefficient_lip = value ** (1 / len(parts))
+
+    def vanilla_export(self) -> nn.Sequential:
+        """Return a new `nn.Sequential` of stock layers."""
+        exported = OrderedDict()
+        for name, part in self.named_children():
+            known = hasattr(part, "vanilla_export")
+            exported[name] = part.vanilla_export() if known else copy.deepcopy(part)
+        return nn.Sequential(exported).train(self.training)
+
+
+def vanilla_model(model: nn.Module, in_place: bool = True, new_module: Any = None) -> nn.Module:
+    """Replace the layers of `model`, wherever they are in it, by stock ones.
+
+    Args:
+        model: The model. With `in_place` it is changed, as the peer does;
+            `orthonet.convert.to_plain` never changes its argument.
+        in_place: Whether to change `model` itself.
+        new_module: Not needed; must be None.
+
+    Returns:
+        `model`, or a copy.
+    """
+    _checks.require(
+        new_module is None,
+        "vanilla_model",
+        "new_module is for the recursion of the peer",
+        "Leave it out",
+        new_module=type(new_module),
+    )
+    model = model if in_place else copy.deepcopy(model)
+    if not in_place:
+        model.eval()
+    for name, part in list(model.named_children()):
+        if hasattr(part, "vanilla_export"):
+            setattr(model, name, part.vanilla_export())
+        elif any(hasattr(inner, "vanilla_export") for inner in part.modules()):
+            vanilla_model(part)
+        else:
+            setattr(model, name, convert.to_plain(part))
+    return model
