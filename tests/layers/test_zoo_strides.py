@@ -27,6 +27,7 @@ CONFIGURATIONS = [  # channels in, channels out, stride, groups, mode
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAYER_LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("name", LAYERS)
 def test_laws(law, name):

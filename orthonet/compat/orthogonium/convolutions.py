@@ -374,7 +374,7 @@ def get_conv_sv(
         A pair of tensors, a tensor, or a list of them.
 
     Examples:
-        >>> sigma, rank = get_conv_sv(AdaptiveOrthoConv2d(4, 4, 3), 6)
+        >>> sigma, rank = get_conv_sv(AdaptiveOrthoConv2d(4, 4, 3), 6, imsize=8)
         >>> round(float(rank), 1)
         1.0
     """

@@ -140,5 +140,5 @@ def PatchBasedExapandedCNN(  # noqa: N802 (the name of the peer)
         stride=patch_size,
         padding="valid",
     )
-    make_pool = partial(layers.GlobalL2NormPool, True) if pool is None else pool
+    make_pool = partial(layers.AdaptiveL2NormPool, 1) if pool is None else pool
     return nn.Sequential(patches, *blocks, make_pool(), nn.Flatten(), act(), lin(dim, n_classes))

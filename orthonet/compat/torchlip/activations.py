@@ -14,7 +14,6 @@ from orthonet import _checks, layers
 from orthonet.certify import Bound, register_rule
 from orthonet.compat.torchlip.functional import lipschitz_prelu, max_min
 from orthonet.compat.torchlip.module import LipschitzModule
-from orthonet.errors import UncertifiableError
 from orthonet.functional import householder
 
 __all__ = [
@@ -50,14 +49,6 @@ class _Positive(nn.Module):
 @register_rule(_Positive)
 def _isometry(module: _Positive, input_shape: tuple[int, ...]) -> Any:
     """For a > b: (a+ - b+)^2 + (a- - b-)^2 <= (a - b)^2, with equality for equal signs."""
-    _checks.require(
-        module.dim is None or module.dim % (len(input_shape) + 1) != 0,
-        module,
-        "the channels must not be the batch",
-        "Choose another dim",
-        UncertifiableError,
-        dim=module.dim,
-    )
     return Bound(1.0), "positive and negative parts"
 
 
@@ -239,19 +230,19 @@ def _global(owner: object, output_size: Sequence[int]) -> None:
 
 
 class ScaledAdaptiveAvgPool2d(_Wrapped):
-    """`orthonet.layers.GlobalScaledAvgPool` with the spatial dimensions kept."""
+    """`orthonet.layers.AdaptiveScaledAvgPool` to one pixel."""
 
     def __init__(self, output_size: Sequence[int], k_coef_lip: float = 1.0) -> None:
         _global(type(self), output_size)
-        super().__init__(layers.GlobalScaledAvgPool(keepdim=True), k_coef_lip)
+        super().__init__(layers.AdaptiveScaledAvgPool(1), k_coef_lip)
 
 
 class ScaledAdaptativeL2NormPool2d(_Wrapped):
-    """`orthonet.layers.GlobalL2NormPool` with the spatial dimensions kept."""
+    """`orthonet.layers.AdaptiveL2NormPool` to one pixel."""
 
     def __init__(self, output_size: Sequence[int] = (1, 1), k_coef_lip: float = 1.0) -> None:
         _global(type(self), output_size)
-        super().__init__(layers.GlobalL2NormPool(keepdim=True), k_coef_lip)
+        super().__init__(layers.AdaptiveL2NormPool(1), k_coef_lip)
 
 
 class InvertibleDownSampling(_Wrapped):

@@ -92,6 +92,7 @@ def evaluate_lip_const(
         double_attack: Whether "attack" starts twice.
 
     Examples:
+        >>> from orthonet.compat.torchlip import SpectralLinear
         >>> layer = SpectralLinear(4, 4, k_coef_lip=2.0)
         >>> round(evaluate_lip_const(layer, torch.zeros(1, 4)), 4)
         2.0
@@ -155,7 +156,7 @@ def _slopes(model: nn.Module, x: Tensor, noise: Tensor, disjoint: bool) -> Tenso
 def _steepest(model: nn.Module, x: Tensor, disjoint: bool) -> float:
     found = 0.0
     for row in x:
-        matrix = torch.func.jacrev(lambda r: model(r[None]).flatten())(row).flatten(1)
+        matrix = torch.func.jacrev(lambda r: model(r[None]).flatten())(row).flatten(1).detach()
         norms = torch.linalg.vector_norm(matrix, dim=1) if disjoint else None
         norm = torch.linalg.matrix_norm(matrix, 2) if norms is None else norms.max()
         found = max(found, float(norm))
