@@ -103,7 +103,7 @@ def circular_pad(input: Tensor, pad: Sequence[int]) -> Tensor:
             if 2 * input.ndim > len(pads)
             else _wrap(input, pads)
         )
-    return _CircularPad.apply(input, pads)  # type: ignore[return-value]
+    return _CircularPad.apply(input, pads)
 
 
 def _spans(shape: torch.Size, pads: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
@@ -164,7 +164,7 @@ class _CircularPad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _CircularUnpad.apply(grad, ctx.pads), None  # type: ignore[return-value]
+        return _CircularUnpad.apply(grad, ctx.pads), None
 
 
 class _CircularUnpad(torch.autograd.Function):
@@ -175,4 +175,4 @@ class _CircularUnpad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _CircularPad.apply(grad, ctx.pads), None  # type: ignore[return-value]
+        return _CircularPad.apply(grad, ctx.pads), None

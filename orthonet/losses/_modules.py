@@ -261,6 +261,8 @@ class TRADESLoss(_Loss):
     """
 
     _check = staticmethod(_regularized.check_weight)
+    beta: float
+    reduction: str
 
     def __init__(self, beta: float = 1.0, reduction: str = "mean"):
         self._keep(beta=beta, reduction=reduction)

@@ -38,7 +38,7 @@ def test_laws(law, name):
 def test_norm_is_at_most_one_at_first_and_after_steps_and_the_certificate_agrees(name, dtype):
     build, shape = LAYERS[name]
     layer = build(dtype=dtype)
-    for steps in (0, 20):
+    for steps in (0, 5):
         train(layer, shape, steps)
         if name in ("sll", "cpl"):
             points = torch.randn(2, *shape, dtype=dtype)
@@ -48,10 +48,9 @@ def test_norm_is_at_most_one_at_first_and_after_steps_and_the_certificate_agrees
         assert float(values.max()) <= 1 + ALLOWED[dtype]
         if name.startswith("soc"):
             assert float(values.min()) >= 1 - ALLOWED[dtype]
-        bound = certify(layer.eval(), torch.zeros(1, *shape, dtype=dtype)).constant.value
-        # roundings in float32 of what forward multiplies by; observed 1 + 2e-7
-        assert float(values.max()) * (1 - 1e-6) <= bound <= 1 + 1e-5
-        layer.train()
+    bound = certify(layer.eval(), torch.zeros(1, *shape, dtype=dtype), lower=False).constant.value
+    # roundings in float32 of what forward multiplies by; observed 1 + 2e-7
+    assert float(values.max()) * (1 - 1e-6) <= bound <= 1 + 1e-5
 
 
 def test_strided_soc_is_orthogonal_in_every_configuration():

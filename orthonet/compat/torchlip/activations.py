@@ -139,11 +139,12 @@ class HouseHolder(LipschitzModule):
         _checks.require(
             channels % 2 == 0, self, "channels must be even", "Add or drop one", channels=channels
         )
-        angle = theta_initializer if isinstance(theta_initializer, float) else math.pi / 2
-        self.theta = nn.Parameter(torch.full((channels // 2,), angle))
-        if not isinstance(theta_initializer, (float, type(None))):
-            _checks.one_of(self, tuple(_THETA), theta_initializer=theta_initializer)
-            _THETA[theta_initializer](self.theta)
+        fill = math.pi / 2 if theta_initializer is None else theta_initializer
+        start = fill if isinstance(fill, (int, float)) else 0.0
+        self.theta = nn.Parameter(torch.full((channels // 2,), float(start)))
+        if isinstance(fill, str):
+            _checks.one_of(self, tuple(_THETA), theta_initializer=fill)
+            _THETA[fill](self.theta)
 
     def forward(self, z: Tensor, axis: int = 1) -> Tensor:
         """Reflect pairs of channels."""

@@ -96,8 +96,8 @@ class Sequential(nn.Sequential):
         """Return a new `nn.Sequential` of stock layers."""
         exported = OrderedDict()
         for name, part in self.named_children():
-            known = hasattr(part, "vanilla_export")
-            exported[name] = part.vanilla_export() if known else copy.deepcopy(part)
+            export: Any = getattr(part, "vanilla_export", None)
+            exported[name] = copy.deepcopy(part) if export is None else export()
         return nn.Sequential(exported).train(self.training)
 
 
@@ -124,8 +124,9 @@ def vanilla_model(model: nn.Module, in_place: bool = True, new_module: Any = Non
     if not in_place:
         model.eval()
     for name, part in list(model.named_children()):
-        if hasattr(part, "vanilla_export"):
-            setattr(model, name, part.vanilla_export())
+        export: Any = getattr(part, "vanilla_export", None)
+        if export is not None:
+            setattr(model, name, export())
         elif any(hasattr(inner, "vanilla_export") for inner in part.modules()):
             vanilla_model(part)
         else:

@@ -39,6 +39,7 @@ class ScaleBiasLayer(nn.Module):
     """Multiply by a number and add a bias to each channel."""
 
     scalar: Tensor
+    bias: Tensor | None
 
     def __init__(
         self, scalar: float | Tensor = 1.0, num_features: int = 1, bias: bool = True
@@ -56,6 +57,8 @@ class ScaleBiasLayer(nn.Module):
 
 class LayerCentering(nn.Module):
     """`orthonet.layers.LayerCentering` with a bias of shape (`num_features`,)."""
+
+    bias: Tensor | None
 
     def __init__(
         self, num_features: int = 1, dim: Sequence[int] = (-2, -1), bias: bool = True
@@ -102,11 +105,10 @@ class _Epoch:
     def reset_states(self) -> None:
         """Forget all batches."""
         owner: Any = self
-        kept = None if owner.bias is None else owner.bias.detach().clone()
+        bias = owner.bias
+        owner.register_parameter("bias", None)
         owner.reset_parameters()
-        if kept is not None:
-            with torch.no_grad():
-                owner.bias.copy_(kept)
+        owner.register_parameter("bias", bias)
 
 
 class BatchCentering(_Epoch, layers.BatchCentering):

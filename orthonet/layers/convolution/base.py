@@ -52,7 +52,7 @@ class OrthoConvNd(ConstrainedWeight):
         lipschitz: float,
         **arguments: Any,
     ) -> None:
-        nn.Module.__init__(self)  # type: ignore[arg-type]
+        nn.Module.__init__(self)
         owner = type(self)
         _checks.positive_int(
             owner, in_channels=in_channels, out_channels=out_channels, groups=groups
@@ -73,9 +73,14 @@ class OrthoConvNd(ConstrainedWeight):
         stock = "output_padding" not in arguments and padding_mode != "symmetric"
         mode: Any = padding_mode if stock else "zeros"
         twin = self._plain_class(
-            in_channels, out_channels, groups=groups, bias=False, padding_mode=mode,
-            device="meta", **arguments,
-        )  # fmt: skip
+            in_channels,
+            out_channels,
+            groups=groups,
+            bias=False,
+            padding_mode=mode,
+            device="meta",
+            **arguments,
+        )
         for name, value in vars(twin).items():
             if name not in vars(self):
                 setattr(self, name, value)
@@ -98,14 +103,21 @@ class OrthoConvNd(ConstrainedWeight):
         # A transposed convolution is the adjoint of the convolution with the same kernel.
         rows = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
         self.parametrization = KERNEL_METHODS[method](
-            *rows, self.kernel_size, self._tap_stride(), groups, ortho_params, device, dtype,
-            gain=gain, **options,
-        )  # fmt: skip
+            *rows,
+            self.kernel_size,
+            self._tap_stride(),
+            groups,
+            ortho_params,
+            device,
+            dtype,
+            gain=gain,
+            **options,
+        )
         self._set_factor(lipschitz)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype))
         else:
-            self.register_parameter("bias", None)  # type: ignore[attr-defined]
+            self.register_parameter("bias", None)
 
     def _tap_stride(self) -> tuple[int, ...]:
         """The stride counted in taps: windows overlap in taps that lie s / gcd(s, d) apart."""
@@ -173,7 +185,7 @@ class OrthoConvNd(ConstrainedWeight):
 
     def extra_repr(self) -> str:
         """Return the arguments."""
-        text = super().extra_repr()  # type: ignore[misc]
+        text = super().extra_repr()
         if self._factor != 1.0:
             text = f"{text}, lipschitz={self._factor:g}"
         return text if self.method == "aoc" else f"{text}, method={self.method!r}"

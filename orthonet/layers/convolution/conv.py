@@ -46,11 +46,22 @@ class _OrthoConv(OrthoConvNd):
     ) -> None:
         _checks.one_of(type(self), ("auto", "kernel", "factors"), apply_by=apply_by)
         self._build(
-            in_channels, out_channels, groups=groups, bias=bias, padding_mode=padding_mode,
-            device=device, dtype=dtype, ortho_params=ortho_params, method=method, ranks=ranks,
-            lipschitz=lipschitz, kernel_size=kernel_size, stride=stride, padding=padding,
+            in_channels,
+            out_channels,
+            groups=groups,
+            bias=bias,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+            ortho_params=ortho_params,
+            method=method,
+            ranks=ranks,
+            lipschitz=lipschitz,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
             dilation=dilation,
-        )  # fmt: skip
+        )
         _checks.require(
             method == "aoc" or apply_by != "factors",
             type(self),
@@ -131,7 +142,7 @@ class _OrthoConv(OrthoConvNd):
             self.stride,
             padding,
             self.dilation,
-            self.groups,  # type: ignore[arg-type]
+            self.groups,
         )
 
     def _check_size(self, input: Tensor) -> None:

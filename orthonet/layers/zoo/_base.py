@@ -348,9 +348,14 @@ class MappedLinear(ConstrainedWeight, nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.parametrization = MappedWeight(
-            (out_features, in_features), self._map(), self._initial, lipschitz, device, dtype,
+            (out_features, in_features),
+            self._map(),
+            self._initial,
+            lipschitz,
+            device,
+            dtype,
             inverse=self._inverse,
-        )  # fmt: skip
+        )
         _checks.boolean(type(self), bias=bias)
         new_bias(self, out_features if bias else None, device, dtype)
 
@@ -386,9 +391,16 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
     ) -> None:
         nn.Module.__init__(self)
         adopt_arguments(
-            self, in_channels, out_channels, kernel_size=kernel_size, stride=stride,
-            padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
-        )  # fmt: skip
+            self,
+            in_channels,
+            out_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            padding_mode=padding_mode,
+        )
         _checks.require(
             all(math.gcd(d, s) == 1 for d, s in zip(self.dilation, self.stride, strict=True)),
             type(self),

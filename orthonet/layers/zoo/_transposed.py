@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ class _MappedConvTranspose2d(ConstrainedWeight, nn.ConvTranspose2d):
 
     if TYPE_CHECKING:
         weight: Tensor  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+        padding: tuple[int, ...]  # never a string here
 
     def __init__(
         self,
@@ -94,7 +95,9 @@ class _MappedConvTranspose2d(ConstrainedWeight, nn.ConvTranspose2d):
         extra = conv_output_padding(self, input, output_size)
         return self._apply_weight(input, self.weight, self.bias, extra)
 
-    def _apply_weight(self, x, weight, bias, extra) -> Tensor:
+    def _apply_weight(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, extra: Sequence[int]
+    ) -> Tensor:
         return nn.functional.conv_transpose2d(
             x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation
         )

@@ -274,9 +274,15 @@ class ResidualConv2d(_Residual, SameSizeConv2d):
     ) -> None:
         super().__init__()
         self._adopt(
-            in_channels, out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
-            dilation=dilation, groups=groups, padding_mode=padding_mode,
-        )  # fmt: skip
+            in_channels,
+            out_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            padding_mode=padding_mode,
+        )
         strided = self.stride != (1, 1)
         width = in_channels if strided else max(in_channels, out_channels)
         hidden = width if hidden_channels is None else hidden_channels
@@ -332,10 +338,15 @@ class ResidualConv2d(_Residual, SameSizeConv2d):
         weight, scale = self.parametrization()
         stored = self.parametrization.original
         hidden, width = weight.shape[0], weight.shape[1] * self.groups
+        mode: Any = self.padding_mode
         convolution: Any = partial(
-            nn.Conv2d, kernel_size=self.kernel_size, padding=self._pad, dilation=self.dilation,
-            groups=self.groups, padding_mode=self.padding_mode,  # type: ignore[arg-type]
-        )  # fmt: skip
+            nn.Conv2d,
+            kernel_size=self.kernel_size,
+            padding=self._pad,
+            dilation=self.dilation,
+            groups=self.groups,
+            padding_mode=mode,
+        )
         inner = convolution(width, hidden, bias=self.bias is not None).to(stored)
         inner.weight.copy_(weight)
         if self.bias is not None:
