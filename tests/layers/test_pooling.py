@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from orthonet import functional, layers
+from orthonet.certify import certify
 from orthonet.testing import (
     LAYER_LAWS,
     assert_lipschitz,
@@ -104,6 +105,9 @@ def test_global_pools(spatial):
     torch.testing.assert_close(mean()(x), x.flatten(2).sum(2) / 2**spatial)
     assert norm(keepdim=True)(x).shape == mean(keepdim=True)(x).shape == (3, 2, *(1,) * spatial)
     torch.testing.assert_close(norm()(x[0]), norm()(x)[0])
+    for keepdim in (False, True):
+        for pool in (norm(keepdim), mean(keepdim)):
+            assert certify(pool.eval(), x[:1], lower=False).constant.value <= 1 + 1e-12
 
 
 @pytest.mark.parametrize("name", NORMS)

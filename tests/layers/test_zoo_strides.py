@@ -4,9 +4,11 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from orthonet import layers
 from orthonet.certify import certify
+from orthonet.convert import to_plain
 from orthonet.testing import LAYER_LAWS, jacobian, singular_values
 from tests.layers.test_zoo import ALLOWED, train
 
@@ -75,12 +77,12 @@ def test_strided_soc_is_orthogonal_in_every_configuration():
 
 def test_transposed_layers_have_the_shapes_of_torch_and_are_adjoints():
     aol = layers.AOLConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2, dtype=torch.float64)
-    twin = torch.nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2)
+    twin = nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2)
     x = torch.randn(2, 4, 3, 5, dtype=torch.float64)
     assert aol(x).shape == twin(x.float()).shape
     assert aol(x, output_size=[5, 9]).shape[2:] == (5, 9)
     torch.testing.assert_close(aol.to_plain()(x), aol(x))
-    assert type(aol.to_plain()) is torch.nn.ConvTranspose2d
+    assert type(aol.to_plain()) is nn.ConvTranspose2d
     down = layers.AOLConv2d(6, 4, 3, 2, 1, groups=2, bias=False, dtype=torch.float64)
     aol.bias.data.zero_()
     aol.weight = down.weight
@@ -88,3 +90,21 @@ def test_transposed_layers_have_the_shapes_of_torch_and_are_adjoints():
     torch.testing.assert_close((down(y) * x).sum(), (y * aol(x)).sum())
     with pytest.raises(ValueError, match="padding_mode must be one of"):
         layers.AOLConvTranspose2d(4, 4, 3, padding_mode="circular")
+    for stride, groups in ((1, 1), (2, 2), ((2, 3), 1)):
+        soc = layers.SOCConvTranspose2d(
+            4,
+            2,
+            3,
+            stride,
+            groups=groups,
+            padding_mode="circular",
+            image_size=(3, 4),
+            lipschitz=1.5,
+            dtype=torch.float64,
+        )
+        with torch.no_grad():
+            soc.bias.normal_()
+        y = torch.randn(2, 4, 3, 4, dtype=torch.float64)
+        torch.testing.assert_close(to_plain(nn.Sequential(soc))(y), soc(y))
+    with pytest.raises(ValueError, match="image_size"):
+        layers.SOCConvTranspose2d(4, 2, 3, padding_mode="circular").to_plain()

@@ -227,7 +227,7 @@ def _square_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
 
 # ceil_mode and padding alike leave every pixel its windows: forward divides by the largest count.
 @op(functional.l2_norm_pool, functional.global_l2_norm_pool,
-    reads=("kernel_size", "spatial", "stride", "padding", "ceil_mode", "eps"),
+    reads=("kernel_size", "spatial", "stride", "padding", "ceil_mode", "eps"), free=("keepdim",),
     interval=lambda call: (0.0, math.inf), samples=_square_samples)  # fmt: skip
 def _square_pool(call: Call) -> Step:
     spatial = call.given("kernel_size", call.given("spatial"))

@@ -329,6 +329,7 @@ class SOCConvTranspose2d(_SkewConv2d):
         lipschitz: The constant K of the layer.
         terms: Terms of the series; by the dtype if None.
         reach: Largest norm of L, in radians.
+        image_size: Height and width of the input, if they are fixed; `to_plain` needs them.
 
     Shape:
         (N, in_channels, H, W) or (in_channels, H, W) to the same with out_channels and H and W
@@ -367,8 +368,10 @@ class SOCConvTranspose2d(_SkewConv2d):
         lipschitz: float = 1.0,
         terms: int | None = None,
         reach: float = 1.5,
+        image_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        self.image_size = image_size_of(type(self), image_size)
         self._build(
             in_channels,
             out_channels,
@@ -421,3 +424,27 @@ class SOCConvTranspose2d(_SkewConv2d):
                     x, blocks, stride=self.stride, groups=self.groups
                 )
             return self._matched(self._series(x, kernel, bound), self.out_channels)
+
+    @torch.no_grad()
+    def to_plain(self) -> nn.Module:
+        """Return stock convolutions that do the same on one image size, independent of this layer.
+
+        Raises:
+            ValueError: The layer was made without `image_size`, or pads with zeros.
+        """
+        size = None if self.image_size is None else self._torus(self.image_size)
+        outside, groups = self.out_channels, self.groups
+        if self.reduction is None:
+            channels = (self.in_channels, outside)
+            return circular_twin(self, self.linear, channels, size, self.bias, groups=groups)
+        kernel, bound = self.parametrization()
+
+        def turn(x: Tensor) -> Tensor:
+            return self._series(x.to(kernel.dtype), kernel, bound)
+
+        last = circular_twin(self, turn, (outside, outside), size, self.bias, groups=groups)
+        first = nn.ConvTranspose2d(
+            self.in_channels, outside, self.stride, self.stride, groups=groups, bias=False
+        ).to(last.weight)
+        first.weight.copy_(self._reduction())
+        return nn.Sequential(first, last).train(self.training)
