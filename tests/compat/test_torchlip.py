@@ -50,6 +50,26 @@ def test_the_network_of_the_readme_has_the_constant_that_is_asked_for():
         torchlip.Sequential(nn.ReLU(), k_coef_lip=2.0)
 
 
+class Halved(nn.Linear, torchlip.LipschitzModule):
+    """A layer of a user, made as deel-torchlip's own are."""
+
+    def __init__(self, features, k_coef_lip=1.0):
+        nn.Linear.__init__(self, features, features, bias=False)
+        torchlip.LipschitzModule.__init__(self, k_coef_lip)
+        nn.init.orthogonal_(self.weight)
+        self.apply_lipschitz_factor()
+
+
+def test_layers_of_a_user_take_their_share_of_the_constant():
+    model = torchlip.Sequential(Halved(4, 3.0), torchlip.SpectralLinear(4, 4), k_coef_lip=4.0)
+    assert isinstance(model, torchlip.LipschitzModule)
+    slope = torch.linalg.matrix_norm(jacobian(model, torch.randn(4)), 2)
+    assert float(slope) == pytest.approx(4.0, rel=1e-5)
+    assert type(model.vanilla_export()[0].weight) is nn.Parameter
+    with pytest.raises(ValueError, match="is not shared"):
+        torchlip.LipschitzModule(1.0, torchlip.SharedLipFactory())
+
+
 def test_the_wasserstein_tutorial_maximizes_the_distance():
     """Two clusters at distance 2: the dual of W1, with the peer's sign."""
     torch.manual_seed(0)

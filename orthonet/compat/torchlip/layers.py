@@ -59,6 +59,11 @@ class SpectralLinear(WithWeight, layers.OrthoLinear):
 class _UnitFrobenius(WithWeight, layers.FrobeniusLinear):
     """The whole weight has Frobenius norm `k_coef_lip`."""
 
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, k_coef_lip: float = 1.0
+    ) -> None:
+        layers.FrobeniusLinear.__init__(self, in_features, out_features, bias, lipschitz=k_coef_lip)
+
 
 class FrobeniusLinear(WithWeight, layers.UnitNormLinear):
     """`orthonet.layers.UnitNormLinear`; without `disjoint_neurons`, `FrobeniusLinear` of there."""
@@ -69,7 +74,7 @@ class FrobeniusLinear(WithWeight, layers.UnitNormLinear):
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if given.pop("disjoint_neurons", True):
             return super().__new__(cls)
-        return _UnitFrobenius(lipschitz=given.pop("k_coef_lip", 1.0), **given)
+        return _UnitFrobenius(**given)
 
     def __init__(
         self,

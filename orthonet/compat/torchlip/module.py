@@ -18,10 +18,46 @@ __all__ = [
 ]
 
 
+class _Factor(nn.Module):
+    """Multiply a weight by the factor of its layer."""
+
+    def __init__(self, coefficient: float) -> None:
+        super().__init__()
+        self.coefficient = coefficient
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.coefficient
+
+
 class LipschitzModule(nn.Module):
-    """Base class of the layers here: a factor, and `vanilla_export`."""
+    """Base class of the layers here: a factor, and `vanilla_export`.
+
+    A layer of your own derives from a class of `nn` and from this one, calls both constructors and
+    multiplies its output by `_coefficient_lip`, or its weight by `apply_lipschitz_factor()`.
+
+    Args:
+        coefficient_lip: The factor.
+        factory: Not taken: only `BatchLipNorm` shares its factor.
+    """
 
     _coefficient: float = 1.0
+
+    def __init__(self, coefficient_lip: float = 1.0, factory: Any = None) -> None:
+        if "_parameters" not in vars(self):  # else the other base class has made the module
+            super().__init__()
+        _checks.require(
+            factory is None,
+            self,
+            "the factor of this layer is a constant and is not shared",
+            "Leave factory out, or use BatchLipNorm(factory=...)",
+            factory=type(factory),
+        )
+        self._coefficient_lip = coefficient_lip
+
+    def apply_lipschitz_factor(self) -> None:
+        """Multiply `weight` by the factor, in front of every use."""
+        factor = _Factor(self._coefficient_lip)
+        nn.utils.parametrize.register_parametrization(self, "weight", factor)
 
     @property
     def _coefficient_lip(self) -> float:
@@ -32,6 +68,9 @@ class LipschitzModule(nn.Module):
     def _coefficient_lip(self, value: float) -> None:
         _checks.lipschitz_constant(type(self), value)
         self._coefficient = float(value)
+        for part in self.modules():
+            if isinstance(part, _Factor):
+                part.coefficient = self._coefficient
 
     def _scaled(self, y: Tensor) -> Tensor:
         return y if self._coefficient == 1.0 else y * self._coefficient
@@ -60,7 +99,7 @@ class WithWeight(LipschitzModule):
         return layer.to_plain()
 
 
-class Sequential(nn.Sequential):
+class Sequential(nn.Sequential, LipschitzModule):
     """`nn.Sequential` whose n Lipschitz layers have constant `k_coef_lip ** (1 / n)` each.
 
     Layers of this module take the factor into their weight or output; a nested `Sequential` shares
@@ -69,19 +108,19 @@ class Sequential(nn.Sequential):
     """
 
     def __init__(self, *args: Any, k_coef_lip: float = 1.0) -> None:
-        super().__init__(*args)
+        nn.Sequential.__init__(self, *args)
         self._coefficient_lip = k_coef_lip
 
     @property
     def _coefficient_lip(self) -> float:
         """The constant of the whole."""
-        return self._k_coef_lip
+        return self._coefficient
 
     @_coefficient_lip.setter
     def _coefficient_lip(self, value: float) -> None:
         _checks.lipschitz_constant(type(self), value)
-        self._k_coef_lip = float(value)
-        parts = [part for part in self if isinstance(part, (LipschitzModule, Sequential))]
+        self._coefficient = float(value)
+        parts = [part for part in self if isinstance(part, LipschitzModule)]
         _checks.require(
             bool(parts) or value == 1.0,
             self,
