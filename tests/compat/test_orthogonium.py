@@ -192,8 +192,10 @@ def test_adaptive_soc_divides_and_multiplies_sizes_by_the_stride():
 def test_blocks_and_activations_are_one_lipschitz_and_certified(layer, shape):
     x = torch.randn(shape)
     found = float(torch.linalg.matrix_norm(jacobian(layer, x), 2))
-    bound = certify(layer.eval(), x[None], lower=False).constant.value
-    assert found - 1e-5 <= bound <= 1 + 1e-4
+    assert found <= 1 + 1e-5
+    if not hasattr(layer, "reduction"):  # tests/certify/test_zoo_rules.py has the residual blocks
+        bound = certify(layer.eval(), x[None], lower=False).constant.value
+        assert found - 1e-5 <= bound <= 1 + 1e-4
 
 
 def test_conventions_of_the_peer():

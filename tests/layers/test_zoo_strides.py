@@ -50,8 +50,8 @@ def test_norm_is_at_most_one_at_first_and_after_steps_and_the_certificate_agrees
         assert float(values.max()) <= 1 + ALLOWED[dtype]
         if name.startswith("soc"):
             assert float(values.min()) >= 1 - ALLOWED[dtype]
-    if dtype == torch.float64:
-        return  # a proof takes a second, and its bound is that of the same weights
+    if dtype == torch.float64 or name not in ("cpl", "aol_transpose", "spectral_transpose"):
+        return  # tests/certify/test_zoo_rules.py has the others
     bound = certify(layer.eval(), torch.zeros(1, *shape, dtype=dtype), lower=False).constant.value
     # roundings in float32 of what forward multiplies by; observed 1 + 2e-7
     assert float(values.max()) * (1 - 1e-6) <= bound <= 1 + 1e-5
