@@ -146,6 +146,8 @@ def test_space_to_depth_2d_is_pixel_unshuffle():
         (lambda: layers.L2NormPool(2)(torch.ones(4, 4)), "2 spatial dimensions"),
         (lambda: layers.AdaptiveL2NormPool(2)(torch.ones(1, 1, 5, 4)), "multiple of output_size"),
         (lambda: layers.L2NormPool(2, dims=4), "dims must be one of"),
+        (lambda: layers.L2NormPool(2.5), "kernel_size must be an integer >= 1"),
+        (lambda: layers.ScaledAvgPool("2"), "kernel_size must be an integer >= 1"),
         (lambda: layers.AdaptiveL2NormPool(0), "output_size must be an integer >= 1"),
         (lambda: layers.GlobalL2NormPool(dims=3)(torch.ones(1, 1, 5)), "3 spatial dimensions"),
         (lambda: layers.SpaceToDepth2d(2)(torch.ones(1, 1, 5, 4)), "multiple of downscale_factor"),
