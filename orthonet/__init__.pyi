@@ -47,7 +47,6 @@ from orthonet.errors import OrthonetError as OrthonetError
 from orthonet.errors import ProjectionWarning as ProjectionWarning
 from orthonet.errors import UncertifiableError as UncertifiableError
 from orthonet.layers import Abs as Abs
-from orthonet.layers import AdaptiveOrthoConv2d as AdaptiveOrthoConv2d
 from orthonet.layers import GroupSort as GroupSort
 from orthonet.layers import MaxMin as MaxMin
 from orthonet.layers import OrthoConv1d as OrthoConv1d

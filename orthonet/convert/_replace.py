@@ -50,11 +50,6 @@ _SPACE_TO_DEPTH: dict[int, Any] = {
     2: layers.SpaceToDepth2d,
     3: layers.SpaceToDepth3d,
 }
-_AVERAGE: dict[int, Any] = {
-    1: layers.ScaledAvgPool1d,
-    2: layers.ScaledAvgPool2d,
-    3: layers.ScaledAvgPool3d,
-}
 _CONV: dict[int, Any] = {1: layers.OrthoConv1d, 2: layers.OrthoConv2d, 3: layers.OrthoConv3d}
 
 
@@ -168,7 +163,7 @@ def _downsampled(
         weight = grown.flatten(1)  # channel c of a group has its block of pixels side by side
         channels = layer.in_channels * block
     else:
-        first = _AVERAGE[dims](step)
+        first = layers.ScaledAvgPool(step, dims=dims)
         weight = weight.flatten(2).sum(2) / math.sqrt(block)
         channels = layer.in_channels
     arguments = {

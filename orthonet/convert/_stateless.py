@@ -41,13 +41,11 @@ def norm_twin(layer: Any, norm: str, weights: str) -> Twin:
     first = layer.running_mean
     factory = {"device": first.device, "dtype": first.dtype}
     if norm == "centering":
-        twin = getattr(layers, name.replace("Norm", "Centering"))(
-            layer.num_features, layer.momentum, layer.affine, **factory
-        )
+        twin = layers.BatchCentering(layer.num_features, layer.momentum, layer.affine, **factory)
         remark = "centred, neither divided nor multiplied"
         copied = ["running_mean", *(["bias"] if layer.affine else [])]
     else:
-        twin = getattr(layers, name.replace("BatchNorm", "BatchLipNorm"))(
+        twin = layers.BatchLipNorm(
             layer.num_features, layer.eps, layer.momentum, layer.affine, **factory
         )
         remark = "divided by its largest gain"
@@ -75,15 +73,15 @@ def pool_twin(layer: Any, pool: str) -> Twin:
     """Norm or scaled average of each window, with constant 1."""
     name = type(layer).__name__
     dims = int(name[-2])
-    kind = f"{'L2NormPool' if pool == 'l2' else 'ScaledAvgPool'}{dims}d"
+    kind = "L2NormPool" if pool == "l2" else "ScaledAvgPool"
     if name.startswith("Adaptive"):
         size = layer.output_size
         sizes = {size} if isinstance(size, int) else set(size)
         if sizes != {1}:
             raise UnconvertibleError("windows of unequal size; give a rule with a fixed window")
-        return Twin(getattr(layers, f"Adaptive{kind}")(1))
+        return Twin(getattr(layers, f"Adaptive{kind}")(1, dims=dims))
     if layer.ceil_mode or getattr(layer, "dilation", 1) not in (1, (1,) * dims):
         raise UnconvertibleError("ceil_mode and dilation have no twin")
     if getattr(layer, "divisor_override", None) is not None:
         raise UnconvertibleError("divisor_override has no twin")
-    return Twin(getattr(layers, kind)(layer.kernel_size, layer.stride, layer.padding))
+    return Twin(getattr(layers, kind)(layer.kernel_size, layer.stride, layer.padding, dims=dims))

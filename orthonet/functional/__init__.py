@@ -1,7 +1,8 @@
 """Stateless maps: sorting activations, reflections, pooling, down-sampling, the recurrence.
 
-Every function here is 1-Lipschitz in the l2 norm, except for `circular_pad`, which repeats values,
-for `recurrence`, whose constant is that of its weights, and for `mod_relu` with a positive bias.
+Every function here is 1-Lipschitz in the l2 norm, except for `circular_pad` and
+`symmetric_pad`, which repeat values, for `recurrence`, whose constant is that of its weights, and
+for `mod_relu` with a positive bias.
 Those called *gradient-norm preserving* have a Jacobian whose singular values are all 1 at every
 point: autograd is made to return one consistent piece of the map at a tie, where `torch.maximum`
 or `torch.abs` would return an average of two pieces (singular values 1 and 0) or 0.
@@ -10,7 +11,7 @@ or `torch.abs` would return an average of two pieces (singular values 1 and 0) o
 """
 
 from orthonet.functional._activations import absolute, group_sort, householder, max_min
-from orthonet.functional._padding import circular_pad
+from orthonet.functional._padding import circular_pad, symmetric_pad
 from orthonet.functional._piecewise import (
     beta_abs,
     channel_shuffle,
@@ -51,4 +52,5 @@ __all__ = [
     "soft_huber",
     "space_to_depth",
     "spatial_shift",
+    "symmetric_pad",
 ]

@@ -1,4 +1,4 @@
-"""Circular padding whose backward is as cheap as its forward."""
+"""Circular padding whose backward is as cheap as its forward, and symmetric padding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,62 @@ from torch.nn import functional as F
 from orthonet import _checks
 from orthonet._torch import is_traced
 
-__all__ = ["circular_pad"]
+__all__ = ["circular_pad", "symmetric_pad"]
+
+
+def _check_pads(owner: str, input: Tensor, pads: tuple[int, ...]) -> None:
+    dims = len(pads) // 2
+    sizes = input.shape[input.ndim - dims :]
+    _checks.require(
+        len(pads) == 2 * dims <= 2 * input.ndim
+        and all(
+            0 <= p <= n
+            for n, low, high in zip(reversed(sizes), pads[::2], pads[1::2], strict=True)
+            for p in (low, high)
+        ),
+        owner,
+        "pad must hold two integers from 0 to the size for each of the last dims",
+        "Pass (before, behind) of the last dim first, or enlarge the input",
+        pad=pads,
+        input_size=tuple(input.shape),
+    )
+
+
+def symmetric_pad(input: Tensor, pad: Sequence[int]) -> Tensor:
+    r"""Mirror the last dimensions at their edges, the edge values included: `d c b a | a b c d`.
+
+    It is the `"symmetric"` mode of `numpy.pad`, which `torch.nn.functional.pad` lacks; its
+    `"reflect"` leaves the edge values out.
+
+    Args:
+        input: Any tensor, batched or not.
+        pad: Values to repeat before and behind the last dimension, then before and behind the one
+            in front of it, and so on, as for `torch.nn.functional.pad`; from 0 to the size.
+
+    Shape:
+        `input`: `(*, *sizes)`. Output: the same with the padded sizes.
+
+    Guarantee:
+        The norm is exactly \(\sqrt 2\) for every dimension that is padded, where its size is at
+        least the sum of both paddings: no value is repeated more than once then.
+
+    Raises:
+        ValueError: `pad` has odd length, or an entry is negative or larger than the size.
+
+    Examples:
+        >>> symmetric_pad(torch.tensor([[0.0, 1.0, 2.0]]), (2, 1))
+        tensor([[1., 0., 0., 1., 2., 2.]])
+    """
+    pads = tuple(pad)
+    _check_pads("symmetric_pad", input, pads)
+    for i, (low, high) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
+        if low or high:
+            dim = input.ndim - 1 - i
+            n = input.shape[dim]
+            places = torch.arange(-low, n + high, device=input.device)
+            inside = torch.where(places < 0, -1 - places, places)
+            input = input.index_select(dim, torch.where(inside < n, inside, 2 * n - 1 - inside))
+    return input
 
 
 def circular_pad(input: Tensor, pad: Sequence[int]) -> Tensor:
@@ -39,26 +94,16 @@ def circular_pad(input: Tensor, pad: Sequence[int]) -> Tensor:
         tensor([[2., 0., 1., 2., 0., 1.]])
     """
     pads = tuple(pad)
-    dims = len(pads) // 2
-    sizes = input.shape[input.ndim - dims :]
-    _checks.require(
-        len(pads) == 2 * dims <= 2 * input.ndim
-        and all(
-            0 <= p <= n
-            for n, low, high in zip(reversed(sizes), pads[::2], pads[1::2], strict=True)
-            for p in (low, high)
-        ),
-        "circular_pad",
-        "pad must hold two integers from 0 to the size for each of the last dims",
-        "Pass (before, behind) of the last dim first, or enlarge the input",
-        pad=pads,
-        input_size=tuple(input.shape),
-    )
+    _check_pads("circular_pad", input, pads)
     if not any(pads):
         return input
     if is_traced():
-        return F.pad(input, pads, mode="circular") if input.ndim > dims else _wrap(input, pads)
-    return _CircularPad.apply(input, pads)  # type: ignore[return-value]
+        return (
+            F.pad(input, pads, mode="circular")
+            if 2 * input.ndim > len(pads)
+            else _wrap(input, pads)
+        )
+    return _CircularPad.apply(input, pads)
 
 
 def _spans(shape: torch.Size, pads: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
@@ -119,7 +164,7 @@ class _CircularPad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _CircularUnpad.apply(grad, ctx.pads), None  # type: ignore[return-value]
+        return _CircularUnpad.apply(grad, ctx.pads), None
 
 
 class _CircularUnpad(torch.autograd.Function):
@@ -130,4 +175,4 @@ class _CircularUnpad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _CircularPad.apply(grad, ctx.pads), None  # type: ignore[return-value]
+        return _CircularPad.apply(grad, ctx.pads), None

@@ -111,7 +111,7 @@ def recurrence(
     if torch.compiler.is_compiling():
         states, _ = _forward_op(*arguments)
         return states, states[-1]
-    return _Recurrence.apply(*arguments)  # type: ignore[return-value]
+    return _Recurrence.apply(*arguments)
 
 
 def recurrence_loop(
@@ -146,15 +146,20 @@ def _check(
         _checks.one_of(owner, NONLINEARITIES, nonlinearity=nonlinearity)
     if (nonlinearity == "modrelu") != (threshold is not None):
         _checks.fail(
-            owner, "threshold must be given for modrelu, and only there", "Pass a vector or None",
-            nonlinearity=nonlinearity, threshold=threshold,
-        )  # fmt: skip
+            owner,
+            "threshold must be given for modrelu, and only there",
+            "Pass a vector or None",
+            nonlinearity=nonlinearity,
+            threshold=threshold,
+        )
     hidden = weight_hh.shape[0]
     if nonlinearity == "max_min" and hidden % 2:
         _checks.fail(
-            owner, "max_min needs an even number of hidden features", "Add or drop one",
+            owner,
+            "max_min needs an even number of hidden features",
+            "Add or drop one",
             hidden=hidden,
-        )  # fmt: skip
+        )
     fits = x.ndim == 3 and x.shape[0] > 0 and weight_ih.shape == (hidden, x.shape[-1])
     fits = fits and weight_hh.shape == (hidden, hidden) and h0.shape == (x.shape[1], hidden)
     vectors = [v for v in (bias, threshold) if v is not None]
@@ -164,8 +169,11 @@ def _check(
             "x must be (time >= 1, batch, inputs), h0 (batch, hidden), weight_ih (hidden, "
             "inputs), weight_hh (hidden, hidden), bias and threshold (hidden,)",
             "Transpose or reshape them",
-            x=x, h0=h0, weight_ih=weight_ih, weight_hh=weight_hh,
-        )  # fmt: skip
+            x=x,
+            h0=h0,
+            weight_ih=weight_ih,
+            weight_hh=weight_hh,
+        )
 
 
 def _run(
@@ -295,7 +303,7 @@ class _Recurrence(torch.autograd.Function):
         return states, states[-1].clone()
 
     @staticmethod
-    def backward(ctx, grad_states, grad_last):  # type: ignore[override]
+    def backward(ctx, grad_states, grad_last):
         x, h0, weight_ih, weight_hh, bias, threshold, states, kept = ctx.saved_tensors
         needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 4, 6)]
         if torch.is_grad_enabled():  # create_graph: PyTorch differentiates the plain loop
@@ -303,9 +311,17 @@ class _Recurrence(torch.autograd.Function):
             gradients = _differentiable(arguments, needed, grad_states, grad_last)
         else:
             gradients = _gradients(
-                grad_states, grad_last, x, h0, weight_ih, weight_hh, states, kept,
-                ctx.nonlinearity, tuple(needed),
-            )  # fmt: skip
+                grad_states,
+                grad_last,
+                x,
+                h0,
+                weight_ih,
+                weight_hh,
+                states,
+                kept,
+                ctx.nonlinearity,
+                tuple(needed),
+            )
         return (*gradients[:5], None, gradients[5])
 
 
@@ -372,9 +388,13 @@ def _backward_op(
 def _backward_fake(grad_states, x, h0, weight_ih, weight_hh, states, kept, nonlinearity):
     like, vector = torch.empty_like, weight_hh.new_empty(weight_hh.shape[0])
     return (
-        x.new_empty(x.shape), h0.new_empty(h0.shape), like(weight_ih).contiguous(),
-        like(weight_hh).contiguous(), vector, like(vector),
-    )  # fmt: skip
+        x.new_empty(x.shape),
+        h0.new_empty(h0.shape),
+        like(weight_ih).contiguous(),
+        like(weight_hh).contiguous(),
+        vector,
+        like(vector),
+    )
 
 
 def _setup_context(ctx, inputs, output) -> None:

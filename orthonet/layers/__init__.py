@@ -1,13 +1,7 @@
 """Drop-in layers: what `torch.nn` has, under an l2 -> l2 constraint that holds exactly."""
 
 from orthonet.layers._activations import Abs, GroupSort, HouseholderActivation, MaxMin
-from orthonet.layers._batch_norm import BatchLipNorm1d, BatchLipNorm2d, BatchLipNorm3d
-from orthonet.layers._conv import AdaptiveOrthoConv2d, OrthoConv1d, OrthoConv2d, OrthoConv3d
-from orthonet.layers._conv_transpose import (
-    OrthoConvTranspose1d,
-    OrthoConvTranspose2d,
-    OrthoConvTranspose3d,
-)
+from orthonet.layers._batch_norm import BatchCentering, BatchLipNorm, BatchScaling, SharedFactors
 from orthonet.layers._downsampling import (
     PadToStride,
     SpaceToDepth1d,
@@ -15,15 +9,8 @@ from orthonet.layers._downsampling import (
     SpaceToDepth3d,
 )
 from orthonet.layers._linear import OrthoLinear, UnitNormLinear
-from orthonet.layers._normalize import (
-    BatchCentering1d,
-    BatchCentering2d,
-    BatchCentering3d,
-    LayerCentering,
-    Normalize,
-)
+from orthonet.layers._normalize import LayerCentering, Normalize
 from orthonet.layers._piecewise import (
-    OPLU,
     BetaAbs,
     ChannelShuffle,
     FullSort,
@@ -32,24 +19,12 @@ from orthonet.layers._piecewise import (
     SoftHuber,
 )
 from orthonet.layers._pooling import (
-    AdaptiveL2NormPool1d,
-    AdaptiveL2NormPool2d,
-    AdaptiveL2NormPool3d,
-    AdaptiveScaledAvgPool1d,
-    AdaptiveScaledAvgPool2d,
-    AdaptiveScaledAvgPool3d,
-    GlobalL2NormPool1d,
-    GlobalL2NormPool2d,
-    GlobalL2NormPool3d,
-    GlobalScaledAvgPool1d,
-    GlobalScaledAvgPool2d,
-    GlobalScaledAvgPool3d,
-    L2NormPool1d,
-    L2NormPool2d,
-    L2NormPool3d,
-    ScaledAvgPool1d,
-    ScaledAvgPool2d,
-    ScaledAvgPool3d,
+    AdaptiveL2NormPool,
+    AdaptiveScaledAvgPool,
+    GlobalL2NormPool,
+    GlobalScaledAvgPool,
+    L2NormPool,
+    ScaledAvgPool,
 )
 from orthonet.layers._registry import (
     Method,
@@ -61,6 +36,13 @@ from orthonet.layers._registry import (
     table,
 )
 from orthonet.layers._scale import FirstChannels, Scale
+from orthonet.layers.convolution.conv import OrthoConv1d, OrthoConv2d, OrthoConv3d
+from orthonet.layers.convolution.padding import SymmetricPad
+from orthonet.layers.convolution.transpose import (
+    OrthoConvTranspose1d,
+    OrthoConvTranspose2d,
+    OrthoConvTranspose3d,
+)
 from orthonet.layers.recurrent.contractive import ContractiveRNN, ContractiveRNNCell
 from orthonet.layers.recurrent.gated import OrthoGRU, OrthoGRUCell, OrthoLSTM, OrthoLSTMCell
 from orthonet.layers.recurrent.layers import FinalState, OrthoRNN, OrthoRNNCell
@@ -93,28 +75,22 @@ from orthonet.layers.zoo._rescaled import (
 )
 from orthonet.layers.zoo._residual import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
 from orthonet.layers.zoo._sandwich import SandwichConv2d, SandwichLinear
-from orthonet.layers.zoo._soc import SOCConv2d
+from orthonet.layers.zoo._soc import SOCConv2d, SOCConvTranspose2d
+from orthonet.layers.zoo._transposed import AOLConvTranspose2d, SpectralConvTranspose2d
 
 __all__ = [
     "AOLConv2d",
+    "AOLConvTranspose2d",
     "AOLLinear",
     "Abs",
-    "AdaptiveL2NormPool1d",
-    "AdaptiveL2NormPool2d",
-    "AdaptiveL2NormPool3d",
-    "AdaptiveOrthoConv2d",
-    "AdaptiveScaledAvgPool1d",
-    "AdaptiveScaledAvgPool2d",
-    "AdaptiveScaledAvgPool3d",
+    "AdaptiveL2NormPool",
+    "AdaptiveScaledAvgPool",
     "AdditiveResidual",
     "BROConv2d",
     "BROLinear",
-    "BatchCentering1d",
-    "BatchCentering2d",
-    "BatchCentering3d",
-    "BatchLipNorm1d",
-    "BatchLipNorm2d",
-    "BatchLipNorm3d",
+    "BatchCentering",
+    "BatchLipNorm",
+    "BatchScaling",
     "BetaAbs",
     "CPLConv2d",
     "CPLLinear",
@@ -132,18 +108,12 @@ __all__ = [
     "FrobeniusConv2d",
     "FrobeniusLinear",
     "FullSort",
-    "GlobalL2NormPool1d",
-    "GlobalL2NormPool2d",
-    "GlobalL2NormPool3d",
-    "GlobalScaledAvgPool1d",
-    "GlobalScaledAvgPool2d",
-    "GlobalScaledAvgPool3d",
+    "GlobalL2NormPool",
+    "GlobalScaledAvgPool",
     "GroupSort",
     "HouseholderActivation",
     "HouseholderActivation2",
-    "L2NormPool1d",
-    "L2NormPool2d",
-    "L2NormPool3d",
+    "L2NormPool",
     "L2NormResidual",
     "LOTConv2d",
     "LayerCentering",
@@ -154,7 +124,6 @@ __all__ = [
     "Method",
     "NActivation",
     "Normalize",
-    "OPLU",
     "OrthoConv1d",
     "OrthoConv2d",
     "OrthoConv3d",
@@ -173,18 +142,20 @@ __all__ = [
     "SLLConv2d",
     "SLLLinear",
     "SOCConv2d",
+    "SOCConvTranspose2d",
     "SandwichConv2d",
     "SandwichLinear",
     "Scale",
-    "ScaledAvgPool1d",
-    "ScaledAvgPool2d",
-    "ScaledAvgPool3d",
+    "ScaledAvgPool",
+    "SharedFactors",
     "SoftHuber",
     "SpaceToDepth1d",
     "SpaceToDepth2d",
     "SpaceToDepth3d",
     "SpatialShift2d",
     "SpectralConv2d",
+    "SymmetricPad",
+    "SpectralConvTranspose2d",
     "SpectralLinear",
     "UnitNormLinear",
     "available",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
+from orthonet.layers._spectrum import LinearMap
 from orthonet.reparametrizers import Weight
 from orthonet.reparametrizers.plain_values import warn_projected
 from orthonet.reparametrizers.recorded import keep_if_refused
@@ -16,7 +17,11 @@ from orthonet.reparametrizers.recorded import keep_if_refused
 __all__ = ["ConstrainedWeight", "WithoutPlainWeight"]
 
 
-class ConstrainedWeight:
+# Mixins stand before a class of `nn`: a type checker takes them for modules, Python does not.
+Module = nn.Module if TYPE_CHECKING else object
+
+
+class ConstrainedWeight(LinearMap, Module):
     """Mixin before an `nn` class: `weight` becomes a property computed by a sub-module.
 
     The sub-module `parametrization`, a [`Weight`][orthonet.reparametrizers.Weight], owns the raw
@@ -34,8 +39,16 @@ class ConstrainedWeight:
 
     @property
     def lipschitz(self) -> float:
-        """The constant K that was asked of the layer."""
+        """The constant K of the layer; assigning one rescales the weight."""
         return self._factor * self.parametrization.lipschitz
+
+    @lipschitz.setter
+    def lipschitz(self, value: float) -> None:
+        self._set_factor(value / self.parametrization.lipschitz)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Apply the linear part of the layer, in the dtype of `x`."""
+        return nn.functional.linear(x, self.weight.to(x.dtype))
 
     @property
     def weight(self) -> Tensor:
@@ -86,7 +99,7 @@ class ConstrainedWeight:
         bias = self.bias
         bias = None if bias is None else nn.Parameter(bias.detach().clone())
         plain.register_parameter("bias", bias)
-        plain.train(self.training)  # type: ignore[attr-defined]
+        plain.train(self.training)
         return plain
 
     def _load_from_state_dict(
@@ -107,22 +120,25 @@ class ConstrainedWeight:
         if not hasattr(self.parametrization, "weight"):
             for key in [key for key in state_dict if key.startswith(f"{own}weight.")]:
                 state_dict[own + key.removeprefix(f"{own}weight.")] = state_dict.pop(key)
-        keep_if_refused(self, state_dict, prefix, error_msgs)  # type: ignore[arg-type]
+        keep_if_refused(self, state_dict, prefix, error_msgs)
         done = self.parametrization.load_plain(
             state_dict, plain, own, error_msgs, self, lambda w: w.detach() / self._factor
         )
         if done is not None:
             moved, weight = done
             warn_projected(
-                type(self).__name__, "a plain weight was loaded and projected onto the constraint",
-                weight.dtype, relative_distance=moved, shape=tuple(weight.shape),
-            )  # fmt: skip
-        super()._load_from_state_dict(  # type: ignore[misc]
+                type(self).__name__,
+                "a plain weight was loaded and projected onto the constraint",
+                weight.dtype,
+                relative_distance=moved,
+                shape=tuple(weight.shape),
+            )
+        super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
 
-class WithoutPlainWeight:
+class WithoutPlainWeight(Module):
     """Mixin before `nn.Module`: a layer that no plain weight can be projected onto says so."""
 
     def _load_from_state_dict(
@@ -136,7 +152,7 @@ class WithoutPlainWeight:
         error_msgs: list[str],
     ) -> None:
         """Refuse the `weight` of a plain `nn` layer by one sentence."""
-        known = {name for name, _ in self.named_parameters()}  # type: ignore[attr-defined]
+        known = {name for name, _ in self.named_parameters()}
         if f"{prefix}weight" in state_dict and "weight" not in known:
             error_msgs.append(
                 _checks.message(
@@ -152,7 +168,7 @@ class WithoutPlainWeight:
                 if name.startswith(prefix):
                     state_dict.pop(name)
             return
-        keep_if_refused(self, state_dict, prefix, error_msgs)  # type: ignore[arg-type]
-        super()._load_from_state_dict(  # type: ignore[misc]
+        keep_if_refused(self, state_dict, prefix, error_msgs)
+        super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

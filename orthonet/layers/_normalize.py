@@ -1,4 +1,4 @@
-"""Input normalization and centering."""
+"""Input normalization, and centering of each sample."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from orthonet._checks import boolean, in_range, positive_int, require
+from orthonet._checks import require
 
-__all__ = [
-    "BatchCentering1d",
-    "BatchCentering2d",
-    "BatchCentering3d",
-    "LayerCentering",
-    "Normalize",
-]
+__all__ = ["LayerCentering", "Normalize"]
 
 
 class Normalize(nn.Module):
@@ -151,102 +145,3 @@ class LayerCentering(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
-
-
-class _BatchCentering(nn.Module):
-    """Batch normalization without the division."""
-
-    _ndims: tuple[int, ...]
-    running_mean: Tensor
-
-    def __init__(
-        self,
-        num_features: int,
-        momentum: float = 0.1,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        positive_int(self, num_features=num_features)
-        in_range(self, 0.0, 1.0, momentum=momentum)
-        boolean(self, bias=bias)
-        self.num_features = num_features
-        self.momentum = momentum
-        if bias:
-            self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        self.register_buffer("running_mean", torch.empty(num_features, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the running mean and the bias to 0."""
-        nn.init.zeros_(self.running_mean)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        require(
-            x.ndim in self._ndims and x.shape[1] == self.num_features,
-            self,
-            f"the input must have a batch dimension, then {self.num_features} channels, and "
-            f"{' or '.join(str(n) for n in self._ndims)} dimensions in all",
-            "Add the batch dimension with x.unsqueeze(0), or change num_features",
-            shape=tuple(x.shape),
-        )
-        if self.training:
-            mean = x.mean((0, *range(2, x.ndim)))
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        else:
-            mean = self.running_mean
-        shift = mean if self.bias is None else mean - self.bias
-        return x - shift.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, momentum={self.momentum}, bias={self.bias is not None}"
-
-
-class BatchCentering1d(_BatchCentering):
-    """Twin of `BatchCentering2d` for (N, C) and (N, C, L)."""
-
-    _ndims = (2, 3)
-
-
-class BatchCentering2d(_BatchCentering):
-    r"""Subtract the mean of each channel over the batch and space, and add a bias.
-
-    In train mode the mean is that of the batch, and a running mean is kept; in eval mode the
-    running mean is subtracted and nothing is written.
-
-    Args:
-        num_features: number of channels.
-        momentum: weight of a new batch in the running mean.
-        bias: add a learnable bias to each channel.
-
-    Shape:
-        (N, C, H, W); the output has the same.
-
-    Guarantee:
-        Eval: a constant shift, its Jacobian is the identity. Train: the orthogonal projection
-        \(I - \mathbf{1}\mathbf{1}^T / n\) of the *batch*, of norm 1; it mixes the samples, so the
-        bound concerns all of them together.
-
-    Raises:
-        ValueError: `num_features` < 1, `momentum` outside [0, 1]; when called: wrong number of
-            dimensions or channels.
-
-    Examples:
-        >>> layer = BatchCentering2d(3).eval()
-        >>> layer(torch.ones(1, 3, 1, 1)).flatten()
-        tensor([1., 1., 1.], grad_fn=<...>)
-    """
-
-    _ndims = (4,)
-
-
-class BatchCentering3d(_BatchCentering):
-    """Twin of `BatchCentering2d` for (N, C, D, H, W)."""
-
-    _ndims = (5,)

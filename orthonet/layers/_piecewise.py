@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from orthonet import functional
 from orthonet._checks import in_range, positive_int, require
-from orthonet.layers._activations import HouseholderActivation, MaxMin
+from orthonet.layers._activations import HouseholderActivation
 from orthonet.layers._declared import REARRANGEMENT, Declared, Norms, isometric, length_of, refuse
 from orthonet.linalg.bounds.sizes import Rounding
 
 __all__ = [
-    "OPLU",
     "BetaAbs",
     "ChannelShuffle",
     "FullSort",
@@ -22,8 +21,6 @@ __all__ = [
     "NActivation",
     "SoftHuber",
 ]
-
-OPLU = MaxMin
 
 
 class FullSort(nn.Module):

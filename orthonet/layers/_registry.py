@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from orthonet import _checks
-from orthonet.layers._conv import OrthoConv2d
 from orthonet.layers._linear import OrthoLinear, UnitNormLinear
+from orthonet.layers.convolution.conv import OrthoConv2d
 from orthonet.layers.zoo import _fourier, _lipnext, _rescaled, _residual, _sandwich, _soc
 
 __all__ = [
@@ -134,7 +134,8 @@ def make_linear(name: str, in_features: int, out_features: int, *args: Any, **kw
         )
     """
     _checks.one_of("make_linear", available("linear"), name=name)
-    return _METHODS[name].linear(in_features, out_features, *args, **kwargs)  # type: ignore[misc]
+    build: Any = _METHODS[name].linear
+    return build(in_features, out_features, *args, **kwargs)
 
 
 def make_conv(
@@ -167,8 +168,8 @@ def make_conv(
         'BROConv2d'
     """
     _checks.one_of("make_conv", available("conv"), name=name)
-    build = _METHODS[name].conv
-    return build(in_channels, out_channels, kernel_size, *args, **kwargs)  # type: ignore[misc]
+    build: Any = _METHODS[name].conv
+    return build(in_channels, out_channels, kernel_size, *args, **kwargs)
 
 
 def table() -> str:
@@ -231,42 +232,133 @@ def _lipnext_conv(
     )
 
 
-_rko_conv = partial(OrthoConv2d, method="rko")
-_rko_conv.layer = OrthoConv2d  # type: ignore[attr-defined]
-_lipnext_conv.layer = _lipnext.LipNeXtBlock2d  # type: ignore[attr-defined]
+_rko_conv: Any = partial(OrthoConv2d, method="rko")
+_rko_conv.layer = OrthoConv2d
+_lipnext_conv.layer = _lipnext.LipNeXtBlock2d
 
 for _entry in (
-    Method("ortho", "AOC, BCOP and RKO composed", OrthoLinear, OrthoConv2d, "orthogonal",
-           source="Li 2019, Boissin 2025"),
-    Method("aol", "Almost-orthogonal", _rescaled.AOLLinear, _rescaled.AOLConv2d, "1-Lipschitz",
-           source="Prach & Lampert 2022"),
-    Method("soc", "Skew orthogonal", None, _soc.SOCConv2d, "orthogonal", stride=False,
-           source="Singla & Feizi 2021"),
-    Method("cayley", "Cayley", _fourier.CayleyLinear, _fourier.CayleyConv2d, "orthogonal",
-           source="Trockman & Kolter 2021"),
-    Method("lot", "Layer-wise orthogonal training", OrthoLinear, _fourier.LOTConv2d, "orthogonal",
-           source="Xu 2022"),
-    Method("bro", "Block reflector", _fourier.BROLinear, _fourier.BROConv2d, "orthogonal",
-           source="Lai 2025"),
-    Method("cpl", "Convex potential", _residual.CPLLinear, _residual.CPLConv2d, "1-Lipschitz",
-           nonlinear=True, stride=False, source="Meunier 2022"),
-    Method("sll", "SDP-based", _residual.SLLLinear, _residual.SLLConv2d, "1-Lipschitz",
-           nonlinear=True, stride=False, source="Araujo 2023"),
-    Method("sandwich", "Sandwich (LBDN)", _sandwich.SandwichLinear, _sandwich.SandwichConv2d,
-           "1-Lipschitz", nonlinear=True, source="Wang & Manchester 2023"),
-    Method("cholesky", "Cholesky (CHORD)", _rescaled.CholeskyLinear, _rescaled.CholeskyConv2d,
-           "1-Lipschitz", source="Hu 2024"),
-    Method("liresnet", "Linear residual", _rescaled.LiResLinear, _rescaled.LiResConv2d,
-           "1-Lipschitz", source="Hu 2023"),
-    Method("rko", "Reshaped kernel", None, _rko_conv, "1-Lipschitz",
-           source="Cisse 2017, Serrurier 2021"),
-    Method("spectral", "Spectral normalization", _rescaled.SpectralLinear,
-           _rescaled.SpectralConv2d, "1-Lipschitz", source="Miyato 2018, Delattre 2023"),
-    Method("frobenius", "Frobenius normalization", _rescaled.FrobeniusLinear,
-           _rescaled.FrobeniusConv2d, "1-Lipschitz", source="Serrurier 2021"),
-    Method("unit_norm", "Last-layer normalization", UnitNormLinear, None, "rows",
-           source="Singla 2022"),
-    Method("lipnext", "LipNeXt", None, _lipnext_conv, "orthogonal", nonlinear=True, stride=False,
-           source="Hu 2026"),
-):  # fmt: skip
+    Method(
+        "ortho",
+        "AOC, BCOP and RKO composed",
+        OrthoLinear,
+        OrthoConv2d,
+        "orthogonal",
+        source="Li 2019, Boissin 2025",
+    ),
+    Method(
+        "aol",
+        "Almost-orthogonal",
+        _rescaled.AOLLinear,
+        _rescaled.AOLConv2d,
+        "1-Lipschitz",
+        source="Prach & Lampert 2022",
+    ),
+    Method(
+        "soc", "Skew orthogonal", None, _soc.SOCConv2d, "orthogonal", source="Singla & Feizi 2021"
+    ),
+    Method(
+        "cayley",
+        "Cayley",
+        _fourier.CayleyLinear,
+        _fourier.CayleyConv2d,
+        "orthogonal",
+        source="Trockman & Kolter 2021",
+    ),
+    Method(
+        "lot",
+        "Layer-wise orthogonal training",
+        OrthoLinear,
+        _fourier.LOTConv2d,
+        "orthogonal",
+        source="Xu 2022",
+    ),
+    Method(
+        "bro",
+        "Block reflector",
+        _fourier.BROLinear,
+        _fourier.BROConv2d,
+        "orthogonal",
+        source="Lai 2025",
+    ),
+    Method(
+        "cpl",
+        "Convex potential",
+        _residual.CPLLinear,
+        _residual.CPLConv2d,
+        "1-Lipschitz",
+        nonlinear=True,
+        source="Meunier 2022",
+    ),
+    Method(
+        "sll",
+        "SDP-based",
+        _residual.SLLLinear,
+        _residual.SLLConv2d,
+        "1-Lipschitz",
+        nonlinear=True,
+        source="Araujo 2023",
+    ),
+    Method(
+        "sandwich",
+        "Sandwich (LBDN)",
+        _sandwich.SandwichLinear,
+        _sandwich.SandwichConv2d,
+        "1-Lipschitz",
+        nonlinear=True,
+        source="Wang & Manchester 2023",
+    ),
+    Method(
+        "cholesky",
+        "Cholesky (CHORD)",
+        _rescaled.CholeskyLinear,
+        _rescaled.CholeskyConv2d,
+        "1-Lipschitz",
+        source="Hu 2024",
+    ),
+    Method(
+        "liresnet",
+        "Linear residual",
+        _rescaled.LiResLinear,
+        _rescaled.LiResConv2d,
+        "1-Lipschitz",
+        source="Hu 2023",
+    ),
+    Method(
+        "rko",
+        "Reshaped kernel",
+        None,
+        _rko_conv,
+        "1-Lipschitz",
+        source="Cisse 2017, Serrurier 2021",
+    ),
+    Method(
+        "spectral",
+        "Spectral normalization",
+        _rescaled.SpectralLinear,
+        _rescaled.SpectralConv2d,
+        "1-Lipschitz",
+        source="Miyato 2018, Delattre 2023",
+    ),
+    Method(
+        "frobenius",
+        "Frobenius normalization",
+        _rescaled.FrobeniusLinear,
+        _rescaled.FrobeniusConv2d,
+        "1-Lipschitz",
+        source="Serrurier 2021",
+    ),
+    Method(
+        "unit_norm", "Last-layer normalization", UnitNormLinear, None, "rows", source="Singla 2022"
+    ),
+    Method(
+        "lipnext",
+        "LipNeXt",
+        None,
+        _lipnext_conv,
+        "orthogonal",
+        nonlinear=True,
+        stride=False,
+        source="Hu 2026",
+    ),
+):
     register_method(_entry)

@@ -74,9 +74,13 @@ class FirstChannels(nn.Module):
         self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
-        require(x.ndim >= 2 and x.shape[1] >= self.channels, self,
-                f"the input must have {self.channels} channels or more",
-                "Keep fewer", shape=tuple(x.shape))  # fmt: skip
+        require(
+            x.ndim >= 2 and x.shape[1] >= self.channels,
+            self,
+            f"the input must have {self.channels} channels or more",
+            "Keep fewer",
+            shape=tuple(x.shape),
+        )
         return x[:, : self.channels]
 
     def extra_repr(self) -> str:

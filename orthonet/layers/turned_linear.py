@@ -41,7 +41,7 @@ def turned_linear(layer: Any, x: Tensor) -> Tensor | None:
     frame = frame_of(weight)
     if frame is None:
         return None
-    return _TurnedLinear.apply(x, *frame, layer.bias, layer._factor)  # type: ignore[return-value]
+    return _TurnedLinear.apply(x, *frame, layer.bias, layer._factor)
 
 
 class _TurnedLinear(torch.autograd.Function):

@@ -217,6 +217,113 @@ def soft_hinge_kr_multiclass(
     return _reduce((weight * terms).sum(1), reduction)
 
 
+def lse_hinge_kr_multiclass(
+    input: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.9,
+    margin: float = 1.0,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""HKR loss of q classes against a smooth maximum of the wrong scores.
+
+    \((1 - \alpha) (L - f_y) + \alpha \big[\max(0, m - f_y) + \max(0, m + L)\big]\) with
+    \(L = t \log \sum_{k \ne y} e^{f_k / t}\), which lies between the largest wrong score and
+    \(t \log(q - 1)\) above it. Where the hinge is 0 the logits have margin \(2 m\).
+
+    Args:
+        input: Scores of the classes.
+        target: Index of the true class.
+        alpha: Weight of the hinge, in [0, 1].
+        margin: Distance from 0 that the hinge asks of the right score and of the maximum, > 0.
+        temperature: Softness of the maximum, > 0. `margin / math.log(q - 1)` keeps the smooth
+            maximum within `margin` of the largest score.
+        reduction: "none", "mean" or "sum".
+
+    Shape:
+        As [`hinge_kr_multiclass`][orthonet.losses.hinge_kr_multiclass].
+
+    Raises:
+        ValueError: An argument out of range, or shapes that do not match.
+
+    References:
+        deel-torchlip's `LseHKRMulticlassLoss`.
+    """
+    owner = "lse_hinge_kr_multiclass"
+    check_hinge_kr(owner, alpha, margin, reduction, temperature)
+    _check_classes(owner, input, target)
+    index = target.long()[:, None]
+    right = input.gather(1, index).squeeze(1)
+    others = (input / temperature).scatter(1, index, -math.inf)
+    largest = temperature * torch.logsumexp(others, 1)
+    hinge = F.relu(margin - right) + F.relu(margin + largest)
+    return _reduce((1 - alpha) * (largest - right) + alpha * hinge, reduction)
+
+
+def tau_bce_with_logits(
+    input: Tensor, target: Tensor, *, tau: float = 1.0, reduction: str = "mean"
+) -> Tensor:
+    r"""Binary cross-entropy of \(\tau f\), divided by \(\tau\).
+
+    \(\log(1 + e^{-\tau y f}) / \tau\) with \(y = \pm 1\): for \(\tau \to \infty\) the hinge
+    \(\max(0, -y f)\). A 1-Lipschitz classifier cannot scale its scores, so that \(\tau\) chooses
+    between accuracy and margin. The cross-entropy of q classes with this factor is
+    [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy] with `offset=0` and
+    `temperature=1 / tau`.
+
+    Args:
+        input: Scores of a binary classifier.
+        target: Labels in {0, 1} or {-1, 1}, or booleans: positive means class +.
+        tau: The factor \(\tau\), > 0.
+        reduction: "none", "mean" or "sum".
+
+    Shape:
+        As [`kr`][orthonet.losses.kr].
+
+    Raises:
+        ValueError: An argument out of range, or shapes that do not match.
+
+    References:
+        Béthune et al., *Pay attention to your loss*, NeurIPS 2022, arXiv:2104.05097.
+    """
+    check_tau("tau_bce_with_logits", tau, reduction)
+    _check_binary("tau_bce_with_logits", input, target)
+    signed = torch.where(target > 0, input, -input)
+    return _reduce(_per_sample(-F.logsigmoid(tau * signed) / tau), reduction)
+
+
+def kr_labels(target: Tensor) -> Tensor:
+    r"""Return the weight of each score in the Kantorovich-Rubinstein distance of a whole batch.
+
+    \(n / n_+\) for the positive samples and \(-n / n_-\) for the others; 0 in place of an infinite
+    one. Compute the labels where the whole batch is, in front of a scatter to several devices: each
+    device then averages `labels * scores` over its share, with no knowledge of the others.
+
+    Args:
+        target: Labels in {0, 1} or {-1, 1}, or one-hot: positive means class +.
+
+    Shape:
+        (batch,) or (batch, k); the output has the same and is floating-point.
+
+    Examples:
+        >>> kr_labels(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+        tensor([ 4.0000, -1.3333, -1.3333, -1.3333])
+    """
+    dtype = target.dtype if target.is_floating_point() else torch.get_default_dtype()
+    positive = target > 0
+    size, number = target.shape[0], positive.sum(0).to(dtype)
+    up = torch.where(number > 0, size / number.clamp(min=1), 0.0)
+    down = torch.where(number < size, size / (size - number).clamp(min=1), 0.0)
+    return torch.where(positive, up, -down)
+
+
+def check_tau(owner: object, tau: float, reduction: str) -> None:
+    """The arguments of the tempered binary cross-entropy."""
+    _positive(owner, tau=tau)
+    _checks.one_of(owner, REDUCTIONS, reduction=reduction)
+
+
 def check_offset(owner: object, offset: float, temperature: float, reduction: str) -> None:
     """The arguments of the offset cross-entropy."""
     _checks.require(
@@ -231,7 +338,11 @@ def check_offset(owner: object, offset: float, temperature: float, reduction: st
 
 
 def check_hinge_kr(
-    owner: object, alpha: float, margin: float, reduction: str, temperature: float = 1.0
+    owner: object,
+    alpha: float = 0.0,
+    margin: float = 1.0,
+    reduction: str = "mean",
+    temperature: float = 1.0,
 ) -> None:
     """The arguments of the HKR losses."""
     _checks.in_range(owner, 0.0, 1.0, alpha=alpha)
@@ -295,10 +406,7 @@ def _check_binary(owner: str, input: Tensor, target: Tensor) -> None:
 
 def _kr_terms(input: Tensor, positive: Tensor) -> Tensor:
     """Terms whose mean over the batch is -(mean over the positive - mean over the negative)."""
-    number = positive.sum(0).to(input.dtype)
-    size = input.shape[0]
-    up, down = size / number.clamp(min=1), size / (size - number).clamp(min=1)
-    return torch.where(positive, -up, down) * input
+    return -kr_labels(positive.to(input.dtype)) * input
 
 
 def _per_sample(terms: Tensor) -> Tensor:

@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from orthonet.losses import _functional, _regularized
 
 
-class OffsetCrossEntropyLoss(nn.Module):
+class _Loss(nn.Module):
+    """A loss function with its options as attributes."""
+
+    _function: ClassVar[Callable[..., Tensor]]
+    _check: ClassVar[Callable[..., None]]
+    _options: tuple[str, ...]
+
+    def _keep(self, **options: Any) -> None:
+        nn.Module.__init__(self)
+        type(self)._check(self, **options)
+        self._options = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of scores and targets."""
+        options = {name: getattr(self, name) for name in self._options}
+        return type(self)._function(input, target, **options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._options)
+
+
+class OffsetCrossEntropyLoss(_Loss):
     r"""Cross-entropy after taking `offset` away from the logit of the true class.
 
     See [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
@@ -28,27 +53,34 @@ class OffsetCrossEntropyLoss(nn.Module):
         OffsetCrossEntropyLoss(offset=1.5, temperature=0.25, reduction='mean')
     """
 
+    _function = staticmethod(_functional.offset_cross_entropy)
+    _check = staticmethod(_functional.check_offset)
+
     def __init__(self, offset: float, temperature: float = 1.0, reduction: str = "mean"):
-        super().__init__()
-        _functional.check_offset(self, offset, temperature, reduction)
-        self.offset = offset
-        self.temperature = temperature
-        self.reduction = reduction
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return _functional.offset_cross_entropy(
-            logits,
-            target,
-            offset=self.offset,
-            temperature=self.temperature,
-            reduction=self.reduction,
-        )
-
-    def extra_repr(self) -> str:
-        return f"offset={self.offset}, temperature={self.temperature}, reduction={self.reduction!r}"
+        self._keep(offset=offset, temperature=temperature, reduction=reduction)
 
 
-class KRLoss(nn.Module):
+class TauBCEWithLogitsLoss(_Loss):
+    """Binary cross-entropy of scores at a temperature 1 / tau.
+
+    See [`tau_bce_with_logits`][orthonet.losses.tau_bce_with_logits].
+
+    Args:
+        tau: Factor of the scores, > 0.
+        reduction: "none", "mean" or "sum".
+
+    Raises:
+        ValueError: An argument out of range.
+    """
+
+    _function = staticmethod(_functional.tau_bce_with_logits)
+    _check = staticmethod(_functional.check_tau)
+
+    def __init__(self, tau: float = 1.0, reduction: str = "mean"):
+        self._keep(tau=tau, reduction=reduction)
+
+
+class KRLoss(_Loss):
     """Kantorovich-Rubinstein loss of a binary classifier.
 
     See [`kr`][orthonet.losses.kr].
@@ -60,19 +92,14 @@ class KRLoss(nn.Module):
         ValueError: An unknown reduction.
     """
 
+    _function = staticmethod(_functional.kr)
+    _check = staticmethod(_functional.check_hinge_kr)
+
     def __init__(self, reduction: str = "mean"):
-        super().__init__()
-        _functional.check_hinge_kr(self, 0.0, 1.0, reduction)
-        self.reduction = reduction
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return _functional.kr(input, target, reduction=self.reduction)
-
-    def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"
+        self._keep(reduction=reduction)
 
 
-class HKRLoss(nn.Module):
+class HKRLoss(_Loss):
     """Hinge-Kantorovich-Rubinstein loss of a binary classifier.
 
     See [`hinge_kr`][orthonet.losses.hinge_kr].
@@ -86,20 +113,11 @@ class HKRLoss(nn.Module):
         ValueError: An argument out of range.
     """
 
+    _function = staticmethod(_functional.hinge_kr)
+    _check = staticmethod(_functional.check_hinge_kr)
+
     def __init__(self, alpha: float = 0.9, margin: float = 1.0, reduction: str = "mean"):
-        super().__init__()
-        _functional.check_hinge_kr(self, alpha, margin, reduction)
-        self.alpha = alpha
-        self.margin = margin
-        self.reduction = reduction
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return _functional.hinge_kr(
-            input, target, alpha=self.alpha, margin=self.margin, reduction=self.reduction
-        )
-
-    def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, margin={self.margin}, reduction={self.reduction!r}"
+        self._keep(alpha=alpha, margin=margin, reduction=reduction)
 
 
 class HKRMulticlassLoss(HKRLoss):
@@ -110,13 +128,21 @@ class HKRMulticlassLoss(HKRLoss):
     certified radius `math.sqrt(2) * margin`.
     """
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return _functional.hinge_kr_multiclass(
-            input, target, alpha=self.alpha, margin=self.margin, reduction=self.reduction
-        )
+    _function = staticmethod(_functional.hinge_kr_multiclass)
 
 
-class SoftHKRMulticlassLoss(HKRLoss):
+class _SoftLoss(HKRLoss):
+    def __init__(
+        self,
+        alpha: float = 0.9,
+        margin: float = 1.0,
+        temperature: float = 1.0,
+        reduction: str = "mean",
+    ):
+        self._keep(alpha=alpha, margin=margin, temperature=temperature, reduction=reduction)
+
+
+class SoftHKRMulticlassLoss(_SoftLoss):
     """Hinge-Kantorovich-Rubinstein loss in which the likeliest wrong classes weigh most.
 
     See [`soft_hinge_kr_multiclass`][orthonet.losses.soft_hinge_kr_multiclass].
@@ -131,32 +157,28 @@ class SoftHKRMulticlassLoss(HKRLoss):
         ValueError: An argument out of range.
     """
 
-    def __init__(
-        self,
-        alpha: float = 0.9,
-        margin: float = 1.0,
-        temperature: float = 1.0,
-        reduction: str = "mean",
-    ):
-        super().__init__(alpha, margin, reduction)
-        _functional.check_hinge_kr(self, alpha, margin, reduction, temperature)
-        self.temperature = temperature
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return _functional.soft_hinge_kr_multiclass(
-            input,
-            target,
-            alpha=self.alpha,
-            margin=self.margin,
-            temperature=self.temperature,
-            reduction=self.reduction,
-        )
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, temperature={self.temperature}"
+    _function = staticmethod(_functional.soft_hinge_kr_multiclass)
 
 
-class EMMALoss(nn.Module):
+class LseHKRMulticlassLoss(_SoftLoss):
+    """Hinge-Kantorovich-Rubinstein loss against a smooth maximum of the wrong scores.
+
+    See [`lse_hinge_kr_multiclass`][orthonet.losses.lse_hinge_kr_multiclass].
+
+    Args:
+        alpha: Weight of the hinge, in [0, 1].
+        margin: Distance from 0 that the hinge asks of the right score and of the maximum, > 0.
+        temperature: Softness of the maximum, > 0.
+        reduction: "none", "mean" or "sum".
+
+    Raises:
+        ValueError: An argument out of range.
+    """
+
+    _function = staticmethod(_functional.lse_hinge_kr_multiclass)
+
+
+class EMMALoss(_Loss):
     """Cross-entropy of the worst logits inside a radius, capped by the margin.
 
     See [`emma`][orthonet.losses.emma].
@@ -170,23 +192,14 @@ class EMMALoss(nn.Module):
         ValueError: An argument out of range.
     """
 
+    _function = staticmethod(_regularized.emma)
+    _check = staticmethod(_regularized.check_emma)
+
     def __init__(self, radius: float, lipschitz: float = 1.0, reduction: str = "mean"):
-        super().__init__()
-        _regularized.check_emma(self, radius, lipschitz, reduction)
-        self.radius = radius
-        self.lipschitz = lipschitz
-        self.reduction = reduction
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return _regularized.emma(
-            logits, target, radius=self.radius, lipschitz=self.lipschitz, reduction=self.reduction
-        )
-
-    def extra_repr(self) -> str:
-        return f"radius={self.radius}, lipschitz={self.lipschitz}, reduction={self.reduction!r}"
+        self._keep(radius=radius, lipschitz=lipschitz, reduction=reduction)
 
 
-class LogitAnnealingLoss(nn.Module):
+class LogitAnnealingLoss(_Loss):
     """Offset cross-entropy that fades out samples whose margin is large enough.
 
     See [`logit_annealing`][orthonet.losses.logit_annealing].
@@ -201,6 +214,9 @@ class LogitAnnealingLoss(nn.Module):
         ValueError: An argument out of range.
     """
 
+    _function = staticmethod(_regularized.logit_annealing)
+    _check = staticmethod(_regularized.check_logit_annealing)
+
     def __init__(
         self,
         offset: float = math.sqrt(2),
@@ -208,31 +224,10 @@ class LogitAnnealingLoss(nn.Module):
         beta: float = 5.0,
         reduction: str = "mean",
     ):
-        super().__init__()
-        _regularized.check_logit_annealing(self, offset, temperature, beta, reduction)
-        self.offset = offset
-        self.temperature = temperature
-        self.beta = beta
-        self.reduction = reduction
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return _regularized.logit_annealing(
-            logits,
-            target,
-            offset=self.offset,
-            temperature=self.temperature,
-            beta=self.beta,
-            reduction=self.reduction,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"offset={self.offset}, temperature={self.temperature}, beta={self.beta}, "
-            f"reduction={self.reduction!r}"
-        )
+        self._keep(offset=offset, temperature=temperature, beta=beta, reduction=reduction)
 
 
-class CertificateRegularizationLoss(nn.Module):
+class CertificateRegularizationLoss(_Loss):
     """Cross-entropy minus a multiple of the margin of rightly classified samples.
 
     See [`certificate_regularization`][orthonet.losses.certificate_regularization].
@@ -245,22 +240,14 @@ class CertificateRegularizationLoss(nn.Module):
         ValueError: An argument out of range.
     """
 
+    _function = staticmethod(_regularized.certificate_regularization)
+    _check = staticmethod(_regularized.check_weight)
+
     def __init__(self, weight: float = 0.5, reduction: str = "mean"):
-        super().__init__()
-        _regularized.check_weight(self, reduction, weight=weight)
-        self.weight = weight
-        self.reduction = reduction
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return _regularized.certificate_regularization(
-            logits, target, weight=self.weight, reduction=self.reduction
-        )
-
-    def extra_repr(self) -> str:
-        return f"weight={self.weight}, reduction={self.reduction!r}"
+        self._keep(weight=weight, reduction=reduction)
 
 
-class TRADESLoss(nn.Module):
+class TRADESLoss(_Loss):
     """Cross-entropy plus a multiple of the divergence to the scores of perturbed inputs.
 
     See [`trades`][orthonet.losses.trades].
@@ -273,22 +260,21 @@ class TRADESLoss(nn.Module):
         ValueError: An argument out of range.
     """
 
-    def __init__(self, beta: float = 1.0, reduction: str = "mean"):
-        super().__init__()
-        _regularized.check_weight(self, reduction, beta=beta)
-        self.beta = beta
-        self.reduction = reduction
+    _check = staticmethod(_regularized.check_weight)
+    beta: float
+    reduction: str
 
-    def forward(self, logits: Tensor, perturbed: Tensor, target: Tensor) -> Tensor:
+    def __init__(self, beta: float = 1.0, reduction: str = "mean"):
+        self._keep(beta=beta, reduction=reduction)
+
+    def forward(self, logits: Tensor, perturbed: Tensor, target: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the loss of clean and perturbed scores and of targets."""
         return _regularized.trades(
             logits, perturbed, target, beta=self.beta, reduction=self.reduction
         )
 
-    def extra_repr(self) -> str:
-        return f"beta={self.beta}, reduction={self.reduction!r}"
 
-
-class MultiMarginLoss(nn.Module):
+class MultiMarginLoss(_Loss):
     """Hinge of the margin to the runner-up alone (`nn.MultiMarginLoss` sums over all classes).
 
     See [`multi_margin`][orthonet.losses.multi_margin].
@@ -301,16 +287,8 @@ class MultiMarginLoss(nn.Module):
         ValueError: An argument out of range.
     """
 
+    _function = staticmethod(_regularized.multi_margin)
+    _check = staticmethod(_regularized.check_margin)
+
     def __init__(self, margin: float = 1.0, reduction: str = "mean"):
-        super().__init__()
-        _regularized.check_margin(self, margin, reduction)
-        self.margin = margin
-        self.reduction = reduction
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return _regularized.multi_margin(
-            logits, target, margin=self.margin, reduction=self.reduction
-        )
-
-    def extra_repr(self) -> str:
-        return f"margin={self.margin}, reduction={self.reduction!r}"
+        self._keep(margin=margin, reduction=reduction)

@@ -21,9 +21,13 @@ __all__ = [
 
 
 def emma(
-    logits: Tensor, target: Tensor, *, radius: float, lipschitz: float = 1.0,
+    logits: Tensor,
+    target: Tensor,
+    *,
+    radius: float,
+    lipschitz: float = 1.0,
     reduction: str = "mean",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     r"""Cross-entropy of the worst logits inside a radius, capped by the margin (EMMA).
 
     Every wrong logit is raised by \(\min(\sqrt 2 K \epsilon, s_y - s_j)\), at least 0 and constant
@@ -55,9 +59,14 @@ def emma(
 
 
 def logit_annealing(
-    logits: Tensor, target: Tensor, *, offset: float = math.sqrt(2), temperature: float = 0.75,
-    beta: float = 5.0, reduction: str = "mean",
-) -> Tensor:  # fmt: skip
+    logits: Tensor,
+    target: Tensor,
+    *,
+    offset: float = math.sqrt(2),
+    temperature: float = 0.75,
+    beta: float = 5.0,
+    reduction: str = "mean",
+) -> Tensor:
     r"""Logit annealing: \(-T (1 - p_y)^\beta \log p_y\), \(p = \mathrm{softmax}((s - \xi e_y)/T)\).
 
     The factor fades out samples whose margin is large enough, so that the capacity of a
@@ -122,9 +131,13 @@ def certificate_regularization(
 
 
 def trades(
-    logits: Tensor, perturbed: Tensor, target: Tensor, *, beta: float = 1.0,
+    logits: Tensor,
+    perturbed: Tensor,
+    target: Tensor,
+    *,
+    beta: float = 1.0,
     reduction: str = "mean",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     r"""TRADES: cross-entropy plus \(\beta\, \mathrm{KL}(p \,\|\, p')\) to perturbed logits.
 
     The perturbed logits come from an attack, or from the worst case of a certificate (the true
@@ -151,9 +164,13 @@ def trades(
     check_weight("trades", reduction, beta=beta)
     _check_classes("trades", logits, target)
     _checks.require(
-        perturbed.shape == logits.shape, "trades", "logits and perturbed must have one shape",
-        "Evaluate the model on both", logits=logits, perturbed=perturbed,
-    )  # fmt: skip
+        perturbed.shape == logits.shape,
+        "trades",
+        "logits and perturbed must have one shape",
+        "Evaluate the model on both",
+        logits=logits,
+        perturbed=perturbed,
+    )
     clean = F.cross_entropy(logits, target.long(), reduction="none")
     log_p, log_q = F.log_softmax(logits, 1), F.log_softmax(perturbed, 1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(1)

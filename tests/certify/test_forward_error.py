@@ -19,7 +19,7 @@ NETS = {
                                            nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                                            nn.Linear(8, 4)), (3, 12, 12)),
     "ours": lambda: (nn.Sequential(layers.OrthoConv2d(3, 8, 3, padding=1), layers.MaxMin(),
-                                   layers.SpaceToDepth2d(2), layers.L2NormPool2d(2),
+                                   layers.SpaceToDepth2d(2), layers.L2NormPool(2),
                                    nn.Flatten(), layers.OrthoLinear(288, 10)), (3, 12, 12)),
 }  # fmt: skip
 
@@ -121,9 +121,9 @@ class Length(nn.Module):
 
 
 POOLS = {
-    "windows": lambda: layers.L2NormPool2d(3, 2),
-    "adaptive": lambda: layers.AdaptiveL2NormPool2d(2),
-    "global": lambda: layers.GlobalL2NormPool2d(),
+    "windows": lambda: layers.L2NormPool(3, 2),
+    "adaptive": lambda: layers.AdaptiveL2NormPool(2),
+    "global": lambda: layers.GlobalL2NormPool(),
     "power average": lambda: nn.LPPool2d(2, 3, 2),
     "norm": lambda: Length(),
 }

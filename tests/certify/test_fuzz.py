@@ -75,7 +75,7 @@ def block() -> nn.Module:
             nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(3), nn.AdaptiveMaxPool2d(4),
             nn.Upsample(scale_factor=1.5, mode="bilinear"), nn.Upsample(7, mode="nearest"),
             nn.Upsample(5, mode="bicubic"), nn.ConvTranspose2d(4, 4, 3, 2, 1),
-            layers.L2NormPool2d(2, 1), layers.ScaledAvgPool2d(2, 1), nn.Conv2d(4, 4, 3, 2),
+            layers.L2NormPool(2, 1), layers.ScaledAvgPool(2, 1), nn.Conv2d(4, 4, 3, 2),
             nn.ReflectionPad2d(1), nn.CircularPad2d((1, 0, 2, 1)), nn.BatchNorm2d(4),
         ])  # fmt: skip
     if kind == 4:

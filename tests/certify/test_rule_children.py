@@ -90,7 +90,7 @@ CHANGED = {
         layers.SOCConv2d(2, 2, 3, **CIRCULAR), lambda m: setattr(m, "out_channels", 1)
     ),
     "statistics": lambda: _with(
-        layers.BatchLipNorm1d(2), lambda m: setattr(m, "running_mean", torch.zeros(4))
+        layers.BatchLipNorm(2), lambda m: setattr(m, "running_mean", torch.zeros(4))
     ),
 }
 SHAPES = {"shift": (4, 3, 3), "dim": (4, 3, 3), "channels": (2, 4, 4), "channels of soc": (2, 4, 4),

@@ -19,14 +19,18 @@ LAYERS = {
     "lot": lambda: layers.LOTConv2d(3, 3, 3, **CIRCULAR),
     "bro": lambda: layers.BROConv2d(3, 4, 3, **CIRCULAR),
     "soc": lambda: layers.SOCConv2d(3, 3, 3, lipschitz=1.5),
+    "soc_stride": lambda: layers.SOCConv2d(3, 4, 3, (1, 2), lipschitz=1.5),
+    "soc_transpose": lambda: layers.SOCConvTranspose2d(3, 2, 3, 2, padding_mode="circular"),
     "sandwich_conv": lambda: layers.SandwichConv2d(3, 4, 3, **CIRCULAR, lipschitz=0.7),
     "sandwich": lambda: layers.SandwichLinear(5, 4, activation="softplus", lipschitz=3.0),
     "cpl": lambda: layers.CPLLinear(5, 4),
     "sll": lambda: layers.SLLLinear(5, 4, activation="sigmoid"),
     "cpl_conv": lambda: layers.CPLConv2d(3, 4, 3, lipschitz=2.0),
     "sll_conv": lambda: layers.SLLConv2d(4, 4, 3, groups=2, **CIRCULAR),
+    "sll_stride": lambda: layers.SLLConv2d(3, 5, 3, (1, 3), **CIRCULAR, activation="tanh"),
     "lipnext": lambda: layers.LipNeXtBlock2d(3, 4),
-    "batch_norm": lambda: layers.BatchLipNorm2d(3),
+    "batch_scaling": lambda: layers.BatchScaling(3),
+    "batch_norm": lambda: layers.BatchLipNorm(3),
     "prescaled": lambda: layers.PrescaledResidual(nn.Identity(), 0.3),
 }
 
@@ -41,8 +45,9 @@ def deployed_twin(layer: nn.Module) -> nn.Module:
     """The layer in float64 arithmetic, with the weights that its float32 forward computes."""
     twin = copy.deepcopy(layer).double()
     places = [(layer, twin, n) for n in ("factor", "factors", "_scale", "gains")]
-    if hasattr(layer, "parametrization"):
-        places.append((layer.parametrization, twin.parametrization, "forward"))
+    for name in ("parametrization", "reduction"):
+        if getattr(layer, name, None) is not None:
+            places.append((getattr(layer, name), getattr(twin, name), "forward"))
     if hasattr(layer, "rotation"):  # y = (M R^T) S(R x), with the product as it is rounded
         rotation, mixing = layer.rotation.compute(), layer.mixing.compute()
         product = (mixing @ rotation.mT).double() @ rotation.double().mT.inverse()
@@ -72,6 +77,8 @@ def hard(name: str) -> tuple[nn.Module, tuple[int, ...]]:
                 parameter.normal_()
         for buffer in layer.buffers():
             buffer.copy_(torch.rand(buffer.shape) + 1e-3)
+        if name == "batch_scaling":
+            layer.running_square.add_(1.0)  # so that variances are positive
     shape = IMAGE if name not in ("sandwich", "cpl", "sll") else (5,)
     if name == "sll_conv":
         shape = (4, 5, 6)
@@ -134,6 +141,10 @@ READ = {
     "lot": lambda layer, x: [layer.blocks(tuple(x.shape[-2:]))],
     "bro": lambda layer, x: [layer.blocks(tuple(x.shape[-2:]))],
     "soc": lambda layer, x: [layer.parametrization()[0]],
+    "soc_stride": lambda layer, x: [layer.parametrization()[0], layer.reduction.evaluate()],
+    "soc_transpose": lambda layer, x: [layer.parametrization()[0], layer.reduction.evaluate()],
+    "sll_stride": lambda layer, x: [*layer.parametrization(), layer.reduction.evaluate()],
+    "batch_scaling": lambda layer, x: [layer.factor()],
     "sandwich": lambda layer, x: layer.factors(),
     "cpl": lambda layer, x: layer.parametrization(),
     "sll": lambda layer, x: layer.parametrization(),

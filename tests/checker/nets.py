@@ -101,8 +101,9 @@ def spectral() -> tuple[nn.Module, torch.Tensor]:
         LipNeXtBlock2d(6, 5),
         CPLConv2d(5, 4, 3, padding_mode="circular", lipschitz=0.5),
         SLLConv2d(4, 2, 3, groups=1, activation="tanh"),
+        CPLConv2d(2, 4, 3, (1, 3), groups=2, lipschitz=1.2),
         nn.Flatten(),
-        SLLLinear(18, 7, activation="sigmoid"),
+        SLLLinear(12, 7, activation="sigmoid"),
     )
     return net, torch.zeros(1, 2, 6, 6)
 

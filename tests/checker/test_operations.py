@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from orthonet.certify import certify
-from orthonet.layers import BatchCentering2d, MaxMin, OrthoConv1d, OrthoConv3d
+from orthonet.layers import BatchCentering, MaxMin, OrthoConv1d, OrthoConv3d
 from orthonet_checker import check
 from tests.checker import oracle
 
@@ -67,7 +67,7 @@ def test_calls(name, tmp_path):
 MODULES = {
     "volumes": (lambda: nn.Sequential(OrthoConv3d(2, 4, 2, stride=2), MaxMin()), (2, 4, 4, 4)),
     "signals": (lambda: OrthoConv1d(2, 6, 3, padding=1, padding_mode="circular"), (2, 8)),
-    "centering": (lambda: BatchCentering2d(3), (3, 4, 4)),
+    "centering": (lambda: BatchCentering(3), (3, 4, 4)),
     "pools": (lambda: nn.Sequential(nn.MaxPool2d(3, 2), nn.AdaptiveAvgPool2d(2)), (2, 7, 7)),
     "norm": (lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.BatchNorm3d(2)), (1, 3, 3, 3)),
 }  # fmt: skip

@@ -14,7 +14,7 @@ MAKERS = {
     "OrthoConvTranspose2d": lambda bias: layers.OrthoConvTranspose2d(4, 4, 2, 2, bias=bias),
     "OrthoGRU": lambda bias: layers.OrthoGRU(4, 4, 1, bias),
     "OrthoLSTMCell": lambda bias: layers.OrthoLSTMCell(4, 4, bias),
-    "BatchCentering1d": lambda bias: layers.BatchCentering1d(4, bias=bias),
+    "BatchCentering": lambda bias: layers.BatchCentering(4, bias=bias),
     **{f"linear {n}": lambda bias, n=n: make_linear(n, 4, 4, bias) for n in available("linear")},
     **{
         f"conv {n}": lambda bias, n=n: make_conv(

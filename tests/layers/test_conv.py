@@ -10,7 +10,6 @@ from torch import nn
 import orthonet
 from orthonet.errors import NotOnManifoldError, ProjectionWarning
 from orthonet.layers import (
-    AdaptiveOrthoConv2d,
     OrthoConv1d,
     OrthoConv2d,
     OrthoConv3d,
@@ -154,7 +153,6 @@ def test_is_the_plain_layer_with_its_weight(shape):
     torch.testing.assert_close(layer(x), expected)
     assert isinstance(layer, nn.Conv2d)
     assert layer.method == "aoc"
-    assert AdaptiveOrthoConv2d is OrthoConv2d
     assert repr(layer).startswith("OrthoConv2d(\n  4, 6, kernel_size=(3, 2), stride=(2, 1), padd")
     plain = layer.to_plain()
     assert type(plain) is nn.Conv2d

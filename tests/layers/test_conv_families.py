@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from orthonet import functional
+from orthonet.certify import certify
 from orthonet.errors import NotOnManifoldError
 from orthonet.layers import OrthoConv1d, OrthoConv2d, OrthoConvTranspose2d
-from orthonet.layers._conv_padding import pad_input, padding_norm, required_sizes
+from orthonet.layers.convolution.padding import pad_input, padding_norm, required_sizes
 from orthonet.linalg import haar
 from orthonet.reparametrizers import (
     KERNEL_METHODS,
@@ -284,7 +286,7 @@ def test_the_choice_follows_the_shape_and_can_be_asked():
 # --- paddings --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["reflect", "replicate"])
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "symmetric"])
 @pytest.mark.parametrize("pads", [(1, 1), (2, 1), (0, 2), (3, 3), (2, 0), (0, 0)])
 def test_norm_of_the_padding_is_exact(mode, pads):
     least = required_sizes(mode, pads)[0]
@@ -293,7 +295,24 @@ def test_norm_of_the_padding_is_exact(mode, pads):
         assert float(sigma[0]) == pytest.approx(padding_norm(mode, pads), rel=1e-14)
 
 
-@pytest.mark.parametrize("mode", ["reflect", "replicate"])
+def test_symmetric_padding_mirrors_the_edge_and_keeps_the_certificate():
+    x = torch.arange(12.0).view(1, 1, 3, 4)
+    rows = functional.symmetric_pad(x, (2, 1, 1, 3))
+    assert rows[0, 0, 1].tolist() == [1.0, 0.0, 0.0, 1.0, 2.0, 3.0, 3.0]
+    assert rows[0, 0, :, 2].tolist() == [0.0, 0.0, 4.0, 8.0, 8.0, 4.0, 0.0]
+    with pytest.raises(ValueError, match="from 0 to the size"):
+        functional.symmetric_pad(x, (5, 0))
+    layer = OrthoConv2d(2, 3, 5, padding=2, padding_mode="symmetric").eval()
+    image = torch.randn(1, 2, 6, 7)
+    bound = certify(layer, image).constant.value
+    found = float(singular_values(layer, (2, 6, 7)).max())
+    assert found <= bound * (1 + 1e-6)
+    assert bound <= 1 + 1e-5  # the gain of the padding is exact
+    again = functional.symmetric_pad(image, (2, 2, 2, 2))
+    torch.testing.assert_close(layer(image), nn.functional.conv2d(again, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "symmetric"])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_repeating_paddings_stay_below_one(mode, stride, dtype):
     for channels in ((4, 4), (2, 18), (6, 2)):

@@ -19,13 +19,12 @@ ISOMETRIES = {
     "householder2": partial(layers.HouseholderActivation2, 8),
     "shuffle": partial(layers.ChannelShuffle, 4),
     "shift": partial(layers.SpatialShift2d, 1.0),
-    "oplu": layers.OPLU,
 }
 OTHERS = {
     "soft_huber": layers.SoftHuber,
     "zero_shift": partial(layers.SpatialShift2d, 1.0, "zeros"),
     "scale": partial(layers.Scale, 1.0),
-    "lip_norm": partial(layers.BatchLipNorm2d, 8),
+    "lip_norm": partial(layers.BatchLipNorm, 8),
     "prescaled": partial(layers.PrescaledResidual, nn.Identity()),
 }
 SHAPE = (8, 3, 2)
@@ -72,10 +71,10 @@ def test_order_two_is_continuous_and_contains_order_one():
 
 
 def test_batch_lip_norm_reloads_and_has_constant_one():
-    layer = layers.BatchLipNorm2d(4)
+    layer = layers.BatchLipNorm(4)
     for _ in range(3):
         layer(torch.randn(6, 4, 3, 3) * torch.tensor([0.1, 1.0, 3.0, 9.0]).view(-1, 1, 1))
-    twin = layers.BatchLipNorm2d(4)
+    twin = layers.BatchLipNorm(4)
     twin.load_state_dict(layer.state_dict(), strict=True)
     x = torch.randn(2, 4, 3, 3)
     assert torch.equal(layer.eval()(x), twin.eval()(x))
@@ -86,7 +85,7 @@ def test_batch_lip_norm_reloads_and_has_constant_one():
 
 def test_batch_lip_norm_takes_the_checkpoint_of_batch_norm():
     """With weights of 1 the two differ by one factor, the largest gain."""
-    plain, layer = nn.BatchNorm2d(4).double(), layers.BatchLipNorm2d(4).double()
+    plain, layer = nn.BatchNorm2d(4).double(), layers.BatchLipNorm(4).double()
     for _ in range(3):
         plain(torch.randn(6, 4, 3, 3, dtype=torch.float64) * 3)
     layer.load_state_dict(plain.state_dict(), strict=True)
@@ -102,7 +101,7 @@ def test_batch_lip_norm_takes_the_checkpoint_of_batch_norm():
 def test_batch_lip_norm_as_onnx():
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    layer = layers.BatchLipNorm2d(4)
+    layer = layers.BatchLipNorm(4)
     layer(torch.randn(6, 4, 3, 3) * 3)
     layer.eval()
     x = torch.randn(2, 4, 3, 3)

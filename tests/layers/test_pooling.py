@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from orthonet import functional, layers
+from orthonet.certify import certify
 from orthonet.testing import (
     LAYER_LAWS,
     assert_lipschitz,
@@ -16,22 +17,22 @@ from orthonet.testing import (
 )
 
 LINEAR = {
-    "ScaledAvgPool2d": partial(layers.ScaledAvgPool2d, 2),
-    "ScaledAvgPool2d_rectangle": partial(layers.ScaledAvgPool2d, (2, 3)),
-    "AdaptiveScaledAvgPool2d": partial(layers.AdaptiveScaledAvgPool2d, (2, 3)),
-    "GlobalScaledAvgPool2d": layers.GlobalScaledAvgPool2d,
+    "ScaledAvgPool": partial(layers.ScaledAvgPool, 2),
+    "ScaledAvgPool2d_rectangle": partial(layers.ScaledAvgPool, (2, 3)),
+    "AdaptiveScaledAvgPool": partial(layers.AdaptiveScaledAvgPool, (2, 3)),
+    "GlobalScaledAvgPool": layers.GlobalScaledAvgPool,
     "SpaceToDepth2d": partial(layers.SpaceToDepth2d, 2),
 }
 NORMS = {
-    "L2NormPool2d": partial(layers.L2NormPool2d, 2),
-    "L2NormPool2d_gaps": partial(layers.L2NormPool2d, 2, 3),
-    "AdaptiveL2NormPool2d": partial(layers.AdaptiveL2NormPool2d, (2, 3)),
-    "GlobalL2NormPool2d": layers.GlobalL2NormPool2d,
+    "L2NormPool": partial(layers.L2NormPool, 2),
+    "L2NormPool2d_gaps": partial(layers.L2NormPool, 2, 3),
+    "AdaptiveL2NormPool": partial(layers.AdaptiveL2NormPool, (2, 3)),
+    "GlobalL2NormPool": layers.GlobalL2NormPool,
 }
 OVERLAPPING = {
-    "L2NormPool2d": partial(layers.L2NormPool2d, 3, 2, 1),
-    "L2NormPool2d_dense": partial(layers.L2NormPool2d, (3, 2), 1),
-    "ScaledAvgPool2d": partial(layers.ScaledAvgPool2d, 3, 2, 1),
+    "L2NormPool": partial(layers.L2NormPool, 3, 2, 1),
+    "L2NormPool2d_dense": partial(layers.L2NormPool, (3, 2), 1),
+    "ScaledAvgPool": partial(layers.ScaledAvgPool, 3, 2, 1),
 }
 SHAPE = (2, 4, 6)
 
@@ -39,8 +40,8 @@ SHAPE = (2, 4, 6)
 @pytest.mark.parametrize("law", LAYER_LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize(
     "factory",
-    [LINEAR["ScaledAvgPool2d"], LINEAR["SpaceToDepth2d"], *NORMS.values()],
-    ids=["ScaledAvgPool2d", "SpaceToDepth2d", *NORMS],
+    [LINEAR["ScaledAvgPool"], LINEAR["SpaceToDepth2d"], *NORMS.values()],
+    ids=["ScaledAvgPool", "SpaceToDepth2d", *NORMS],
 )
 def test_laws(factory, law):
     law(factory, SHAPE)
@@ -85,7 +86,8 @@ def test_overlapping_windows_stay_below_one(name):
     ["L2NormPool", "ScaledAvgPool", "AdaptiveL2NormPool", "AdaptiveScaledAvgPool"],
 )
 def test_every_dimension_batched_and_unbatched(name, spatial):
-    layer = getattr(layers, f"{name}{spatial}d")(2)
+    layer = getattr(layers, name)(2, dims=spatial)
+    assert repr(getattr(layers, name)((2,) * spatial)) == repr(layer)  # the length of a size tells
     x = torch.randn(3, 2, *(4,) * spatial)
     y = layer(x)
     assert y.shape == (3, 2, *(2,) * spatial)
@@ -97,12 +99,15 @@ def test_every_dimension_batched_and_unbatched(name, spatial):
 @pytest.mark.parametrize("spatial", [1, 2, 3])
 def test_global_pools(spatial):
     x = torch.randn(3, 2, *(4,) * spatial)
-    norm = getattr(layers, f"GlobalL2NormPool{spatial}d")
-    mean = getattr(layers, f"GlobalScaledAvgPool{spatial}d")
+    norm = partial(layers.GlobalL2NormPool, dims=spatial)
+    mean = partial(layers.GlobalScaledAvgPool, dims=spatial)
     torch.testing.assert_close(norm()(x), x.flatten(2).norm(dim=2))
     torch.testing.assert_close(mean()(x), x.flatten(2).sum(2) / 2**spatial)
     assert norm(keepdim=True)(x).shape == mean(keepdim=True)(x).shape == (3, 2, *(1,) * spatial)
     torch.testing.assert_close(norm()(x[0]), norm()(x)[0])
+    for keepdim in (False, True):
+        for pool in (norm(keepdim), mean(keepdim)):
+            assert certify(pool.eval(), x[:1], lower=False).constant.value <= 1 + 1e-12
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -134,14 +139,17 @@ def test_space_to_depth_2d_is_pixel_unshuffle():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: layers.L2NormPool2d(0), "L2NormPool2d: kernel_size must be an integer >= 1"),
-        (lambda: layers.L2NormPool2d((2, 2, 2)), "an integer or 2 of them, got kernel_size"),
-        (lambda: layers.ScaledAvgPool1d(2, padding=2), "padding must be at most half"),
-        (lambda: layers.ScaledAvgPool1d(2, padding=-1), "padding must be an integer >= 0"),
-        (lambda: layers.L2NormPool2d(2)(torch.ones(4, 4)), "2 spatial dimensions"),
-        (lambda: layers.AdaptiveL2NormPool2d(2)(torch.ones(1, 1, 5, 4)), "multiple of output_size"),
-        (lambda: layers.AdaptiveL2NormPool2d(0), "output_size must be an integer >= 1"),
-        (lambda: layers.GlobalL2NormPool3d()(torch.ones(1, 1, 5)), "3 spatial dimensions"),
+        (lambda: layers.L2NormPool(0), "L2NormPool: kernel_size must be an integer >= 1"),
+        (lambda: layers.L2NormPool((2, 2, 2), dims=2), "an integer or 2 of them, got kernel_size"),
+        (lambda: layers.ScaledAvgPool(2, padding=2, dims=1), "padding must be at most half"),
+        (lambda: layers.ScaledAvgPool((2,), padding=-1), "padding must be an integer >= 0"),
+        (lambda: layers.L2NormPool(2)(torch.ones(4, 4)), "2 spatial dimensions"),
+        (lambda: layers.AdaptiveL2NormPool(2)(torch.ones(1, 1, 5, 4)), "multiple of output_size"),
+        (lambda: layers.L2NormPool(2, dims=4), "dims must be one of"),
+        (lambda: layers.L2NormPool(2.5), "kernel_size must be an integer >= 1"),
+        (lambda: layers.ScaledAvgPool("2"), "kernel_size must be an integer >= 1"),
+        (lambda: layers.AdaptiveL2NormPool(0), "output_size must be an integer >= 1"),
+        (lambda: layers.GlobalL2NormPool(dims=3)(torch.ones(1, 1, 5)), "3 spatial dimensions"),
         (lambda: layers.SpaceToDepth2d(2)(torch.ones(1, 1, 5, 4)), "multiple of downscale_factor"),
         (lambda: layers.SpaceToDepth1d(0), "downscale_factor must be an integer >= 1"),
         (lambda: layers.SpaceToDepth1d(2).inverse(torch.ones(1, 3, 4)), "number of channels must"),
@@ -154,7 +162,7 @@ def test_errors_say_what_is_required(call, message):
 
 def test_representations_are_one_line():
     window = "kernel_size=(2, 2), stride=(2, 2), padding=(0, 0)"
-    assert repr(layers.L2NormPool2d(2)) == f"L2NormPool2d({window})"
-    assert repr(layers.AdaptiveL2NormPool1d(2)) == "AdaptiveL2NormPool1d(output_size=(2,))"
-    assert repr(layers.GlobalL2NormPool1d()) == "GlobalL2NormPool1d(keepdim=False)"
+    assert repr(layers.L2NormPool(2)) == f"L2NormPool({window})"
+    assert repr(layers.AdaptiveL2NormPool(2, dims=1)) == "AdaptiveL2NormPool(output_size=(2,))"
+    assert repr(layers.GlobalL2NormPool(dims=1)) == "GlobalL2NormPool(keepdim=False, dims=1)"
     assert repr(layers.SpaceToDepth3d(2)) == "SpaceToDepth3d(downscale_factor=2)"

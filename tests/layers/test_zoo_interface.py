@@ -102,9 +102,8 @@ def test_scaled_orthogonal_layers(build, shape):
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("soc", {"stride": 2, "padding": 1}, "SpaceToDepth2d"),
         ("soc", {"padding": 0}, "keeps the image size"),
-        ("cpl", {"stride": 2, "padding": 1}, "SpaceToDepth2d"),
+        ("cpl", {"stride": 2, "padding": 0}, "keeps the image size"),
         ("sll", {"padding_mode": "reflect"}, "padding_mode must be one of"),
         ("aol", {"padding_mode": "replicate"}, "padding_mode must be one of"),
         ("aol", {"groups": 3}, "groups must divide"),
@@ -122,6 +121,13 @@ def test_bad_arguments(name, options, sentence):
 
 
 def test_bad_inputs():
+    for name in ("soc", "sll"):
+        with pytest.raises(ValueError, match=r"multiple of the stride.*PadToStride"):
+            make_conv(name, 4, 4, 3, 2)(torch.zeros(1, 4, 5, 6))
+    with pytest.raises(ValueError, match="output_padding must be stride - 1"):
+        layers.SOCConvTranspose2d(4, 4, 3, 2, output_padding=0)
+    with pytest.raises(ValueError, match="as large as the padding"):
+        layers.SOCConvTranspose2d(4, 4, 7, padding_mode="circular")(torch.zeros(1, 4, 2, 2))
     layer = make_conv("cayley", 4, 4, 3, image_size=6)
     with pytest.raises(ValueError, match="made for images of"):
         layer(torch.zeros(1, 4, 5, 6))

@@ -189,6 +189,8 @@ CASES = [
     (hinge_kr, {"alpha": 0.5, "margin": 0.8}, "binary"),
     (hinge_kr_multiclass, {"alpha": 0.5, "margin": 0.8}, "classes"),
     (soft_hinge_kr_multiclass, {"alpha": 0.5, "margin": 0.8, "temperature": 0.6}, "classes"),
+    (losses.lse_hinge_kr_multiclass, {"alpha": 0.5, "margin": 0.8, "temperature": 0.6}, "classes"),
+    (losses.tau_bce_with_logits, {"tau": 3.0}, "binary"),
 ]
 IDS = [case[0].__name__ for case in CASES]
 
@@ -227,6 +229,13 @@ MODULES = [
         {"alpha": 0.3, "margin": 0.8, "temperature": 0.4},
         "classes",
     ),
+    (
+        losses.LseHKRMulticlassLoss,
+        losses.lse_hinge_kr_multiclass,
+        {"alpha": 0.3, "margin": 0.8, "temperature": 0.4},
+        "classes",
+    ),
+    (losses.TauBCEWithLogitsLoss, losses.tau_bce_with_logits, {"tau": 3.0}, "binary"),
     (losses.EMMALoss, losses.emma, {"radius": 0.4, "lipschitz": 2.0}, "classes"),
     (
         losses.LogitAnnealingLoss,
@@ -334,6 +343,39 @@ def test_bad_binary_targets_are_refused(loss):
         loss(torch.zeros(4, 1), torch.zeros(4))
     with pytest.raises(ValueError, match="the same shape"):
         loss(torch.tensor(0.0), torch.tensor(1))
+
+
+def test_smooth_maximum_and_tempered_losses_are_their_formulas(scores, classes):
+    alpha, margin, temperature = 0.3, 0.8, 0.4
+    rows = []
+    for row, k in zip(scores, classes.tolist(), strict=True):
+        others = [math.exp(row[j] / temperature) for j in range(len(row)) if j != k]
+        largest = temperature * math.log(sum(others))
+        hinge = max(0.0, margin - row[k]) + max(0.0, margin + largest)
+        rows.append((1 - alpha) * (largest - row[k]) + alpha * hinge)
+    each = losses.lse_hinge_kr_multiclass(
+        scores, classes, alpha=alpha, margin=margin, temperature=temperature, reduction="none"
+    )
+    torch.testing.assert_close(each, torch.tensor(rows, dtype=torch.float64), **EXACT)
+    x, y = sample("binary")
+    slow = [math.log1p(math.exp(-3.0 * f * (2 * t - 1))) / 3.0 for f, t in zip(x, y, strict=True)]
+    each = losses.tau_bce_with_logits(x, y, tau=3.0, reduction="none")
+    torch.testing.assert_close(each, torch.tensor(slow, dtype=torch.float64), **EXACT)
+    tempered = F.cross_entropy(5.0 * scores, classes) / 5.0
+    ours = offset_cross_entropy(scores, classes, offset=0.0, temperature=0.2)
+    torch.testing.assert_close(ours, tempered, **EXACT)
+
+
+def test_labels_made_for_the_whole_batch_serve_its_parts(scores, classes):
+    """Two devices that average their share of labels times scores have the loss of the batch."""
+    one_hot = F.one_hot(classes, scores.shape[1])
+    labels = losses.kr_labels(one_hot.double())
+    parts = zip(labels.chunk(2), scores.chunk(2), strict=True)
+    shared = torch.stack([(a * b).mean() for a, b in parts]).mean()
+    torch.testing.assert_close(-shared, kr(scores, one_hot), **EXACT)
+    assert torch.equal(losses.kr_labels(torch.ones(3, 1)), torch.ones(3, 1))
+    assert torch.equal(losses.kr_labels(torch.zeros(3)), -torch.ones(3))
+    assert not losses.kr_labels(torch.tensor([True, False])).isnan().any()
 
 
 def test_losses_compile_in_one_graph(scores, classes):

@@ -15,7 +15,7 @@ from torch import nn
 from orthonet import layers, losses, models, to_plain
 from orthonet.certify import certified_accuracy, certify
 from orthonet.errors import NotOnManifoldError, ProjectionWarning
-from orthonet.layers import AdaptiveOrthoConv2d, HouseholderActivation, OrthoConv2d, OrthoLinear
+from orthonet.layers import HouseholderActivation, OrthoConv2d, OrthoLinear
 from orthonet.testing import (
     assert_lipschitz,
     jacobian,
@@ -255,7 +255,7 @@ def test_plain_state_dict_loads_by_projection(factory, shape):
 
 def test_copies_do_not_share():
     """Exporting or training a deep copy leaves the original whole."""
-    model = nn.Sequential(AdaptiveOrthoConv2d(2, 4, 3, padding=1), nn.Flatten(), OrthoLinear(64, 3))
+    model = nn.Sequential(OrthoConv2d(2, 4, 3, padding=1), nn.Flatten(), OrthoLinear(64, 3))
     x = torch.randn(2, 2, 4, 4)
     expected = model.eval()(x)
     twin = copy.deepcopy(model)

@@ -37,11 +37,9 @@ def _layer_centering(module: layers.LayerCentering, input_shape: Shape) -> Step:
     return exact(1.0, "orthogonal projection", math.prod(input_shape) + 4.0)
 
 
-@register_rule(
-    layers.AdaptiveL2NormPool1d, layers.AdaptiveL2NormPool2d, layers.AdaptiveL2NormPool3d
-)
-def _adaptive_pool(module: nn.Module, input_shape: Shape) -> Step:
-    if len(input_shape) < len(module.output_size):  # type: ignore[arg-type]
+@register_rule(layers.AdaptiveL2NormPool)
+def _adaptive_pool(module: layers.AdaptiveL2NormPool, input_shape: Shape) -> Step:
+    if len(input_shape) < module.dims:
         refuse_module(module, "the input must have a batch dimension", "Use x.unsqueeze(0)")
     # The scale is a float that was computed in a few roundings.
     size = math.prod(input_shape)

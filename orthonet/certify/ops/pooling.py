@@ -194,7 +194,7 @@ def _lp_step(order: Any, kernel: Any, stride: Any, ceil: bool, dims: int, size: 
     if order not in (2, 2.0) or ceil:
         _checks.fail(
             "certify", "a power-average pool must have norm_type 2 and no ceil_mode",
-            "Use LPPool2d(2, ...) or L2NormPool2d", UncertifiableError, norm_type=order,
+            "Use LPPool2d(2, ...) or L2NormPool", UncertifiableError, norm_type=order,
         )  # fmt: skip
     # the average is multiplied by the size of the window: a few roundings
     value = mul_up(sqrt_up(shared), up(1.0 + 2.0**-48))
@@ -227,7 +227,7 @@ def _square_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
 
 # ceil_mode and padding alike leave every pixel its windows: forward divides by the largest count.
 @op(functional.l2_norm_pool, functional.global_l2_norm_pool,
-    reads=("kernel_size", "spatial", "stride", "padding", "ceil_mode", "eps"),
+    reads=("kernel_size", "spatial", "stride", "padding", "ceil_mode", "eps"), free=("keepdim",),
     interval=lambda call: (0.0, math.inf), samples=_square_samples)  # fmt: skip
 def _square_pool(call: Call) -> Step:
     spatial = call.given("kernel_size", call.given("spatial"))

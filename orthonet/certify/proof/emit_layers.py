@@ -59,20 +59,28 @@ class _Trail:
         self.cut(1, 0, channels)
         self.reshape(channels * groups, h, w)
 
-    def mix(self, matrix: Tensor, role: str, bias: Tensor | None = None) -> None:
-        """A matrix at each pixel."""
-        weight = matrix[:, :, None, None]
-        geometry = ([1, 1], [[0, 0], [0, 0]], [1, 1])
+    def mix(
+        self,
+        weight: Tensor,
+        role: str,
+        bias: Tensor | None = None,
+        stride: Sequence[int] = (1, 1),
+        groups: int = 1,
+    ) -> None:
+        """A matrix at each block of stride x stride pixels, as the kernel of a convolution."""
+        geometry = (list(stride), [[0, 0], [0, 0]], [1, 1])
         rule, gain, t = self.writer.witness(
-            convolution_witness, weight, self.shape[1:], *geometry, 1, False
+            convolution_witness, weight, self.shape[1:], *geometry, groups, False
         )
         extra: dict[str, Any] = {} if t is None else {"t": t.hex()}
         if bias is not None:
             extra["bias"] = self.writer.constant(bias, self.state, "bias")
         self.add(
-            "convolution", (len(weight), *self.shape[1:]), rule=rule, gain=gain,
+            "convolution",
+            (len(weight), *(n // s for n, s in zip(self.shape[1:], stride, strict=True))),
+            rule=rule, gain=gain,
             weight=self.writer.constant(weight, self.state, role), stride=geometry[0],
-            padding=geometry[1], dilation=geometry[2], groups=1, circular=False, **extra,
+            padding=geometry[1], dilation=geometry[2], groups=groups, circular=False, **extra,
         )  # fmt: skip
 
     def apart(self, *ends: int) -> list[_Trail]:
@@ -145,7 +153,7 @@ def _lipnext(writer: Nodes, state: State) -> int | None:
         mixing = mixing @ rotation.mT
     width = len(rotation)
     trail.match(width)
-    trail.mix(rotation, "rotation")
+    trail.mix(rotation[:, :, None, None], "rotation")
     q = round(block.shift.fraction * width / 4)
     parts = trail.apart(q, 2 * q, 3 * q, 4 * q, width)
     for part, (dim, step) in zip(parts if q else [], ((2, 1), (2, -1), (1, 1), (1, -1)),
@@ -159,7 +167,8 @@ def _lipnext(writer: Nodes, state: State) -> int | None:
             amounts[dim] = (max(0, step), max(0, -step))
             part.pad(*amounts)
     trail.join(parts)
-    trail.mix(mixing, "mixing", None if block.bias is None else block.bias.detach())
+    bias = None if block.bias is None else block.bias.detach()
+    trail.mix(mixing[:, :, None, None], "mixing", bias)
     moduli = round(block.activation.beta * width)
     parts = trail.apart(moduli, width)
     if moduli:
@@ -204,6 +213,10 @@ def _descent(writer: Nodes, state: State) -> int | None:
         parameters=[], stride=geometry[0], padding=geometry[1], dilation=geometry[2],
         groups=groups, circular=circular, **extra,
     )  # fmt: skip
+    if image and layer.reduction is not None:
+        with torch.no_grad():
+            reduction = layer._reduction().detach()
+        trail.mix(reduction, "reduction", None, layer.stride, groups)
     trail.match(outputs)
     if not image:
         trail.reshape(outputs)

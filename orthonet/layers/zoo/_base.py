@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet._torch import conv_forward, conv_paddings
 from orthonet.layers._base import ConstrainedWeight, WithoutPlainWeight
+from orthonet.layers._declared import Norms, float64
 from orthonet.linalg import haar
-from orthonet.reparametrizers import MappedWeight, Weight
+from orthonet.linalg.bounds.sizes import absolute_matrix
+from orthonet.linalg.matrix import compute_dtype
+from orthonet.reparametrizers import MappedWeight, OrthoWeight, Weight
 
 __all__ = [
     "CachedParts",
@@ -74,7 +77,13 @@ def new_bias(
 
 
 def adopt_arguments(
-    layer: Any, in_channels: int, out_channels: int, *, padding_mode: str, **arguments: Any
+    layer: Any,
+    in_channels: int,
+    out_channels: int,
+    *,
+    padding_mode: str,
+    twin: type[nn.Module] = nn.Conv2d,
+    **arguments: Any,
 ) -> None:
     """Check the arguments of `nn.Conv2d` and set its attributes on `layer`, without a weight."""
     owner = type(layer)
@@ -90,31 +99,28 @@ def adopt_arguments(
         out_channels=out_channels,
         groups=groups,
     )
-    mode: Any = padding_mode
-    twin = nn.Conv2d(
-        in_channels, out_channels, bias=False, padding_mode=mode, device="meta", **arguments
-    )
-    for name, value in vars(twin).items():
+    arguments.update(bias=False, padding_mode=padding_mode, device="meta")
+    for name, value in vars(twin(in_channels, out_channels, **arguments)).items():
         if name not in vars(layer):
             setattr(layer, name, value)
 
 
 def same_padding(layer: Any) -> tuple[int, int]:
-    """The padding of a layer that keeps the image size; any other one is refused."""
-    wanted = tuple(d * (k - 1) // 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+    """Return the padding of a layer that keeps the image size; refuse any other one."""
+    (height, width), (down, right) = layer.kernel_size, layer.dilation
+    wanted = (down * (height - 1) // 2, right * (width - 1) // 2)
     padding = wanted if layer.padding == "same" else layer.padding
     _checks.require(
-        padding == wanted and all(k % 2 == 1 for k in layer.kernel_size) and layer.stride == (1, 1),
+        padding == wanted and height % 2 == width % 2 == 1,
         type(layer),
-        "this method keeps the image size: kernel_size must be odd, stride 1 and padding "
-        "(kernel_size - 1) // 2 * dilation",
-        "Use padding='same', and SpaceToDepth2d before the layer instead of a stride",
+        "this method keeps the image size in front of the stride: kernel_size must be odd and "
+        "padding (kernel_size - 1) // 2 * dilation",
+        "Use padding='same'",
         kernel_size=layer.kernel_size,
-        stride=layer.stride,
         padding=layer.padding,
         dilation=layer.dilation,
     )
-    return wanted  # type: ignore[return-value]
+    return wanted
 
 
 class CachedParts(Weight):
@@ -168,31 +174,100 @@ class InnerWeight(WithoutPlainWeight, nn.Module):
 
 
 class SameSizeConv2d(InnerWeight):
-    """Such a layer with convolutions that keep the image size."""
+    """Such a layer with convolutions that keep the image size, and a stride behind them.
+
+    The stride is a semi-orthogonal matrix on the blocks of stride x stride pixels.
+    """
 
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, int]
+    stride: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
     padding_mode: str
+    reduction: OrthoWeight | None
 
     def _adopt(self, in_channels: int, out_channels: int, **arguments: Any) -> None:
-        if arguments["padding"] == "same" and arguments["stride"] not in (1, (1, 1)):
-            arguments["padding"] = 0  # refused below, in our words
-        adopt_arguments(self, in_channels, out_channels, **arguments)
+        padding = arguments["padding"]
+        same = padding == "same"  # which torch refuses together with a stride
+        adopt_arguments(
+            self, in_channels, out_channels, **{**arguments, "padding": 0 if same else padding}
+        )
+        self.padding = padding if same else self.padding
         self._pad = same_padding(self)
 
-    def _check_input(self, input: Tensor) -> None:
-        check_image(self, input)
+    def _reduce(
+        self,
+        inside: int,
+        outside: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Make the matrix from the blocks of pixels of `inside` channels to `outside` channels."""
+        area, groups = math.prod(self.stride), self.groups
+        self.reduction = None
+        if area > 1:
+            shape = (groups, outside // groups, inside // groups * area)
+            self.reduction = OrthoWeight(shape, device=device, dtype=dtype)
+
+    def _reduction(self) -> Tensor:
+        """The matrix as the kernel of a strided convolution, in float32 at least."""
+        reduction: Any = self.reduction
+        matrix = reduction()
+        matrix = matrix.to(compute_dtype(matrix.dtype))
+        return matrix.flatten(0, 1).unflatten(1, (-1, *self.stride))
+
+    def _reduced(self, y: Tensor) -> Tensor:
+        return nn.functional.conv2d(y, self._reduction(), stride=self.stride, groups=self.groups)
+
+    def _plain_reduction(self, like: Tensor) -> nn.Conv2d | None:
+        """The stride as a stock module."""
+        if self.reduction is None:
+            return None
+        kernel = self._reduction()
+        channels = kernel.shape[1] * self.groups
+        plain = nn.Conv2d(
+            channels, kernel.shape[0], self.stride, self.stride, groups=self.groups, bias=False
+        )
+        plain.to(like).weight.copy_(kernel)
+        return plain
+
+    def _reduction_norm(self, norms: Norms) -> tuple[float, float, float]:
+        """A proved norm of the matrix, the norm of its modulus, and the products in a sum."""
+        if self.reduction is None:
+            return 1.0, 1.0, 0.0
+        with torch.no_grad():
+            matrix = float64(self, self._reduction()).flatten(1).unflatten(0, (self.groups, -1))
+        return norms.matrix(matrix), absolute_matrix(matrix), matrix.shape[-1] + 2.0
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew and set the bias to zero; nothing happens on the meta device."""
+        super().reset_parameters()
+        if self.reduction is not None:
+            self.reduction.reset_parameters()
+
+    def _check_circular(self, sizes: tuple[int, int]) -> None:
         _checks.require(
             self.padding_mode == "zeros"
-            or all(n >= p for n, p in zip(input.shape[-2:], self._pad, strict=True)),
+            or all(n >= p for n, p in zip(sizes, self._pad, strict=True)),
             self,
             "with circular padding the image must be as large as the padding",
             "Use a smaller kernel or a larger image",
-            input_size=tuple(input.shape[-2:]),
+            input_size=sizes,
             padding=self._pad,
+        )
+
+    def _check_input(self, input: Tensor) -> None:
+        check_image(self, input)
+        self._check_circular((input.shape[-2], input.shape[-1]))
+        _checks.require(
+            all(n % s == 0 for n, s in zip(input.shape[-2:], self.stride, strict=True)),
+            self,
+            "every input size must be a multiple of the stride",
+            "Put PadToStride(stride) in front of the layer",
+            input_size=tuple(input.shape[-2:]),
+            stride=self.stride,
         )
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -207,6 +282,8 @@ class SameSizeConv2d(InnerWeight):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"padding_mode={self.padding_mode!r}"
         )
+        if self.stride != (1, 1):
+            text = f"{text}, stride={self.stride}"
         return ", ".join(filter(None, [text, super().extra_repr()]))
 
 
@@ -271,9 +348,14 @@ class MappedLinear(ConstrainedWeight, nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.parametrization = MappedWeight(
-            (out_features, in_features), self._map(), self._initial, lipschitz, device, dtype,
+            (out_features, in_features),
+            self._map(),
+            self._initial,
+            lipschitz,
+            device,
+            dtype,
             inverse=self._inverse,
-        )  # fmt: skip
+        )
         _checks.boolean(type(self), bias=bias)
         new_bias(self, out_features if bias else None, device, dtype)
 
@@ -309,9 +391,16 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
     ) -> None:
         nn.Module.__init__(self)
         adopt_arguments(
-            self, in_channels, out_channels, kernel_size=kernel_size, stride=stride,
-            padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
-        )  # fmt: skip
+            self,
+            in_channels,
+            out_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            padding_mode=padding_mode,
+        )
         _checks.require(
             all(math.gcd(d, s) == 1 for d, s in zip(self.dilation, self.stride, strict=True)),
             type(self),
@@ -336,6 +425,10 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
     def _map(self) -> Callable[[Tensor], Tensor]:
         """The function from the free kernel to the weight."""
         raise AttributeError("a subclass gives the map")
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Apply the linear part of the layer, in the dtype of `x`."""
+        return conv_forward(self, x, self.weight.to(x.dtype))
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `input` with the present weight."""

@@ -27,7 +27,7 @@ def image_size_of(owner: object, image_size: Any) -> tuple[int, int] | None:
     )
     for size in sizes:
         _checks.positive_int(owner, image_size=size)
-    return sizes  # type: ignore[return-value]
+    return sizes
 
 
 @torch.no_grad()
@@ -66,10 +66,16 @@ def circular_twin(
         padding.append((taps - s) // 2)
     parameter = next(layer.parameters())
     plain = nn.Conv2d(
-        *channels, tuple(kernel_size), stride, tuple(padding), groups=groups,
-        bias=bias is not None, padding_mode="circular", device=parameter.device,
+        *channels,
+        tuple(kernel_size),
+        stride,
+        tuple(padding),
+        groups=groups,
+        bias=bias is not None,
+        padding_mode="circular",
+        device=parameter.device,
         dtype=parameter.dtype,
-    )  # fmt: skip
+    )
     weight = torch.zeros_like(plain.weight)
     rows = torch.arange(height // stride[0], device=weight.device)
     columns = torch.arange(width // stride[1], device=weight.device)
@@ -83,6 +89,6 @@ def circular_twin(
             j = (b + padding[1] - columns * stride[1]) % width
             weight[:, :, i[:, None], j[None, :]] = images.transpose(0, 1).to(weight.dtype)
     plain.weight.copy_(weight.view(outside, inside, *kernel_size))
-    if bias is not None:
-        plain.bias.copy_(bias)  # type: ignore[union-attr]
+    if bias is not None and plain.bias is not None:
+        plain.bias.copy_(bias)
     return plain.train(layer.training)

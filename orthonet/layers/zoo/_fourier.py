@@ -211,8 +211,13 @@ class BROLinear(MappedLinear):
         self.out_features = out_features
         function = partial(_cropped_reflector, rows=out_features, columns=in_features)
         self.parametrization = MappedWeight(
-            (size, self.rank), function, delta_orthogonal, lipschitz, device, dtype,
+            (size, self.rank),
+            function,
+            delta_orthogonal,
+            lipschitz,
+            device,
+            dtype,
             weight_shape=(out_features, in_features),
-        )  # fmt: skip
+        )
         _checks.boolean(type(self), bias=bias)
         new_bias(self, out_features if bias else None, device, dtype)

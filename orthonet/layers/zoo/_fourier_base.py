@@ -20,6 +20,7 @@ from orthonet.layers._declared import (
     image_of,
     length_of,
 )
+from orthonet.layers._spectrum import LinearMap
 from orthonet.layers.zoo._base import (
     adopt_arguments,
     check_circular,
@@ -37,7 +38,7 @@ from orthonet.reparametrizers import FourierWeight
 __all__ = ["FourierConv2d", "fourier_chain"]
 
 
-class FourierConv2d(WithoutPlainWeight, nn.Module):
+class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
     """A convolution with the arguments of `nn.Conv2d` that works on the whole torus at once."""
 
     _function: ClassVar[Any]
@@ -73,9 +74,20 @@ class FourierConv2d(WithoutPlainWeight, nn.Module):
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
         self._build(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype, lipschitz, image_size,
-        )  # fmt: skip
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+            lipschitz,
+            image_size,
+        )
         rows = self.out_channels // groups
         columns = self.in_channels // groups * self.stride[0] * self.stride[1]
         if self._square:
@@ -83,16 +95,34 @@ class FourierConv2d(WithoutPlainWeight, nn.Module):
         self._make((groups, rows, columns), device, dtype)
 
     def _build(
-        self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-        padding_mode, device, dtype, lipschitz, image_size,
-    ) -> None:  # fmt: skip
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        bias,
+        padding_mode,
+        device,
+        dtype,
+        lipschitz,
+        image_size,
+    ) -> None:
         nn.Module.__init__(self)
         same = padding == "same" and stride not in (1, (1, 1))
         adopt_arguments(
-            self, in_channels, out_channels, kernel_size=kernel_size, stride=stride,
-            padding=0 if same else padding, dilation=dilation, groups=groups,
+            self,
+            in_channels,
+            out_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=0 if same else padding,
+            dilation=dilation,
+            groups=groups,
             padding_mode=padding_mode,
-        )  # fmt: skip
+        )
         owner = type(self)
         _checks.lipschitz_constant(owner, lipschitz)
         if same:

@@ -114,8 +114,9 @@ class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
     """
 
     relies_on: ClassVar = {
-        "shift": Child((SpatialShift2d,)), "activation": Child((BetaAbs,), {"dim": -3}),
-    }  # fmt: skip
+        "shift": Child((SpatialShift2d,)),
+        "activation": Child((BetaAbs,), {"dim": -3}),
+    }
     bias: Tensor | None
 
     def __init__(
@@ -178,8 +179,8 @@ class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
         second = nn.Conv2d(width, width, 1, bias=self.bias is not None).to(stored)
         first.weight.copy_(rotation[:, :, None, None])
         second.weight.copy_((mixing @ rotation.mT)[:, :, None, None])
-        if self.bias is not None:
-            second.bias.copy_(self.bias)  # type: ignore[union-attr]
+        if self.bias is not None and second.bias is not None:
+            second.bias.copy_(self.bias)
         plain = _PlainBlock(first, second, self)
         return fx.symbolic_trace(plain).train(self.training)
 

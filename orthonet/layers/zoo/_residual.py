@@ -51,8 +51,9 @@ class CPLConv2d(ResidualConv2d):
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         kernel_size: Taps, odd.
-        stride: 1; put SpaceToDepth2d before the layer instead of a stride.
-        padding: "same", or the number that is the same.
+        stride: Stride. Above 1 a semi-orthogonal matrix on blocks of stride x stride pixels stands
+            behind the residual, and the residual works on `in_channels`.
+        padding: "same", or the number that keeps the size at stride 1.
         dilation: Spacing of the taps.
         groups: Number of groups.
         bias: Whether to add a learnable bias inside the activation, zero at first.
@@ -64,17 +65,19 @@ class CPLConv2d(ResidualConv2d):
         lipschitz: The constant K of the layer.
 
     Shape:
-        (N, in_channels, H, W) or (in_channels, H, W) to the same with out_channels.
+        (N, in_channels, H, W) or (in_channels, H, W) to the same with out_channels and H and W
+        divided by the stride.
 
     Guarantee:
         l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64)
         relative, for every image size and finite parameter.
 
     Raises:
-        ValueError: even kernels, strides, other paddings, or an argument out of range.
+        ValueError: Even kernels, other paddings, or an argument out of range; when called: a size
+            that the stride does not divide.
 
     References:
-        Meunier et al., ICML 2022.
+        Meunier et al., ICML 2022; Boissin et al., ICML 2025 (the strided residual).
     """
 
 

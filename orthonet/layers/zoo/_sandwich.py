@@ -250,6 +250,14 @@ class SandwichConv2d(FourierConv2d):
         if not self.log_scale.is_meta:
             nn.init.zeros_(self.log_scale)
 
+    def singular_values(self, input_size: int | tuple[int, ...] | None = None) -> Tensor:
+        """Refuse: the layer contains its activation and is no linear map."""
+        _checks.fail(
+            self,
+            "a layer with an activation inside has no singular values",
+            "Take those of its Jacobian at a point, orthonet.testing.jacobian",
+        )
+
     def _scale(self, sign: int, like: Tensor) -> Tensor:
         return (sign * _clamped(self.log_scale.to(like.dtype))).exp().view(-1, 1, 1) * math.sqrt(2)
 
@@ -278,7 +286,7 @@ class SandwichConv2d(FourierConv2d):
         return y  # it is inside the activation
 
     @torch.no_grad()
-    def to_plain(self) -> nn.Sequential:  # type: ignore[override]
+    def to_plain(self) -> nn.Sequential:
         """Return stock layers that do the same, as an `nn.Sequential`.
 
         Raises:
@@ -293,14 +301,23 @@ class SandwichConv2d(FourierConv2d):
             )
 
         first = circular_twin(
-            self, inner, (self.in_channels, self.out_channels), size, self.bias, self.stride,
+            self,
+            inner,
+            (self.in_channels, self.out_channels),
+            size,
+            self.bias,
+            self.stride,
             self.groups,
-        )  # fmt: skip
+        )
         small = None if size is None else (size[0] // s, size[1] // s)
         last = circular_twin(
-            self, lambda h: self._outer(h.to(dtype)) * self.lipschitz,
-            (self.out_channels, self.out_channels), small, None, groups=self.groups,
-        )  # fmt: skip
+            self,
+            lambda h: self._outer(h.to(dtype)) * self.lipschitz,
+            (self.out_channels, self.out_channels),
+            small,
+            None,
+            groups=self.groups,
+        )
         plain = nn.Sequential(first, copy.deepcopy(self.activation), last)
         return plain.train(self.training)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,21 @@ from orthonet.layers._declared import (
     length_of,
     refuse,
 )
-from orthonet.layers.zoo._base import CachedParts, SameSizeConv2d, match_channels, new_bias
+from orthonet.layers._spectrum import LinearMap
+from orthonet.layers.zoo._base import (
+    CachedParts,
+    SameSizeConv2d,
+    check_image,
+    match_channels,
+    new_bias,
+)
 from orthonet.layers.zoo._export import circular_twin, image_size_of
 from orthonet.linalg.bounds.rounding import add_up, mul_up, up
 from orthonet.linalg.bounds.sizes import Chained, absolute_convolution
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.linalg.rescaling import convolution_norm_upper
 
-__all__ = ["SOCConv2d", "SkewKernel"]
+__all__ = ["SOCConv2d", "SOCConvTranspose2d", "SkewKernel"]
 
 _TERMS = {torch.float32: 12, torch.float64: 20}
 
@@ -75,7 +83,113 @@ class SkewKernel(CachedParts):
         return f"shape={tuple(self.original.shape)}, reach={self.reach:g}"
 
 
-class SOCConv2d(SameSizeConv2d):
+class _SkewConv2d(LinearMap, SameSizeConv2d):
+    """The series of a skew convolution, and what SOC and its transposed twin share."""
+
+    parametrization: SkewKernel
+
+    def _build(
+        self,
+        in_channels: int,
+        out_channels: int,
+        width: int,
+        *,
+        bias: bool,
+        lipschitz: float,
+        terms: int | None,
+        reach: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        **arguments: Any,
+    ) -> None:
+        self._adopt(in_channels, out_channels, **arguments)
+        self._set_constant(lipschitz)
+        _checks.in_range(type(self), 1e-3, 10.0, reach=reach)
+        if terms is not None:
+            _checks.positive_int(type(self), terms=terms)
+        self.terms = terms
+        width = width if self.stride != (1, 1) else max(in_channels, out_channels)
+        inside = width // self.groups
+        self.parametrization = SkewKernel(
+            (self.groups * inside, inside, *self.kernel_size),
+            self.groups,
+            float(reach),
+            device,
+            dtype,
+        )
+        _checks.boolean(type(self), bias=bias)
+        new_bias(self, out_channels if bias else None, device, dtype)
+
+    def _number_of_terms(self, dtype: torch.dtype) -> int:
+        return self.terms or _TERMS[dtype]
+
+    def factor(self, bound: Tensor) -> Tensor:
+        """Return what the series is multiplied by, for a bound of the norm of its kernel."""
+        terms = self._number_of_terms(bound.dtype)
+        return self.lipschitz / (1.0 + bound**terms / math.factorial(terms))
+
+    def _series(self, x: Tensor, kernel: Tensor, bound: Tensor) -> Tensor:
+        """The scaled series, applied to an image of the channels of the kernel."""
+        total = term = x
+        for i in range(1, self._number_of_terms(kernel.dtype)):
+            term = self._convolve(term, kernel) / i
+            total = total + term
+        return total * self.factor(bound)
+
+    def _matched(self, x: Tensor, channels: int) -> Tensor:
+        """Zeros behind the channels of each group, or less of them."""
+        inside = channels // self.groups
+        return match_channels(x.unflatten(-3, (self.groups, -1)), inside).flatten(-4, -3)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the exponential to `input`, batched or not, and add the bias."""
+        self._check_input(input)
+        y = self.linear(input if input.ndim == 4 else input.unsqueeze(0))
+        if self.bias is not None:
+            y = y + self.bias.view(-1, 1, 1)
+        y = y.to(input.dtype)
+        return y if input.ndim == 4 else y.squeeze(0)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, terms={self.terms}"
+
+    def _torus(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size of the image that the series is applied to."""
+        return size
+
+    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
+        """Bound the remainder of the series of a skew operator, from a proved norm of it."""
+        size = self._torus(image_of(self, input_shape))
+        check_bias(self, self.out_channels, self.bias)
+        with torch.no_grad():
+            deployed, used = self.parametrization()
+            factor = float(float64(self, self.factor(used)))
+        kernel = float64(self, deployed)
+        grouped = kernel.unflatten(0, (self.groups, -1))
+        if not torch.equal(grouped, -grouped.transpose(1, 2).flip(-2, -1)):
+            refuse(self, "the kernel must be skew", "Make it by L = M - M^T, as the layer does")
+        terms = self._number_of_terms(deployed.dtype)
+        norm = norms.convolution(
+            kernel,
+            size,
+            padding=self._pad,
+            dilation=self.dilation,
+            groups=self.groups,
+            padding_mode=self.padding_mode,
+        )
+        remainder = mul_up(up(math.pow(up(norm), terms)), 1.0 / math.factorial(terms), SAFE)
+        gain, size_of, sums = self._reduction_norm(norms)
+        value = mul_up(mul_up(add_up(1.0, remainder), factor, SAFE), gain)
+        series = math.exp(absolute_convolution(kernel, self.groups))
+        count = terms * (kernel[0].numel() + 3.0)
+        chain = replace(Chained().map(series, count), stages=terms)
+        if sums:
+            chain = chain.map(size_of, sums)
+        rounding = chain.map(factor, 1.0, length_of(self.bias, math.prod(size))).rounding()
+        return Declared(value, f"series of {terms} terms at |L| <= {norm:.3g}", rounding=rounding)
+
+
+class SOCConv2d(_SkewConv2d):
     r"""Skew orthogonal convolution: \(y = e^{L} x\), the exponential series applied to the image.
 
     \(T_n(L) = \sum_{i < n} L^i / i!\) is applied term by term. For a skew L the eigenvalues are
@@ -87,19 +201,21 @@ class SOCConv2d(SameSizeConv2d):
     rounding: 12 in float32 and 20 in float64 (\(r \le 2.8\cdot 10^{-7}\) and
     \(1.4\cdot 10^{-15}\) for the default reach of 1.5).
 
-    Channels of zeros are appended before the layer, or dropped after it, where the numbers of
-    channels differ. A zero-padded convolution with a skew kernel is a skew matrix too, so zero
-    padding stays orthogonal.
+    At stride 1, channels of zeros are appended before the layer, or dropped after it, where the
+    numbers of channels differ. With a stride the series works on `in_channels`, and a
+    semi-orthogonal matrix maps every block of stride x stride pixels to `out_channels`. A
+    zero-padded convolution with a skew kernel is a skew matrix too, so zero padding stays
+    orthogonal.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        kernel_size: Taps, odd.
-        stride: 1; put SpaceToDepth2d before the layer instead of a stride.
-        padding: "same", or the number that is the same.
+        kernel_size: Taps of L, odd.
+        stride: Stride; the image sizes must be multiples of it.
+        padding: "same", or the number that keeps the size at stride 1.
         dilation: Spacing of the taps.
         groups: Number of groups.
-        bias: Whether to add a learnable bias, zero at first.
+        bias: Whether to add a learnable bias, initialized to zero.
         padding_mode: "zeros" or "circular".
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters; computed in float32 at least.
@@ -109,19 +225,22 @@ class SOCConv2d(SameSizeConv2d):
         image_size: Height and width of the input, if they are fixed; `to_plain` needs them.
 
     Shape:
-        (N, in_channels, H, W) or (in_channels, H, W) to the same with out_channels.
+        (N, in_channels, H, W) or (in_channels, H, W) to the same with out_channels and H and W
+        divided by the stride.
 
     Guarantee:
         Norm at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64) relative, for
-        every finite parameter and number of terms. For in_channels <= out_channels all singular
-        values are `lipschitz` to that tolerance plus 2 r, with zero or circular padding.
+        every finite parameter and number of terms. For in_channels <= out_channels, or with a
+        stride, all \(\min(c_i H W, c_o H W / S)\) singular values are `lipschitz` to that
+        tolerance plus 2 r, with zero or circular padding; S is the product of the strides.
 
     Raises:
-        ValueError: even kernels, strides, other paddings, `terms` < 1, or `reach` outside (0, 10].
+        ValueError: Even kernels, other paddings, `terms` < 1, or `reach` outside (0, 10]; when
+            called: a size that the stride does not divide.
 
     References:
         Singla & Feizi, *Skew orthogonal convolutions*, ICML 2021, theorems 3 and 4,
-        arXiv:2105.11417 (there the remainder is left out).
+        arXiv:2105.11417 (there the remainder is left out); Boissin et al., ICML 2025 (the stride).
     """
 
     def __init__(
@@ -144,54 +263,34 @@ class SOCConv2d(SameSizeConv2d):
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self._adopt(
-            in_channels, out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
-            dilation=dilation, groups=groups, padding_mode=padding_mode,
-        )  # fmt: skip
-        self._set_constant(lipschitz)
-        _checks.in_range(type(self), 1e-3, 10.0, reach=reach)
-        if terms is not None:
-            _checks.positive_int(type(self), terms=terms)
-        self.terms = terms
         self.image_size = image_size_of(type(self), image_size)
-        width = max(in_channels, out_channels) // groups
-        self.parametrization = SkewKernel(
-            (groups * width, width, *self.kernel_size), groups, float(reach), device, dtype
+        self._build(
+            in_channels,
+            out_channels,
+            in_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            padding_mode=padding_mode,
+            bias=bias,
+            lipschitz=lipschitz,
+            terms=terms,
+            reach=reach,
+            device=device,
+            dtype=dtype,
         )
-        _checks.boolean(type(self), bias=bias)
-        new_bias(self, out_channels if bias else None, device, dtype)
-
-    def _number_of_terms(self, dtype: torch.dtype) -> int:
-        return self.terms or _TERMS[dtype]
-
-    def factor(self, bound: Tensor) -> Tensor:
-        """What the series is multiplied by, for a bound of the norm of its kernel."""
-        terms = self._number_of_terms(bound.dtype)
-        return self.lipschitz / (1.0 + bound**terms / math.factorial(terms))
+        self._reduce(in_channels, out_channels, device, dtype)
 
     def linear(self, x: Tensor) -> Tensor:
-        """The linear part of the layer, with its factor K."""
+        """Apply the linear part of the layer, with its factor K, to a batch."""
         kernel, bound = self.parametrization()
-        x = x.to(kernel.dtype).unflatten(-3, (self.groups, -1))
-        x = match_channels(x, kernel.shape[1]).flatten(-4, -3)
-        terms = self._number_of_terms(kernel.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            total = term = x
-            for i in range(1, terms):
-                term = self._convolve(term, kernel) / i
-                total = total + term
-            total = total * self.factor(bound)
-        total = total.unflatten(-3, (self.groups, -1))
-        return match_channels(total, self.out_channels // self.groups).flatten(-4, -3)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the exponential to `input`, batched or not, and add the bias."""
-        self._check_input(input)
-        y = self.linear(input if input.ndim == 4 else input.unsqueeze(0))
-        if self.bias is not None:
-            y = y + self.bias.view(-1, 1, 1)
-        y = y.to(input.dtype)
-        return y if input.ndim == 4 else y.squeeze(0)
+            y = self._series(self._matched(x.to(kernel.dtype), kernel.shape[0]), kernel, bound)
+            if self.reduction is None:
+                return self._matched(y, self.out_channels)
+            return self._reduced(y)
 
     def to_plain(self) -> nn.Conv2d:
         """Return a stock `nn.Conv2d` whose kernel covers the image, independent of this layer.
@@ -202,36 +301,150 @@ class SOCConv2d(SameSizeConv2d):
         """
         channels = (self.in_channels, self.out_channels)
         return circular_twin(
-            self, self.linear, channels, self.image_size, self.bias, groups=self.groups
+            self, self.linear, channels, self.image_size, self.bias, self.stride, self.groups
         )
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, terms={self.terms}"
 
-    def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """The remainder of the series of a skew operator, from a proved norm of it."""
-        size = image_of(self, input_shape)
-        check_bias(self, self.out_channels, self.bias)
-        with torch.no_grad():
-            deployed, used = self.parametrization()
-            factor = float(float64(self, self.factor(used)))
-        kernel = float64(self, deployed)
-        grouped = kernel.unflatten(0, (self.groups, -1))
-        if not torch.equal(grouped, -grouped.transpose(1, 2).flip(-2, -1)):
-            refuse(self, "the kernel must be skew", "Make it by L = M - M^T, as the layer does")
-        terms = self._number_of_terms(deployed.dtype)
-        norm = norms.convolution(
-            kernel,
-            size,
-            padding=self._pad,
-            dilation=self.dilation,
-            groups=self.groups,
-            padding_mode=self.padding_mode,
+class SOCConvTranspose2d(_SkewConv2d):
+    r"""Transposed skew orthogonal convolution, the adjoint of a strided SOC.
+
+    A semi-orthogonal matrix maps each pixel to a block of stride x stride pixels of
+    `out_channels`, and the exponential series of [`SOCConv2d`][orthonet.layers.SOCConv2d] is
+    applied to the result. At stride 1 it is `SOCConv2d` with the arguments of `nn.ConvTranspose2d`.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Taps of L, odd.
+        stride: How many times larger the output is.
+        padding: "same", or the number that keeps the size at stride 1.
+        output_padding: stride - 1, with which the output size is stride times the input size; None
+            stands for it.
+        groups: Number of groups.
+        bias: Whether to add a learnable bias, initialized to zero.
+        dilation: Spacing of the taps.
+        padding_mode: "zeros" or "circular".
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters; computed in float32 at least.
+        lipschitz: The constant K of the layer.
+        terms: Terms of the series; by the dtype if None.
+        reach: Largest norm of L, in radians.
+        image_size: Height and width of the input, if they are fixed; `to_plain` needs them.
+
+    Shape:
+        (N, in_channels, H, W) or (in_channels, H, W) to the same with out_channels and H and W
+        multiplied by the stride.
+
+    Guarantee:
+        As `SOCConv2d`: norm at most `lipschitz`, and with a stride all singular values are
+        `lipschitz`.
+
+    Raises:
+        ValueError: As `SOCConv2d`, or another `output_padding`.
+
+    Examples:
+        >>> SOCConvTranspose2d(8, 2, 3, stride=2)(torch.zeros(1, 8, 5, 5)).shape
+        torch.Size([1, 2, 10, 10])
+
+    References:
+        As `SOCConv2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = "same",
+        output_padding: int | tuple[int, int] | None = None,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, int] = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        lipschitz: float = 1.0,
+        terms: int | None = None,
+        reach: float = 1.5,
+        image_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.image_size = image_size_of(type(self), image_size)
+        self._build(
+            in_channels,
+            out_channels,
+            out_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            padding_mode=padding_mode,
+            bias=bias,
+            lipschitz=lipschitz,
+            terms=terms,
+            reach=reach,
+            device=device,
+            dtype=dtype,
         )
-        remainder = mul_up(up(math.pow(up(norm), terms)), 1.0 / math.factorial(terms), SAFE)
-        value = mul_up(add_up(1.0, remainder), factor, SAFE)
-        series = math.exp(absolute_convolution(kernel, self.groups))
-        count = terms * (kernel[0].numel() + 3.0)
-        chain = replace(Chained().map(series, count), stages=terms)
-        rounding = chain.map(factor, 1.0, length_of(self.bias, math.prod(size))).rounding()
-        return Declared(value, f"series of {terms} terms at |L| <= {norm:.3g}", rounding=rounding)
+        wanted = tuple(s - 1 for s in self.stride)
+        given = (output_padding,) * 2 if isinstance(output_padding, int) else output_padding
+        _checks.require(
+            given is None or tuple(given) == wanted,
+            type(self),
+            "the output size is stride times the input size: output_padding must be stride - 1",
+            "Leave it out, and cut the output off behind the layer",
+            output_padding=output_padding,
+            stride=self.stride,
+        )
+        self.output_padding = wanted
+        # as that of the convolution from out_channels to in_channels, whose adjoint this is
+        self._reduce(out_channels, in_channels, device, dtype)
+
+    def _check_input(self, input: Tensor) -> None:
+        check_image(self, input)
+        sizes = self._torus((input.shape[-2], input.shape[-1]))
+        self._check_circular(sizes)
+
+    def _torus(self, size: tuple[int, int]) -> tuple[int, int]:
+        return size[0] * self.stride[0], size[1] * self.stride[1]
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Apply the linear part of the layer, with its factor K, to a batch."""
+        kernel, bound = self.parametrization()
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(kernel.dtype)
+            if self.reduction is None:
+                x = self._matched(x, kernel.shape[0])
+            else:
+                blocks = self._reduction()
+                x = nn.functional.conv_transpose2d(
+                    x, blocks, stride=self.stride, groups=self.groups
+                )
+            return self._matched(self._series(x, kernel, bound), self.out_channels)
+
+    @torch.no_grad()
+    def to_plain(self) -> nn.Module:
+        """Return stock convolutions that do the same on one image size, independent of this layer.
+
+        Raises:
+            ValueError: The layer was made without `image_size`, or pads with zeros.
+        """
+        size = None if self.image_size is None else self._torus(self.image_size)
+        outside, groups = self.out_channels, self.groups
+        if self.reduction is None:
+            channels = (self.in_channels, outside)
+            return circular_twin(self, self.linear, channels, size, self.bias, groups=groups)
+        kernel, bound = self.parametrization()
+
+        def turn(x: Tensor) -> Tensor:
+            return self._series(x.to(kernel.dtype), kernel, bound)
+
+        last = circular_twin(self, turn, (outside, outside), size, self.bias, groups=groups)
+        first = nn.ConvTranspose2d(
+            self.in_channels, outside, self.stride, self.stride, groups=groups, bias=False
+        ).to(last.weight)
+        first.weight.copy_(self._reduction())
+        return nn.Sequential(first, last).train(self.training)

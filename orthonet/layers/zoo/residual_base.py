@@ -148,15 +148,19 @@ class _PlainResidual(nn.Module):
         activation: nn.Module,
         outer: nn.Module,
         match: tuple[Any, Any, float],
+        reduction: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.inner, self.activation, self.outer, self.match = inner, activation, outer, match
+        self.reduction = reduction
 
     def forward(self, x: Tensor) -> Tensor:
         before, after, factor = self.match
         if before:
             x = nn.functional.pad(x, before)
         y = x - self.outer(self.activation(self.inner(x)))
+        if self.reduction is not None:
+            y = self.reduction(y)
         if factor != 1.0:
             y = y * factor
         return y.narrow(*after) if after else y
@@ -270,16 +274,23 @@ class ResidualConv2d(_Residual, SameSizeConv2d):
     ) -> None:
         super().__init__()
         self._adopt(
-            in_channels, out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
-            dilation=dilation, groups=groups, padding_mode=padding_mode,
-        )  # fmt: skip
-        width = max(in_channels, out_channels)
+            in_channels,
+            out_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            padding_mode=padding_mode,
+        )
+        strided = self.stride != (1, 1)
+        width = in_channels if strided else max(in_channels, out_channels)
         hidden = width if hidden_channels is None else hidden_channels
         _checks.positive_int(type(self), hidden_channels=hidden)
         _checks.require(
-            groups == 1 or in_channels == out_channels,
+            groups == 1 or in_channels == out_channels or strided,
             type(self),
-            "with groups, in_channels and out_channels must be equal",
+            "with groups and stride 1, in_channels and out_channels must be equal",
             "Use groups=1, or change the number of channels in another layer",
             in_channels=in_channels,
             out_channels=out_channels,
@@ -295,6 +306,7 @@ class ResidualConv2d(_Residual, SameSizeConv2d):
         )
         shape = (hidden, width // groups, *self.kernel_size)
         self.parametrization = SlopedWeight(shape, groups, self._free, device, dtype)
+        self._reduce(in_channels, out_channels, device, dtype)
         self._finish(hidden, activation, bias, lipschitz, device, dtype)
 
     def _adjoint_kernel(self, kernel: Tensor) -> Tensor:
@@ -309,9 +321,11 @@ class ResidualConv2d(_Residual, SameSizeConv2d):
             x = match_channels(input.to(weight.dtype), weight.shape[1] * self.groups)
             bias = None if self.bias is None else self.bias.to(weight.dtype)
             inside = self.activation(self._convolve(x, weight, bias)) * scale.view(-1, 1, 1)
-            y = match_channels(
-                x - self._convolve(inside, self._adjoint_kernel(weight)), self.out_channels
-            )
+            y = x - self._convolve(inside, self._adjoint_kernel(weight))
+            if self.reduction is None:
+                y = match_channels(y, self.out_channels)
+            else:
+                y = self._reduced(y)
             y = y if self.lipschitz == 1.0 else y * self.lipschitz
         return y.to(input.dtype)
 
@@ -324,18 +338,25 @@ class ResidualConv2d(_Residual, SameSizeConv2d):
         weight, scale = self.parametrization()
         stored = self.parametrization.original
         hidden, width = weight.shape[0], weight.shape[1] * self.groups
+        mode: Any = self.padding_mode
         convolution: Any = partial(
-            nn.Conv2d, kernel_size=self.kernel_size, padding=self._pad, dilation=self.dilation,
-            groups=self.groups, padding_mode=self.padding_mode,  # type: ignore[arg-type]
-        )  # fmt: skip
+            nn.Conv2d,
+            kernel_size=self.kernel_size,
+            padding=self._pad,
+            dilation=self.dilation,
+            groups=self.groups,
+            padding_mode=mode,
+        )
         inner = convolution(width, hidden, bias=self.bias is not None).to(stored)
         inner.weight.copy_(weight)
         if self.bias is not None:
             inner.bias.copy_(self.bias)
         outer = convolution(hidden, width, bias=False).to(stored)
         outer.weight.copy_(self._adjoint_kernel(weight * scale.view(-1, 1, 1, 1)))
-        match = _matching(width, (self.in_channels, self.out_channels), -3, self.lipschitz)
-        plain = _PlainResidual(inner, copy.deepcopy(self.activation), outer, match)
+        reduction = self._plain_reduction(stored)
+        outside = width if reduction is not None else self.out_channels
+        match = _matching(width, (self.in_channels, outside), -3, self.lipschitz)
+        plain = _PlainResidual(inner, copy.deepcopy(self.activation), outer, match, reduction)
         return fx.symbolic_trace(plain).train(self.training)
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
@@ -358,10 +379,13 @@ class ResidualConv2d(_Residual, SameSizeConv2d):
         chain = Chained().map(first, terms + 1.0, length_of(self.bias, pixels))
         chain = chain.activation(at_zero(self, hidden * pixels))
         chain = chain.map(second, terms * hidden / (weight.shape[1] * self.groups) + 2.0)
-        rounding = Chained().plus(chain).map(self.lipschitz, 1.0).rounding()
-        return Declared(
-            step_of_descent(self.lipschitz, norm), f"|T^-1/2 J| = {norm:.6g}", rounding=rounding
-        )
+        chain = Chained().plus(chain)
+        gain, size_of, count = self._reduction_norm(norms)
+        if count:
+            chain = chain.map(size_of, count)
+        rounding = chain.map(self.lipschitz, 1.0).rounding()
+        value = mul_up(step_of_descent(self.lipschitz, norm), gain)
+        return Declared(value, f"|T^-1/2 J| = {norm:.6g}", rounding=rounding)
 
 
 def step_of_descent(factor: float, norm: float) -> float:

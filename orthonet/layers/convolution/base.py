@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet._torch import ConvNd, conv_forward, conv_paddings
 from orthonet.layers._base import ConstrainedWeight
-from orthonet.layers._conv_padding import padding_norm
+from orthonet.layers.convolution.padding import padding_norm
 from orthonet.reparametrizers import KERNEL_METHODS, OrthoParams
 
 __all__ = ["OrthoConvNd"]
@@ -52,7 +52,7 @@ class OrthoConvNd(ConstrainedWeight):
         lipschitz: float,
         **arguments: Any,
     ) -> None:
-        nn.Module.__init__(self)  # type: ignore[arg-type]
+        nn.Module.__init__(self)
         owner = type(self)
         _checks.positive_int(
             owner, in_channels=in_channels, out_channels=out_channels, groups=groups
@@ -70,11 +70,17 @@ class OrthoConvNd(ConstrainedWeight):
             groups=groups,
         )
         # The twin on the meta device brings every attribute that this version of torch has.
-        mode: Any = "zeros" if "output_padding" in arguments else padding_mode
+        stock = "output_padding" not in arguments and padding_mode != "symmetric"
+        mode: Any = padding_mode if stock else "zeros"
         twin = self._plain_class(
-            in_channels, out_channels, groups=groups, bias=False, padding_mode=mode,
-            device="meta", **arguments,
-        )  # fmt: skip
+            in_channels,
+            out_channels,
+            groups=groups,
+            bias=False,
+            padding_mode=mode,
+            device="meta",
+            **arguments,
+        )
         for name, value in vars(twin).items():
             if name not in vars(self):
                 setattr(self, name, value)
@@ -97,14 +103,21 @@ class OrthoConvNd(ConstrainedWeight):
         # A transposed convolution is the adjoint of the convolution with the same kernel.
         rows = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
         self.parametrization = KERNEL_METHODS[method](
-            *rows, self.kernel_size, self._tap_stride(), groups, ortho_params, device, dtype,
-            gain=gain, **options,
-        )  # fmt: skip
+            *rows,
+            self.kernel_size,
+            self._tap_stride(),
+            groups,
+            ortho_params,
+            device,
+            dtype,
+            gain=gain,
+            **options,
+        )
         self._set_factor(lipschitz)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype))
         else:
-            self.register_parameter("bias", None)  # type: ignore[attr-defined]
+            self.register_parameter("bias", None)
 
     def _tap_stride(self) -> tuple[int, ...]:
         """The stride counted in taps: windows overlap in taps that lie s / gcd(s, d) apart."""
@@ -151,6 +164,10 @@ class OrthoConvNd(ConstrainedWeight):
             groups=self.groups,
         )
 
+    def linear(self, x: Tensor) -> Tensor:
+        """Apply the linear part of the layer to a batch, in the dtype of `x`."""
+        return self._apply_weight(x, self.weight.to(x.dtype), None)
+
     def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The map of the layer with a given weight and bias."""
         return conv_forward(self, input, weight, bias)
@@ -167,7 +184,8 @@ class OrthoConvNd(ConstrainedWeight):
         )
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()  # type: ignore[misc]
+        """Return the arguments."""
+        text = super().extra_repr()
         if self._factor != 1.0:
             text = f"{text}, lipschitz={self._factor:g}"
         return text if self.method == "aoc" else f"{text}, method={self.method!r}"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orthonet import _checks
 from orthonet._torch import conv_paddings
-from orthonet.layers._conv_base import OrthoConvNd
-from orthonet.layers._conv_padding import pad_input, required_sizes
+from orthonet.layers.convolution.base import OrthoConvNd
+from orthonet.layers.convolution.padding import SymmetricPad, pad_input, required_sizes
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoKernel, OrthoParams
 
-__all__ = ["AdaptiveOrthoConv2d", "OrthoConv1d", "OrthoConv2d", "OrthoConv3d"]
+__all__ = ["OrthoConv1d", "OrthoConv2d", "OrthoConv3d"]
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -20,7 +22,7 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 class _OrthoConv(OrthoConvNd):
     """Constructor and forward of the three convolutions."""
 
-    _padding_modes = ("zeros", "circular", "reflect", "replicate")
+    _padding_modes = ("zeros", "circular", "reflect", "replicate", "symmetric")
 
     def __init__(
         self,
@@ -44,11 +46,22 @@ class _OrthoConv(OrthoConvNd):
     ) -> None:
         _checks.one_of(type(self), ("auto", "kernel", "factors"), apply_by=apply_by)
         self._build(
-            in_channels, out_channels, groups=groups, bias=bias, padding_mode=padding_mode,
-            device=device, dtype=dtype, ortho_params=ortho_params, method=method, ranks=ranks,
-            lipschitz=lipschitz, kernel_size=kernel_size, stride=stride, padding=padding,
+            in_channels,
+            out_channels,
+            groups=groups,
+            bias=bias,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+            ortho_params=ortho_params,
+            method=method,
+            ranks=ranks,
+            lipschitz=lipschitz,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
             dilation=dilation,
-        )  # fmt: skip
+        )
         _checks.require(
             method == "aoc" or apply_by != "factors",
             type(self),
@@ -71,6 +84,15 @@ class _OrthoConv(OrthoConvNd):
                 output = output + self.bias.view(-1, *(1,) * len(self.kernel_size))
             return output if input.ndim == output.ndim else output.squeeze(0)
         return self._apply_weight(input, self.weight, self.bias)
+
+    def to_plain(self) -> nn.Module:
+        """Return a new stock module; with symmetric padding, a `SymmetricPad` in front of it."""
+        plain: Any = super().to_plain()
+        if self.padding_mode == "symmetric":
+            pad = SymmetricPad(conv_paddings(self))
+            plain.padding, plain.padding_mode = (0,) * len(self.kernel_size), "zeros"
+            plain = nn.Sequential(pad, plain).train(self.training)
+        return plain
 
     def application(self, input: Tensor) -> str:
         """How a forward pass on `input` is computed now: by the "kernel", or by its "factors".
@@ -120,7 +142,7 @@ class _OrthoConv(OrthoConvNd):
             self.stride,
             padding,
             self.dilation,
-            self.groups,  # type: ignore[arg-type]
+            self.groups,
         )
 
     def _check_size(self, input: Tensor) -> None:
@@ -185,7 +207,8 @@ class OrthoConv2d(_OrthoConv, nn.Conv2d):
         dilation: Spacing of the taps, without a common divisor with the stride.
         groups: Number of groups.
         bias: Whether to add a learnable bias, zero at first.
-        padding_mode: "zeros", "circular", "reflect" or "replicate".
+        padding_mode: "zeros", "circular", "reflect", "replicate", or "symmetric", which mirrors the
+            values at the edge, the edge included (the `nn` twin lacks it).
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters; the kernel is computed in float32 at least.
         ortho_params: Which normalizer and orthogonalizer make the factors.
@@ -212,9 +235,9 @@ class OrthoConv2d(_OrthoConv, nn.Conv2d):
           (float64).
         - no padding ("valid"): all are 1 when \(c_o \le c_i S\); at most 1 otherwise.
         - zero padding: at most 1.
-        - "reflect" and "replicate": at most 1. The kernel is divided by the norm of the padding,
-          \(\sqrt 2\) or \(\sqrt{1 + p}\) for every dimension that is padded (by p); inputs so
-          small that a value would be reflected at both ends are refused.
+        - "reflect", "symmetric" and "replicate": at most 1. The kernel is divided by the norm of
+          the padding, \(\sqrt 2\) or \(\sqrt{1 + p}\) for every dimension that is padded (by
+          p); inputs so small that a value would be reflected at both ends are refused.
 
         Circular padding on sizes that the stride does not divide is refused. A kernel smaller than
         the stride, or a divisor that dilation and stride share, is allowed as long as
@@ -246,6 +269,3 @@ class OrthoConv3d(_OrthoConv, nn.Conv3d):
     """
 
     _plain_class = nn.Conv3d
-
-
-AdaptiveOrthoConv2d = OrthoConv2d

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from orthonet import _checks
 from orthonet._torch import conv_output_padding
 from orthonet.functional import circular_pad
-from orthonet.layers._conv_base import OrthoConvNd
+from orthonet.layers.convolution.base import OrthoConvNd
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
 __all__ = ["OrthoConvTranspose1d", "OrthoConvTranspose2d", "OrthoConvTranspose3d"]
@@ -46,11 +46,23 @@ class _OrthoConvTranspose(OrthoConvNd):
         lipschitz: float = 1.0,
     ) -> None:
         self._build(
-            in_channels, out_channels, groups=groups, bias=bias, padding_mode=padding_mode,
-            device=device, dtype=dtype, ortho_params=ortho_params, method=method, ranks=ranks,
-            lipschitz=lipschitz, kernel_size=kernel_size, stride=stride, padding=padding,
-            output_padding=output_padding, dilation=dilation,
-        )  # fmt: skip
+            in_channels,
+            out_channels,
+            groups=groups,
+            bias=bias,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+            ortho_params=ortho_params,
+            method=method,
+            ranks=ranks,
+            lipschitz=lipschitz,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            output_padding=output_padding,
+            dilation=dilation,
+        )
         if padding_mode == "circular":
             self._check_circular()
 
@@ -75,8 +87,12 @@ class _OrthoConvTranspose(OrthoConvNd):
     def _geometry(self) -> list[tuple[int, int, int, int, int]]:
         """(kernel, stride, dilation, padding, output padding) of each dim."""
         fields = (
-            self.kernel_size, self.stride, self.dilation, self.padding, self.output_padding,
-        )  # fmt: skip
+            self.kernel_size,
+            self.stride,
+            self.dilation,
+            self.padding,
+            self.output_padding,
+        )
         return list(zip(*fields, strict=True))
 
     def _wrapping(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -108,9 +124,15 @@ class _OrthoConvTranspose(OrthoConvNd):
             return self._apply_weight(input, self.weight, self.bias)
         extra = conv_output_padding(self, input, output_size)
         return _CONV_TRANSPOSE[dims](
-            input, self.weight, self.bias, self.stride, self.padding, extra, self.groups,  # type: ignore[arg-type]
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            extra,
+            self.groups,
             self.dilation,
-        )  # fmt: skip
+        )
 
     def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
@@ -118,9 +140,15 @@ class _OrthoConvTranspose(OrthoConvNd):
             wrap, padding = self._wrapping()
             input = circular_pad(input, [a for w in reversed(wrap) for a in (w, w)])
         return _CONV_TRANSPOSE[len(self.kernel_size)](
-            input, weight, bias, self.stride, padding, self.output_padding, self.groups,  # type: ignore[arg-type]
+            input,
+            weight,
+            bias,
+            self.stride,
+            padding,
+            self.output_padding,
+            self.groups,
             self.dilation,
-        )  # fmt: skip
+        )
 
     def _input_size(self, output_size: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(
@@ -130,12 +158,12 @@ class _OrthoConvTranspose(OrthoConvNd):
 
     def to_plain(self) -> nn.Module:
         """Return a new stock module; with circular padding, `nn.CircularPad` in front of it."""
-        plain = super().to_plain()
+        plain: Any = super().to_plain()
         if self.padding_mode == "circular":
             wrap, crop = self._wrapping()
-            plain.padding, plain.padding_mode = crop, "zeros"  # type: ignore[assignment]
+            plain.padding, plain.padding_mode = crop, "zeros"
             pad = _CIRCULAR_PAD[len(self.kernel_size)](
-                tuple(a for w in reversed(wrap) for a in (w, w))  # type: ignore[arg-type]
+                tuple(a for w in reversed(wrap) for a in (w, w))
             )
             plain = nn.Sequential(pad, plain).train(self.training)
         return plain

@@ -1,0 +1,3 @@
+"""Orthogonal convolutions and transposed convolutions."""
+
+__all__: list[str] = []

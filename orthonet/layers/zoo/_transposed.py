@@ -1,0 +1,162 @@
+"""Transposed convolutions whose kernel is a rescaled free kernel: AOL and spectral."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from orthonet import _checks
+from orthonet._torch import conv_output_padding
+from orthonet.layers._base import ConstrainedWeight
+from orthonet.layers.zoo._base import adopt_arguments, delta_orthogonal, new_bias
+from orthonet.linalg.rescaling import almost_orthogonal, normalized_spectral
+from orthonet.reparametrizers import MappedWeight
+
+__all__ = ["AOLConvTranspose2d", "SpectralConvTranspose2d"]
+
+
+class _MappedConvTranspose2d(ConstrainedWeight, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d`, the adjoint of the convolution with a kernel of norm at most 1."""
+
+    _plain_class = nn.ConvTranspose2d
+
+    if TYPE_CHECKING:
+        weight: Tensor  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+        padding: tuple[int, ...]  # never a string here
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        output_padding: int | tuple[int, int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, int] = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        lipschitz: float = 1.0,
+    ) -> None:
+        nn.Module.__init__(self)
+        _checks.one_of(type(self), ("zeros",), padding_mode=padding_mode)
+        adopt_arguments(
+            self,
+            in_channels,
+            out_channels,
+            twin=nn.ConvTranspose2d,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            output_padding=output_padding,
+            dilation=dilation,
+            groups=groups,
+            padding_mode=padding_mode,
+        )
+        _checks.require(
+            all(math.gcd(d, s) == 1 for d, s in zip(self.dilation, self.stride, strict=True)),
+            type(self),
+            "dilation and stride must have no common divisor in any dim, because otherwise some "
+            "outputs are never written",
+            "Change one of them",
+            dilation=self.dilation,
+            stride=self.stride,
+        )
+        _checks.lipschitz_constant(type(self), lipschitz)
+        self.parametrization = MappedWeight(
+            (in_channels, out_channels // groups, *self.kernel_size),
+            self._map(),
+            partial(delta_orthogonal, groups=groups),
+            lipschitz,
+            device,
+            dtype,
+        )
+        _checks.boolean(type(self), bias=bias)
+        new_bias(self, out_channels if bias else None, device, dtype)
+
+    def _map(self) -> Callable[[Tensor], Tensor]:
+        """Return the function from the free kernel to the weight."""
+        raise AttributeError("a subclass gives the map")
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Apply the linear part of the layer, in the dtype of `x`."""
+        return self._apply_weight(x, self.weight.to(x.dtype), None, self.output_padding)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Apply the layer; `output_size` as in the `nn` twin."""
+        extra = conv_output_padding(self, input, output_size)
+        return self._apply_weight(input, self.weight, self.bias, extra)
+
+    def _apply_weight(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, extra: Sequence[int]
+    ) -> Tensor:
+        return nn.functional.conv_transpose2d(
+            x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation
+        )
+
+
+class AOLConvTranspose2d(_MappedConvTranspose2d):
+    r"""`nn.ConvTranspose2d` with an almost-orthogonal kernel.
+
+    The adjoint of [`AOLConv2d`][orthonet.layers.AOLConv2d] from `out_channels` to `in_channels`
+    with the same kernel.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Taps.
+        stride: Stride, without a common divisor with the dilation.
+        padding: Values cut off on both sides of the output.
+        output_padding: Values kept in addition at the end of the output.
+        groups: Number of groups.
+        bias: Whether to add a learnable bias, initialized to zero.
+        dilation: Spacing of the taps.
+        padding_mode: "zeros".
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters; the kernel is computed in float32 at least.
+        lipschitz: The constant K of the layer: the kernel is multiplied by it.
+
+    Shape:
+        As `nn.ConvTranspose2d`, unbatched input included.
+
+    Guarantee:
+        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64)
+        relative, for every image size, stride and dilation.
+
+    Raises:
+        ValueError: An argument that `nn.ConvTranspose2d` refuses, a dilation with a divisor of the
+            stride, or `lipschitz` not a positive number.
+
+    Examples:
+        >>> AOLConvTranspose2d(4, 3, 2, stride=2)(torch.zeros(1, 4, 5, 5)).shape
+        torch.Size([1, 3, 10, 10])
+
+    References:
+        Prach & Lampert, ECCV 2022, theorem 2, arXiv:2208.03160.
+    """
+
+    def _map(self) -> Callable[[Tensor], Tensor]:
+        return partial(almost_orthogonal, groups=self.groups)
+
+
+class SpectralConvTranspose2d(_MappedConvTranspose2d):
+    r"""`nn.ConvTranspose2d` with a kernel divided by an upper bound of the norm of the operator.
+
+    The adjoint of [`SpectralConv2d`][orthonet.layers.SpectralConv2d] from `out_channels` to
+    `in_channels` with the same kernel. Arguments, shapes, guarantee and errors are those of
+    [`AOLConvTranspose2d`][orthonet.layers.AOLConvTranspose2d].
+
+    References:
+        Miyato et al., ICLR 2018; Delattre et al., ICML 2023.
+    """
+
+    def _map(self) -> Callable[[Tensor], Tensor]:
+        return partial(normalized_spectral, groups=self.groups)
