@@ -1,1 +1,3 @@
 """Bounds of any graph in a ball around one input."""
+
+__all__: list[str] = []
