@@ -1,5 +1,6 @@
 """CIFAR-10 in both of its formats, from small folders written in them."""
 
+import dataclasses
 import math
 import pickle
 
@@ -12,6 +13,7 @@ from orthonet.certify import certify
 from orthonet.models import convnet_xs
 from orthonet.recipes import cifar10_xs, load_cifar10
 from orthonet.recipes.data.augment import random_crop
+from orthonet.recipes.running import registry
 
 NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
@@ -108,12 +110,14 @@ def test_the_recipe_is_that_of_the_paper_and_runs(tmp_path, monkeypatch, capsys)
     assert config.offset == pytest.approx(2 * math.sqrt(2) * 36 / 255)
     assert (config.optimizer, config.batch_size, config.temperature) == ("sgd", 256, 0.25)
     write(tmp_path / "data", "bin")
-    small = {"width": 4, "depth": 1, "layer": "aol"}
-    monkeypatch.setitem(
-        recipes.RECIPES, "cifar10-xs",
-        lambda **changes: cifar10_xs(**{**changes, "model_arguments": small}),
-    )  # fmt: skip
-    command = f"train cifar10-xs --data-root {tmp_path / 'data'} --epochs 1 --attack-steps 1"
+    small = {"width": 4, "depth": 1}
+
+    def build(model_arguments=(), **changes):
+        return cifar10_xs(**changes, model_arguments={**small, **dict(model_arguments)})
+
+    recipe = dataclasses.replace(recipes.registered()["cifar10-xs"], build=build)
+    monkeypatch.setitem(registry._RECIPES, ("train", "cifar10-xs"), recipe)
+    command = f"train cifar10-xs --data {tmp_path / 'data'} --epochs 1 --attack-steps 1 --layer aol"
     assert cli.main([*command.split(), "--quiet", "--out", str(tmp_path / "run")]) == 0
     text = capsys.readouterr().out
     assert "none changed class" in text

@@ -23,7 +23,7 @@ from orthonet.recipes import (
     train,
 )
 from orthonet.recipes.images.evaluate import attack_radii
-from orthonet.recipes.running.figures import radius_figure, spectra_figure, training_figure
+from orthonet.recipes.images.figures import radius_figure, spectra_figure, training_figure
 from orthonet.testing import singular_values
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -19,7 +19,7 @@ from orthonet.recipes.data.digits import Images, Split, require_package
 from orthonet.recipes.data.sources import Part
 from orthonet.recipes.images.config import FolderConfig
 
-__all__ = ["ImageFolders"]
+__all__ = ["ImageFolders", "load_pictures"]
 
 _OWNER = "orthonet train folder"
 
@@ -148,8 +148,40 @@ class _Pictures(Dataset):
         return random_crop(x, generator, crop=config.crop, flip=config.flip)[0], label
 
 
+def load_pictures(root: Path, shape: tuple[int, ...], number: int) -> Images:
+    """Read pictures in the folders of their classes: CLASS/*, or `val` or `test` with these.
+
+    Args:
+        root: The folder.
+        shape: (channels, height, width) that each picture is resized and cropped to, with 1 or 3
+            channels.
+        number: How many to read, evenly spaced; 0 for all.
+
+    Raises:
+        FileNotFoundError: There is no picture in the folder.
+        ValueError: Another shape, or a file that is no picture.
+        ModuleNotFoundError: torchvision is missing.
+    """
+    _checks.require(
+        len(shape) == 3 and shape[0] in (1, 3), "load_pictures",
+        "the shape must be (channels, height, width) with 1 or 3 channels",
+        "Name it with --input-shape, such as --input-shape 3 224 224", shape=shape,
+    )  # fmt: skip
+    module = require_package("torchvision.transforms", "torchvision", "vision")
+    folder = next((root / part for part in ("val", "test") if (root / part).is_dir()), root)
+    steps = [module.Resize(max(shape[1:])), module.CenterCrop(shape[1:]), module.ToTensor()]
+    grey = [module.Grayscale()] if shape[0] == 1 else []
+    pictures = _Pictures(_folder(folder), module.Compose([*grey, *steps]), None)
+    wanted = min(len(pictures), number or len(pictures))
+    found = [pictures[i * len(pictures) // wanted] for i in range(wanted)]
+    return Images(torch.stack([x for x, _ in found]), torch.tensor([y for _, y in found]))
+
+
 def _listed(config: FolderConfig, part: str) -> Any:
-    folder = Path(config.data_root) / part
+    return _folder(Path(config.data_root) / part)
+
+
+def _folder(folder: Path) -> Any:
     module = require_package("torchvision.datasets", "torchvision", "vision")
     try:
         return module.ImageFolder(str(folder))

@@ -21,12 +21,26 @@ from orthonet.recipes.images.config import RADII, TrainConfig
 from orthonet.recipes.images.evaluate import evaluate
 from orthonet.recipes.images.train import fit
 from orthonet.recipes.running.files import versions, write_json
+from orthonet.recipes.running.folder import guarded
+from orthonet.recipes.running.options import check_choices, option
+from orthonet.recipes.running.processes import launched
+from orthonet.recipes.running.reading import Wanted, read_json
+from orthonet.recipes.running.registry import Recipe, register
 from orthonet.recipes.zoo.cost import StepCost, step_cost
 from orthonet.recipes.zoo.figures import zoo_figure
 from orthonet.recipes.zoo.report import ZooReport
 
-__all__ = ["BUDGETS", "LEARNING_RATES", "ZooConfig", "bench_zoo", "run_method", "width_for"]
+__all__ = [
+    "BUDGETS",
+    "LEARNING_RATES",
+    "ZooConfig",
+    "bench_zoo",
+    "planned_run",
+    "run_method",
+    "width_for",
+]
 
+_WANTED = Wanted("bench_zoo", "the runs of a comparison", "Remove it or choose another folder")
 BUDGETS = ("parameters", "cpu")
 _SHAPES = {"digits": (1, 8, 8), "mnist5k": (1, 28, 28)}
 # Highest learning rate of Adam; of 0.005, 0.02 and 0.06 the best on validation images of the
@@ -41,12 +55,13 @@ class ZooConfig:
     r"""What `bench zoo` runs; plain values, so that JSON can hold them.
 
     Attributes:
-        dataset: "digits" or "mnist5k".
-        methods: Names of `available("conv")`; all of them if empty.
+        dataset: Images to train on.
+        methods: Names of the convolutions to compare, all of them if empty;
+            `orthonet.layers.available("conv")` lists them.
         seeds: Number of seeds, 0 to `seeds - 1`, of each method.
-        budget: What is equal for all: "parameters" (the width of the convolutions is chosen so that
-            their number is nearest to `parameters`) or "cpu" (the same width, and as many epochs as
-            fit into `cpu_seconds` of process time, at most 4 `epochs`).
+        budget: What is equal for all methods; "parameters" (the width of the convolutions is chosen
+            so that their number is nearest to `parameters`) or "cpu" (the same width, and as many
+            epochs as fit into `cpu_seconds` of process time, at most 4 `epochs`).
         parameters: Trained numbers of each network, with the budget "parameters".
         cpu_seconds: Process time of a training, with the budget "cpu".
         width: Channels of the convolutions, with the budget "cpu".
@@ -57,16 +72,16 @@ class ZooConfig:
         temperature: Temperature of the offset cross-entropy.
         radii: Radii of certified accuracy and attacks.
         attack_steps: Gradient steps of an attack.
-        device: Where the runs take place.
+        device: Device of the runs, such as cpu or cuda.
 
     Raises:
         ValueError: A value out of range.
     """
 
-    dataset: str = "digits"
-    methods: tuple[str, ...] = ()
+    dataset: str = option("digits", choices=tuple(DATASETS))
+    methods: tuple[str, ...] = option((), choices=lambda: available("conv"))
     seeds: int = 3
-    budget: str = "parameters"
+    budget: str = option("parameters", choices=BUDGETS)
     parameters: int = 100_000
     cpu_seconds: float = 30.0
     width: int = 32
@@ -80,11 +95,8 @@ class ZooConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        _checks.one_of(self, tuple(DATASETS), dataset=self.dataset)
-        _checks.one_of(self, BUDGETS, budget=self.budget)
         names = tuple(self.methods) or tuple(available("conv"))
-        for name in names:
-            _checks.one_of(self, available("conv"), methods=name)
+        check_choices(self)
         _checks.positive_int(
             self, seeds=self.seeds, parameters=self.parameters, width=self.width,
             epochs=self.epochs, batch_size=self.batch_size, attack_steps=self.attack_steps,
@@ -105,6 +117,7 @@ class ZooConfig:
         return {name: fields[name] for name in fields if name not in ("methods", "seeds", "device")}
 
 
+@guarded
 def bench_zoo(
     config: ZooConfig, out: str | os.PathLike[str], *, progress: bool = False
 ) -> ZooReport:
@@ -127,7 +140,10 @@ def bench_zoo(
         ValueError: `zoo.json` holds runs under another protocol.
         OSError: `out` cannot be written.
     """
-    require_package("matplotlib", "matplotlib")  # better now than after the training
+    _checks.require(
+        launched() == 1, "orthonet bench", "a comparison must run in one process",
+        "Start it without torchrun", subject="zoo",
+    )  # fmt: skip
     folder = Path(out)
     file, data = folder / "zoo.json", load(config.dataset)
     runs = _earlier(file, config)
@@ -148,7 +164,7 @@ def bench_zoo(
 
 def run_method(config: ZooConfig, name: str, seed: int, data: Split) -> dict[str, Any]:
     """One training, its certificate and its attack, as plain values."""
-    train_config, cost = _planned(config, name, seed, data.train)
+    train_config, cost = planned_run(config, name, seed, data.train)
     start = time.process_time()
     try:
         model, history = fit(train_config, data)
@@ -189,7 +205,7 @@ def _failed(name: str, seed: int, config: TrainConfig, reason: str) -> dict[str,
     }  # fmt: skip
 
 
-def _planned(
+def planned_run(
     config: ZooConfig, name: str, seed: int, images: Images
 ) -> tuple[TrainConfig, StepCost]:
     """The training of one method within the budget, and what a step of it costs."""
@@ -243,7 +259,10 @@ def _earlier(file: Path, config: ZooConfig) -> list[dict[str, Any]]:
     """The runs that the file holds already."""
     if not file.exists():
         return []
-    content = json.loads(file.read_text())
+    content = read_json(file, _WANTED)
+    good = isinstance(content, dict) and isinstance(content.get("runs"), list)
+    if not good or not isinstance(content.get("protocol"), dict):
+        _WANTED.fail(file, "it holds no protocol and runs")
     known, wanted = content["protocol"], config.protocol()
     different = [k for k in wanted if known.get(k) != wanted[k]]
     _checks.require(
@@ -275,3 +294,10 @@ class _Lines:
         if self.bar is not None:
             self.bar.write(line, file=self.bar.fp)
             self.bar.update()
+
+
+register(
+    "zoo",
+    Recipe(ZooConfig, ZooConfig, bench_zoo, folder=lambda c: f"zoo-{c.dataset}-{c.budget}"),
+    command="bench",
+)
