@@ -83,13 +83,12 @@ def _certify(source: str, *, quiet: bool, **arguments: Any) -> None:
         config = recipes.CertifyConfig(source, **arguments)
         report = recipes.certify_named(config, **common)
     else:
-        for name in ("checkpoint", "evaluated"):
-            _checks.require(
-                name not in arguments, "orthonet certify",
-                f"--{name} is for a model that package.module:function makes",
-                "Leave it out: a checkpoint of orthonet train knows its model and its data",
-                source=source,
-            )  # fmt: skip
+        _checks.require(
+            "checkpoint" not in arguments, "orthonet certify",
+            "--checkpoint is for a model that package.module:function makes",
+            "Leave it out: a checkpoint of orthonet train knows its model and its data",
+            source=source,
+        )  # fmt: skip
         if "data" in arguments:
             arguments["data_root"] = arguments.pop("data")
         report = recipes.certify_checkpoint(source, **common, **arguments)

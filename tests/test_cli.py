@@ -88,7 +88,7 @@ def test_trains_and_certifies_for_real(tmp_path, capsys, monkeypatch):
     few = recipes.Split(
         recipes.Images(*(t[:400] for t in train)), recipes.Images(*(t[:60] for t in test))
     )
-    monkeypatch.setattr("orthonet.recipes.images.run.load", lambda dataset: few)
+    monkeypatch.setattr("orthonet.recipes.images.run.load", lambda *_, **__: few)
     out = tmp_path / "run"
     command = f"train digits --epochs 3 --attack-steps 2 --quiet --out {out}"
     assert cli.main(command.split()) == 0

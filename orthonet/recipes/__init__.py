@@ -9,14 +9,24 @@ from orthonet.recipes.beyond.distance import SDFConfig, Trace, sphere_trace, tra
 from orthonet.recipes.beyond.flow import FlowConfig, Inverse, ResidualFlow, invert, train_flow
 from orthonet.recipes.beyond.report import BeyondReport
 from orthonet.recipes.beyond.wasserstein import W1Config, train_w1
-from orthonet.recipes.data.cifar import load_cifar10
-from orthonet.recipes.data.digits import Images, Split, load, stratified_split
+from orthonet.recipes.data.cifar import load_cifar10, load_cifar100
+from orthonet.recipes.data.digits import Images, Split, stratified_split
 from orthonet.recipes.data.folder import ImageFolders
+from orthonet.recipes.data.series import Series, SeriesSplit, load_series
+from orthonet.recipes.data.sets import load
 from orthonet.recipes.images.certify import certify_checkpoint
 from orthonet.recipes.images.checkpoint import load_checkpoint, save_checkpoint
 from orthonet.recipes.images.config import ORTHO_PARAMS, CertifyConfig, FolderConfig, TrainConfig
 from orthonet.recipes.images.evaluate import Evaluation, evaluate
-from orthonet.recipes.images.named import cifar10_xs, digits, folder, mnist5k
+from orthonet.recipes.images.named import (
+    cifar10_xs,
+    cifar100_xs,
+    digits,
+    fashion,
+    folder,
+    mnist,
+    mnist5k,
+)
 from orthonet.recipes.images.report import Report
 from orthonet.recipes.images.run import train
 from orthonet.recipes.images.spectra import Spectrum, layer_spectra
@@ -50,6 +60,8 @@ __all__ = [
     "SequenceConfig",
     "SequenceReport",
     "SequenceResult",
+    "Series",
+    "SeriesSplit",
     "Spectrum",
     "Split",
     "Trace",
@@ -60,11 +72,13 @@ __all__ = [
     "bench_zoo",
     "certify_checkpoint",
     "certify_named",
+    "cifar100_xs",
     "cifar10_xs",
     "convert_file",
     "copying",
     "digits",
     "evaluate",
+    "fashion",
     "fit",
     "folder",
     "gradient_norms",
@@ -73,6 +87,9 @@ __all__ = [
     "load",
     "load_checkpoint",
     "load_cifar10",
+    "load_cifar100",
+    "load_series",
+    "mnist",
     "mnist5k",
     "option",
     "register",

@@ -52,7 +52,7 @@ def test_images_are_read_in_the_order_of_the_batches(tmp_path, kind, inside):
 
 
 def test_what_is_missing_or_broken_is_told(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--data-root"):
+    with pytest.raises(FileNotFoundError, match="--data"):
         load_cifar10(tmp_path)
     folder = write(tmp_path, "bin")
     (folder / "data_batch_3.bin").write_bytes(b"short")
@@ -124,6 +124,6 @@ def test_the_recipe_is_that_of_the_paper_and_runs(tmp_path, monkeypatch, capsys)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     pictures = {"certified_accuracy.png", "training.png"}
     assert names == {"checkpoint.pt", "state.pt", "log.csv", "metrics.json", *pictures}
-    missing = ["train", "cifar10-xs", "--data-root", str(tmp_path / "nothing"), "--quiet"]
+    missing = ["train", "cifar10-xs", "--data", str(tmp_path / "nothing"), "--quiet"]
     assert cli.main(missing) == 1
-    assert "--data-root" in capsys.readouterr().err
+    assert "--data" in capsys.readouterr().err

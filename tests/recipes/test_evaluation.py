@@ -145,7 +145,7 @@ def config() -> TrainConfig:
 @pytest.fixture(scope="module")
 def report(few, config, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orthonet.recipes.images.run.load", lambda dataset: few)
+        patch.setattr("orthonet.recipes.images.run.load", lambda *_, **__: few)
         yield train(config, tmp_path_factory.mktemp("runs") / "run")
 
 

@@ -22,10 +22,14 @@ from orthonet.recipes.images.config import FolderConfig
 __all__ = ["ImageFolders", "load_pictures"]
 
 _OWNER = "orthonet train folder"
+_ANNOTATIONS = "val_annotations.txt"
 
 
 class ImageFolders:
     r"""Pictures of DIR/train/CLASS and DIR/val/CLASS, read by the workers of `DataLoader`.
+
+    The folder of Tiny-ImageNet is read as it is unpacked: DIR/val/val_annotations.txt names the
+    classes of DIR/val/images.
 
     The order is that of torch's `DistributedSampler`; how a picture is cropped, moved and mirrored
     depends on the seed, the epoch and the picture alone. So one process and several, with few
@@ -152,7 +156,7 @@ def load_pictures(root: Path, shape: tuple[int, ...], number: int) -> Images:
     """Read pictures in the folders of their classes: CLASS/*, or `val` or `test` with these.
 
     Args:
-        root: The folder.
+        root: The folder, or that of Tiny-ImageNet.
         shape: (channels, height, width) that each picture is resized and cropped to, with 1 or 3
             channels.
         number: How many to read, evenly spaced; 0 for all.
@@ -182,7 +186,10 @@ def _listed(config: FolderConfig, part: str) -> Any:
 
 
 def _folder(folder: Path) -> Any:
-    module = require_package("torchvision.datasets", "torchvision", "vision")
+    """The pictures of a folder, as torchvision lists them."""
+    module = require_package("torchvision.datasets.folder", "torchvision", "vision")
+    if (folder / _ANNOTATIONS).is_file():
+        return _Annotated(folder, module.default_loader)
     try:
         return module.ImageFolder(str(folder))
     except FileNotFoundError as error:
@@ -191,6 +198,25 @@ def _folder(folder: Path) -> Any:
         _OWNER, "the folder must hold pictures as train/CLASS/* and val/CLASS/*",
         "Name their folder with --data", FileNotFoundError, folder=str(folder), reason=reason,
     )  # fmt: skip
+
+
+class _Annotated:
+    """The validation pictures of Tiny-ImageNet: one folder, and the classes in a text file."""
+
+    def __init__(self, folder: Path, loader: Any) -> None:
+        rows = [line.split("\t") for line in (folder / _ANNOTATIONS).read_text().splitlines()]
+        _checks.require(
+            bool(rows) and all(len(row) >= 2 for row in rows), _OWNER,
+            "each line must hold the name of a picture and its class", "Unpack the archive again",
+            file=str(folder / _ANNOTATIONS),
+        )  # fmt: skip
+        self.loader = loader
+        self.classes = sorted({row[1] for row in rows})
+        index = {name: i for i, name in enumerate(self.classes)}
+        self.samples = [(str(folder / "images" / row[0]), index[row[1]]) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
 
 def _cores() -> int:

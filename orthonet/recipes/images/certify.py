@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orthonet import _checks
+from orthonet.recipes.data.digits import spaced
 from orthonet.recipes.images.checkpoint import load_checkpoint
 from orthonet.recipes.images.page import CertificateReport, certificate_alone
 from orthonet.recipes.images.report import Report, certified, written
@@ -61,6 +62,7 @@ def certify_checkpoint(
         title = f"{config.title}: {Path(checkpoint).name}"
         return certificate_alone(model, input_shape, page, title, tell)
     with claimed(Path(out)) if out is not None else contextlib.nullcontext() as folder:
-        images, model = images_of(config).test, model.to(config.device)
+        images = spaced(images_of(config).test, config.evaluated)
+        model = model.to(config.device)
         found = certified(model, config, images, page=page, tell=tell, progress=progress)
         return found if folder is None else written(found, model, images, folder, found.files)

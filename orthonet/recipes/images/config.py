@@ -9,7 +9,7 @@ from typing import Any
 
 from orthonet import _checks, reparametrizers
 from orthonet.models import list_models
-from orthonet.recipes.data.digits import DATASETS
+from orthonet.recipes.data.sets import IMAGE_SETS
 from orthonet.recipes.running.options import check_choices, option
 from orthonet.reparametrizers import OrthoParams
 
@@ -35,7 +35,7 @@ class TrainConfig:
     r"""Everything that decides the outcome of a run; plain values, so that JSON can hold it.
 
     Attributes:
-        dataset: "digits", "mnist5k" or "cifar10".
+        dataset: Name of the images, as [`load`][orthonet.recipes.load] takes it.
         model: Name of the model; [`create`][orthonet.models.create] builds it.
         model_arguments: Keywords of the model, without `ortho_params`.
         ortho_params: Preset of the orthogonal layers.
@@ -59,12 +59,16 @@ class TrainConfig:
             training.
         attack_steps: Gradient steps of an attack.
         data_root: Folder of the data.
+        validation: Whether to hold validation images out of the training images, and to take them
+            in place of the test images.
+        evaluated: Test images, evenly spaced, that are certified and attacked in the end; 0 for
+            all of them.
 
     Raises:
         ValueError: A value out of range.
     """
 
-    dataset: str = option(choices=(*DATASETS, "cifar10"))
+    dataset: str = option(choices=tuple(IMAGE_SETS))
     model: str = option(choices=list_models)
     model_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ortho_params: str = option("default", choices=tuple(ORTHO_PARAMS))
@@ -86,6 +90,8 @@ class TrainConfig:
     radii: tuple[float, ...] = option(RADII, trains=False)
     attack_steps: int = option(40, trains=False)
     data_root: str = option("data", flags=("--data",), trains=False)
+    validation: bool = False
+    evaluated: int = option(0, trains=False)
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -96,7 +102,7 @@ class TrainConfig:
         _checks.in_range(self, 0.0, 180.0, rotation=self.rotation)
         _checks.in_range(self, 0.0, 1e3, shift=self.shift, radius=self.radius)
         _checks.in_range(self, 1e-6, 1e3, lr=self.lr, temperature=self.temperature)
-        _checks.non_negative_int(self, seed=self.seed, crop=self.crop)
+        _checks.non_negative_int(self, seed=self.seed, crop=self.crop, evaluated=self.evaluated)
         for radius in self.radii:
             _checks.in_range(self, 0.0, 1e3, radii=radius)
         object.__setattr__(self, "radii", tuple(sorted(self.radii)))
@@ -164,8 +170,6 @@ class FolderConfig(TrainConfig):
         min_scale: Smallest share of a picture that a random crop keeps, before it is resized.
         workers: Processes that read pictures, for each that trains; never more than there are
             cores, 0 for none.
-        evaluated: Validation pictures, evenly spaced, that are certified and attacked in the end;
-            0 for all of them.
 
     Raises:
         ValueError: A value out of range.
@@ -181,7 +185,7 @@ class FolderConfig(TrainConfig):
         super().__post_init__()
         _checks.positive_int(self, image_size=self.image_size)
         _checks.in_range(self, 1e-3, 1.0, min_scale=self.min_scale)
-        _checks.non_negative_int(self, workers=self.workers, evaluated=self.evaluated)
+        _checks.non_negative_int(self, workers=self.workers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +195,8 @@ class CertifyConfig:
     Attributes:
         source: The function that makes the model, `package.module:function`.
         checkpoint: File with the weights of the model, .pt or .safetensors.
-        data: Images to certify and attack, digits, mnist5k or a folder of pictures CLASS/*,
-            val/CLASS/* or test/CLASS/*.
+        data: Images to certify and attack, digits, mnist5k, fashion, mnist, or a folder, of
+            pictures CLASS/*, val/CLASS/* or test/CLASS/*, or of the files of CIFAR-10 or CIFAR-100.
         input_shape: Shape of one sample, to which the pictures of a folder are resized. Without
             data the model is certified for this shape alone.
         radii: l2 radii at which accuracy is certified and attacked.

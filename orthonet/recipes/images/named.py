@@ -10,7 +10,7 @@ from orthonet.recipes.images.run import train
 from orthonet.recipes.running.options import Option
 from orthonet.recipes.running.registry import Recipe, register
 
-__all__ = ["cifar10_xs", "digits", "folder", "mnist5k"]
+__all__ = ["cifar100_xs", "cifar10_xs", "digits", "fashion", "folder", "mnist", "mnist5k"]
 
 _INSIDE = {"dataset": None, "data_root": None}  # the data comes inside a package
 
@@ -48,6 +48,40 @@ def mnist5k(**changes: Any) -> TrainConfig:
     return TrainConfig(**{**values, **changes})
 
 
+def fashion(**changes: Any) -> TrainConfig:
+    """Classify the 60,000 training images of Fashion-MNIST, 28x28 pixels: minutes an epoch.
+
+    Debian's package dataset-fashion-mnist brings the images, or `data_root` holds them. Of the
+    10,000 test images 1000, evenly spaced, are certified and attacked in the end; set
+    `evaluated=0` for all.
+
+    Args:
+        changes: Fields of [`TrainConfig`][orthonet.recipes.TrainConfig] to set differently.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+    return TrainConfig(**{**_WHOLE, "dataset": "fashion", "flip": True, **changes})
+
+
+def mnist(**changes: Any) -> TrainConfig:
+    """Classify the 60,000 training images of MNIST, 28x28 pixels: minutes an epoch.
+
+    `data_root` holds the images. 1000 evenly spaced test images are certified and attacked in the
+    end; set `evaluated=0` for all.
+
+    Args:
+        changes: Fields of [`TrainConfig`][orthonet.recipes.TrainConfig] to set differently.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+    return TrainConfig(**{**_WHOLE, "dataset": "mnist", **changes})
+
+
+_WHOLE: dict[str, Any] = {"model": "convnet_mnist", "epochs": 10, "evaluated": 1000}
+
+
 # Loss and optimizer of "1-Lipschitz layers compared"; nothing is moved but by crops and flips.
 _COMPARED: dict[str, Any] = {
     "batch_size": 256, "optimizer": "sgd", "lr": 0.1, "radius": 2 * 36 / 255, "temperature": 0.25,
@@ -82,6 +116,19 @@ def cifar10_xs(**changes: Any) -> TrainConfig:
     return TrainConfig(**{**_COMPARED, **values, **changes})
 
 
+def cifar100_xs(**changes: Any) -> TrainConfig:
+    """Train the network of `cifar10_xs` on the 100 classes of CIFAR-100, on a GPU.
+
+    Args:
+        changes: Fields of [`TrainConfig`][orthonet.recipes.TrainConfig] to set differently.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+    arguments = {"num_classes": 100, **changes.pop("model_arguments", {})}
+    return cifar10_xs(**{"dataset": "cifar100", **changes, "model_arguments": arguments})
+
+
 def folder(**changes: Any) -> FolderConfig:
     r"""Classify images in an ImageNet-style folder: DIR/train/CLASS/* and DIR/val/CLASS/*.
 
@@ -111,5 +158,8 @@ _LAYER = Option(
 )
 register("digits", Recipe(TrainConfig, digits, train, _INSIDE))
 register("mnist5k", Recipe(TrainConfig, mnist5k, train, _INSIDE))
+register("fashion", Recipe(TrainConfig, fashion, train, {"dataset": None}))
+register("mnist", Recipe(TrainConfig, mnist, train, {"dataset": None}))
 register("cifar10-xs", Recipe(TrainConfig, cifar10_xs, train, {"dataset": None, "layer": _LAYER}))
-register("folder", Recipe(FolderConfig, folder, train, {"dataset": None}))
+register("cifar100-xs", Recipe(TrainConfig, cifar100_xs, train, {"dataset": None, "layer": _LAYER}))
+register("folder", Recipe(FolderConfig, folder, train, {"dataset": None, "validation": None}))

@@ -6,9 +6,9 @@ import os
 import time
 from pathlib import Path
 
-from orthonet.recipes.data.cifar import load_cifar10
-from orthonet.recipes.data.digits import Split, load
+from orthonet.recipes.data.digits import Split, spaced
 from orthonet.recipes.data.folder import ImageFolders
+from orthonet.recipes.data.sets import load
 from orthonet.recipes.images.checkpoint import save_checkpoint
 from orthonet.recipes.images.config import FolderConfig, TrainConfig
 from orthonet.recipes.images.report import Report, certified, written
@@ -73,16 +73,13 @@ def train(
     data = source if isinstance(source, Split) else source.evaluated()
     seconds = {"training": time.perf_counter() - start}
     checkpoint = save_checkpoint(folder / "checkpoint.pt", model, config)
-    report = certified(
-        model, config, data.test, history=history, seconds=seconds, progress=progress
-    )
-    return written(report, model, data.test, folder, (checkpoint,))
+    test = spaced(data.test, config.evaluated)
+    report = certified(model, config, test, history=history, seconds=seconds, progress=progress)
+    return written(report, model, test, folder, (checkpoint,))
 
 
 def images_of(config: TrainConfig) -> Split:
-    """The images of a configuration; of folders only those that are certified and attacked."""
-    if config.dataset == "cifar10":
-        return load_cifar10(config.data_root)
+    """Return the images of a configuration; of folders only those that are certified."""
     if isinstance(config, FolderConfig):
         return ImageFolders(config).evaluated()
-    return load(config.dataset)
+    return load(config.dataset, config.data_root, validation=config.validation)

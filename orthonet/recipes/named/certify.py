@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.recipes.data.digits import DATASETS, Images, load
+from orthonet.recipes.data.digits import Images, spaced
 from orthonet.recipes.data.folder import load_pictures
+from orthonet.recipes.data.sets import IMAGE_SETS, load, set_in
 from orthonet.recipes.images.config import CertifyConfig
 from orthonet.recipes.images.page import CertificateReport, certificate_alone
 from orthonet.recipes.images.report import Report, certified, written
@@ -85,18 +86,18 @@ def certify_named(
 
 
 def _images(config: CertifyConfig) -> Images:
-    if config.data in DATASETS:
-        test = load(config.data).test
-        number = len(test.y)
-        wanted = min(number, config.evaluated or number)
-        chosen = torch.arange(wanted) * number // wanted
-        return Images(test.x[chosen], test.y[chosen])
+    if config.data in IMAGE_SETS:
+        return spaced(load(config.data).test, config.evaluated)
+    folder = Path(config.data)
     _checks.require(
-        Path(config.data).is_dir(), _OWNER,
-        f"data must be one of {', '.join(DATASETS)} or a folder that exists",
+        folder.is_dir(), _OWNER,
+        f"data must be one of {', '.join(IMAGE_SETS)} or a folder that exists",
         "Name one of them", data=config.data,
     )  # fmt: skip
-    return load_pictures(Path(config.data), config.input_shape or (3, 224, 224), config.evaluated)
+    found = set_in(folder)
+    if found is not None:
+        return spaced(load(found, folder).test, config.evaluated)
+    return load_pictures(folder, config.input_shape or (3, 224, 224), config.evaluated)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from orthonet.recipes.running.options import check_choices, option
 
 __all__ = ["ALPHABET", "COPIED", "MODELS", "SequenceConfig", "TASKS"]
 
-TASKS = ("copying", "mnist5k", "mnist")
+TASKS = ("copying", "mnist5k", "mnist", "fashion")
 MODELS = ("orthonet", "lstm", "torch", "geotorch")
 COPIED = 10  # symbols to be copied
 ALPHABET = 8  # different symbols
@@ -24,8 +24,8 @@ class SequenceConfig:
     """Everything that decides the outcome of a run on sequences; plain values.
 
     Attributes:
-        task: What to learn; "copying", or the pixels of an image one by one: "mnist5k", or "mnist"
-            by torchvision's loader, from `data_root`, downloaded if it is not there.
+        task: What to learn; "copying", or the pixels of an image one by one: "mnist5k", "mnist"
+            or "fashion"; the last two lie in `data_root`.
         models: Models to train on the same batches; "orthonet" (`OrthoRNN`), "lstm" (`nn.LSTM`),
             "torch" (`nn.RNN` with torch's own parametrization), "geotorch" (the same with
             geotorch's; left out where it is not installed).
@@ -44,7 +44,7 @@ class SequenceConfig:
         log_every: Optimizer steps between two rows of the history.
         seed: Seed of weights and sequences.
         device: Device of the run, such as cpu or cuda.
-        data_root: Folder of torchvision's data.
+        data_root: Folder of the images.
 
     Raises:
         ValueError: A value out of range.

@@ -54,6 +54,6 @@ def seq_mnist(**changes: Any) -> SequenceConfig:
 
 
 _COPYING: dict[str, Option | None] = {"task": None, "permuted": None, "data_root": None}
-_PIXELS: dict[str, Option | None] = {"task": Option(("mnist5k", "mnist")), "delay": None}
+_PIXELS: dict[str, Option | None] = {"task": Option(("mnist5k", "mnist", "fashion")), "delay": None}
 register("copying", Recipe(SequenceConfig, copying, train_sequences, _COPYING))
 register("seq-mnist", Recipe(SequenceConfig, seq_mnist, train_sequences, _PIXELS))

@@ -16,7 +16,8 @@ import torch
 from orthonet import _checks
 from orthonet.layers import available
 from orthonet.models import convnet_zoo
-from orthonet.recipes.data.digits import DATASETS, Images, Split, load, require_package
+from orthonet.recipes.data.digits import Images, Split, require_package
+from orthonet.recipes.data.sets import IMAGE_SETS, load
 from orthonet.recipes.images.config import RADII, TrainConfig
 from orthonet.recipes.images.evaluate import evaluate
 from orthonet.recipes.images.train import fit
@@ -42,7 +43,7 @@ __all__ = [
 
 _WANTED = Wanted("bench_zoo", "the runs of a comparison", "Remove it or choose another folder")
 BUDGETS = ("parameters", "cpu")
-_SHAPES = {"digits": (1, 8, 8), "mnist5k": (1, 28, 28)}
+_DATASETS = ("digits", "mnist5k", "fashion", "mnist")
 # Highest learning rate of Adam; of 0.005, 0.02 and 0.06 the best on validation images of the
 # training set of digits. The others take the default, which was best for them.
 LEARNING_RATES: Mapping[str, float] = {
@@ -73,12 +74,13 @@ class ZooConfig:
         radii: Radii of certified accuracy and attacks.
         attack_steps: Gradient steps of an attack.
         device: Device of the runs, such as cpu or cuda.
+        data_root: Folder of the data.
 
     Raises:
         ValueError: A value out of range.
     """
 
-    dataset: str = option("digits", choices=tuple(DATASETS))
+    dataset: str = option("digits", choices=_DATASETS)
     methods: tuple[str, ...] = option((), choices=lambda: available("conv"))
     seeds: int = 3
     budget: str = option("parameters", choices=BUDGETS)
@@ -93,6 +95,7 @@ class ZooConfig:
     radii: tuple[float, ...] = RADII
     attack_steps: int = 20
     device: str = "cpu"
+    data_root: str = option("data", flags=("--data",))
 
     def __post_init__(self) -> None:
         names = tuple(self.methods) or tuple(available("conv"))
@@ -114,7 +117,8 @@ class ZooConfig:
     def protocol(self) -> dict[str, Any]:
         """The fields that runs must share to be comparable: all but how many there are."""
         fields = self.to_dict()
-        return {name: fields[name] for name in fields if name not in ("methods", "seeds", "device")}
+        free = ("methods", "seeds", "device", "data_root")
+        return {name: fields[name] for name in fields if name not in free}
 
 
 @guarded
@@ -145,7 +149,7 @@ def bench_zoo(
         "Start it without torchrun", subject="zoo",
     )  # fmt: skip
     folder = Path(out)
-    file, data = folder / "zoo.json", load(config.dataset)
+    file, data = folder / "zoo.json", load(config.dataset, config.data_root)
     runs = _earlier(file, config)
     wanted = [(name, seed) for seed in range(config.seeds) for name in config.methods]
     done = {(run["method"], run["seed"]) for run in runs}
@@ -211,13 +215,17 @@ def planned_run(
     """The training of one method within the budget, and what a step of it costs."""
     width, epochs = config.width, config.epochs
     if config.budget == "parameters":
-        width = width_for(name, config.parameters, _SHAPES[config.dataset])
+        width = width_for(name, config.parameters, IMAGE_SETS[config.dataset].shape)
 
     def planned(epochs: int) -> TrainConfig:
         return TrainConfig(
             dataset=config.dataset,
             model="convnet_zoo",
-            model_arguments={"in_shape": _SHAPES[config.dataset], "layer": name, "width": width},
+            model_arguments={
+                "in_shape": IMAGE_SETS[config.dataset].shape,
+                "layer": name,
+                "width": width,
+            },
             epochs=epochs,
             batch_size=config.batch_size,
             lr=config.lr or LEARNING_RATES.get(name, 0.02),
