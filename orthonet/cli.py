@@ -84,6 +84,12 @@ def _certify(source: str, *, quiet: bool, **arguments: Any) -> None:
         report = recipes.certify_named(config, **common)
     else:
         _checks.require(
+            Path(source).exists(), "orthonet certify",
+            "source must be a checkpoint of orthonet train or package.module:function",
+            "Name a file that exists, or a function such as torchvision.models:resnet18",
+            source=source,
+        )  # fmt: skip
+        _checks.require(
             "checkpoint" not in arguments, "orthonet certify",
             "--checkpoint is for a model that package.module:function makes",
             "Leave it out: a checkpoint of orthonet train knows its model and its data",

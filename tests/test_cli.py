@@ -32,13 +32,15 @@ def test_every_option_of_train_changes_its_field(monkeypatch):
     assert made == [(config, Path("elsewhere"), {"progress": False, "resume": True})]
 
 
-def test_certify_passes_its_options(monkeypatch, capsys):
+def test_certify_passes_its_options(monkeypatch, capsys, tmp_path):
     made = []
 
     def record(*positional, tell, **keywords):
         made.append((*positional, keywords))
         return Printed()
 
+    monkeypatch.chdir(tmp_path)
+    Path("model.pt").touch()
     monkeypatch.setattr(recipes, "certify_checkpoint", record)
     monkeypatch.setattr(recipes, "certify_named", record)
     assert cli.main(["certify", "model.pt"]) == 0
@@ -133,7 +135,10 @@ def test_convert_saves_the_model_and_prints_the_report(tmp_path, capsys, monkeyp
         (f"convert pathlib:Path --out {out}", "must return a torch.nn.Module"),
         (f"convert small_net:make --fallback nothing --out {out}", "fallback must be one of"),
         (f"convert torch.nn:Linear --out {out}", "missing=['in_features', 'out_features']"),
-        (f"convert small_net:make --out {tmp_path / 'no' / 'new.pt'}", "its folder must exist"),
+        (
+            f"convert small_net:make --out {tmp_path / 'no' / 'new.pt'}",
+            "the folder of the file must exist",
+        ),
         (f"convert small_net:make --out {tmp_path / 'new.safetensors'}", "ends in .pt"),
         (f"convert small_net:local --out {out}", "must be picklable"),
         (again, "absent.pt"),

@@ -70,7 +70,9 @@ def test_the_place_of_the_package_is_looked_in_last(tmp_path, monkeypatch):
 def test_a_missing_set_says_which_command_brings_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/apt-get")
     source = idx.FASHION._replace(places=())
-    with pytest.raises(FileNotFoundError, match="Run: sudo apt-get install dataset-fashion-mnist"):
+    with pytest.raises(
+        FileNotFoundError, match="or run: sudo apt-get install dataset-fashion-mnist"
+    ):
         idx.load_idx(source, tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     for each in (source, idx.MNIST):
@@ -78,7 +80,7 @@ def test_a_missing_set_says_which_command_brings_it(tmp_path, monkeypatch, capsy
         with pytest.raises(FileNotFoundError, match=call):
             idx.load_idx(each, tmp_path)
     assert cli.main(["train", "mnist", "--data", str(tmp_path), "--out", str(tmp_path / "o")]) == 1
-    assert "name their folder with --data" in capsys.readouterr().err
+    assert "Name their folder with --data" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="pip install --no-deps aeon"):
         load_series("GunPoint", tmp_path)
 

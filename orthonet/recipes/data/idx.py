@@ -75,7 +75,7 @@ def load_idx(source: IdxSet, root: Path) -> Split:
             return Split(*(_part(folder, part) for part in _PARTS))
     return _checks.fail(
         f"load({source.name!r})", "the files train-images-idx3-ubyte.gz and so on must be there",
-        f"Run: {source.command(root)}\nOr name their folder with --data", FileNotFoundError,
+        f"Name their folder with --data, or run: {source.command(root)}", FileNotFoundError,
         looked_in=", ".join(map(str, (folders[0], folders[1], *source.places))),
     )  # fmt: skip
 

@@ -73,7 +73,7 @@ def load_series(
             return _split(paths, validation)
     return _checks.fail(
         "load_series", "the files NAME_TRAIN.ts and NAME_TEST.ts must be there",
-        "Run: pip install --no-deps aeon\nOr name the folder of the archive as root"
+        "Name the folder of the archive as root, or run: pip install --no-deps aeon"
         if name in SERIES
         else "Unpack https://timeseriesclassification.com's archive and name its folder as root",
         FileNotFoundError, name=name, looked_in=", ".join(map(str, folders)) or "nowhere",

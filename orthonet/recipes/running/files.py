@@ -47,7 +47,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         raw = _Raw(part, "w")
     except OSError as error:
-        _fail(path, error, "its folder must exist and be writable", "Make it, or choose another")
+        _fail(
+            path,
+            error,
+            "the folder of the file must exist and be writable",
+            "Make it, or choose another",
+        )
     try:
         with io.BufferedWriter(raw) as file:
             yield file
@@ -103,7 +108,7 @@ def versions() -> dict[str, Any]:
 
 def _fail(path: Path, error: OSError, requirement: str, advice: str) -> NoReturn:
     reason = error.strerror or str(error)
-    text = _checks.message("orthonet", requirement, advice, file=str(path), reason=reason)
+    text = _checks.message("orthonet.recipes", requirement, advice, file=str(path), reason=reason)
     wrapped = type(error)(text)
     wrapped.errno = error.errno
     raise wrapped from None

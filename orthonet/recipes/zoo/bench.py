@@ -16,7 +16,7 @@ import torch
 from orthonet import _checks
 from orthonet.layers import available
 from orthonet.models import convnet_zoo
-from orthonet.recipes.data.digits import Images, Split, require_package
+from orthonet.recipes.data.digits import Images, Split, require_package, spaced
 from orthonet.recipes.data.sets import IMAGE_SETS, load
 from orthonet.recipes.images.config import RADII, TrainConfig
 from orthonet.recipes.images.evaluate import evaluate
@@ -75,6 +75,7 @@ class ZooConfig:
         attack_steps: Gradient steps of an attack.
         device: Device of the runs, such as cpu or cuda.
         data_root: Folder of the data.
+        evaluated: Test images, evenly spaced, that are certified and attacked; 0 for all of them.
 
     Raises:
         ValueError: A value out of range.
@@ -96,6 +97,7 @@ class ZooConfig:
     attack_steps: int = 20
     device: str = "cpu"
     data_root: str = option("data", flags=("--data",))
+    evaluated: int = 0
 
     def __post_init__(self) -> None:
         names = tuple(self.methods) or tuple(available("conv"))
@@ -104,6 +106,7 @@ class ZooConfig:
             self, seeds=self.seeds, parameters=self.parameters, width=self.width,
             epochs=self.epochs, batch_size=self.batch_size, attack_steps=self.attack_steps,
         )  # fmt: skip
+        _checks.non_negative_int(self, evaluated=self.evaluated)
         _checks.in_range(self, 0.0, 1e3, lr=self.lr, radius=self.radius)
         _checks.in_range(self, 1e-6, 1e6, temperature=self.temperature)
         _checks.in_range(self, 1e-3, 1e9, cpu_seconds=self.cpu_seconds)
@@ -175,10 +178,10 @@ def run_method(config: ZooConfig, name: str, seed: int, data: Split) -> dict[str
     except ValueError as error:  # the loss is not finite: a result, and not a good one
         return _failed(name, seed, train_config, str(error))
     seconds = time.process_time() - start
+    test = spaced(data.test, config.evaluated)
     found = evaluate(
-        model, data.test, radii=config.radii, attack_steps=config.attack_steps, seed=seed,
-        export=False,
-    )  # fmt: skip
+        model, test, radii=config.radii, attack_steps=config.attack_steps, seed=seed, export=False
+    )
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
     return {
         "method": name,
@@ -271,7 +274,7 @@ def _earlier(file: Path, config: ZooConfig) -> list[dict[str, Any]]:
     good = isinstance(content, dict) and isinstance(content.get("runs"), list)
     if not good or not isinstance(content.get("protocol"), dict):
         _WANTED.fail(file, "it holds no protocol and runs")
-    known, wanted = content["protocol"], config.protocol()
+    known, wanted = {**ZooConfig().protocol(), **content["protocol"]}, config.protocol()
     different = [k for k in wanted if known.get(k) != wanted[k]]
     _checks.require(
         not different, "bench_zoo", "the runs of one file must share their protocol",
