@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -220,7 +219,7 @@ def _shown(default: Any) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"\[([^]]*)\]\[[^]]*\]", r"\1", text).replace("%", "%%")
+    return text.replace("%", "%%")
 
 
 def _add_quiet(parser: Any) -> None:

@@ -39,6 +39,12 @@ from orthonet.recipes.sequences.config import SequenceConfig
 from orthonet.recipes.sequences.gradient_flow import gradient_norms
 from orthonet.recipes.sequences.named import copying, seq_mnist
 from orthonet.recipes.sequences.run import SequenceReport, SequenceResult, train_sequences
+from orthonet.recipes.sequences.series import (
+    SeriesConfig,
+    SeriesReport,
+    SeriesResult,
+    train_series,
+)
 from orthonet.recipes.zoo.bench import ZooConfig, bench_zoo
 from orthonet.recipes.zoo.report import ZooReport
 
@@ -61,6 +67,9 @@ __all__ = [
     "SequenceReport",
     "SequenceResult",
     "Series",
+    "SeriesConfig",
+    "SeriesReport",
+    "SeriesResult",
     "SeriesSplit",
     "Spectrum",
     "Split",
@@ -102,5 +111,6 @@ __all__ = [
     "train_flow",
     "train_sdf",
     "train_sequences",
+    "train_series",
     "train_w1",
 ]

@@ -90,7 +90,7 @@ TINY = {
 
 def test_the_table_of_commands_has_every_recipe():
     # These need their data; the loop is that of digits.
-    others = {"cifar10-xs", "cifar100-xs", "fashion", "mnist"}
+    others = {"cifar10-xs", "cifar100-xs", "fashion", "mnist", "series"}
     assert {*TINY, *others} == recipes.registered().keys()
 
 

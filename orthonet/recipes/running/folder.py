@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, ParamSpec, TypeVar
 
 import torch
+from torch import distributed as dist
 
 from orthonet import _checks
 from orthonet.recipes.data.digits import require_package
@@ -77,8 +78,8 @@ def claimed(folder: Path) -> Iterator[Path]:
         BlockingIOError: Another run uses the folder.
         OSError: The folder cannot be made or written to.
     """
-    launched = "RANK" in os.environ and not torch.distributed.is_initialized()
-    if (int(os.environ["RANK"]) if launched else rank_and_size()[0]) != 0:
+    joined = dist.is_available() and dist.is_initialized()
+    if (rank_and_size()[0] if joined else int(os.environ.get("RANK", "0"))) != 0:
         yield folder
         return
     made = not folder.exists()

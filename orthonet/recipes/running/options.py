@@ -19,6 +19,7 @@ __all__ = [
     "option",
     "parsed_arguments",
     "parsed_options",
+    "plain_text",
     "training_fields",
 ]
 
@@ -192,7 +193,10 @@ def _entries(doc: str | None, section: str, end: str) -> dict[str, str]:
         r"^ {4}(\w+): (.*?)(?=^ {4}\w+: |\Z)", part[1] if part else "", re.S | re.M
     )
     texts = {name: re.split(end, " ".join(text.split()))[0] for name, text in entries}
-    return {
-        name: text.replace("`", "").replace(r"\(", "").replace(r"\)", "")
-        for name, text in texts.items()
-    }
+    return {name: plain_text(text) for name, text in texts.items()}
+
+
+def plain_text(text: str) -> str:
+    """Return a docstring's text without code marks, mathematics marks and links."""
+    text = re.sub(r"\[([^]]*)\]\[[^]]*\]", r"\1", text)
+    return text.replace("`", "").replace(r"\(", "").replace(r"\)", "")

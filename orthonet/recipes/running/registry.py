@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orthonet import _checks
-from orthonet.recipes.running.options import Option, Parsed, parsed_options
+from orthonet.recipes.running.options import Option, Parsed, parsed_options, plain_text
 
 __all__ = ["Recipe", "register", "registered"]
 
@@ -42,7 +42,7 @@ class Recipe:
     @property
     def summary(self) -> str:
         """The first sentence of the documentation of `build`."""
-        return " ".join((inspect.getdoc(self.build) or "").split("\n\n")[0].split())
+        return plain_text(" ".join((inspect.getdoc(self.build) or "").split("\n\n")[0].split()))
 
     def parsed(self) -> list[Parsed]:
         """The options of the command line that set fields of the configuration."""
