@@ -59,6 +59,7 @@ class Parsed:
         kind: `int`, `float`, `str` or `bool`, or a function that reads a text.
         many: Whether the option takes several values.
         default: The value without the option; None where it is unknown.
+        help: What the option sets, in a clause.
         option: The choices and flags.
     """
 
