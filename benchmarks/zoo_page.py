@@ -17,7 +17,7 @@ from benchmarks import _harness as harness
 from benchmarks.page import DOCS, fill
 from orthonet.recipes import ZooConfig, ZooReport, load
 from orthonet.recipes.running.files import write_json
-from orthonet.recipes.zoo.bench import _planned
+from orthonet.recipes.zoo.bench import planned_run
 from orthonet.recipes.zoo.figures import zoo_figure
 from orthonet.recipes.zoo.report import HEADER
 
@@ -96,7 +96,7 @@ def with_costs(report: ZooReport, rounds: int = 3) -> ZooReport:
     costs = {}
     for _ in range(rounds):
         for name in plan.methods:
-            found = _planned(plan, name, 0, images)[1]
+            found = planned_run(plan, name, 0, images)[1]
             costs[name] = min(costs.get(name, found), found)
     runs = []
     for run in report.runs:

@@ -1,6 +1,5 @@
 """Models in and out: stock layers made orthogonal, and constraints baked into plain weights."""
 
-from orthonet.convert._file import convert_file
 from orthonet.convert._on_manifold import manifold_groups, on_manifold, trivialize
 from orthonet.convert._orthogonalize import orthogonalize
 from orthonet.convert._plain import to_plain
@@ -9,7 +8,6 @@ from orthonet.convert._report import ConversionReport, ConversionRow
 __all__ = [
     "ConversionReport",
     "ConversionRow",
-    "convert_file",
     "manifold_groups",
     "on_manifold",
     "orthogonalize",

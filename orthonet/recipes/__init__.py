@@ -8,40 +8,49 @@ A recipe is a function that returns a frozen [`TrainConfig`][orthonet.recipes.Tr
 from orthonet.recipes.beyond.distance import SDFConfig, Trace, sphere_trace, train_sdf
 from orthonet.recipes.beyond.flow import FlowConfig, Inverse, ResidualFlow, invert, train_flow
 from orthonet.recipes.beyond.report import BeyondReport
-from orthonet.recipes.beyond.table import BEYOND_RECIPES
 from orthonet.recipes.beyond.wasserstein import W1Config, train_w1
-from orthonet.recipes.data.cifar import load_cifar10
-from orthonet.recipes.data.digits import Images, Split, load, stratified_split
+from orthonet.recipes.data.cifar import load_cifar10, load_cifar100
+from orthonet.recipes.data.digits import Images, Split, stratified_split
 from orthonet.recipes.data.folder import ImageFolders
-from orthonet.recipes.images.config import (
-    ORTHO_PARAMS,
-    RECIPES,
-    FolderConfig,
-    TrainConfig,
+from orthonet.recipes.data.series import Series, SeriesSplit, load_series
+from orthonet.recipes.data.sets import load
+from orthonet.recipes.images.certify import certify_checkpoint
+from orthonet.recipes.images.checkpoint import load_checkpoint, save_checkpoint
+from orthonet.recipes.images.config import ORTHO_PARAMS, CertifyConfig, FolderConfig, TrainConfig
+from orthonet.recipes.images.evaluate import Evaluation, evaluate
+from orthonet.recipes.images.named import (
     cifar10_xs,
+    cifar100_xs,
     digits,
+    fashion,
     folder,
+    mnist,
     mnist5k,
 )
-from orthonet.recipes.images.evaluate import Evaluation, evaluate
-from orthonet.recipes.images.run import Report, certify_checkpoint, train
+from orthonet.recipes.images.report import Report
+from orthonet.recipes.images.run import train
 from orthonet.recipes.images.spectra import Spectrum, layer_spectra
 from orthonet.recipes.images.train import fit
-from orthonet.recipes.running.checkpoint import load_checkpoint, save_checkpoint
-from orthonet.recipes.sequences.config import (
-    SEQUENCE_RECIPES,
-    SequenceConfig,
-    copying,
-    seq_mnist,
-)
+from orthonet.recipes.named.certify import certify_named
+from orthonet.recipes.named.convert import convert_file
+from orthonet.recipes.running.options import Option, option
+from orthonet.recipes.running.registry import Recipe, register, registered
+from orthonet.recipes.sequences.config import SequenceConfig
 from orthonet.recipes.sequences.gradient_flow import gradient_norms
+from orthonet.recipes.sequences.named import copying, seq_mnist
 from orthonet.recipes.sequences.run import SequenceReport, SequenceResult, train_sequences
+from orthonet.recipes.sequences.series import (
+    SeriesConfig,
+    SeriesReport,
+    SeriesResult,
+    train_series,
+)
 from orthonet.recipes.zoo.bench import ZooConfig, bench_zoo
 from orthonet.recipes.zoo.report import ZooReport
 
 __all__ = [
-    "BEYOND_RECIPES",
     "BeyondReport",
+    "CertifyConfig",
     "Evaluation",
     "FlowConfig",
     "FolderConfig",
@@ -49,14 +58,19 @@ __all__ = [
     "Images",
     "Inverse",
     "ORTHO_PARAMS",
-    "RECIPES",
+    "Option",
+    "Recipe",
     "Report",
     "ResidualFlow",
     "SDFConfig",
-    "SEQUENCE_RECIPES",
     "SequenceConfig",
     "SequenceReport",
     "SequenceResult",
+    "Series",
+    "SeriesConfig",
+    "SeriesReport",
+    "SeriesResult",
+    "SeriesSplit",
     "Spectrum",
     "Split",
     "Trace",
@@ -66,10 +80,14 @@ __all__ = [
     "ZooReport",
     "bench_zoo",
     "certify_checkpoint",
+    "certify_named",
+    "cifar100_xs",
     "cifar10_xs",
+    "convert_file",
     "copying",
     "digits",
     "evaluate",
+    "fashion",
     "fit",
     "folder",
     "gradient_norms",
@@ -78,7 +96,13 @@ __all__ = [
     "load",
     "load_checkpoint",
     "load_cifar10",
+    "load_cifar100",
+    "load_series",
+    "mnist",
     "mnist5k",
+    "option",
+    "register",
+    "registered",
     "save_checkpoint",
     "seq_mnist",
     "sphere_trace",
@@ -87,5 +111,6 @@ __all__ = [
     "train_flow",
     "train_sdf",
     "train_sequences",
+    "train_series",
     "train_w1",
 ]

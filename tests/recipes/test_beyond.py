@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from orthonet import cli, recipes
+from orthonet import cli
 from orthonet.recipes import (
     FlowConfig,
     ResidualFlow,
@@ -22,6 +22,7 @@ from orthonet.recipes.beyond.flow import DENSITIES
 from orthonet.recipes.beyond.report import grid, optimize
 from orthonet.recipes.beyond.shapes import SHAPES, polygon, star
 from orthonet.recipes.beyond.wasserstein import mean_below, shells
+from tests.recipes.replaced import recorded
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -197,14 +198,7 @@ def test_a_loss_that_is_not_finite_stops(tmp_path):
 
 
 def test_the_command_runs_each(tmp_path, capsys, monkeypatch):
-    made = []
-    for name, recipe in recipes.BEYOND_RECIPES.items():
-
-        def record(config, out, *, progress):
-            made.append((config, out, progress))
-            return recipes.BeyondReport("", {}, {}, ("the summary",), [])
-
-        monkeypatch.setitem(recipes.BEYOND_RECIPES, name, recipe._replace(run=record))
+    made = recorded(monkeypatch, "w1", "sdf", "flow")
     assert cli.main(["train", "w1", "--dimension", "5", "--gap", "2", "--quiet"]) == 0
     assert cli.main(f"train sdf --shape star --out {tmp_path} --quiet".split()) == 0
     assert cli.main(["train", "flow", "--density", "rings", "--iterations", "3", "--quiet"]) == 0
@@ -213,5 +207,6 @@ def test_the_command_runs_each(tmp_path, capsys, monkeypatch):
         FlowConfig(density="rings", iterations=3),
     ]  # fmt: skip
     assert capsys.readouterr().out == "the summary\n" * 3
-    assert cli.main(["train", "w1", "--shape", "star", "--quiet"]) == 1
-    assert "--shape" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train", "w1", "--shape", "star", "--quiet"])
+    assert "orthonet train w1: error: unknown: --shape star" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """CIFAR-10 in both of its formats, from small folders written in them."""
 
+import dataclasses
 import math
 import pickle
 
@@ -12,6 +13,7 @@ from orthonet.certify import certify
 from orthonet.models import convnet_xs
 from orthonet.recipes import cifar10_xs, load_cifar10
 from orthonet.recipes.data.augment import random_crop
+from orthonet.recipes.running import registry
 
 NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
@@ -50,7 +52,7 @@ def test_images_are_read_in_the_order_of_the_batches(tmp_path, kind, inside):
 
 
 def test_what_is_missing_or_broken_is_told(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--data-root"):
+    with pytest.raises(FileNotFoundError, match="--data"):
         load_cifar10(tmp_path)
     folder = write(tmp_path, "bin")
     (folder / "data_batch_3.bin").write_bytes(b"short")
@@ -108,18 +110,20 @@ def test_the_recipe_is_that_of_the_paper_and_runs(tmp_path, monkeypatch, capsys)
     assert config.offset == pytest.approx(2 * math.sqrt(2) * 36 / 255)
     assert (config.optimizer, config.batch_size, config.temperature) == ("sgd", 256, 0.25)
     write(tmp_path / "data", "bin")
-    small = {"width": 4, "depth": 1, "layer": "aol"}
-    monkeypatch.setitem(
-        recipes.RECIPES, "cifar10-xs",
-        lambda **changes: cifar10_xs(**{**changes, "model_arguments": small}),
-    )  # fmt: skip
-    command = f"train cifar10-xs --data-root {tmp_path / 'data'} --epochs 1 --attack-steps 1"
+    small = {"width": 4, "depth": 1}
+
+    def build(model_arguments=(), **changes):
+        return cifar10_xs(**changes, model_arguments={**small, **dict(model_arguments)})
+
+    recipe = dataclasses.replace(recipes.registered()["cifar10-xs"], build=build)
+    monkeypatch.setitem(registry._RECIPES, ("train", "cifar10-xs"), recipe)
+    command = f"train cifar10-xs --data {tmp_path / 'data'} --epochs 1 --attack-steps 1 --layer aol"
     assert cli.main([*command.split(), "--quiet", "--out", str(tmp_path / "run")]) == 0
     text = capsys.readouterr().out
     assert "none changed class" in text
     names = {path.name for path in (tmp_path / "run").iterdir()}
     pictures = {"certified_accuracy.png", "training.png"}
     assert names == {"checkpoint.pt", "state.pt", "log.csv", "metrics.json", *pictures}
-    missing = ["train", "cifar10-xs", "--data-root", str(tmp_path / "nothing"), "--quiet"]
+    missing = ["train", "cifar10-xs", "--data", str(tmp_path / "nothing"), "--quiet"]
     assert cli.main(missing) == 1
-    assert "--data-root" in capsys.readouterr().err
+    assert "--data" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def test_stratified_split_partitions():
 
 def test_unknown_data_set_is_refused():
     with pytest.raises(ValueError, match="dataset must be one of 'digits', 'mnist5k'"):
-        load("cifar10")
+        load("svhn")
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):

@@ -23,7 +23,7 @@ from orthonet.recipes import (
     train,
 )
 from orthonet.recipes.images.evaluate import attack_radii
-from orthonet.recipes.running.figures import radius_figure, spectra_figure, training_figure
+from orthonet.recipes.images.figures import radius_figure, spectra_figure, training_figure
 from orthonet.testing import singular_values
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -145,7 +145,7 @@ def config() -> TrainConfig:
 @pytest.fixture(scope="module")
 def report(few, config, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orthonet.recipes.images.run.load", lambda dataset: few)
+        patch.setattr("orthonet.recipes.images.run.load", lambda *_, **__: few)
         yield train(config, tmp_path_factory.mktemp("runs") / "run")
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from orthonet import cli, recipes
 from orthonet.recipes.running.log import Log
+from tests.recipes.replaced import recorded
 from tests.recipes.test_resume import SMALL, few
 
 
@@ -76,10 +77,9 @@ def test_sequences_and_others_write_theirs(tmp_path):
 
 
 def test_the_command_asks_for_it(monkeypatch, tmp_path):
-    made = []
-    monkeypatch.setattr(recipes, "train", lambda *_, **options: made.append(options))
+    made = recorded(monkeypatch, "digits")
     assert cli.main(["train", "digits", "--tensorboard"]) == 0
-    assert made == [{"progress": True, "tensorboard": True}]
+    assert [options for _, _, options in made] == [{"progress": True, "tensorboard": True}]
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch, tmp_path, capsys):

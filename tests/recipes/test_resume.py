@@ -105,7 +105,7 @@ def test_a_state_between_epochs_is_all_there_is(tmp_path):
     states = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in states)
     other = dataclasses.replace(digits(**SMALL), lr=0.5)
-    with pytest.raises(ValueError, match="same configuration"):
+    with pytest.raises(ValueError, match="of the same training"):
         fit(other, few(), folder=tmp_path, resume=True)
 
 
@@ -158,7 +158,7 @@ def test_other_recipes_go_on_too(monkeypatch, tmp_path, name):
         assert [r.loss for r in found.results] == [r.loss for r in expected.results]
     else:
         assert dict(found.figures) == dict(expected.figures)
-    with pytest.raises(ValueError, match="same configuration"):
+    with pytest.raises(ValueError, match="of the same training"):
         train(dataclasses.replace(config, lr=config.lr / 2), broken, resume=True)
 
 

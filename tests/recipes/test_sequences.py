@@ -63,10 +63,10 @@ def test_command_line(tmp_path, capsys):
     command += f" --triv cayley --init cayley --models orthonet --quiet --out {tmp_path}"
     assert cli.main(command.split()) == 0
     assert "copying, delay 4, hidden 8" in capsys.readouterr().out
-    assert cli.main(["train", "copying", "--radius", "1", "--quiet"]) == 1
-    assert "one of the recipe 'copying', got options='--radius'" in capsys.readouterr().err
-    assert cli.main(["train", "digits", "--delay", "1", "--quiet"]) == 1
-    assert "--delay" in capsys.readouterr().err
+    for recipe, foreign in (("copying", "--radius"), ("copying", "--task"), ("digits", "--delay")):
+        with pytest.raises(SystemExit):
+            cli.main(["train", recipe, foreign, "1", "--quiet"])
+        assert f"orthonet train {recipe}: error: unknown: {foreign} 1" in capsys.readouterr().err
 
 
 BAD = (

@@ -10,7 +10,6 @@ import torch
 from orthonet.layers import OrthoConv2d
 from orthonet.recipes import (
     ORTHO_PARAMS,
-    RECIPES,
     Images,
     Split,
     TrainConfig,
@@ -19,6 +18,7 @@ from orthonet.recipes import (
     load,
     load_checkpoint,
     mnist5k,
+    registered,
     save_checkpoint,
 )
 from orthonet.recipes.running.files import write_atomically
@@ -51,9 +51,12 @@ def equal(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values())
-def test_recipe_is_frozen_and_survives_json(recipe):
-    config = recipe(seed=3, epochs=7, model_arguments={"hidden": (8,)})
+IMAGES = [r.build for r in registered().values() if issubclass(r.config, TrainConfig)]
+
+
+@pytest.mark.parametrize("build", IMAGES)
+def test_recipe_is_frozen_and_survives_json(build):
+    config = build(seed=3, epochs=7, model_arguments={"hidden": (8,)})
     assert (config.seed, config.epochs) == (3, 7)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 4

@@ -1,6 +1,7 @@
 """The comparison of methods: what is equal, what is kept, what is counted."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from orthonet.recipes.images.train import build
 from orthonet.recipes.zoo import bench as zoo
 from orthonet.recipes.zoo import report as zoo_report
 from orthonet.recipes.zoo.cost import step_cost
+from tests.recipes.replaced import recorded
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -21,7 +23,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def few(monkeypatch):
     train, test = recipes.load("digits")
     data = Split(Images(train.x[:128], train.y[:128]), Images(test.x[:40], test.y[:40]))
-    monkeypatch.setattr(zoo, "load", lambda dataset: data)
+    monkeypatch.setattr(zoo, "load", lambda *_, **__: data)
     return data
 
 
@@ -102,7 +104,7 @@ def test_the_width_is_the_nearest_to_the_parameters(method):
 
 def test_the_cpu_budget_chooses_the_epochs(few, monkeypatch):
     monkeypatch.setattr(zoo, "step_cost", lambda *_: zoo.StepCost(0.05, 1))
-    config, cost = zoo._planned(
+    config, cost = zoo.planned_run(
         ZooConfig(budget="cpu", cpu_seconds=1.2, width=8, epochs=30), "aol", 0, few.train
     )
     assert (config.epochs, config.model_arguments["width"], cost.seconds) == (12, 8, 0.05)
@@ -128,15 +130,14 @@ def test_every_network_can_be_built_by_the_recipe():
 
 
 def test_the_command_passes_its_options(monkeypatch, capsys, tmp_path):
-    made = []
-
-    def record(config, out, *, progress):
-        made.append((config, out, progress))
-        return ZooReport(config.to_dict(), ())
-
-    monkeypatch.setattr(recipes, "bench_zoo", record)
+    made = recorded(monkeypatch, "zoo", command="bench")
     command = f"bench zoo --methods aol bro --seeds 2 --budget cpu --out {tmp_path} --quiet"
     assert cli.main(command.split()) == 0
-    assert made == [(ZooConfig(methods=("aol", "bro"), seeds=2, budget="cpu"), tmp_path, False)]
-    assert capsys.readouterr().out.startswith("digits, budget 30 s")
-    assert cli.main(["bench", "zoo", "--methods", "nothing", "--quiet"]) == 1
+    config = ZooConfig(methods=("aol", "bro"), seeds=2, budget="cpu")
+    assert made == [(config, tmp_path, {"progress": False})]
+    assert ZooReport(config.to_dict(), ()).summary().startswith("digits, budget 30 s")
+    assert cli.main(["bench", "zoo", "--budget", "cpu", "--quiet"]) == 0
+    assert made[1][1] == Path("runs/zoo-digits-cpu")
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "zoo", "--methods", "nothing", "--quiet"])
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err

@@ -17,19 +17,21 @@ from orthonet.models import mlp
 from orthonet.recipes.beyond.report import BeyondReport, grid, optimize
 from orthonet.recipes.beyond.shapes import SHAPES
 from orthonet.recipes.data.digits import require_package
-from orthonet.recipes.running.figures import BLUE, GREY, ORANGE, _figure, _save
-from orthonet.recipes.running.log import writer_class
+from orthonet.recipes.running.figures import BLUE, GREY, ORANGE, figure_of, save_figure
+from orthonet.recipes.running.folder import guarded
+from orthonet.recipes.running.options import check_choices, option
 from orthonet.recipes.running.processes import joined, part_of
+from orthonet.recipes.running.registry import Recipe, register
 
 __all__ = ["SDFConfig", "Trace", "overshoots", "sphere_trace", "train_sdf"]
 
 
 @dataclasses.dataclass(frozen=True)
 class SDFConfig:
-    """A network that learns the signed distance to a shape.
+    """A network that learns the signed distance to a shape and never overestimates it.
 
     Attributes:
-        shape: "star" (in the plane) or "torus" (in space), inside the box [-1, 1]^d.
+        shape: The shape inside the box [-1, 1]^d; "star" (in the plane) or "torus" (in space).
         hidden: Width of the three hidden layers, even.
         batch_size: Points in a step, half of them near the surface.
         iterations: Optimizer steps.
@@ -42,17 +44,17 @@ class SDFConfig:
         ValueError: A value out of range.
     """
 
-    shape: str = "torus"
+    shape: str = option("torus", choices=tuple(SHAPES))
     hidden: int = 64
     batch_size: int = 512
     iterations: int = 1200
     lr: float = 0.02
-    rays: int = 160
-    trace_steps: int = 80
+    rays: int = option(160, trains=False)
+    trace_steps: int = option(80, trains=False)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _checks.one_of(self, tuple(SHAPES), shape=self.shape)
+        check_choices(self)
         _checks.positive_int(
             self, hidden=self.hidden, batch_size=self.batch_size, iterations=self.iterations,
             rays=self.rays, trace_steps=self.trace_steps,
@@ -129,6 +131,7 @@ def sphere_trace(
     return Trace(origins + length[:, None] * directions, hit, length, taken)
 
 
+@guarded
 def train_sdf(
     config: SDFConfig,
     out: str | os.PathLike[str],
@@ -165,9 +168,6 @@ def train_sdf(
         Hart, *Sphere tracing*, The Visual Computer 1996; Coiffier & Béthune, *1-Lipschitz neural
         distance fields*, Computer Graphics Forum 2024.
     """
-    require_package("matplotlib", "matplotlib")
-    if tensorboard:
-        writer_class()
     shape = SHAPES[config.shape]
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
@@ -263,7 +263,7 @@ def _levels(axes: Any, x: Tensor, y: Tensor, values: Tensor, title: str) -> None
 
 
 def _plane_picture(path: Path, model: nn.Module, config: SDFConfig, trace: Trace) -> Path:
-    figure = _figure(10.0, 4.6)
+    figure = figure_of(10.0, 4.6)
     left, right = figure.subplots(1, 2)
     points = grid(-1.2, 1.2, 200)
     x, y = points.unbind(-1)
@@ -277,11 +277,11 @@ def _plane_picture(path: Path, model: nn.Module, config: SDFConfig, trace: Trace
         if hit:
             right.plot(*end, ".", color=BLUE, ms=5)
     right.set(aspect="equal", xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), title="rays stop at the surface")
-    return _save(figure, path, left, right)
+    return save_figure(figure, path, left, right)
 
 
 def _space_picture(path: Path, model: nn.Module, config: SDFConfig, trace: Trace) -> Path:
-    figure = _figure(10.0, 4.6)
+    figure = figure_of(10.0, 4.6)
     left, right = figure.subplots(1, 2)
     side = math.isqrt(len(trace.hit))
     with torch.enable_grad():
@@ -301,4 +301,7 @@ def _space_picture(path: Path, model: nn.Module, config: SDFConfig, trace: Trace
     _levels(right, x, z, values, "cut through the axis")
     truth = SHAPES[config.shape].distance(cut).reshape(160, 160)
     right.contour(x, z, truth, levels=[0.0], colors=ORANGE, linestyles="--")
-    return _save(figure, path, right)
+    return save_figure(figure, path, right)
+
+
+register("sdf", Recipe(SDFConfig, SDFConfig, train_sdf))

@@ -17,10 +17,11 @@ from orthonet import _checks
 from orthonet.certify import certify
 from orthonet.layers import OrthoLinear, Scale
 from orthonet.recipes.beyond.report import BeyondReport, grid, optimize
-from orthonet.recipes.data.digits import require_package
-from orthonet.recipes.running.figures import BLUE, _figure, _save
-from orthonet.recipes.running.log import writer_class
+from orthonet.recipes.running.figures import BLUE, figure_of, save_figure
+from orthonet.recipes.running.folder import guarded
+from orthonet.recipes.running.options import check_choices, option
 from orthonet.recipes.running.processes import joined, part_of
+from orthonet.recipes.running.registry import Recipe, register
 from orthonet.reparametrizers import QR_ORTHO_PARAMS
 
 __all__ = [
@@ -37,10 +38,10 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
-    """A flow that learns the density of points in the plane.
+    """An invertible network that learns the density of points in the plane.
 
     Attributes:
-        density: "moons" or "rings".
+        density: What is learned; "moons" or "rings".
         blocks: Residual blocks.
         hidden: Width of the two hidden layers of each.
         contraction: Constant of each block's branch, below 1.
@@ -53,7 +54,7 @@ class FlowConfig:
         ValueError: A value out of range.
     """
 
-    density: str = "moons"
+    density: str = option("moons", choices=lambda: tuple(DENSITIES))
     blocks: int = 8
     hidden: int = 32
     contraction: float = 0.9
@@ -63,7 +64,7 @@ class FlowConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _checks.one_of(self, tuple(DENSITIES), density=self.density)
+        check_choices(self)
         _checks.positive_int(
             self, blocks=self.blocks, hidden=self.hidden, batch_size=self.batch_size,
             iterations=self.iterations,
@@ -199,6 +200,7 @@ def invert(flow: ResidualFlow, z: Tensor, constants: Sequence[float], steps: int
     return Inverse(x, missed / math.prod(1.0 - c for c in constants))
 
 
+@guarded
 def train_flow(
     config: FlowConfig,
     out: str | os.PathLike[str],
@@ -230,9 +232,6 @@ def train_flow(
         ValueError: The loss is not finite, or `state.pt` is that of another configuration.
         OSError: `out` cannot be written.
     """
-    require_package("matplotlib", "matplotlib")
-    if tensorboard:
-        writer_class()
     draw = DENSITIES[config.density]
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
@@ -286,7 +285,7 @@ def _picture(
     path: Path, flow: ResidualFlow, config: FlowConfig, density: Tensor, constants: Sequence[float],
     generator: torch.Generator,
 ) -> Path:  # fmt: skip
-    figure = _figure(12.0, 4.2)
+    figure = figure_of(12.0, 4.2)
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
     data = DENSITIES[config.density](2000, generator)
     normal = torch.randn(2000, 2, generator=generator).double()
@@ -302,4 +301,7 @@ def _picture(
     panels[2].set_title("samples, by the inverse")
     for axes in panels:
         axes.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
-    return _save(figure, path, *panels)
+    return save_figure(figure, path, *panels)
+
+
+register("flow", Recipe(FlowConfig, FlowConfig, train_flow))

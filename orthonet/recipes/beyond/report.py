@@ -15,6 +15,7 @@ from orthonet import _checks
 from orthonet.recipes.data.digits import require_package
 from orthonet.recipes.running.files import versions, write_atomically, write_json
 from orthonet.recipes.running.log import Log
+from orthonet.recipes.running.options import training_fields
 from orthonet.recipes.running.processes import rank_and_size, replica_of, totals
 from orthonet.recipes.running.resume import Resumable
 
@@ -102,7 +103,7 @@ def optimize(
     Raises:
         ValueError: The loss is not finite, or `state.pt` is that of another configuration.
     """
-    iterations, lr, fields = config.iterations, config.lr, dataclasses.asdict(config)
+    iterations, lr, fields = config.iterations, config.lr, training_fields(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=max(4, iterations), pct_start=0.1 if iterations >= 20 else 0.5

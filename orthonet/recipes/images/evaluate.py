@@ -6,13 +6,13 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from orthonet.certify import attack_certificate, certify
+from orthonet.certify import LipschitzCertificate, attack_certificate, certify
 from orthonet.certify.metrics import survivors
 from orthonet.convert import to_plain
 from orthonet.recipes.data.digits import Images, require_package
@@ -36,6 +36,7 @@ class Evaluation:
         attacked: Radius -> share of images that stay right under an attack of that radius.
         attempts: Number of certified images that were attacked just inside their own radius.
         broken: How many of them changed class: 0, or the certificate is wrong.
+        certificate: The certificate itself.
     """
 
     accuracy: float
@@ -47,12 +48,12 @@ class Evaluation:
     attacked: dict[float, float]
     attempts: int
     broken: int
+    certificate: LipschitzCertificate = dataclasses.field(compare=False, repr=False)
 
-    def lines(self) -> list[str]:
-        """The outcome as lines of text."""
+    def lines(self, *, certificate: bool = True) -> list[str]:
+        """Return the outcome as lines of text, with the table of the certificate or without."""
         lines = [
-            self.table,
-            "",
+            *([self.table, ""] if certificate else []),
             f"clean accuracy        {self.accuracy:7.1%}  ({len(self.radii)} images)",
             f"Lipschitz constant    {self.constant:.7f}  (l2, proved upper bound)",
             "l2 radius    certified   under attack",
@@ -92,6 +93,7 @@ def evaluate(
     seed: int = 0,
     export: bool = True,
     progress: bool = False,
+    tell: Callable[[Evaluation], None] | None = None,
 ) -> Evaluation:
     r"""Certify a classifier and attack it.
 
@@ -109,6 +111,8 @@ def evaluate(
         export: Whether to judge the plain copy. A copy of the model as it is takes its place
             where not: for layers whose export is certified less tightly, or depends on the image.
         progress: Whether to show a progress bar (of tqdm) on the standard error stream.
+        tell: Called with the evaluation before the attacks, which take most of the time; it holds
+            everything but them.
 
     Returns:
         The evaluation.
@@ -117,7 +121,7 @@ def evaluate(
         UncertifiableError: A part of the model has no known constant.
         ModuleNotFoundError: A progress bar is asked for and tqdm is missing.
     """
-    device = next(model.parameters()).device
+    device = next(iter(model.parameters()), images.x).device
     attacker = to_plain(model) if export else copy.deepcopy(model)
     attacker = attacker.to(device).eval().requires_grad_(False)
     judge = copy.deepcopy(attacker).double()
@@ -128,8 +132,26 @@ def evaluate(
         logits = torch.cat([judge(x[part].double()) for part in everything.split(_BATCH)])
     right = logits.argmax(1) == y
     alive = right.clone()
-    generator = torch.Generator().manual_seed(seed)
+    certified = certificate.certified_accuracy(logits, y, radii)
     attacked, attempts, broken = {0.0: int(right.sum()) / len(x)}, 0, 0
+    found = Evaluation(
+        accuracy=attacked[0.0],
+        constant=certificate.constant.value,
+        table=certificate.table(),
+        rows=[
+            {name: value for name, value in dataclasses.asdict(row).items() if name != "seconds"}
+            for row in certificate.rows
+        ],
+        radii=torch.where(right.cpu(), certificate.radius(logits), 0.0).tolist(),
+        certified=dict(zip(radii, certified, strict=True)),
+        attacked=dict(attacked),
+        attempts=0,
+        broken=0,
+        certificate=certificate,
+    )
+    if tell is not None:
+        tell(found)
+    generator = torch.Generator().manual_seed(seed)
     with _progress_bar(progress, len(attack_radii(radii)) + 1) as bar:
         for radius in attack_radii(radii):
             alive = survivors(
@@ -145,21 +167,7 @@ def evaluate(
             )  # fmt: skip
             attempts, broken = attempts + report.attacked, broken + report.broken
         bar.update()
-    certified = certificate.certified_accuracy(logits, y, radii)
-    return Evaluation(
-        accuracy=attacked[0.0],
-        constant=certificate.constant.value,
-        table=certificate.table(),
-        rows=[
-            {name: value for name, value in dataclasses.asdict(row).items() if name != "seconds"}
-            for row in certificate.rows
-        ],
-        radii=torch.where(right.cpu(), certificate.radius(logits), 0.0).tolist(),
-        certified=dict(zip(radii, certified, strict=True)),
-        attacked=attacked,
-        attempts=attempts,
-        broken=broken,
-    )
+    return dataclasses.replace(found, attacked=attacked, attempts=attempts, broken=broken)
 
 
 def attack_radii(radii: Sequence[float]) -> list[float]:

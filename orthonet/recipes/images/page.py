@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,53 +37,53 @@ class CertificateReport:
     certificate: LipschitzCertificate
     files: tuple[Path, ...] = ()
 
-    def summary(self) -> str:
-        """The outcome as text."""
+    def summary(self, *, certificate: bool = True) -> str:
+        """Return the outcome as text, with the table of the certificate or without."""
+        table = [self.certificate.table()] if certificate else []
         written = ["written:", *(f"  {path}" for path in self.files)] if self.files else []
-        return "\n".join([self.certificate.table(), *written])
+        return "\n".join([*table, *written])
 
 
 def certificate_alone(
     model: nn.Module,
     input_shape: Sequence[int],
-    report: str | os.PathLike[str] | None,
+    page: Path | None,
     title: str,
+    tell: Callable[[str], None] | None = None,
 ) -> CertificateReport:
-    """Certify for inputs of a shape, and write the report if a file is named."""
+    """Certify a model for inputs of a shape, and write the page if a file is named."""
     for size in input_shape:
-        _checks.positive_int("certify_checkpoint", input_shape=size)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(16, *input_shape, generator=generator)
-    certificate, page = _page(model, x, title, None, None)
-    if report is None:
+        _checks.positive_int("orthonet certify", input_shape=size)
+    plain = to_plain(model).cpu().double().eval().requires_grad_(False)
+    x = torch.rand(16, *input_shape, generator=torch.Generator().manual_seed(0)).double()
+    certificate = certify(plain, x)
+    if tell is not None:
+        tell(certificate.table())
+    if page is None:
         return CertificateReport(certificate)
-    path = write_atomically(Path(report), lambda file: file.write(page.encode()))
-    return CertificateReport(certificate, (path,))
+    return CertificateReport(certificate, (_written(page, certificate, plain, x, title),))
 
 
 def write_page(path: Path, model: nn.Module, x: Tensor, evaluation: Evaluation, title: str) -> Path:
-    """Write the report of an evaluated model."""
+    """Write the page of an evaluated model; without the attack, as long as there was none."""
     radii = torch.tensor(evaluation.radii, dtype=torch.float64).sort(descending=True).values
     curve = RadiusCurve(radii, round(evaluation.accuracy * len(radii)))
-    page = _page(model, x, title, curve, evaluation.attacked)[1]
-    return write_atomically(path, lambda file: file.write(page.encode()))
+    plain = to_plain(model).cpu().double().eval().requires_grad_(False)
+    attacked = evaluation.attacked if len(evaluation.attacked) > 1 else None
+    return _written(
+        path, evaluation.certificate, plain, x.cpu().double(), title, curve=curve,
+        attacked=attacked,
+    )  # fmt: skip
 
 
-def _page(
-    model: nn.Module,
+def _written(
+    path: Path,
+    certificate: LipschitzCertificate,
+    plain: nn.Module,
     x: Tensor,
     title: str,
-    curve: RadiusCurve | None,
-    attacked: dict[float, float] | None,
-) -> tuple[LipschitzCertificate, str]:
-    plain = to_plain(model).cpu().double().eval().requires_grad_(False)
-    x = x.cpu().double()
-    certificate = certify(plain, x[:16])
-    page = report_html(
-        certificate,
-        title=title,
-        spectra=layer_spectra(plain, x[:1]),
-        curve=curve,
-        attacked=attacked,
-    )
-    return certificate, page
+    **accuracies: Any,
+) -> Path:
+    spectra = layer_spectra(plain, x[:1])
+    page = report_html(certificate, title=title, spectra=spectra, **accuracies)
+    return write_atomically(path, lambda file: file.write(page.encode()))

@@ -17,6 +17,7 @@ from orthonet.recipes.data.digits import Images, Split, require_package
 from orthonet.recipes.data.sources import InMemory, Source
 from orthonet.recipes.images.config import TrainConfig
 from orthonet.recipes.running.log import Log
+from orthonet.recipes.running.options import training_fields
 from orthonet.recipes.running.processes import rank_and_size, replica_of, totals
 from orthonet.recipes.running.resume import Resumable
 
@@ -86,8 +87,9 @@ def fit(
     replica = replica_of(model)
     state = Resumable(model, optimizer, schedule, generator)
     history: list[dict[str, float]] = []
+    fields = {**training_fields(config), "images": source.number}
     if folder is not None and resume:
-        history = state.load(folder / "state.pt", config.to_dict(), config.device)
+        history = state.load(folder / "state.pt", fields, config.device)
     writes = folder is not None and rank == 0
     log = Log(folder if writes else None, "epoch", history, tensorboard=tensorboard)
     bar = _progress_bar(config.epochs) if progress else None
@@ -123,7 +125,7 @@ def fit(
             }
             history.append(row)
             if folder is not None and rank == 0:
-                state.save(folder / "state.pt", config.to_dict(), history)
+                state.save(folder / "state.pt", fields, history)
             log.add(row)
             if bar is not None:
                 bar.set_postfix(loss=f"{row['loss']:.3f}", test=f"{accuracy:.1%}")

@@ -11,10 +11,15 @@ from torch import nn
 
 from orthonet import _checks
 from orthonet.recipes.running.files import write_atomically
+from orthonet.recipes.running.reading import FOREIGN, Wanted, read_tensors, reason_of
 
 __all__ = ["Resumable"]
 
 _FORMAT = "orthonet training 1"
+_WANTED = Wanted(
+    "--resume", "the state of an interrupted orthonet train",
+    "Remove it and train anew, or train into another folder",
+)  # fmt: skip
 
 
 class Resumable:
@@ -34,11 +39,11 @@ class Resumable:
         }
         self.generator = generator
 
-    def save(self, path: Path, config: Mapping[str, Any], history: list[dict[str, float]]) -> Path:
-        """Replace the file in one step."""
+    def save(self, path: Path, fields: Mapping[str, Any], history: list[dict[str, float]]) -> Path:
+        """Replace the file in one step; `fields` is all that identifies the training."""
         content = {
             "format": _FORMAT,
-            "config": dict(config),
+            "config": dict(fields),
             "history": history,
             "generator": self.generator.get_state(),
             **{name: part.state_dict() for name, part in self.parts.items()},
@@ -46,21 +51,41 @@ class Resumable:
         return write_atomically(path, lambda file: torch.save(content, file))
 
     def load(
-        self, path: Path, config: Mapping[str, Any], device: torch.device | str = "cpu"
+        self, path: Path, fields: Mapping[str, Any], device: torch.device | str = "cpu"
     ) -> list[dict[str, float]]:
-        """Take up the state of the file, if there is one, and return its rows."""
+        """Take up the state of the file, if there is one, and return its rows.
+
+        Raises:
+            ValueError: The file is damaged, no state, or the state of another training.
+        """
         if not path.exists():
             return []
-        content = torch.load(path, map_location=device, weights_only=True)
-        found = content.get("config") if isinstance(content, dict) else None
-        _checks.require(
-            found == dict(config) and content.get("format") == _FORMAT,
-            "--resume",
-            "the state to go on from must be that of the same configuration",
-            "Resume with the options of the first run, or train into another folder",
-            path=str(path),
-        )
-        self.generator.set_state(content["generator"].cpu())
-        for name, part in self.parts.items():
-            part.load_state_dict(content[name])
-        return list(content["history"])
+        content, _ = read_tensors(path, _WANTED, device=device)
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            _WANTED.fail(path, f"it does not say that its format is {_FORMAT!r}")
+        found = content.get("config")
+        if not isinstance(found, dict):
+            _WANTED.fail(path, "it holds no configuration")
+        _check_fields(found, fields, path)
+        try:
+            self.generator.set_state(content["generator"].cpu())
+            for name, part in self.parts.items():
+                part.load_state_dict(content[name])
+            return [dict(row) for row in content["history"]]
+        except FOREIGN as error:
+            _WANTED.fail(path, reason_of(error))
+
+
+def _check_fields(found: Mapping[str, Any], fields: Mapping[str, Any], path: Path) -> None:
+    """States from before hold more fields, those that training does not depend on."""
+    different = {
+        name: f"{value!r} (there {found.get(name)!r})"
+        for name, value in fields.items()
+        if name not in found or found[name] != value
+    }
+    _checks.require(
+        not different, "--resume",
+        "the state to go on from must be that of the same training",
+        "Resume with the options of the first run, or train into another folder", path=str(path),
+        **different,
+    )  # fmt: skip

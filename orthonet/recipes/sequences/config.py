@@ -1,4 +1,4 @@
-"""What a run on sequences is made of: one frozen dataclass, and a function for every recipe."""
+"""The configuration of a run on sequences: a frozen dataclass of plain values."""
 
 from __future__ import annotations
 
@@ -9,19 +9,11 @@ from typing import Any
 from orthonet import _checks
 from orthonet.functional.recurrence import NONLINEARITIES
 from orthonet.layers.recurrent.kernels import INITIALIZATIONS
+from orthonet.recipes.running.options import check_choices, option
 
-__all__ = [
-    "ALPHABET",
-    "COPIED",
-    "MODELS",
-    "SEQUENCE_RECIPES",
-    "SequenceConfig",
-    "TASKS",
-    "copying",
-    "seq_mnist",
-]
+__all__ = ["ALPHABET", "COPIED", "MODELS", "SequenceConfig", "TASKS"]
 
-TASKS = ("copying", "mnist5k", "mnist")
+TASKS = ("copying", "mnist5k", "mnist", "fashion")
 MODELS = ("orthonet", "lstm", "torch", "geotorch")
 COPIED = 10  # symbols to be copied
 ALPHABET = 8  # different symbols
@@ -32,34 +24,34 @@ class SequenceConfig:
     """Everything that decides the outcome of a run on sequences; plain values.
 
     Attributes:
-        task: "copying"; "mnist5k" or "mnist", the pixels of an image one by one ("mnist" by
-            torchvision's loader, from `data_root`, downloaded if it is not there).
-        models: Which models are trained on the same batches: "orthonet" (`OrthoRNN`), "lstm"
-            (`nn.LSTM`), "torch" (`nn.RNN` with torch's own parametrization), "geotorch" (the same
-            with geotorch's; left out where it is not installed).
-        delay: Blanks between the symbols and their recall, in "copying".
-        permuted: Whether the pixels come in a fixed random order, in "mnist5k" and "mnist".
+        task: What to learn; "copying", or the pixels of an image one by one: "mnist5k", "mnist"
+            or "fashion"; the last two lie in `data_root`.
+        models: Models to train on the same batches; "orthonet" (`OrthoRNN`), "lstm" (`nn.LSTM`),
+            "torch" (`nn.RNN` with torch's own parametrization), "geotorch" (the same with
+            geotorch's; left out where it is not installed).
+        delay: Blanks between the symbols and their recall.
+        permuted: Whether the pixels come in a fixed random order.
         hidden: Features of the state.
         batch_size: Sequences in a step.
         iterations: Optimizer steps.
         lr: Learning rate of RMSprop.
-        lr_orthogonal: Its learning rate for the coordinates of orthogonal kernels.
-        nonlinearity: That of the `OrthoRNN`.
-        triv: "exponential" or "cayley", the trivialization of its kernel.
+        lr_orthogonal: Learning rate for the coordinates of orthogonal kernels.
+        nonlinearity: Nonlinearity of the `OrthoRNN`.
+        triv: Trivialization of its orthogonal kernel.
         init: Where the orthogonal kernel of the `OrthoRNN` starts.
         rebase: Optimizer steps after which the base of the trivialization moves; 0 for never.
         clip: Largest norm of the gradient of all parameters; 0 for any.
         log_every: Optimizer steps between two rows of the history.
         seed: Seed of weights and sequences.
-        device: Where the run takes place.
-        data_root: Folder of torchvision's data.
+        device: Device of the run, such as cpu or cuda.
+        data_root: Folder of the images.
 
     Raises:
         ValueError: A value out of range.
     """
 
-    task: str
-    models: tuple[str, ...] = ("orthonet", "lstm", "torch", "geotorch")
+    task: str = option(choices=TASKS)
+    models: tuple[str, ...] = option(MODELS, choices=MODELS)
     delay: int = 1000
     permuted: bool = False
     hidden: int = 190
@@ -67,21 +59,19 @@ class SequenceConfig:
     iterations: int = 1000
     lr: float = 1e-3
     lr_orthogonal: float = 1e-4
-    nonlinearity: str = "modrelu"
-    triv: str = "exponential"
-    init: str = "henaff"
+    nonlinearity: str = option("modrelu", choices=tuple(NONLINEARITIES))
+    triv: str = option("exponential", choices=("exponential", "cayley"))
+    init: str = option("henaff", choices=tuple(INITIALIZATIONS))
     rebase: int = 100
     clip: float = 0.0
-    log_every: int = 10
+    log_every: int = option(10, trains=False)
     seed: int = 0
-    device: str = "cpu"
-    data_root: str = "data"
+    device: str = option("cpu", trains=False)
+    data_root: str = option("data", flags=("--data",), trains=False)
 
     def __post_init__(self) -> None:
-        _checks.one_of(self, TASKS, task=self.task)
         object.__setattr__(self, "models", tuple(self.models))
-        for model in self.models:
-            _checks.one_of(self, MODELS, models=model)
+        check_choices(self)
         _checks.require(
             len(set(self.models)) == len(self.models) > 0, self,
             "models must name at least one model, each once", "Choose some", models=self.models,
@@ -93,9 +83,6 @@ class SequenceConfig:
         _checks.non_negative_int(self, seed=self.seed, rebase=self.rebase)
         _checks.in_range(self, 1e-8, 10.0, lr=self.lr, lr_orthogonal=self.lr_orthogonal)
         _checks.in_range(self, 0.0, 1e6, clip=self.clip)
-        _checks.one_of(self, NONLINEARITIES, nonlinearity=self.nonlinearity)
-        _checks.one_of(self, ("exponential", "cayley"), triv=self.triv)
-        _checks.one_of(self, INITIALIZATIONS, init=self.init)
 
     @property
     def baseline(self) -> float:
@@ -114,46 +101,3 @@ class SequenceConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain Python values."""
         return dataclasses.asdict(self)
-
-
-def copying(**changes: Any) -> SequenceConfig:
-    r"""The copying problem: recall ten symbols after a delay, by default 1000 steps.
-
-    The input is ten random symbols of eight, `delay` blanks, the last of them a marker, and ten
-    blanks; the output wanted is blank until the marker, then the ten symbols. Without memory the
-    mean cross-entropy is at least \(10 \log 8 / (T + 20)\) for the delay T.
-
-    Args:
-        changes: Fields of [`SequenceConfig`][orthonet.recipes.SequenceConfig] to set differently.
-
-    Raises:
-        ValueError: A value out of range.
-
-    References:
-        Hochreiter & Schmidhuber (1997); Arjovsky, Shah & Bengio, ICML 2016; Lezcano-Casado &
-        Martínez-Rubio, ICML 2019, whose sizes these are.
-    """
-    return SequenceConfig(**{"task": "copying", **changes})
-
-
-def seq_mnist(**changes: Any) -> SequenceConfig:
-    """Digits of MNIST, read pixel by pixel: 784 steps, then the class.
-
-    Args:
-        changes: Fields of [`SequenceConfig`][orthonet.recipes.SequenceConfig] to set differently;
-            `task="mnist"` takes all 60 000 images, `permuted=True` a fixed order of the pixels.
-
-    Raises:
-        ValueError: A value out of range.
-
-    References:
-        Le, Jaitly & Hinton, *A simple way to initialize recurrent networks of rectified linear
-        units*, 2015.
-    """
-    values: dict[str, Any] = {
-        "task": "mnist5k", "hidden": 170, "iterations": 320, "init": "cayley", "clip": 1.0,
-    }  # fmt: skip
-    return SequenceConfig(**{**values, **changes})
-
-
-SEQUENCE_RECIPES = {"copying": copying, "seq-mnist": seq_mnist}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from orthonet.recipes.data.digits import Images, Split, load, require_package
+from orthonet.recipes.data.digits import Images, Split
+from orthonet.recipes.data.sets import load
 from orthonet.recipes.sequences.config import ALPHABET, COPIED, SequenceConfig
 
 __all__ = ["Batch", "MARKER", "Task", "copying_batch", "task_of"]
@@ -83,12 +84,4 @@ def task_of(config: SequenceConfig) -> Task:
 
 def _images(config: SequenceConfig) -> Split:
     """Pixels in [0, 1] as (number, pixels)."""
-    if config.task == "mnist5k":
-        split = load("mnist5k")
-        return Split(*(Images(x.flatten(1), y) for x, y in split))
-    datasets: Any = require_package("torchvision.datasets", "torchvision")
-    sets = []
-    for train in (True, False):
-        data = datasets.MNIST(config.data_root, train=train, download=True)
-        sets.append(Images(data.data.flatten(1).float() / 255.0, data.targets))
-    return Split(*sets)
+    return Split(*(Images(x.flatten(1), y) for x, y in load(config.task, config.data_root)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orthonet.recipes.running.figures import BLUE, GREEN, GREY, ORANGE, _figure, _save
+from orthonet.recipes.running.figures import BLUE, GREEN, GREY, ORANGE, figure_of, save_figure
 from orthonet.recipes.sequences.report import SequenceReport
 
 __all__ = ["PURPLE", "gradient_figure", "learning_figure"]
@@ -21,7 +21,7 @@ _SMALLEST = 1e-12  # what a logarithmic axis can show of a gradient that has van
 
 def learning_figure(path: Path, report: SequenceReport) -> Path:
     """Loss and score of the training batches against the optimizer step."""
-    figure = _figure(9.0, 4.4)
+    figure = figure_of(9.0, 4.4)
     left, right = figure.subplots(1, 2)
     for result in report.results:
         label, colour, dash = _STYLES[result.model]
@@ -40,12 +40,12 @@ def learning_figure(path: Path, report: SequenceReport) -> Path:
     for axes in (left, right):
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False, fontsize=9)
     figure.suptitle(f"{report.config.title}, hidden {report.config.hidden}")
-    return _save(figure, path, left, right)
+    return save_figure(figure, path, left, right)
 
 
 def gradient_figure(path: Path, report: SequenceReport) -> Path:
     """Norm of the gradient of the last step's loss by the state, along time."""
-    figure = _figure(7.2, 4.6)
+    figure = figure_of(7.2, 4.6)
     axes = figure.subplots()
     lowest, highest = 0.1, 1.0  # a decade at least, so that what is flat looks flat
     for result in report.results:
@@ -62,4 +62,4 @@ def gradient_figure(path: Path, report: SequenceReport) -> Path:
         title=f"{report.config.title}: the gradient of the last step's loss, after training",
     )
     axes.legend(title="value at t = 1", loc="lower right", frameon=False)
-    return _save(figure, path, axes)
+    return save_figure(figure, path, axes)

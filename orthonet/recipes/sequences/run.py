@@ -10,9 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from orthonet.recipes.data.digits import require_package
 from orthonet.recipes.running.files import write_atomically, write_json
-from orthonet.recipes.running.log import writer_class
+from orthonet.recipes.running.folder import guarded
 from orthonet.recipes.running.processes import joined
 from orthonet.recipes.sequences.config import SequenceConfig
 from orthonet.recipes.sequences.data import Batch, Task, task_of
@@ -29,6 +28,7 @@ from orthonet.recipes.sequences.train import (
 __all__ = ["train_sequences"]
 
 
+@guarded
 def train_sequences(
     config: SequenceConfig,
     out: str | os.PathLike[str],
@@ -59,9 +59,6 @@ def train_sequences(
         ValueError: The loss is not finite, or a state is that of another configuration.
         OSError: `out` cannot be written.
     """
-    require_package("matplotlib", "matplotlib")  # better now than after the training
-    if tensorboard:
-        writer_class()
     folder = Path(out)
     trained, skipped = [], []
     with joined(config.device) as rank:

@@ -18,6 +18,7 @@ from orthonet import _checks
 from orthonet.layers import OrthoRNN
 from orthonet.recipes.data.digits import require_package
 from orthonet.recipes.running.log import Log
+from orthonet.recipes.running.options import training_fields
 from orthonet.recipes.running.processes import part_of, rank_and_size, replica_of, totals
 from orthonet.recipes.running.resume import Resumable
 from orthonet.recipes.sequences.config import COPIED, SequenceConfig
@@ -144,7 +145,7 @@ def fit_sequences(
     optimizer = torch.optim.RMSprop(parameter_groups(model, config), lr=config.lr, alpha=0.9)
     rank, size = rank_and_size()
     state, path = Resumable(model, optimizer, None, generator), folder / f"{name}.state.pt"
-    fields = {**config.to_dict(), "models": name}  # other models may join in later
+    fields = {**training_fields(config), "models": name}  # other models may join in later
     history = state.load(path, fields, config.device) if resume else []
     done, before = (int(history[-1]["iteration"]), history[-1]["seconds"]) if history else (0, 0.0)
     bar = _progress_bar(config.iterations, done, name) if progress and rank == 0 else None

@@ -16,19 +16,34 @@ import torch
 from orthonet import _checks
 from orthonet.layers import available
 from orthonet.models import convnet_zoo
-from orthonet.recipes.data.digits import DATASETS, Images, Split, load, require_package
+from orthonet.recipes.data.digits import Images, Split, require_package, spaced
+from orthonet.recipes.data.sets import IMAGE_SETS, load
 from orthonet.recipes.images.config import RADII, TrainConfig
 from orthonet.recipes.images.evaluate import evaluate
 from orthonet.recipes.images.train import fit
 from orthonet.recipes.running.files import versions, write_json
+from orthonet.recipes.running.folder import guarded
+from orthonet.recipes.running.options import check_choices, option
+from orthonet.recipes.running.processes import launched
+from orthonet.recipes.running.reading import Wanted, read_json
+from orthonet.recipes.running.registry import Recipe, register
 from orthonet.recipes.zoo.cost import StepCost, step_cost
 from orthonet.recipes.zoo.figures import zoo_figure
 from orthonet.recipes.zoo.report import ZooReport
 
-__all__ = ["BUDGETS", "LEARNING_RATES", "ZooConfig", "bench_zoo", "run_method", "width_for"]
+__all__ = [
+    "BUDGETS",
+    "LEARNING_RATES",
+    "ZooConfig",
+    "bench_zoo",
+    "planned_run",
+    "run_method",
+    "width_for",
+]
 
+_WANTED = Wanted("bench_zoo", "the runs of a comparison", "Remove it or choose another folder")
 BUDGETS = ("parameters", "cpu")
-_SHAPES = {"digits": (1, 8, 8), "mnist5k": (1, 28, 28)}
+_DATASETS = ("digits", "mnist5k", "fashion", "mnist")
 # Highest learning rate of Adam; of 0.005, 0.02 and 0.06 the best on validation images of the
 # training set of digits. The others take the default, which was best for them.
 LEARNING_RATES: Mapping[str, float] = {
@@ -41,12 +56,13 @@ class ZooConfig:
     r"""What `bench zoo` runs; plain values, so that JSON can hold them.
 
     Attributes:
-        dataset: "digits" or "mnist5k".
-        methods: Names of `available("conv")`; all of them if empty.
+        dataset: Images to train on.
+        methods: Names of the convolutions to compare, all of them if empty;
+            `orthonet.layers.available("conv")` lists them.
         seeds: Number of seeds, 0 to `seeds - 1`, of each method.
-        budget: What is equal for all: "parameters" (the width of the convolutions is chosen so that
-            their number is nearest to `parameters`) or "cpu" (the same width, and as many epochs as
-            fit into `cpu_seconds` of process time, at most 4 `epochs`).
+        budget: What is equal for all methods; "parameters" (the width of the convolutions is chosen
+            so that their number is nearest to `parameters`) or "cpu" (the same width, and as many
+            epochs as fit into `cpu_seconds` of process time, at most 4 `epochs`).
         parameters: Trained numbers of each network, with the budget "parameters".
         cpu_seconds: Process time of a training, with the budget "cpu".
         width: Channels of the convolutions, with the budget "cpu".
@@ -57,16 +73,18 @@ class ZooConfig:
         temperature: Temperature of the offset cross-entropy.
         radii: Radii of certified accuracy and attacks.
         attack_steps: Gradient steps of an attack.
-        device: Where the runs take place.
+        device: Device of the runs, such as cpu or cuda.
+        data_root: Folder of the data.
+        evaluated: Test images, evenly spaced, that are certified and attacked; 0 for all of them.
 
     Raises:
         ValueError: A value out of range.
     """
 
-    dataset: str = "digits"
-    methods: tuple[str, ...] = ()
+    dataset: str = option("digits", choices=_DATASETS)
+    methods: tuple[str, ...] = option((), choices=lambda: available("conv"))
     seeds: int = 3
-    budget: str = "parameters"
+    budget: str = option("parameters", choices=BUDGETS)
     parameters: int = 100_000
     cpu_seconds: float = 30.0
     width: int = 32
@@ -78,17 +96,17 @@ class ZooConfig:
     radii: tuple[float, ...] = RADII
     attack_steps: int = 20
     device: str = "cpu"
+    data_root: str = option("data", flags=("--data",))
+    evaluated: int = 0
 
     def __post_init__(self) -> None:
-        _checks.one_of(self, tuple(DATASETS), dataset=self.dataset)
-        _checks.one_of(self, BUDGETS, budget=self.budget)
         names = tuple(self.methods) or tuple(available("conv"))
-        for name in names:
-            _checks.one_of(self, available("conv"), methods=name)
+        check_choices(self)
         _checks.positive_int(
             self, seeds=self.seeds, parameters=self.parameters, width=self.width,
             epochs=self.epochs, batch_size=self.batch_size, attack_steps=self.attack_steps,
         )  # fmt: skip
+        _checks.non_negative_int(self, evaluated=self.evaluated)
         _checks.in_range(self, 0.0, 1e3, lr=self.lr, radius=self.radius)
         _checks.in_range(self, 1e-6, 1e6, temperature=self.temperature)
         _checks.in_range(self, 1e-3, 1e9, cpu_seconds=self.cpu_seconds)
@@ -102,9 +120,11 @@ class ZooConfig:
     def protocol(self) -> dict[str, Any]:
         """The fields that runs must share to be comparable: all but how many there are."""
         fields = self.to_dict()
-        return {name: fields[name] for name in fields if name not in ("methods", "seeds", "device")}
+        free = ("methods", "seeds", "device", "data_root")
+        return {name: fields[name] for name in fields if name not in free}
 
 
+@guarded
 def bench_zoo(
     config: ZooConfig, out: str | os.PathLike[str], *, progress: bool = False
 ) -> ZooReport:
@@ -127,9 +147,12 @@ def bench_zoo(
         ValueError: `zoo.json` holds runs under another protocol.
         OSError: `out` cannot be written.
     """
-    require_package("matplotlib", "matplotlib")  # better now than after the training
+    _checks.require(
+        launched() == 1, "orthonet bench", "a comparison must run in one process",
+        "Start it without torchrun", subject="zoo",
+    )  # fmt: skip
     folder = Path(out)
-    file, data = folder / "zoo.json", load(config.dataset)
+    file, data = folder / "zoo.json", load(config.dataset, config.data_root)
     runs = _earlier(file, config)
     wanted = [(name, seed) for seed in range(config.seeds) for name in config.methods]
     done = {(run["method"], run["seed"]) for run in runs}
@@ -148,17 +171,17 @@ def bench_zoo(
 
 def run_method(config: ZooConfig, name: str, seed: int, data: Split) -> dict[str, Any]:
     """One training, its certificate and its attack, as plain values."""
-    train_config, cost = _planned(config, name, seed, data.train)
+    train_config, cost = planned_run(config, name, seed, data.train)
     start = time.process_time()
     try:
         model, history = fit(train_config, data)
     except ValueError as error:  # the loss is not finite: a result, and not a good one
         return _failed(name, seed, train_config, str(error))
     seconds = time.process_time() - start
+    test = spaced(data.test, config.evaluated)
     found = evaluate(
-        model, data.test, radii=config.radii, attack_steps=config.attack_steps, seed=seed,
-        export=False,
-    )  # fmt: skip
+        model, test, radii=config.radii, attack_steps=config.attack_steps, seed=seed, export=False
+    )
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
     return {
         "method": name,
@@ -189,19 +212,23 @@ def _failed(name: str, seed: int, config: TrainConfig, reason: str) -> dict[str,
     }  # fmt: skip
 
 
-def _planned(
+def planned_run(
     config: ZooConfig, name: str, seed: int, images: Images
 ) -> tuple[TrainConfig, StepCost]:
     """The training of one method within the budget, and what a step of it costs."""
     width, epochs = config.width, config.epochs
     if config.budget == "parameters":
-        width = width_for(name, config.parameters, _SHAPES[config.dataset])
+        width = width_for(name, config.parameters, IMAGE_SETS[config.dataset].shape)
 
     def planned(epochs: int) -> TrainConfig:
         return TrainConfig(
             dataset=config.dataset,
             model="convnet_zoo",
-            model_arguments={"in_shape": _SHAPES[config.dataset], "layer": name, "width": width},
+            model_arguments={
+                "in_shape": IMAGE_SETS[config.dataset].shape,
+                "layer": name,
+                "width": width,
+            },
             epochs=epochs,
             batch_size=config.batch_size,
             lr=config.lr or LEARNING_RATES.get(name, 0.02),
@@ -243,8 +270,11 @@ def _earlier(file: Path, config: ZooConfig) -> list[dict[str, Any]]:
     """The runs that the file holds already."""
     if not file.exists():
         return []
-    content = json.loads(file.read_text())
-    known, wanted = content["protocol"], config.protocol()
+    content = read_json(file, _WANTED)
+    good = isinstance(content, dict) and isinstance(content.get("runs"), list)
+    if not good or not isinstance(content.get("protocol"), dict):
+        _WANTED.fail(file, "it holds no protocol and runs")
+    known, wanted = {**ZooConfig().protocol(), **content["protocol"]}, config.protocol()
     different = [k for k in wanted if known.get(k) != wanted[k]]
     _checks.require(
         not different, "bench_zoo", "the runs of one file must share their protocol",
@@ -275,3 +305,10 @@ class _Lines:
         if self.bar is not None:
             self.bar.write(line, file=self.bar.fp)
             self.bar.update()
+
+
+register(
+    "zoo",
+    Recipe(ZooConfig, ZooConfig, bench_zoo, folder=lambda c: f"zoo-{c.dataset}-{c.budget}"),
+    command="bench",
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orthonet.recipes.running.figures import BLUE, GREY, ORANGE, _figure, _save
+from orthonet.recipes.running.figures import BLUE, GREY, ORANGE, figure_of, save_figure
 from orthonet.recipes.zoo.report import ZooReport
 
 __all__ = ["zoo_figure"]
@@ -16,7 +16,7 @@ def zoo_figure(path: Path, report: ZooReport) -> Path:
     """Certified accuracy of each method at each radius, and what a step costs it."""
     rows = [row for row in report.rows() if "accuracy" in row][::-1]
     radii = report.radii
-    figure = _figure(9.6, 1.6 + 0.36 * max(4, len(rows)))
+    figure = figure_of(9.6, 1.6 + 0.36 * max(4, len(rows)))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
     names = [row["method"] for row in rows]
     places = range(len(rows))
@@ -49,4 +49,4 @@ def zoo_figure(path: Path, report: ZooReport) -> Path:
     right.minorticks_off()
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     figure.suptitle(f"{report.config['dataset']}: one network, its layer swapped")
-    return _save(figure, path, left, right)
+    return save_figure(figure, path, left, right)

@@ -1,0 +1,165 @@
+"""The recipes of image classification by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orthonet.layers import available
+from orthonet.recipes.images.config import FolderConfig, TrainConfig
+from orthonet.recipes.images.run import train
+from orthonet.recipes.running.options import Option
+from orthonet.recipes.running.registry import Recipe, register
+
+__all__ = ["cifar100_xs", "cifar10_xs", "digits", "fashion", "folder", "mnist", "mnist5k"]
+
+_INSIDE = {"dataset": None, "data_root": None}  # the data comes inside a package
+
+
+def digits(**changes: Any) -> TrainConfig:
+    """Classify the 1797 digits of scikit-learn, 8x8 pixels: less than a minute on one core.
+
+    Args:
+        changes: Fields of [`TrainConfig`][orthonet.recipes.TrainConfig] to set differently.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+    values: dict[str, Any] = {
+        "dataset": "digits",
+        "model": "convnet_digits",
+        "epochs": 30,
+        "batch_size": 64,
+        "shift": 0.5,
+        "radius": 0.6,
+    }
+    return TrainConfig(**{**values, **changes})
+
+
+def mnist5k(**changes: Any) -> TrainConfig:
+    """Classify 5000 digits of MNIST, 28x28 pixels: a few minutes on two cores.
+
+    Args:
+        changes: Fields of [`TrainConfig`][orthonet.recipes.TrainConfig] to set differently.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+    values: dict[str, Any] = {"dataset": "mnist5k", "model": "convnet_mnist", "epochs": 30}
+    return TrainConfig(**{**values, **changes})
+
+
+def fashion(**changes: Any) -> TrainConfig:
+    """Classify the 60,000 training images of Fashion-MNIST, 28x28 pixels: minutes an epoch.
+
+    Debian's package dataset-fashion-mnist brings the images, or `data_root` holds them. Of the
+    10,000 test images 1000, evenly spaced, are certified and attacked in the end; set
+    `evaluated=0` for all.
+
+    Args:
+        changes: Fields of [`TrainConfig`][orthonet.recipes.TrainConfig] to set differently.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+    return TrainConfig(**{**_WHOLE, "dataset": "fashion", "flip": True, **changes})
+
+
+def mnist(**changes: Any) -> TrainConfig:
+    """Classify the 60,000 training images of MNIST, 28x28 pixels: minutes an epoch.
+
+    `data_root` holds the images. 1000 evenly spaced test images are certified and attacked in the
+    end; set `evaluated=0` for all.
+
+    Args:
+        changes: Fields of [`TrainConfig`][orthonet.recipes.TrainConfig] to set differently.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+    return TrainConfig(**{**_WHOLE, "dataset": "mnist", **changes})
+
+
+_WHOLE: dict[str, Any] = {"model": "convnet_mnist", "epochs": 10, "evaluated": 1000}
+
+
+# Loss and optimizer of "1-Lipschitz layers compared"; nothing is moved but by crops and flips.
+_COMPARED: dict[str, Any] = {
+    "batch_size": 256, "optimizer": "sgd", "lr": 0.1, "radius": 2 * 36 / 255, "temperature": 0.25,
+    "shift": 0.0, "rotation": 0.0, "zoom": 0.0, "shear": 0.0, "flip": True,
+}  # fmt: skip
+
+
+def cifar10_xs(**changes: Any) -> TrainConfig:
+    r"""Train the network "XS" of "1-Lipschitz layers compared" on CIFAR-10, on a GPU.
+
+    The data set must lie in `data_root`, see [`load_cifar10`][orthonet.recipes.load_cifar10]. The
+    training: SGD on a one-cycle schedule, batches of 256, cross-entropy with the offset
+    \(2 \sqrt 2 \cdot 36 / 255\) at temperature 1/4, crops and flips. Another layer is chosen by
+    `model_arguments={"layer": name}`, from the shell by `--layer`.
+
+    Args:
+        changes: Fields of [`TrainConfig`][orthonet.recipes.TrainConfig] to set differently.
+
+    Raises:
+        ValueError: A value out of range.
+
+    References:
+        Prach, Brau, Buttazzo & Lampert, CVPR 2024.
+    """
+    values: dict[str, Any] = {
+        "dataset": "cifar10",
+        "model": "convnet_xs",
+        "epochs": 100,
+        "crop": 4,
+        "radii": (36 / 255, 72 / 255, 108 / 255, 1.0),
+    }
+    return TrainConfig(**{**_COMPARED, **values, **changes})
+
+
+def cifar100_xs(**changes: Any) -> TrainConfig:
+    """Train the network of `cifar10_xs` on the 100 classes of CIFAR-100, on a GPU.
+
+    Args:
+        changes: Fields of [`TrainConfig`][orthonet.recipes.TrainConfig] to set differently.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+    arguments = {"num_classes": 100, **changes.pop("model_arguments", {})}
+    return cifar10_xs(**{"dataset": "cifar100", **changes, "model_arguments": arguments})
+
+
+def folder(**changes: Any) -> FolderConfig:
+    r"""Classify images in an ImageNet-style folder: DIR/train/CLASS/* and DIR/val/CLASS/*.
+
+    Name DIR as `data_root`, from the shell by `--data`; torchvision reads it (the extra `vision`).
+    Pictures are cropped at random, resized and mirrored to train on; the shorter side becomes
+    256/224 of `image_size` and the centre is cut out to validate on, and it is there that
+    perturbations have their radius. Loss and optimizer are those of `cifar10_xs`. Start it by
+    `torchrun` for several processes.
+
+    Args:
+        changes: Fields of [`FolderConfig`][orthonet.recipes.FolderConfig] to set differently.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+    values: dict[str, Any] = {
+        "dataset": "folder",
+        "model": "convnet_images",
+        "epochs": 90,
+        "radii": (36 / 255, 72 / 255, 0.5, 1.0),
+    }
+    return FolderConfig(**{**_COMPARED, **values, **changes})
+
+
+_LAYER = Option(
+    lambda: available("conv"), into="model_arguments", help="The convolution, a name of the zoo"
+)
+register("digits", Recipe(TrainConfig, digits, train, _INSIDE))
+register("mnist5k", Recipe(TrainConfig, mnist5k, train, _INSIDE))
+register("fashion", Recipe(TrainConfig, fashion, train, {"dataset": None}))
+register("mnist", Recipe(TrainConfig, mnist, train, {"dataset": None}))
+register("cifar10-xs", Recipe(TrainConfig, cifar10_xs, train, {"dataset": None, "layer": _LAYER}))
+register("cifar100-xs", Recipe(TrainConfig, cifar100_xs, train, {"dataset": None, "layer": _LAYER}))
+register("folder", Recipe(FolderConfig, folder, train, {"dataset": None, "validation": None}))

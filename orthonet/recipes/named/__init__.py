@@ -1,0 +1,3 @@
+"""Models of the user's own, named on the command line as package.module:function."""
+
+__all__: list[str] = []
