@@ -20,6 +20,7 @@ from orthonet.constraints._entries import (
     hyperbolic,
     nonnegative,
     norm_ball,
+    poincare_ball,
     simplex,
     stochastic,
 )
@@ -33,6 +34,7 @@ from orthonet.constraints._orthogonal import (
 )
 from orthonet.constraints._rank import (
     almost_orthogonal,
+    alpha_stable,
     fixed_rank,
     invertible,
     low_rank,
@@ -44,6 +46,7 @@ from orthonet.reparametrizers import remove
 
 __all__ = [
     "almost_orthogonal",
+    "alpha_stable",
     "assign",
     "bounded",
     "constrain",
@@ -58,6 +61,7 @@ __all__ = [
     "norm_ball",
     "oblique",
     "orthogonal",
+    "poincare_ball",
     "positive_definite",
     "positive_semidefinite",
     "positive_semidefinite_fixed_rank",

@@ -24,7 +24,7 @@ from orthonet.manifolds.trivialization import (
     check_triv,
 )
 
-__all__ = ["SO", "St", "Stiefel"]
+__all__ = ["SO", "EuclideanStiefel", "St", "Stiefel"]
 
 
 def nearest_rotation(x: Tensor, det: int) -> Tensor:
@@ -222,6 +222,49 @@ class Stiefel(Manifold):
 
 
 St = Stiefel
+
+
+@dataclass(frozen=True)
+class EuclideanStiefel(Stiefel):
+    r"""`Stiefel` with the metric of the embedding, \(\operatorname{tr} u^* v\).
+
+    References:
+        Edelman, Arias & Smith, *The geometry of algorithms with orthogonality constraints*, SIAM J.
+        Matrix Anal. Appl. 20 (1998), section 2.2.
+    """
+
+    def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Inner product of the entries."""
+        return Manifold.inner(self, x, u, v)
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """The tangent part of the gradient."""
+        return self.tangent(x, grad)
+
+    def exp(self, x: Tensor, v: Tensor) -> Tensor:
+        r"""\([x, v] \exp\begin{pmatrix} A & -v^* v \\ I & A \end{pmatrix}_{:, 1:k} e^{-A}\).
+
+        Here \(A = x^* v\).
+        """
+        x, v, wide = _tall(x, v)
+        a, k = x.mH @ v, x.shape[-1]
+        identity = torch.eye(k, dtype=x.dtype, device=x.device).expand_as(a)
+        block = torch.cat([torch.cat([a, -v.mH @ v], -1), torch.cat([identity, a], -1)], -2)
+        column = torch.linalg.matrix_exp(block)[..., :k] @ torch.linalg.matrix_exp(-a)
+        result = polished(torch.cat([x, v], -1) @ column)
+        return result.mT if wide else result
+
+    def retract(self, x: Tensor, v: Tensor, method: str = "polar") -> Tensor:
+        """A point near `x` in direction `v`.
+
+        Args:
+            x: Point.
+            v: Tangent vector there.
+            method: "polar" (second order), "cayley" or "exponential".
+        """
+        if method == "exponential":
+            return self.exp(x, v)
+        return super().retract(x, v, method)
 
 
 @dataclass(frozen=True)
