@@ -42,6 +42,7 @@ from orthonet.constraints._rank import (
     spectral_ball,
 )
 from orthonet.constraints._registration import assign, constrain
+from orthonet.constraints._transfer import transfer_parametrizations_and_params
 from orthonet.reparametrizers import remove
 
 __all__ = [
@@ -77,6 +78,7 @@ __all__ = [
     "stochastic",
     "symmetric",
     "symplectic",
+    "transfer_parametrizations_and_params",
     "unit_norm",
     "unitary",
     "update_base",

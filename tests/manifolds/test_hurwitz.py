@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 from orthonet.linalg.packing import unpack_skew
 from orthonet.manifolds import Hurwitz
@@ -20,7 +21,7 @@ def test_coordinates_solve_the_lyapunov_equation():
     # each matrix has one set of coordinates; observed 5e-15, times a condition number of 100
     assert relative(p.right_inverse(a), c) <= 1e-11
     diagonal, below = c[..., :6], c[..., 6:21]
-    lower = torch.diag_embed(torch.nn.functional.softplus(diagonal)) + unpack_skew(below, 6).tril(-1)
+    lower = torch.diag_embed(softplus(diagonal)) + unpack_skew(below, 6).tril(-1)
     inverse = torch.cholesky_inverse(lower)
     gap = a.mT @ inverse + inverse @ a + torch.eye(6, dtype=double)
     assert float(gap.abs().max()) <= 1e-11
