@@ -10,6 +10,7 @@ from orthonet.manifolds._grassmannian import Gr, Grassmannian
 from orthonet.manifolds._intervals import Bounded, Nonnegative, NormBall, SpectralBall
 from orthonet.manifolds._linear import LinearParametrization, Rn, Skew, Sym, Symmetric
 from orthonet.manifolds._low_rank import AlmostOrthogonal, FixedRank, LowRank
+from orthonet.manifolds._mean import frechet_mean
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds._product import ProductManifold, ProductParametrization
 from orthonet.manifolds._semidefinite import PSD, PSSD, PSSDFixedRank, PSSDLowRank
@@ -75,4 +76,5 @@ __all__ = [
     "SymplecticTrivialization",
     "Trivialization",
     "Unitary",
+    "frechet_mean",
 ]
