@@ -295,7 +295,7 @@ class RiemannianAdam(RiemannianOptimizer):
         self, p: Tensor, g: Tensor, space: Manifold, state: Any, group: dict[str, Any]
     ) -> None:
         beta1, beta2 = group["betas"]
-        square = _mean_square(space, p, g)
+        square = self._square(space, p, g)
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(p)
@@ -315,11 +315,10 @@ class RiemannianAdam(RiemannianOptimizer):
         state["exp_avg"].copy_(space.transport(p, y, m))
         p.copy_(y)
 
-
-def _mean_square(space: Manifold, p: Tensor, g: Tensor) -> Tensor:
-    """The squared length of `g`, by the number of entries, shaped to be multiplied with it."""
-    square = space.inner(p, g, g).clamp_min(0.0)
-    for _ in range(p.ndim - square.ndim):
-        square = square[..., None]
-    entries = p.numel() // max(square.numel(), 1)
-    return square / max(entries, 1)
+    def _square(self, space: Manifold, p: Tensor, g: Tensor) -> Tensor:
+        """The squared length of `g`, by the number of entries, shaped to be multiplied with it."""
+        square = space.inner(p, g, g).clamp_min(0.0)
+        for _ in range(p.ndim - square.ndim):
+            square = square[..., None]
+        entries = p.numel() // max(square.numel(), 1)
+        return square / max(entries, 1)
