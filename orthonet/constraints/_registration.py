@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +69,9 @@ def constrain(
             "Pass the name of a parameter or buffer, such as 'weight'",
             tensor_name=tensor_name,
         )
+    kind = space.space if isinstance(space, Parametrization) else space
     _checks.require(
-        not tensor.is_complex() or getattr(space, "space", space).has_complex,
+        not tensor.is_complex() or kind.has_complex,
         "constrain",
         "a complex tensor must go into a space that has complex points",
         "Use orthonet.unitary or orthonet.symmetric (Hermitian), or constrain real and imaginary "
@@ -174,7 +175,7 @@ def _build(
             shape=space.value_shape,
         )
         return space.to(tensor.device, tensor.dtype)
-    space = space.space if isinstance(space, Parametrization) else space
+    space = cast("Manifold", space.space if isinstance(space, Parametrization) else space)
     matrix = (shape[0], tensor[0].numel()) if flatten and len(shape) > 2 else shape
     if chained:
         parametrization: Parametrization = ProjectedParametrization(space, matrix)

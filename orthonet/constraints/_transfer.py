@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,8 +41,8 @@ def transfer_parametrizations_and_params(
         >>> bool(torch.equal(a.weight, b.weight))
         True
     """
-    lists = from_module.parametrizations if parametrize.is_parametrized(from_module) else {}
-    names = list(lists) if tensor_name is None else [tensor_name]  # type: ignore[arg-type]
+    lists: Any = from_module.parametrizations if parametrize.is_parametrized(from_module) else {}
+    names = list(lists) if tensor_name is None else [tensor_name]
     for name in names:
         _checks.require(
             parametrize.is_parametrized(from_module, name),
@@ -63,7 +64,8 @@ def transfer_parametrizations_and_params(
 
 
 def _transfer(from_module: nn.Module, to_module: nn.Module, name: str) -> None:
-    source = from_module.parametrizations[name]  # type: ignore[index]
+    lists: Any = from_module.parametrizations
+    source = lists[name]
     value = getattr(from_module, name).detach().clone()
     learns = any(p.requires_grad for p in source.parameters())
     if name in to_module._buffers:
@@ -72,6 +74,7 @@ def _transfer(from_module: nn.Module, to_module: nn.Module, name: str) -> None:
         to_module._parameters.pop(name, None)
         to_module.register_parameter(name, nn.Parameter(value, learns))
     put = register if isinstance(source, ConstrainedList) else reparametrizers.register
-    for stage in source:  # type: ignore[union-attr]
+    for stage in source:
         put(to_module, name, copy.deepcopy(stage))
-    to_module.parametrizations[name].load_state_dict(source.state_dict())  # type: ignore[index, union-attr]
+    lists = to_module.parametrizations
+    lists[name].load_state_dict(source.state_dict())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks, manifolds
-from orthonet.compat.geoopt._manifolds import Manifold, ManifoldTensor, sizes_of
+from orthonet.compat.geoopt._manifolds import Manifold, ManifoldTensor, located, sizes_of
 
 __all__ = ["Lorentz", "PoincareBall", "PoincareBallExact"]
 
@@ -63,7 +63,7 @@ class _Hyperbolic(Manifold):
         shape = self.space.check_shape(sizes_of(size))
         u = torch.randn(shape, dtype=dtype, device=device) * std / shape[-1] ** 0.5 + mean
         u = self.proju(self._zero(u), u)
-        return ManifoldTensor(self.expmap0(u), manifold=self)
+        return located(self.expmap0(u), self)
 
 
 class PoincareBall(_Hyperbolic):

@@ -25,6 +25,7 @@ __all__ = [
     "Stiefel",
     "SymmetricPositiveDefinite",
     "ismanifold",
+    "located",
     "sizes_of",
 ]
 
@@ -149,14 +150,14 @@ class Manifold(nn.Module):
     def random(self, *size: Any, dtype: Any = None, device: Any = None) -> ManifoldTensor:
         """Return a random point, as `space.sample`."""
         x = self.space.sample(sizes_of(size), dtype=dtype, device=device)
-        return ManifoldTensor(x, manifold=self)
+        return located(x, self)
 
     def origin(
         self, *size: Any, dtype: Any = None, device: Any = None, seed: int | None = 42
     ) -> ManifoldTensor:
         """Return the point nearest to zero; `seed` is not needed."""
         shape = self.space.check_shape(sizes_of(size))
-        return ManifoldTensor(self.projx(self._origin(shape, dtype, device)), manifold=self)
+        return located(self.projx(self._origin(shape, dtype, device)), self)
 
     def _origin(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -255,7 +256,7 @@ class Euclidean(Manifold):
     ) -> ManifoldTensor:
         """Return Gaussian entries."""
         x = torch.randn(sizes_of(size), dtype=dtype, device=device) * std + mean
-        return ManifoldTensor(x, manifold=self)
+        return located(x, self)
 
 
 @dataclass(frozen=True)
@@ -274,8 +275,8 @@ class Stiefel(Manifold):
     """Matrices with orthonormal columns: `Stiefel(canonical)` makes one of the two below."""
 
     def __new__(cls, canonical: bool = True) -> Stiefel:
-        chosen = (CanonicalStiefel if canonical else EuclideanStiefel) if cls is Stiefel else cls
-        return super().__new__(chosen)
+        chosen: Any = CanonicalStiefel if canonical else EuclideanStiefel
+        return super().__new__(chosen if cls is Stiefel else cls)
 
     def __init__(self, canonical: bool = True) -> None:
         super().__init__(self._space())
@@ -383,7 +384,7 @@ class ManifoldTensor(Tensor):
     """
 
     # results of operations are plain tensors
-    __torch_function__ = nn.Parameter.__torch_function__
+    __torch_function__: Any = nn.Parameter.__torch_function__
     manifold: Manifold
 
     def __new__(
@@ -395,10 +396,11 @@ class ManifoldTensor(Tensor):
     ) -> ManifoldTensor:
         one = len(args) == 1 and isinstance(args[0], Tensor)
         data = args[0].detach() if one else torch.Tensor(*args, **kwargs)
-        manifold = manifold or getattr(args[0] if one else None, "manifold", None) or Euclidean()
-        manifold.assert_check_point(data)
-        instance = data.as_subclass(Tensor).as_subclass(ManifoldTensor)
-        instance.manifold = manifold
+        known: Any = getattr(args[0] if one else None, "manifold", None)
+        chosen: Manifold = manifold or known or Euclidean()
+        chosen.assert_check_point(data)
+        instance: Any = data.as_subclass(Tensor).as_subclass(ManifoldTensor)
+        instance.manifold = chosen
         return instance.requires_grad_(requires_grad)
 
     def proj_(self) -> Tensor:
@@ -487,7 +489,7 @@ class ManifoldParameter(ManifoldTensor, nn.Parameter):
         requires_grad: bool = True,
     ) -> ManifoldParameter:
         data = torch.empty(0) if data is None else data
-        known = getattr(data, "manifold", None)
+        known: Any = getattr(data, "manifold", None)
         _checks.require(
             manifold is None or known is None or manifold == known,
             cls,
@@ -495,12 +497,17 @@ class ManifoldParameter(ManifoldTensor, nn.Parameter):
             "Leave it out, or pass tensor.detach()",
             manifold=manifold,
         )
-        manifold = manifold or known or Euclidean()
-        manifold.assert_check_point(data)
+        chosen: Manifold = manifold or known or Euclidean()
+        chosen.assert_check_point(data)
         instance: Any = nn.Parameter.__new__(cls, data.detach().as_subclass(Tensor), requires_grad)
-        instance.manifold = manifold
+        instance.manifold = chosen
         return instance
 
 
-def _rebuild(cls: type, value: Tensor, manifold: Manifold, requires_grad: bool) -> Tensor:
+def located(x: Tensor, manifold: Manifold) -> ManifoldTensor:
+    """A tensor as one that knows its manifold."""
+    return _rebuild(ManifoldTensor, x, manifold, False)
+
+
+def _rebuild(cls: Any, value: Tensor, manifold: Manifold, requires_grad: bool) -> Any:
     return cls(value, manifold=manifold, requires_grad=requires_grad)

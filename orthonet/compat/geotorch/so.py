@@ -70,7 +70,7 @@ def torus_init_(
         "Use uniform_init_ for rectangular ones",
         shape=shape,
     )
-    n = shape[-1]
+    n = tensor.shape[-1]
     with torch.no_grad():
         angles = tensor.new_empty(*shape[:-2], n // 2)
         if init_ is None:
