@@ -15,8 +15,13 @@ from orthonet.linalg.rotation import frame_cayley, frame_exponential, polished
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._linear import square_problem
 from orthonet.manifolds._parametrization import Parametrization
-from orthonet.manifolds._rotations import Distribution, block_rotation, rotation_angles
-from orthonet.manifolds.maps import ProjectedParametrization
+from orthonet.manifolds._rotations import (
+    AroundIdentity,
+    Distribution,
+    block_rotation,
+    rotation_angles,
+)
+from orthonet.manifolds.maps import MappedParametrization, ProjectedParametrization
 from orthonet.manifolds.trivialization import (
     FrameTrivialization,
     SignedTrivialization,
@@ -295,6 +300,39 @@ class SO(Stiefel):
     def project(self, x: Tensor) -> Tensor:
         """The nearest orthogonal matrix of that determinant."""
         return nearest_rotation(x, self.det)
+
+    def parametrization(
+        self,
+        shape: Sequence[int],
+        *,
+        triv: Triv = "exponential",
+        cross: bool = False,
+        dtype: torch.dtype | None = None,
+        dynamic: bool = True,
+    ) -> Parametrization:
+        """As that of `Stiefel`, or around the identity.
+
+        Args:
+            shape: Shape of the values.
+            triv: See `Stiefel.parametrization`.
+            cross: Must be False.
+            dtype: Dtype of the base.
+            dynamic: With False there is no base: the value is the map of the coordinates, and an
+                assignment takes its inverse.
+        """
+        if dynamic:
+            return super().parametrization(shape, triv=triv, cross=cross, dtype=dtype)
+        n = self.check_shape(shape)[-1]
+        _checks.require(
+            self.det == 1,
+            self,
+            "without a base, the determinant must be 1",
+            "Use dynamic=True",
+            det=self.det,
+        )
+        maps = AroundIdentity(n, check_triv(self, triv))
+        size = n * (n - 1) // 2
+        return MappedParametrization(self, shape, maps.value, maps.coordinates, size)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
         r"""The shortest tangent vector at `x` with exp(x, v) = y: \(x \log(x^\top y)\)."""
