@@ -162,7 +162,7 @@ def test_models_train_and_stay_on_their_manifolds(make):
         target = manifold.retr(x, 0.1 * manifold.proju(x, torch.randn_like(x)))
         optimizer = make(model.parameters())
         losses = []
-        for _ in range(8):
+        for _ in range(4):
             optimizer.zero_grad()
             loss = (model.x - target).square().sum() + model.bias.square().sum()
             loss.backward()
