@@ -18,6 +18,7 @@ __all__ = ["RiemannianLBFGS"]
 Points = list[tuple[Tensor, Manifold]]
 _DECREASE, _CURVATURE = 1e-4, 0.9  # of the weak Wolfe conditions
 _PATIENCE = 8  # trials, from which on the first condition is enough
+_TRIALS = 30  # halvings after which what is left is rounding
 
 
 class RiemannianLBFGS(RiemannianOptimizer):
@@ -213,7 +214,7 @@ class RiemannianLBFGS(RiemannianOptimizer):
                     return best
                 low = t
             # the slope along a retraction is known for short steps only: what decreases will do
-            if (best is not None and count >= _PATIENCE) or high - low <= 1e-12 * high:
+            if count >= (_TRIALS if best is None else _PATIENCE):
                 break
             t = 2.0 * low if high == float("inf") else 0.5 * (low + high)
         evaluations = count

@@ -142,9 +142,9 @@ def test_lbfgs_finds_eigenvectors(space):
 
 def test_lbfgs_moves_points_of_several_spaces_together():
     torch.manual_seed(0)
-    points = PSD().sample((6, 4, 4), dtype=double)
-    truth = SO().sample((4, 4), dtype=double)
-    x, r = nn.Parameter(points[0].clone()), nn.Parameter(SO().sample((4, 4), dtype=double))
+    points = PSD().sample((4, 3, 3), dtype=double)
+    truth = SO().sample((3, 3), dtype=double)
+    x, r = nn.Parameter(points[0].clone()), nn.Parameter(SO().sample((3, 3), dtype=double))
 
     def loss():
         spread = PSD().distance(x.expand_as(points), points).square().mean()
@@ -155,9 +155,9 @@ def test_lbfgs_moves_points_of_several_spaces_together():
         RiemannianLBFGS(groups, max_iter=60, max_eval=120, tolerance_change=1e-14), loss, 1
     )
     mean = frechet_mean(PSD(), points)
-    assert float((x.detach() - mean).abs().max()) <= 1e-5  # observed 2e-7 over 12 seeds
+    assert float((x.detach() - mean).abs().max()) <= 1e-5  # observed 5e-8 over 16 seeds
     assert float((r.detach() - truth).abs().max()) <= 1e-5
-    assert len(losses) <= 150  # observed 14 to 88
+    assert len(losses) <= 150  # observed 13 to 79
     assert min(losses) == losses[-1]
 
 
