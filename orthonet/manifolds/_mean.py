@@ -39,7 +39,7 @@ def frechet_mean(
         max_iter: Largest number of steps.
 
     Shape:
-        `points`: (count, *shape). `weights`: (count,). Output: `shape`.
+        `points`: `(count, *shape)`. `weights`: `(count,)`. Output: `shape`.
 
     Guarantee:
         Differentiable by the unrolled iteration, with an error of the gradient like that of the

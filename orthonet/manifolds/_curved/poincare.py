@@ -126,7 +126,7 @@ class PoincareBall(Manifold):
         r"""The point \((r (1 + x^2),\, 2 x) / (1 - x^2)\) of `hyperboloid`, an isometry.
 
         Shape:
-            `x`: (*batch, n). Output: (*batch, n + 1).
+            `x`: `(*batch, n)`. Output: `(*batch, n + 1)`.
         """
         return self.hyperboloid.project(
             torch.cat([torch.zeros_like(x[..., :1]), self._tail(x)], -1)
@@ -136,7 +136,7 @@ class PoincareBall(Manifold):
         r"""The inverse of `to_hyperboloid`, \(r\,(x_1, ..., x_n) / (r + x_0)\).
 
         Shape:
-            `x`: (*batch, n + 1). Output: (*batch, n).
+            `x`: `(*batch, n + 1)`. Output: `(*batch, n)`.
         """
         return self.project(self.radius * x[..., 1:] / (self.radius + x[..., :1]))
 
