@@ -50,7 +50,7 @@ def test_the_page_has_every_name_and_what_is_missing_says_so():
     assert set(geoopt.__all__) == {name for name in there if "." not in name}
     for name in PEER - there:
         if "." not in name:
-            with pytest.raises(AttributeError, match=rf"has no {name}\. \w.*\.$"):
+            with pytest.raises(AttributeError, match=rf"{name} has no counterpart here: \w"):
                 getattr(geoopt, name)
     with pytest.raises(AttributeError, match="has no attribute 'Sphere2'"):
         geoopt.Sphere2  # noqa: B018

@@ -4,8 +4,7 @@ Manifolds have `projx`, `proju`, `egrad2rgrad`, `expmap`, `retr`, `logmap`, `tra
 `dist` and `random`; parameters know their manifold, and the optimizers read it there.
 """
 
-from typing import NoReturn
-
+from orthonet.compat._missing import missing
 from orthonet.compat.geoopt import manifolds, optim, tensor
 from orthonet.compat.geoopt._hyperbolic import Lorentz, PoincareBall, PoincareBallExact
 from orthonet.compat.geoopt._manifolds import (
@@ -46,24 +45,18 @@ __all__ = [
     "tensor",
 ]
 
-_MISSING = {
-    "BoundedDomain": "The Siegel spaces are not here",
-    "ProductManifold": "Use one ManifoldParameter for each factor",
-    "Scaled": "Scale distances yourself; a factor of the metric is a factor of the learning rate",
-    "SphereProjection": "Use Sphere, which is the same space without a pole",
-    "SphereProjectionExact": "Use SphereExact, which is the same space without a pole",
-    "Stereographic": "Use PoincareBall, Euclidean or Sphere, by the sign of the curvature",
-    "StereographicExact": "Use PoincareBallExact, Euclidean or SphereExact",
-    "StereographicProductManifold": "Use one ManifoldParameter for each factor",
-    "UpperHalf": "The Siegel spaces are not here",
-    "linalg": "Use orthonet.linalg",
-    "samplers": "Samplers are not here",
-    "utils": "Use ismanifold from the top",
+_ABSENT = {
+    "BoundedDomain": "the Siegel spaces are not here",
+    "ProductManifold": "use one ManifoldParameter for each factor",
+    "Scaled": "scale distances yourself; a factor of the metric is a factor of the learning rate",
+    "SphereProjection": "use Sphere, which is the same space without a pole",
+    "SphereProjectionExact": "use SphereExact, which is the same space without a pole",
+    "Stereographic": "use PoincareBall, Euclidean or Sphere, by the sign of the curvature",
+    "StereographicExact": "use PoincareBallExact, Euclidean or SphereExact",
+    "StereographicProductManifold": "use one ManifoldParameter for each factor",
+    "UpperHalf": "the Siegel spaces are not here",
+    "linalg": "use orthonet.linalg",
+    "samplers": "samplers are not here",
+    "utils": "use ismanifold from the top",
 }
-
-
-def __getattr__(name: str) -> NoReturn:
-    """Say what to use instead of a name that has no counterpart."""
-    if name in _MISSING:
-        raise AttributeError(f"orthonet.compat.geoopt has no {name}. {_MISSING[name]}.")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = missing(__name__, "geoopt", _ABSENT)
