@@ -20,6 +20,7 @@ from orthonet.constraints._entries import (
     hyperbolic,
     nonnegative,
     norm_ball,
+    poincare_ball,
     simplex,
     stochastic,
 )
@@ -33,6 +34,7 @@ from orthonet.constraints._orthogonal import (
 )
 from orthonet.constraints._rank import (
     almost_orthogonal,
+    alpha_stable,
     fixed_rank,
     invertible,
     low_rank,
@@ -40,10 +42,12 @@ from orthonet.constraints._rank import (
     spectral_ball,
 )
 from orthonet.constraints._registration import assign, constrain
+from orthonet.constraints._transfer import transfer_parametrizations_and_params
 from orthonet.reparametrizers import remove
 
 __all__ = [
     "almost_orthogonal",
+    "alpha_stable",
     "assign",
     "bounded",
     "constrain",
@@ -58,6 +62,7 @@ __all__ = [
     "norm_ball",
     "oblique",
     "orthogonal",
+    "poincare_ball",
     "positive_definite",
     "positive_semidefinite",
     "positive_semidefinite_fixed_rank",
@@ -73,6 +78,7 @@ __all__ = [
     "stochastic",
     "symmetric",
     "symplectic",
+    "transfer_parametrizations_and_params",
     "unit_norm",
     "unitary",
     "update_base",

@@ -9,6 +9,7 @@ from orthonet.manifolds import (
     Hyperbolic,
     Nonnegative,
     NormBall,
+    PoincareBall,
     Simplex,
 )
 from orthonet.manifolds.scalar import Scalar
@@ -19,6 +20,7 @@ __all__ = [
     "hyperbolic",
     "nonnegative",
     "norm_ball",
+    "poincare_ball",
     "simplex",
     "stochastic",
 ]
@@ -131,3 +133,17 @@ def hyperbolic(
         init: See [`constrain`][orthonet.constraints.constrain].
     """
     return constrain(module, tensor_name, Hyperbolic(radius), init=init)
+
+
+def poincare_ball(
+    module: M, tensor_name: str = "weight", radius: float = 1.0, *, init: Init = None
+) -> M:
+    """Vectors along the last dimension in the Poincaré ball of curvature -1 / radius².
+
+    Args:
+        module: Any module.
+        tensor_name: Name of the tensor, (*batch, n).
+        radius: The radius.
+        init: See [`constrain`][orthonet.constraints.constrain].
+    """
+    return constrain(module, tensor_name, PoincareBall(radius), init=init)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from orthonet import _checks
 from orthonet.constraints._registration import Init, M, constrain
 from orthonet.manifolds import (
@@ -27,19 +29,25 @@ def orthogonal(
     triv: Triv = "exponential",
     *,
     det: int | str | None = None,
+    use_trivialization: bool = True,
     flatten: bool = False,
     init: Init = None,
 ) -> M:
     """Matrices with orthonormal columns (tall), rows (wide), or both (square).
 
+    A complex tensor becomes unitary, as by [`unitary`][orthonet.constraints.unitary].
+
     Args:
         module: Any module.
         tensor_name: Name of the tensor, (*batch, n, k).
-        triv: "exponential" (or "expm"), "cayley", a map from skew-symmetric matrices to
-            orthogonal ones, or "polar" (the polar factor of an unconstrained matrix).
+        triv: "exponential" (or "expm", "matrix_exp"), "cayley", a map from skew-symmetric matrices
+            to orthogonal ones, or "polar" (the polar factor of an unconstrained matrix).
         det: For square matrices: None keeps the component of O(n) in which the present weight lies,
             +1 takes the rotations, -1 the others, "free" lets training cross from one to
             the other, with a straight-through estimate of the gradient of that choice.
+        use_trivialization: With False, the map starts at the identity instead of a base that an
+            assignment moves. This is for real square matrices of determinant 1; a present weight of
+            determinant -1 becomes the nearest rotation.
         flatten: See [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
 
@@ -50,8 +58,20 @@ def orthogonal(
         True
     """
     _checks.one_of("orthogonal", (None, 1, -1, "+1", "-1", "free"), det=det)
+    tensor = getattr(module, tensor_name, None)
+    if isinstance(tensor, Tensor) and tensor.is_complex() and det is None and use_trivialization:
+        return constrain(module, tensor_name, Unitary(), init=init, flatten=flatten, triv=triv)
+    options: dict[str, Any] = {"cross": True} if det == "free" else {}
+    if not use_trivialization:
+        _checks.require(
+            det in (None, 1, "+1"),
+            "orthogonal",
+            "without trivialization, the determinant must be 1",
+            "Leave use_trivialization at True",
+            det=det,
+        )
+        det, options = 1, {"dynamic": False}
     space = Stiefel() if det in (None, "free") else SO(det=int(det))
-    options = {"cross": True} if det == "free" else {}
     return constrain(module, tensor_name, space, init=init, flatten=flatten, triv=triv, **options)
 
 

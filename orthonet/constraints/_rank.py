@@ -1,14 +1,15 @@
-"""Verbs for the rank, the singular values and the determinant."""
+"""Verbs for the rank, the singular values, the determinant and the eigenvalues."""
 
 from __future__ import annotations
 
 from orthonet.constraints._registration import Init, M, constrain
-from orthonet.manifolds import SL, AlmostOrthogonal, FixedRank, GLp, LowRank, SpectralBall
+from orthonet.manifolds import SL, AlmostOrthogonal, FixedRank, GLp, Hurwitz, LowRank, SpectralBall
 from orthonet.manifolds.scalar import Scalar
 from orthonet.manifolds.trivialization import Triv
 
 __all__ = [
     "almost_orthogonal",
+    "alpha_stable",
     "fixed_rank",
     "invertible",
     "low_rank",
@@ -43,6 +44,32 @@ def almost_orthogonal(
     return constrain(
         module, tensor_name, AlmostOrthogonal(lam), init=init, f=f, triv=triv, flatten=flatten
     )
+
+
+def alpha_stable(
+    module: M,
+    tensor_name: str = "weight",
+    alpha: float = 1e-3,
+    f: Scalar = "softplus",
+    *,
+    init: Init = None,
+) -> M:
+    r"""Hurwitz matrices: every eigenvalue has a real part below \(-\alpha\).
+
+    Args:
+        module: Any module.
+        tensor_name: Name of the tensor, (*batch, n, n).
+        alpha: The rate of decay, at least 0.
+        f: A map to the positive numbers: "softplus", "exp", "absolute", a function, or a pair of a
+            function and its inverse.
+        init: See [`constrain`][orthonet.constraints.constrain].
+
+    Examples:
+        >>> layer = alpha_stable(torch.nn.Linear(4, 4), alpha=2.0)
+        >>> bool((torch.linalg.eigvals(layer.weight).real < -2.0).all())
+        True
+    """
+    return constrain(module, tensor_name, Hurwitz(alpha), init=init, f=f)
 
 
 def low_rank(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ Init = Literal["keep", "project", "sample"] | str | Tensor | None
 def constrain(
     module: M,
     tensor_name: str,
-    space: Manifold,
+    space: Manifold | Parametrization,
     *,
     init: Init = None,
     flatten: bool = False,
@@ -39,7 +39,7 @@ def constrain(
             that the last constraint holds, and the earlier ones as far as the projection keeps
             them. Where the projection leaves an earlier space, the coordinates stay, and the
             value is the projection of the present one.
-        space: The space.
+        space: The space, or a parametrization that was built for the shape of the tensor.
         init: What becomes of the present value. None keeps it where it lies on the space and
             projects it otherwise; "keep" raises otherwise; "project" projects; "sample" draws a
             random point; the name of a distribution draws from that; a tensor is assigned.
@@ -69,8 +69,9 @@ def constrain(
             "Pass the name of a parameter or buffer, such as 'weight'",
             tensor_name=tensor_name,
         )
+    kind = space.space if isinstance(space, Parametrization) else space
     _checks.require(
-        not tensor.is_complex() or space.has_complex,
+        not tensor.is_complex() or kind.has_complex,
         "constrain",
         "a complex tensor must go into a space that has complex points",
         "Use orthonet.unitary or orthonet.symmetric (Hermitian), or constrain real and imaginary "
@@ -158,9 +159,23 @@ def _require_constrained(module: nn.Module, tensor_name: str) -> None:
 
 
 def _build(
-    space: Manifold, tensor: Tensor, flatten: bool, chained: bool, options: dict[str, Any]
+    space: Manifold | Parametrization,
+    tensor: Tensor,
+    flatten: bool,
+    chained: bool,
+    options: dict[str, Any],
 ) -> Parametrization:
     shape = tuple(tensor.shape)
+    if isinstance(space, Parametrization) and not chained:
+        _checks.require(
+            space.value_shape == shape and not options and not flatten,
+            "constrain",
+            f"a parametrization must have the shape of the tensor, {shape}, and brings its options",
+            "Pass the space, such as SO(), with the options",
+            shape=space.value_shape,
+        )
+        return space.to(tensor.device, tensor.dtype)
+    space = cast("Manifold", space.space if isinstance(space, Parametrization) else space)
     matrix = (shape[0], tensor[0].numel()) if flatten and len(shape) > 2 else shape
     if chained:
         parametrization: Parametrization = ProjectedParametrization(space, matrix)

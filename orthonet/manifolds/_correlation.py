@@ -10,10 +10,10 @@ from torch import Tensor
 
 from orthonet.linalg.packing import pack_triangle, unpack_triangle
 from orthonet.manifolds._base import Manifold
+from orthonet.manifolds._curved.sphere import unit
 from orthonet.manifolds._factorized import high
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds._semidefinite import PSSD
-from orthonet.manifolds._sphere import unit
 from orthonet.manifolds.maps import MappedParametrization
 
 __all__ = ["Correlation"]

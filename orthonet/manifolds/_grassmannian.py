@@ -10,8 +10,8 @@ from torch import Tensor
 
 from orthonet.linalg import polar
 from orthonet.linalg.spectral_map import eigen_map
+from orthonet.manifolds._curved.sphere import arc_ratio
 from orthonet.manifolds._parametrization import Parametrization
-from orthonet.manifolds._sphere import arc_ratio
 from orthonet.manifolds._stiefel import Stiefel
 from orthonet.manifolds.trivialization import FrameTrivialization, Triv
 

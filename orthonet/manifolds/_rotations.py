@@ -1,9 +1,10 @@
-r"""Block-diagonal rotations: the maximal torus of SO(n) and the initializations that use it."""
+r"""Rotations by coordinates: the maximal torus of SO(n), and maps around the identity."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orthonet import _checks
+from orthonet.linalg import cayley, polar, rotation_logarithm
+from orthonet.linalg.packing import pack_skew, unpack_skew
+from orthonet.linalg.rotation import polished, skew_exponential
 
-__all__ = ["Distribution", "block_rotation", "rotation_angles"]
+__all__ = ["AroundIdentity", "Distribution", "block_rotation", "rotation_angles"]
 
 Distribution = Literal["haar", "uniform", "torus", "henaff", "cayley", "identity"]
 _INTERVALS = {
@@ -52,3 +56,35 @@ def block_rotation(angles: Tensor, n: int) -> Tensor:
         sine = F.pad(sine, (0, n - 1 - sine.shape[-1]))
         x = x + torch.diag_embed(sine, offset=-1) - torch.diag_embed(sine, offset=1)
     return x
+
+
+@dataclass(frozen=True)
+class AroundIdentity:
+    """The map from skew-symmetric matrices to rotations, without a base, and its inverse."""
+
+    n: int
+    triv: str | Callable[[Tensor], Tensor]
+
+    def value(self, coordinates: Tensor) -> Tensor:
+        """The rotation with these coordinates, the packed skew-symmetric matrix."""
+        a = unpack_skew(coordinates, self.n)
+        if callable(self.triv):
+            return polished(self.triv(a))
+        return polished(cayley(0.5 * a)) if self.triv == "cayley" else skew_exponential(a)
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """The shortest skew-symmetric matrix that is mapped to `x`, packed."""
+        x = polar(x)
+        if self.triv == "exponential":
+            return pack_skew(rotation_logarithm(x))
+        identity = torch.eye(self.n, dtype=x.dtype, device=x.device)
+        least = torch.linalg.svdvals(identity + x).amin(-1) if self.n else x.new_ones(())
+        _checks.require(
+            self.triv == "cayley" and bool((least > torch.finfo(x.dtype).eps ** 0.5).all()),
+            "orthogonal",
+            "without a base, the Cayley map reaches no rotation by 180 degrees, and a map of your "
+            "own has no known inverse",
+            "Use triv='exponential', or leave use_trivialization at True",
+            triv=self.triv,
+        )
+        return pack_skew(2.0 * torch.linalg.solve(identity + x, x - identity))

@@ -11,12 +11,13 @@ from torch import Tensor
 from orthonet import _checks
 from orthonet.linalg.sinkhorn import sinkhorn
 from orthonet.manifolds._base import Manifold
+from orthonet.manifolds._curved.sphere import Sphere
 from orthonet.manifolds._linear import square_problem
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds.maps import MappedParametrization
 from orthonet.manifolds.scalar import absolute
 
-__all__ = ["DoublyStochastic", "Simplex"]
+__all__ = ["DoublyStochastic", "FisherRaoSimplex", "Simplex"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,68 @@ class Simplex(Manifold):
         if f == "softmax":
             return MappedParametrization(self, shape, _softmax, _logarithm)
         return MappedParametrization(self, shape, _normalized, absolute)
+
+
+@dataclass(frozen=True)
+class FisherRaoSimplex(Simplex):
+    r"""Positive vectors that sum to 1, with the Fisher-Rao metric \(\sum_i u_i v_i / x_i\).
+
+    \(x \mapsto 2 \sqrt x\) is an isometry onto a part of the sphere of radius 2, which gives all
+    formulas; a geodesic that would leave the simplex is reflected at its boundary. `project`
+    keeps every entry above the rounding unit, since the metric is infinite at zero.
+
+    References:
+        Amari & Nagaoka, *Methods of information geometry*, 2000; Åström, Petra, Schmitzer &
+        Schnörr, *Image labeling by assignment*, J. Math. Imaging Vis. 58 (2017).
+    """
+
+    def project(self, x: Tensor) -> Tensor:
+        """The nearest point of the simplex, moved inside where an entry would be zero."""
+        return self._inside(super().project(x))
+
+    @staticmethod
+    def _inside(x: Tensor) -> Tensor:
+        x = x.clamp_min(torch.finfo(x.dtype).eps)
+        return x / x.sum(-1, keepdim=True)
+
+    def _up(self, x: Tensor) -> Tensor:
+        return 2.0 * x.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+
+    def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Fisher information of the two directions."""
+        return (u * v / x.clamp_min(torch.finfo(x.dtype).tiny)).sum(-1)
+
+    def tangent(self, x: Tensor, v: Tensor) -> Tensor:
+        """`v` less its sum times `x`: orthogonal for the metric."""
+        return v - x * v.sum(-1, keepdim=True)
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """The natural gradient, `x` times the gradient less its mean under `x`."""
+        return self.tangent(x, x * grad)
+
+    def exp(self, x: Tensor, v: Tensor) -> Tensor:
+        """Geodesic from `x` in direction `v`, at time 1."""
+        s = self._up(x)
+        y = Sphere(2.0).exp(s, 2.0 * v / s)
+        return self._inside(0.25 * y * y)
+
+    def log(self, x: Tensor, y: Tensor) -> Tensor:
+        """The tangent vector at `x` with exp(x, v) = y."""
+        s = self._up(x)
+        return self.tangent(x, 0.5 * s * Sphere(2.0).log(s, self._up(y)))
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""\(2 \arccos \sum_i \sqrt{x_i y_i}\), accurate for near points."""
+        return Sphere(2.0).distance(self._up(x), self._up(y))
+
+    def retract(self, x: Tensor, v: Tensor) -> Tensor:
+        """The exponential."""
+        return self.exp(x, v)
+
+    def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """Parallel transport along the geodesic."""
+        s, t = self._up(x), self._up(y)
+        return 0.5 * t * Sphere(2.0).transport(s, t, 2.0 * v / s)
 
 
 def _softmax(s: Tensor) -> Tensor:

@@ -15,8 +15,13 @@ from orthonet.linalg.rotation import frame_cayley, frame_exponential, polished
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._linear import square_problem
 from orthonet.manifolds._parametrization import Parametrization
-from orthonet.manifolds._rotations import Distribution, block_rotation, rotation_angles
-from orthonet.manifolds.maps import ProjectedParametrization
+from orthonet.manifolds._rotations import (
+    AroundIdentity,
+    Distribution,
+    block_rotation,
+    rotation_angles,
+)
+from orthonet.manifolds.maps import MappedParametrization, ProjectedParametrization
 from orthonet.manifolds.trivialization import (
     FrameTrivialization,
     SignedTrivialization,
@@ -24,7 +29,7 @@ from orthonet.manifolds.trivialization import (
     check_triv,
 )
 
-__all__ = ["SO", "St", "Stiefel"]
+__all__ = ["SO", "EuclideanStiefel", "St", "Stiefel"]
 
 
 def nearest_rotation(x: Tensor, det: int) -> Tensor:
@@ -225,6 +230,49 @@ St = Stiefel
 
 
 @dataclass(frozen=True)
+class EuclideanStiefel(Stiefel):
+    r"""`Stiefel` with the metric of the embedding, \(\operatorname{tr} u^* v\).
+
+    References:
+        Edelman, Arias & Smith, *The geometry of algorithms with orthogonality constraints*, SIAM J.
+        Matrix Anal. Appl. 20 (1998), section 2.2.
+    """
+
+    def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Inner product of the entries."""
+        return Manifold.inner(self, x, u, v)
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """The tangent part of the gradient."""
+        return self.tangent(x, grad)
+
+    def exp(self, x: Tensor, v: Tensor) -> Tensor:
+        r"""\([x, v] \exp\begin{pmatrix} A & -v^* v \\ I & A \end{pmatrix}_{:, 1:k} e^{-A}\).
+
+        Here \(A = x^* v\).
+        """
+        x, v, wide = _tall(x, v)
+        a, k = x.mH @ v, x.shape[-1]
+        identity = torch.eye(k, dtype=x.dtype, device=x.device).expand_as(a)
+        block = torch.cat([torch.cat([a, -v.mH @ v], -1), torch.cat([identity, a], -1)], -2)
+        column = torch.linalg.matrix_exp(block)[..., :k] @ torch.linalg.matrix_exp(-a)
+        result = polished(torch.cat([x, v], -1) @ column)
+        return result.mT if wide else result
+
+    def retract(self, x: Tensor, v: Tensor, method: str = "polar") -> Tensor:
+        """A point near `x` in direction `v`.
+
+        Args:
+            x: Point.
+            v: Tangent vector there.
+            method: "polar" (second order), "cayley" or "exponential".
+        """
+        if method == "exponential":
+            return self.exp(x, v)
+        return super().retract(x, v, method)
+
+
+@dataclass(frozen=True)
 class SO(Stiefel):
     r"""Rotations: orthogonal n x n matrices of determinant 1 (or those of determinant -1).
 
@@ -252,6 +300,39 @@ class SO(Stiefel):
     def project(self, x: Tensor) -> Tensor:
         """The nearest orthogonal matrix of that determinant."""
         return nearest_rotation(x, self.det)
+
+    def parametrization(
+        self,
+        shape: Sequence[int],
+        *,
+        triv: Triv = "exponential",
+        cross: bool = False,
+        dtype: torch.dtype | None = None,
+        dynamic: bool = True,
+    ) -> Parametrization:
+        """As that of `Stiefel`, or around the identity.
+
+        Args:
+            shape: Shape of the values.
+            triv: See `Stiefel.parametrization`.
+            cross: Must be False.
+            dtype: Dtype of the base.
+            dynamic: With False there is no base: the value is the map of the coordinates, and an
+                assignment takes its inverse.
+        """
+        if dynamic:
+            return super().parametrization(shape, triv=triv, cross=cross, dtype=dtype)
+        n = self.check_shape(shape)[-1]
+        _checks.require(
+            self.det == 1,
+            self,
+            "without a base, the determinant must be 1",
+            "Use dynamic=True",
+            det=self.det,
+        )
+        maps = AroundIdentity(n, check_triv(self, triv))
+        size = n * (n - 1) // 2
+        return MappedParametrization(self, shape, maps.value, maps.coordinates, size)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
         r"""The shortest tangent vector at `x` with exp(x, v) = y: \(x \log(x^\top y)\)."""

@@ -30,7 +30,7 @@ from orthonet.manifolds._parametrization import Parametrization
 __all__ = ["FrameTrivialization", "SignedTrivialization", "Trivialization", "Triv", "check_triv"]
 
 Triv = str | Callable[[Tensor], Tensor]
-_EXPONENTIAL = ("exponential", "expm", "exp")
+_EXPONENTIAL = ("exponential", "expm", "exp", "matrix_exp")
 _CAYLEY = ("cayley",)
 
 

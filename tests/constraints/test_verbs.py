@@ -26,12 +26,14 @@ from orthonet.manifolds import (
     FixedRank,
     GLp,
     Grassmannian,
+    Hurwitz,
     Hyperbolic,
     LowRank,
     Manifold,
     Nonnegative,
     NormBall,
     Oblique,
+    PoincareBall,
     ProductManifold,
     PSSDFixedRank,
     PSSDLowRank,
@@ -76,6 +78,8 @@ VERBS = [
     Verb(V.spectral_ball, SpectralBall()),
     Verb(V.invertible, GLp(), square=True),
     Verb(V.sln, SL(), square=True),
+    Verb(V.alpha_stable, Hurwitz(1e-3), square=True),
+    Verb(V.poincare_ball, PoincareBall()),
     Verb(V.low_rank, LowRank(2), (2,)),
     Verb(V.fixed_rank, FixedRank(2), (2,)),
     Verb(V.positive_definite, PSD(), square=True),
@@ -306,7 +310,7 @@ def test_complex_parameters_take_unitary():
         module.weight = 2.0 * module.weight.detach()
 
 
-@pytest.mark.parametrize("verb", [V.orthogonal, V.grassmannian, V.skew, V.sphere, V.invertible])
+@pytest.mark.parametrize("verb", [V.grassmannian, V.skew, V.sphere, V.invertible])
 def test_complex_parameters_are_refused_by_real_spaces(verb):
     module = nn.Module()
     module.weight = nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))
@@ -405,6 +409,39 @@ def test_a_second_constraint_is_applied_or_refused_as_a_whole(verb):
             assert space.contains(module.weight.detach(), 1e-3)
     assert len(refusals) >= 3
     assert all(re.match(r"\w+: .+, got .+\. .+\.$", message) for message in refusals)
+
+
+def test_every_verb_is_transferred_with_its_value_and_nothing_is_shared():
+    for verb in VERBS:
+        a, b = linear(verb), linear(verb)
+        verb(a)
+        train(a, "weight", adam(a))
+        before = a.weight.detach().clone()
+        assert constraints.transfer_parametrizations_and_params(a, b, "weight") is b
+        assert torch.equal(b.weight, before), verb
+        assert not torch.equal(b.bias, a.bias)
+        train(b, "weight", adam(b))
+        assert verb.space.contains(matrix(verb, b.weight), 1e-5), verb
+        assert torch.equal(a.weight, before), verb
+        with pytest.raises(ValueError, match="must not be constrained yet"):
+            constraints.transfer_parametrizations_and_params(a, b)
+    empty = nn.Module()
+    constraints.transfer_parametrizations_and_params(a, empty)
+    assert torch.equal(empty.weight, a.weight)
+    with pytest.raises(ValueError, match="constrained tensor of that name"):
+        constraints.transfer_parametrizations_and_params(a, nn.Linear(4, 8), "bias")
+
+
+def test_a_parametrization_is_registered_as_it_is():
+    p = SO().parametrization((4, 4), triv="cayley")
+    layer = constraints.constrain(nn.Linear(4, 4), "weight", p)
+    assert layer.parametrizations.weight[0] is p
+    assert SO().contains(layer.weight)
+    for bad, options in ((p, {"triv": "exponential"}), (SO().parametrization((3, 3)), {})):
+        with pytest.raises(ValueError, match="must have the shape of the tensor"):
+            constraints.constrain(nn.Linear(4, 4), "weight", bad, **options)
+    constraints.constrain(layer, "weight", Stiefel().parametrization((4, 4)))  # by projection
+    assert Stiefel().contains(layer.weight)
 
 
 def test_errors_name_who_what_and_the_way_out():

@@ -6,13 +6,15 @@ from torch.autograd import forward_ad
 
 from orthonet.manifolds import PSD, SL, AlmostOrthogonal, DoublyStochastic, SpectralBall, Symplectic
 from orthonet.testing import tolerances
-from tests.manifolds.common import CASES, EXACT, SPACES, fits, name, relative
+from tests.manifolds.common import ALSO, CASES, EXACT, SPACES, fits, name, relative
 from tests.manifolds.test_geometry import GEODESIC
 
 # of forward mode itself
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 double = torch.float64
-FITTING = [(space, next(s for s in ((6, 3), (4, 4)) if fits(space, s))) for space, _ in SPACES]
+FITTING = [
+    (space, next(s for s in ((6, 3), (4, 4)) if fits(space, s))) for space, _ in [*SPACES, *ALSO]
+]
 GENERIC = [case for case in CASES if case[:2] in FITTING]
 MAPS = ("project", "tangent", "retract", "exp", "log", "distance", "transport", "norm")
 

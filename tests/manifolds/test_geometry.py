@@ -11,12 +11,15 @@ from orthonet.manifolds import (
     SL,
     SO,
     AlmostOrthogonal,
+    EuclideanStiefel,
+    FisherRaoSimplex,
     FixedRank,
     GLp,
     Grassmannian,
     Hyperbolic,
     LowRank,
     Oblique,
+    PoincareBall,
     PSSDFixedRank,
     PSSDLowRank,
     Rn,
@@ -26,7 +29,7 @@ from orthonet.manifolds import (
     Symmetric,
     Symplectic,
 )
-from tests.manifolds.common import SPACES, fits, relative
+from tests.manifolds.common import ALSO, SPACES, fits, relative
 
 # Spaces with a logarithm, and shapes.
 GEODESIC = [
@@ -44,9 +47,18 @@ GEODESIC = [
     (PSD(), (2, 4, 4)),
     (Hyperbolic(), (3, 5)),
     (Hyperbolic(2.0), (3, 5)),
+    (PoincareBall(2.0), (3, 5)),
+    (FisherRaoSimplex(), (3, 5)),
 ]
 geodesic = pytest.mark.parametrize(("space", "shape"), GEODESIC, ids=str)
-EXP_ONLY = [(Stiefel(), (2, 5, 2)), (Stiefel(), (2, 5)), (Stiefel(), (4, 4)), (SL(), (2, 3, 3))]
+EXP_ONLY = [
+    (Stiefel(), (2, 5, 2)),
+    (Stiefel(), (2, 5)),
+    (Stiefel(), (4, 4)),
+    (EuclideanStiefel(), (2, 5, 2)),
+    (EuclideanStiefel(), (2, 5)),
+    (SL(), (2, 3, 3)),
+]
 double = torch.float64
 
 
@@ -126,7 +138,7 @@ def test_transport_by_projection_is_tangent_and_never_longer(space, shape):
 
 FITTING = [
     pytest.param(space, next(s for s in ((2, 4, 4), (2, 6, 3)) if fits(space, s)), id=repr(space))
-    for space, _ in SPACES
+    for space, _ in [*SPACES, *ALSO]
 ]
 
 
@@ -138,8 +150,8 @@ def test_the_tangent_projection_is_idempotent_and_orthogonal(space, shape):
     assert relative(space.tangent(x, tu), tu) <= 1e-10
     if isinstance(space, Symplectic):
         return  # a projection along the symplectic complement
-    if isinstance(space, Hyperbolic):
-        # orthogonal for the Minkowski form, of which `inner` is the restriction
+    if isinstance(space, (Hyperbolic, FisherRaoSimplex)):
+        # orthogonal for the form of which `inner` is the restriction
         normal = u - tu
         assert float(space.inner(x, normal, tv).abs().max()) <= 1e-9
         return
@@ -223,7 +235,7 @@ def test_log_volumes_are_those_of_the_jacobian(space, shape, options):
 
 
 BIJECTIVE = (
-    [(s, sh, {}) for s, sh in GEODESIC[1:]]
+    [(s, sh, {}) for s, sh in GEODESIC[1:] if not isinstance(s, FisherRaoSimplex)]
     + VOLUMES
     + [(AlmostOrthogonal(0.3), (4, 2), {}), (Stiefel(), (3, 3), {}), (PSSDLowRank(2), (4, 4), {})]
 )
@@ -242,6 +254,36 @@ def test_the_dimension_is_the_rank_of_the_differential(space, shape, options):
         for column in j.mT[:3]:
             v = column.reshape(shape)
             assert relative(space.tangent(x, v), v) <= 1e-8
+
+
+@pytest.mark.parametrize("radius", [1.0, 2.5])
+def test_the_ball_and_the_hyperboloid_are_one_space(radius):
+    """Points, distances, tangent vectors, geodesics and transport, to a float64 rounding."""
+    ball = PoincareBall(radius)
+    x, y = ball.sample((2, 50, 4), dtype=double)
+    up, down = ball.to_hyperboloid, ball.from_hyperboloid
+    assert ball.hyperboloid.contains(up(x))
+    assert relative(down(up(x)), x) <= 1e-14
+    assert torch.allclose(ball.distance(x, y), ball.hyperboloid.distance(up(x), up(y)), atol=1e-12)
+    v = ball.log(x, y)
+    lifted = torch.func.jvp(up, (x,), (v,))[1]
+    assert relative(lifted, ball.hyperboloid.log(up(x), up(y))) <= 1e-12
+    carried = torch.func.jvp(up, (y,), (ball.transport(x, y, torch.ones_like(x)),))[1]
+    ones = torch.func.jvp(up, (x,), (torch.ones_like(x),))[1]
+    assert relative(carried, ball.hyperboloid.transport(up(x), up(y), ones)) <= 1e-12
+
+
+def test_the_probabilities_are_a_part_of_a_sphere():
+    space = FisherRaoSimplex()
+    x, y = space.sample((2, 50, 4), dtype=double)
+    expected = 2.0 * torch.acos((x * y).sqrt().sum(-1))
+    assert torch.allclose(space.distance(x, y), expected, atol=1e-12)
+    corner = torch.eye(4, dtype=double)
+    assert torch.allclose(space.distance(corner[0], corner[1]), torch.tensor(math.pi).double())
+    grad = torch.randn_like(x)  # the natural gradient represents the differential
+    v = space.tangent(x, torch.randn_like(x))
+    natural = space.inner(x, space.gradient(x, grad), v)
+    assert torch.allclose(natural, (grad * v).sum(-1), atol=1e-12)
 
 
 def test_checkpoints_with_an_empty_reflector_load():

@@ -13,11 +13,13 @@ from orthonet.manifolds import (
     Correlation,
     DoublyStochastic,
     Grassmannian,
+    Hurwitz,
     Hyperbolic,
     Manifold,
     Nonnegative,
     NormBall,
     Parametrization,
+    PoincareBall,
     ProductManifold,
     ProjectedParametrization,
     Simplex,
@@ -177,13 +179,15 @@ def test_tolerances_are_relative(space, scale):
         "Rn", "Symmetric", "Skew", "LowRank", "FixedRank", "PSD", "PSSD", "PSSDLowRank",
         "PSSDFixedRank", "GLp", "Nonnegative",
     }  # fmt: skip
-    open_or_inside = isinstance(space, (NormBall, SpectralBall)) and scale < 1
+    open_or_inside = isinstance(space, (NormBall, SpectralBall, PoincareBall)) and scale < 1
+    open_or_inside |= isinstance(space, Hurwitz) and scale > 1
     inside = isinstance(space, Bounded) and scale < 1
     assert bool(space.contains(scale * x)) == (scalable or open_or_inside or inside)
     kind = type(space).__name__
     if kind != "GLp":
         noise = scale * (x + 0.1 * torch.randn(shape))
         full = {"Rn", "GLp", "FixedRank", "NormBall", "SpectralBall", "Bounded"}
+        full |= {"PoincareBall", "Hurwitz"}
         if kind not in full or (kind == "FixedRank" and space.rank < 4):
             assert not space.contains(noise - 0.2 * scale)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.manifolds._base import Manifold, root
+from orthonet.manifolds._curved.sphere import arc_ratio
 from orthonet.manifolds._parametrization import Parametrization
-from orthonet.manifolds._sphere import arc_ratio
 from orthonet.manifolds.maps import MappedParametrization
 
 __all__ = ["Hyperbolic"]

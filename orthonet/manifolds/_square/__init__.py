@@ -1,0 +1,1 @@
+"""Open sets and groups of square matrices."""
