@@ -5,6 +5,7 @@ Type checkers read this file; `__init__.py` reads it to load a name on first use
 
 from torch.nn.utils.parametrize import cached as cached
 
+from orthonet import compat as compat
 from orthonet import constraints as constraints
 from orthonet import convert as convert
 from orthonet import errors as errors

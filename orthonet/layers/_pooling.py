@@ -32,8 +32,7 @@ def _dims_of(owner: object, dims: int | None, *sizes: Size | None) -> int:
 
 def _sizes(owner: object, dims: int, name: str, value: Size) -> tuple[int, ...]:
     """`value` as one integer for each spatial dimension."""
-    whole = value if isinstance(value, (int, Sequence)) and not isinstance(value, str) else ()
-    sizes = (whole,) * dims if isinstance(whole, int) else tuple(whole)
+    sizes = tuple(value) if isinstance(value, Sequence) else (value,) * dims
     if len(sizes) != dims:
         requirement = f"{name} must be an integer or {dims} of them"
         advice = "Give one entry for each spatial dimension, or another dims"
