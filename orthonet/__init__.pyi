@@ -5,6 +5,7 @@ Type checkers read this file; `__init__.py` reads it to load a name on first use
 
 from torch.nn.utils.parametrize import cached as cached
 
+from orthonet import compat as compat
 from orthonet import constraints as constraints
 from orthonet import convert as convert
 from orthonet import errors as errors
@@ -20,8 +21,12 @@ from orthonet import recipes as recipes
 from orthonet import reparametrizers as reparametrizers
 from orthonet import testing as testing
 from orthonet.certify import LipschitzCertificate as LipschitzCertificate
+from orthonet.certify import certified_accuracy as certified_accuracy
+from orthonet.certify import evaluate as evaluate
+from orthonet.certify import summary as summary
 from orthonet.certify._package import certify as certify
 from orthonet.constraints import almost_orthogonal as almost_orthogonal
+from orthonet.constraints import correlation as correlation
 from orthonet.constraints import fixed_rank as fixed_rank
 from orthonet.constraints import grassmannian as grassmannian
 from orthonet.constraints import invertible as invertible
@@ -35,10 +40,12 @@ from orthonet.constraints import (
 )
 from orthonet.constraints import positive_semidefinite_low_rank as positive_semidefinite_low_rank
 from orthonet.constraints import rebase_every as rebase_every
+from orthonet.constraints import remove as remove
 from orthonet.constraints import skew as skew
 from orthonet.constraints import sln as sln
 from orthonet.constraints import sphere as sphere
 from orthonet.constraints import symmetric as symmetric
+from orthonet.constraints import unitary as unitary
 from orthonet.constraints import update_base as update_base
 from orthonet.convert import orthogonalize as orthogonalize
 from orthonet.convert import to_plain as to_plain
@@ -52,7 +59,11 @@ from orthonet.layers import MaxMin as MaxMin
 from orthonet.layers import OrthoConv1d as OrthoConv1d
 from orthonet.layers import OrthoConv2d as OrthoConv2d
 from orthonet.layers import OrthoConv3d as OrthoConv3d
+from orthonet.layers import OrthoGRU as OrthoGRU
 from orthonet.layers import OrthoLinear as OrthoLinear
+from orthonet.layers import OrthoLSTM as OrthoLSTM
+from orthonet.layers import OrthoRNN as OrthoRNN
+from orthonet.layers import SpaceToDepth2d as SpaceToDepth2d
 from orthonet.layers import UnitNormLinear as UnitNormLinear
 from orthonet.reparametrizers import AUTO_ORTHO_PARAMS as AUTO_ORTHO_PARAMS
 from orthonet.reparametrizers import (
@@ -73,6 +84,7 @@ from orthonet.reparametrizers import defer_pullback as defer_pullback
 from orthonet.reparametrizers import fuse as fuse
 from orthonet.reparametrizers import invalidate as invalidate
 from orthonet.reparametrizers import parameter_groups as parameter_groups
+from orthonet.reparametrizers import presets as presets
 from orthonet.reparametrizers import share_among_ranks as share_among_ranks
 from orthonet.reparametrizers import unfuse as unfuse
 

@@ -14,27 +14,51 @@ from collections.abc import Collection
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "boolean",
+    "channels",
+    "conv_arguments",
+    "factory",
     "fail",
     "floating",
     "in_range",
+    "integer",
     "lipschitz_constant",
     "message",
+    "module",
     "non_negative_int",
     "one_of",
     "positive_int",
+    "real_input",
     "require",
+    "sizes",
+    "tensor",
     "weight_shape",
 ]
 
 
+_LONGEST = 160  # characters of a value
+_MOST = 6  # entries of a list
+
+
 def _show(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"Tensor(shape={tuple(value.shape)}, dtype={value.dtype})"
-    return repr(value)
+    """A value in one line that is not too long: of tensors and arrays shape and dtype."""
+    if isinstance(value, nn.Module):
+        return f"a module of class {type(value).__name__}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, Tensor) or (hasattr(value, "shape") and hasattr(value, "dtype")):
+        return f"{type(value).__name__}(shape={tuple(value.shape)}, dtype={value.dtype})"
+    if type(value) in (list, tuple) and len(value) > 1:
+        shown = ", ".join(map(_show, value[:_MOST])) + (", ..." if len(value) > _MOST else "")
+        return f"[{shown}]" if type(value) is list else f"({shown})"
+    if type(value) is dict:
+        keys = ", ".join(map(repr, list(value)[:_MOST])) + (", ..." if len(value) > _MOST else "")
+        return f"a dict of {len(value)} entries ({keys})"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def message(owner: object, requirement: str, advice: str, /, **values: Any) -> str:
@@ -72,6 +96,61 @@ def require(
         fail(owner, requirement, advice, error, **values)
 
 
+def tensor(owner: object, /, **values: Any) -> None:
+    """Every value must be a tensor: not an array, a list or a number."""
+    for name, value in values.items():
+        require(
+            isinstance(value, Tensor) or type(value).__module__ == _TRACED,
+            owner, f"{name} must be a tensor",
+            f"Convert it, e.g. torch.as_tensor({name})", **{name: value},
+        )  # fmt: skip
+
+
+def module(owner: object, /, **values: Any) -> None:
+    """Every value must be a module: not its class, its `state_dict` or a function."""
+    for name, value in values.items():
+        require(
+            isinstance(value, nn.Module), owner, f"{name} must be a torch.nn.Module",
+            "Pass the module itself: not its state_dict, its class, or an exported program",
+            **{name: value},
+        )  # fmt: skip
+
+
+def real_input(owner: object, x: Any, /, name: str = "x") -> None:
+    """What a layer is called with must be a real floating-point tensor, or stand for one."""
+    good = x.is_floating_point() if isinstance(x, Tensor) else type(x).__module__ == _TRACED
+    if not good:
+        floating(owner, **{name: x})
+
+
+_TRACED = "torch.fx.proxy"  # where torch.fx records a forward pass
+
+
+def channels(owner: object, input: Any, count: int, dim: int, /, spatial: int = 0) -> None:
+    """The input of a layer must be a real tensor with `count` channels in `dim`, from behind."""
+    real_input(owner, input, "input")
+    if not isinstance(input, Tensor):
+        return
+    good = input.ndim >= -dim and input.shape[dim] == count
+    if not good or (spatial and input.ndim > spatial + 2):
+        form = "".join(f", L{i + 1}" for i in range(spatial))
+        wanted = f"(N, {count}{form}) or ({count}{form})" if spatial else f"(*, {count})"
+        fail(
+            owner,
+            f"input must have the shape {wanted}",
+            "Pass what the layer was made for, or make it for these channels",
+            input=input,
+        )
+
+
+def integer(owner: object, /, **values: Any) -> None:
+    """Every value must be an integer."""
+    for name, value in values.items():
+        good = isinstance(value, int) and not isinstance(value, bool)
+        require(good, owner, f"{name} must be an integer", f"Pass one, e.g. {name}=-1",
+                **{name: value})  # fmt: skip
+
+
 def positive_int(owner: object, /, **values: Any) -> None:
     """Every value must be an integer >= 1."""
     for name, value in values.items():
@@ -93,12 +172,71 @@ def non_negative_int(owner: object, /, **values: Any) -> None:
 def boolean(owner: object, /, **values: Any) -> None:
     """Every value must be True or False (or 1 or 0), not merely something that has a truth."""
     for name, value in values.items():
+        preset = ", and a preset by its keyword, ortho_params=preset" if name == "bias" else ""
         require(
             isinstance(value, int) and value in (0, 1),
             owner,
             f"{name} must be True or False",
-            f"Pass {name} so, and a preset by its keyword, ortho_params=preset",
+            f"Pass {name}=True or {name}=False{preset}",
             **{name: value},
+        )
+
+
+def sizes(owner: object, count: int, low: int, /, **values: Any) -> None:
+    """Every value must be an integer >= `low`, or `count` of them."""
+    for name, value in values.items():
+        entries = value if isinstance(value, (tuple, list)) else (value,) * count
+        good = len(entries) == count and all(
+            isinstance(n, int) and not isinstance(n, bool) and n >= low for n in entries
+        )
+        require(
+            good,
+            owner,
+            f"{name} must be an integer >= {low}" + (f", or {count} of them" if count > 1 else ""),
+            f"Pass {name}={max(1, low)}, or one entry for each spatial dimension",
+            **{name: value},
+        )
+
+
+def conv_arguments(owner: object, count: int, /, **values: Any) -> None:
+    """What makes the geometry of a convolution with `count` spatial dimensions."""
+    for name, value in values.items():
+        if name == "padding" and isinstance(value, str):
+            one_of(owner, ("same", "valid"), padding=value)
+            stride = values.get("stride", 1)
+            require(
+                value != "same" or stride in (1, (1,) * count),
+                owner,
+                "padding='same' must go with stride=1",
+                "Pass the padding as a number, e.g. kernel_size // 2",
+                padding=value,
+                stride=stride,
+            )
+        else:
+            sizes(owner, count, 0 if "padding" in name else 1, **{name: value})
+
+
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def factory(owner: object, device: Any, dtype: Any) -> None:
+    """The `device` and the `dtype` of new parameters, as `torch.empty` takes them, and real."""
+    require(
+        dtype is None or dtype in _REAL,
+        owner,
+        "dtype must be a real floating-point dtype",
+        "Choose torch.float32, float64, float16 or bfloat16; orthonet.unitary(module, name) "
+        "constrains complex tensors",
+        dtype=dtype,
+    )
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        fail(
+            owner,
+            "device must name a device of PyTorch",
+            "Pass a torch.device, or a string such as 'cpu' or 'cuda:0'",
+            device=device,
         )
 
 
@@ -131,18 +269,19 @@ def one_of(owner: object, choices: Collection[Any], /, **values: Any) -> None:
 
 
 def floating(owner: object, /, **tensors: Tensor) -> None:
-    """Every tensor must be real and floating point."""
-    for name, tensor in tensors.items():
+    """Every value must be a tensor, real and floating point."""
+    tensor(owner, **tensors)
+    for name, value in tensors.items():
         require(
-            tensor.is_floating_point(),
+            value.is_floating_point(),
             owner,
             f"{name} must be a real floating-point tensor",
             f"Convert it, e.g. {name}.to(torch.float32)",
-            **{name: tensor},
+            **{name: value},
         )
 
 
-def weight_shape(owner: object, shape: Any) -> tuple[int, ...]:
+def weight_shape(owner: object, shape: Any, name: str = "weight_shape") -> tuple[int, ...]:
     """Return `shape` as a tuple (*batch, m, n) of non-negative integers."""
     try:
         sizes = tuple(int(size) for size in torch.Size(shape))
@@ -151,8 +290,8 @@ def weight_shape(owner: object, shape: Any) -> tuple[int, ...]:
     require(
         len(sizes) >= 2 and min(sizes, default=-1) >= 0,
         owner,
-        "weight_shape must be (*batch, m, n)",
+        f"{name} must be (*batch, m, n)",
         "Give at least the two dimensions of the matrix, e.g. tuple(weight.shape)",
-        weight_shape=shape,
+        **{name: shape},
     )
     return sizes

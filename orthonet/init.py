@@ -45,6 +45,7 @@ def orthogonal_(
         >>> bool(torch.allclose(w @ w.T, torch.eye(2), atol=1e-6))
         True
     """
+    _checks.floating("orthogonal_", tensor=tensor)
     _checks.require(
         tensor.ndim >= 2,
         "orthogonal_",
@@ -105,6 +106,7 @@ def conv_orthogonal_(
         theory of CNNs*, ICML 2018 (delta-orthogonal, algorithm 2); Li et al., NeurIPS 2019.
     """
     owner = "conv_orthogonal_"
+    _checks.floating(owner, tensor=tensor)
     taps = tensor.ndim - 2
     _checks.require(
         1 <= taps <= 3, owner, "tensor must be a kernel (c_out, c_in / groups, *k)",

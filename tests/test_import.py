@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import types
@@ -114,6 +115,50 @@ def test_unknown_name_is_refused():
         orthonet.OrthoLinaer  # noqa: B018
     with pytest.raises(ImportError, match="OrthoLinaer"):
         exec("from orthonet import OrthoLinaer")
+
+
+GUESSED = """
+OrthoRNN OrthoLSTM SpaceToDepth2d OffsetCrossEntropyLoss StiefelAdam certified_accuracy AOLConv2d
+correlation stiefel presets remove models recipes testing is_orthogonal summary unitary certify
+evaluate
+"""
+
+
+def test_guessed_names_are_there_or_explained():
+    there = {name for name in GUESSED.split() if name in orthonet.__all__}
+    assert len(there) > 12
+    for name in set(GUESSED.split()) - there:
+        with pytest.raises(AttributeError) as caught:
+            getattr(orthonet, name)
+        text = str(caught.value)
+        assert text.startswith(f"module 'orthonet' has no attribute '{name}': ")
+        named = re.findall(r"orthonet\.([a-z_]+)\.?([A-Za-z_]\w*)?", text.partition("': ")[2])
+        assert named
+        for room, member in named:
+            value = getattr(orthonet, room)
+            assert not member or hasattr(value, member)
+    with pytest.raises(AttributeError, match=r"it is orthonet\.layers\.AOLConv2d$"):
+        orthonet.AOLConv2d  # noqa: B018
+
+
+def test_every_guess_that_is_explained_names_what_exists():
+    for text in orthonet._GUESSED.values():
+        for path in re.findall(r"orthonet((?:\.[A-Za-z_]+)+)", text):
+            value = orthonet
+            for part in path.strip(".").split("."):
+                if part in ("lipschitz",):
+                    break
+                value = getattr(value, part)
+
+
+def test_looking_for_a_name_imports_nothing():
+    found = fresh(
+        "import sys, orthonet\n"
+        "before = set(sys.modules)\n"
+        "assert not hasattr(orthonet, 'AOLConv2d') and not hasattr(orthonet, 'nonsense')\n"
+        "print(*(name for name in set(sys.modules) - before if name.startswith('orthonet')))"
+    )
+    assert found.split() == []
 
 
 def test_exported_programs_load_after_the_import_alone(tmp_path):

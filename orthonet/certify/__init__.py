@@ -9,7 +9,6 @@ from orthonet.certify._bound import Bound, Row
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
 from orthonet.certify._radius import RadiusCurve
-from orthonet.certify._report import report_html
 from orthonet.certify._sequence import recurrent_bound, sequence_bound
 from orthonet.certify.attacks.apgd import apgd_ensemble_l2, apgd_l2
 from orthonet.certify.attacks.pgd import (
@@ -24,10 +23,20 @@ from orthonet.certify.mlp.local import local_bound, local_radius
 from orthonet.certify.mlp.perceptron import MLPBound, mlp_bound
 from orthonet.certify.mlp.slopes import Activation
 from orthonet.certify.ops import families  # noqa: F401 (registers them)
+from orthonet.certify.report.evaluation import Evaluation, evaluate
+from orthonet.certify.report.figures import Plot
+from orthonet.certify.report.page import report_html
+from orthonet.certify.report.summary import LayerRow, Summary, summary
 from orthonet.certify.rules import Call, Operand, Step, register_rule
 
 __all__ = [
     "certify",
+    "evaluate",
+    "Evaluation",
+    "Plot",
+    "summary",
+    "Summary",
+    "LayerRow",
     "LipschitzCertificate",
     "Row",
     "Bound",

@@ -11,10 +11,18 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
-from orthonet.certify._radius import RadiusCurve, check_radii
+from orthonet.certify._radius import NORMS, RadiusCurve, check_radii
+from orthonet.certify.graph.export import FAILURES
 from orthonet.certify.graph.regions import autocast_region
 
-__all__ = ["certified_accuracy", "certified_curve"]
+__all__ = [
+    "certified_accuracy",
+    "certified_curve",
+    "check_certificate",
+    "check_loader",
+    "check_model",
+    "pair",
+]
 
 
 def certified_accuracy(
@@ -49,9 +57,9 @@ def certified_accuracy(
         >>> certified_accuracy(model, [(x, labels)], [0.0, 0.3])
         [1.0, 0.5]
     """
-    _check_order("certified_accuracy", loader, "(model, loader, radii, certificate)")
+    check_loader("certified_accuracy", loader, "(model, loader, radii, certificate)")
     check_radii("certified_accuracy", radii)
-    curve = certified_curve(model, loader, certificate, norm=norm, exact=exact)
+    curve = _curve("certified_accuracy", model, loader, certificate, norm, exact)
     return [curve.at(radius) for radius in radii]
 
 
@@ -76,26 +84,36 @@ def certified_curve(
         ValueError: The model is in train mode or not the certified one, or the loader is empty.
         UncertifiableError: See `certified_accuracy`.
     """
-    _check_order("certified_curve", loader, "(model, loader, certificate)")
-    _checks.require(
-        not model.training, "certified_accuracy", "the model must be in eval mode",
-        "Call model.eval() first",
-    )  # fmt: skip
-    if certificate is not None and certificate.hashes:
-        certificate.require_match(model)
+    check_loader("certified_curve", loader, "(model, loader, certificate)")
+    return _curve("certified_curve", model, loader, certificate, norm, exact)
+
+
+def _curve(
+    owner: str,
+    model: nn.Module,
+    loader: Iterable[Sequence[Tensor]],
+    certificate: LipschitzCertificate | None,
+    norm: str,
+    exact: bool,
+) -> RadiusCurve:
+    check_model(owner, model)
+    _checks.one_of(owner, NORMS, norm=norm)
+    if certificate is not None:
+        check_certificate(owner, certificate)
+        if certificate.hashes:
+            certificate.require_match(model)
     tensor = next(iter((*model.parameters(), *model.buffers())), None)
     curves = []
     for batch in loader:
-        inputs, labels = _pair(batch)
+        inputs, labels = pair(owner, batch)
         inputs = inputs if tensor is None else inputs.to(tensor.device)
         certificate = certify(model, inputs[:1]) if certificate is None else certificate
-        with autocast_region(inputs.device, certificate.autocast), torch.no_grad():
-            logits = model(inputs)
+        logits = outputs_of(owner, model, inputs, certificate)
         given = None if exact else inputs
         curves.append(certificate.curve(logits, labels, norm=norm, inputs=given))
     _checks.require(
         sum(curve.samples for curve in curves) > 0,
-        "certified_accuracy",
+        owner,
         "the loader must not be empty",
         "Pass at least one batch",
     )
@@ -103,21 +121,67 @@ def certified_curve(
     return RadiusCurve(radii, sum(curve.correct for curve in curves), norm)
 
 
-def _check_order(owner: str, loader: Any, order: str) -> None:
+def check_loader(owner: str, loader: Any, order: str) -> None:
+    """Refuse what is no iterable of batches, and say how the arguments are ordered."""
     _checks.require(
-        not isinstance(loader, (LipschitzCertificate, Tensor)) and hasattr(loader, "__iter__"),
+        not isinstance(loader, (LipschitzCertificate, Tensor, nn.Module, str, dict))
+        and hasattr(loader, "__iter__"),
         owner,
         f"the arguments must be {order}, the loader an iterable of (inputs, labels)",
         "Pass the certificate last, and one batch as [(inputs, labels)]",
-        loader=type(loader).__name__,
+        loader=loader,
     )
 
 
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+def check_model(owner: str, model: Any) -> None:
+    """Refuse what is no module, and one in train mode."""
+    _checks.module(owner, model=model)
+    _checks.require(
+        not model.training,
+        owner,
+        "the model must be in eval mode",
+        "Call model.eval() first",
+        training=model.training,
+    )
+
+
+def check_certificate(owner: str, certificate: Any) -> None:
+    """Refuse what is no certificate."""
+    _checks.require(
+        isinstance(certificate, LipschitzCertificate),
+        owner,
+        "certificate must be a LipschitzCertificate",
+        "Pass what orthonet.certify(model, x) returns",
+        certificate=certificate,
+    )
+
+
+def outputs_of(
+    owner: str, model: nn.Module, inputs: Tensor, certificate: LipschitzCertificate
+) -> Tensor:
+    """The logits of a batch, under the autocast that was certified."""
+    try:
+        with autocast_region(inputs.device, certificate.autocast), torch.no_grad():
+            return model(inputs)
+    except FAILURES as error:
+        _checks.fail(
+            owner,
+            "the model must run on the inputs of the loader",
+            "Pass batches of the shape and dtype that the model takes",
+            inputs=inputs,
+            error=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+        )
+
+
+def pair(owner: str, batch: Any) -> tuple[Tensor, Tensor]:
+    """The inputs and the labels of a batch."""
     good = isinstance(batch, (tuple, list)) and len(batch) == 2
     _checks.require(
-        good and all(isinstance(t, Tensor) for t in batch), "certified_accuracy",
+        good and all(isinstance(t, Tensor) for t in batch),
+        owner,
         "every batch of the loader must be (inputs, labels)",
-        "Pass pairs of tensors, e.g. a DataLoader of a TensorDataset", batch=type(batch).__name__,
-    )  # fmt: skip
+        "Pass pairs of tensors, e.g. a DataLoader of a TensorDataset, or one batch as "
+        "[(inputs, labels)]",
+        batch=batch,
+    )
     return batch[0], batch[1]

@@ -30,6 +30,8 @@ from orthonet.certify.graph.identity import data_hashes, hashes
 from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.local.radius import enlarged, local_constants
 from orthonet.certify.proof import load, save
+from orthonet.certify.report.figures import Plot, constants_plot
+from orthonet.certify.report.guesses import elsewhere
 from orthonet.certify.rounding.forward import forward_error, unit_roundoffs
 from orthonet.certify.rounding.modes import check_products, check_subnormal
 from orthonet.certify.walk.walker import Walker
@@ -88,6 +90,25 @@ class LipschitzCertificate:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_walker": None}  # the graph stays behind
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(elsewhere(name), name=name, obj=self)
+
+    @property
+    def lipschitz(self) -> float:
+        """`constant.value`, as every layer tells its own constant by this name.
+
+        A proved upper bound; the Lipschitz constant itself where `constant.kind` is `"exact"`.
+        """
+        return self.constant.value
+
+    def plot(self, ax: Any = None) -> Plot:
+        """Return a figure of the constants of the operations.
+
+        Args:
+            ax: Axes of matplotlib to draw into, too. The figure itself needs no package.
+        """
+        return constants_plot(self.rows, self.constant, ax)
+
     def __str__(self) -> str:
         return self.table()
 
@@ -145,6 +166,14 @@ class LipschitzCertificate:
         Raises:
             UncertifiableError: The certificate was pickled or loaded, and has lost the graph.
         """
+        _checks.require(
+            isinstance(path, (str, Path)) and Path(path).suffix not in (".html", ".htm"),
+            "LipschitzCertificate",
+            "path must be that of the JSON file",
+            "Call save('certificate.json'); for a page, "
+            "Path(path).write_text(orthonet.certify.report_html(certificate))",
+            path=path,
+        )
         save(self, self._walker, path)
 
     @classmethod
@@ -324,7 +353,7 @@ class LipschitzCertificate:
             True
         """
         walker = self._graph()
-        batch = (x,) if isinstance(x, Tensor) else tuple(x)
+        batch = _batch_of(x)
         self._check_inputs(batch, 0.0)
         size = reach(1.0, radius, norm, self._entries())
         return local_constants(walker, batch, size)
@@ -354,7 +383,7 @@ class LipschitzCertificate:
             not model.training, "LipschitzCertificate", "the model must be in eval mode",
             "Call model.eval() first",
         )  # fmt: skip
-        batch = (x,) if isinstance(x, Tensor) else tuple(x)
+        batch = _batch_of(x)
         self._check_inputs(batch, 0.0)
         tensor = next(iter((*model.parameters(), *model.buffers())), batch[0])
         batch = tuple(t.to(tensor.device) for t in batch)
@@ -390,6 +419,7 @@ class LipschitzCertificate:
         )  # fmt: skip
 
     def _changed(self, model: nn.Module) -> list[str]:
+        _checks.module("LipschitzCertificate", model=model)
         found = {**hashes(model), **data_hashes(model)}
         known = {**self.hashes, **self.data}
         return [name for name in {**known, **found} if known.get(name) != found.get(name)]
@@ -489,7 +519,7 @@ class LipschitzCertificate:
             "Leave it out, or choose torch.float32, float64, bfloat16 or float16",
             dtype=dtype,
         )
-        batch = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        batch = _batch_of(inputs)
         self._check_inputs(batch, within)
         program = walker.program
         check_subnormal("LipschitzCertificate")
@@ -511,7 +541,7 @@ class LipschitzCertificate:
     def _check_dtypes(self, logits: Tensor, inputs: Any, dtype: torch.dtype | None) -> None:
         """Refuse a forward pass in another dtype than the one whose rounding is counted."""
         samples = self._walker.program.samples if self._walker is not None else ()
-        batch = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        batch = _batch_of(inputs)
         wanted = dtype or self._output_dtype()
         coarse = wanted is not None and torch.finfo(logits.dtype).eps > torch.finfo(wanted).eps
         other = dtype is None and any(
@@ -538,7 +568,7 @@ class LipschitzCertificate:
             "LipschitzCertificate",
             f"inputs must be batches of {shapes}, one sample for each row of the logits",
             "Pass what the model was given",
-            inputs=[tuple(getattr(x, "shape", ())) for x in batch],
+            inputs=batch[0] if len(batch) == 1 else batch,
             samples=samples,
         )
 
@@ -554,6 +584,11 @@ class LipschitzCertificate:
         """
         counts = correct_within(logits, labels, self.radius(logits), radii)
         return [count / max(1, len(labels)) for count in counts]
+
+
+def _batch_of(inputs: Any) -> tuple[Any, ...]:
+    """The tensors of a batch; what holds none becomes an entry, and is refused as such."""
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -83,11 +83,20 @@ def certify(
         >>> [row.op for row in certify(model, torch.ones(1, 2)).rows]
         ['linear', 'relu']
     """
+    _check_is_module(model)
     single = not isinstance(example_input, (tuple, list))
     examples: Any = (example_input,) if single else tuple(example_input)
-    _check_examples(examples)
+    _check_examples(examples, example_input)
     _checks.one_of("certify", tuple(EFFORTS), effort=effort)
     _checks.one_of("certify", (None, *HALF), autocast=autocast)
+    _checks.boolean("certify", lower=lower)
+    _checks.require(
+        progress is None or callable(progress),
+        "certify",
+        "progress must be a function progress(done, total, what)",
+        "Leave it out: the logger 'orthonet.certify' tells the same at level INFO",
+        progress=progress,
+    )
     check_subnormal("certify")
     _check_region(examples[0].device)
     _check_model(model)
@@ -145,24 +154,28 @@ def _pairs(walker: Walker) -> Tensor | None:
     return torch.stack(tables).amin(0) if tables else None
 
 
-def _check_examples(examples: tuple[Tensor, ...]) -> None:
-    for example in examples:
-        _checks.require(
+def _check_examples(examples: tuple[Tensor, ...], given: Any) -> None:
+    _checks.require(
+        len(examples) > 0
+        and all(
             type(example) in (Tensor, nn.Parameter)
             and example.ndim >= 1
-            and example.is_floating_point(),
-            "certify",
-            "example_input must be a floating-point tensor whose first dimension is the batch",
-            "Pass a batch, e.g. torch.zeros(1, 3, 32, 32); behind an embedding, certify the rest "
-            "of the model on embedded tokens, for a lookup by index has no constant",
-            example_input=example,
-        )
+            and example.is_floating_point()
+            for example in examples
+        ),
+        "certify",
+        "example_input must be a floating-point tensor whose first dimension is the batch",
+        "Pass a batch, e.g. torch.zeros(1, 3, 32, 32); behind an embedding, certify the rest "
+        "of the model on embedded tokens, for a lookup by index has no constant",
+        example_input=given,
+    )
+    for example in examples:
         _checks.require(
-            bool(example.isfinite().all()),
+            not example.is_meta and bool(example.isfinite().all()),
             "certify",
-            "example_input must be finite",
+            "example_input must be finite, and on a device with data",
             "Pass zeros, or samples of the data",
-            shape=tuple(example.shape),
+            example_input=example,
         )
     _checks.require(
         len({len(x) for x in examples}) == 1,
@@ -185,15 +198,18 @@ def _check_region(device: torch.device) -> None:
     )
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_is_module(model: Any) -> None:
     _checks.require(
         isinstance(model, nn.Module),
         "certify",
         "the model must be a torch.nn.Module",
-        "Pass the module itself: not its state_dict, its class, or an exported program",
+        "Pass the module itself, first: not its state_dict, its class, or an exported program",
         UncertifiableError,
-        model=type(model).__name__,
+        model=model,
     )
+
+
+def _check_model(model: nn.Module) -> None:
     for path, module in model.named_modules():
         _checks.require(
             "train" not in vars(module) or not isinstance(module, torch.fx.GraphModule),

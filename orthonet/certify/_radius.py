@@ -133,7 +133,7 @@ def certified_radius(
     least = radii.amin(1)
     if target is None:
         return least
-    aim = _classes(target, len(logits), classes)
+    aim = _classes(target, len(logits), classes, "target")
     # Another class may be the predicted one already: then there is nothing to protect.
     return torch.where(least > 0, radii.gather(1, aim[:, None])[:, 0], 0.0)
 
@@ -165,14 +165,16 @@ def _less(first: Tensor, *others: Tensor) -> Tensor:
     return first
 
 
-def _classes(labels: Tensor, count: int, classes: int | None) -> Tensor:
+def _classes(labels: Tensor, count: int, classes: int | None, name: str = "labels") -> Tensor:
+    _checks.tensor("LipschitzCertificate", **{name: labels})
     labels = labels.detach().to("cpu").reshape(-1)
     good = len(labels) == count and (classes is None or not labels.is_floating_point())
     if good and classes is not None and count:
         good = int(labels.min()) >= 0 and int(labels.max()) < classes
     _checks.require(
         good, "LipschitzCertificate", "there must be one class index for each sample",
-        "Pass integers from 0 to the number of classes minus 1, not one-hot vectors", labels=labels,
+        "Pass integers from 0 to the number of classes minus 1, not one-hot vectors",
+        **{name: labels},
     )  # fmt: skip
     return labels if classes is None else labels.long()
 
@@ -294,6 +296,7 @@ def correct_within(
 ) -> list[int]:
     """How many samples are predicted rightly and certified beyond each of `radii`."""
     check_radii("certified_accuracy", radii)
+    _checks.tensor("certified_accuracy", labels=labels)
     logits, labels = _checked(logits), labels.detach().to("cpu").reshape(-1)
     _checks.require(
         len(labels) == len(logits) and (logits.ndim == 1 or not labels.is_floating_point()),

@@ -56,6 +56,8 @@ def empirical_accuracy(
         >>> empirical_accuracy(model, x, y, [0.0, 0.3])
         [1.0, 0.5]
     """
+    _checks.module("empirical_accuracy", model=model)
+    _checks.tensor("empirical_accuracy", x=x, y=y)
     _checks.require(len(x) > 0, "empirical_accuracy", "there must be a sample", "Pass some", x=x)
     _checks.positive_int("empirical_accuracy", batch_size=batch_size)
     check_radii("empirical_accuracy", radii)

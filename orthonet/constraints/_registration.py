@@ -14,6 +14,7 @@ from orthonet.constraints._list import ConstrainedList
 from orthonet.errors import NotOnManifoldError
 from orthonet.manifolds import Manifold, Parametrization
 from orthonet.manifolds.maps import ProjectedParametrization
+from orthonet.reparametrizers import Weight
 
 __all__ = ["Init", "M", "assign", "constrain", "parametrizations_of", "register"]
 
@@ -61,7 +62,32 @@ def constrain(
         >>> bool(SO().contains(layer.weight))
         True
     """
-    tensor = getattr(module, tensor_name, None)
+    _checks.module("constrain", module=module)
+    _checks.require(
+        isinstance(space, Manifold),
+        "constrain",
+        "space must be a space of orthonet.manifolds, an object",
+        "Pass one, e.g. orthonet.manifolds.SO()",
+        space=space,
+    )
+    _checks.boolean("constrain", flatten=flatten)
+    _checks.require(
+        init is None or isinstance(init, (str, Tensor)),
+        "constrain",
+        "init must be None, a tensor, or the name of a distribution",
+        "Pass e.g. init='sample', or a point of the space",
+        init=init,
+    )
+    tensor = getattr(module, tensor_name, None) if isinstance(tensor_name, str) else None
+    _checks.require(
+        tensor is None
+        or not isinstance(getattr(module, "parametrization", None), Weight)
+        or tensor_name in module._parameters,
+        "constrain",
+        f"the tensor of that name is constrained by {type(module).__name__} already",
+        "Constrain the tensor of the stock layer instead, e.g. of torch.nn.Linear",
+        tensor_name=tensor_name,
+    )
     if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
         _checks.fail(
             "constrain",

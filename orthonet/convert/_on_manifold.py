@@ -13,6 +13,7 @@ from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds import Stiefel
 from orthonet.reparametrizers import BatchedIdentity, OrthoParams, OrthoWeight
 from orthonet.reparametrizers.orthogonal import IDENTITY
+from orthonet.reparametrizers.params import read_params
 
 __all__ = ["manifold_groups", "on_manifold", "trivialize"]
 
@@ -122,7 +123,7 @@ def on_manifold(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def trivialize(model: nn.Module, ortho_params: OrthoParams | None = None) -> nn.Module:
+def trivialize(model: nn.Module, ortho_params: OrthoParams | str | None = None) -> nn.Module:
     """Return a new model whose orthogonal matrices are computed from free parameters again.
 
     The inverse of [`on_manifold`][orthonet.convert.on_manifold]: the weights are the same, and any
@@ -141,13 +142,14 @@ def trivialize(model: nn.Module, ortho_params: OrthoParams | None = None) -> nn.
         NotOnManifoldError: A matrix has left the manifold.
     """
     _require_module("trivialize", model)
+    params = None if ortho_params is None else read_params("trivialize", ortho_params)
     model = copy.deepcopy(model)
     for weight in model.modules():
         if not isinstance(weight, OrthoWeight) or not _is_on_manifold(weight):
             continue
         value = weight.original.detach().clone()
-        steps = weight.orthogonalizer.kept if ortho_params is None else ()
-        steps = steps or ortho_params.build(tuple(weight.shape))  # type: ignore[union-attr]
+        steps = weight.orthogonalizer.kept if params is None else ()
+        steps = steps or params.build(tuple(weight.shape))  # type: ignore[union-attr]
         weight.normalizer, weight.orthogonalizer = (step.to(value) for step in steps)  # type: ignore[union-attr]
         weight.train(weight.training)
         weight.assign_(value)

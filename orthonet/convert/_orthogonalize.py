@@ -33,6 +33,7 @@ from orthonet.convert._stateless import (
 )
 from orthonet.convert._untrained import is_untrained
 from orthonet.layers import available
+from orthonet.reparametrizers.params import read_params
 
 __all__ = ["Rule", "orthogonalize"]
 
@@ -128,6 +129,11 @@ def orthogonalize(
     _checks.one_of(owner, ("max_min", "abs", None), activation=activation)
     _checks.one_of(owner, ("l2", "average", None), pool=pool)
     _checks.one_of(owner, (*available(), None), fallback=fallback)
+    _checks.require(
+        rules is None or isinstance(rules, Mapping), owner,
+        "rules must be a mapping from names or classes of modules to what becomes of them",
+        "Pass e.g. rules={'layer4.*': False}", rules=rules,
+    )  # fmt: skip
     rules = dict(rules or {})
     _check_rules(model, rules)
     if weights == "project":
@@ -259,6 +265,8 @@ def _check_rules(model: nn.Module, rules: Mapping[Any, Rule]) -> None:
         )
         if isinstance(value, str):
             _checks.one_of("orthogonalize", available(), rule=value)
+        if isinstance(value, Mapping) and "ortho_params" in value:
+            read_params("orthogonalize", value["ortho_params"])
         _checks.require(
             isinstance(value, (bool, str, Mapping)) or callable(value),
             "orthogonalize",

@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orthonet._checks import positive_int, require
+from orthonet._checks import positive_int, real_input, require
 
 __all__ = ["absolute", "group_sort", "householder", "max_min"]
 
 
 def _channel_dim(owner: str, x: Tensor, dim: int, group_size: int) -> int:
     """`dim` as a non-negative number, after the check that the groups divide its size."""
+    real_input(owner, x)
     require(
         -x.ndim <= dim < x.ndim,
         owner,
@@ -121,6 +122,7 @@ def absolute(x: Tensor) -> Tensor:
         >>> absolute(torch.tensor([-2.0, 3.0]))
         tensor([2., 3.])
     """
+    real_input("absolute", x)
     return x * (1 - 2 * (x < 0).to(x.dtype))
 
 

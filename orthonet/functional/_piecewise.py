@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orthonet._checks import in_range, one_of, positive_int, require
+from orthonet._checks import in_range, one_of, positive_int, real_input, require
 from orthonet.functional._activations import _channel_dim, absolute
 
 __all__ = [
@@ -75,6 +75,7 @@ def soft_huber(x: Tensor, delta: float = 1.0) -> Tensor:
         tensor([0., 1.])
     """
     in_range("soft_huber", 1e-12, 1e12, delta=delta)
+    real_input("soft_huber", x)
     return (x * x + delta * delta).sqrt() - delta
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from orthonet._checks import non_negative_int, positive_int, require
+from orthonet._checks import non_negative_int, positive_int, require, tensor
 
 __all__ = [
     "depth_to_space",
@@ -50,8 +50,9 @@ def _window(
     padding: Sequence[int] | None,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The three tuples of a pooling window, checked and of one length."""
+    good = isinstance(kernel_size, (tuple, list, torch.Size))
     require(
-        len(kernel_size) in _AVG_POOL,
+        good and len(kernel_size) in _AVG_POOL,
         owner,
         "kernel_size must have 1, 2 or 3 entries, one for each spatial dimension",
         "Write (2, 2) for images",
@@ -75,6 +76,7 @@ def _window(
 
 
 def _has_spatial(owner: str, x: Tensor, spatial: int) -> None:
+    tensor(owner, x=x)
     require(
         x.ndim in (spatial + 1, spatial + 2),
         owner,
@@ -263,6 +265,7 @@ def depth_to_space(y: Tensor, upscale_factor: int, spatial: int) -> Tensor:
 
 def _check_blocks(owner: str, x: Tensor, factor: int, spatial: int) -> None:
     positive_int(owner, factor=factor)
+    tensor(owner, x=x)
     require(
         spatial in _TO_DEPTH and x.ndim > spatial,
         owner,

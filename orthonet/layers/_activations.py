@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import functional
-from orthonet._checks import positive_int, require
+from orthonet._checks import integer, positive_int, require
 
 __all__ = ["Abs", "GroupSort", "HouseholderActivation", "MaxMin"]
 
@@ -41,6 +41,7 @@ class MaxMin(nn.Module):
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()
+        integer(self, dim=dim)
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,6 +80,7 @@ class GroupSort(nn.Module):
         super().__init__()
         positive_int(self, group_size=group_size)
         self.group_size = group_size
+        integer(self, dim=dim)
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,6 +151,7 @@ class HouseholderActivation(nn.Module):
             channels % 2 == 0, self, "channels must be even", "Add or drop one", channels=channels
         )
         self.channels = channels
+        integer(self, dim=dim)
         self.dim = dim
         shape = (*self._angles, channels // 2)
         self.theta = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

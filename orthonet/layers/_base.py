@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
+from orthonet.errors import NotOnManifoldError, ProjectionWarning
 from orthonet.layers._spectrum import LinearMap
-from orthonet.reparametrizers import Weight
+from orthonet.reparametrizers import RecordedWeight, Weight
 from orthonet.reparametrizers.plain_values import warn_projected
 from orthonet.reparametrizers.recorded import keep_if_refused
 
-__all__ = ["ConstrainedWeight", "WithoutPlainWeight"]
+__all__ = ["OneLine", "ConstrainedWeight", "WithoutPlainWeight"]
 
 
 # Mixins stand before a class of `nn`: a type checker takes them for modules, Python does not.
 Module = nn.Module if TYPE_CHECKING else object
 
 
-class ConstrainedWeight(LinearMap, Module):
+class OneLine(Module):
+    """Mixin before `nn.Module`: a layer prints as one line, without the modules of its weights."""
+
+    def __repr__(self) -> str:
+        parts = [self.extra_repr()]
+        for name, child in self.named_children():
+            if not any(isinstance(module, Weight) for module in child.modules()):
+                parts.append(f"{name}={' '.join(repr(child).split())}")
+        made = dict.fromkeys(
+            module.preset for module in self.modules() if isinstance(module, RecordedWeight)
+        )
+        for name in made:
+            short = name.removesuffix("_ORTHO_PARAMS")
+            if short == name:  # no published one
+                parts.append(name if name.startswith("triv=") else f"ortho_params=({name})")
+            elif short != "DEFAULT":
+                parts.append(f"ortho_params={short.lower()!r}")
+        return f"{type(self).__name__}({', '.join(filter(None, parts))})"
+
+
+class ConstrainedWeight(LinearMap, OneLine):
     """Mixin before an `nn` class: `weight` becomes a property computed by a sub-module.
 
     The sub-module `parametrization`, a [`Weight`][orthonet.reparametrizers.Weight], owns the raw
@@ -33,6 +55,18 @@ class ConstrainedWeight(LinearMap, Module):
     bias: Tensor | None
     _plain_class: ClassVar[type[nn.Module]]
     _factor: float = 1.0  # what the weight of the sub-module is multiplied by; no part of the state
+
+    def _check_input(self, input: Tensor, channels: int, dim: int, spatial: int = 0) -> None:
+        """Refuse inputs that the layer was not made for, and a layer without data."""
+        _checks.channels(self, input, channels, dim, spatial)
+        stored = next(self.parametrization.parameters(), None)
+        if stored is not None and stored.is_meta and not input.is_meta:
+            _checks.fail(
+                self,
+                "the layer must be on a device with data to be called",
+                "Call layer.to_empty(device='cpu') and reset_parameters(), or load a checkpoint",
+                device=stored.device,
+            )
 
     def _set_factor(self, lipschitz: float) -> None:
         self._factor = _checks.lipschitz_constant(type(self), lipschitz)
@@ -64,13 +98,7 @@ class ConstrainedWeight(LinearMap, Module):
         if name != "weight":
             super().__setattr__(name, value)
             return
-        _checks.require(
-            isinstance(value, Tensor),
-            self,
-            "weight must be a tensor",
-            "Assign a tensor",
-            weight=type(value),
-        )
+        _check_weight(self, value)
         self.parametrization.assign_(value.detach() / self._factor, self)
 
     def project_(self, weight: Tensor) -> float:
@@ -79,6 +107,14 @@ class ConstrainedWeight(LinearMap, Module):
         Returns:
             The relative distance \(\|W_{new} - W\|_F / \|W\|_F\) that the projection moved it.
         """
+        _check_weight(self, weight)
+        if not weight.is_meta and weight.numel() and not bool(weight.any()):
+            sentence = _checks.message(
+                self, "the zero weight has no nearest one, and some other is taken",
+                "Draw one with reset_parameters(), or look for the weight that was meant",
+                weight=weight,
+            )  # fmt: skip
+            warnings.warn(sentence, ProjectionWarning, stacklevel=2)
         return self.parametrization.project_(weight.detach() / self._factor, self)
 
     def reset_parameters(self) -> None:
@@ -138,7 +174,16 @@ class ConstrainedWeight(LinearMap, Module):
         )
 
 
-class WithoutPlainWeight(Module):
+def _check_weight(owner: object, weight: Any) -> None:
+    """Refuse what cannot become a weight: arrays, complex numbers, NaN."""
+    _checks.floating(owner, weight=weight)
+    _checks.require(
+        weight.is_meta or bool(weight.isfinite().all()), owner, "weight must be finite",
+        "Look for the step that made a NaN or an infinity", NotOnManifoldError, weight=weight,
+    )  # fmt: skip
+
+
+class WithoutPlainWeight(OneLine):
     """Mixin before `nn.Module`: a layer that no plain weight can be projected onto says so."""
 
     def _load_from_state_dict(

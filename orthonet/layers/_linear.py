@@ -19,6 +19,7 @@ from orthonet.reparametrizers import (
     OrthoWeight,
     Weight,
 )
+from orthonet.reparametrizers.params import read_params
 
 __all__ = ["OrthoLinear", "UnitNormLinear"]
 
@@ -66,7 +67,7 @@ class OrthoLinear(_ConstrainedLinear):
         bias: Whether to add a learnable bias, zero at first.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters; the weight is computed in float32 at least.
-        ortho_params: Which normalizer and orthogonalizer make the weight.
+        ortho_params: Which normalizer and orthogonalizer make the weight; a preset or its name.
         lipschitz: The constant K of the layer: the weight is K times a semi-orthogonal one.
 
     Shape:
@@ -97,15 +98,18 @@ class OrthoLinear(_ConstrainedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
         lipschitz: float = 1.0,
     ) -> None:
         _checks.positive_int(type(self), in_features=in_features, out_features=out_features)
         _checks.boolean(type(self), bias=bias)
-        weight = OrthoWeight((out_features, in_features), ortho_params, device, dtype)
+        _checks.factory(type(self), device, dtype)
+        params = read_params(type(self), ortho_params)
+        weight = OrthoWeight((out_features, in_features), params, device, dtype)
         super().__init__(in_features, out_features, bias, device, dtype, weight, lipschitz)
 
     def forward(self, input: Tensor) -> Tensor:
+        self._check_input(input, self.in_features, -1)
         # Together with the gradient of its input, where that spares a product: square, training.
         turned = turned_linear(self, input)
         return super().forward(input) if turned is None else turned
@@ -240,5 +244,6 @@ class UnitNormLinear(_ConstrainedLinear):
     ) -> None:
         _checks.positive_int(type(self), in_features=in_features, out_features=out_features)
         _checks.boolean(type(self), bias=bias)
+        _checks.factory(type(self), device, dtype)
         rows = _UnitRows((out_features, in_features), device, dtype)
         super().__init__(in_features, out_features, bias, device, dtype, rows, lipschitz)

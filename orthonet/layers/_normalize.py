@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from orthonet._checks import require
+from orthonet._checks import integer, require
 
 __all__ = ["LayerCentering", "Normalize"]
 
@@ -51,6 +51,14 @@ class Normalize(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, value in (("mean", mean), ("std", std)):
+            require(
+                not isinstance(value, str),
+                self,
+                f"{name} must be a number, or one for each channel",
+                "Pass e.g. mean=0.5, std=0.25",
+                **{name: value},
+            )
         self._initial = tuple(
             tuple(torch.as_tensor(value, device="cpu").double().reshape(-1).tolist())
             for value in (mean, std)
@@ -129,7 +137,9 @@ class LayerCentering(nn.Module):
 
     def __init__(self, dim: int | Sequence[int] = (-2, -1)) -> None:
         super().__init__()
-        self.dim = (dim,) if isinstance(dim, int) else tuple(dim)
+        self.dim = (dim,) if isinstance(dim, (int, str)) else tuple(dim)
+        for each in self.dim:
+            integer(self, dim=each)
         require(len(self.dim) > 0, self, "dim must not be empty", "Use dim=-1", dim=dim)
 
     def forward(self, x: Tensor) -> Tensor:

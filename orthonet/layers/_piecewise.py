@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import functional
-from orthonet._checks import in_range, positive_int, require
+from orthonet._checks import in_range, integer, positive_int, require
 from orthonet.layers._activations import HouseholderActivation
 from orthonet.layers._declared import REARRANGEMENT, Declared, Norms, isometric, length_of, refuse
 from orthonet.linalg.bounds.sizes import Rounding
@@ -45,6 +45,7 @@ class FullSort(nn.Module):
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()
+        integer(self, dim=dim)
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,6 +87,7 @@ class BetaAbs(nn.Module):
         super().__init__()
         in_range(self, 0.0, 1.0, beta=beta)
         self.beta = beta
+        integer(self, dim=dim)
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,6 +167,7 @@ class NActivation(nn.Module):
         super().__init__()
         positive_int(self, channels=channels)
         self.channels = channels
+        integer(self, dim=dim)
         self.dim = dim
         self.theta = nn.Parameter(torch.empty(2, channels, device=device, dtype=dtype))
         self.reset_parameters()
@@ -254,6 +257,7 @@ class ChannelShuffle(nn.Module):
         super().__init__()
         positive_int(self, groups=groups)
         self.groups = groups
+        integer(self, dim=dim)
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:

@@ -128,10 +128,7 @@ def make_linear(name: str, in_features: int, out_features: int, *args: Any, **kw
 
     Examples:
         >>> make_linear("aol", 8, 4)
-        AOLLinear(
-          in_features=8, out_features=4, bias=True
-          (parametrization): MappedWeight(almost_orthogonal, shape=(4, 8))
-        )
+        AOLLinear(in_features=8, out_features=4, bias=True)
     """
     _checks.one_of("make_linear", available("linear"), name=name)
     build: Any = _METHODS[name].linear

@@ -38,7 +38,8 @@ def haar(
         Mezzadri, *How to generate random matrices from the classical compact groups*, Notices of
         the AMS 54 (2007).
     """
-    sizes = _checks.weight_shape("haar", shape)
+    sizes = _checks.weight_shape("haar", shape, "shape")
+    _checks.factory("haar", device, dtype)
     dtype = torch.get_default_dtype() if dtype is None else dtype
     gaussian = torch.randn(sizes, dtype=compute_dtype(dtype), device=device, generator=generator)
     return qr(gaussian).to(dtype)

@@ -363,6 +363,7 @@ def _is_number(value: object) -> bool:
 
 def _check_classes(owner: str, logits: Tensor, target: Tensor) -> None:
     _checks.floating(owner, logits=logits)
+    _checks.tensor(owner, target=target)
     _checks.require(
         logits.dim() == 2 and logits.shape[1] >= 2,
         owner,
@@ -394,6 +395,7 @@ def _check_classes(owner: str, logits: Tensor, target: Tensor) -> None:
 
 def _check_binary(owner: str, input: Tensor, target: Tensor) -> None:
     _checks.floating(owner, input=input)
+    _checks.tensor(owner, target=target)
     _checks.require(
         input.shape == target.shape and input.dim() in (1, 2),
         owner,

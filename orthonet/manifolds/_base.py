@@ -83,6 +83,11 @@ class Manifold(abc.ABC):
         Raises:
             ValueError: no tensor of this shape lies on the space.
         """
+        good = isinstance(shape, (tuple, list)) and all(
+            isinstance(n, (int, torch.SymInt)) and n >= 0 for n in shape
+        )
+        if not good and not torch.compiler.is_compiling():
+            _checks.fail(self, "shape must be a tuple of sizes", "Pass e.g. (4, 4)", shape=shape)
         sizes = tuple(int(size) for size in shape)
         enough = len(sizes) >= self.event_ndim
         words = "a matrix (*batch, n, k)" if self.event_ndim == 2 else "a vector (*batch, n)"
@@ -102,6 +107,7 @@ class Manifold(abc.ABC):
         The result is true or false in a condition and tells the reason and the distance. Tensors
         on the meta device are judged by shape and dtype.
         """
+        _checks.tensor(self, x=x)
         if not (x.is_floating_point() or x.is_complex()):
             return Membership(math.inf, atol or 0.0, f"its dtype must be floating, not {x.dtype}")
         allowed = self.tolerance(x) if atol is None else float(atol)

@@ -34,7 +34,8 @@ class ProductManifold(Manifold):
     sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "spaces", tuple(self.spaces))
+        given = self.spaces if isinstance(self.spaces, (tuple, list)) else (self.spaces,)
+        object.__setattr__(self, "spaces", tuple(given))
         _checks.require(
             len(self.spaces) > 0 and all(isinstance(space, Manifold) for space in self.spaces),
             self,

@@ -299,6 +299,8 @@ class SO(Stiefel):
 
     def project(self, x: Tensor) -> Tensor:
         """The nearest orthogonal matrix of that determinant."""
+        _checks.floating(self, x=x)
+        self.check_shape(x.shape)
         return nearest_rotation(x, self.det)
 
     def parametrization(

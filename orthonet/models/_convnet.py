@@ -12,7 +12,7 @@ from torch import nn
 
 from orthonet import _checks
 from orthonet.layers import OrthoConv2d
-from orthonet.models._parts import activation_of, dense_layers, scaled, widths_of
+from orthonet.models._parts import activation_of, dense_layers, scaled, sizes_of, widths_of
 from orthonet.models._registry import register
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
@@ -29,7 +29,7 @@ def convnet(
     activation: str = "max_min",
     head: str = "ortho",
     lipschitz: float = 1.0,
-    ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+    ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
 ) -> nn.Sequential:
     """Orthogonal convolutions, some with a stride, then orthogonal linear layers.
 
@@ -66,6 +66,14 @@ def convnet(
         torch.Size([5, 10])
     """
     owner = "convnet"
+    sizes_of(
+        owner,
+        in_shape=in_shape,
+        channels=channels,
+        kernel_sizes=kernel_sizes,
+        strides=strides,
+        hidden=hidden,
+    )
     shape, widths = tuple(in_shape), tuple(channels)
     _checks.require(
         len(shape) == 3, owner, "in_shape must be (channels, height, width)",

@@ -9,7 +9,7 @@ from typing import Any
 import torch  # noqa: F401 (for the example)
 from torch import nn
 
-from orthonet.models._parts import dense_layers, scaled, widths_of
+from orthonet.models._parts import dense_layers, scaled, sizes_of, widths_of
 from orthonet.models._registry import register
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
@@ -23,7 +23,7 @@ def mlp(
     activation: str = "max_min",
     head: str = "ortho",
     lipschitz: float = 1.0,
-    ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+    ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
 ) -> nn.Sequential:
     """Flatten, then orthogonal linear layers with a gradient-norm preserving activation.
 
@@ -50,7 +50,9 @@ def mlp(
         >>> mlp(64, 10, hidden=(32,))(torch.zeros(5, 1, 8, 8)).shape
         torch.Size([5, 10])
     """
-    owner, widths = "mlp", tuple(hidden)
+    owner = "mlp"
+    sizes_of(owner, hidden=hidden)
+    widths = tuple(hidden)
     widths_of(owner, activation, hidden=widths)
     layers = dense_layers(owner, in_features, widths, num_classes, activation, head, ortho_params)
     return scaled(nn.Sequential(OrderedDict(flatten=nn.Flatten(), **layers)), lipschitz)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from orthonet import _checks
@@ -16,6 +18,18 @@ def activation_of(owner: str, name: str) -> nn.Module:
     """A new 1-Lipschitz activation."""
     _checks.one_of(owner, tuple(ACTIVATIONS), activation=name)
     return ACTIVATIONS[name]()
+
+
+def sizes_of(owner: str, **values: Sequence[int]) -> None:
+    """Every value must be a tuple or a list of sizes."""
+    for name, value in values.items():
+        _checks.require(
+            isinstance(value, (tuple, list)),
+            owner,
+            f"{name} must be a tuple of integers",
+            f"Pass e.g. {name}=(64, 64)",
+            **{name: value},
+        )
 
 
 def widths_of(owner: str, activation: str, **widths: tuple[int, ...]) -> None:
@@ -39,7 +53,7 @@ def dense_layers(
     num_classes: int,
     activation: str,
     head: str,
-    ortho_params: OrthoParams,
+    ortho_params: OrthoParams | str,
 ) -> dict[str, nn.Module]:
     """Hidden orthogonal layers with their activations, then the layer of the logits."""
     _checks.positive_int(owner, in_features=in_features, num_classes=num_classes)

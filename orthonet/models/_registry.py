@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -50,6 +51,13 @@ def create(name: str, **arguments: Any) -> nn.Module:
         torch.Size([2, 10])
     """
     _checks.one_of("create", list_models(), name=name)
+    try:
+        inspect.signature(_MODELS[name]).bind(**arguments)
+    except TypeError as error:
+        _checks.fail(
+            "create", f"arguments must be those of orthonet.models.{name}",
+            f"Write them as keywords, {error}", arguments=arguments,
+        )  # fmt: skip
     return _MODELS[name](**arguments)
 
 

@@ -33,7 +33,7 @@ def convnet_xs(
     width: int = 16,
     depth: int = 5,
     lipschitz: float = 1.0,
-    ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+    ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
 ) -> nn.Sequential:
     r"""Blocks of convolutions that halve the image until one pixel is left.
 

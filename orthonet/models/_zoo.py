@@ -37,7 +37,7 @@ def convnet_zoo(
     depth: int = 3,
     hidden: int = 128,
     lipschitz: float = 1.0,
-    ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+    ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
 ) -> nn.Sequential:
     r"""The network of the comparison of methods: the same for each, but for its layer.
 

@@ -62,6 +62,20 @@ def require_orthogonal(owner: object, params: Sequence[Tensor]) -> None:
         )
 
 
+def _groups_or_tensors(owner: object, params: Any) -> list[Any]:
+    """The parameters as a list: tensors, groups, or pairs of a name and a tensor."""
+    entries = [] if isinstance(params, (str, dict, Tensor)) else params
+    found = list(entries) if hasattr(entries, "__iter__") else []
+    _checks.require(
+        bool(found) and all(isinstance(p, (Tensor, dict, tuple)) for p in found),
+        owner,
+        "params must be an iterable of tensors or of groups, and not empty",
+        "Pass model.parameters(), or orthonet.convert.manifold_groups(model)",
+        params=params,
+    )
+    return found
+
+
 class StiefelOptimizer(Optimizer):
     """Base class: a subclass says what to do with one block, and with plain parameters.
 
@@ -74,6 +88,7 @@ class StiefelOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], process_group: Any) -> None:
         self.process_group = process_group
+        params = _groups_or_tensors(self, params)
         super().__init__(params, {**defaults, "stiefel": True})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -75,6 +75,14 @@ def retract_after_step(
         >>> hook = retract_after_step(optimizer, [layer.weight])
     """
     _checks.require(
+        isinstance(optimizer, Optimizer),
+        "retract_after_step",
+        "optimizer must be an optimizer of PyTorch",
+        "Pass e.g. torch.optim.AdamW(model.parameters())",
+        TypeError,
+        optimizer=optimizer,
+    )
+    _checks.require(
         not isinstance(optimizer, LBFGS),
         "retract_after_step",
         "the optimizer must move the parameters once in a step; LBFGS moves them for each of its "

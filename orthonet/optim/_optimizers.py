@@ -372,9 +372,14 @@ def _mean_square(a: Tensor) -> Tensor:
 
 
 def _check_adam(owner: object, group: dict[str, Any]) -> None:
-    beta1, beta2 = group["betas"]
-    for name, beta in (("betas[0]", beta1), ("betas[1]", beta2)):
-        _checks.require(
-            0.0 <= beta < 1.0, owner, f"{name} must be in [0, 1)", "Use (0.9, 0.999)", beta=beta
-        )
+    betas = group["betas"]
+    _checks.require(
+        isinstance(betas, (tuple, list))
+        and len(betas) == 2
+        and all(isinstance(beta, (int, float, Tensor)) and 0.0 <= beta < 1.0 for beta in betas),
+        owner,
+        "betas must be two numbers in [0, 1)",
+        "Use (0.9, 0.999)",
+        betas=betas,
+    )
     _checks.in_range(owner, 0.0, float("inf"), eps=group["eps"])

@@ -34,6 +34,8 @@ from orthonet.reparametrizers.params import (
     QR_ORTHO_PARAMS,
     ClassParam,
     OrthoParams,
+    Presets,
+    presets,
 )
 from orthonet.reparametrizers.providers import (
     REEVALUATING_OPTIMIZERS,
@@ -80,6 +82,7 @@ __all__ = [
     "OrthoParams",
     "OrthoWeight",
     "Orthogonalizer",
+    "Presets",
     "Provider",
     "REEVALUATING_OPTIMIZERS",
     "RecordedWeight",
@@ -93,6 +96,7 @@ __all__ = [
     "invalidate",
     "register",
     "remove",
+    "presets",
     "share_among_ranks",
     "unfuse",
 ]

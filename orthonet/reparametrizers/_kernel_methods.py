@@ -62,7 +62,7 @@ class ReshapedKernel(Weight):
         kernel_size: Sequence[int],
         stride: Sequence[int],
         groups: int = 1,
-        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,

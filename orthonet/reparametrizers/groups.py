@@ -35,6 +35,7 @@ def fuse(module: nn.Module, *, largest: int | None = None) -> list[tuple[str, ..
         ...     fuse(model)
         [('0.parametrization', '1.parametrization', '2.parametrization')]
     """
+    _checks.module("fuse", module=module)
     _checks.require(
         largest is None, "fuse", "largest has no meaning any more", "Leave it out", largest=largest
     )
@@ -53,6 +54,7 @@ def fuse(module: nn.Module, *, largest: int | None = None) -> list[tuple[str, ..
 
 def unfuse(module: nn.Module) -> None:
     """Do nothing: there is nothing to undo, see [`fuse`][orthonet.fuse]."""
+    _checks.module("unfuse", module=module)
     warnings.warn(
         "orthonet.unfuse is not needed any more: see orthonet.fuse.",
         DeprecationWarning,

@@ -18,7 +18,7 @@ from orthonet.reparametrizers.params import (
     DEFAULT_ORTHO_PARAMS,
     OrthoParams,
     described,
-    require_params,
+    read_params,
 )
 from orthonet.reparametrizers.recorded import RecordedWeight
 from orthonet.reparametrizers.weight import GIVEN
@@ -58,13 +58,13 @@ class OrthoWeight(RecordedWeight):
     def __init__(
         self,
         shape: Sequence[int],
-        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         sizes = _checks.weight_shape(self, shape)
-        require_params(self, ortho_params)
+        ortho_params = read_params(self, ortho_params)
         _checks.require(
             dtype is None or dtype.is_floating_point,
             self,

@@ -212,6 +212,7 @@ class BatchedCholeskyOrthogonalization(Orthogonalizer):
 
     def __init__(self, weight_shape: Sequence[int], stable: bool = False) -> None:
         super().__init__(weight_shape)
+        _checks.boolean(self, stable=stable)
         self.stable = stable
 
     def _orthogonalize(self, w: Tensor) -> Tensor:

@@ -35,9 +35,11 @@ __all__ = [
     "QR_ORTHO_PARAMS",
     "ClassParam",
     "OrthoParams",
+    "Presets",
     "described",
     "name_of",
-    "require_params",
+    "presets",
+    "read_params",
 ]
 
 
@@ -99,17 +101,6 @@ def _distance(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> float:
         return float((torch.linalg.svdvals(value.double()) - 1.0).abs().max())
 
 
-def require_params(owner: object, ortho_params: object) -> None:
-    """Refuse what is no `OrthoParams`."""
-    _checks.require(
-        isinstance(ortho_params, OrthoParams),
-        owner,
-        "ortho_params must be an OrthoParams",
-        "Pass a preset, e.g. orthonet.CHOLESKY_ORTHO_PARAMS, or OrthoParams(...)",
-        ortho_params=ortho_params,
-    )
-
-
 @dataclass(frozen=True)
 class OrthoParams:
     """How a layer makes its weights orthogonal.
@@ -135,11 +126,17 @@ class OrthoParams:
         default=ClassParam(BatchedBjorckOrthogonalization, beta=0.5, niters=12)
     )
 
+    def __new__(cls, *args: Any, **fields: Any) -> OrthoParams:
+        """Say what the fields are called."""
+        for name in fields:
+            _checks.one_of(cls, ("spectral_normalizer", "orthogonalizer"), field=name)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for name in ("spectral_normalizer", "orthogonalizer"):
             factory = getattr(self, name)
             _checks.require(
-                callable(factory),
+                callable(factory) and not isinstance(factory, nn.Module),
                 self,
                 f"{name} must be callable with a weight shape",
                 "Pass a class, ClassParam(cls, ...) or functools.partial(cls, ...)",
@@ -249,6 +246,64 @@ AUTO_ORTHO_PARAMS = CHOLESKY_ORTHO_PARAMS
 """The orthogonal factor by Cholesky-QR2, as `CHOLESKY_ORTHO_PARAMS`, which it used to choose."""
 
 
+class Presets(dict[str, OrthoParams]):
+    """The presets by name; prints as a table with one line each."""
+
+    def __repr__(self) -> str:
+        width = max(map(len, self), default=0)
+        return "\n".join(f"{name:<{width}}  {_ABOUT[name][1]}" for name in self)
+
+
+_ABOUT = {
+    "default": (DEFAULT_ORTHO_PARAMS, "the nearest orthogonal matrix (polar factor), by Björck"),
+    "default_test": (DEFAULT_TEST_ORTHO_PARAMS, "the same, with more steps"),
+    "bjorck_pass_through": (
+        BJORCK_PASS_THROUGH_ORTHO_PARAMS,
+        "the same, with a cheaper, approximate gradient",
+    ),
+    "polar": (POLAR_ORTHO_PARAMS, "the same, by polynomials or eigenvectors of the Gram matrix"),
+    "exp": (EXP_ORTHO_PARAMS, "a base point, rotated by the exponential of a skew matrix"),
+    "qr": (QR_ORTHO_PARAMS, "the Q factor, its signs fixed, by Householder reflections"),
+    "cholesky": (CHOLESKY_ORTHO_PARAMS, "the Q factor, by Cholesky-QR2: matrix products only"),
+    "cholesky_stable": (
+        CHOLESKY_STABLE_ORTHO_PARAMS,
+        "the same, shifted, for ill-conditioned parameters",
+    ),
+    "polar_warm": (POLAR_WARM_ORTHO_PARAMS, "an older name of polar"),
+    "auto": (AUTO_ORTHO_PARAMS, "an older name of cholesky"),
+}
+
+
+def presets() -> Presets:
+    """Return the published presets by name; printed, one line says what each makes.
+
+    Every layer takes the name in place of the object: `ortho_params="cholesky"`.
+
+    Examples:
+        >>> presets()["cholesky"] is CHOLESKY_ORTHO_PARAMS
+        True
+        >>> print(str(presets()).splitlines()[5])
+        qr                   the Q factor, its signs fixed, by Householder reflections
+    """
+    return Presets({name: preset for name, (preset, _) in _ABOUT.items()})
+
+
+def read_params(owner: object, ortho_params: object) -> OrthoParams:
+    """Return a preset that is given itself or by its name; refuse everything else."""
+    if isinstance(ortho_params, OrthoParams):
+        return ortho_params
+    name = ortho_params if isinstance(ortho_params, str) else ""
+    short = name.lower().removesuffix("_ortho_params")
+    if short not in _ABOUT:
+        _checks.fail(
+            owner,
+            f"ortho_params must be an OrthoParams or the name of a preset, {', '.join(_ABOUT)}",
+            "Pass such a name, or a preset, e.g. orthonet.CHOLESKY_ORTHO_PARAMS",
+            ortho_params=ortho_params,
+        )
+    return _ABOUT[short][0]
+
+
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -258,9 +313,13 @@ def described(module: nn.Module) -> str:
     return _ADDRESS.sub("", f"{type(module).__name__}({' '.join(shown.split())})")
 
 
+@functools.cache
+def _names() -> dict[str, str]:
+    """The name of each preset by its description; of two names the first."""
+    named = {n: p for n, p in globals().items() if isinstance(p, OrthoParams)}
+    return {preset.described(): name for name, preset in reversed(named.items())}
+
+
 def name_of(description: str) -> str:
     """The name of the published preset that is described so, or the description."""
-    for name, preset in globals().items():
-        if isinstance(preset, OrthoParams) and description == preset.described():
-            return name
-    return description
+    return _names().get(description, description)

@@ -52,6 +52,11 @@ class RecordedWeight(Weight):
         Weights of one named function compute the same; without a name, the whole text counts.
         """
 
+    @property
+    def preset(self) -> str:
+        """The name of the published preset that makes the weight, or what it consists of."""
+        return name_of(self.made_by.partition(" | ")[2])
+
     def accepts(self, made_by: str) -> bool:
         """Whether the parameters of a weight made so give the same weight here."""
         function = self.made_by.split(" | ")[0]
@@ -115,12 +120,8 @@ def keep_if_refused(
         state_dict.update(own)
 
 
-def _shown(made_by: str) -> str:
-    return name_of(made_by.partition(" | ")[2])
-
-
 def _refusal(weight: RecordedWeight, made_by: str) -> str:
-    own, other = _shown(weight.made_by), _shown(made_by)
+    own, other = weight.preset, name_of(made_by.partition(" | ")[2])
     return _checks.message(
         weight,
         f"the checkpoint must be made with {own}, as the model is",
@@ -147,7 +148,7 @@ def _note(weight: RecordedWeight, error_msgs: list[str]) -> None:
     sentence = _checks.message(
         weight,
         "the checkpoint does not say how its weights are made, and is taken to be made with "
-        f"{_shown(weight.made_by)}, as the model is",
+        f"{weight.preset}, as the model is",
         "If that is so, save it again: it will say so then",
     )
     warnings.warn(sentence, PresetWarning, stacklevel=2)

@@ -132,6 +132,8 @@ def _constrained(name: str) -> property:
     def assign(module: nn.Module, value: Any) -> None:
         lists = module._modules.get("parametrizations")
         if lists is not None and name in lists._modules:
+            owner = type(module).__name__.removeprefix("Parametrized")
+            _checks.tensor(owner, **{name: value})
             lists._modules[name].right_inverse(value)  # type: ignore[union-attr, operator]
         else:
             vars(module)[name] = value
@@ -255,6 +257,7 @@ def register(
         >>> bool(torch.equal(layer.weight, layer.weight.mT))
         True
     """
+    _checks.module("register", module=module)
     known = tensor_name in module._parameters or tensor_name in module._buffers
     again = is_parametrized(module, tensor_name)
     _checks.require(

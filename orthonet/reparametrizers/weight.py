@@ -104,6 +104,7 @@ class caching:  # noqa: N801 (spelled as torch.no_grad and torch.set_grad_enable
     on = True
 
     def __init__(self, enabled: bool) -> None:
+        _checks.boolean("caching", enabled=enabled)
         self._before, self.enabled = caching.on, enabled
         caching.on = enabled
 

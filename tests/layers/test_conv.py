@@ -153,7 +153,7 @@ def test_is_the_plain_layer_with_its_weight(shape):
     torch.testing.assert_close(layer(x), expected)
     assert isinstance(layer, nn.Conv2d)
     assert layer.method == "aoc"
-    assert repr(layer).startswith("OrthoConv2d(\n  4, 6, kernel_size=(3, 2), stride=(2, 1), padd")
+    assert repr(layer).startswith("OrthoConv2d(4, 6, kernel_size=(3, 2), stride=(2, 1), padd")
     plain = layer.to_plain()
     assert type(plain) is nn.Conv2d
     torch.testing.assert_close(plain(x), layer(x))

@@ -323,6 +323,6 @@ def test_own_orthogonalizers_are_tried_once_and_leave_no_trace():
 def test_factories_that_make_no_modules_are_refused():
     with pytest.raises(ValueError, match=r"orthogonalizer must return a torch\.nn\.Module"):
         OrthoParams(BatchedIdentity, lambda shape: None).build((3, 3))
-    for wrong in ("cholesky", None, BatchedQROrthogonalization, OrthoParams):
+    for wrong in ("newton", None, BatchedQROrthogonalization, OrthoParams):
         with pytest.raises(ValueError, match="ortho_params must be an OrthoParams"):
             OrthoWeight((3, 3), wrong)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.certify.attacks.pgd import _Ball, _ball, _gain, _predicted, _rivals
+from orthonet.certify.attacks.pgd import _Ball, _ball, _gain, _predicted, _rivals, check_labels
 from orthonet.certify.attacks.secants import _TINY, _rows, _unit
 
 __all__ = ["apgd_l2"]
@@ -117,6 +117,7 @@ def _ascend(
         point = ball.point(delta).requires_grad_()
         with torch.enable_grad():
             logits = model(point)
+            check_labels("apgd_l2", y, logits)
             value = loss(logits, y)
             (gradient,) = torch.autograd.grad(value.sum(), point)
         return value.detach(), _gain(logits.detach(), y), _unit(gradient)

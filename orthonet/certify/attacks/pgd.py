@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,13 @@ def _gain(logits: Tensor, y: Tensor, rival: Tensor | None = None) -> Tensor:
 
 
 def _check_attack(owner: str, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    _checks.module(owner, model=model)
     _checks.require(
-        not model.training, owner, "the model must be in eval mode", "Call model.eval() first"
-    )
+        not model.training, owner, "the model must be in eval mode", "Call model.eval() first",
+        training=model.training,
+    )  # fmt: skip
     _checks.floating(owner, x=x)
+    _checks.tensor(owner, y=y)
     _checks.require(
         len(x) == len(y.reshape(-1)), owner, "there must be one label for each sample",
         "Pass class indices", x=x, y=y,
@@ -55,6 +58,34 @@ def _check_attack(owner: str, model: nn.Module, x: Tensor, y: Tensor) -> None:
             logits.ndim == 1 or logits.shape[1] == 1, owner, "labels must be integers",
             "Pass class indices, e.g. labels.long()", y=y,
         )  # fmt: skip
+
+
+def check_labels(owner: str, y: Tensor, logits: Tensor) -> None:
+    """Every label must be the index of a logit; of one logit its sign counts."""
+    classes = logits.shape[1] if logits.ndim > 1 else 1
+    good = classes == 1 or not len(y) or (int(y.min()) >= 0 and int(y.max()) < classes)
+    _checks.require(
+        good,
+        owner,
+        f"y must hold class indices from 0 to {classes - 1}",
+        "Pass the labels that the model was trained with",
+        y=y,
+        largest=int(y.max()) if len(y) else None,
+    )
+
+
+def check_bounds(owner: str, bounds: Any) -> None:
+    """The box of valid inputs must be a pair, or None."""
+    good = bounds is None or (
+        isinstance(bounds, (tuple, list))
+        and len(bounds) == 2
+        and all(isinstance(end, (int, float)) for end in bounds)
+        and bounds[0] < bounds[1]
+    )
+    _checks.require(
+        good, owner, "bounds must be a pair (low, high), or None",
+        "Pass e.g. bounds=(0.0, 1.0) for images in [0, 1]", bounds=bounds,
+    )  # fmt: skip
 
 
 class _Ball(NamedTuple):
@@ -110,6 +141,12 @@ def _ball(
     """What an attack works on, checked."""
     _check_attack(owner, model, x, y)
     _checks.positive_int(owner, steps=steps, restarts=restarts)
+    _checks.require(
+        isinstance(radius, (int, float, Tensor)), owner,
+        "radius must be a number, or a tensor with one for each sample", "Pass e.g. radius=0.1",
+        radius=radius,
+    )  # fmt: skip
+    check_bounds(owner, bounds)
     x, y = x.detach(), y.detach().reshape(-1).to(x.device)
     size = torch.as_tensor(radius, dtype=torch.float64, device=x.device).expand(len(x))
     _checks.require(
@@ -176,6 +213,7 @@ def pgd_l2(
     best = torch.zeros_like(x)
     with torch.no_grad():
         clean = model(x)
+        check_labels("pgd_l2", y, clean)
         best_gain = _gain(clean, y)
     for restart in range(restarts):
         delta, rival = torch.zeros_like(x), None
@@ -278,6 +316,11 @@ def attack_certificate(
         A report; if `broken` is not 0, the certificate or the rounding of the forward pass is to
         blame.
     """
+    _checks.require(
+        isinstance(certificate, LipschitzCertificate), "attack_certificate",
+        "the arguments must be (model, certificate, x, y)",
+        "Pass what orthonet.certify(model, x) returned second", certificate=certificate,
+    )  # fmt: skip
     _check_attack("attack_certificate", model, x, y)
     with torch.no_grad():
         logits = model(x)
@@ -336,6 +379,7 @@ def lipschitz_estimate(
     Guarantee:
         None from above: `kind="estimate"`, which no certificate accepts.
     """
+    _checks.tensor("lipschitz_estimate", x=x)
     _check_attack("lipschitz_estimate", model, x, torch.zeros(len(x), dtype=torch.long))
     _checks.positive_int("lipschitz_estimate", steps=steps)
     found = steepest_secant(model, x, steps=steps, step_size=step_size, generator=generator)

@@ -37,7 +37,7 @@ def _outputs(
         try:
             return [t.detach() for t in tensors_in(model(*inputs))]
         except FAILURES as error:
-            refuse_export(model, inputs, ROOT, error)
+            refuse_export(model, inputs, ROOT, error, given=program.given)
             return []
 
 

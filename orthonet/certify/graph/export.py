@@ -11,7 +11,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.graph.structure import Recorder, compare, recording, variants
 from orthonet.errors import UncertifiableError
 
-__all__ = ["FAILURES", "export", "refuse_export", "samples_of"]
+__all__ = ["FAILURES", "export", "failure_of", "refuse_export", "samples_of"]
 
 _LARGEST_BATCH = 2**40
 """No batch is larger, so that no branch on the batch size hides behind the range."""
@@ -55,7 +55,7 @@ def export(
     recorder = Recorder(twin, (BATCH, 1), lambda: marker.visited[-1])
     try:
         with (
-            marker.functions(twin), torch.no_grad(), warnings.catch_warnings(),
+            marker.functions(twin), torch.no_grad(), warnings.catch_warnings(), _unlogged(),
             recording(recorder), autocast_region(samples[0].device, autocast),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
@@ -66,7 +66,7 @@ def export(
     except FAILURES as error:
         guards = _guards(twin, marker, samples, shapes) if "Constraints" in str(error) else []
         with autocast_region(samples[0].device, autocast):
-            refuse_export(model, samples, marker.visited[-1], error, guards)
+            refuse_export(model, samples, marker.visited[-1], error, guards, inputs)
     signature = program.graph_signature
     if signature.buffers_to_mutate:
         _checks.fail(
@@ -106,7 +106,8 @@ def export(
     result = Program([], nodes, outputs, constants, marker.calls, samples=samples)
     result.autocast = autocast
     result.stored = {name: state[name] for n, name in stored.items()}
-    result.structure = lambda: _compare(twin, marker, samples, autocast, recorder)
+    result.given = inputs
+    result.structure = lambda: _compare(twin, marker, samples, autocast, recorder, inputs)
     result.graph = graph
     result.batch = str(nodes[0].meta["val"].shape[0])
     for node in graph.nodes:
@@ -124,7 +125,7 @@ def export(
 
 def _compare(
     twin: nn.Module, marker: Marker, samples: tuple[Tensor, ...], autocast: torch.dtype | None,
-    traced: Recorder,
+    traced: Recorder, given: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
     """Run the model in every way that it may be called, and compare what it calls."""
     first: Recorder | None = None
@@ -145,7 +146,7 @@ def _compare(
         except FAILURES as error:
             refuse_found(recorder.questions.found)
             if variant.counts:
-                refuse_export(twin, samples, marker.visited[-1], error)
+                refuse_export(twin, samples, marker.visited[-1], error, given=given)
             continue  # called in this way it does not run
         finally:
             marker.calls, marker.shared = calls, None
@@ -183,6 +184,24 @@ def _free_batch(model: nn.Module, samples: Sequence[Tensor], batch: Any) -> tupl
     return tuple(shapes)
 
 
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep torch from logging the errors of a trace: they are raised, and told in a sentence."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    if log.isEnabledFor(logging.INFO):  # somebody wants to see all of it
+        yield
+        return
+
+    def below_error(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR
+
+    log.addFilter(below_error)
+    try:
+        yield
+    finally:
+        log.removeFilter(below_error)
+
+
 class _Guards(logging.Handler):
     """Notes which conditions on the batch size a trace met, and where."""
 
@@ -206,7 +225,7 @@ def _guards(model: nn.Module, marker: Marker, samples: Any, shapes: Any) -> list
     try:
         with (
             contextlib.suppress(*FAILURES), torch.no_grad(), warnings.catch_warnings(),
-            marker.functions(model),
+            marker.functions(model), _unlogged(),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
             torch.export.export(model, samples, dynamic_shapes=shapes, strict=False)
@@ -218,24 +237,38 @@ def _guards(model: nn.Module, marker: Marker, samples: Any, shapes: Any) -> list
 
 
 def refuse_export(
-    model: nn.Module, samples: Any, path: str, error: Exception, guards: Sequence[str] = ()
+    model: nn.Module,
+    samples: Any,
+    path: str,
+    error: Exception,
+    guards: Sequence[str] = (),
+    given: Sequence[Tensor] = (),
 ) -> None:
-    """Say whether the model runs at all, and if so where its export failed."""
+    """Say whether the model runs at all, also on the `given` batch, or where its export failed."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-    try:
-        with torch.no_grad():
-            model(*(x.clone() for x in samples))
-    except FAILURES as failure:
-        first = (str(failure).strip().splitlines() or [""])[0]
+    failure = failure_of(model, given)
+    if failure:
+        _checks.fail(
+            "certify",
+            "the model must run on example_input",
+            "Pass a batch of the shape and dtype that the model takes, samples in the first dim",
+            UncertifiableError,
+            example_input=given[0] if len(given) == 1 else given,
+            path=path,
+            error=failure,
+        )
+    failure = failure_of(model, samples)
+    if failure:
         _checks.fail(
             "certify",
             "the model must run on batches of any size of inputs like example_input",
             "Check the shape and dtype of example_input (its first dim is the batch), and that "
             "no batch size is written into the model",
             UncertifiableError,
-            input_shape=tuple(samples[0].shape),
-            error=f"{type(failure).__name__}: {first}",
+            example_input=(given or samples)[0],
+            batch_size=len(samples[0]),
+            error=failure,
         )
     _checks.fail(
         "certify",
@@ -247,6 +280,18 @@ def refuse_export(
         path=path,
         **({"conditions": list(guards)} if guards else {"error": text}),
     )
+
+
+def failure_of(model: nn.Module, inputs: Sequence[Tensor]) -> str:
+    """The error of a call in one line; empty if there is none."""
+    if not inputs:
+        return ""
+    try:
+        with torch.no_grad():
+            model(*(x.clone() for x in inputs))
+    except FAILURES as error:
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+    return ""
 
 
 def _outputs(last: fx.Node) -> list[Any]:

@@ -44,6 +44,7 @@ class Program:
         dtypes: The dtypes of the floating values that were found under autocast.
         needed: All nodes that lead to the output, also those that do not depend on the input.
         stored: The parameters, buffers and lifted constants of the graph, by their names.
+        given: The batch that the user gave.
         structure: Compares the graph with those of other ways to call the model.
     """
 
@@ -62,6 +63,7 @@ class Program:
     needed: list[fx.Node] = field(default_factory=list)
     stored: dict[str, Tensor] = field(default_factory=dict)
     structure: Callable[[], None] = lambda: None
+    given: tuple[Tensor, ...] = ()
 
     def dtype_of(self, node: fx.Node) -> torch.dtype:
         """The dtype of the value of a node, of the first of several values."""

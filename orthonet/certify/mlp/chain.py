@@ -183,6 +183,13 @@ def read_layers(
     Neighbouring affine maps are composed; identities are put between neighbouring activations. An
     activation at the end is bounded by its largest slopes.
     """
+    _checks.require(
+        isinstance(model, (nn.Module, Affine, Activation)) or hasattr(model, "__iter__"),
+        owner,
+        "layers must be an nn.Sequential, or an iterable of modules, Affine and Activation",
+        "Pass the chain, e.g. nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))",
+        layers=model,
+    )
     affine: list[Affine] = []
     activations: list[Activation] = []
     for layer in _flat(model, owner):

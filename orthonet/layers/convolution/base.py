@@ -13,6 +13,7 @@ from orthonet._torch import ConvNd, conv_forward, conv_paddings
 from orthonet.layers._base import ConstrainedWeight
 from orthonet.layers.convolution.padding import padding_norm
 from orthonet.reparametrizers import KERNEL_METHODS, OrthoParams
+from orthonet.reparametrizers.params import read_params
 
 __all__ = ["OrthoConvNd"]
 
@@ -46,7 +47,7 @@ class OrthoConvNd(ConstrainedWeight):
         padding_mode: str,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
-        ortho_params: OrthoParams,
+        ortho_params: OrthoParams | str,
         method: str,
         ranks: str,
         lipschitz: float,
@@ -58,6 +59,10 @@ class OrthoConvNd(ConstrainedWeight):
             owner, in_channels=in_channels, out_channels=out_channels, groups=groups
         )
         _checks.boolean(owner, bias=bias)
+        _checks.factory(owner, device, dtype)
+        _checks.conv_arguments(owner, int(self._plain_class.__name__[-2]), **arguments)
+        _checks.one_of(owner, ("half", "free"), ranks=ranks)
+        ortho_params = read_params(owner, ortho_params)
         _checks.one_of(owner, self._padding_modes, padding_mode=padding_mode)
         _checks.one_of(owner, tuple(KERNEL_METHODS), method=method)
         _checks.require(

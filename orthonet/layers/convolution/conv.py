@@ -38,7 +38,7 @@ class _OrthoConv(OrthoConvNd):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
         method: str = "aoc",
         ranks: str = "half",
         apply_by: str = "auto",
@@ -74,6 +74,8 @@ class _OrthoConv(OrthoConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `input` with the present weight."""
+        dims = len(self.kernel_size)
+        self._check_input(input, self.in_channels, -1 - dims, dims)
         if self.padding_mode != "zeros":
             self._check_size(input)
         weight = self.parametrization

@@ -40,7 +40,7 @@ class _OrthoConvTranspose(OrthoConvNd):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
         method: str = "aoc",
         ranks: str = "half",
         lipschitz: float = 1.0,
@@ -107,6 +107,7 @@ class _OrthoConvTranspose(OrthoConvNd):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Convolve `input` with the present weight; `output_size` as in the `nn` twin."""
         dims = len(self.kernel_size)
+        self._check_input(input, self.in_channels, -1 - dims, dims)
         if self.padding_mode == "circular":
             sizes = tuple(input.shape[-dims:])
             expected = [n * s for n, s in zip(sizes, self.stride, strict=True)]

@@ -46,7 +46,7 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
         proj_size: int,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
-        ortho_params: OrthoParams,
+        ortho_params: OrthoParams | str,
         triv: Triv | None,
         init: str,
     ) -> None:
@@ -57,6 +57,7 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
         _checks.boolean(self, bias=bias, batch_first=batch_first, bidirectional=bidirectional)
         _checks.in_range(self, 0.0, 1.0, dropout=dropout)
         _checks.in_range(self, 0, hidden_size - 1, proj_size=proj_size)
+        _checks.factory(self, device, dtype)
         self._kernel_options(ortho_params, triv, init)
         if dropout > 0 and num_layers == 1:
             sentence = _checks.message(
@@ -224,6 +225,7 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
     # --- what comes in -------------------------------------------------------------------------
 
     def _check_input(self, x: Tensor, ndim: int | None) -> None:
+        _checks.tensor(self, input=x)
         dims = (2, 3) if ndim is None else (ndim,)
         if x.ndim not in dims or x.shape[-1] != self.input_size or 0 in x.shape[:1]:
             form = "(batch, time, input_size)" if self.batch_first else "(time, batch, input_size)"

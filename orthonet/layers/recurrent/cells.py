@@ -38,13 +38,14 @@ class RecurrentCell(RecurrentKernels):
         bias: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
-        ortho_params: OrthoParams,
+        ortho_params: OrthoParams | str,
         triv: Triv | None,
         init: str,
     ) -> None:
         """Make everything but the values of the parameters."""
         _checks.positive_int(type(self), input_size=input_size, hidden_size=hidden_size)
         _checks.boolean(type(self), bias=bias)
+        _checks.factory(type(self), device, dtype)
         module: Any = self
         nn.Module.__init__(module)
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.functional.recurrence import _ACTIVATIONS, recurrence
+from orthonet.layers._base import OneLine
 from orthonet.layers.recurrent.base import RecurrentLayer, State, at_last
 from orthonet.layers.recurrent.kernels import check_nonlinearity
 from orthonet.manifolds.trivialization import Triv
@@ -107,7 +108,7 @@ class ContractiveRNN(RecurrentLayer):
         *,
         leak: float = 1.0,
         contraction: float = 0.95,
-        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
         triv: Triv | None = None,
         init: str = "haar",
     ) -> None:
@@ -166,7 +167,7 @@ class ContractiveRNN(RecurrentLayer):
         )
 
 
-class ContractiveRNNCell(nn.Module):
+class ContractiveRNNCell(OneLine, nn.Module):
     r"""One step of [`ContractiveRNN`][orthonet.layers.ContractiveRNN], for loops of your own.
 
     Args:
@@ -209,7 +210,7 @@ class ContractiveRNNCell(nn.Module):
         *,
         leak: float = 1.0,
         contraction: float = 0.95,
-        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
         triv: Triv | None = None,
         init: str = "haar",
     ) -> None:

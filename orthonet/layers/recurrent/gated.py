@@ -111,7 +111,7 @@ class OrthoGRU(_GatedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
         triv: Triv | None = None,
         init: str = "haar",
     ) -> None:
@@ -200,7 +200,7 @@ class OrthoLSTM(_GatedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
         triv: Triv | None = None,
         init: str = "haar",
     ) -> None:
@@ -269,7 +269,7 @@ class OrthoGRUCell(RecurrentCell, nn.GRUCell):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
         triv: Triv | None = None,
         init: str = "haar",
     ) -> None:
@@ -331,7 +331,7 @@ class OrthoLSTMCell(RecurrentCell, nn.LSTMCell):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
         triv: Triv | None = None,
         init: str = "haar",
     ) -> None:

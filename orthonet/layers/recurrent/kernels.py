@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
+from orthonet.layers._base import OneLine
 from orthonet.linalg import polar_svd
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds import Stiefel
@@ -22,7 +23,7 @@ from orthonet.reparametrizers import (
     Weight,
 )
 from orthonet.reparametrizers.orthogonalizers import require_semi_orthogonal
-from orthonet.reparametrizers.params import require_params
+from orthonet.reparametrizers.params import read_params
 from orthonet.reparametrizers.plain_values import warn_projected
 from orthonet.reparametrizers.recorded import keep_if_refused
 
@@ -107,7 +108,7 @@ class TrivializedWeight(RecordedWeight):
         self.original.copy_(coordinates)
 
 
-class RecurrentKernels:
+class RecurrentKernels(OneLine):
     """Mixin before an `nn` class: some named matrices are computed by sub-modules.
 
     `recurrent[name]` owns the raw parameter of the matrix `name`, for example `weight_hh_l0`.
@@ -118,10 +119,12 @@ class RecurrentKernels:
     recurrent: nn.ModuleDict
     init: str
 
-    def _kernel_options(self, ortho_params: OrthoParams, triv: Triv | None, init: str) -> None:
+    def _kernel_options(
+        self, ortho_params: OrthoParams | str, triv: Triv | None, init: str
+    ) -> None:
         """Check and keep how the kernels are made and where they start."""
         _checks.one_of(self, INITIALIZATIONS, init=init)
-        require_params(self, ortho_params)
+        ortho_params = read_params(self, ortho_params)
         _checks.require(
             triv is None or ortho_params == DEFAULT_ORTHO_PARAMS,
             self,

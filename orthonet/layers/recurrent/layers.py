@@ -92,7 +92,7 @@ class OrthoRNN(RecurrentLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
         triv: Triv | None = None,
         init: str = "haar",
     ) -> None:
@@ -191,7 +191,7 @@ class OrthoRNNCell(RecurrentCell, nn.RNNCell):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
+        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
         triv: Triv | None = None,
         init: str = "haar",
     ) -> None:

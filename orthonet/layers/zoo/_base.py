@@ -90,6 +90,7 @@ def adopt_arguments(
     groups = arguments["groups"]
     _checks.positive_int(owner, in_channels=in_channels, out_channels=out_channels, groups=groups)
     _checks.one_of(owner, PADDING_MODES, padding_mode=padding_mode)
+    _checks.conv_arguments(owner, 2, **{k: v for k, v in arguments.items() if k != "groups"})
     _checks.require(
         in_channels % groups == 0 and out_channels % groups == 0,
         owner,
@@ -289,12 +290,13 @@ class SameSizeConv2d(InnerWeight):
 
 def check_image(layer: Any, input: Tensor) -> None:
     """Refuse what is no image, or batch of images, of the channels of a layer."""
+    _checks.real_input(layer, input, "input")
     _checks.require(
         input.ndim in (3, 4) and input.shape[-3] == layer.in_channels,
         layer,
         f"the input must be (N, {layer.in_channels}, H, W) or ({layer.in_channels}, H, W)",
         "Check the number of channels and of dimensions",
-        shape=tuple(input.shape),
+        input=input,
     )
 
 
@@ -345,6 +347,7 @@ class MappedLinear(ConstrainedWeight, nn.Linear):
         nn.Module.__init__(self)
         _checks.positive_int(type(self), in_features=in_features, out_features=out_features)
         _checks.lipschitz_constant(type(self), lipschitz)
+        _checks.factory(type(self), device, dtype)
         self.in_features = in_features
         self.out_features = out_features
         self.parametrization = MappedWeight(
@@ -362,6 +365,11 @@ class MappedLinear(ConstrainedWeight, nn.Linear):
     def _map(self) -> Callable[[Tensor], Tensor]:
         """The function from the free matrix to the weight."""
         raise AttributeError("a subclass gives the map")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply `input` by the present weight."""
+        self._check_input(input, self.in_features, -1)
+        return super().forward(input)
 
 
 class MappedConv2d(ConstrainedWeight, nn.Conv2d):
@@ -411,6 +419,7 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
             stride=self.stride,
         )
         _checks.lipschitz_constant(type(self), lipschitz)
+        _checks.factory(type(self), device, dtype)
         self.parametrization = self._make(lipschitz, device, dtype)
         _checks.boolean(type(self), bias=bias)
         new_bias(self, out_channels if bias else None, device, dtype)
@@ -432,6 +441,7 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `input` with the present weight."""
+        self._check_input(input, self.in_channels, -3, 2)
         if self.padding_mode == "circular":
             check_circular(self, input)
         return conv_forward(self, input, self.weight, self.bias)

@@ -125,6 +125,7 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         )
         owner = type(self)
         _checks.lipschitz_constant(owner, lipschitz)
+        _checks.factory(owner, device, dtype)
         if same:
             self._strided_same()
         _checks.require(

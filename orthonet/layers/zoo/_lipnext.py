@@ -25,6 +25,7 @@ from orthonet.layers.zoo._base import check_image, match_channels, new_bias
 from orthonet.linalg.bounds.rounding import mul_up
 from orthonet.linalg.bounds.sizes import Chained, absolute_matrix
 from orthonet.reparametrizers import POLAR_ORTHO_PARAMS, OrthoParams, OrthoWeight
+from orthonet.reparametrizers.params import read_params
 
 __all__ = ["LipNeXtBlock2d", "SpatialShift2d"]
 
@@ -131,16 +132,19 @@ class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
         beta: float = 0.75,
         padding_mode: str = "circular",
         lipschitz: float = 1.0,
-        ortho_params: OrthoParams = POLAR_ORTHO_PARAMS,
+        ortho_params: OrthoParams | str = POLAR_ORTHO_PARAMS,
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
         _checks.positive_int(type(self), in_channels=in_channels, out_channels=out_channels)
         _checks.lipschitz_constant(type(self), lipschitz)
+        _checks.in_range(type(self), 0.0, 1.0, fraction=fraction, beta=beta)
+        _checks.factory(type(self), device, dtype)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.lipschitz = float(lipschitz)
         width = max(in_channels, out_channels)
+        ortho_params = read_params(type(self), ortho_params)
         self.rotation = OrthoWeight((width, width), ortho_params, device, dtype)
         self.mixing = OrthoWeight((width, width), ortho_params, device, dtype)
         self.shift = SpatialShift2d(fraction, padding_mode)

@@ -134,6 +134,7 @@ class SandwichLinear(WithoutPlainWeight, nn.Module):
         _checks.positive_int(owner, in_features=in_features, out_features=out_features)
         _checks.one_of(owner, tuple(ACTIVATIONS), activation=activation)
         _checks.lipschitz_constant(owner, lipschitz)
+        _checks.factory(owner, device, dtype)
         self.in_features = in_features
         self.out_features = out_features
         self.lipschitz = float(lipschitz)

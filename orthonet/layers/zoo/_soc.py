@@ -263,6 +263,7 @@ class SOCConv2d(_SkewConv2d):
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        _checks.factory(type(self), device, dtype)
         self.image_size = image_size_of(type(self), image_size)
         self._build(
             in_channels,

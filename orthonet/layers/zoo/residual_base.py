@@ -198,6 +198,7 @@ class ResidualLinear(_Residual):
         width = max(in_features, out_features)
         hidden = width if hidden_features is None else hidden_features
         _checks.positive_int(owner, hidden_features=hidden)
+        _checks.factory(owner, device, dtype)
         self.parametrization = SlopedWeight((hidden, width), 1, self._free, device, dtype)
         self._finish(hidden, activation, bias, lipschitz, device, dtype)
 
@@ -287,6 +288,7 @@ class ResidualConv2d(_Residual, SameSizeConv2d):
         width = in_channels if strided else max(in_channels, out_channels)
         hidden = width if hidden_channels is None else hidden_channels
         _checks.positive_int(type(self), hidden_channels=hidden)
+        _checks.factory(type(self), device, dtype)
         _checks.require(
             groups == 1 or in_channels == out_channels or strided,
             type(self),

@@ -109,6 +109,7 @@ def gram_norm_bound(matrix: Tensor, *, niters: int = 8) -> float:
 
 def _by_blocks(matrix: Tensor, owner: str, bound: Callable[..., float]) -> float:
     """The largest bound of blocks that are scaled to entries of modulus at most about 2."""
+    _checks.tensor(owner, matrix=matrix)
     _checks.require(
         matrix.ndim >= 2,
         owner,

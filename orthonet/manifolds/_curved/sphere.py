@@ -72,7 +72,7 @@ class Sphere(Manifold):
 
     def __post_init__(self) -> None:
         _checks.require(
-            self.radius > 0.0,
+            isinstance(self.radius, (int, float)) and self.radius > 0.0,
             self,
             "radius must be positive",
             "Use 1.0 for the unit sphere",

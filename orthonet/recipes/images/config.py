@@ -15,18 +15,7 @@ from orthonet.reparametrizers import OrthoParams
 
 __all__ = ["CertifyConfig", "FolderConfig", "ORTHO_PARAMS", "RADII", "TrainConfig"]
 
-ORTHO_PARAMS = {
-    "default": reparametrizers.DEFAULT_ORTHO_PARAMS,
-    "default_test": reparametrizers.DEFAULT_TEST_ORTHO_PARAMS,
-    "bjorck_pass_through": reparametrizers.BJORCK_PASS_THROUGH_ORTHO_PARAMS,
-    "qr": reparametrizers.QR_ORTHO_PARAMS,
-    "exp": reparametrizers.EXP_ORTHO_PARAMS,
-    "cholesky": reparametrizers.CHOLESKY_ORTHO_PARAMS,
-    "cholesky_stable": reparametrizers.CHOLESKY_STABLE_ORTHO_PARAMS,
-    "polar": reparametrizers.POLAR_ORTHO_PARAMS,
-    "polar_warm": reparametrizers.POLAR_WARM_ORTHO_PARAMS,
-    "auto": reparametrizers.AUTO_ORTHO_PARAMS,
-}
+ORTHO_PARAMS = reparametrizers.presets()
 RADII = (0.141, 0.5, 1.0, 1.58)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from orthonet import _torch
+from orthonet import _checks, _torch
 from orthonet.reparametrizers.providers import cold_cache, shards
 from orthonet.reparametrizers.providers.compiled import compiled_read, compiled_turn
 from orthonet.reparametrizers.providers.defer import defer_pullback
@@ -38,6 +38,8 @@ def invalidate(module: nn.Module | None = None) -> None:
     Args:
         module: The module whose weights, and those of its sub-modules, are forgotten.
     """
+    if module is not None:
+        _checks.module("invalidate", module=module)
     ENGINE.forget(module)
     shards.forget(module)
     if module is None:

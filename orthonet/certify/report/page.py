@@ -14,17 +14,15 @@ from orthonet import _checks
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._radius import RadiusCurve
+from orthonet.certify.report.figures import STYLE, accuracy_figure, spectrum_figure
 
-__all__ = ["report_html"]
-
-_WIDTH, _HEIGHT = 640.0, 300.0
-_LEFT, _BOTTOM, _TOP, _RIGHT = 52.0, 42.0, 12.0, 12.0
+__all__ = ["accuracy_table", "report_html"]
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #5b6470;
-  --line: #d9dee4; --blue: #0a6ab6; --orange: #c2500a; --bar: #0a6ab633; }
+  --line: #d9dee4; --blue: #0a6ab6; --orange: #c2500a; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e7eaee; --paper: #14181d; --soft: #9aa5b1;
-  --line: #323a43; --blue: #5db3f0; --orange: #f29a4d; --bar: #5db3f033; } }
+  --line: #323a43; --blue: #5db3f0; --orange: #f29a4d; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 68rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -44,11 +42,7 @@ td.bar { min-width: 7rem; } td.bar i { display: block; height: .8rem; background
 figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .85rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));
   gap: 1rem; } .grid figure { margin: 0; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 15px; }
-.axis { stroke: var(--line); fill: none; } .certified { stroke: var(--blue); fill: none;
-  stroke-width: 2.5; } .under { fill: var(--bar); stroke: none; }
-.attacked { stroke: var(--orange); fill: none; stroke-width: 2.5; stroke-dasharray: 7 5; }
-.dot { fill: var(--orange); } .key-c { color: var(--blue); } .key-a { color: var(--orange); }
+.key-c { color: var(--blue); } .key-a { color: var(--orange); }
 """
 
 
@@ -60,8 +54,9 @@ def report_html(
     spectra: Iterable[tuple[str, str, Sequence[float]]] = (),
     curve: RadiusCurve | None = None,
     attacked: Mapping[float, float] | None = None,
+    radii: Sequence[float] = (),
 ) -> str:
-    """A certificate as one self-contained HTML page: no script, no font, no link.
+    """Return a certificate as one self-contained HTML page: no script, no font, no link.
 
     Args:
         certificate: What `certify` returned.
@@ -71,6 +66,7 @@ def report_html(
         spectra: (layer, operator, singular values from the largest) of each layer.
         curve: The certified accuracy, see `certified_curve`.
         attacked: The accuracy under an attack, by radius.
+        radii: Radii for the table of accuracies; those of `attacked` are in it anyway.
 
     Returns:
         The page; it follows the light or dark scheme of the reader and fits narrow screens.
@@ -78,15 +74,23 @@ def report_html(
     Raises:
         ValueError: `estimate` is a bound.
     """
+    _checks.require(
+        isinstance(certificate, LipschitzCertificate),
+        "report_html",
+        "certificate must be a LipschitzCertificate",
+        "Pass what orthonet.certify(model, x) returns",
+        certificate=certificate,
+    )
     if estimate is not None:
         _checks.require(
             estimate.kind == "estimate", "report_html", "estimate must come from below",
             "Pass what lipschitz_estimate returns", estimate=estimate,
         )  # fmt: skip
     estimate = certificate.lower if estimate is None else estimate
-    parts = [_facts(certificate, estimate, curve), _table(certificate)]
+    parts = [_facts(certificate, estimate, curve)]
     if curve is not None:
-        parts.append(_accuracy(curve, attacked or {}))
+        parts.append(_accuracy(curve, attacked or {}, radii))
+    parts.append(_table(certificate))
     figures = [_spectrum(*entry) for entry in spectra]
     if figures:
         parts.append(
@@ -101,7 +105,7 @@ def report_html(
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
+        f"<title>{escape(title)}</title><style>{_STYLE}{STYLE}</style></head><body>"
         f"<h1>{escape(title)}</h1>{''.join(parts)}"
         f'<p class="note">{escape(versions)}</p></body></html>\n'
     )
@@ -130,10 +134,11 @@ def _table(certificate: LipschitzCertificate) -> str:
     logs = [
         math.log(row.constant) if 0 < row.constant < math.inf else 0.0 for row in certificate.rows
     ]
-    largest = max([0.05, *map(abs, logs)])  # rounding alone fills no bar
+    largest = max([0.0, *map(abs, logs)])
+    bars = largest > 1e-3  # what rounding leaves of a 1-Lipschitz network fills no bar
     lines = []
     for row, value in zip(certificate.rows, logs, strict=True):
-        width = 100 * abs(value) / largest
+        width = 100 * abs(value) / largest if bars else 0.0
         bar = f'<i class="{"up" if value > 0 else "down"}" style="width:{width:.1f}%"></i>'
         cells = [row.path, row.op, "×".join(map(str, row.input_shape))]
         numbers = [f"{row.constant:.7g}", f"{row.cumulative:.7g}"]
@@ -141,99 +146,62 @@ def _table(certificate: LipschitzCertificate) -> str:
             "<tr>"
             + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
             + "".join(f'<td class="number">{n}</td>' for n in numbers)
-            + f'<td class="bar">{bar if width >= 0.05 else ""}</td>'
+            + (f'<td class="bar">{bar if width >= 0.05 else ""}</td>' if bars else "")
             + f"<td>{escape(row.kind)}</td><td>{escape(row.method)}</td>"
             + f'<td class="number">{row.seconds:.2f}</td></tr>'
         )
     head = (
         "<tr><th>module</th><th>operation</th><th>input</th><th class=number>constant</th>"
-        "<th class=number>cumulative</th><th>log of constant</th><th>kind</th><th>method</th>"
-        "<th class=number>s</th></tr>"
+        f"<th class=number>cumulative</th>{'<th>log of constant</th>' if bars else ''}<th>kind</th>"
+        "<th>method</th><th class=number>s</th></tr>"
+    )
+    note = (
+        " The bars are the logarithms of the constants: the bound grows where they are long and "
+        "blue, and shrinks where they are grey."
     )
     return (
-        "<h2>Layers</h2><p class=note>What each operation contributes to the bound. The bars are "
-        "the logarithms of the constants: the bound grows where they are long and blue, and "
-        "shrinks where they are grey.</p>"
+        f"<h2>Layers</h2><p class=note>What each operation contributes to the bound."
+        f"{note if bars else ''}</p>"
         f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table>'
         "</div>"
     )
 
 
-def _accuracy(curve: RadiusCurve, attacked: Mapping[float, float]) -> str:
-    found = curve.radii[curve.radii > 0]
-    finite = found[found.isfinite()]
-    alive = [radius for radius, value in attacked.items() if value > 0.01]
-    limit = 1.05 * max([float(finite.max()) if len(finite) else 0.0, *alive, 1e-12])
-    steps, share = [(0.0, curve.clean)], 1.0 / max(1, curve.samples)
-    level = len(found)
-    steps.append((0.0, level * share))
-    for radius in sorted(finite.tolist()):
-        steps += [(radius, level * share), (radius, (level - 1) * share)]
-        level -= 1
-    steps.append((limit, level * share))
-    line = _points(steps, limit)
-    area = _points([*steps, (limit, 0.0), (0.0, 0.0)], limit)
-    shapes = [f'<polygon class="under" points="{area}"/>']
-    shapes.append(f'<polyline class="certified" points="{line}"/>')
-    dots = sorted((radius, value) for radius, value in attacked.items() if radius <= limit)
-    if dots:
-        shapes.append(f'<polyline class="attacked" points="{_points(dots, limit)}"/>')
-        for point in _points(dots, limit).split():
-            x, y = point.split(",")
-            shapes.append(f'<circle class="dot" cx="{x}" cy="{y}" r="4"/>')
+def _accuracy(curve: RadiusCurve, attacked: Mapping[float, float], radii: Sequence[float]) -> str:
     key = '<span class="key-c">━ certified: no perturbation can succeed</span>'
-    if dots:
+    if attacked:
         key += ' · <span class="key-a">╌ right under attack</span>'
-    svg = _svg(shapes, limit, f"radius ({curve.norm}, units of the input)", 1.0, percent=True,
-               label="Certified and attacked accuracy against the radius")  # fmt: skip
-    figure = f'<figure style="max-width: 44rem">{svg}<figcaption>{key}</figcaption></figure>'
-    return f"<h2>Accuracy</h2>{figure}"
+    marks = sorted({*radii, *attacked})
+    limit = None
+    if radii:  # what was asked for fills the figure
+        limit = 1.05 * max([*radii, 1e-12])
+    figure = (
+        f'<figure style="max-width: 44rem">{accuracy_figure(curve, attacked, limit)}'
+        f"<figcaption>{key}</figcaption></figure>"
+    )
+    return f"<h2>Accuracy</h2>{accuracy_table(curve, attacked, marks) if marks else ''}{figure}"
+
+
+def accuracy_table(
+    curve: RadiusCurve, attacked: Mapping[float, float], radii: Sequence[float]
+) -> str:
+    """Clean, certified and attacked accuracy at each radius, as an HTML table."""
+    names = ["radius", "clean", "certified", *(["attacked"] if attacked else [])]
+    head = "".join(f"<th class=number>{name}</th>" for name in names)
+    lines = []
+    for radius in radii:
+        values = [curve.clean, curve.at(radius)]
+        values += [attacked.get(radius, math.nan)] if attacked else []
+        cells = [f"{radius:g}", *("-" if math.isnan(v) else f"{v:.2%}" for v in values)]
+        lines.append("".join(f'<td class="number">{cell}</td>' for cell in cells))
+    body = "".join(f"<tr class=radius>{line}</tr>" for line in lines)
+    return (
+        f'<div class="scroll"><table style="width: auto"><thead><tr class=radius>{head}</tr>'
+        f"</thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def _spectrum(layer: str, operator: str, values: Sequence[float]) -> str:
-    top = 1.1 * max([*values, 1e-300])
-    limit = max(1.0, float(len(values) - 1))
-    line = _points([(float(i), v) for i, v in enumerate(values)], limit, top)
-    if len(values) == 1:
-        line = _points([(0.0, values[0]), (1.0, values[0])], limit, top)
-    svg = _svg([f'<polyline class="certified" points="{line}"/>'], limit, "index", top,
-               label=f"Singular values of {layer}")  # fmt: skip
     caption = f"<b>{escape(layer)}</b> {escape(operator)}: {values[0]:.6g} … {values[-1]:.6g}"
-    return f"<figure>{svg}<figcaption>{caption}</figcaption></figure>"
-
-
-def _points(values: Iterable[tuple[float, float]], limit: float, top: float = 1.0) -> str:
-    wide, high = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
-    return " ".join(
-        f"{_LEFT + wide * x / limit:.1f},{_TOP + high * (1 - y / top):.1f}" for x, y in values
-    )
-
-
-def _svg(
-    shapes: list[str],
-    limit: float,
-    axis: str,
-    top: float,
-    *,
-    label: str,
-    percent: bool = False,
-) -> str:
-    marks = []
-    for i in range(5):
-        x, y = limit * i / 4, top * i / 4
-        spot = _points([(x, y)], limit, top).split(",")
-        down = _HEIGHT - _BOTTOM
-        anchor = "end" if i == 4 else "middle"
-        marks.append(f'<text x="{spot[0]}" y="{down + 18:g}" text-anchor="{anchor}">{x:.3g}</text>')
-        text = f"{100 * y:.0f}%" if percent else f"{y:.2g}"
-        marks.append(f'<text x="{_LEFT - 6:g}" y="{float(spot[1]) + 5:.1f}" text-anchor="end">')
-        marks.append(f"{text}</text>")
-        marks.append(f'<path class="axis" d="M{_LEFT:g} {spot[1]}H{_WIDTH - _RIGHT:g}"/>')
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    marks.append(
-        f'<text x="{middle:g}" y="{_HEIGHT - 4:g}" text-anchor="middle">{escape(axis)}</text>'
-    )
-    return (
-        f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(marks)}{''.join(shapes)}</svg>"
-    )
+    figure = spectrum_figure(layer, values)
+    return f"<figure>{figure}<figcaption>{caption}</figcaption></figure>"

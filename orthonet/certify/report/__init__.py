@@ -1,0 +1,3 @@
+"""What is shown of a certificate and of a model: tables, figures, pages."""
+
+__all__: list[str] = []
