@@ -58,7 +58,7 @@ def render(results: dict[str, Any]) -> str:
         "## What works?",
         "",
         "| feature | what is tested | works for | refused, with a clear error |",
-        "|---|---|---|---|",
+        "|---|---|---:|---|",
     ]
     reasons: list[str] = []
     for name, entries in cells.items():
