@@ -44,7 +44,7 @@ class Affine:
     bias_error: float = 0.0
 
     def then(self, after: Affine) -> Affine:
-        """The composition, this map first; what the product rounds is in the errors."""
+        """Return the composition, this map first; the errors include its rounding."""
         first, second = frobenius_up(self.weight), frobenius_up(after.weight)
         count = self.weight.shape[0]
         underflow = mul_up(sqrt_up(after.weight.shape[0] * self.weight.shape[1]), count * UNDERFLOW)
@@ -66,7 +66,7 @@ class Affine:
         return Affine(after.weight @ self.weight, bias, error, bias_error)
 
     def offset(self) -> Tensor:
-        """The bias as a vector."""
+        """Return the bias as a vector."""
         if self.bias is None:
             return torch.zeros(self.weight.shape[0], dtype=torch.float64)
         return self.bias
