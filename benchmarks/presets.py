@@ -109,7 +109,7 @@ QUICK = Settings(
 
 
 def train(layer: nn.Module, features: int, outputs: int, dtype: torch.dtype, steps: int) -> None:
-    """Adam towards random targets."""
+    """Adam toward random targets."""
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
     x, y = torch.randn(32, features, dtype=dtype), torch.randn(32, outputs, dtype=dtype)
     for _ in range(steps):

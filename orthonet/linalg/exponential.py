@@ -12,9 +12,9 @@ from torch import Tensor
 from orthonet import _checks
 from orthonet._torch import in_forward_mode, is_traced
 from orthonet.linalg.matrix import add_identity, compute_dtype
-from orthonet.linalg.polar import polar, save_centred, saved_centred
-from orthonet.linalg.polar_factor.gradient import centred_gradient
-from orthonet.linalg.polar_factor.steps import recentred_polar
+from orthonet.linalg.polar import polar, save_centered, saved_centered
+from orthonet.linalg.polar_factor.gradient import centered_gradient
+from orthonet.linalg.polar_factor.steps import recentered_polar
 
 __all__ = ["cayley", "matrix_exponential", "rotate_base", "skew"]
 
@@ -232,14 +232,14 @@ class _RotatedBase(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, b: Tensor, degree: int) -> Tensor:
-        result, scale, _ = recentred_polar(_rotated(x, b, degree))
-        save_centred(ctx, scale, x, b, result)
+        result, scale, _ = recentered_polar(_rotated(x, b, degree))
+        save_centered(ctx, scale, x, b, result)
         ctx.degree = degree
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x, b, result), scale = saved_centred(ctx)
+        (x, b, result), scale = saved_centered(ctx)
         wanted = [i for i in range(2) if ctx.needs_input_grad[i]]
         again = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -250,7 +250,7 @@ class _RotatedBase(torch.autograd.Function):
             if again:  # differentiated again
                 rotated = polar(rotated)
             else:
-                grad = centred_gradient(result, scale, grad)
+                grad = centered_gradient(result, scale, grad)
             found = torch.autograd.grad(
                 rotated, [inputs[i] for i in wanted], grad, create_graph=again
             )

@@ -223,7 +223,7 @@ class _PolarForward(_Polar):
         return du, None, None
 
 
-def save_centred(ctx: Any, scale: Tensor | float, *tensors: Tensor) -> None:
+def save_centered(ctx: Any, scale: Tensor | float, *tensors: Tensor) -> None:
     """Keep tensors and a scale, which may be a number, for backward."""
     if isinstance(scale, Tensor):
         ctx.save_for_backward(*tensors, scale)
@@ -232,7 +232,7 @@ def save_centred(ctx: Any, scale: Tensor | float, *tensors: Tensor) -> None:
     ctx.scale = None if isinstance(scale, Tensor) else scale
 
 
-def saved_centred(ctx: Any) -> tuple[tuple[Tensor, ...], Tensor | float]:
-    """What `save_centred` has kept."""
+def saved_centered(ctx: Any) -> tuple[tuple[Tensor, ...], Tensor | float]:
+    """What `save_centered` has kept."""
     tensors = ctx.saved_tensors
     return (tensors[:-1], tensors[-1]) if ctx.scale is None else (tensors, ctx.scale)

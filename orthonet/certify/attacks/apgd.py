@@ -37,7 +37,7 @@ def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits, y, reduction="none")
 
 
-def _towards(rank: int) -> _Loss:
+def _toward(rank: int) -> _Loss:
     """The targeted ratio: the margin of the class that was the `rank`-th rival at the start."""
     rivals: list[Tensor] = []
 
@@ -202,7 +202,7 @@ def apgd_ensemble_l2(
         clean = model(ball.x)
     classes = 1 if clean.ndim == 1 else clean.shape[1]
     losses = [_cross_entropy, _dlr]
-    losses += [_towards(rank) for rank in range(min(targets, classes - 1) if classes > 2 else 0)]
+    losses += [_toward(rank) for rank in range(min(targets, classes - 1) if classes > 2 else 0)]
     found, stands = ball.x.clone(), _gain(clean, ball.y) <= 0
     for loss in losses:
         part = stands.nonzero()[:, 0]

@@ -80,7 +80,7 @@ def frobenius_up(tensor: Tensor) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    r"""$x \mapsto A_k \phi_{k-1}(\dots \phi_1(A_1 x))$ in differences, normalised.
+    r"""$x \mapsto A_k \phi_{k-1}(\dots \phi_1(A_1 x))$ in differences, normalized.
 
     The Jacobian between any two points is $s\,A_k \Theta_{k-1} \cdots \Theta_1 A_1$ with diagonal
     (or, for groups, block) matrices $\Theta$ of slopes: bases are multiplied into the matrices,
@@ -180,7 +180,7 @@ def read_layers(
 ) -> tuple[list[Affine], list[Activation]]:
     """Alternating affine maps and activations, beginning and ending with an affine map.
 
-    Neighbouring affine maps are composed; identities are put between neighbouring activations. An
+    Neighboring affine maps are composed; identities are put between neighboring activations. An
     activation at the end is bounded by its largest slopes.
     """
     _checks.require(

@@ -196,7 +196,7 @@ class OrthoConvNd(ConstrainedWeight):
         return text if self.method == "aoc" else f"{text}, method={self.method!r}"
 
     def adjoint(self, y: Tensor, input_size: tuple[int, ...] | None = None) -> Tensor:
-        r"""Apply the transpose of the linear part, \(A^\top y\), with all padding honoured.
+        r"""Apply the transpose of the linear part, \(A^\top y\), with all padding honored.
 
         Args:
             y: What the layer returns, batched or not.
