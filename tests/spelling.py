@@ -29,7 +29,7 @@ PAIRS = {
     "recentre": "recenter", "recentres": "recenters", "recentred": "recentered",
     "grey": "gray", "greyscale": "grayscale", "licence": "license", "defence": "defense",
     "offence": "offense", "catalogue": "catalog", "artefact": "artifact", "artefacts": "artifacts",
-    "programme": "program", "judgement": "judgment", "towards": "toward", "whilst": "while",
+    "programme": "program", "judgement": "judgment", "whilst": "while",
     "amongst": "among", "learnt": "learned", "spelt": "spelled", "spoilt": "spoiled",
     "fibre": "fiber", "fibres": "fibers", "metre": "meter", "metres": "meters",
     "sceptical": "skeptical", "practise": "practice", "fulfil": "fulfill", "analyse": "analyze",

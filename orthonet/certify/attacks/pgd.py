@@ -206,7 +206,7 @@ def pgd_l2(
             not finite.
 
     References:
-        A. Madry et al., Toward deep learning models resistant to adversarial attacks, ICLR 2018.
+        A. Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018.
     """
     ball = _ball("pgd_l2", model, x, y, radius, bounds, steps, restarts)
     x, y = ball.x, ball.y
