@@ -248,8 +248,7 @@ def _check_model(model: nn.Module) -> None:
             type(tensor) in (Tensor, nn.Parameter),
             "certify",
             "weights must be of torch.Tensor or torch.nn.Parameter, not of another class",
-            "Store tensor.as_subclass(torch.Tensor): a class of its own may give operations "
-            "another meaning",
+            "Store tensor.as_subclass(torch.Tensor): a subclass may redefine operations",
             UncertifiableError,
             path=path,
             type=type(tensor),

@@ -118,9 +118,9 @@ def _require_vanilla(layer: nn.Module) -> None:
     _checks.require(
         module_rule(layer) is not None,
         "recurrent_bound",
-        "the layer must compute what its class does, with its own parameters",
-        "Take away its hooks and parametrizations, and an own forward: the constant of a step is "
-        "read from the weights",
+        "the layer must compute what its class defines, with its own parameters",
+        "Remove its hooks, its parametrizations and a forward that was set on it: the constant of "
+        "a step comes from the weights",
         UncertifiableError,
         layer=type(layer),
     )
@@ -255,7 +255,7 @@ def _steps_of(module: Any, input_shape: tuple[int, ...]) -> int:
         _refuse(
             module,
             "the input must be (batch, time, features), with batch_first=True",
-            "A certificate is given for each sequence of the batch on its own",
+            "A certificate is about single sequences of the batch",
         )
     return input_shape[0]
 

@@ -234,8 +234,8 @@ class Call:
             self.refuse(
                 "this operation is certified for one tensor that depends on the input, in the "
                 "first place, and constants",
-                "A product or quotient of two such tensors has no Lipschitz constant; a rule of "
-                "your own may be registered for the module around it with @register_rule",
+                "A product or quotient of two such tensors has no Lipschitz constant; register "
+                "your own rule for the module around it with @register_rule",
             )
         return first
 
@@ -279,7 +279,7 @@ class Call:
         if 0 in places:
             self.refuse(
                 "an operation must not act along the batch dimension",
-                "A certificate is given for each sample on its own; use another dim",
+                "A certificate is about single samples; use another dim",
             )
         return tuple(place - 1 for place in places)
 

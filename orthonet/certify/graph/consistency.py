@@ -147,7 +147,7 @@ def check_samples_apart(model: nn.Module, program: Program) -> None:
             close,
             "certify",
             "the samples of a batch must not depend on each other or on their number",
-            "A certificate is given for each sample on its own: keep forward without branches on "
+            "A certificate is about single samples: keep forward without branches on "
             "the batch size, and without squeeze() of all dims",
             UncertifiableError,
             batch_size=size,

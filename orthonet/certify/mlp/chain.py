@@ -290,7 +290,7 @@ def _read_module(
     if type(module) is nn.Softplus and affine and affine[-1].weight.dtype == torch.float64:
         _checks.require(
             not jumps_in_float64(module.threshold), owner,
-            "softplus of float64 must have threshold >= 34, for it jumps at the threshold",
+            "softplus of float64 must have threshold >= 34, because it jumps at the threshold",
             "Use threshold=40, or a model in float32", UncertifiableError,
             threshold=module.threshold,
         )  # fmt: skip

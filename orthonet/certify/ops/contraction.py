@@ -134,8 +134,8 @@ def _product(call: Call) -> Step:
     if len(call.operands) != 1:
         call.refuse(
             "this operation is certified for one tensor that depends on the input and constants",
-            "A product of two such tensors has no Lipschitz constant; a rule of your own may be "
-            "registered for the module around it with @register_rule",
+            "A product of two such tensors has no Lipschitz constant; register your own rule for "
+            "the module around it with @register_rule",
         )
     left = isinstance(second, Operand)
     weight = call.as_constant(first if left else second, "input" if left else "other")

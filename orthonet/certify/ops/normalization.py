@@ -81,7 +81,7 @@ def _batch_norm(call: Call) -> Step:
     call.operand  # noqa: B018 (refuses a second one)
     if call.flag("training") or call["running_var"] is None:
         call.refuse(
-            "normalization must use running statistics, not those of the batch",
+            "normalization must use running statistics, not batch statistics",
             "Use track_running_stats=True and train it again",
         )
     return _stored(call)
@@ -105,7 +105,7 @@ _BATCH = ("weight", "bias", "running_mean", "running_var", "training", "momentum
     "native_batch_norm.default", "_batch_norm_impl_index.default", reads=_BATCH)  # fmt: skip
 def _batch_statistics(call: Call) -> Step:
     call.refuse(
-        "normalization must use running statistics, not those of the batch",
+        "normalization must use running statistics, not batch statistics",
         "Use track_running_stats=True and train it again",
     )
 

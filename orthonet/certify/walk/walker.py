@@ -173,7 +173,7 @@ class Walker:
             self._refuse(
                 node,
                 "dim 0 must stay the batch, neither moved, merged, nor mixed into other dims",
-                "A certificate is given for each sample on its own; reshape with "
+                "A certificate is about single samples; reshape with "
                 "x.flatten(1) or x.reshape(x.shape[0], ...). Of a recurrent layer with "
                 "batch_first=True, return the first output alone, or its last step, output[:, -1]",
             )

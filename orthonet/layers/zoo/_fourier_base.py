@@ -131,7 +131,7 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         _checks.require(
             self.stride[0] == self.stride[1] and (self.stride[0] == 1 or self.dilation == (1, 1)),
             owner,
-            "the stride must be the same in both dims, and dilation 1 beside a stride",
+            "the stride must be the same in both dims, and dilation must be 1 with a stride",
             "Use SpaceToDepth2d before the layer for other shapes",
             stride=self.stride,
             dilation=self.dilation,

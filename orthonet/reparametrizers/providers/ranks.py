@@ -66,7 +66,7 @@ def share_among_ranks(
         dist.is_available() and dist.is_initialized(),
         "share_among_ranks",
         "torch.distributed must be initialized",
-        "Call torch.distributed.init_process_group first, or leave the model as it is",
+        "Call torch.distributed.init_process_group first, or leave the model unchanged",
         RuntimeError,
     )
     found = {
