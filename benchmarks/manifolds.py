@@ -1,4 +1,4 @@
-"""Constrained weights beside geotorch and torch: constraint error after training, and time.
+"""Constrained weights compared with geotorch and torch: constraint error after training, and time.
 
 python -m benchmarks.manifolds [--quick] [--threads N] [--steps N] [--out DIR]
 

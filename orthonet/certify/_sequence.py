@@ -234,7 +234,7 @@ def _below_spectrum(shift: float, steps: int, a: float) -> bool:
     """Whether M - shift I is proved positive definite, for M = K^T K and K = I - a N.
 
     K is the inverse of the Toeplitz matrix, N the shift down. M is tridiagonal, with 1 + a^2 on the
-    diagonal (1 in its last place) and -a beside it. The pivots of the elimination from the last
+    diagonal (1 in its last place) and -a off it. The pivots of the elimination from the last
     place up are computed from below; each increases in the one before, so all positive is a proof.
     """
     square_down, square_up = down(a * a), up(a * a)

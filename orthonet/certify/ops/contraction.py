@@ -235,7 +235,7 @@ def _largest(blocks: Tensor) -> tuple[float, bool]:
         return float(blocks.abs().max()), True
     if len(blocks) <= _MATRICES:
         return max(matrix_norm(block) for block in blocks), True
-    scale = power_of_two_scale(blocks)  # beside the largest entry what underflows is nothing
+    scale = power_of_two_scale(blocks)  # next to the largest entry what underflows is nothing
     frobenius = sqrt_up(squared_norm_up(blocks / scale, 1)) if scale else 0.0
     return mul_up(frobenius, scale), False
 

@@ -35,7 +35,7 @@ _ROOM = 1.0 + 2.0**-26
 
 
 class Proved(Protocol):
-    """What is saved of a certificate beside the graph."""
+    """What is saved of a certificate in addition to the graph."""
 
     @property
     def constant(self) -> Bound: ...

@@ -29,7 +29,7 @@ __all__ = ["NormBound", "convolution_norm_bound"]
 _OWNER = "convolution_norm_bound"
 _DENSE_SIDE = 1024  # shorter side of the largest matrix that is written out; twice that if tight
 _DENSE_ENTRIES = 2**22  # all groups together; four times that if tight
-_UNFOLDED_SIDE = 512  # of the shorter side of unfoldings that are tried beside a coarse grid
+_UNFOLDED_SIDE = 512  # of the shorter side of unfoldings that are tried next to a coarse grid
 _COARSE = 8  # points of a coarse grid for each degree of the symbol
 _TWIDDLE_ERROR = 2.0**-47  # of a computed root of unity: three roundings below 2 pi, and cos, sin
 
