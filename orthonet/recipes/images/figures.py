@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from orthonet.recipes.images.spectra import Spectrum
-from orthonet.recipes.running.figures import BLUE, GREEN, GRAY, ORANGE, figure_of, save_figure
+from orthonet.recipes.running.figures import BLUE, GRAY, GREEN, ORANGE, figure_of, save_figure
 
 __all__ = ["radius_figure", "spectra_figure", "training_figure"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orthonet.recipes.running.figures import BLUE, GREEN, GRAY, ORANGE, figure_of, save_figure
+from orthonet.recipes.running.figures import BLUE, GRAY, GREEN, ORANGE, figure_of, save_figure
 from orthonet.recipes.sequences.report import SequenceReport
 
 __all__ = ["PURPLE", "gradient_figure", "learning_figure"]
