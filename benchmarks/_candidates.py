@@ -110,7 +110,7 @@ class Candidate:
 
 
 def candidates(presets: tuple[str, ...] = PRESETS, *, conv: bool = False) -> Iterator[Candidate]:
-    """Every preset of ours beside the peer's, then torch's maps (matrices only)."""
+    """Every preset of ours and the peer's, then torch's maps (matrices only)."""
     for preset in presets:
         yield Candidate(OURS, preset)
         yield Candidate(PEER, preset)

@@ -1,8 +1,8 @@
-"""Measuring beside a baseline on a noisy machine.
+"""Measure relative to a baseline on a noisy machine.
 
 Repetitions of all candidates are interleaved and shuffled, so that a slow second of the machine
 falls on all of them; the figure is the median over the rounds of the ratio to the baseline in the
-same round. Time never stands alone: memory and the residual max |sigma - 1| stand beside it.
+same round. Time never stands alone: memory and the residual max |sigma - 1| stand next to it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """One candidate beside the baseline: medians over the rounds, quartiles of the ratio."""
+    """One candidate compared with the baseline: medians over the rounds, quartiles of the ratio."""
 
     seconds: float
     ratio: float

@@ -124,7 +124,7 @@ def training_step(
     optimizer: str = "fused",
     forward: Callable | None = None,
 ) -> harness.Step:
-    """One step of Adam towards random targets: zero_grad, forward, backward, step.
+    """One step of Adam toward random targets: zero_grad, forward, backward, step.
 
     Args:
         net: What is trained.

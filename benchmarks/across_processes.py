@@ -139,11 +139,11 @@ def summary(result: dict[str, Any]) -> str:
         flops, sent, shards = model_of(layers, size, ranks, products)
         rows.append([ranks, f"{flops / 1e9:.0f}", f"{sent / 2**20:.0f}", f"{shards / 2**20:.0f}"])
     header = ["ranks", "GFLOP of the busiest", "MiB sent by each", "MiB with FSDP2"]
-    modelled = harness.table(header, rows)
+    modeled = harness.table(header, rows)
     return (
         f"{result['options']['layers']} layers, an optimizer step of one process and of one of "
         f"two, and its ratios to one:\n\n{measured}\n\n{layers} layers of {size} features, "
-        f"{products:.0f} products, modelled:\n\n{modelled}"
+        f"{products:.0f} products, modeled:\n\n{modeled}"
     )
 
 

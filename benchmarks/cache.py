@@ -34,7 +34,7 @@ def least(steps: Steps, seconds: float) -> dict[str, float]:
 
 
 def evaluation(n: int, batch: int) -> Steps:
-    """Forward of one layer in eval, beside the plain one."""
+    """Forward of one layer in eval, compared with the plain one."""
     layer, plain = orthonet.OrthoLinear(n, n).eval(), nn.Linear(n, n)
     x = torch.randn(batch, n)
 

@@ -1,4 +1,4 @@
-"""Bounds of Lipschitz constants beside those of other libraries, on the same networks.
+"""Bounds of Lipschitz constants compared with other libraries, on the same networks.
 
     python -m benchmarks.certificate_peers
 

@@ -4,7 +4,7 @@ python -m benchmarks.convolutions [--quick] [--threads N] [--seconds S] [--out D
 
 Before every step the parameters move by +-lr times the sign of a gradient, as Adam would move them,
 so that nothing is kept from the step before. The baseline of a layer is `nn.Conv2d` with zero
-padding, and `nn.Conv2d`'s convolution behind our circular padding stands beside it; that of a
+padding, and `nn.Conv2d`'s convolution behind our circular padding stands next to it; that of a
 kernel is ours with the default preset. Peers are left out where they are not installed.
 """
 

@@ -5,7 +5,7 @@ python -m benchmarks.engine [--quick] [--threads N] [--seconds S] [--nets MLP ..
 A step is zero_grad, forward, backward and fused Adam. All candidates of a network run interleaved;
 shown are the median of the ratio to the plain network in the same round and its quartiles. With one
 thread (the default) the time is the processor's, which other processes disturb little. The last
-table compares compiled forwards with the compiled plain one. Beside the time stand the bytes that a
+table compares compiled forwards with the compiled plain one, with the bytes that a
 forward pass right after a step keeps for its backward pass, and max |sigma - 1| of all weights.
 """
 
@@ -66,7 +66,7 @@ QUICK = Settings(
 
 @dataclass
 class Trained:
-    """A network in training: its step and what stands beside the time."""
+    """A network in training: its step and what stands next to the time."""
 
     model: torch.nn.Module
     forward: Callable[[torch.Tensor], torch.Tensor]  # the model, or its compiled form

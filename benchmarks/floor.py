@@ -1,4 +1,4 @@
-"""What a step cannot be faster than: its products and factorizations alone, beside the whole step.
+"""What a step cannot be faster than: its products and factorizations alone, compared with the step.
 
 python -m benchmarks.floor [--quick] [--threads N] [--seconds S] [--out DIR]
 
@@ -211,7 +211,7 @@ def measure_cayley(n: int, settings: Settings) -> list[dict[str, Any]]:
 
 
 def measure_kernel(shape: tuple[int, int, int, int], settings: Settings) -> dict[str, Any]:
-    """Step and floor of a kernel, beside the whole steps of plain layers."""
+    """Step and floor of a kernel, and the whole steps of plain layers."""
     inner, out, k, s = shape
     layer = OrthoConv2d(inner, out, k, s, bias=False)
     step = moving(layer, lambda: layer.weight, [], settings.lr)

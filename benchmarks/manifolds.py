@@ -1,8 +1,8 @@
-"""Constrained weights beside geotorch and torch: constraint error after training, and time.
+"""Constrained weights compared with geotorch and torch: constraint error after training, and time.
 
 python -m benchmarks.manifolds [--quick] [--threads N] [--steps N] [--out DIR]
 
-The error is max |sigma - 1| after Adam steps of 1e-3 towards a random linear functional. Time is
+The error is max |sigma - 1| after Adam steps of 1e-3 toward a random linear functional. Time is
 the CPU time of forward + backward, interleaved, the minimum over the rounds, as a ratio to geotorch
 with the same map: near the start, where an occasional `update_base` keeps the coordinates, and
 after the steps, where ours removes the rounding of large coordinates. Ours is measured without its

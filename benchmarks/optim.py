@@ -1,9 +1,9 @@
-"""A step of an optimizer on the Stiefel manifold beside geoopt's and beside torch's on plain ones.
+"""A step of an optimizer on the Stiefel manifold compared with geoopt, and torch on plain ones.
 
 python -m benchmarks.optim [--layers 8] [--size 512] [--seconds 60] [--steps 1000]
 
 CPU time of one thread, the least of interleaved rounds, of one `step()` with given gradients that
-change from round to round. Beside it the residual max |sigma - 1| after `--steps` steps of Adam
+change from round to round. Next to it the residual max |sigma - 1| after `--steps` steps of Adam
 (0: not measured) and the bytes that the optimizer keeps.
 """
 

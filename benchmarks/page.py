@@ -26,6 +26,7 @@ from benchmarks import (
     orthogonalizers,
     rnn,
 )
+from orthonet.recipes.running.figures import _figure, _save
 
 # Benchmarks whose page shows what they print, by the name of their JSON file.
 PRINTED = {
@@ -149,6 +150,31 @@ def fill(page: str, texts: Mapping[str, str]) -> str:
     return SLOT.sub(lambda slot: f"{slot[1]}{texts[slot['title']]}\n{slot[3]}", page)
 
 
+def linear_figure(path: Path, result: Mapping[str, Any]) -> Path:
+    """Draw the training step of a linear layer relative to `nn.Linear`, a line a method."""
+    rows = result["rows"]
+    names = list(dict.fromkeys((row["library"], row["preset"]) for row in rows))
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure = _figure(7.2, 4.2)
+    axes = figure.subplots()
+    for case, marker, color in zip(cases, "osD^vP", _shades(len(cases)), strict=True):
+        found = {(r["library"], r["preset"]): r["ratio"] for r in rows if r["case"] == case}
+        axes.plot([found[n] for n in names], range(len(names)), marker, color=color, label=case)
+    axes.set_yticks(range(len(names)), [" ".join(name) for name in names])
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="training step / nn.Linear", xticks=(1, 2, 5, 10, 20))
+    axes.set_xticklabels(["1", "2", "5", "10", "20"])
+    axes.minorticks_off()
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(title="features, batch", frameon=False, loc="upper right", fontsize=8)
+    return _save(figure, path, axes)
+
+
+def _shades(count: int) -> list[str]:
+    """Return colors that are told apart with every kind of color vision (Okabe & Ito)."""
+    return ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"][:count]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="fail when a page is out of date")
@@ -160,6 +186,9 @@ def main() -> None:
         if check and new != old:
             raise SystemExit(f"{page} is out of date: run `python -m benchmarks.page`")
         page.write_text(new)
+    if not check:
+        linear = json.loads((harness.RESULTS / "linear_step.json").read_text())
+        linear_figure(DOCS / "assets" / "benchmark_linear.png", linear)
 
 
 if __name__ == "__main__":

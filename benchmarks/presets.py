@@ -2,7 +2,7 @@
 
     python -m benchmarks.presets [--quick] [--only accuracy|speed] [--threads N] [--device cuda]
 
-prints two tables, how orthogonal the weights are and what a layer costs beside its plain `nn` twin,
+prints two tables, how orthogonal the weights are and what a layer costs over its plain `nn` twin,
 and writes them to benchmarks/results/presets.json. `python -m benchmarks.page` makes the page of
 the documentation from that file.
 """
@@ -109,7 +109,7 @@ QUICK = Settings(
 
 
 def train(layer: nn.Module, features: int, outputs: int, dtype: torch.dtype, steps: int) -> None:
-    """Adam towards random targets."""
+    """Adam toward random targets."""
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
     x, y = torch.randn(32, features, dtype=dtype), torch.randn(32, outputs, dtype=dtype)
     for _ in range(steps):
@@ -167,7 +167,7 @@ def accuracy(settings: Settings) -> list[dict[str, Any]]:
 
 
 def speed(settings: Settings, device: str) -> list[dict[str, Any]]:
-    """Time, memory and residual of every candidate beside the plain layer."""
+    """Time, memory and residual of every candidate and the plain layer."""
     rows: list[dict[str, Any]] = []
     for case in settings.cases:
         layers: dict[str, tuple[Candidate | None, nn.Module]] = {"plain": (None, case.build(None))}

@@ -205,7 +205,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def _loops(nonlinearity: str, x: Tensor, settings: Settings) -> dict[str, Any]:
-    """The fused loop beside the plain one, for one nonlinearity and a plain kernel."""
+    """The fused loop compared with the plain one, for one nonlinearity and a plain kernel."""
     hidden = settings.hidden
     weight_ih = torch.randn(hidden, settings.inputs, requires_grad=True)
     weight_hh = nn.init.orthogonal_(torch.empty(hidden, hidden)).requires_grad_()

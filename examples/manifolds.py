@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import orthonet
 from orthonet.manifolds import SO, Correlation, Grassmannian
-from orthonet.recipes.running.figures import BLUE, GREY, figure_of, save_figure
+from orthonet.recipes.running.figures import BLUE, GRAY, figure_of, save_figure
 
 Curve = list[float]
 
@@ -113,7 +113,7 @@ def draw(path: Path, curve: Curve, title: str, label: str) -> Path:
     figure = figure_of(6.0, 3.8)
     axes = figure.subplots()
     axes.semilogy(range(1, len(curve) + 1), [max(e, 1e-16) for e in curve], color=BLUE, lw=2)
-    axes.axhline(curve[-1], color=GREY, lw=1, ls=":")
+    axes.axhline(curve[-1], color=GRAY, lw=1, ls=":")
     axes.set(xlabel="optimizer step", ylabel=label, title=f"{title}: {curve[-1]:.1e} at the end")
     return save_figure(figure, path, axes)
 

@@ -133,8 +133,8 @@ def conv_orthogonal_(
     _checks.require(
         contracting or list(block) == list(strides),
         owner,
-        "kernel_size must be >= stride, without common divisor of stride and dilation, for "
-        "otherwise inputs are never read and no kernel with so many channels out is orthogonal",
+        "kernel_size must be >= stride, without common divisor of stride and dilation, otherwise "
+        "some inputs are never read and no kernel with so many channels out is orthogonal",
         "Use a larger kernel or fewer channels out",
         kernel_size=tuple(sizes),
         stride=strides,

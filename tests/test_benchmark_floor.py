@@ -10,7 +10,7 @@ def test_every_step_has_a_floor():
     assert {row["preset"] for row in result["rows"]} == set(floor.PRESETS)
     own = next(row for row in result["rows"] if row["preset"] == "DEFAULT")
     assert own["calls"].endswith("product")
-    assert 4 <= int(own["calls"].split()[0]) <= 6  # 2 or 3 to the centre, 2 backward
+    assert 4 <= int(own["calls"].split()[0]) <= 6  # 2 or 3 to the center, 2 backward
     assert all(row["floor"] > 0 and row["step"] > 0 for row in (*result["rows"], *result["cayley"]))
     assert all(row["distance"] <= 1e-5 for row in result["kept"])  # observed 6e-7
     assert all(row["floor"] > 0 and "product" in row["calls"] for row in result["kernels"])

@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, asks no other host, and its code runs."""
+"""The documentation builds without a warning, asks no other host, and its code runs and prints."""
 
 import contextlib
 import doctest
@@ -23,6 +23,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
     r"(?:^<!-- skip: (?P<skip>.+?) -->\n)?^```python\n(?P<code>.*?)^```", re.M | re.S
 )
+# `<!-- prints -->` below a block of Python: the text block after it is what the code prints.
+PRINTS = re.compile(r"\A\n+<!-- prints -->\n```text\n(?P<text>.*?)^```", re.M | re.S)
+NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 # What a browser fetches on its own: scripts, style sheets, images, fonts (a link is not).
 FETCHED = re.compile(
     r"""<(?:script|img|iframe|source)[^>]*\ssrc=["']?(?P<src>[^"'\s>]+)"""
@@ -82,16 +85,40 @@ def test_no_shape_was_taken_for_an_emphasis(site):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_code_of_the_page_runs(page, tmp_path, monkeypatch):
-    blocks = list(BLOCK.finditer(page.read_text()))
-    assert page.read_text().count("```python") == len(blocks)
+    source = page.read_text()
+    blocks = list(BLOCK.finditer(source))
+    assert source.count("```python") == len(blocks)
     monkeypatch.chdir(tmp_path)
     namespace: dict = {"__name__": "__main__"}
     for block in blocks:
         if block["skip"] is None:
-            line = page.read_text()[: block.start("code")].count("\n")
+            line = source[: block.start("code")].count("\n")
             code = compile("\n" * line + block["code"], str(page), "exec")
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(code, namespace)
+            shown = PRINTS.match(source[block.end() :])
+            if shown is not None:
+                assert_prints(shown["text"], printed.getvalue())
+
+
+def assert_prints(shown: str, printed: str) -> None:
+    """Words are equal; numbers differ by one unit of the last digit shown, or 1e-6.
+
+    Other processors round in another order: a constant near 1 moves by some float32 units.
+    """
+    words = [re.sub(r"\s+", " ", NUMBER.sub("#", text)).strip() for text in (shown, printed)]
+    assert words[0] == words[1], printed
+    for page, now in zip(NUMBER.findall(shown), NUMBER.findall(printed), strict=True):
+        decimals = len(page.partition("e")[0].partition(".")[2])
+        unit = 10.0**-decimals if decimals and "e" not in page else 0.0
+        assert abs(float(page) - float(now)) <= 1.01 * max(unit, 1e-6), (page, now, printed)
+
+
+def test_a_page_that_shows_another_number_is_found():
+    assert_prints("radius 0.19, L 1.0000004", "radius 0.20, L  1.0000006\n")
+    for printed in ("radius 0.21, L 1.0000004", "radius 0.19, K 1.0000004", "radius 0.19"):
+        with pytest.raises(AssertionError):
+            assert_prints("radius 0.19, L 1.0000004", printed)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

@@ -427,7 +427,7 @@ def test_operations_and_their_names():
     assert not _torch.mutates(ADD.Tensor) and not _torch.mutates(torch.add)
 
 
-def test_nearest_exact_takes_the_pixel_at_the_centre():
+def test_nearest_exact_takes_the_pixel_at_the_center():
     x = torch.arange(6.0).view(1, 1, 2, 3)
     wanted = F.interpolate(x, size=(4, 1), mode="nearest-exact")
     assert torch.equal(_torch.NEAREST_EXACT_2D(x, [4, 1], None, None), wanted)

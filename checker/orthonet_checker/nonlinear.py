@@ -49,7 +49,7 @@ class PReLU(Operation, name="prelu"):
 class Sort(Operation, name="sort"):
     """Sort the entries of each group along a dim, ascending or descending: 1-Lipschitz.
 
-    A group is `size` neighbours, or (`halves`) the entries c, c + n / size, c + 2 n / size, ...
+    A group is `size` neighbors, or (`halves`) the entries c, c + n / size, c + 2 n / size, ...
     """
 
     keys: ClassVar = {

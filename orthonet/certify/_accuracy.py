@@ -42,7 +42,7 @@ def certified_accuracy(
         radii: Radii in units of the input; 0 gives the clean accuracy.
         certificate: The certificate of this model; without one, `certify` makes it.
         norm: The norm of the radii: `"l2"`, `"linf"` or `"l1"`.
-        exact: Leave the rounding of the forward pass out, see `LipschitzCertificate.radius`.
+        exact: Ignore the rounding of the forward pass, see `LipschitzCertificate.radius`.
 
     Raises:
         ValueError: The model is in train mode or not the certified one, the loader is empty, or a
@@ -78,7 +78,7 @@ def certified_curve(
         loader: Batches (inputs, labels); they are moved to the device of the model.
         certificate: The certificate of this model; without one, `certify` makes it.
         norm: The norm of the radii: `"l2"`, `"linf"` or `"l1"`.
-        exact: Leave the rounding of the forward pass out, see `LipschitzCertificate.radius`.
+        exact: Ignore the rounding of the forward pass, see `LipschitzCertificate.radius`.
 
     Raises:
         ValueError: The model is in train mode or not the certified one, or the loader is empty.

@@ -19,15 +19,15 @@ class Bound:
     r"""A Lipschitz constant, a proved bound of it, or an estimate.
 
     `a * b` bounds a composition, `a + b` a sum of maps, and `Bound.hypot(a, b, ...)` a
-    concatenation. All round outward, so that the result holds in exact arithmetic, and it is of
-    kind `"upper"`: the worst cases of two maps need not meet.
+    concatenation. All round outward, so the result holds in exact arithmetic. It is of kind
+    `"upper"`, because the worst cases of two maps need not meet.
 
     Args:
         value: The number, non-negative; infinity is a (useless) upper bound.
         norm: The norms of input and output.
         kind: `"exact"`: the constant, attained up to rounding (and rounded upward).
-            `"upper"`: proved from above. `"estimate"`: found from below, no proof of anything
-            above it; it cannot enter any arithmetic.
+            `"upper"`: proved from above. `"estimate"`: found from below. It proves nothing and
+                cannot enter any arithmetic.
 
     Raises:
         ValueError: `value` is negative or NaN, or `kind` is unknown.
@@ -55,7 +55,7 @@ class Bound:
 
     @classmethod
     def hypot(cls, *bounds: Bound) -> Bound:
-        """The root of the sum of squares: of maps whose outputs are put side by side."""
+        """Return the root of the sum of squares, for maps whose outputs are concatenated."""
         return cls(hypot_up(*_values(bounds)), bounds[0].norm)
 
     def __mul__(self, other: Bound) -> Bound:
@@ -99,11 +99,11 @@ class Row:
         path: The module it belongs to.
         op: The class of the module or the name of the operation, joined by `+`.
         input_shape: The shape of one sample that it reads.
-        constant: Its own Lipschitz constant; of several operands the one of the first.
+        constant: The Lipschitz constant of the operation; with several operands, that of the first.
         cumulative: The constant from the input of the model to its output.
         method: How the constant was obtained.
-        kind: How far it can be trusted, see `Bound`.
-        seconds: What it took.
+        kind: The kind of the constant, see `Bound`.
+        seconds: The time that the proof took.
     """
 
     path: str

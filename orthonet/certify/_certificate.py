@@ -47,29 +47,29 @@ _FAR = tuple(2.0**k for k in (120, 60, 40, 30, 25, 20, 15, 10, 5, 0, -10, -20))
 class LipschitzCertificate:
     r"""A proved upper bound of the l2 -> l2 Lipschitz constant of a model, for each sample.
 
-    It holds for the function that the model computes in exact arithmetic with its weights as they
-    are deployed. The rounding of a forward pass is bounded by `rounding`, and taken off a radius
-    where `radius` is given the inputs.
+    It holds for the function that the model computes in exact arithmetic with its deployed weights.
+    `rounding` bounds the rounding of a forward pass, and `radius` subtracts it if it gets the
+    inputs.
 
     Attributes:
         constant: The bound, in units of the output per unit of the input. Several inputs count
             as one long vector, and so do several outputs.
-        rows: What was found on the way, one operation each, or several affine ones.
-        input_shape: The shape of one sample that it was made for; of several inputs, all shapes.
+        rows: One `Row` for each operation, or for several affine ones.
+        input_shape: The shape of one sample; for several inputs, all shapes.
         pairs: For an affine last layer, the upper bounds of the Lipschitz constants of all
             differences of two outputs, (classes, classes); never above sqrt(2) times the constant.
-        lower: A bound from below, of kind `"estimate"`, by a secant of the function; None if it
-            was not searched for. `constant.value / lower.value` bounds how loose the bound is.
-        outputs: The bound of each output by itself.
+        lower: A bound from below, of kind `"estimate"`, by a secant of the function; None without a
+            search. `constant.value / lower.value` bounds how loose the bound is.
+        outputs: The bound of each output alone.
         autocast: The dtype of `torch.autocast` under which the bound holds; None without.
         output_shapes: The shape of one sample of each output; empty where they are not known.
         output_dtypes: The dtype of each output, as the model computes it.
-        hashes: SHA-256 of every parameter and buffer of the model when it was certified, by name:
-            of the bytes in row-major order, little-endian. `matches` compares them.
-        constants: The same of what the exported graph stores, where layers of this library hold
-            the weights that they compute.
+        hashes: SHA-256 of every parameter and buffer of the model when it was certified, by name.
+            The bytes are in row-major order, little-endian. `matches` compares them.
+        constants: The same for the constants of the exported graph, in which layers of this library
+            store the weights that they compute.
         data: SHA-256 of all other data of the modules, by name.
-        roundings: How often a number is rounded on its way to an output; 0 where it is not known.
+        roundings: How often a number is rounded on the way to an output; 0 if unknown.
     """
 
     constant: Bound
@@ -120,7 +120,7 @@ class LipschitzCertificate:
         return f"<p>{escape(self.summary())}</p>{short_html(self.rows)}"
 
     def summary(self) -> str:
-        """The constant in one line, and what a search reached from below."""
+        """Return the constant, and what a search reached from below, in one line."""
         value, kind = self.constant.value, self.constant.kind
         last = f"Lipschitz constant ({self.constant.norm}, {kind}): {value:.9g}"
         if self.autocast is not None:
@@ -130,11 +130,11 @@ class LipschitzCertificate:
         return last
 
     def table(self) -> str:
-        """The rows as a text table, the constant of the model in the last line."""
+        """Return the rows as a text table, with the constant of the model in the last line."""
         return f"{text_table(self.rows)}\n{self.summary()}"
 
     def to_json(self) -> str:
-        """The certificate as JSON text; numbers keep every digit."""
+        """Return the certificate as JSON text; numbers keep every digit."""
         content = {
             "constant": asdict(self.constant),
             "lower": None if self.lower is None else asdict(self.lower),
@@ -156,9 +156,9 @@ class LipschitzCertificate:
     def save(self, path: str | Path) -> None:
         """Write the proof for an independent checker, `orthonet-check`.
 
-        `path` gets the graph, the gain of each operation and its witness as JSON, and the file
-        with the suffix `.safetensors` next to it the constants. The bound of the file is the one
-        that follows from its gains: for networks of orthogonal layers about 1e-6 above `constant`.
+        `path` gets the graph, the gain of each operation and its witness as JSON. The file with the
+        suffix `.safetensors` next to it gets the constants. The bound of the file follows from its
+        gains; for networks of orthogonal layers it is about 1e-6 above `constant`.
 
         Args:
             path: The file to write, e.g. `"certificate.json"`.
@@ -206,39 +206,40 @@ class LipschitzCertificate:
         r"""Return the distance within which the predicted class of each sample cannot change.
 
         `certificate.radius(model, x)` runs the model, checks that it is the certified one, and
-        takes the rounding of this forward pass off: the class that the deployed model predicts in
-        floating point is the same at all points that near. `radius(logits)` leaves the forward
-        pass to the caller.
+        subtracts the rounding of this forward pass: the deployed model predicts the same class in
+        floating point at all points that near. With `radius(logits)` the caller runs the forward
+        pass.
 
         $r = \min_{j \ne y} (f_y - f_j) / K_{yj}$, y the predicted class, with the constant
-        $K_{yj}$ of $f_y - f_j$: that of `pairs`, or $\sqrt 2$ times `constant`. A tie has radius 0.
-        One output is a binary classifier by its sign, with radius $|f| / L$. As
-        $\|\delta\|_2 \le \|\delta\|_1$ and $\|\delta\|_2 \le \sqrt n\,\|\delta\|_\infty$ for n
-        entries of the input, this is a radius in l1, and divided by $\sqrt n$ one in l-infinity.
+        $K_{yj}$ of $f_y - f_j$: from `pairs`, or $\sqrt 2$ times `constant`. A tie has radius 0.
+        One output is a binary classifier by its sign, with radius $|f| / L$. As $\|\delta\|_2 \le
+        \|\delta\|_1$ and $\|\delta\|_2 \le \sqrt n\,\|\delta\|_\infty$ for n entries of the input,
+        this is a radius in l1, and divided by $\sqrt n$ one in l-infinity.
 
-        With the inputs each margin loses $2 \sqrt 2 e$, where e is the `rounding` anywhere within
-        that distance of the sample. Without them logits lose the rounding of their dtype at the
-        sample and at the other point: u relative to each, or in less than float64 what the
-        `roundings` on the way make of it as a rule, 8 times the root of their number.
+        With the inputs, each margin loses $2 \sqrt 2 e$, where e is the `rounding` anywhere within
+        that distance of the sample. Without them, logits lose the rounding of their dtype at the
+        sample and at the other point. In float64 that is u relative to each; in lower precision it
+        is an estimate, 8 times the root of the number of `roundings`.
 
         Args:
-            logits: The certified model in eval mode; or what it returned, in any floating dtype:
-                evaluated in float64 with outward rounding.
+            logits: The certified model in eval mode; or what it returned, in any floating dtype.
+                They are evaluated in float64 with outward rounding.
             x: With a model, a batch for it, or one batch for each of its arguments.
             norm: `"l2"`, `"linf"` or `"l1"`.
             labels: The true classes, (N,); with them, a wrong prediction has radius 0.
             target: One class a sample, (N,): only a change to this class counts.
-            inputs: With logits, what the model was given: takes the rounding of its forward off.
+            inputs: With logits, the inputs of the model: subtracts the rounding of its forward
+                pass.
             dtype: With `inputs`, the dtype in which the model was run, see `rounding`.
-            model: With logits, the model that they come from: it must be the certified one.
+            model: With logits, the model that computed them; it must be the certified one.
 
         Shape:
             logits: (N, classes), or (N,) or (N, 1) for a binary classifier; returns (N,), float64
 
         Guarantee:
-            Lower bound of the distance to the nearest point of another class: with the inputs for
-            the deployed forward pass; without them for logits that are off by no more than what
-            is taken off, which no proof says of the forward pass that they come from.
+            Lower bound of the distance to the nearest point of another class: with the inputs, for
+            the deployed forward pass. Without them, it holds if the logits are off by no more than
+            what is subtracted, which is not proved.
 
         Raises:
             ValueError: The logits are not finite or do not fit the certificate, or the model is
@@ -400,8 +401,8 @@ class LipschitzCertificate:
     def matches(self, model: nn.Module) -> bool:
         """Return whether this is the model that was certified.
 
-        Compares SHA-256 of every parameter and buffer, and of what else its forward may read:
-        attributes, hooks, code, globals, closures and class attributes.
+        It compares the SHA-256 of every parameter and buffer, and of what else its forward may
+        read: attributes, hooks, code, globals, closures and class attributes.
         """
         return not self._changed(model)
 
@@ -409,7 +410,7 @@ class LipschitzCertificate:
         """Raise an error unless the model `matches` the certificate.
 
         Raises:
-            ValueError: It does not; the message names what has changed.
+            ValueError: The model does not match; the message names what has changed.
         """
         changed = self._changed(model)
         _checks.require(
@@ -435,7 +436,7 @@ class LipschitzCertificate:
         return max(self.output_dtypes, key=lambda d: torch.finfo(d).eps, default=None)
 
     def band(self, radius: float, *, norm: str = "l2") -> float:
-        r"""How far the output can move, for regression: $\|f(x') - f(x)\|_2 \le K r$.
+        r"""Bound how far the output can move, for regression: $\|f(x') - f(x)\|_2 \le K r$.
 
         Args:
             radius: The size of the perturbation of the input.
@@ -457,7 +458,7 @@ class LipschitzCertificate:
         norm: str = "l2",
         inputs: Tensor | Sequence[Tensor] | None = None,
     ) -> RadiusCurve:
-        """The certified accuracy as a function of the radius, and the area under it.
+        """Return the certified accuracy as a function of the radius, and the area under it.
 
         Args:
             logits: What the model returned, as in `radius`.
@@ -482,10 +483,11 @@ class LipschitzCertificate:
         within: Tensor | float = 0.0,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        r"""How far the outputs of a forward pass can be from exact arithmetic, in the l2 norm.
+        r"""Bound how far a forward pass can be from exact arithmetic, in the l2 norm.
 
-        Norm by norm along the graph, with $\gamma_k = k u / (1 - k u)$ for sums of k products and
-        the magnitudes that the model takes at the inputs. Weights count as they are stored.
+        The bound follows the norms along the graph, with $\gamma_k = k u / (1 - k u)$ for sums of k
+        products and the magnitudes that the model takes at the inputs. Weights are taken as they
+        are stored.
 
         Args:
             inputs: A batch for the model.
@@ -493,9 +495,9 @@ class LipschitzCertificate:
             dtype: Of the forward pass; None for what the model was certified in: the dtypes of its
                 values, under autocast those that PyTorch gives to each operation. Otherwise one
                 dtype for all of it; `torch.bfloat16` and `torch.float16` then also round every
-                weight. Sums are accumulated in float32 at least (on CUDA only with
-                `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False`, and
-                its twin for fp16).
+                weight. Sums are accumulated in at least float32 (on CUDA only with
+                `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False`, and its
+                twin for fp16).
 
         Shape:
             inputs: (N, *); returns (N,), float64
@@ -504,7 +506,7 @@ class LipschitzCertificate:
             Upper bound if every product, sum and quotient is rounded to nearest, in any order,
             with or without fused multiplications (so not TF32), elementary functions are accurate
             to 64 units in the last place, and nothing overflows. In float16 the bound is infinite
-            where something might.
+            where something might overflow.
 
         Raises:
             UncertifiableError: The rounding of an operation is not known, a mode is on under which
@@ -575,7 +577,7 @@ class LipschitzCertificate:
     def certified_accuracy(
         self, logits: Tensor, labels: Tensor, radii: Sequence[float]
     ) -> list[float]:
-        """The share of samples that are classified rightly and certified at each radius.
+        """Return the share of samples that are classified correctly and certified at each radius.
 
         Args:
             logits: As in `radius`.

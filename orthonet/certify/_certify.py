@@ -39,12 +39,12 @@ def certify(
 ) -> LipschitzCertificate:
     r"""Prove an upper bound of the l2 Lipschitz constant of a model, for each sample.
 
-    The graph that `torch.export` gives, with a free batch size, is walked from input to output;
-    whatever does not depend on the input (parametrized weights, batch norm in eval mode) is
-    computed first, in the dtype of the model. Constants are multiplied along the graph, summed
-    where branches meet, and root-sum-squared where they are concatenated. Affine operations in a
-    row are joined into one matrix or one convolution. Norms are proved (`spectral_norm_bound`,
-    `convolution_norm_bound`), and all arithmetic rounds outward.
+    `torch.export` exports the model with a free batch size, and the graph is walked from input to
+    output. Whatever does not depend on the input (parametrized weights, batch norm in eval mode) is
+    computed first, in the dtype of the model. Constants multiply along the graph and add where
+    branches are summed. Where branches are concatenated, the root of the sum of squares is taken.
+    Consecutive affine operations are joined into one matrix or one convolution. Norms are proved
+    (`spectral_norm_bound`, `convolution_norm_bound`), and all arithmetic rounds outward.
 
     Args:
         model: Any module in eval mode that maps tensors to tensors.
@@ -55,15 +55,15 @@ def certify(
             several bounds, a longer search. Chains of affine maps and activations anywhere in the
             graph are bounded by [`mlp_bound`][orthonet.certify.mlp_bound], too: by its closed form
             up to width 256 with `"default"`, by its descent up to 1024 with `"tight"`.
-        lower: Search for a secant from below, so that the gap is seen (not with `"fast"`). It ends
-            where the gap is below 1e-4, and is short where every operation has the constant 1.
+        lower: Search for a secant from below, which shows the gap (not with `"fast"`). The search
+            ends when the gap is below 1e-4, and is short if every operation has the constant 1.
         autocast: Certify the model as it runs under `torch.autocast` to this dtype, `bfloat16` or
-            `float16`: with the weights of each operation rounded where PyTorch rounds them, which
-            is found out by running it. `radius(logits, inputs=...)` then takes off the rounding
-            of that forward pass, operation by operation in the dtype that it has there.
+            `float16`: with the weights of each operation rounded where PyTorch rounds them. The
+                model runs once under autocast to find where. `radius(logits, inputs=...)` then
+                subtracts the rounding of that forward pass, each operation in its dtype.
 
-        progress: Called as `progress(done, total, what)` whenever a step of the proof is done; a
-            line every few seconds goes to the logger `"orthonet.certify"` at level INFO anyway.
+        progress: Called as `progress(done, total, what)` after each step of the proof. The logger
+            `"orthonet.certify"` also gets a line every few seconds at level INFO.
 
     Shape:
         example_input: (N, *), the batch first
@@ -76,7 +76,7 @@ def certify(
         UncertifiableError: The model is in train mode, holds NaN or half-precision weights, mixes
             samples, cannot be traced, or does something that no rule covers. The message names
             the operation and the module and says what to do. Under autocast also: weights leave
-            the range of float16, or are rounded inside of a module that has one rule for all.
+            the range of float16, or are rounded inside a module that has one rule for all.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval()
@@ -248,8 +248,7 @@ def _check_model(model: nn.Module) -> None:
             type(tensor) in (Tensor, nn.Parameter),
             "certify",
             "weights must be of torch.Tensor or torch.nn.Parameter, not of another class",
-            "Store tensor.as_subclass(torch.Tensor): a class of its own may give operations "
-            "another meaning",
+            "Store tensor.as_subclass(torch.Tensor): a subclass may redefine operations",
             UncertifiableError,
             path=path,
             type=type(tensor),

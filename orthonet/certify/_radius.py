@@ -214,21 +214,21 @@ class RadiusCurve:
 
     @property
     def samples(self) -> int:
-        """The number of samples."""
+        """Return the number of samples."""
         return len(self.radii)
 
     @property
     def clean(self) -> float:
-        """The accuracy without any perturbation."""
+        """Return the accuracy without perturbation."""
         return self.correct / max(1, self.samples)
 
     @property
     def area(self) -> float:
-        """The area under the curve: the average certified radius, of wrong predictions 0."""
+        """Return the area under the curve: the average radius, 0 for wrong predictions."""
         return float(self.radii.sum()) / max(1, self.samples)
 
     def at(self, radius: float) -> float:
-        """The share of samples that are right and certified beyond `radius`; at 0 `clean`."""
+        """Return the share of samples certified beyond `radius`; at 0 that is `clean`."""
         check_radii("RadiusCurve", [radius])
         if radius <= 0:
             return self.clean

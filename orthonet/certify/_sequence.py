@@ -41,22 +41,22 @@ def sequence_bound(
     | a = 1 | \(b\sqrt T\) | \(b / (2 \sin\frac{\pi}{4T + 2}) \approx 2bT/\pi\) |
     | a < 1 | \(b \sqrt{(1 - a^{2T}) / (1 - a^2)}\) | \(b / \sqrt{1 + a^2 - 2a\cos\theta}\) |
 
-    where \(\theta\) is the least positive root of \(\sin (T+1)\theta = a \sin T\theta\), so that
-    the last entry is below \(b / (1 - a)\): the norm of the Toeplitz matrix
-    \((a^{i-j})_{i \ge j}\), whose inverse is bidiagonal. These are attained by a scalar linear
-    network, and by every orthogonal one with the identity as nonlinearity and a square orthogonal
-    input kernel. For \(a \ge 1 + 1/T\), where the norm has no such
-    form, it is bounded by the lesser of its Frobenius norm and its largest row sum.
+    where \(\theta\) is the least positive root of \(\sin (T+1)\theta = a \sin T\theta\), so the
+    last entry is below \(b / (1 - a)\). It is the norm of the Toeplitz matrix \((a^{i-j})_{i \ge
+    j}\), whose inverse is bidiagonal. These are attained by a scalar linear network, and by every
+    orthogonal one with the identity as nonlinearity and a square orthogonal input kernel. For \(a
+    \ge 1 + 1/T\), where the norm has no such form, it is bounded by the lesser of its Frobenius
+    norm and its largest row sum.
 
     Args:
         steps: Number of time steps.
         state: Constant of a step in the state.
         gain: Constant of a step in the input.
-        final: Bound the map to the last state instead of that to all states.
+        final: Bound the map to the last state instead of the map to all states.
 
     Returns:
-        The bound, rounded outward: the least eigenvalue behind it is verified by a Sturm sequence
-        in outward-rounded arithmetic. Kind `"upper"`.
+        The bound, rounded outward. A Sturm sequence in outward-rounded arithmetic verifies the
+        least eigenvalue behind it. Kind `"upper"`.
 
     Raises:
         ValueError: `steps` is not a positive integer, or a constant is negative or not finite.
@@ -80,15 +80,15 @@ def sequence_bound(
 def recurrent_bound(layer: nn.Module, steps: int, *, final: bool = False) -> Bound:
     r"""Bound the map of a recurrent layer on sequences of a given length, in l2 over time.
 
-    The constants of a step are read from the weights as they are deployed:
-    \(a = \|W_{hh}\|_2\) and \(b = \|W_{ih}\|_2\) for `OrthoRNN` and for a stock `nn.RNN` (whose
-    a is any number), those of its docstring for `ContractiveRNN`. Layers that are stacked multiply;
-    two directions lie side by side.
+    The constants of a step come from the deployed weights: \(a = \|W_{hh}\|_2\) and \(b =
+    \|W_{ih}\|_2\) for `OrthoRNN` and for a stock `nn.RNN` (whose a is any number), those of its
+    docstring for `ContractiveRNN`. The constants of stacked layers multiply; two directions are
+    concatenated.
 
     Args:
         layer: `OrthoRNN`, `ContractiveRNN` or `nn.RNN`, in eval mode (dropout is the identity).
         steps: Number of time steps.
-        final: Bound the map to the last state of the last layer instead of that to its outputs.
+        final: Bound the map to the last state of the last layer instead of the map to its outputs.
 
     Returns:
         The bound, see [`sequence_bound`][orthonet.certify.sequence_bound].
@@ -118,9 +118,9 @@ def _require_vanilla(layer: nn.Module) -> None:
     _checks.require(
         module_rule(layer) is not None,
         "recurrent_bound",
-        "the layer must compute what its class does, with its own parameters",
-        "Take away its hooks and parametrizations, and an own forward: the constant of a step is "
-        "read from the weights",
+        "the layer must compute what its class defines, with its own parameters",
+        "Remove its hooks, its parametrizations and a forward that was set on it: the constant of "
+        "a step comes from the weights",
         UncertifiableError,
         layer=type(layer),
     )
@@ -234,7 +234,7 @@ def _below_spectrum(shift: float, steps: int, a: float) -> bool:
     """Whether M - shift I is proved positive definite, for M = K^T K and K = I - a N.
 
     K is the inverse of the Toeplitz matrix, N the shift down. M is tridiagonal, with 1 + a^2 on the
-    diagonal (1 in its last place) and -a beside it. The pivots of the elimination from the last
+    diagonal (1 in its last place) and -a off it. The pivots of the elimination from the last
     place up are computed from below; each increases in the one before, so all positive is a proof.
     """
     square_down, square_up = down(a * a), up(a * a)
@@ -255,7 +255,7 @@ def _steps_of(module: Any, input_shape: tuple[int, ...]) -> int:
         _refuse(
             module,
             "the input must be (batch, time, features), with batch_first=True",
-            "A certificate is given for each sequence of the batch on its own",
+            "A certificate is about single sequences of the batch",
         )
     return input_shape[0]
 

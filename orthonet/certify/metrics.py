@@ -26,10 +26,11 @@ def empirical_accuracy(
     batch_size: int = 250,
     generator: torch.Generator | None = None,
 ) -> list[float]:
-    """Share of samples that stay right under `pgd_l2` of each radius.
+    """Return the share of samples that stay correct under `pgd_l2` of each radius.
 
-    A sample that falls at one radius is counted as fallen at all larger ones, whose balls hold the
-    point found. An upper bound of the true robust accuracy: never less than the certified one, see
+    A sample that is misclassified at one radius counts as misclassified at all larger radii, whose
+    balls contain the same point. The result bounds the true robust accuracy from above. It is never
+    less than the certified accuracy, see
     [`certified_accuracy`][orthonet.certify.certified_accuracy].
 
     Args:
@@ -47,7 +48,7 @@ def empirical_accuracy(
         The shares, in the order of `radii`.
 
     Raises:
-        ValueError: What `pgd_l2` refuses, or there is no sample.
+        ValueError: `pgd_l2` refuses the arguments, or there is no sample.
 
     Examples:
         >>> model = nn.Linear(2, 2).requires_grad_(False).eval()

@@ -73,7 +73,7 @@ class Operand:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the tensor is traced in."""
+        """Return the dtype that the tensor is traced in."""
         value = None if self._state is None else self._state.node.meta.get("val")
         return value.dtype if isinstance(value, Tensor) else torch.float32
 
@@ -115,11 +115,11 @@ def _is_scalar(value: Any) -> bool:
 
 
 class Step(NamedTuple):
-    """What a rule returns: one gain for each operand and how the gains add up.
+    """The result of a rule: one gain for each operand, and how the gains combine.
 
     With operands of constants L_i, the output has the constant sum_i gain_i L_i
-    (`combine="sum"`), or the root of the sum of the squares of these terms (`"hypot"`), for
-    outputs that lie side by side.
+    (`combine="sum"`), or the root of the sum of the squares of these terms (`"hypot"`), for outputs
+    that are concatenated.
     """
 
     gains: tuple[Bound, ...]
@@ -167,12 +167,12 @@ class Call:
 
     Attributes:
         op: The name of the operation.
-        path: The module it was called in.
+        path: The module that called it.
         args: The positional arguments; an `Operand` stands for each tensor that depends on the
             input, everything else is a constant.
         kwargs: The keyword arguments, likewise.
         output_shape: The shape of one sample of the output.
-        source: The line of code that it comes from, where that is known.
+        source: The line of code that it comes from, if known.
         target: The function that is called; its schema or signature names the arguments.
     """
 
@@ -194,18 +194,18 @@ class Call:
         return self.arguments[name]
 
     def given(self, name: str, default: Any = None) -> Any:
-        """The argument of this name, or `default` where the overload has none."""
+        """Return the argument of this name, or `default` if the overload has none."""
         return self.arguments.get(name, default)
 
     def number(self, name: str) -> float:
-        """The argument of this name as a float; anything else is refused."""
+        """Return the argument of this name as a float; anything else is refused."""
         value = self.arguments[name]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.refuse(f"argument {name!r} must be a number", "Use a constant of the model")
         return float(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """The argument of this name as a truth value; anything else is refused."""
+        """Return the argument of this name as a bool; anything else is refused."""
         value = self.arguments.get(name, default)
         if not isinstance(value, (bool, int)):
             self.refuse(f"argument {name!r} must be True or False", "Use a constant of the model")
@@ -213,7 +213,7 @@ class Call:
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        """Every operand, in the order of the arguments; one that is used twice counts twice."""
+        """Return all operands in the order of the arguments; a repeated one counts twice."""
         found: list[Operand] = []
 
         def visit(value: Any) -> None:
@@ -228,33 +228,33 @@ class Call:
 
     @property
     def operand(self) -> Operand:
-        """The only operand, the first argument; more are refused."""
+        """Return the only operand, the first argument; more are refused."""
         first = self.args[0] if self.args else next(iter(self.kwargs.values()), None)
         if len(self.operands) != 1 or not isinstance(first, Operand):
             self.refuse(
                 "this operation is certified for one tensor that depends on the input, in the "
                 "first place, and constants",
-                "A product or quotient of two such tensors has no Lipschitz constant; a rule of "
-                "your own may be registered for the module around it with @register_rule",
+                "A product or quotient of two such tensors has no Lipschitz constant; register "
+                "your own rule for the module around it with @register_rule",
             )
         return first
 
     def get(self, position: int, name: str, default: Any) -> Any:
-        """The argument at a position or of a name."""
+        """Return the argument at a position or of a name."""
         if position < len(self.args):
             return self.args[position]
         return self.kwargs.get(name, default)
 
     def fixed(self, name: str) -> Tensor:
-        """The argument of this name as a finite float64 tensor on the CPU, or it is refused."""
+        """Return the argument of this name as a finite float64 tensor on the CPU, or refuse it."""
         return self.as_constant(self.arguments[name], name)
 
     def constant(self, position: int, name: str) -> Tensor:
-        """A constant argument as a float64 tensor on the CPU; finite, or it is refused."""
+        """Return a constant argument as a finite float64 tensor on the CPU, or refuse it."""
         return self.as_constant(self.get(position, name, None), name)
 
     def as_constant(self, value: Any, name: str) -> Tensor:
-        """`value` as a finite float64 tensor on the CPU, or it is refused by this name."""
+        """Return `value` as a finite float64 tensor on the CPU, or refuse it by this name."""
         if isinstance(value, BatchDependent) and value.rows:
             value = value.value[:1]  # one for each sample, all the same
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -272,14 +272,14 @@ class Call:
         return value
 
     def feature_dims(self, dims: Any) -> tuple[int, ...]:
-        """`dims` of the operand, counted from 0 and without the batch: 0 is its first feature."""
+        """Return `dims` of the operand, counted without the batch: 0 is the first feature."""
         rank = len(self.operands[0].shape) + 1
         dims = (dims,) if isinstance(dims, int) else tuple(dims or range(rank))
         places = tuple(dim % rank for dim in dims)
         if 0 in places:
             self.refuse(
                 "an operation must not act along the batch dimension",
-                "A certificate is given for each sample on its own; use another dim",
+                "A certificate is about single samples; use another dim",
             )
         return tuple(place - 1 for place in places)
 
@@ -374,15 +374,15 @@ _HARMLESS = {
 def register_rule(*targets: Any, nested: bool = False) -> Callable[[Rule], Rule]:
     """Register a Lipschitz rule for modules or functions; a later one replaces an earlier one.
 
-    The rule returns a `Bound`, a pair (`Bound`, method text), or a `Step`. What it says enters the
-    certificate: it is for the author of the rule to prove.
+    The rule returns a `Bound`, a pair (`Bound`, method text), or a `Step`. The certificate relies
+    on it: you must prove that your rule is correct.
 
     Args:
         *targets: Classes of modules: the rule is called as `rule(module, input_shape)`, with the
-            shape of one sample, and the module is not looked into, unless hooks or an own `forward`
-            of a module in it change what it computes. Or functions, and names of
-            tensor methods: the rule is called as `rule(call)` with a `Call`. A name stands for the
-            function, the method and the in-place variant of torch alike.
+            shape of one sample, and its children are not examined, unless hooks or a `forward` set
+            on an instance change what it computes. Or functions, and names of tensor methods: the
+            rule is called as `rule(call)` with a `Call`. A name stands for the function, the method
+            and the in-place variant of torch alike.
         nested: For classes: the rule is called as `rule(module, input_shape, bound_of)`, and
             `bound_of(child, shape)` certifies a child of the module.
 

@@ -91,7 +91,7 @@ def orthogonalize(
         fallback: A method of the registry for layers that have no orthogonal twin, for example
             "aol" for depthwise convolutions; None leaves them.
         norm: "centering" (batch norm and layer norm only subtract means), "lip" (batch norm is
-            divided by its largest gain, layer norm centres), or None to keep normalizations.
+            divided by its largest gain, layer norm centers), or None to keep normalizations.
         activation: "max_min" or "abs" in place of activation modules, None to keep them.
         pool: "l2" or "average" in place of pooling modules, with constant 1; None to keep them.
         return_report: Return the report as well; without it, a warning tells how many layers

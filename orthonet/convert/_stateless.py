@@ -42,7 +42,7 @@ def norm_twin(layer: Any, norm: str, weights: str) -> Twin:
     factory = {"device": first.device, "dtype": first.dtype}
     if norm == "centering":
         twin = layers.BatchCentering(layer.num_features, layer.momentum, layer.affine, **factory)
-        remark = "centred, neither divided nor multiplied"
+        remark = "centered, neither divided nor multiplied"
         copied = ["running_mean", *(["bias"] if layer.affine else [])]
     else:
         twin = layers.BatchLipNorm(

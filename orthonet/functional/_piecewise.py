@@ -1,4 +1,4 @@
-"""Piecewise isometries beside sorting: partial modulus, N-activation, sectors, shifts."""
+"""Piecewise isometries other than sorting: partial modulus, N-activation, sectors, shifts."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def _run(
     nonlinearity: str,
     threshold: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The states of all steps (time, batch, hidden), and what backward needs beside them."""
+    """The states of all steps (time, batch, hidden), and what else backward needs."""
     time, batch, inputs = x.shape
     hidden = weight_hh.shape[0]
     states = h0.new_empty(time, batch, hidden)

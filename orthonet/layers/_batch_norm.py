@@ -62,7 +62,7 @@ class _BatchStatistics(nn.Module):
 
     @torch.no_grad()
     def _track(self, **observed: Tensor) -> None:
-        """Move each running average towards what a batch has shown."""
+        """Move each running average toward what a batch has shown."""
         count = self.num_batches_tracked
         if count is not None:
             count.add_(1)

@@ -1,6 +1,6 @@
 r"""A linear layer whose backward spares one product of the size of its weight.
 
-For a square weight at the centre, \(M = c\,U\), the gradient in M depends on that in U through
+For a square weight at the center, \(M = c\,U\), the gradient in M depends on that in U through
 \(S = U^\top \nabla_U\) alone. For the rows of a batch \(\nabla_U = (\nabla_y)^\top x\), so that
 \(S = (\nabla_y U)^\top x = \nabla_x^\top x\): the gradient of the input, which backward needs
 anyway, takes the place of that of the weight.

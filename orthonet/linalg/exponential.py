@@ -12,24 +12,24 @@ from torch import Tensor
 from orthonet import _checks
 from orthonet._torch import in_forward_mode, is_traced
 from orthonet.linalg.matrix import add_identity, compute_dtype
-from orthonet.linalg.polar import polar, save_centred, saved_centred
-from orthonet.linalg.polar_factor.gradient import centred_gradient
-from orthonet.linalg.polar_factor.steps import recentred_polar
+from orthonet.linalg.polar import polar, save_centered, saved_centered
+from orthonet.linalg.polar_factor.gradient import centered_gradient
+from orthonet.linalg.polar_factor.steps import recentered_polar
 
 __all__ = ["cayley", "matrix_exponential", "rotate_base", "skew"]
 
 
 def skew(a: Tensor) -> Tensor:
-    r"""Skew part \((A - A^\top) / 2\) of square matrices (*batch, n, n)."""
+    r"""Return the skew part \((A - A^\top) / 2\) of square matrices (*batch, n, n)."""
     _require_square("skew", a)
     return 0.5 * (a - a.mT)
 
 
 def cayley(a: Tensor) -> Tensor:
-    r"""Cayley map \((I - A)^{-1} (I + A)\) of square matrices.
+    r"""Return the Cayley map \((I - A)^{-1} (I + A)\) of square matrices.
 
-    For skew-symmetric \(A\) the result is a rotation without eigenvalue -1; its inverse is
-    \(A = (Q - I)(Q + I)^{-1}\).
+    For skew-symmetric \(A\) the result is a rotation without eigenvalue -1. The inverse map is \(A
+    = (Q - I)(Q + I)^{-1}\).
 
     Shape:
         `a`: (*batch, n, n). Output: the same.
@@ -41,19 +41,18 @@ def cayley(a: Tensor) -> Tensor:
 
 
 def matrix_exponential(a: Tensor, *, degree: int = 12) -> Tensor:
-    r"""Matrix exponential by scaling and squaring of the Taylor polynomial of given `degree`.
+    r"""Return the matrix exponential by scaling and squaring a Taylor polynomial of given `degree`.
 
     \(e^A = \bigl(T_d(A / 2^s)\bigr)^{2^s}\), with \(s\) the least integer for which the first
-    neglected term of the scaled series is below the unit roundoff, by a bound from the norms of the
-    powers of A that are computed anyway. The polynomial is evaluated
-    with about \(2 \sqrt d\) products (Paterson & Stockmeyer). Under `torch.compile` and in
-    `torch.func` transforms, where \(s\) may not depend on the data, PyTorch's own
-    `torch.linalg.matrix_exp` computes the same function. Only A is kept for backward, which walks
-    the same way again.
+    neglected term of the scaled series is below the unit roundoff, bounded by the norms of the
+    powers of A that are computed anyway. The polynomial is evaluated with about \(2 \sqrt d\)
+    products (Paterson & Stockmeyer). Under `torch.compile` and in `torch.func` transforms, where
+    \(s\) may not depend on the data, `torch.linalg.matrix_exp` computes the same function. Only A
+    is stored for backward, which repeats the computation.
 
     Args:
         a: Square matrices of any norm.
-        degree: Degree of the polynomial, at least 1: a higher one needs fewer squarings.
+        degree: Degree of the polynomial, at least 1; a higher degree needs fewer squarings.
 
     Shape:
         `a`: (*batch, n, n). Output: the same.
@@ -167,10 +166,11 @@ def rotate_base(w: Tensor, base: Tensor, *, degree: int = 12) -> Tensor:
     \[ Q = e^{A} B, \qquad A = W B^\top - B W^\top \in \mathfrak{so}(m), \]
 
     for tall matrices (wide ones by transposition). With \(B = I\) (or its leading columns) this is
-    \(e^{W - W^\top}\), where a tall \(W\) is padded by zero columns and the result cropped. With
-    \(W = B\) it is \(B\) itself, and the differential there reaches the whole tangent space. When
-    m >= 3 n the exponential is taken of a 3n x 3n matrix instead, since \(A\) has rank at most 2n:
-    \(e^{X Y^\top} B = B + X \varphi_1(Y^\top X)\, Y^\top B\) with \(X = [W, -B]\), \(Y = [B, W]\).
+    \(e^{W - W^\top}\), where a tall \(W\) is padded by zero columns and the result is cropped. With
+    \(W = B\) the result is \(B\) itself, and the differential there reaches the whole tangent
+    space. When m >= 3 n, the exponential of a 3n x 3n matrix is computed instead, because \(A\) has
+    rank at most 2n: \(e^{X Y^\top} B = B + X \varphi_1(Y^\top X)\, Y^\top B\) with \(X = [W, -B]\),
+    \(Y = [B, W]\).
 
     Args:
         w: Coordinates, of any norm.
@@ -232,14 +232,14 @@ class _RotatedBase(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, b: Tensor, degree: int) -> Tensor:
-        result, scale, _ = recentred_polar(_rotated(x, b, degree))
-        save_centred(ctx, scale, x, b, result)
+        result, scale, _ = recentered_polar(_rotated(x, b, degree))
+        save_centered(ctx, scale, x, b, result)
         ctx.degree = degree
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x, b, result), scale = saved_centred(ctx)
+        (x, b, result), scale = saved_centered(ctx)
         wanted = [i for i in range(2) if ctx.needs_input_grad[i]]
         again = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -250,7 +250,7 @@ class _RotatedBase(torch.autograd.Function):
             if again:  # differentiated again
                 rotated = polar(rotated)
             else:
-                grad = centred_gradient(result, scale, grad)
+                grad = centered_gradient(result, scale, grad)
             found = torch.autograd.grad(
                 rotated, [inputs[i] for i in wanted], grad, create_graph=again
             )

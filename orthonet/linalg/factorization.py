@@ -31,9 +31,9 @@ _HOUSEHOLDER, _CHOLESKY, _SHIFTED = range(3)
 
 @on_tall
 def qr(w: Tensor) -> Tensor:
-    r"""Orthogonal factor by Householder reflections, with the diagonal of \(R\) made non-negative.
+    r"""Return the orthogonal factor by Householder reflections.
 
-    A zero on that diagonal keeps its direction (its sign is taken as +1), so rank is never dropped.
+    The diagonal of \(R\) is non-negative. A zero on it counts as positive, so rank is never lost.
 
     Shape:
         `w`: (*batch, m, n). Output: the same.
@@ -41,8 +41,8 @@ def qr(w: Tensor) -> Tensor:
     Guarantee:
         \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) (float32), \(10^{-12}\) (float64) for every finite
         input, rank-deficient and zero included. Gradients are finite: diagonal entries of \(R\)
-        below \(8\,\mathrm{eps}\) of the largest are taken as that in backward. Differentiable
-        again.
+        below \(8\,\mathrm{eps}\) of the largest are replaced by that value in backward. The
+        gradient can be differentiated again.
 
     Raises:
         ValueError: `w` has a NaN or infinite entry.
@@ -56,18 +56,18 @@ def qr(w: Tensor) -> Tensor:
 
 @on_tall
 def cholesky_qr(w: Tensor, *, shifted: bool = False) -> Tensor:
-    r"""Orthogonal factor by Cholesky-QR2.
+    r"""Return the orthogonal factor by Cholesky-QR2.
 
-    Two rounds of \(L L^\top = W^\top W,\ W \leftarrow W L^{-\top}\), of which the second removes
-    what the squared condition number leaves of the first. Matrices for
-    which the Gram matrix is not positive definite enough, which is measured, go through a round
-    with a relative diagonal shift first (Cholesky-QR3), and those still failing through
-    Householder reflections: the result is the function of [`qr`][orthonet.linalg.qr] always.
+    Two rounds of \(L L^\top = W^\top W,\ W \leftarrow W L^{-\top}\), are run; the second removes
+    the error that the squared condition number leaves after the first. If the measured Gram matrix
+    is not positive definite enough, a round with a relative diagonal shift comes first
+    (Cholesky-QR3). Matrices that still fail go through Householder reflections. The result is
+    always the function of [`qr`][orthonet.linalg.qr].
 
     Args:
         w: Matrices of any scale and rank.
-        shifted: Begin with the shifted round in any case, which spares ill-conditioned matrices
-            (condition above about 1e3 in float32) the failed attempt.
+        shifted: Always begin with the shifted round. This saves the failed attempt on
+            ill-conditioned matrices (condition above about 1e3 in float32).
 
     Shape:
         `w`: (*batch, m, n). Output: the same. All factorizations are of size min(m, n).

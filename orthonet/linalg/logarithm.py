@@ -15,14 +15,13 @@ _TERMS = 13  # tan(pi / 32)^27 / 27 < 1e-28 after three roots
 
 
 def rotation_logarithm(q: Tensor) -> Tensor:
-    r"""The shortest skew-symmetric A with \(e^A = Q\), for orthogonal Q of determinant 1.
+    r"""Return the shortest skew-symmetric A with \(e^A = Q\), for orthogonal Q of determinant 1.
 
-    The planes that Q turns by more than a right angle are split off by the eigenvectors of
-    \(Q + Q^\top\) and treated as \(-Q\) there, so that rotations by \(\pi\) are no exception (their
-    logarithm is one of several of the same length). What is left has a logarithm by three square
-    roots and the series \(\log Q = 2 \sum_j Y^{2j+1} / (2j+1)\) with \(Y = (Q - I)(Q + I)^{-1}\).
-    Computed in float64. The derivative with respect to Q follows by autograd away from
-    rotations by \(\pi\).
+    The eigenvectors of \(Q + Q^\top\) split off the planes that Q turns by more than a right angle.
+    There, \(-Q\) is used, so rotations by \(\pi\) are no exception (their logarithm is one of
+    several of the same length). Three square roots and a series give the logarithm of the rest:
+    \(\log Q = 2 \sum_j Y^{2j+1} / (2j+1)\) with \(Y = (Q - I)(Q + I)^{-1}\). The computation is in
+    float64. Autograd gives the derivative with respect to Q away from rotations by \(\pi\).
 
     Shape:
         `q`: (*batch, n, n). Output: the same.

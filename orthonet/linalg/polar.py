@@ -38,8 +38,8 @@ def bjorck(w: Tensor, *, beta: float = 0.5, niters: int = 12) -> Tensor:
 
     \(W \leftarrow (1 + \beta) W - \beta\, W W^\top W\). With \(\beta = 1/2\) and all singular
     values in \((0, \sqrt 3)\) it converges quadratically to the polar factor; other values of
-    `beta` converge linearly. Nothing is scaled or checked: see [`polar`][orthonet.linalg.polar]
-    for a function that always arrives.
+    `beta` converge linearly. Nothing is scaled or checked; [`polar`][orthonet.linalg.polar] always
+    converges.
 
     Args:
         w: Matrices, of spectral norm at most 1 for a safe start.
@@ -50,7 +50,7 @@ def bjorck(w: Tensor, *, beta: float = 0.5, niters: int = 12) -> Tensor:
         `w`: (*batch, m, n). Output: the same.
 
     Guarantee:
-        None on orthogonality. Autograd differentiates every step (and keeps every iterate).
+        None on orthogonality. Autograd differentiates every step and stores every iterate.
 
     References:
         Björck & Bowie, *An iterative algorithm for computing the best estimate of an orthogonal
@@ -63,12 +63,12 @@ def bjorck(w: Tensor, *, beta: float = 0.5, niters: int = 12) -> Tensor:
 
 @on_tall
 def polar_svd(w: Tensor) -> Tensor:
-    r"""Polar factor from a singular value decomposition, \(U V^\top\); defined for every input.
+    r"""Return the polar factor \(U V^\top\) from a singular value decomposition, for every input.
 
     For a rank-deficient matrix the null directions are completed orthonormally, so the result is
     orthogonal (for zero input: the leading columns of an orthogonal matrix) but not unique.
-    Autograd through it is undefined at repeated singular values: use
-    [`polar`][orthonet.linalg.polar] to train.
+    Autograd is undefined at repeated singular values: to train, use
+    [`polar`][orthonet.linalg.polar].
 
     Shape:
         `w`: (*batch, m, n). Output: the same.
@@ -86,25 +86,25 @@ def polar(
     beta: float | None = None,
     niters: int | None = None,
 ) -> Tensor:
-    r"""Nearest semi-orthogonal matrix, to working precision, whatever the input.
+    r"""Return the nearest semi-orthogonal matrix, to working precision, for every input.
 
-    By default the way there is chosen from the Gram matrix, per call: a polynomial in
-    \(E = W^\top W / c^2 - I\) of certified degree where a bound of \(\|E\|\) is at most 0.35 (2 to
-    8 matrix products), its eigendecomposition where the measured residual confirms that to
-    rounding (condition numbers up to about 12 to 40), and beyond that scaled Newton-Schulz steps,
-    which end in an SVD where they make no progress (rank-deficient, zero).
+    By default each call chooses the method from the Gram matrix. It uses a polynomial in \(E =
+    W^\top W / c^2 - I\) of certified degree where a bound of \(\|E\|\) is at most 0.35 (2 to 8
+    matrix products). It uses the eigendecomposition where the measured residual confirms the result
+    to rounding (condition numbers up to about 12 to 40). Beyond that it takes scaled Newton-Schulz
+    steps, and an SVD where they make no progress (rank-deficient, zero).
 
-    With `beta` or `niters`, Björck steps take the place of the eigendecomposition: they begin where
-    the polynomials do not reach, and end, after `niters` of them at most, as soon as a bound of
-    \(\|E\|\) shows that these reach. Matrices that are not there then are finished by further steps
+    With `beta` or `niters`, Björck steps replace the eigendecomposition. They begin where the
+    polynomials do not apply, and end as soon as a bound of \(\|E\|\) shows that the polynomials do,
+    after at most `niters` steps. Matrices that have not converged are finished by further steps
     while these make progress, and by an SVD otherwise.
 
     The gradient is implicit: with \(W = U H\) and an incoming gradient \(G\),
 
     \[ \nabla_W = U K + (I - U U^\top)\, G H^{-1}, \qquad H K + K H = U^\top G - G^\top U, \]
 
-    so that nothing but `w` and one matrix of its size (the result, or the eigenvectors of H) is
-    kept for backward. It can be differentiated again.
+    so only `w` and one matrix of its size (the result, or the eigenvectors of H) are stored for
+    backward. The gradient can be differentiated again.
 
     Args:
         w: Matrices of any scale and rank.
@@ -223,7 +223,7 @@ class _PolarForward(_Polar):
         return du, None, None
 
 
-def save_centred(ctx: Any, scale: Tensor | float, *tensors: Tensor) -> None:
+def save_centered(ctx: Any, scale: Tensor | float, *tensors: Tensor) -> None:
     """Keep tensors and a scale, which may be a number, for backward."""
     if isinstance(scale, Tensor):
         ctx.save_for_backward(*tensors, scale)
@@ -232,7 +232,7 @@ def save_centred(ctx: Any, scale: Tensor | float, *tensors: Tensor) -> None:
     ctx.scale = None if isinstance(scale, Tensor) else scale
 
 
-def saved_centred(ctx: Any) -> tuple[tuple[Tensor, ...], Tensor | float]:
-    """What `save_centred` has kept."""
+def saved_centered(ctx: Any) -> tuple[tuple[Tensor, ...], Tensor | float]:
+    """What `save_centered` has kept."""
     tensors = ctx.saved_tensors
     return (tensors[:-1], tensors[-1]) if ctx.scale is None else (tensors, ctx.scale)

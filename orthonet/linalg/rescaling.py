@@ -59,7 +59,7 @@ def gershgorin_scale(
     groups: int = 1,
     weights: Tensor | None = None,
 ) -> Tensor:
-    r"""A positive diagonal T with \(T \succeq K K^\top\), one number for each row (output channel).
+    r"""Return a diagonal T with \(T \succeq K K^\top\), one number for each row (output channel).
 
     \(t_i = \sum_j |K K^\top|_{ij}\, q_j / q_i\), where the modulus of a convolution is the sum of
     the moduli over all lags: \(T - K K^\top\) is diagonally dominant after scaling by q.
@@ -67,7 +67,7 @@ def gershgorin_scale(
     Args:
         kernel: Matrix or kernel.
         groups: Groups of the convolution.
-        weights: Positive q, one for each row; ones if None.
+        weights: Positive numbers q, one for each row; ones if None.
 
     Shape:
         `kernel`: (c_out, c_in / groups, *taps), up to three tap dims. Output: (c_out,); 0 for a
@@ -88,11 +88,11 @@ def gershgorin_scale(
 
 
 def almost_orthogonal(kernel: Tensor, *, groups: int = 1) -> Tensor:
-    r"""Almost-orthogonal (AOL) rescaling: norm at most 1, and orthogonal kernels stay.
+    r"""Rescale to norm at most 1 by the almost-orthogonal (AOL) rule; orthogonal kernels stay.
 
-    Columns (input channels) are divided by \(\big(\sum_j |P^\top P|_{ij}\big)^{1/2}\), moduli of
-    convolutions summed over the lags; rows likewise when there are fewer of them, which loses
-    less. A zero column stays zero.
+    Columns (input channels) are divided by \(\big(\sum_j |P^\top P|_{ij}\big)^{1/2}\), with the
+    moduli of convolutions summed over the lags. If there are fewer rows than columns, the rows are
+    divided instead, which loses less. A zero column stays zero.
 
     Args:
         kernel: Matrix or kernel, of any scale.
@@ -135,7 +135,7 @@ def normalized_frobenius(kernel: Tensor, *, groups: int = 1, reads: int | None =
     Args:
         kernel: Matrix or kernel, of any scale.
         groups: Groups of the convolution.
-        reads: How many windows read one pixel, see `overlap`; None if that is not known.
+        reads: How many windows read one pixel, see `overlap`; None if it is not known.
 
     Shape:
         (c_out, c_in / groups, *taps), up to three tap dims. Output: the same; a zero group stays
@@ -165,12 +165,12 @@ _PRODUCTS_A_SCALE = 3  # from norm 1 the largest entry falls to no less than ran
 
 
 def convolution_norm_upper(kernel: Tensor, *, groups: int = 1, niters: int = 6) -> Tensor:
-    r"""A differentiable upper bound of the norm of a convolution on every grid.
+    r"""Return a differentiable upper bound of the norm of a convolution on every grid.
 
-    The squared length \(\|S(f) x\|^2\) of the symbol's image is a trigonometric polynomial of
+    The squared length \(\|S(f) x\|^2\) of the image of the symbol is a trigonometric polynomial of
     degree k - 1 in each frequency. Its maximum is at most \(\prod_d 1 / \cos(\pi (k_d - 1) / N_d)\)
-    times that over a grid of \(N_d\) frequencies, here \(N = 12 (k - 1)\); the norm at these is
-    bounded by Gram iteration, \(\|S\|_2 \le \|G_n\|_F^{2^{-n}}\).
+    times its maximum over a grid of \(N_d\) frequencies, here \(N = 12 (k - 1)\). Gram iteration
+    bounds the norm at these frequencies, \(\|S\|_2 \le \|G_n\|_F^{2^{-n}}\).
 
     Args:
         kernel: Matrix or kernel.

@@ -1,9 +1,9 @@
 r"""Retractions: bring batches of matrices back to a multiple of an orthogonal matrix.
 
-A parameter of a constrained weight stands at the *centre*, \(M = c\,U\) with \(U\) semi-orthogonal
+A parameter of a constrained weight stands at the *center*, \(M = c\,U\) with \(U\) semi-orthogonal
 and \(c = \|M\|_F / \sqrt n\). A step of an optimizer moves it off by little. `retract` moves every
-matrix back to the centre, to the same point of the manifold that its map gives for it and with the
-same norm. At the centre, the pull-back of a gradient is exact in closed form.
+matrix back to the center, to the same point of the manifold that its map gives for it and with the
+same norm. At the center, the pull-back of a gradient is exact in closed form.
 
 Two maps have it: the polar factor and the orthogonal factor of a QR decomposition. Matrices may be
 tall or wide; each product is of the small side.
@@ -30,10 +30,10 @@ from orthonet.linalg.matrix import (
 )
 from orthonet.linalg.polar import polar
 from orthonet.linalg.polar_factor import series
-from orthonet.linalg.polar_factor.gradient import centred_gradient
-from orthonet.linalg.polar_factor.steps import near_pass, recentred_polar
+from orthonet.linalg.polar_factor.gradient import centered_gradient
+from orthonet.linalg.polar_factor.steps import near_pass, recentered_polar
 
-__all__ = ["POLAR", "QR", "CentredMap", "Moved", "centre", "retract"]
+__all__ = ["POLAR", "QR", "CenteredMap", "Moved", "center", "retract"]
 
 
 class _Measured(NamedTuple):
@@ -73,7 +73,7 @@ def _norms(a: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a, dim=(-2, -1)).reshape(-1)
 
 
-class CentredMap(abc.ABC):
+class CenteredMap(abc.ABC):
     r"""A map from matrices to semi-orthogonal ones that is invariant under positive factors.
 
     Attributes:
@@ -92,18 +92,18 @@ class CentredMap(abc.ABC):
 
     @abc.abstractmethod
     def finish(self, measured: _Measured, bound: float) -> Tensor:
-        """The centred matrices c U, by a program that `bound` alone decides; nothing is read."""
+        """The centered matrices c U, by a program that `bound` alone decides; nothing is read."""
 
     @abc.abstractmethod
     def far(self, x: Tensor) -> Tensor:
-        """The centred matrices of any finite ones; the host reads as often as it must."""
+        """The centered matrices of any finite ones; the host reads as often as it must."""
 
     @abc.abstractmethod
     def turned(self, s: Tensor) -> Tensor:
         r"""The K of the pull-back \((G - U (S - K)) / c\) for \(S = U^\top G\)."""
 
     def pull_back(self, u: Tensor, scale: Tensor, grad: Tensor) -> Tensor:
-        r"""The gradient of M = c U from that of U, at the centre, exactly.
+        r"""The gradient of M = c U from that of U, at the center, exactly.
 
         \((G - U (S - K(S))) / c\) with \(S = U^\top G\), and \(U K / c\) for square U; wide
         matrices by transposition.
@@ -124,7 +124,7 @@ class CentredMap(abc.ABC):
         return f"<the {self.name} map>"
 
 
-class _Polar(CentredMap):
+class _Polar(CenteredMap):
     r"""\(U = M (M^\top M)^{-1/2}\): \(M p(E)\) with a polynomial of certified error."""
 
     name, squares, limit = "polar", True, 0.62
@@ -160,7 +160,7 @@ class _Polar(CentredMap):
 
     def far(self, x: Tensor) -> Tensor:
         tall = x.mT if _wide(x) else x
-        u, scale, _ = recentred_polar(tall)
+        u, scale, _ = recentered_polar(tall)
         y = u * scale
         return y.mT.contiguous() if _wide(x) else y
 
@@ -172,8 +172,8 @@ class _Polar(CentredMap):
 
     def pull_back(self, u: Tensor, scale: Tensor, grad: Tensor) -> Tensor:
         if _wide(u):
-            return centred_gradient(u.mT, scale, grad.mT).mT
-        return centred_gradient(u, scale, grad)
+            return centered_gradient(u.mT, scale, grad.mT).mT
+        return centered_gradient(u, scale, grad)
 
 
 def _rounded_up(bound: float, steps: float, limit: float) -> float:
@@ -181,7 +181,7 @@ def _rounded_up(bound: float, steps: float, limit: float) -> float:
     return min(limit, 2.0 ** (math.ceil(steps * math.log2(bound)) / steps))
 
 
-class _QR(CentredMap):
+class _QR(CenteredMap):
     r"""Q of \(M = Q R\) with a positive diagonal of R (wide: \(M = L Q\)), by Cholesky.
 
     One round \(L L^\top = M^\top M / c^2\), \(M L^{-\top}\), is accurate to rounding times the
@@ -216,17 +216,17 @@ class _QR(CentredMap):
         return minus_transpose(s).tril_(-1)
 
 
-POLAR: CentredMap = _Polar()
-QR: CentredMap = _QR()
+POLAR: CenteredMap = _Polar()
+QR: CenteredMap = _QR()
 
 
 class Moved(NamedTuple):
     """What `retract` has made of one batch.
 
     Attributes:
-        point: (*batch, m, n), the centred matrices c U; the input itself where nothing moves.
+        point: (*batch, m, n), the centered matrices c U; the input itself where nothing moves.
         written: For each matrix, whether it differs from the input.
-        good: For each matrix, whether it is centred. A zero or non-finite one is not.
+        good: For each matrix, whether it is centered. A zero or non-finite one is not.
         squared: Whether the square of the defect was needed.
     """
 
@@ -236,8 +236,8 @@ class Moved(NamedTuple):
     squared: bool
 
 
-def centre(point: Tensor) -> tuple[Tensor, Tensor]:
-    r"""U and c of centred matrices: \(c = \|M\|_F / \sqrt n\), (*batch, 1, 1), and \(U = M / c\).
+def center(point: Tensor) -> tuple[Tensor, Tensor]:
+    r"""U and c of centered matrices: \(c = \|M\|_F / \sqrt n\), (*batch, 1, 1), and \(U = M / c\).
 
     A function of the matrix alone, so that it gives the same bits for the matrix that a step has
     left and for the one that a checkpoint has kept.
@@ -251,18 +251,18 @@ def centre(point: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def retract(
-    batches: Sequence[tuple[Tensor, CentredMap]],
+    batches: Sequence[tuple[Tensor, CenteredMap]],
     *,
     move: bool = True,
     squares: Sequence[bool] = (),
     unit: bool = False,
 ) -> list[Moved]:
-    r"""Bring all matrices of all batches to the centre; the host reads once.
+    r"""Bring all matrices of all batches to the center; the host reads once.
 
     The bounds of \(\|E\|_2\), \(E = M^\top M / c^2 - I\), of all batches are read together. They
     choose the shortest program that reaches rounding for each batch, so the result depends on the
     matrices alone. Matrices beyond the reach of the programs (a jump) take the general way, which
-    reads more. What is centred to rounding already is left as it is, bit for bit.
+    reads more. What is centered to rounding already is left as it is, bit for bit.
 
     Args:
         batches: Matrices (*batch, m, n) of float32 or float64, each with its map.
@@ -318,7 +318,7 @@ def _read(tensors: list[Tensor]) -> list[list[float]]:
 
 
 def _moved(
-    way: CentredMap,
+    way: CenteredMap,
     measured: _Measured,
     first: list[float],
     second: list[float] | None,
@@ -335,22 +335,22 @@ def _moved(
         measured = measured._replace(square=symmetric_product(measured.e, measured.e))
         (second,) = _read([_norms(measured.square)])  # type: ignore[list-item]
     both = first if second is None else _lower(first, second)
-    centred = [bound <= low for bound in both]
+    centered = [bound <= low for bound in both]
     for i, bound in enumerate(() if measured.mean is None else both):
         if low < bound <= 4.0 * low and min(x.shape[-2:]) >= _NOISY:
             one = x if x.ndim == 2 else x.reshape(-1, *x.shape[-2:])[i]
-            centred[i] = _bound_in_double(one) <= low
-    if not move or all(centred):
-        return Moved(x, [False] * count, centred, False)
+            centered[i] = _bound_in_double(one) <= low
+    if not move or all(centered):
+        return Moved(x, [False] * count, centered, False)
     bounds = both if squared else first
     if not squared:
         measured = measured._replace(square=None)
     reached = [bound <= way.limit for bound in bounds]  # false for NaN
     if all(reached):
         y = way.finish(measured, max(bounds)).contiguous()
-        if not any(centred):
+        if not any(centered):
             return Moved(y, [True] * count, [True] * count, squared)
-        return Moved(_chosen(centred, x, y), [not c for c in centred], [True] * count, squared)
+        return Moved(_chosen(centered, x, y), [not c for c in centered], [True] * count, squared)
     y, good = _one_by_one(x, way, reached, measured.mean is None)
     return Moved(y, good, good, squared)
 
@@ -391,7 +391,7 @@ def _chosen(left: list[bool], x: Tensor, y: Tensor) -> Tensor:
 
 
 def _one_by_one(
-    x: Tensor, way: CentredMap, reached: list[bool], unit: bool
+    x: Tensor, way: CenteredMap, reached: list[bool], unit: bool
 ) -> tuple[Tensor, list[bool]]:
     """Every matrix by its own program, after a jump of at least one of them."""
     flat = x.reshape(-1, *x.shape[-2:])

@@ -21,9 +21,9 @@ def haar(
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Semi-orthogonal matrices drawn from the Haar (uniform) distribution.
+    r"""Draw semi-orthogonal matrices from the Haar (uniform) distribution.
 
-    The orthogonal factor of a Gaussian matrix whose \(R\) has a positive diagonal.
+    They are the orthogonal factors of Gaussian matrices, with a positive diagonal of \(R\).
 
     Args:
         shape: (*batch, m, n).

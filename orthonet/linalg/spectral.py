@@ -82,7 +82,7 @@ def gram_iteration(w: Tensor, *, niters: int = 6) -> Tensor:
     r"""Bound the spectral norm from above by Gram iteration.
 
     \(G_0 = W,\ G_{k+1} = G_k^\top G_k\), and \(\|W\|_2 \le \|G_K\|_F^{2^{-K}}\), rescaled against
-    overflow. Converges to \(\|W\|_2\) faster than linearly.
+    overflow. The bound converges to \(\|W\|_2\) faster than linearly.
 
     Args:
         w: Matrices.

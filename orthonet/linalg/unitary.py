@@ -20,10 +20,10 @@ __all__ = [
 
 
 def polish(q: Tensor) -> Tensor:
-    r"""One step \(\sigma \mapsto \sigma (3 - \sigma^2) / 2\) on the smaller side.
+    r"""Take one step \(\sigma \mapsto \sigma (3 - \sigma^2) / 2\) on the smaller side.
 
-    It squares the distance of a singular value from 1 and, as the map has its maximum 1 at 1,
-    leaves none above 1 that was at most \(\sqrt 3\).
+    The step squares the distance of a singular value from 1. The map has its maximum 1 at 1, so no
+    singular value that was at most \(\sqrt 3\) ends above 1.
 
     Shape:
         (*batch, m, n), real or complex. Output: the same.
@@ -34,14 +34,14 @@ def polish(q: Tensor) -> Tensor:
 
 
 def cayley_rectangular(w: Tensor) -> Tensor:
-    r"""The Cayley transform of a matrix with any sides, real or complex.
+    r"""Return the Cayley transform of a matrix of any shape, real or complex.
 
     For tall \(W = [U; V]\) with square U and \(A = U - U^* + V^* V\),
 
     \[ Q = \begin{bmatrix} (I + A)^{-1} (I - A) \\ -2 V (I + A)^{-1} \end{bmatrix},
        \qquad Q^* Q = I; \]
 
-    wide matrices by transposition. Entries beyond a norm of about 30 are scaled down first, which
+    wide matrices by transposition. Matrices of norm above about 30 are scaled down first, which
     keeps \(I + A\) well conditioned; one `polish` follows.
 
     Shape:
@@ -76,9 +76,9 @@ _REACH = 30.0
 
 
 def cayley_parameter(q: Tensor) -> Tensor:
-    r"""A matrix that [`cayley_rectangular`][orthonet.linalg.cayley_rectangular] maps near `q`.
+    r"""Return a preimage of `q` under [`cayley_rectangular`][orthonet.linalg.cayley_rectangular].
 
-    Exact for semi-unitary q whose leading square block has no eigenvalue near -1.
+    It is exact for semi-unitary q whose leading square block has no eigenvalue near -1.
 
     Shape:
         (*batch, m, n). Output: the same.
@@ -95,7 +95,7 @@ def cayley_parameter(q: Tensor) -> Tensor:
 
 
 def block_reflector(v: Tensor) -> Tensor:
-    r"""The reflection \(I - 2 V (V^* V)^{-1} V^*\) at the complement of the columns of V.
+    r"""Return the reflection \(I - 2 V (V^* V)^{-1} V^*\) at the complement of the columns of V.
 
     The columns are scaled to unit length, a small multiple of the identity is added to the Gram
     matrix, and three McWeeny steps \(P \mapsto 3 P^2 - 2 P^3\) make the projector exact where V is
@@ -133,11 +133,11 @@ def block_reflector(v: Tensor) -> Tensor:
 
 
 def cholesky_contraction(w: Tensor) -> Tensor:
-    r"""\(L^{-1} W\) with \(L L^\top = W W^\top + \varepsilon I\): orthogonalization with a ridge.
+    r"""Orthogonalize with a ridge: \(L^{-1} W\) with \(L L^\top = W W^\top + \varepsilon I\).
 
-    Then \(Q Q^\top = I - \varepsilon L^{-1} L^{-\top} \preceq I\) whatever W is; rows are scaled
-    to unit length first, and \(\varepsilon\) is \(10^{-4}\) in float32 and \(10^{-9}\) in float64.
-    One `polish` follows. Tall matrices by transposition.
+    Then \(Q Q^\top = I - \varepsilon L^{-1} L^{-\top} \preceq I\) for every W. Rows are scaled to
+    unit length first, and \(\varepsilon\) is \(10^{-4}\) in float32 and \(10^{-9}\) in float64. One
+    `polish` follows. Tall matrices are treated by transposition.
 
     Shape:
         (*batch, m, n). Output: the same.
@@ -163,20 +163,20 @@ def cholesky_contraction(w: Tensor) -> Tensor:
 
 
 def unitary_polar(w: Tensor) -> Tensor:
-    r"""The nearest semi-unitary matrix of real or complex matrices, \(W (W^* W)^{-1/2}\).
+    r"""Return the nearest semi-unitary matrix of real or complex matrices, \(W (W^* W)^{-1/2}\).
 
-    From the eigenvectors of the Gram matrix and two Newton steps \(U \mapsto U (3 I - U^* U) / 2\);
-    blocks whose measured residual is too large then are done again by a singular value
-    decomposition. The gradient is implicit, as for [`polar`][orthonet.linalg.polar], and can not be
-    differentiated again.
+    It is computed from the eigenvectors of the Gram matrix and two Newton steps \(U \mapsto U (3 I
+    - U^* U) / 2\). Blocks whose measured residual is too large are computed again by a singular
+    value decomposition. The gradient is implicit, as for [`polar`][orthonet.linalg.polar], and
+    cannot be differentiated again.
 
     Shape:
         (*batch, m, n). Output: the same.
 
     Guarantee:
         \(\max |\sigma - 1| \le 10^{-5}\) in single precision, \(10^{-12}\) in double, for every
-        finite input. Gradients are finite: singular values below 8 eps of the largest count as
-        that.
+        finite input. Gradients are finite: singular values below 8 eps of the largest are replaced
+        by that value.
 
     References:
         Xu, Li & Li, *LOT: layer-wise orthogonal training on improving l2 certified robustness*,

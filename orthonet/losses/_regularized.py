@@ -1,4 +1,4 @@
-"""Losses beside the cross-entropy: EMMA, logit annealing, certificate regularization, TRADES."""
+"""Losses beyond cross-entropy: EMMA, logit annealing, certificate regularization, TRADES."""
 
 from __future__ import annotations
 

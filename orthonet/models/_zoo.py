@@ -23,7 +23,7 @@ from orthonet.models._parts import scaled
 from orthonet.models._registry import register
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
-# Methods whose kernels have one tap: the rearranged pixels give them their neighbourhood.
+# Methods whose kernels have one tap: the rearranged pixels give them their neighborhood.
 _ONE_TAP = ("cholesky",)
 
 

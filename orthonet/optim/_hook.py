@@ -51,7 +51,7 @@ def retract_after_step(
         params: The parameters to keep semi-orthogonal; all that the optimizer has if None.
         riemannian: Whether to replace the gradients by their tangent parts
             \(G - X\,\mathrm{sym}(X^\top G)\) before each step, in place, so that what the optimizer
-            accumulates is not spoilt by the normal parts, which do not move anything.
+            accumulates is not spoiled by the normal parts, which do not move anything.
         process_group: With one, each of its processes retracts its part of the matrices and all
             receive the results.
 

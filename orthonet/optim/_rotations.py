@@ -131,17 +131,17 @@ def coefficients(reach: float, dtype: torch.dtype) -> tuple[float, ...]:
     grown = (1.0 - reach) ** -2.5
     if dtype == torch.float64:
         return (1.0, 0.5, -0.125) if reach**3 / 8.0 * grown <= unit else ()
-    centre, half = -reach / 2.0, reach / 2.0
+    center, half = -reach / 2.0, reach / 2.0
     if reach**2 / 32.0 * grown <= unit:
-        low, high = (math.sqrt(1.0 + centre + sign * half * math.sqrt(0.5)) for sign in (-1, 1))
+        low, high = (math.sqrt(1.0 + center + sign * half * math.sqrt(0.5)) for sign in (-1, 1))
         slope = 1.0 / (low + high)  # (high - low) / (high^2 - low^2)
-        return (low + high) / 2.0 - slope * centre, slope
+        return (low + high) / 2.0 - slope * center, slope
     if reach**3 / 256.0 * grown <= unit:
         offset = half * math.sqrt(0.75)
-        low, middle, high = (math.sqrt(1.0 + centre + sign * offset) for sign in (-1, 0, 1))
+        low, middle, high = (math.sqrt(1.0 + center + sign * offset) for sign in (-1, 0, 1))
         slope, bend = 1.0 / (low + high), (high - 2.0 * middle + low) / (2.0 * offset**2)
-        constant = middle - slope * centre + bend * centre**2
-        return constant, slope - 2.0 * bend * centre, bend
+        constant = middle - slope * center + bend * center**2
+        return constant, slope - 2.0 * bend * center, bend
     return ()
 
 

@@ -46,7 +46,7 @@ class OrthoKernel(Weight):
     (`ranks="half"`), or \(Q_f = V_f\,\mathrm{diag}(w_f)\,V_f^\top\) with a square \(V_f\) and
     learned \(w_f \in \{0, 1\}^c\) (`ranks="free"`). All factors of a kind are orthogonalized as one
     batch. With one channel a paraunitary factor can only be a delay; half of them are taken as
-    delays (`"half"`), which centres the kernel, or each is learned (`"free"`).
+    delays (`"half"`), which centers the kernel, or each is learned (`"free"`).
 
     **What `ranks="free"` adds.** At stride 1 the factors then make *every* separable orthogonal
     kernel \(\prod_d K_d(z_d)\): if \(M(z) = \sum_{t=0}^{L} M_t z^t\) has

@@ -41,7 +41,7 @@ class BatchedPolarOrthogonalization(Orthogonalizer):
         retractions on matrix manifolds*, SIAM J. Optim. 22 (2012).
     """
 
-    centred = POLAR
+    centered = POLAR
 
     def _orthogonalize(self, w: Tensor) -> Tensor:
         return polar(w)

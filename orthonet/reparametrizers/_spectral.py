@@ -28,7 +28,7 @@ class FourierWeight(Weight):
         function: The map g on batches of complex matrices; it can be pickled.
         dilation: Spacing of the taps.
         noise: Size of the random part of the first kernel, beside a semi-orthogonal central tap.
-        centre: Whether the first kernel has this central tap.
+        center: Whether the first kernel has this central tap.
         device: Device of the kernel.
         dtype: Floating-point dtype of the kernel.
 
@@ -42,7 +42,7 @@ class FourierWeight(Weight):
         function: Callable[[Tensor], Tensor],
         dilation: tuple[int, int] = (1, 1),
         noise: float = 0.1,
-        centre: bool = True,
+        center: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -51,7 +51,7 @@ class FourierWeight(Weight):
         self.function = function
         self.dilation = dilation
         self.noise = noise
-        self.centre = centre
+        self.center = center
         self._size = (1, 1)
         self.original = nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype))
         self.reset_parameters()
@@ -84,7 +84,7 @@ class FourierWeight(Weight):
         kernel = self.original
         fan = kernel.shape[2] * kernel[0, 0, 0].numel()
         value = torch.randn_like(kernel) * (self.noise * fan**-0.5)
-        if self.centre:
+        if self.center:
             kh, kw = ((k - 1) // 2 for k in kernel.shape[-2:])
             value[..., kh, kw] += haar(kernel.shape[:3], device=kernel.device).to(kernel.dtype)
         kernel.copy_(value)

@@ -11,7 +11,7 @@ from orthonet import _checks, _torch
 from orthonet.linalg import haar, polar_svd
 from orthonet.linalg.distributed import whole
 from orthonet.linalg.matrix import compute_dtype
-from orthonet.linalg.retraction import POLAR, QR, CentredMap
+from orthonet.linalg.retraction import POLAR, QR, CenteredMap
 from orthonet.reparametrizers._normalizers import BatchedIdentity, BatchedPowerIteration
 from orthonet.reparametrizers.orthogonalizers import Orthogonalizer, require_semi_orthogonal
 from orthonet.reparametrizers.params import (
@@ -85,7 +85,7 @@ class OrthoWeight(RecordedWeight):
         return self.original.shape
 
     @property
-    def map(self) -> CentredMap | None:
+    def map(self) -> CenteredMap | None:
         """That of the orthogonalizer, where the normalizer does not change the result."""
         cls = type(self)
         if cls.evaluate is not OrthoWeight.evaluate or cls.compute is not OrthoWeight.compute:

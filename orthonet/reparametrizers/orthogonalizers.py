@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg import cholesky_qr, polar, qr, rotate_base
-from orthonet.linalg.retraction import POLAR, QR, CentredMap
+from orthonet.linalg.retraction import POLAR, QR, CenteredMap
 
 __all__ = [
     "BatchedBjorckOrthogonalization",
@@ -63,19 +63,19 @@ class Orthogonalizer(nn.Module, abc.ABC):
         weight_shape: Shape (*batch, m, n) of the weights.
 
     Attributes:
-        centred: The map that a class computes, if it has a centre: its parameters are then kept
+        centered: The map that a class computes, if it has a center: its parameters are then kept
             there after optimizer steps. A subclass computes something else, for all that is known:
             it has to name its map again.
         exact: Whether the gradient is that of the map.
     """
 
-    centred: ClassVar[CentredMap | None] = None
+    centered: ClassVar[CenteredMap | None] = None
     exact: bool = True
 
     @property
-    def map(self) -> CentredMap | None:
-        """`centred`, if the very class of the module names it."""
-        return vars(type(self)).get("centred")
+    def map(self) -> CenteredMap | None:
+        """`centered`, if the very class of the module names it."""
+        return vars(type(self)).get("centered")
 
     @property
     def function(self) -> str:
@@ -148,7 +148,7 @@ class BatchedBjorckOrthogonalization(Orthogonalizer):
         approximation*, ICML 2019.
     """
 
-    centred = POLAR
+    centered = POLAR
 
     def __init__(
         self,
@@ -208,7 +208,7 @@ class BatchedCholeskyOrthogonalization(Orthogonalizer):
         robustness*, ICLR 2024, for the use in Lipschitz networks.
     """
 
-    centred = QR
+    centered = QR
 
     def __init__(self, weight_shape: Sequence[int], stable: bool = False) -> None:
         super().__init__(weight_shape)
@@ -239,7 +239,7 @@ class BatchedQROrthogonalization(Orthogonalizer):
         ValueError: `weight_shape` is not a matrix shape, or the weight is not finite.
     """
 
-    centred = QR
+    centered = QR
 
     def _orthogonalize(self, w: Tensor) -> Tensor:
         return qr(w)

@@ -239,7 +239,7 @@ POLAR_ORTHO_PARAMS = OrthoParams(
 POLAR_WARM_ORTHO_PARAMS = POLAR_ORTHO_PARAMS
 """The polar factor, as `POLAR_ORTHO_PARAMS`: every preset starts warm now.
 
-It used to re-centre the parameter in the forward pass. That happens after the optimizer step.
+It used to re-center the parameter in the forward pass. That happens after the optimizer step.
 """
 
 AUTO_ORTHO_PARAMS = CHOLESKY_ORTHO_PARAMS

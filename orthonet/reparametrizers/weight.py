@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks, _torch
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg.retraction import CentredMap
+from orthonet.linalg.retraction import CenteredMap
 
 __all__ = [
     "COMPILED",
@@ -219,8 +219,8 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
         return getattr(self, NUMBER)[1]
 
     @property
-    def map(self) -> CentredMap | None:
-        """The map of which `original` is kept at the centre; None for all others."""
+    def map(self) -> CenteredMap | None:
+        """The map of which `original` is kept at the center; None for all others."""
         return None
 
     def composition(self) -> Composition | None:

@@ -65,7 +65,7 @@ NORMALIZED = {
 
 @pytest.mark.parametrize("name", NORMALIZED)
 def test_rounding_of_normalizations_is_bounded(name):
-    """Beside inputs of any size and of a mean far from zero, where the variance is cancelled."""
+    """Beside inputs of any size and of a mean far from zero, where the variance is canceled."""
     torch.manual_seed(2)
     model, shape = NORMALIZED[name]
     model = model().eval()

@@ -213,7 +213,7 @@ def test_an_orthogonal_network_is_one():
     assert 1.0 - 1e-12 <= mlp_bound(model, effort="default").constant.value <= 1.0001
 
 
-def test_neighbours_are_composed_and_normalization_is_a_diagonal():
+def test_neighbors_are_composed_and_normalization_is_a_diagonal():
     torch.manual_seed(0)
     norm = nn.BatchNorm1d(8)
     norm.running_var.uniform_(0.1, 3.0)

@@ -118,7 +118,7 @@ def test_the_constant_of_a_changed_recurrent_layer_is_not_read_from_its_weights(
         _flat(rnn)
     elif change == "parametrization":
         nn.utils.parametrize.register_parametrization(rnn, "weight_hh_l0", nn.Tanh())
-    with pytest.raises(UncertifiableError, match="must compute what its class does"):
+    with pytest.raises(UncertifiableError, match="must compute what its class defines"):
         recurrent_bound(rnn, 4)
     with pytest.raises(UncertifiableError):
         certify(layers.FinalState(rnn).eval(), torch.zeros(1, 4, 2))

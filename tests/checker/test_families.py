@@ -74,7 +74,7 @@ def test_underflow_that_breaks_a_real_certificate():
 
 
 def power_iteration(weight: np.ndarray, steps: int) -> float:
-    """The estimate that GloRo takes for the norm: it grows towards it from below."""
+    """The estimate that GloRo takes for the norm: it grows toward it from below."""
     v = np.ones(weight.shape[1]) / weight.shape[1] ** 0.5
     for _ in range(steps):
         v = weight.T @ (weight @ v)

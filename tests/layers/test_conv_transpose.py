@@ -104,7 +104,7 @@ def test_export_is_stock_modules_with_equal_outputs(factory, shape):
     torch.testing.assert_close(plain(x), layer(x), atol=1e-6, rtol=0)  # observed 0
 
 
-def test_output_size_is_honoured():
+def test_output_size_is_honored():
     layer = OrthoConvTranspose2d(4, 2, 3, 2, 1)
     x = torch.randn(1, 4, 3, 3)
     assert layer(x).shape[-2:] == (5, 5)

@@ -197,7 +197,7 @@ def test_bad_sizes(layer, sizes, name):
 
 
 def stepped(layer, size=0.1):
-    """The layer after a step of an optimizer, which has left its parameter at the centre."""
+    """The layer after a step of an optimizer, which has left its parameter at the center."""
     raw = layer.parametrization.original
     raw.grad = size * torch.randn_like(raw)
     torch.optim.SGD([raw], lr=1.0).step()
@@ -227,17 +227,17 @@ def test_turned_layer_is_the_plain_one(compiled, preset):
     torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)  # observed 9e-15
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_every_use_of_the_weight_in_a_step_counts(centred):
+@pytest.mark.parametrize("centered", [False, True])
+def test_every_use_of_the_weight_in_a_step_counts(centered):
     layer = OrthoLinear(6, 6, dtype=torch.float64)
     raw = layer.parametrization.original
-    if centred:
+    if centered:
         stepped(layer)
     else:  # moved by another hand: computed by the cold map
         with torch.no_grad():
             raw.add_(0.1 * torch.randn(6, 6))
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    assert (type(layer(x).grad_fn).__name__ == "_TurnedLinearBackward") is centred
+    assert (type(layer(x).grad_fn).__name__ == "_TurnedLinearBackward") is centered
     for _ in range(2):  # accumulated
         hidden = layer(x)
         loss = layer(hidden.sin()).square().sum() + layer.weight[0, 1] + hidden.sum()

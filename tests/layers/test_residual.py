@@ -75,7 +75,7 @@ def test_convex_weight_is_learnable_and_stays_inside(init):
     x = torch.randn(4, 8, dtype=torch.float64)
     torch.testing.assert_close(layer(x), (1 - 2 * init) * x)
     optimizer = torch.optim.SGD(layer.parameters(), lr=10.0)
-    for _ in range(50):  # towards the largest alpha
+    for _ in range(50):  # toward the largest alpha
         optimizer.zero_grad()
         layer(x).mul(x).sum().backward()
         optimizer.step()

@@ -1,32 +1,32 @@
-"""Retractions to the centre: what they promise, whatever the matrices."""
+"""Retractions to the center: what they promise, whatever the matrices."""
 
 import pytest
 import torch
 
 from orthonet.linalg import haar, polar
-from orthonet.linalg.retraction import POLAR, QR, centre, retract
+from orthonet.linalg.retraction import POLAR, QR, center, retract
 from orthonet.testing import tolerances
 
 ways = pytest.mark.parametrize("way", [POLAR, QR], ids=["polar", "qr"])
 
 
 def error(point):
-    """Largest |sigma - 1| of the values U of centred matrices."""
-    u, _ = centre(point)
+    """Largest |sigma - 1| of the values U of centered matrices."""
+    u, _ = center(point)
     return float((torch.linalg.svdvals(u.double()) - 1).abs().max())
 
 
 @ways
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 0.1, 0.5, 3.0])
 @pytest.mark.parametrize("shape", [(16, 16), (3, 24, 8), (8, 24), (256, 256)])
-def test_matrices_are_centred_at_the_value_of_their_map(way, shape, size, dtype):
+def test_matrices_are_centered_at_the_value_of_their_map(way, shape, size, dtype):
     x = 2.5 * haar(shape, dtype=dtype)
     x += size * torch.randn(shape, dtype=dtype) / max(shape[-2:]) ** 0.5
     before = x.clone()
     (moved,) = retract([(x, way)])
     assert all(moved.good) and torch.equal(x, before)
     assert error(moved.point) <= tolerances.PROMISE[dtype]  # observed 7.9e-7 and 1.9e-15
-    u = centre(moved.point)[0].double()
+    u = center(moved.point)[0].double()
     # Up to four products before the last, and their conditioning; observed a fifth of it.
     condition = float(torch.linalg.cond(x.double()).max())
     allowed = tolerances.rounding(dtype, 4 * max(shape[-2:])) * condition
@@ -54,7 +54,7 @@ def test_one_direction_does_not_hide_among_many(way, n):
 def test_the_scale_is_exact_to_rounding(shape):
     """A scale that is off is an error of every singular value."""
     x = 1.7 * haar(shape)
-    _, scale = centre(x)
+    _, scale = center(x)
     exact = torch.linalg.vector_norm(x.double(), dim=(-2, -1), keepdim=True)
     exact *= min(shape[-2:]) ** -0.5
     # observed 7e-8; one sum over all entries of 1024 x 1024 is off by 1e-5

@@ -52,7 +52,7 @@ def descend(optimizer, loss_of, steps) -> list[float]:
 
 @optimizers
 def test_steps_stay_on_every_space_and_descend(make):
-    """Towards a near point of the space, whose squared distance is the loss."""
+    """Toward a near point of the space, whose squared distance is the loss."""
     torch.manual_seed(0)
     dtype = torch.float32
     for space in [*(space for space, _ in [*SPACES, *ALSO]), Unitary()]:

@@ -20,7 +20,7 @@ every_layer = pytest.mark.parametrize(("factory", "shape"), FACTORIES.values(), 
 
 
 def train(layer: nn.Module, x: Tensor, steps: int, lr: float = 1e-2) -> list[float]:
-    """Adam steps towards a random target, then eval mode; returns the losses."""
+    """Adam steps toward a random target, then eval mode; returns the losses."""
     layer.train()
     optimizer = torch.optim.Adam(layer.parameters(), lr=lr)
     target = torch.randn_like(layer(x).detach())

@@ -117,7 +117,7 @@ def test_foreign_checkpoints_are_refused(tmp_path, capsys):
         ({**form, "state_dict": state}, "its configuration cannot be used"),
         ({**form, "config": [3], "state_dict": state}, "its configuration cannot be used"),
         ({**form, "config": {"epochs": 3}, "state_dict": state}, "configuration cannot be used"),
-        ({**form, "config": {**values, "colour": "red"}, "state_dict": state}, "colour"),
+        ({**form, "config": {**values, "color": "red"}, "state_dict": state}, "color"),
         ({**form, "config": {**values, "radii": None}, "state_dict": state}, "cannot be used"),
         (
             {**form, "config": {**values, "model_arguments": {"depth": 3}}, "state_dict": state},

@@ -46,7 +46,7 @@ def test_trains_certifies_and_attacks(run, pictures):
     assert report.config.model_arguments == {"in_shape": (3, 8, 8), "num_classes": 3, **SMALL}
     assert report.evaluation.constant == pytest.approx(1.0, abs=1e-4)  # 1 + 2e-6
     assert report.evaluation.broken == 0
-    assert report.evaluation.accuracy > 0.8  # observed 1.0, one colour for each class
+    assert report.evaluation.accuracy > 0.8  # observed 1.0, one color for each class
     assert len(report.evaluation.radii) == 10
     assert report.history[-1]["test_accuracy"] > 0.8
     names = {"checkpoint.pt", "state.pt", "log.csv", "metrics.json"}

@@ -18,7 +18,7 @@ from orthonet.layers import MaxMin, OrthoLinear
 def make():
     return nn.Sequential(nn.Flatten(), OrthoLinear(64, 16), MaxMin(), OrthoLinear(16, 10))
 
-def colours():
+def colors():
     return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), OrthoLinear(12, 3))
 
 def twice():
@@ -85,7 +85,7 @@ def test_pictures_of_a_folder(nets, tmp_path, capsys):
     pytest.importorskip("torchvision")
     folder = make_pictures(tmp_path / "pictures", 4)
     for data in (folder, folder / "train"):
-        command = f"certify {nets}:colours --data {data} --input-shape 3 8 8 --attack-steps 1"
+        command = f"certify {nets}:colors --data {data} --input-shape 3 8 8 --attack-steps 1"
         assert cli.main([*command.split(), "--quiet"]) == 0
         number = 6 if data == folder else 12  # of `val`, and of the classes themselves
         assert f"({number} images)" in capsys.readouterr().out
@@ -116,7 +116,7 @@ def test_mistakes_are_one_sentence(nets, tmp_path, capsys):
         (f"{nets}:none {shape}", "must return a torch.nn.Module"),
         ("no_such_file:make --data digits", "No module named 'no_such_file'"),
         (f"{nets}:make --data nowhere", "data must be one of digits, mnist5k"),
-        (f"{nets}:colours --data digits", "must take the images, got shape=(1, 1, 8, 8)"),
+        (f"{nets}:colors --data digits", "must take the images, got shape=(1, 1, 8, 8)"),
         (f"{nets}:twice --input-shape 4 8", "must return one tensor"),
         (f"{nets}:make --input-shape 0 8", "input_shape must be an integer >= 1"),
         (f"{nets}:make {shape} --checkpoint absent.pt", "absent.pt"),

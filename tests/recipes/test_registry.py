@@ -27,12 +27,12 @@ class SpiralConfig:
 
     Attributes:
         turns: Turns of the spiral; a whole number.
-        colour: Its colour.
+        color: Its color.
         steps: Optimizer steps.
     """
 
     turns: int = 3
-    colour: str = option("red", choices=("red", "blue"), trains=False)
+    color: str = option("red", choices=("red", "blue"), trains=False)
     steps: tuple[float, ...] = (1.0, 2.0)
 
     def __post_init__(self):
@@ -69,7 +69,7 @@ def one_file(tmp_path, monkeypatch):
 
 def test_a_recipe_is_added_in_one_file(one_file, capsys):
     assert cli.main(["train", "spiral", "--turns", "5", "--steps", "0.5", "--quiet"]) == 0
-    expected = "SpiralConfig(turns=5, colour='red', steps=(0.5,)) in runs/spiral\n"
+    expected = "SpiralConfig(turns=5, color='red', steps=(0.5,)) in runs/spiral\n"
     assert capsys.readouterr().out == expected
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "spiral", "--help"])
@@ -77,15 +77,15 @@ def test_a_recipe_is_added_in_one_file(one_file, capsys):
     assert stopped.value.code == 0
     for words in (
         "A spiral that is wound up.", "--turns N Turns of the spiral (3)",
-        "--colour NAME Its colour: red, blue (red)", "--steps X [X ...] Optimizer steps (1 2)",
+        "--color NAME Its color: red, blue (red)", "--steps X [X ...] Optimizer steps (1 2)",
         "--out DIR Folder of the results (runs/spiral)",
     ):  # fmt: skip
         assert words in text
     assert "--resume" not in text  # `wind` does not take it
     config = recipes.registered()["spiral"].build()
     assert training_fields(config) == {"turns": 3, "steps": (1.0, 2.0)}
-    with pytest.raises(ValueError, match="SpiralConfig: colour must be one of 'red', 'blue'"):
-        dataclasses.replace(config, colour="green")
+    with pytest.raises(ValueError, match="SpiralConfig: color must be one of 'red', 'blue'"):
+        dataclasses.replace(config, color="green")
 
 
 def test_every_option_has_help_and_the_default_of_its_recipe():

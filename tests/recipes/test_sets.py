@@ -200,7 +200,7 @@ TS = """#a comment
 """
 
 
-def test_series_are_padded_and_labelled(tmp_path, monkeypatch):
+def test_series_are_padded_and_labeled(tmp_path, monkeypatch):
     folder = tmp_path / "aeon" / "datasets" / "data" / "Waves"
     folder.mkdir(parents=True)
     (tmp_path / "aeon" / "__init__.py").write_text("raise ImportError('heavy')")  # never imported

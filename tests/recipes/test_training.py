@@ -94,8 +94,8 @@ def test_bad_configurations_are_refused(changes, message):
 
 
 def test_unknown_field_is_refused():
-    with pytest.raises(ValueError, match=r"unknown=\['colour'\]"):
-        TrainConfig.from_dict({**digits().to_dict(), "colour": "red"})
+    with pytest.raises(ValueError, match=r"unknown=\['color'\]"):
+        TrainConfig.from_dict({**digits().to_dict(), "color": "red"})
 
 
 @pytest.mark.parametrize("name", ORTHO_PARAMS)

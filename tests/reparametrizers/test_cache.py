@@ -20,7 +20,7 @@ from orthonet.reparametrizers import (
     register,
 )
 
-# A map without a centre.
+# A map without a center.
 COLD = OrthoParams(BatchedIdentity, BatchedExponentialOrthogonalization)
 
 
@@ -253,7 +253,7 @@ def test_an_old_graph_after_a_step(params, x):
         else:
             y.pow(2).sum().backward()
         results.append(gradients(layer))
-    # The engine's closed form at the centre and the cold gradient of the polar factor: n = 8, some
+    # The engine's closed form at the center and the cold gradient of the polar factor: n = 8, some
     # ten operations an entry, so 1e2 units of 6e-8; 3e-7 was seen.
     for ours, plain in zip(*results, strict=True):
         exact = params is not POLAR_ORTHO_PARAMS

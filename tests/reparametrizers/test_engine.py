@@ -20,7 +20,7 @@ import orthonet
 from benchmarks import _counts as counts
 from orthonet import linalg
 from orthonet.layers import OrthoConv2d, OrthoLinear
-from orthonet.linalg.retraction import POLAR, QR, centre, retract
+from orthonet.linalg.retraction import POLAR, QR, center, retract
 from orthonet.reparametrizers import REEVALUATING_OPTIMIZERS, OrthoWeight, register
 from orthonet.reparametrizers.providers import cold_cache
 from orthonet.reparametrizers.providers.computation import pulled_cold
@@ -124,7 +124,7 @@ def test_retraction_keeps_point_and_norm(way, shape, off, dtype):
     x = 3.7 * (u + 0.5 * off * noise)
     (found,) = retract([(x.clone(), way)])
     assert all(found.good)
-    value, scale = centre(found.point)
+    value, scale = center(found.point)
     assert orthogonality_error(value) <= tolerances.PROMISE[dtype]
     truth = polar_reference(x) if way is POLAR else linalg.qr(x.double())
     # condition number at most 7: n = 20 roundings an entry; 2e-6 and 4e-15 were seen
@@ -139,7 +139,7 @@ def test_retraction_keeps_point_and_norm(way, shape, off, dtype):
 def test_retraction_of_hard_matrices(way, case, dtype):
     x = torch.stack([hard_matrix(case, (7, 5), dtype), linalg.haar((7, 5), dtype=dtype)])
     (found,) = retract([(x.clone(), way)])
-    value, _ = centre(found.point)
+    value, _ = center(found.point)
     for i, good in enumerate(found.good):
         if good:
             assert orthogonality_error(value[i]) <= tolerances.PROMISE[dtype]
@@ -152,7 +152,7 @@ def test_retraction_of_hard_matrices(way, case, dtype):
 
 @pytest.mark.parametrize("way", [POLAR, QR], ids=repr)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_pull_back_at_the_centre(way, shape):
+def test_pull_back_at_the_center(way, shape):
     u = linalg.haar(shape, dtype=torch.float64)
     direction = torch.randn(shape, dtype=torch.float64)
     m = (2.5 * u).requires_grad_()
@@ -172,7 +172,7 @@ def test_the_host_reads_once_for_all_batches():
 
 @pytest.mark.parametrize("way", [POLAR, QR], ids=repr)
 @pytest.mark.parametrize("n", [16, 256, 700])
-def test_what_is_centred_stays_bit_for_bit(way, n):
+def test_what_is_centered_stays_bit_for_bit(way, n):
     x = 1.3 * (linalg.haar((n, n)) + 1e-3 * torch.randn(n, n) / n**0.5)
     (first,) = retract([(x, way)])
     (second,) = retract([(first.point.clone(), way)])
@@ -195,7 +195,7 @@ def test_the_guess_changes_no_bits():
 @presets
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("lr", [1e-4, 1e-2, 1.0])
-def test_centred_and_on_the_manifold_at_every_step(preset, shape, lr, dtype):
+def test_centered_and_on_the_manifold_at_every_step(preset, shape, lr, dtype):
     weight = OrthoWeight(shape, params(preset), dtype=dtype)
     optimizer = torch.optim.Adam(weight.parameters(), lr=lr)
     target = torch.randn(shape, dtype=dtype)
@@ -207,7 +207,7 @@ def test_centred_and_on_the_manifold_at_every_step(preset, shape, lr, dtype):
         w = weight()
         assert orthogonality_error(w.detach()) <= tolerances.PROMISE[dtype]
         assert torch.equal(weight.eval()(), w)
-        _, scale = centre(stored)
+        _, scale = center(stored)
         torch.testing.assert_close(
             stored, scale * w.detach(), rtol=0, atol=1e-5 * float(scale.max())
         )
@@ -456,7 +456,7 @@ def test_lbfgs_is_left_alone(x):
             for _ in range(3):
                 optimizer.step(closure)
         ends.append([p.detach() for p in net.parameters()])
-    # the first evaluation finds a centred parameter: closed form and cold map differ by rounding
+    # the first evaluation finds a centered parameter: closed form and cold map differ by rounding
     assert_close(*ends, atol=1e-9)
 
 
@@ -548,7 +548,7 @@ def test_tied_parameters(x):
     net = nn.Sequential(one, nn.Tanh(), two)
     trained(net)
     assert_close(gradients(net, x), cold(lambda: gradients(net, x)))
-    # of two maps: no common centre
+    # of two maps: no common center
     three = OrthoLinear(8, 8, dtype=torch.float64, ortho_params=orthonet.QR_ORTHO_PARAMS)
     three.parametrization.original = one.parametrization.original
     net = nn.Sequential(one, nn.Tanh(), three)
@@ -769,7 +769,7 @@ def test_a_reader_never_takes_an_alias_for_the_parameter(how):
     layer = OrthoLinear(8, 8)
     weight, evaluate = layer.parametrization, OrthoWeight.evaluate
     with torch.no_grad():
-        weight.original.copy_(torch.randn(8, 8))  # away from the centre: computed by the cold map
+        weight.original.copy_(torch.randn(8, 8))  # away from the center: computed by the cold map
     inside, reading = threading.Event(), threading.Event()
 
     def slow():

@@ -146,7 +146,7 @@ def test_products_of_low_precision_are_not_used_for_weights(build, precision, de
         torch.set_float32_matmul_precision(before)
 
 
-# The exponential map has no centre: its weights are computed one by one when they are read.
+# The exponential map has no center: its weights are computed one by one when they are read.
 RETRACTED = tuple(name for name in NAMES if name != "EXP")
 
 

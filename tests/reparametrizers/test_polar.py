@@ -116,7 +116,7 @@ def test_gradient_against_closed_form(shape, dtype):
             assert relative_gradient_error(weight) <= allowed
 
 
-def test_centred_parameter_is_a_multiple_of_the_weight():
+def test_centered_parameter_is_a_multiple_of_the_weight():
     weight = OrthoWeight((20, 8), POLAR, dtype=torch.float64)
     optimizer = torch.optim.SGD(weight.parameters(), lr=1.0)
     weight().sum().backward()

@@ -152,7 +152,7 @@ def each_its_part(rank):
             assert sum(x.numel() for x in seen) == sum(w.original.numel() for w in own)
             seen.clear()
             model(x)  # another batch in each
-            assert not seen and counts == {"broadcast": 2}  # everything stands at the centre
+            assert not seen and counts == {"broadcast": 2}  # everything stands at the center
     finally:
         del ENGINE.retracted
     if rank == 0:  # alone
@@ -310,7 +310,7 @@ def no_map():
     """Within it, no cold map may run."""
 
     def refuse(self, x):
-        raise AssertionError("a matrix at the centre is orthogonalized")
+        raise AssertionError("a matrix at the center is orthogonalized")
 
     kinds = [type(retraction.POLAR), type(retraction.QR)]
     before = [kind.value for kind in kinds]
@@ -372,7 +372,7 @@ def shards_are_seen(rank):
     train(model, batches()[:, rank])
     train(reference, batches().flatten(1, 2))
     x = batches()[0, 0]
-    # Two stay at the centre, which is seen by a look, and one leaves it.
+    # Two stay at the center, which is seen by a look, and one leaves it.
     for change in (lambda p: p.mul_(1.5), lambda p: p.mul_(-1.0), lambda p: p.add_(0.1)):
         with torch.no_grad():
             for p, q in zip(model.parameters(), reference.parameters(), strict=True):
@@ -445,7 +445,7 @@ def full_checkpoints(rank):
 
 
 def mixed_precision(rank):
-    """Units that compute in bfloat16: the shards stay at the centre, gradients are right."""
+    """Units that compute in bfloat16: the shards stay at the center, gradients are right."""
     model, reference = build("QR"), build("QR")
     shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     seen = []

@@ -45,16 +45,20 @@ def cell_of(column: str, row: str) -> str:
 
 
 def render(results: dict[str, Any]) -> str:
-    """The page, from the results."""
+    """Return the page, from the results."""
     cells: dict[str, dict[str, str]] = results["cells"]
     text = [
         "# Does it work with ...?",
         "",
-        "Every cell is a test (`tests/works_with`); this page is made from their results by",
-        f"`python -m tests.works_with.page`, run last with PyTorch {results['torch']}.",
+        "After reading this page you know whether a layer or constraint works with a feature of",
+        "PyTorch or of another package. Every cell is a test (`tests/works_with`).",
+        "`python -m tests.works_with.page` generates this page from their results, last with",
+        f"PyTorch {results['torch']}.",
         "",
-        "| | what is tested | works for | refused, with a clear error |",
-        "|---|---|---|---|",
+        "## What works?",
+        "",
+        "| feature | what is tested | works for | refused, with a clear error |",
+        "|---|---|---:|---|",
     ]
     reasons: list[str] = []
     for name, entries in cells.items():
@@ -74,19 +78,28 @@ def render(results: dict[str, Any]) -> str:
             f"| {column.title} | {tested} | {good} of {len(entries)} | {', '.join(notes)} |"
         )
     if reasons:
-        text += ["", "Why:", ""]
+        text += ["", "## Why is a case refused?", ""]
         text += [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
-    text += ["", "## Row by row", ""]
-    text += ["A number is the reason above; an empty cell works.", ""]
+    text += ["", "## Which layers and constraints are tested?", ""]
+    text += [
+        "A number is the reason above, and an empty cell works. A feature that a table does not",
+        "name works with all its layers.",
+        "",
+    ]
     for group, title in GROUPS.items():
         names = [name for name, row in ROWS.items() if row.group == group]
-        heads = " | ".join(COLUMNS[name].title for name in cells)
-        text += [f"### {title}", "", f"| | {heads} |", "|---|" + "---|" * len(cells)]
-        for name in names:
-            values = [cells[column][name] for column in cells]
+        shown = [column for column in cells if any(cells[column][n] != "yes" for n in names)]
+        refusing = [n for n in names if any(cells[column][n] != "yes" for column in shown)]
+        text += [f"### {title}", ""]
+        if shown:
+            heads = " | ".join(COLUMNS[column].title for column in shown)
+            text += [f"| | {heads} |", "|---|" + "---|" * len(shown)]
+        for name in refusing:
+            values = [cells[column][name] for column in shown]
             marks = ["" if v == "yes" else str(reasons.index(v) + 1) for v in values]
             text.append(f"| {name} | " + " | ".join(marks) + " |")
-        text.append("")
+        working = [name for name in names if name not in refusing]
+        text += [""] * bool(shown) + [f"Every feature works with: {'; '.join(working)}.", ""]
     return "\n".join(text).rstrip() + "\n"
 
 

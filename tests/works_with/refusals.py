@@ -21,8 +21,8 @@ class Refusal(NamedTuple):
 NO_PROJECTION = Refusal(
     RuntimeError,
     r"the weight of a plain layer has no projection|computed from a parameter of another shape",
-    "the layer is no single linear map or is made in the frequency domain: a plain weight has no "
-    "projection onto it",
+    "the layer is not one linear map, or it is built in the frequency domain: a plain weight has "
+    "no projection onto it",
 )
 SYMPLECTIC = Refusal(
     RuntimeError,
@@ -32,19 +32,19 @@ SYMPLECTIC = Refusal(
 GATES = Refusal(
     UncertifiableError,
     "gates multiply states",
-    "gates multiply states, so that the map of sequences has no Lipschitz constant",
+    "gates multiply states, so the map of sequences has no Lipschitz constant",
 )
 PRODUCT = Refusal(
     AssertionError,
     "looser than that of the layer",
-    "the bound 1 rests on how the weights inside the layer belong together; stock layers get the "
+    "the bound 1 depends on how the weights inside the layer fit together; stock layers get the "
     "product of their norms, which is sound and looser: certify the layer itself",
 )
 _NO_PLAIN_WEIGHT = ("bro", "cpl", "sll", "sandwich", "soc", "lot", "lipnext")
 
 
 def refusal(column: str, row: Row) -> Refusal | None:
-    """What is expected to be refused."""
+    """Return the refusal that is expected, if any."""
     name = row.name.split(" ")[0]
     if column == "plain_checkpoint":
         if name in _NO_PLAIN_WEIGHT or row.name == "cayley (convolution)":

@@ -37,7 +37,7 @@ def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits, y, reduction="none")
 
 
-def _towards(rank: int) -> _Loss:
+def _toward(rank: int) -> _Loss:
     """The targeted ratio: the margin of the class that was the `rank`-th rival at the start."""
     rivals: list[Tensor] = []
 
@@ -66,13 +66,13 @@ def apgd_l2(
     bounds: tuple[float, float] | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Attack with Auto-PGD within an l2 ball of its own for each sample.
+    r"""Attack with Auto-PGD within an l2 ball around each sample.
 
-    Ascent with momentum from the diameter down: a sample whose objective rose in less than three
-    quarters of the steps since the last check, or whose best value stood still, halves its step
-    and goes on from its best point. The objective is the difference of logits ratio
-    \((\max_{j \ne y} f_j - f_y) / (f_{(1)} - f_{(3)})\), which no scaling of the logits changes,
-    or the cross-entropy.
+    The attack ascends with momentum, starting with steps of one diameter. If the objective of a
+    sample rose in less than three quarters of the steps since the last check, or its best value did
+    not change, the sample halves its step and continues from its best point. The objective is the
+    difference of logits ratio \((\max_{j \ne y} f_j - f_y) / (f_{(1)} - f_{(3)})\), which does not
+    depend on the scale of the logits, or the cross-entropy.
 
     Args:
         model: A classifier in eval mode.
@@ -163,12 +163,12 @@ def apgd_ensemble_l2(
     bounds: tuple[float, float] | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Attack with three kinds of Auto-PGD, one after the other, on the samples that still stand.
+    """Attack with three kinds of Auto-PGD in turn, on the samples that are still correct.
 
-    Auto-PGD on the cross-entropy, on the difference of logits ratio, and towards each of the
-    `targets` best rivals: the first half of AutoAttack, in the published order. FAB and Square,
-    its other half, are not part of it, and neither is its name: what AutoAttack itself finds is
-    compared with a certificate by `attack_certificate(..., attack=...)`.
+    Auto-PGD runs on the cross-entropy, on the difference of logits ratio, and toward each of the
+    `targets` best rivals. This is the first half of AutoAttack, in the published order; FAB and
+    Square are not part of it. To compare AutoAttack with a certificate, use
+    `attack_certificate(..., attack=...)`.
 
     Args:
         model: A classifier in eval mode.
@@ -176,7 +176,7 @@ def apgd_ensemble_l2(
         y: The classes to leave, (N,); of a binary classifier with one output 0 or 1.
         radius: The radius, or one for each sample.
         steps: Steps of each attack.
-        targets: Rivals that are pursued, the best ones first.
+        targets: Number of rivals to pursue, the best ones first.
         bounds: The box of valid inputs, or None.
         generator: Source of the random starts.
 
@@ -185,8 +185,8 @@ def apgd_ensemble_l2(
 
     Guarantee:
         Every returned point lies in the box, and its distance to x, computed in float64 from the
-        rounded points, is at most `radius`. A sample that was not moved to another class is
-        returned as it is.
+        rounded points, is at most `radius`. A sample that does not reach another class is returned
+        unchanged.
 
     Raises:
         ValueError: As for `apgd_l2`.
@@ -202,7 +202,7 @@ def apgd_ensemble_l2(
         clean = model(ball.x)
     classes = 1 if clean.ndim == 1 else clean.shape[1]
     losses = [_cross_entropy, _dlr]
-    losses += [_towards(rank) for rank in range(min(targets, classes - 1) if classes > 2 else 0)]
+    losses += [_toward(rank) for rank in range(min(targets, classes - 1) if classes > 2 else 0)]
     found, stands = ball.x.clone(), _gain(clean, ball.y) <= 0
     for loss in losses:
         part = stands.nonzero()[:, 0]

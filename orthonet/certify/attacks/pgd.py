@@ -178,11 +178,11 @@ def pgd_l2(
     bounds: tuple[float, float] | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Projected gradient ascent on the margin, within an l2 ball of its own for each sample.
+    r"""Attack by projected gradient ascent on the margin, within an l2 ball around each sample.
 
     The objective is the largest rival logit minus the one of `y`. The first start is the sample
-    itself; restart k begins at a random point and pursues the k-th rival. The point with the
-    largest objective of all steps is returned.
+    itself; restart k begins at a random point and pursues the k-th rival. The function returns the
+    point with the largest objective of all steps.
 
     Args:
         model: A classifier in eval mode.
@@ -239,16 +239,16 @@ def pgd_l2(
 
 @dataclass(frozen=True, eq=False)
 class AttackReport:
-    """What an attack inside the certified radii found.
+    """The result of an attack inside the certified radii.
 
     Attributes:
         attacked: How many samples had a positive finite radius.
         broken: How many of them changed their class inside it; a proof allows none.
         radii: The radii that were attacked, (N,); 0 where there was nothing to attack.
-        distances: How far the returned points are from the samples, in float64, (N,).
+        distances: Distances of the returned points from the samples, in float64, (N,).
         changed: Which samples changed their class, (N,).
-        clean_accuracy: Share of right predictions before the attack.
-        attacked_accuracy: Share of right predictions after it.
+        clean_accuracy: Share of correct predictions before the attack.
+        attacked_accuracy: Share of correct predictions after the attack.
     """
 
     attacked: int
@@ -297,11 +297,11 @@ def attack_certificate(
     generator: torch.Generator | None = None,
     attack: Attack | None = None,
 ) -> AttackReport:
-    """Try to change the predicted class of each sample inside its own certified radius.
+    """Try to change the predicted class of each sample inside its certified radius.
 
     Args:
         model: The certified model, in eval mode.
-        certificate: What `certify` returned for it.
+        certificate: The result of `certify` for this model.
         x: The samples, inside `bounds`.
         y: The true classes, (N,), for the two accuracies.
         steps: See `pgd_l2`.
@@ -309,12 +309,12 @@ def attack_certificate(
         bounds: See `pgd_l2`.
         generator: See `pgd_l2`.
         attack: Another attack, called as `attack(model, x, classes, radii)`: `apgd_ensemble_l2`,
-            or one of another library. Points that it returns outside of the radius or of the box
-            count as unmoved. `steps` and `restarts` do not apply to it.
+            or one of another library. Points outside the radius or the box count as unmoved.
+            `steps` and `restarts` do not apply to it.
 
     Returns:
-        A report; if `broken` is not 0, the certificate or the rounding of the forward pass is to
-        blame.
+        A report; if `broken` is not 0, the certificate is wrong, or it does not cover the rounding
+        of the forward pass.
     """
     _checks.require(
         isinstance(certificate, LipschitzCertificate), "attack_certificate",
@@ -362,8 +362,8 @@ def lipschitz_estimate(
 
     For pairs of near points $a, b$ the ratio $\|f(b) - f(a)\| / \|b - a\|$ is a finite difference
     of the Jacobian in the direction $b - a$. The direction turns as in a power iteration on
-    $J^T J$, and the pair moves uphill, with some noise, where that helps. The largest ratio is
-    returned, less the rounding of the outputs: secants, unlike Jacobians, are bounded by the
+    $J^T J$, and the pair moves uphill, with some noise, where that helps. The function returns the
+    largest ratio, less the rounding of the outputs. Secants, unlike Jacobians, are bounded by the
     constant for any code.
 
     Args:

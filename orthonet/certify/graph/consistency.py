@@ -25,7 +25,7 @@ __all__ = ["check_samples_apart", "check_same_function", "run_once"]
 
 _TOLERANCE = 1e-4  # of an entry: kernels may differ by batch size, branches differ more
 _HALF_TOLERANCE = 2.0**-5  # in half precision, after several roundings
-_CANCELLED = 1e-11  # of the largest output, in float64, where float32 may have cancelled
+_CANCELED = 1e-11  # of the largest output, in float64, where float32 may have canceled
 
 
 def _outputs(
@@ -120,8 +120,8 @@ def _close_in_float64(model: nn.Module, program: Program) -> bool:
                 found.append([t.detach() for t in tensors_in(twin(*leaves))])
             except FAILURES:
                 return False
-    return _close(*found, floor=_CANCELLED) and _close(
-        found[0], [t.double() for t in _run(program, replay(program, inputs))], floor=_CANCELLED
+    return _close(*found, floor=_CANCELED) and _close(
+        found[0], [t.double() for t in _run(program, replay(program, inputs))], floor=_CANCELED
     )
 
 
@@ -142,12 +142,12 @@ def check_samples_apart(model: nn.Module, program: Program) -> None:
             wide = replace(program, samples=tuple(x.double() for x in program.samples))
             large = _outputs(twin, wide, len(program.samples[0]))
             few = _outputs(twin, wide, size, gradients)
-            close = _close([t[:size] for t in large], few, floor=_CANCELLED)
+            close = _close([t[:size] for t in large], few, floor=_CANCELED)
         _checks.require(
             close,
             "certify",
             "the samples of a batch must not depend on each other or on their number",
-            "A certificate is given for each sample on its own: keep forward without branches on "
+            "A certificate is about single samples: keep forward without branches on "
             "the batch size, and without squeeze() of all dims",
             UncertifiableError,
             batch_size=size,

@@ -523,7 +523,7 @@ def _refuse_size(node: fx.Node) -> None:
     refuse(
         node,
         "the batch size may be the size of dim 0 and nothing else",
-        "A certificate is given for each sample on its own: a value that depends on how many there "
+        "A certificate is about single samples: a value that depends on how many there "
         "are, or on which of them it is, mixes them",
     )
 

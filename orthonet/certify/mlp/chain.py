@@ -44,7 +44,7 @@ class Affine:
     bias_error: float = 0.0
 
     def then(self, after: Affine) -> Affine:
-        """The composition, this map first; what the product rounds is in the errors."""
+        """Return the composition, this map first; the errors include its rounding."""
         first, second = frobenius_up(self.weight), frobenius_up(after.weight)
         count = self.weight.shape[0]
         underflow = mul_up(sqrt_up(after.weight.shape[0] * self.weight.shape[1]), count * UNDERFLOW)
@@ -66,7 +66,7 @@ class Affine:
         return Affine(after.weight @ self.weight, bias, error, bias_error)
 
     def offset(self) -> Tensor:
-        """The bias as a vector."""
+        """Return the bias as a vector."""
         if self.bias is None:
             return torch.zeros(self.weight.shape[0], dtype=torch.float64)
         return self.bias
@@ -80,7 +80,7 @@ def frobenius_up(tensor: Tensor) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    r"""$x \mapsto A_k \phi_{k-1}(\dots \phi_1(A_1 x))$ in differences, normalised.
+    r"""$x \mapsto A_k \phi_{k-1}(\dots \phi_1(A_1 x))$ in differences, normalized.
 
     The Jacobian between any two points is $s\,A_k \Theta_{k-1} \cdots \Theta_1 A_1$ with diagonal
     (or, for groups, block) matrices $\Theta$ of slopes: bases are multiplied into the matrices,
@@ -180,7 +180,7 @@ def read_layers(
 ) -> tuple[list[Affine], list[Activation]]:
     """Alternating affine maps and activations, beginning and ending with an affine map.
 
-    Neighbouring affine maps are composed; identities are put between neighbouring activations. An
+    Neighboring affine maps are composed; identities are put between neighboring activations. An
     activation at the end is bounded by its largest slopes.
     """
     _checks.require(
@@ -290,7 +290,7 @@ def _read_module(
     if type(module) is nn.Softplus and affine and affine[-1].weight.dtype == torch.float64:
         _checks.require(
             not jumps_in_float64(module.threshold), owner,
-            "softplus of float64 must have threshold >= 34, for it jumps at the threshold",
+            "softplus of float64 must have threshold >= 34, because it jumps at the threshold",
             "Use threshold=40, or a model in float32", UncertifiableError,
             threshold=module.threshold,
         )  # fmt: skip

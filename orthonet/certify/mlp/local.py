@@ -42,14 +42,14 @@ def local_bound(
 ) -> MLPBound:
     r"""Prove a bound of the l2 Lipschitz constant of a multilayer perceptron in a ball.
 
-    In the ball a pre-activation moves in an interval only, and the slopes of its activation are
-    those on this interval: a ReLU that is always on or always off is linear or gone. The
-    intervals come from a zonotope that is carried forward, and from the Lipschitz bounds of the
-    layers before; then [`mlp_bound`][orthonet.certify.mlp_bound] works with these slopes.
+    In the ball a pre-activation stays in an interval, and only the slopes of the activation on this
+    interval count. A ReLU that is always on is linear, and one that is always off is zero. The
+    intervals come from a zonotope that is propagated forward, and from the Lipschitz bounds of the
+    layers before. [`mlp_bound`][orthonet.certify.mlp_bound] then uses these slopes.
 
     Args:
         layers: See [`mlp_bound`][orthonet.certify.mlp_bound].
-        center: The input x that the ball is around, (in,) or (1, *) with as many entries.
+        center: The input at the center of the ball, (in,) or (1, *) with as many entries.
         radius: The radius of the ball, in units of the input.
         norm: The shape of the ball, `"l2"` or `"linf"`; the bound itself is from l2 to l2.
         effort: See [`mlp_bound`][orthonet.certify.mlp_bound].
@@ -85,7 +85,7 @@ def local_bound(
 def local_radius(
     layers: Layer | Iterable[Layer], x: Tensor, *, steps: int = 6, effort: str = "default"
 ) -> Tensor:
-    r"""The l2 distance within which the predicted class of each sample cannot change.
+    r"""Return the l2 distance within which the predicted class of each sample cannot change.
 
     For a ball of radius $\rho$ with local constants $K_{yj}(\rho)$, the class is certified within
     $\min(\rho, \min_j (f_y - f_j) / K_{yj}(\rho))$; the best $\rho$ of a search is returned. The
@@ -94,7 +94,7 @@ def local_radius(
     Args:
         layers: A classifier, see [`mlp_bound`][orthonet.certify.mlp_bound].
         x: The samples.
-        steps: Balls that are tried for each sample.
+        steps: Number of balls to try for each sample.
         effort: See [`mlp_bound`][orthonet.certify.mlp_bound]; `"tight"` takes about a second for
             a ball.
 

@@ -33,9 +33,9 @@ class MLPBound:
         constant: The bound.
         pairs: Bounds of the constants of all differences of two outputs, (outputs, outputs), or
             None for one output and for more than 4096.
-        method: How it was obtained.
+        method: How the bound was obtained.
         product: The proved product of the norms, to compare with.
-        seconds: What it took.
+        seconds: The time that the proof took.
     """
 
     constant: Bound
@@ -48,16 +48,16 @@ class MLPBound:
 def mlp_bound(layers: Layer | Iterable[Layer], *, effort: str = "tight") -> MLPBound:
     r"""Prove a bound of the l2 Lipschitz constant of a chain of linear maps and activations.
 
-    LipSDP: if diagonal multipliers make a matrix positive semidefinite, which couples all layers
-    through the slopes of the activations, then a number is a bound. The multipliers come from a
-    closed form (ECLipsE-Fast, extended to any slopes) or from a descent that starts there; the
-    inequality is then *proved* for them in outward-rounded float64, whatever the search did.
-    Where the proof fails they are blended with those of the closed form, and at the worst the
-    product of the norms is returned, which is never smaller than what is returned.
+    LipSDP couples all layers through the slopes of the activations: if diagonal multipliers make a
+        certain matrix positive semidefinite, a number is a bound. The multipliers come from a
+        closed form (ECLipsE-Fast, extended to any slopes) or from a descent that starts there.
+        Outward-rounded float64 arithmetic then *proves* the inequality for them, whatever the
+        search did. If the proof fails, they are blended with the multipliers of the closed form.
+        The result is never larger than the product of the norms.
 
     Activations may have any known interval of slopes, of either sign, one for each unit. MaxMin,
-    GroupSort and Householder activations enter as an orthogonal change of the basis: what they
-    leave as it is has slope 1, what they reflect slopes in [-1, 1].
+    GroupSort and Householder activations enter as an orthogonal change of the basis: directions
+    that they leave alone have slope 1, and directions that they reflect have slopes in [-1, 1].
 
     Args:
         layers: An `nn.Sequential` in eval mode or an iterable of modules, of
@@ -65,8 +65,8 @@ def mlp_bound(layers: Layer | Iterable[Layer], *, effort: str = "tight") -> MLPB
             [`Activation`][orthonet.certify.Activation] objects: linear layers, `BatchNorm1d`,
             and entrywise activations, in the order of their calls.
         effort: `"fast"`: the product of norms; `"default"`: the closed form, one pass;
-            `"tight"`: the descent (about a second for five layers of 64 units, with a limit of
-            work that wide networks share).
+            `"tight"`: the descent (about a second for five layers of 64 units; wide networks share
+                a limit of work).
 
     Guarantee:
         Upper bound in exact arithmetic with the given floats, on all inputs.

@@ -55,7 +55,7 @@ class Activation:
 
     @property
     def largest(self) -> Tensor:
-        """The largest modulus of a slope, (n,)."""
+        """Return the largest modulus of each slope, (n,)."""
         return torch.maximum(self.lower.abs(), self.upper.abs())
 
 

@@ -321,7 +321,7 @@ def _softplus_rounding(call: Call) -> Any:
     beta, threshold = call.number("beta"), call.number("threshold")
     if call.operand.dtype == torch.float64 and jumps_in_float64(threshold):
         call.refuse(
-            "softplus of float64 must have threshold >= 34, for it jumps at the threshold",
+            "softplus of float64 must have threshold >= 34, because it jumps at the threshold",
             "Use threshold=40, or certify the model in float32",
         )
     root = math.sqrt(float(math.prod(call.output_shape))) * (1.0 + 2.0**-40)

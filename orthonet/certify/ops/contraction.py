@@ -134,8 +134,8 @@ def _product(call: Call) -> Step:
     if len(call.operands) != 1:
         call.refuse(
             "this operation is certified for one tensor that depends on the input and constants",
-            "A product of two such tensors has no Lipschitz constant; a rule of your own may be "
-            "registered for the module around it with @register_rule",
+            "A product of two such tensors has no Lipschitz constant; register your own rule for "
+            "the module around it with @register_rule",
         )
     left = isinstance(second, Operand)
     weight = call.as_constant(first if left else second, "input" if left else "other")
@@ -235,7 +235,7 @@ def _largest(blocks: Tensor) -> tuple[float, bool]:
         return float(blocks.abs().max()), True
     if len(blocks) <= _MATRICES:
         return max(matrix_norm(block) for block in blocks), True
-    scale = power_of_two_scale(blocks)  # beside the largest entry what underflows is nothing
+    scale = power_of_two_scale(blocks)  # next to the largest entry what underflows is nothing
     frobenius = sqrt_up(squared_norm_up(blocks / scale, 1)) if scale else 0.0
     return mul_up(frobenius, scale), False
 

@@ -1,11 +1,11 @@
 r"""Normalization by stored statistics, and by the statistics of the input.
 
-A group of n entries x with variance v is centred, divided by $\sqrt{v + \epsilon}$ and scaled.
+A group of n entries x with variance v is centered, divided by $\sqrt{v + \epsilon}$ and scaled.
 Its mean may be computed by any order of summation or by Welford's recursion, whose means m_k err
 by at most $8 u \|x\|_1$; its variance by two passes, by that recursion or as
 $E x^2 - (E x)^2$, with an error of at most $\gamma_{32 n + 64} \|x\|^2 / n$. A normalization has
 no bound of its rounding that is proportional to its input: that of the samples themselves counts,
-whose centred norm is 1-Lipschitz in the input.
+whose centered norm is 1-Lipschitz in the input.
 
 T. Chan, G. Golub, R. LeVeque, Algorithms for computing the sample variance, The American
 Statistician 37 (1983).
@@ -81,7 +81,7 @@ def _batch_norm(call: Call) -> Step:
     call.operand  # noqa: B018 (refuses a second one)
     if call.flag("training") or call["running_var"] is None:
         call.refuse(
-            "normalization must use running statistics, not those of the batch",
+            "normalization must use running statistics, not batch statistics",
             "Use track_running_stats=True and train it again",
         )
     return _stored(call)
@@ -105,7 +105,7 @@ _BATCH = ("weight", "bias", "running_mean", "running_var", "training", "momentum
     "native_batch_norm.default", "_batch_norm_impl_index.default", reads=_BATCH)  # fmt: skip
 def _batch_statistics(call: Call) -> Step:
     call.refuse(
-        "normalization must use running statistics, not those of the batch",
+        "normalization must use running statistics, not batch statistics",
         "Use track_running_stats=True and train it again",
     )
 
@@ -157,16 +157,16 @@ def _error(
     groups = _groups(call, values)
     if groups is None:
         return None
-    centred = call.op != "rms_norm"
+    centered = call.op != "rms_norm"
     n = groups.shape[-1]
     near = near[:, None]
     length = torch.linalg.vector_norm(groups, dim=-1) * _SAFE + near
-    rest = groups - groups.mean(-1, keepdim=True) if centred else groups
+    rest = groups - groups.mean(-1, keepdim=True) if centered else groups
     # The float64 mean errs by far less than 2^-40 of the length.
     apart = torch.linalg.vector_norm(rest, dim=-1) - near - length * 2.0**-40
     variance = (apart.clamp_min(0.0).square() / n + call.number("eps")) / _SAFE
-    spread = relative(32.0 * n + 64.0) if centred else relative(n + 8.0)
-    shifted = relative(8.0 * n + 16.0) if centred else relative(8.0)
+    spread = relative(32.0 * n + 64.0) if centered else relative(n + 8.0)
+    shifted = relative(8.0 * n + 16.0) if centered else relative(8.0)
     share = spread * length.square() / n / variance  # relative, of the variance that is computed
     share = torch.where(share < 0.5, share, math.inf)
     each = 2.0 * shifted * length / variance.sqrt() + share * math.sqrt(n)

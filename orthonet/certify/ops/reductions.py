@@ -266,7 +266,7 @@ def _response(call: Call) -> Step:
     r"""x_i / D_i^beta with D_i = k + alpha / n * sum of squares of n entries around.
 
     The Jacobian is diag(D^-beta) minus 2 beta alpha / n x_i x_j D_i^(-beta - 1). Of the latter,
-    entries beside the diagonal are at most beta k^-beta, because 2 |x_i x_j| alpha / n <= D_i - k;
+    entries off the diagonal are at most beta k^-beta, because 2 |x_i x_j| alpha / n <= D_i - k;
     each row and each column has n - 1 of them. On the diagonal it is at most twice as large.
     """
     size, alpha, beta, k = (call.number(name) for name in ("size", "alpha", "beta", "k"))

@@ -157,7 +157,7 @@ def _table(certificate: LipschitzCertificate) -> str:
     )
     note = (
         " The bars are the logarithms of the constants: the bound grows where they are long and "
-        "blue, and shrinks where they are grey."
+        "blue, and shrinks where they are gray."
     )
     return (
         f"<h2>Layers</h2><p class=note>What each operation contributes to the bound."

@@ -38,7 +38,7 @@ __all__ = [
     "amplification_of",
     "linear_action",
     "linear_part",
-    "materialise",
+    "materialize",
     "moves",
     "roundings_of",
 ]
@@ -121,7 +121,7 @@ def roundings_of(states: list[State]) -> int:
     return sum(action_of(s).terms(s) for s in states) + 4  # type: ignore[union-attr]
 
 
-def materialise(state: State) -> Island | None:
+def materialize(state: State) -> Island | None:
     """The matrix of an island, or None if its constants are too large or too small for float64.
 
     With K roundings on the way, |fl(A) - A| <= gamma_K |A|_1 entry by entry, where |A|_1 is the

@@ -36,7 +36,7 @@ from orthonet.certify.rules import (
 )
 from orthonet.certify.walk.autocast import round_constants
 from orthonet.certify.walk.forms import form_bound, form_of
-from orthonet.certify.walk.islands import Island, action_of, materialise, moves
+from orthonet.certify.walk.islands import Island, action_of, materialize, moves
 from orthonet.certify.walk.perceptrons import Perceptron, perceptron_of
 from orthonet.certify.walk.pieces import Pieces
 from orthonet.certify.walk.state import State
@@ -173,7 +173,7 @@ class Walker:
             self._refuse(
                 node,
                 "dim 0 must stay the batch, neither moved, merged, nor mixed into other dims",
-                "A certificate is given for each sample on its own; reshape with "
+                "A certificate is about single samples; reshape with "
                 "x.flatten(1) or x.reshape(x.shape[0], ...). Of a recurrent layer with "
                 "batch_first=True, return the first output alone, or its last step, output[:, -1]",
             )
@@ -409,7 +409,7 @@ class Walker:
     def matrix_of(self, state: State) -> Island | None:
         """The matrix from the start of the island of a node to it."""
         if state not in self.matrices:
-            self.matrices[state] = materialise(state)
+            self.matrices[state] = materialize(state)
         return self.matrices[state]
 
     def _product(self, state: State) -> Any:

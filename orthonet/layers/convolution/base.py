@@ -145,8 +145,8 @@ class OrthoConvNd(ConstrainedWeight):
             or (all(k >= s for k, s in zip(kernel, stride, strict=True)) and steps == stride),
             owner,
             "kernel_size must be >= stride in every dim and dilation without common divisor with "
-            f"it, unless {fewer}_channels <= {area} * {more}_channels, for otherwise some values "
-            "are never read and no kernel is orthogonal",
+            f"it, unless {fewer}_channels <= {area} * {more}_channels, otherwise some values are "
+            "never read and no kernel is orthogonal",
             f"The nearest that is: kernel_size={tuple(map(max, kernel, stride))}, "
             f"dilation={spread}, or {fewer}_channels={columns * area * self.groups}, or stride=1 "
             "followed by SpaceToDepth; method='rko' is 1-Lipschitz without being orthogonal",
@@ -196,7 +196,7 @@ class OrthoConvNd(ConstrainedWeight):
         return text if self.method == "aoc" else f"{text}, method={self.method!r}"
 
     def adjoint(self, y: Tensor, input_size: tuple[int, ...] | None = None) -> Tensor:
-        r"""Apply the transpose of the linear part, \(A^\top y\), with all padding honoured.
+        r"""Apply the transpose of the linear part, \(A^\top y\), with all padding honored.
 
         Args:
             y: What the layer returns, batched or not.

@@ -413,7 +413,7 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
             all(math.gcd(d, s) == 1 for d, s in zip(self.dilation, self.stride, strict=True)),
             type(self),
             "dilation and stride must have no common divisor in any dim, "
-            "for otherwise some inputs are never read",
+            "otherwise some inputs are never read",
             "Change one of them",
             dilation=self.dilation,
             stride=self.stride,

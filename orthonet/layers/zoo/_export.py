@@ -53,7 +53,7 @@ def circular_twin(
         layer,
         "a stock convolution that does the same exists for one image size and circular padding",
         "Make the layer with image_size=(height, width) and padding_mode='circular', or deploy "
-        "it as it is",
+        "it unchanged",
         image_size=size,
         padding_mode=layer.padding_mode,
     )

@@ -81,7 +81,7 @@ class CayleyConv2d(FourierConv2d):
     """
 
     _function = staticmethod(cayley_rectangular)
-    _centre = False
+    _center = False
     _noise = 1.0
 
 

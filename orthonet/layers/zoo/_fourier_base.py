@@ -43,7 +43,7 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
 
     _function: ClassVar[Any]
     _square = False  # the same number of channels in and out, padded or cropped around
-    _centre = True
+    _center = True
     _noise = 0.1
     parametrization: FourierWeight
     bias: Tensor | None
@@ -131,7 +131,7 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         _checks.require(
             self.stride[0] == self.stride[1] and (self.stride[0] == 1 or self.dilation == (1, 1)),
             owner,
-            "the stride must be the same in both dims, and dilation 1 beside a stride",
+            "the stride must be the same in both dims, and dilation must be 1 with a stride",
             "Use SpaceToDepth2d before the layer for other shapes",
             stride=self.stride,
             dilation=self.dilation,
@@ -158,7 +158,7 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         # at a stride, the taps inside one block of pixels are channels
         taps = tuple(max(1, -(-k // s)) for k, s in zip(self.kernel_size, self.stride, strict=True))
         self.parametrization = FourierWeight(
-            (*shape, *taps), self._function, self.dilation, self._noise, self._centre, device, dtype
+            (*shape, *taps), self._function, self.dilation, self._noise, self._center, device, dtype
         )
 
     def reset_parameters(self) -> None:

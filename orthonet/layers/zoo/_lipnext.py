@@ -81,7 +81,7 @@ class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
 
     R and M are orthogonal matrices over the channels, S shifts a share of the channels by one
     pixel in the four directions, and \(\beta\mathrm{Abs}\) takes the modulus of the first
-    \(\beta\) of the channels. Neighbours meet through \(R^\top S R\), and nothing needs a transform
+    \(\beta\) of the channels. Neighbors meet through \(R^\top S R\), and nothing needs a transform
     of the image. Channels of zeros are appended before the block, or dropped after it, where the
     numbers differ; the block contains its activation.
 

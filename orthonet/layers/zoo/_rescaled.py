@@ -185,10 +185,10 @@ def _residual_kernel(kernel: Tensor, *, groups: int = 1) -> Tensor:
     """The identity plus the kernel, divided by a bound of its norm."""
     rows, columns, *taps = kernel.shape
     eye = torch.eye(rows // groups, columns, dtype=kernel.dtype, device=kernel.device)
-    centre = [amount for k in reversed(taps) for amount in ((k - 1) // 2, k - 1 - (k - 1) // 2)]
+    center = [amount for k in reversed(taps) for amount in ((k - 1) // 2, k - 1 - (k - 1) // 2)]
     delta = eye.repeat(groups, 1).view(rows, columns, *(1,) * len(taps))
-    if centre:
-        delta = nn.functional.pad(delta, centre)
+    if center:
+        delta = nn.functional.pad(delta, center)
     return normalized_spectral(delta + kernel, groups=groups)
 
 
@@ -283,7 +283,7 @@ class CholeskyConv2d(MappedConv2d):
             self.kernel_size == (1, 1),
             type(self),
             "the method orthogonalizes matrices: kernel_size must be 1",
-            "Use SpaceToDepth2d before the layer to mix neighbours, or OrthoConv2d(method='rko')",
+            "Use SpaceToDepth2d before the layer to mix neighbors, or OrthoConv2d(method='rko')",
             kernel_size=self.kernel_size,
         )
         return partial(_grouped, function=cholesky_contraction, groups=self.groups)

@@ -225,7 +225,7 @@ class SandwichConv2d(FourierConv2d):
     log_scale: Tensor
     activation: nn.Module
     _function = staticmethod(cayley_rectangular)
-    _centre = False
+    _center = False
     _noise = 0.7
 
     def __init__(self, *args: Any, activation: str = "relu", **kwargs: Any) -> None:

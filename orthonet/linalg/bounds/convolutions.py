@@ -29,13 +29,13 @@ __all__ = ["NormBound", "convolution_norm_bound"]
 _OWNER = "convolution_norm_bound"
 _DENSE_SIDE = 1024  # shorter side of the largest matrix that is written out; twice that if tight
 _DENSE_ENTRIES = 2**22  # all groups together; four times that if tight
-_UNFOLDED_SIDE = 512  # of the shorter side of unfoldings that are tried beside a coarse grid
+_UNFOLDED_SIDE = 512  # of the shorter side of unfoldings that are tried next to a coarse grid
 _COARSE = 8  # points of a coarse grid for each degree of the symbol
 _TWIDDLE_ERROR = 2.0**-47  # of a computed root of unity: three roundings below 2 pi, and cos, sin
 
 
 class NormBound(NamedTuple):
-    """A proved upper bound of an operator norm and how it was obtained."""
+    """A proved upper bound of an operator norm, and how it was obtained."""
 
     value: float
     method: str
@@ -98,7 +98,7 @@ def convolution_norm_bound(
     method: Literal["auto", "dense", "fourier", "gram", "unfoldings"] = "auto",
     effort: Literal["fast", "default", "tight"] = "default",
 ) -> NormBound:
-    r"""A proved upper bound of $\|x \mapsto w * x\|_2$ on inputs of one spatial size.
+    r"""Prove an upper bound of $\|x \mapsto w * x\|_2$ on inputs of one spatial size.
 
     `"dense"` writes the operator out as a matrix. `"fourier"` embeds the input into a torus large
     enough that padding zeros stay zeros: the convolution is then an exact compression (selection
@@ -107,9 +107,10 @@ def convolution_norm_bound(
     $$ \tfrac{1}{\sqrt{s}} \, [S(f), S(f + N/s), \dots], \qquad
        S(f) = \sum_t w_t \, e^{2 \pi i f t d / N}, $$
 
-    one for each output frequency f, with stride s, dilation d, circumference N, in each dim. All
-    groups are independent; the largest counts. Every block is enclosed by `spectral_norm_bound`,
-    and the rounding of S is added. `method="auto"` takes the first that applies:
+    one for each output frequency f, with stride s, dilation d and circumference N in each dim.
+    Groups are independent; the largest norm counts. Every block is enclosed by
+    `spectral_norm_bound`, and the rounding of S is added. `method="auto"` uses the first that
+    applies:
 
     1. `"fourier"` for circular padding with exactly size / stride outputs in every dim: tight.
     2. `"dense"` for a matrix of at most 1024 rows or columns and 2^22 entries in all: tight.
@@ -124,11 +125,11 @@ def convolution_norm_bound(
         padding: As in torch: numbers, `"same"` or `"valid"`.
         dilation: As in torch.
         groups: As in torch.
-        padding_mode: What the padding is made of.
-        method: Which way to go. `"gram"` is `"fourier"` with the blocks bounded by
+        padding_mode: As in torch.
+        method: How to bound the norm. `"gram"` is `"fourier"` with the blocks bounded by
             `gram_norm_bound`. `"unfoldings"` takes the kernel alone, reshaped to matrices:
-            $\sqrt{k_1 k_2}$ times the least norm of its four unfoldings in two dims, often 1.2
-            to 2 times the norm; it does not depend on the input size.
+            $\sqrt{k_1 k_2}$ times the least norm of its four unfoldings in two dims, often 1.2 to 2
+            times the norm; it does not depend on the input size.
         effort: `"fast"` replaces a torus with many frequencies by a grid of 8 points for each
             degree of the symbol, which is a polynomial of degree k - 1 in the waves: between the
             points its norm is at most 1 / cos(pi (k - 1) / 2N) times larger in each dim, 4 %

@@ -40,26 +40,27 @@ _OUTWARD = 1.0 + 2.0**-50  # covers four roundings of non-negative terms, and it
 
 
 def spectral_norm_bound(matrix: Tensor) -> float:
-    r"""A proved upper bound of $\|A\|_2$; over batch dims the largest, as for a block-diagonal A.
+    r"""Prove an upper bound of $\|A\|_2$; over batch dims the largest, as for a block-diagonal A.
 
     With $G = \mathrm{fl}(A^* A)$ and an estimate $\lambda$ of its largest eigenvalue, a slightly
     larger $\tau$ is proved: if $R$ is the computed Cholesky factor of $\tau I - G$, then
     $\tau I - G = R R^* + E \succeq -\|E\|$, hence
-    $\|A\|_2^2 \le \tau + \|E\| + \|A^* A - G\|$. Every term is bounded from above in float64 with
-    outward rounding. If no factorization succeeds the bound by Gram iteration is returned.
+    $\|A\|_2^2 \le \tau + \|E\| + \|A^* A - G\|$. Float64 arithmetic with outward rounding bounds
+    every term from above. If no factorization succeeds, the function returns the bound by Gram
+    iteration.
 
     Args:
-        matrix: A finite real or complex tensor, of any dtype and device; it is brought to
-            float64 on the CPU, which is exact.
+        matrix: A finite real or complex tensor of any dtype and device. It is converted to float64
+            on the CPU, which is exact.
 
     Shape:
         matrix: (*batch, m, n)
 
     Guarantee:
-        Upper bound of the exact norm of the given floats, whatever LAPACK returns. Assumed is only
-        the classical bound $|\mathrm{fl}(XY) - XY| \le \gamma_k |X| |Y|$ of a matrix product, in
-        any order of summation, with or without fused multiplications. The excess is usually
-        below 1e-9 relative; never more than the Frobenius norm allows.
+        Upper bound of the exact norm of the given floats, whatever LAPACK returns. The proof
+        assumes only the classical bound $|\mathrm{fl}(XY) - XY| \le \gamma_k |X| |Y|$ of a matrix
+        product, in any order of summation, with or without fused multiplications. The excess is
+        usually below 1e-9 relative; never more than the Frobenius norm allows.
 
     Raises:
         ValueError: `matrix` has fewer than two dims or contains NaN or infinity.
@@ -76,17 +77,17 @@ def spectral_norm_bound(matrix: Tensor) -> float:
 
 
 def gram_norm_bound(matrix: Tensor, *, niters: int = 8) -> float:
-    r"""A proved upper bound of $\|A\|_2$ by Gram iteration; over batch dims the largest.
+    r"""Prove an upper bound of $\|A\|_2$ by Gram iteration; over batch dims the largest.
 
     $G_0 = A$, $G_{k+1} = \mathrm{fl}(G_k^* G_k) / s_k$ with powers of two $s_k$. As
     $\|G_k\|^2 = \|G_k^* G_k\| \le s_k \|G_{k+1}\| + e_k$, where $e_k$ bounds the rounding of
-    the product, the Frobenius norm of the last one gives a bound of the first, from the back to
-    the front, every term rounded outward. Nothing but products of matrices is needed;
-    [`spectral_norm_bound`][orthonet.linalg.spectral_norm_bound] is tighter and, with a
-    factorization in the place of most products, usually faster.
+    the product, the Frobenius norm of the last one bounds the norm of the first, computed backward
+    with every term rounded outward. Only matrix products are needed;
+    [`spectral_norm_bound`][orthonet.linalg.spectral_norm_bound] is tighter, and usually faster
+    because a factorization replaces most products.
 
     Args:
-        matrix: As there.
+        matrix: See `spectral_norm_bound`.
         niters: Number K of Gram products; 0 gives the Frobenius norm.
 
     Shape:

@@ -99,7 +99,7 @@ class Chained:
         return self.map(1.0, _FUNCTION, at_zero)
 
     def plus(self, other: Chained) -> Chained:
-        """The sum of two values that were computed beside each other."""
+        """The sum of two values that were computed next to each other."""
         return Chained(
             (self.size + other.size) * _SAFE, (self.offset + other.offset) * _SAFE,
             max(self.count, other.count) + 1.0, max(self.stages, other.stages) + 1,

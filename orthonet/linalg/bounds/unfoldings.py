@@ -46,9 +46,9 @@ def unfolding_bound(weight: Tensor, axes: Sequence[_Axis], largest: int | None =
     r"""The least of $\sqrt{c}\,\|R\|_2$ over all unfoldings R of a kernel (groups, out, in, *k).
 
     $y = \sum_t S_t K_t x$ with selections $S_t$ of entries, which are tensor products over the
-    dims. In each dim the taps stand either beside the input channels, and the vector of all
+    dims. In each dim the taps stand either next to the input channels, and the vector of all
     $S_t x$ is at most $\sqrt{c_t}$ times as long as x, where $c_t$ counts how often an input is
-    read; or beside the output channels, where $c_t = k$ taps are added up for each output. R has
+    read; or next to the output channels, where $c_t = k$ taps are added up for each output. R has
     the same entries as the kernel.
 
     Args:

@@ -18,7 +18,7 @@ __all__ = ["block_convolution"]
 
 
 def block_convolution(outer: Tensor, inner: Tensor, *, spatial_dims: int) -> Tensor:
-    r"""Kernel of the composition `outer` after `inner`, both with stride 1.
+    r"""Return the kernel of the composition `outer` after `inner`, both with stride 1.
 
     \((K L)_t = \sum_{r + s = t} K_r L_s\), matrix products over the channels.
 

@@ -20,10 +20,10 @@ def kernel_symbol(
     *,
     dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:
-    r"""The blocks \(S(f) = \sum_t K_t\, e^{2 \pi i \langle f, (t - c) d / N \rangle}\) of a kernel.
+    r"""Return the symbol of a kernel, one matrix a frequency.
 
-    c is the centre of the kernel, so that the layout is that of "same" padding; taps that
-    lie beyond the torus wrap around.
+    \(S(f) = \sum_t K_t\, e^{2 \pi i \langle f, (t - c) d / N \rangle}\), where c is the center
+    of the kernel, as for "same" padding. Taps beyond the torus wrap around.
 
     Args:
         kernel: Real kernels.

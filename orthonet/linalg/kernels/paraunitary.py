@@ -26,17 +26,18 @@ def apply_projectors(
 ) -> Tensor:
     r"""Multiply a kernel on the left by the paraunitary factors \(P + (I - P) z_d\).
 
-    \(P = V V^\top\), or \(P = V \mathrm{diag}(w) V^\top\) with `weights` w of zeros and ones. One
-    factor per matrix of `bases`, the first one applied first, lengthens the tap dimension `dim` by
-    one. For orthonormal columns V each factor is orthogonal on every torus, whatever the rank of P,
-    so the product of `kernel` with all of them has the singular values of `kernel`.
+    \(P = V V^\top\), or \(P = V \mathrm{diag}(w) V^\top\) with `weights` w of zeros and ones. Each
+    matrix of `bases` gives one factor, the first one applied first. A factor lengthens the tap
+    dimension `dim` by one. For orthonormal columns V each factor is orthogonal on every torus,
+    whatever the rank of P, so the product of `kernel` with all of them has the singular values of
+    `kernel`.
 
     Args:
         kernel: Matrix polynomial with the channels first and any columns last.
         bases: Orthonormal columns, one matrix per factor.
         taps: Number of tap dimensions, between channels and columns.
-        dim: Which of them grows, from 0; one for all factors, or one for each.
-        weights: Which columns of a basis belong to the projector; default all of them.
+        dim: The tap dimension that grows, counted from 0; one for all factors, or one for each.
+        weights: The columns of a basis that belong to the projector; by default all of them.
 
     Shape:
         `kernel`: `(*batch, c, *k, n)`, `bases`: `(*batch, f, c, r)`, `weights`: `(*batch, f, r)`.

@@ -15,7 +15,7 @@ from torch import Tensor
 from orthonet.linalg.matrix import add_identity, cholesky, minus_transpose, symmetric_product
 
 __all__ = [
-    "centred_gradient",
+    "centered_gradient",
     "differentiable_gradient",
     "eigen_gradient",
     "gradient",
@@ -64,7 +64,7 @@ def eigen_gradient(w: Tensor, v: Tensor, values: Tensor, grad: Tensor) -> Tensor
     return inner @ v.mT
 
 
-def centred_gradient(u: Tensor, scale: Tensor | float, grad: Tensor) -> Tensor:
+def centered_gradient(u: Tensor, scale: Tensor | float, grad: Tensor) -> Tensor:
     r"""From U alone where \(H = c I\): \((G - U\,\mathrm{sym}(U^\top G)) / c\)."""
     if not _square(u):
         s = u.mT @ grad

@@ -26,13 +26,13 @@ __all__ = [
     "Approach",
     "Factors",
     "by_polynomials",
-    "centred_below",
+    "centered_below",
     "finish_by_svd",
     "gram_polar",
     "largest_norm",
     "near_pass",
     "polar_from_svd",
-    "recentred_polar",
+    "recentered_polar",
 ]
 
 _NEAR = 0.62  # norm of E up to which its series converge well
@@ -92,7 +92,7 @@ def gram_polar(w: Tensor) -> Factors:
     return factors if scale is None else factors._replace(values=factors.values * scale[..., 0])
 
 
-def recentred_polar(
+def recentered_polar(
     w: Tensor, found: Approach | None = None
 ) -> tuple[Tensor, Tensor | float, Tensor | float | None]:
     """U, the scale c = ||W||_F / sqrt(n) (1 for zero), and what U is to be multiplied by to be W.
@@ -110,10 +110,10 @@ def recentred_polar(
     scale = written = root if found.scale is None else found.scale
     if found.scale is not None:
         written = found.scale * (w != 0).any(-1).any(-1)[..., None, None]
-    return u, scale, None if found.defect <= centred_below(w) else written
+    return u, scale, None if found.defect <= centered_below(w) else written
 
 
-def centred_below(w: Tensor) -> float:
+def centered_below(w: Tensor) -> float:
     """The Frobenius norm of the defect that the last pass and rounding leave at most."""
     return 24.0 * torch.finfo(w.dtype).eps * w.shape[-1] ** 0.5
 

@@ -17,7 +17,7 @@ from orthonet.models import mlp
 from orthonet.recipes.beyond.report import BeyondReport, grid, optimize
 from orthonet.recipes.beyond.shapes import SHAPES
 from orthonet.recipes.data.digits import require_package
-from orthonet.recipes.running.figures import BLUE, GREY, ORANGE, figure_of, save_figure
+from orthonet.recipes.running.figures import BLUE, GRAY, ORANGE, figure_of, save_figure
 from orthonet.recipes.running.folder import guarded
 from orthonet.recipes.running.options import check_choices, option
 from orthonet.recipes.running.processes import joined, part_of
@@ -270,7 +270,7 @@ def _plane_picture(path: Path, model: nn.Module, config: SDFConfig, trace: Trace
     values = model(points.flatten(0, 1)).reshape(200, 200)
     _levels(left, x, y, values, "network: level lines, its surface in black")
     truth = SHAPES[config.shape].distance(points.flatten(0, 1)).reshape(200, 200)
-    right.contour(x, y, truth, levels=[0.0], colors=GREY, linestyles="--")
+    right.contour(x, y, truth, levels=[0.0], colors=GRAY, linestyles="--")
     right.contour(x, y, values, levels=[0.0], colors="black")
     for end, hit in zip(trace.points[::3].tolist(), trace.hit[::3].tolist(), strict=True):
         right.plot([-1.5, end[0]], [end[1]] * 2, color=ORANGE if hit else "0.8", lw=0.8)

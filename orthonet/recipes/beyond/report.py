@@ -156,7 +156,7 @@ class _Loss(nn.Module):
 
 
 def grid(low: float, high: float, number: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Centres of number x number squares, (number, number, 2): rows, the second coordinate."""
+    """Centers of number x number squares, (number, number, 2): rows, the second coordinate."""
     edge = (torch.arange(number, dtype=dtype) + 0.5) * ((high - low) / number) + low
     y, x = torch.meshgrid(edge, edge, indexing="ij")
     return torch.stack((x, y), -1)

@@ -15,7 +15,7 @@ from orthonet import _checks
 from orthonet.certify import certify
 from orthonet.models import mlp
 from orthonet.recipes.beyond.report import BeyondReport, grid, optimize
-from orthonet.recipes.running.figures import BLUE, GREY, ORANGE, figure_of, save_figure
+from orthonet.recipes.running.figures import BLUE, GRAY, ORANGE, figure_of, save_figure
 from orthonet.recipes.running.folder import guarded
 from orthonet.recipes.running.options import option
 from orthonet.recipes.running.processes import joined, part_of
@@ -216,17 +216,17 @@ def _picture(
         x, y = points.unbind(-1)
         lines = left.contour(x, y, height, levels=18, cmap="viridis", linewidths=1)
         left.clabel(lines, fontsize=7)
-        for shell, colour in ((inner, BLUE), (outer, ORANGE)):
-            left.plot(shell[:, 0], shell[:, 1], ".", color=colour, ms=2)
+        for shell, color in ((inner, BLUE), (outer, ORANGE)):
+            left.plot(shell[:, 0], shell[:, 1], ".", color=color, ms=2)
         left.set(aspect="equal", title="level lines of the critic")
     else:
-        for shell, colour in ((inner, BLUE), (outer, ORANGE)):
+        for shell, color in ((inner, BLUE), (outer, ORANGE)):
             with torch.no_grad():
                 height = model(shell.double())[:, 0]
-            left.plot(shell.norm(dim=1), height, ".", color=colour, ms=3)
+            left.plot(shell.norm(dim=1), height, ".", color=color, ms=3)
         left.set(xlabel="radius", ylabel="critic", title="the critic on both shells")
     history = report.history
-    right.axhline(config.gap, color=GREY, ls="--", label=f"distance {config.gap:g}")
+    right.axhline(config.gap, color=GRAY, ls="--", label=f"distance {config.gap:g}")
     right.plot(
         [row["iteration"] for row in history], [-row["loss"] for row in history], color=BLUE,
         label="critic on a batch, constant at most 1",

@@ -51,10 +51,10 @@ class ImageFolders:
         size = config.image_size
         flat: Any = module.ToTensor()
         crop = module.RandomResizedCrop(size, scale=(config.min_scale, 1.0))
-        centre = [module.Resize(round(size * 256 / 224)), module.CenterCrop(size)]
+        center = [module.Resize(round(size * 256 / 224)), module.CenterCrop(size)]
         self.config = config
         self.train = _Pictures(_listed(config, "train"), module.Compose([crop, flat]), config)
-        self.val = _Pictures(_listed(config, "val"), module.Compose([*centre, flat]), None)
+        self.val = _Pictures(_listed(config, "val"), module.Compose([*center, flat]), None)
         self.number, self.classes = len(self.train), self.train.files.classes
         _checks.require(
             self.val.files.classes == self.classes, _OWNER,
@@ -174,8 +174,8 @@ def load_pictures(root: Path, shape: tuple[int, ...], number: int) -> Images:
     module = require_package("torchvision.transforms", "torchvision", "vision")
     folder = next((root / part for part in ("val", "test") if (root / part).is_dir()), root)
     steps = [module.Resize(max(shape[1:])), module.CenterCrop(shape[1:]), module.ToTensor()]
-    grey = [module.Grayscale()] if shape[0] == 1 else []
-    pictures = _Pictures(_folder(folder), module.Compose([*grey, *steps]), None)
+    gray = [module.Grayscale()] if shape[0] == 1 else []
+    pictures = _Pictures(_folder(folder), module.Compose([*gray, *steps]), None)
     wanted = min(len(pictures), number or len(pictures))
     found = [pictures[i * len(pictures) // wanted] for i in range(wanted)]
     return Images(torch.stack([x for x, _ in found]), torch.tensor([y for _, y in found]))

@@ -1,4 +1,4 @@
-"""Labelled time series in the .ts format of the UCR and UEA archives."""
+"""Labeled time series in the .ts format of the UCR and UEA archives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SERIES = ("JapaneseVowels", "BasicMotions", "ItalyPowerDemand", "GunPoint")
 
 
 class Series(NamedTuple):
-    """Labelled time series.
+    """Labeled time series.
 
     Attributes:
         x: Values, (number, channels, longest length), float32; 0 after the end of a series.

@@ -171,7 +171,7 @@ def evaluate(
 
 
 def attack_radii(radii: Sequence[float]) -> list[float]:
-    """The positive `radii`, a point between each and its neighbour, and two beyond the last."""
+    """The positive `radii`, a point between each and its neighbor, and two beyond the last."""
     marks = [0.0, *sorted({r for r in radii if r > 0})]
     between = [(a + b) / 2 for a, b in itertools.pairwise(marks[1:])]
     return sorted([*marks[1:], *between, 1.25 * marks[-1], 1.5 * marks[-1]])

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from orthonet.recipes.images.spectra import Spectrum
-from orthonet.recipes.running.figures import BLUE, GREEN, GREY, ORANGE, figure_of, save_figure
+from orthonet.recipes.running.figures import BLUE, GRAY, GREEN, ORANGE, figure_of, save_figure
 
 __all__ = ["radius_figure", "spectra_figure", "training_figure"]
 
@@ -17,17 +17,17 @@ def training_figure(path: Path, history: Sequence[Mapping[str, float]], title: s
     figure = figure_of(9.0, 4.4)
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
-    left.plot(epochs, [row["loss"] for row in history], color=GREY, lw=2)
+    left.plot(epochs, [row["loss"] for row in history], color=GRAY, lw=2)
     left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
     curves = (
         ("test_accuracy", "test", BLUE, "-"),
         ("train_accuracy", "training (augmented)", GREEN, "--"),
         ("test_margin_accuracy", "test, margin for radius 0.5", ORANGE, "-."),
     )
-    for key, label, colour, dash in curves:
+    for key, label, color, dash in curves:
         values = [100 * row[key] for row in history]
         label = f"{label}: {values[-1]:.1f} %"
-        right.plot(epochs, values, dash, color=colour, lw=2, label=label)
+        right.plot(epochs, values, dash, color=color, lw=2, label=label)
     low = min(100 * row["test_margin_accuracy"] for row in history[len(history) // 4 :])
     bottom = min(90, 10 * math.floor(low / 10))
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(bottom, 100))
@@ -49,7 +49,7 @@ def radius_figure(
         path: The file.
         radii: Certified radius of every test image, 0 where it is misclassified.
         attacked: Accuracy under attack at some radii.
-        marked: Certified accuracy at the radii to be labelled.
+        marked: Certified accuracy at the radii to be labeled.
         title: Title of the picture.
     """
     figure = figure_of(7.2, 4.6)
@@ -97,7 +97,7 @@ def spectra_figure(path: Path, spectra: Sequence[Spectrum], title: str) -> Path:
     used = []
     for axes, spectrum in zip(grid.flat, spectra, strict=False):
         values = spectrum.values
-        axes.axhline(1.0, color=GREY, lw=1, ls=":")
+        axes.axhline(1.0, color=GRAY, lw=1, ls=":")
         axes.plot(range(1, len(values) + 1), values, color=BLUE, lw=2.2)
         axes.set_title(f"{spectrum.layer}\n{spectrum.operator}", fontsize=9)
         note = f"max {values[0]:.7f}\nmin {values[-1]:.7f}"

@@ -134,7 +134,7 @@ def folder(**changes: Any) -> FolderConfig:
 
     Name DIR as `data_root`, from the shell by `--data`; torchvision reads it (the extra `vision`).
     Pictures are cropped at random, resized and mirrored to train on; the shorter side becomes
-    256/224 of `image_size` and the centre is cut out to validate on, and it is there that
+    256/224 of `image_size` and the center is cut out to validate on, and it is there that
     perturbations have their radius. Loss and optimizer are those of `cifar10_xs`. Start it by
     `torchrun` for several processes.
 

@@ -8,10 +8,10 @@ from typing import Any
 from orthonet.recipes.data.digits import require_package
 from orthonet.recipes.running.files import write_atomically
 
-__all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "figure_of", "save_figure"]
+__all__ = ["BLUE", "GREEN", "GRAY", "ORANGE", "figure_of", "save_figure"]
 
-# Okabe & Ito: told apart with every kind of colour vision, and in grey by their dashes.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+# Okabe & Ito: told apart with every kind of color vision, and in gray by their dashes.
+BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#666666"
 
 
 def figure_of(width: float, height: float) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orthonet.recipes.running.figures import BLUE, GREEN, GREY, ORANGE, figure_of, save_figure
+from orthonet.recipes.running.figures import BLUE, GRAY, GREEN, ORANGE, figure_of, save_figure
 from orthonet.recipes.sequences.report import SequenceReport
 
 __all__ = ["PURPLE", "gradient_figure", "learning_figure"]
@@ -24,13 +24,13 @@ def learning_figure(path: Path, report: SequenceReport) -> Path:
     figure = figure_of(9.0, 4.4)
     left, right = figure.subplots(1, 2)
     for result in report.results:
-        label, colour, dash = _STYLES[result.model]
+        label, color, dash = _STYLES[result.model]
         steps = [row["iteration"] for row in result.history]
         losses = [row["loss"] for row in result.history]
         scores = [100 * row["score"] for row in result.history]
-        left.semilogy(steps, losses, dash, color=colour, lw=2, label=f"{label}: {losses[-1]:.2g}")
-        right.plot(steps, scores, dash, color=colour, lw=2, label=f"{label}: {scores[-1]:.0f} %")
-    left.axhline(report.config.baseline, color=GREY, lw=1, ls=":", label="without memory")
+        left.semilogy(steps, losses, dash, color=color, lw=2, label=f"{label}: {losses[-1]:.2g}")
+        right.plot(steps, scores, dash, color=color, lw=2, label=f"{label}: {scores[-1]:.0f} %")
+    left.axhline(report.config.baseline, color=GRAY, lw=1, ls=":", label="without memory")
     copying = report.config.task == "copying"
     left.set(xlabel="optimizer step", ylabel="cross-entropy")
     right.set(
@@ -49,11 +49,11 @@ def gradient_figure(path: Path, report: SequenceReport) -> Path:
     axes = figure.subplots()
     lowest, highest = 0.1, 1.0  # a decade at least, so that what is flat looks flat
     for result in report.results:
-        label, colour, dash = _STYLES[result.model]
+        label, color, dash = _STYLES[result.model]
         last = max(result.flow[-1], _SMALLEST)
         values = [max(value / last, _SMALLEST) for value in result.flow]
         steps = range(1, len(values) + 1)
-        axes.semilogy(steps, values, dash, color=colour, lw=2, label=f"{label}: {values[0]:.2g}")
+        axes.semilogy(steps, values, dash, color=color, lw=2, label=f"{label}: {values[0]:.2g}")
         lowest, highest = min(lowest, *values), max(highest, *values)
     axes.set(
         ylim=(lowest / 2, highest * 2),

@@ -319,14 +319,14 @@ def _picture(path: Path, report: SeriesReport) -> Path:
     figure = figure_of(7.2, 4.6)
     axes = figure.subplots()
     for each in report.results:
-        colour, label = _STYLES[each.model]
+        color, label = _STYLES[each.model]
         for values, dash, kind in (
             (each.certified, "-s", "certified"), (each.attacked, "--o", "under PGD"),
         ):  # fmt: skip
             if values:
                 points = {0.0: each.accuracy, **values}
                 axes.plot(
-                    list(points), [100 * value for value in points.values()], dash, color=colour,
+                    list(points), [100 * value for value in points.values()], dash, color=color,
                     lw=2, ms=5, label=f"{label}, {kind}",
                 )  # fmt: skip
     axes.set(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orthonet.recipes.running.figures import BLUE, GREY, ORANGE, figure_of, save_figure
+from orthonet.recipes.running.figures import BLUE, GRAY, ORANGE, figure_of, save_figure
 from orthonet.recipes.zoo.report import ZooReport
 
 __all__ = ["zoo_figure"]
@@ -39,7 +39,7 @@ def zoo_figure(path: Path, report: ZooReport) -> Path:
     seconds = [1e3 * row["seconds_per_step"] for row in rows]
     right.plot(seconds, list(places), "o", color=BLUE, label="ms a training step")
     memory = [row["saved_bytes"] / 2**20 for row in rows]
-    right.plot(memory, list(places), "s", color=GREY, label="MB kept for backward")
+    right.plot(memory, list(places), "s", color=GRAY, label="MB kept for backward")
     costs = [*seconds, *memory] or [1.0]  # no run may have stayed finite
     low, high = min(costs), max(costs)
     ticks = [m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5)]

@@ -59,8 +59,8 @@ class _Deferral:
         _checks.require(
             replica is None or not replica.require_backward_grad_sync,
             "defer_pullback",
-            "a forward pass of DistributedDataParallel that will synchronize must be outside, for "
-            "its backward would send gradients that are not there yet",
+            "a forward pass of DistributedDataParallel that will synchronize must be outside, "
+            "because its backward would send gradients that do not exist yet",
             "Put the other micro-batches inside, together with model.no_sync()",
             RuntimeError,
         )

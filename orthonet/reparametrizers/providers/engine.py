@@ -1,12 +1,12 @@
 """One retraction per optimizer step, for all orthogonal matrices of the process.
 
-The parameter of a weight with a `map` stands at the centre, M = c U. After a step of an optimizer
-the parameters that it has moved are gathered by shape and map, brought back to the centre by one
+The parameter of a weight with a `map` stands at the center, M = c U. After a step of an optimizer
+the parameters that it has moved are gathered by shape and map, brought back to the center by one
 program a group, and U is kept. Until the next step a read returns U, and a backward pass takes the
-closed form at the centre, in one node of the graph a group. The host waits once: for the bounds of
+closed form at the center, in one node of the graph a group. The host waits once: for the bounds of
 all groups, which choose the programs.
 
-A parameter that another hand has moved is looked at when it is read: at the centre, the read is as
+A parameter that another hand has moved is looked at when it is read: at the center, the read is as
 above; elsewhere the weight is computed by its cold map. No read writes anything.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from orthonet import _checks, _torch
-from orthonet.linalg.retraction import CentredMap, Moved, centre, retract
+from orthonet.linalg.retraction import CenteredMap, Moved, center, retract
 from orthonet.reparametrizers.providers.computation import (
     SWAPPING,
     Computation,
@@ -39,7 +39,7 @@ from orthonet.reparametrizers.providers.matrices import (
     stacked,
     write,
 )
-from orthonet.reparametrizers.providers.packet import Centred, Family, Packet
+from orthonet.reparametrizers.providers.packet import Centered, Family, Packet
 from orthonet.reparametrizers.weight import SLOT, Composition, Weight, alive, caching, number_of
 
 __all__ = [
@@ -57,9 +57,9 @@ optimizer of your own that does so.
 
 
 class Record:
-    """The value of one parameter at the centre, and the state of the parameter that it belongs to.
+    """The value of one parameter at the center, and the state of the parameter that it belongs to.
 
-    `value` is None for a parameter that does not stand at the centre: there is nothing to look at.
+    `value` is None for a parameter that does not stand at the center: there is nothing to look at.
     """
 
     __slots__ = ("batch", "kept", "map", "parameter", "span", "stamp", "stream", "value")
@@ -101,10 +101,10 @@ class Record:
 class Batch:
     """The matrices of one group after one retraction, and who reads them together."""
 
-    __slots__ = ("centred", "map", "records", "shared")
+    __slots__ = ("centered", "map", "records", "shared")
 
-    def __init__(self, way: CentredMap, centred: Centred | None) -> None:
-        self.map, self.centred = way, centred
+    def __init__(self, way: CenteredMap, centered: Centered | None) -> None:
+        self.map, self.centered = way, centered
         self.records: list[tuple[weakref.ref[Weight], Record]] = []
         self.shared: weakref.WeakValueDictionary[Any, Shared] = weakref.WeakValueDictionary()
 
@@ -252,7 +252,7 @@ class Engine:
                     served.found = None
 
     def after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Bring back to the centre what `optimizer` has moved."""
+        """Bring back to the center what `optimizer` has moved."""
         if not caching.on:
             return
         with self.lock, torch.inference_mode(False), torch.no_grad():
@@ -293,7 +293,7 @@ class Engine:
                 continue
             tied = moved.setdefault(id(p), held)
             if tied is not None and tied.map is not held.map:
-                moved[id(p)] = None  # tied weights of two maps have no common centre
+                moved[id(p)] = None  # tied weights of two maps have no common center
         return [m for m in moved.values() if m is not None]
 
     def _clear_readers(self) -> None:
@@ -304,7 +304,7 @@ class Engine:
                 served.found = None
 
     def serve(self, members: Group, retracted: Retraction) -> None:
-        """Bring the parameters to the centre, or see which stand there, and record their values."""
+        """Bring the parameters to the center, or see which stand there, and record their values."""
         groups = list(groups_of(members))
         # Before anything is read: what another thread writes meanwhile must not pass for this.
         stamps = {id(m.parameter): _torch.Stamp(m.parameter) for m in members}
@@ -314,12 +314,12 @@ class Engine:
             self._record(group, result, stamps)
 
     def retract(self, groups: Sequence[Group], move: bool = True) -> list[Moved]:
-        """The parameters of each group at the centre; not moved, they are only looked at."""
+        """The parameters of each group at the center; not moved, they are only looked at."""
         batches = [(stacked([m.parameter.detach() for m in g]), g[0].map) for g in groups]
         return self.retracted(batches, move)
 
     def retracted(
-        self, batches: Sequence[tuple[Tensor, CentredMap]], move: bool = True
+        self, batches: Sequence[tuple[Tensor, CenteredMap]], move: bool = True
     ) -> list[Moved]:
         """As `linalg.retraction.retract`, with a guess from the last step of what is needed."""
         if not batches:
@@ -336,12 +336,12 @@ class Engine:
 
     def _record(self, group: Group, result: Moved, stamps: dict[int, _torch.Stamp]) -> None:
         way = group[0].map
-        batch = Batch(way, Centred(way, *centre(result.point)) if any(result.good) else None)
+        batch = Batch(way, Centered(way, *center(result.point)) if any(result.good) else None)
         first = 0
         for weight, p, _ in group:
             count, value = p.shape[:-2].numel(), None
-            if batch.centred is not None and all(result.good[first : first + count]):
-                u = batch.centred.u
+            if batch.centered is not None and all(result.good[first : first + count]):
+                u = batch.centered.u
                 value = (u if u.ndim == 2 else u[first : first + count]).view(p.shape)
             key = id(p)
             reference = weakref.ref(p, functools.partial(self._drop, key))
@@ -358,7 +358,7 @@ class Engine:
             del self.records[key]
 
     def __call__(self, weight: Weight) -> Tensor | None:
-        """The value of `weight`, where its parameters stand at the centre."""
+        """The value of `weight`, where its parameters stand at the center."""
         if SLOT not in vars(weight) or not weight.may_be_kept():
             return None
         served = _served(weight)
@@ -407,7 +407,7 @@ class Engine:
     def pull_back(self, weight: Weight, grad: Tensor) -> list[Tensor | None] | None:
         """The gradients of the parameters of `weight` from that of its value.
 
-        None where the weight does not stand at the centre. No hook of a parameter runs.
+        None where the weight does not stand at the center. No hook of a parameter runs.
         """
         with torch.no_grad():
             found = _served(weight).found if self(weight) is not None else None
@@ -424,20 +424,20 @@ class Engine:
     def turn(self, weight: Weight, u: Tensor, s: Tensor) -> Tensor:
         r"""The gradient of `original` from \(S = U^\top G\), for a square matrix U.
 
-        In closed form at the centre, and through the cold map elsewhere.
+        In closed form at the center, and through the cold map elsewhere.
         """
         with torch.no_grad():
             value = self(weight)
             found = _served(weight).found if value is not None else None
             record = None if found is None else found.records[0]
-            if record is not None and record.batch.centred is not None:
-                centred = record.batch.centred.rows([record.span])
-                turned = centred.map.turn(centred.u, centred.scale, s.view(centred.u.shape))
+            if record is not None and record.batch.centered is not None:
+                centered = record.batch.centered.rows([record.span])
+                turned = centered.map.turn(centered.u, centered.scale, s.view(centered.u.shape))
                 return turned.view(s.shape)
         return pulled_cold(weight, u @ s)[0]  # type: ignore[return-value]
 
     def frame(self, weight: Weight) -> tuple[Tensor, Tensor] | None:
-        r"""The value and the frame of a square matrix at the centre; None elsewhere."""
+        r"""The value and the frame of a square matrix at the center; None elsewhere."""
         value = self(weight)
         found = _served(weight).found
         if value is None or found is None or not value.requires_grad or found.shared is None:
@@ -449,7 +449,7 @@ class Engine:
         return (outputs[place], outputs[count + place]) if len(outputs) > count else None
 
     def _find(self, weight: Weight) -> Found | None:
-        """Find the records of all parts of `weight`, if all of them stand at the centre."""
+        """Find the records of all parts of `weight`, if all of them stand at the center."""
         composition = weight.composition()
         parts = (weight,) if composition is None else composition.parts
         records = [self._present(part) for part in parts]
@@ -540,7 +540,7 @@ class Engine:
             [p for _, _, p in members],  # type: ignore[misc]
             [record.value for _, record, _ in members],  # type: ignore[misc]
             [record.span for _, record, _ in members],
-            batch.centred,  # type: ignore[arg-type]
+            batch.centered,  # type: ignore[arg-type]
         )
         return Shared(packet, [other for other, _, _ in members])
 
@@ -566,7 +566,7 @@ class Engine:
                 members.append((other, composition, records))
         members.sort(key=lambda member: member[2][0].span)
         parts = [
-            batch.centred.rows([records[i].span for _, _, records in members])  # type: ignore[union-attr]
+            batch.centered.rows([records[i].span for _, _, records in members])  # type: ignore[union-attr]
             for i, batch in enumerate(wanted)
         ]
         family = Family([c for _, c, _ in members], parts, grad)

@@ -1,4 +1,4 @@
-"""The matrices that the engine keeps at the centre: which they are, and which make one batch."""
+"""The matrices that the engine keeps at the center: which they are, and which make one batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _torch
-from orthonet.linalg.retraction import CentredMap, Moved
+from orthonet.linalg.retraction import CenteredMap, Moved
 from orthonet.reparametrizers.weight import Weight
 
 __all__ = ["Member", "groups_of", "manageable", "member", "stacked", "write"]
@@ -27,7 +27,7 @@ class Member(NamedTuple):
 
     weight: Weight
     parameter: Tensor
-    map: CentredMap
+    map: CenteredMap
 
 
 def member(weight: Weight) -> Member | None:
@@ -38,7 +38,7 @@ def member(weight: Weight) -> Member | None:
 
 
 def manageable(weight: Weight, p: Tensor) -> bool:
-    """Whether the parameter may be kept at the centre."""
+    """Whether the parameter may be kept at the center."""
     return (
         weight.caching
         and type(p) is nn.Parameter

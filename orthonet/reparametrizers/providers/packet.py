@@ -1,4 +1,4 @@
-"""Values at the centre as functions of their parameters: one node of the graph for many weights."""
+"""Values at the center as functions of their parameters: one node of the graph for many weights."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import torch
 from torch import Tensor
 
 from orthonet import _torch
-from orthonet.linalg.retraction import CentredMap
+from orthonet.linalg.retraction import CenteredMap
 from orthonet.reparametrizers.providers.computation import Computation, Gradients, own_graph
 from orthonet.reparametrizers.weight import Composition
 
-__all__ = ["Centred", "Family", "Packet"]
+__all__ = ["Centered", "Family", "Packet"]
 
 
-class Centred(NamedTuple):
-    """Matrices at the centre, those of several parameters: U, (k, m, n) or (m, n), and c."""
+class Centered(NamedTuple):
+    """Matrices at the center, those of several parameters: U, (k, m, n) or (m, n), and c."""
 
-    map: CentredMap
+    map: CenteredMap
     u: Tensor
     scale: Tensor
 
-    def rows(self, spans: Sequence[tuple[int, int]]) -> Centred:
+    def rows(self, spans: Sequence[tuple[int, int]]) -> Centered:
         """The matrices of some parameters, each given by its first matrix and their number."""
         if self.u.ndim == 2:
             return self
         first, last = spans[0][0], sum(spans[-1])
         if all(sum(a) == b[0] for a, b in itertools.pairwise(spans)):
-            return Centred(self.map, self.u[first:last], self.scale[first:last])
+            return Centered(self.map, self.u[first:last], self.scale[first:last])
         u, scale = (
             torch.cat([t[start : start + count] for start, count in spans])
             for t in (self.u, self.scale)
         )
-        return Centred(self.map, u, scale)
+        return Centered(self.map, u, scale)
 
     def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors of the shapes of these parameters as one batch like U."""
@@ -53,7 +53,7 @@ class Centred(NamedTuple):
         return [t.reshape(p.shape) for t, p in zip(batch.split(counts), parameters, strict=True)]
 
 
-class _AtCentre(Computation):
+class _AtCenter(Computation):
     """What packets and families share: gradients are differentiated through the cold map.
 
     Nothing here holds a module, so that a model is freed when its last reference goes.
@@ -79,7 +79,7 @@ class _AtCentre(Computation):
         return list(found)
 
 
-class Packet(_AtCentre):
+class Packet(_AtCenter):
     r"""U of the parameters of one batch.
 
     The outputs are the values and, for square matrices, as many *frames*: zeros that stand for T in
@@ -87,21 +87,21 @@ class Packet(_AtCentre):
     spares one of its two products.
     """
 
-    __slots__ = ("centred", "spans")
+    __slots__ = ("centered", "spans")
 
     def __init__(
         self,
         parameters: Sequence[Tensor],
         values: Sequence[Tensor],
         spans: Sequence[tuple[int, int]],
-        centred: Centred,
+        centered: Centered,
     ) -> None:
         outputs = list(values)
-        if centred.u.shape[-2] == centred.u.shape[-1]:
-            zero = centred.u.new_zeros(())
+        if centered.u.shape[-2] == centered.u.shape[-1]:
+            zero = centered.u.new_zeros(())
             outputs += [zero.expand(v.shape) for v in values]
-        super().__init__(parameters, (), outputs, (*parameters, centred.u))
-        self.centred, self.spans = centred, tuple(spans)
+        super().__init__(parameters, (), outputs, (*parameters, centered.u))
+        self.centered, self.spans = centered, tuple(spans)
 
     def places_of(self, used: Sequence[int]) -> Sequence[int]:
         """One parameter, and the value that it shares with others."""
@@ -110,7 +110,7 @@ class Packet(_AtCentre):
 
     def cold(self) -> list[Tensor]:
         """The values by the map itself. Layers read no frames where gradients have a graph."""
-        return [self.centred.map.value(p) for p in self.inputs]
+        return [self.centered.map.value(p) for p in self.inputs]
 
     def pull_back(self, grads: Sequence[Tensor | None]) -> Gradients:
         """Two products for all parameters; one where only frames have gradients."""
@@ -120,10 +120,10 @@ class Packet(_AtCentre):
         if not used:
             return (None,) * count
         self.require_unchanged(self.places_of(used))
-        centred = self.centred.rows([self.spans[i] for i in used])
-        with torch.no_grad(), _torch.without_autocast(centred.u):
-            pulled = self._pulled(centred, [values[i] for i in used], [frames[i] for i in used])
-            pieces = centred.split(pulled, [self.inputs[i] for i in used])
+        centered = self.centered.rows([self.spans[i] for i in used])
+        with torch.no_grad(), _torch.without_autocast(centered.u):
+            pulled = self._pulled(centered, [values[i] for i in used], [frames[i] for i in used])
+            pieces = centered.split(pulled, [self.inputs[i] for i in used])
         result: list[Tensor | None] = [None] * count
         for i, piece in zip(used, pieces, strict=True):
             result[i] = piece
@@ -131,21 +131,21 @@ class Packet(_AtCentre):
 
     @staticmethod
     def _pulled(
-        centred: Centred, values: Sequence[Tensor | None], frames: Sequence[Tensor | None]
+        centered: Centered, values: Sequence[Tensor | None], frames: Sequence[Tensor | None]
     ) -> Tensor:
-        u, scale = centred.u, centred.scale
+        u, scale = centered.u, centered.scale
         if all(frame is None for frame in frames):
-            return centred.map.pull_back(u, scale, centred.stacked(values))  # type: ignore[arg-type]
+            return centered.map.pull_back(u, scale, centered.stacked(values))  # type: ignore[arg-type]
         both = zip(values, frames, strict=True)
         like = [v if f is None else f for v, f in both]
         zeros = [torch.zeros_like(t) if f is None else f  # type: ignore[arg-type]
                  for t, f in zip(like, frames, strict=True)]  # fmt: skip
-        s = centred.stacked(zeros)
+        s = centered.stacked(zeros)
         direct = [i for i, v in enumerate(values) if v is not None]
         if direct:
             counts = [t.shape[:-2].numel() for t in zeros]
             spans = [(sum(counts[:i]), counts[i]) for i in direct]
-            part = centred.rows(spans)
+            part = centered.rows(spans)
             inner = part.u.mT @ part.stacked([values[i] for i in direct])  # type: ignore[misc]
             if s.ndim == 2:
                 s = s + inner
@@ -155,11 +155,11 @@ class Packet(_AtCentre):
                     spans, inner.split([n for _, n in spans]), strict=True
                 ):
                     s[start : start + n] += piece
-        return centred.map.turn(u, scale, s)
+        return centered.map.turn(u, scale, s)
 
 
-class Family(_AtCentre):
-    """Weights of one kind, composed by one call from parts at the centre.
+class Family(_AtCenter):
+    """Weights of one kind, composed by one call from parts at the center.
 
     The composition is a graph of its own, from the stacked values of each part; behind it the
     pull-back is that of the parts.
@@ -168,7 +168,7 @@ class Family(_AtCentre):
     __slots__ = ("compose", "parts", "recorded", "size")
 
     def __init__(
-        self, compositions: Sequence[Composition], parts: Sequence[Centred], recorded: bool
+        self, compositions: Sequence[Composition], parts: Sequence[Centered], recorded: bool
     ) -> None:
         first, self.size = compositions[0], len(compositions)
         self.compose, self.parts = first.compose, tuple(parts)

@@ -16,7 +16,7 @@ from orthonet.linalg.retraction import Moved
 from orthonet.reparametrizers.providers import shards
 from orthonet.reparametrizers.providers.engine import ENGINE
 from orthonet.reparametrizers.providers.matrices import Member, manageable, member, stacked
-from orthonet.reparametrizers.providers.shards import centred_pieces, cost, flags
+from orthonet.reparametrizers.providers.shards import centered_pieces, cost, flags
 from orthonet.reparametrizers.weight import Weight
 
 __all__ = ["share_among_ranks"]
@@ -29,7 +29,7 @@ def share_among_ranks(
 
     For data-parallel training in which all processes hold the same parameters
     (DistributedDataParallel, or gradients averaged by hand), and would all bring the same matrices
-    \(M\) back to the centre \(c\,U\). Matrices are assigned by cost \(n k^2\), the largest first,
+    \(M\) back to the center \(c\,U\). Matrices are assigned by cost \(n k^2\), the largest first,
     to the process with the least to do. After a step each process retracts its own, and one
     exchange hands the matrices \(c\,U\) round. Everything else stays local: reading a weight, and
     the two products of its backward pass. Parameters have the same bits in all processes.
@@ -66,7 +66,7 @@ def share_among_ranks(
         dist.is_available() and dist.is_initialized(),
         "share_among_ranks",
         "torch.distributed must be initialized",
-        "Call torch.distributed.init_process_group first, or leave the model as it is",
+        "Call torch.distributed.init_process_group first, or leave the model unchanged",
         RuntimeError,
     )
     found = {
@@ -155,13 +155,13 @@ class Shared:
             ENGINE.shares.remove(self)
 
     def _retracted(self, groups: Sequence[Sequence[Member]], owners: dict[int, int]) -> list[Moved]:
-        """The centred matrices of all processes, of which this one has computed its part."""
+        """The centered matrices of all processes, of which this one has computed its part."""
         members = [m for group in groups for m in group]
         whose = [owners[id(m.weight)] for m in members]
         mine = [i for i, owner in enumerate(whose) if owner == self.rank]
         pieces = [m.parameter.detach() for m in members]
         marks = [p.new_empty(2, p.shape[:-2].numel()) for p in pieces]
-        computed = centred_pieces([members[i]._replace(parameter=pieces[i]) for i in mine])
+        computed = centered_pieces([members[i]._replace(parameter=pieces[i]) for i in mine])
         for i, (point, mark) in zip(mine, computed, strict=True):
             pieces[i], marks[i] = point, mark
         received = exchange([*pieces, *marks], whose * 2, self.group)

@@ -1,8 +1,8 @@
 """Weights whose parameters are shards (FSDP2): retracted after a step by all processes together.
 
-After a step of an optimizer each matrix is collected by one process, which brings it to the centre
+After a step of an optimizer each matrix is collected by one process, which brings it to the center
 and hands the shards back: an optimizer step is a collective. A unit of FSDP2 then lends a matrix at
-the centre, M = c U, so that a read divides by c and a backward pass is the closed form there.
+the center, M = c U, so that a read divides by c and a backward pass is the closed form there.
 Nothing of the size of a matrix is kept between steps.
 """
 
@@ -18,18 +18,18 @@ from torch.optim import Optimizer
 
 from orthonet import _torch
 from orthonet.linalg.distributed import assign, collect, exchange, hand_out, rank_and_size, whole
-from orthonet.linalg.retraction import centre, retract
+from orthonet.linalg.retraction import center, retract
 from orthonet.reparametrizers.providers.computation import attach
 from orthonet.reparametrizers.providers.engine import ENGINE, REEVALUATING_OPTIMIZERS
 from orthonet.reparametrizers.providers.matrices import Member, groups_of, member, stacked
-from orthonet.reparametrizers.providers.packet import Centred, Packet
+from orthonet.reparametrizers.providers.packet import Centered, Packet
 from orthonet.reparametrizers.weight import GIVEN, Weight, alive, caching
 
-__all__ = ["after_step", "centred_pieces", "cost", "flags", "forget", "owners", "read"]
+__all__ = ["after_step", "centered_pieces", "cost", "flags", "forget", "owners", "read"]
 
 
 class _Known:
-    """The shard of a matrix that stands at the centre, and the state in which it does."""
+    """The shard of a matrix that stands at the center, and the state in which it does."""
 
     __slots__ = ("parameter", "stamp", "version")
 
@@ -41,7 +41,7 @@ class _Known:
         )
 
     def holds(self, p: Tensor) -> bool:
-        """Whether `p`, the shard or what a unit has gathered from it, stands at the centre."""
+        """Whether `p`, the shard or what a unit has gathered from it, stands at the center."""
         shard = self.parameter()
         return (
             shard is not None
@@ -88,7 +88,7 @@ def owners(matrices: Sequence[Tensor]) -> tuple[list[int], int]:
 
 @torch.no_grad()
 def after_step(optimizer: Optimizer) -> None:
-    """Bring to the centre what `optimizer` holds in shards: a collective of their processes."""
+    """Bring to the center what `optimizer` holds in shards: a collective of their processes."""
     given = _torch.parameters_of(optimizer)
     places = {id(p): i for i, p in enumerate(given)}
     moved: dict[int, Member | None] = {}
@@ -102,7 +102,7 @@ def after_step(optimizer: Optimizer) -> None:
         place = places[id(held.parameter)]
         tied = moved.setdefault(place, held)
         if tied is not None and tied.map is not held.map:
-            moved[place] = None  # tied weights of two maps have no common centre
+            moved[place] = None  # tied weights of two maps have no common center
     if not moved or not caching.on or isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
         return
     meshes: dict[Any, list[Member]] = {}
@@ -131,7 +131,7 @@ def _retract(members: list[Member]) -> None:
     whose, _ = owners(parts)
     collected = collect(parts, whose, group)
     mine = sorted(collected)
-    computed = centred_pieces([members[i]._replace(parameter=collected[i]) for i in mine])
+    computed = centered_pieces([members[i]._replace(parameter=collected[i]) for i in mine])
     marks = [_local(p).new_empty(2, p.shape[:-2].numel()) for p in parts]
     for i, (point, mark) in zip(mine, computed, strict=True):
         collected[i], marks[i] = point, mark
@@ -149,8 +149,8 @@ def _retract(members: list[Member]) -> None:
             _known[held.weight] = _Known(held.parameter)
 
 
-def centred_pieces(members: Sequence[Member]) -> list[tuple[Tensor, Tensor]]:
-    """Whole matrices at the centre, and marks: which of them are written, and which are good."""
+def centered_pieces(members: Sequence[Member]) -> list[tuple[Tensor, Tensor]]:
+    """Whole matrices at the center, and marks: which of them are written, and which are good."""
     groups = list(groups_of(members))
     batches = [(stacked([m.parameter.contiguous() for m in g]), g[0].map) for g in groups]
     result: dict[int, tuple[Tensor, Tensor]] = {}
@@ -176,17 +176,17 @@ def flags(marks: Sequence[Tensor]) -> tuple[list[list[bool]], list[list[bool]]]:
 
 
 def read(weight: Weight) -> Tensor | None:
-    """The value of a weight that is made of shards, where these stand at the centre."""
+    """The value of a weight that is made of shards, where these stand at the center."""
     composition = weight.composition()
     parts = (weight,) if composition is None else composition.parts
     if not any(part._sharded for part in parts) or not weight.may_be_kept():
         return None
     if composition is None:
-        return _at_centre(weight)
+        return _at_center(weight)
     given: list[Weight] = []
     try:
         for part in parts:
-            value = _at_centre(part)
+            value = _at_center(part)
             if value is not None:
                 vars(part)[GIVEN] = value
                 given.append(part)
@@ -196,10 +196,10 @@ def read(weight: Weight) -> Tensor | None:
             del vars(part)[GIVEN]
 
 
-def _at_centre(weight: Weight) -> Tensor | None:
+def _at_center(weight: Weight) -> Tensor | None:
     """The value of one matrix, gathered here or lent by its unit; None elsewhere.
 
-    A shard that no step has been seen to leave at the centre is looked at, at the cost of one
+    A shard that no step has been seen to leave at the center is looked at, at the cost of one
     product a read.
     """
     p, way, known = weight._parameters.get("original"), weight.map, _known.get(weight)
@@ -213,9 +213,9 @@ def _at_centre(weight: Weight) -> Tensor | None:
             (found,) = retract([(x, way)], move=False)
             if not all(found.good):
                 return None
-        u, scale = centre(x)
+        u, scale = center(x)
     value = u.view(p.shape)
     if not (torch.is_grad_enabled() and gathered.requires_grad):
         return value
     spans = [(0, p.shape[:-2].numel())]
-    return attach(Packet([gathered], [value], spans, Centred(way, u, scale)))[0]
+    return attach(Packet([gathered], [value], spans, Centered(way, u, scale)))[0]
