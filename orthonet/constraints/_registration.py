@@ -64,7 +64,7 @@ def constrain(
     """
     _checks.module("constrain", module=module)
     _checks.require(
-        isinstance(space, Manifold),
+        isinstance(space, (Manifold, Parametrization)),
         "constrain",
         "space must be a space of orthonet.manifolds, an object",
         "Pass one, e.g. orthonet.manifolds.SO()",
