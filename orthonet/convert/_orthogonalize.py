@@ -23,11 +23,13 @@ from orthonet.convert._replace import (
     layer_twin,
 )
 from orthonet.convert._report import ConversionReport, ConversionRow
+from orthonet.convert._residual import GAIN, rewrite_sums
 from orthonet.convert._stateless import (
     ACTIVATIONS,
     NORMS,
     POOLS,
     activation_twin,
+    is_channel_norm,
     norm_twin,
     pool_twin,
 )
@@ -55,6 +57,7 @@ def orthogonalize(
     norm: str | None = None,
     activation: str | None = None,
     pool: str | None = None,
+    residual: str | None = None,
     return_report: bool = False,
 ) -> Any:
     r"""Return a new model whose linear, convolutional and recurrent layers are orthogonal.
@@ -70,7 +73,12 @@ def orthogonalize(
     The outputs differ from those of `model`: all singular values become 1. Project and fine-tune,
     or reset and train. The sums of residual connections, functional activations and attention are
     in the code of `forward`: they are noted in the report, where `torch.fx` can read the code, and
-    stay.
+    stay, but for the sums with `residual`.
+
+    **To constant 1.** With `residual="convex"`, `norm="centering"`, `pool="l2"` and
+    `activation="max_min"` the residual networks and ConvNeXts of torchvision and timm become
+    1-Lipschitz by construction: every layer is, and so is every combination of two. Depthwise
+    convolutions need `fallback="aol"`.
 
     Args:
         model: Any module.
@@ -94,6 +102,15 @@ def orthogonalize(
             divided by its largest gain, layer norm centers), or None to keep normalizations.
         activation: "max_min" or "abs" in place of activation modules, None to keep them.
         pool: "l2" or "average" in place of pooling modules, with constant 1; None to keep them.
+        residual: What becomes of sums of two activations in the code of `forward`: "convex", a
+            learnable convex combination, see [`ConvexSum`][orthonet.convert.ConvexSum];
+            "prescaled", a learnable gain in front of the branch and a division behind the sum, see
+            [`PrescaledSum`][orthonet.convert.PrescaledSum]; None keeps them. The operand with more
+            calls of its own is the branch. A parameter that multiplies an activation (a "layer
+            scale") is divided by its largest magnitude. Every module keeps its class, but `forward`
+            becomes the code that `torch.fx` read; other methods stay as they are written. The new
+            parameters are `residual.logit` and `residual.before.log_gain` of the module whose code
+            has the sum; all other names in `state_dict` stay.
         return_report: Return the report as well; without it, a warning tells how many layers
             stayed as they were.
 
@@ -107,7 +124,9 @@ def orthogonalize(
 
     Raises:
         ValueError: An unknown option, a rule that matches no module, one of another kind or with
-            keywords that the layer does not have, or weights that are not finite.
+            keywords that the layer does not have, or weights that are not finite. With `residual`:
+            a sum with keywords such as `alpha=`, or a module with sub-modules whose code
+            `torch.fx` cannot read.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 1, 2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 10))
@@ -128,6 +147,7 @@ def orthogonalize(
     _checks.one_of(owner, ("centering", "lip", None), norm=norm)
     _checks.one_of(owner, ("max_min", "abs", None), activation=activation)
     _checks.one_of(owner, ("l2", "average", None), pool=pool)
+    _checks.one_of(owner, ("convex", "prescaled", None), residual=residual)
     _checks.one_of(owner, (*available(), None), fallback=fallback)
     _checks.require(
         rules is None or isinstance(rules, Mapping), owner,
@@ -154,6 +174,10 @@ def orthogonalize(
     memo: dict[int, object] = {}
     rows: list[ConversionRow] = []
     ties, previous = _ties(model), None
+
+    def left_alone(name: str, module: nn.Module) -> bool:
+        return _rule([name], module, rules) is False
+
     for names, module in _visit(model, memo):
         rule = _rule(names, module, rules)
         name, kind = ", ".join(names), type(module).__name__
@@ -170,11 +194,16 @@ def orthogonalize(
             rows.append(ConversionRow(name, "changed", kind, after, twin.remark, twin.moved))
         if isinstance(module, CONVERTIBLE) and not isinstance(module, nn.RNNBase | nn.RNNCellBase):
             previous = module
-    rows += [ConversionRow(where, "noted", what, reason=why)
-             for where, what, why in forward_notes(model)]  # fmt: skip
-    report = ConversionReport(tuple(rows))
     # deepcopy's own memo puts the twin wherever the layer is referenced, shared uses included
     new = copy.deepcopy(model, memo)
+    if residual is not None:
+        sums = [ConversionRow(name, "changed", what, now, why)
+                for name, what, now, why in rewrite_sums(new, residual, left_alone)]  # fmt: skip
+        gains = {row.name for row in sums if row.after == GAIN}
+        rows = [row for row in rows if row.action != "skipped" or row.name not in gains] + sums
+    rows += [ConversionRow(where, "noted", what, reason=why)
+             for where, what, why in forward_notes(new)]  # fmt: skip
+    report = ConversionReport(tuple(rows))
     if return_report:
         return new, report
     _warn_of([row for row in report.skipped if row.reason != _BY_RULE])
@@ -290,7 +319,7 @@ def _twin(
         raise UnconvertibleError(_BY_RULE)
     if callable(rule):
         return Twin(_made(rule, module), "by rule")
-    if kind in NORMS and norm is not None:
+    if norm is not None and (kind in NORMS or is_channel_norm(module)):
         return norm_twin(module, norm, weights)
     if kind in ACTIVATIONS and activation is not None:
         return activation_twin(activation, previous)
