@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from orthonet import _checks
 from orthonet._torch import is_hooked
 from orthonet.convert._forward_notes import forward_notes
+from orthonet.convert._progress import Progress, reporter
 from orthonet.convert._replace import (
     CONVERTIBLE,
     Twin,
@@ -33,9 +34,11 @@ from orthonet.convert._stateless import (
     norm_twin,
     pool_twin,
 )
+from orthonet.convert._sums import BranchGain, ConvexSum
 from orthonet.convert._untrained import is_untrained
 from orthonet.layers import available
 from orthonet.reparametrizers.params import read_params
+from orthonet.linalg.threads import one_thread
 
 __all__ = ["Rule", "orthogonalize"]
 
@@ -58,6 +61,7 @@ def orthogonalize(
     activation: str | None = None,
     pool: str | None = None,
     residual: str | None = None,
+    progress: bool | Progress | None = None,
     return_report: bool = False,
 ) -> Any:
     r"""Return a new model whose linear, convolutional and recurrent layers are orthogonal.
@@ -111,6 +115,9 @@ def orthogonalize(
             becomes the code that `torch.fx` read; other methods stay as they are written. The new
             parameters are `residual.logit` and `residual.before.log_gain` of the module whose code
             has the sum; all other names in `state_dict` stay.
+        progress: True shows a bar on stderr; a function is called as `progress(done, total, what)`
+            before each layer and at the end, as that of [`certify`][orthonet.certify.certify]. A
+            line every few seconds goes to the logger `"orthonet.convert"` at level INFO anyway.
         return_report: Return the report as well; without it, a warning tells how many layers
             stayed as they were.
 
@@ -154,6 +161,7 @@ def orthogonalize(
         "rules must be a mapping from names or classes of modules to what becomes of them",
         "Pass e.g. rules={'layer4.*': False}", rules=rules,
     )  # fmt: skip
+    tell = reporter(progress)
     rules = dict(rules or {})
     _check_rules(model, rules)
     if weights == "project":
@@ -171,16 +179,46 @@ def orthogonalize(
         "weights": weights, "downsample": downsample, "fallback": fallback, "norm": norm,
         "activation": activation, "pool": pool,
     }  # fmt: skip
-    memo: dict[int, object] = {}
-    rows: list[ConversionRow] = []
-    ties, previous = _ties(model), None
 
     def left_alone(name: str, module: nn.Module) -> bool:
         return _rule([name], module, rules) is False
 
+    sums: list[ConversionRow] = []
+    if residual is not None:  # first, since it may refuse
+        model = copy.deepcopy(model)
+        sums = [ConversionRow(name, "changed", what, now, why)
+                for name, what, now, why in rewrite_sums(model, residual, left_alone)]  # fmt: skip
+    memo: dict[int, object] = {}
+    with one_thread():
+        rows = _exchange(model, memo, rules, options, tell)
+    # deepcopy's own memo puts the twin wherever the layer is referenced, shared uses included
+    new = copy.deepcopy(model, memo)
+    gains = {row.name for row in sums if row.after == GAIN}
+    rows = [row for row in rows if row.action != "skipped" or row.name not in gains] + sums
+    rows += [ConversionRow(where, "noted", what, reason=why)
+             for where, what, why in forward_notes(new)]  # fmt: skip
+    report = ConversionReport(tuple(rows))
+    if return_report:
+        return new, report
+    _warn_of([row for row in report.skipped if row.reason != _BY_RULE])
+    return new
+
+
+def _exchange(
+    model: nn.Module, memo: dict[int, object], rules: Mapping[Any, Rule], options: dict[str, Any],
+    tell: Progress,
+) -> list[ConversionRow]:  # fmt: skip
+    """Put the twin of each module into `memo`, and tell of it."""
+    rows: list[ConversionRow] = []
+    ties, previous = _ties(model), None
+    layers = {id(m) for m in model.modules() if isinstance(m, CONVERTIBLE)}
+    seen: set[int] = set()
     for names, module in _visit(model, memo):
         rule = _rule(names, module, rules)
         name, kind = ", ".join(names), type(module).__name__
+        if id(module) in layers:
+            tell(len(seen), len(layers), name)
+            seen.add(id(module))
         try:
             twin = _twin(module, rule, ties, previous, **options)
         except UnconvertibleError as reason:
@@ -194,20 +232,8 @@ def orthogonalize(
             rows.append(ConversionRow(name, "changed", kind, after, twin.remark, twin.moved))
         if isinstance(module, CONVERTIBLE) and not isinstance(module, nn.RNNBase | nn.RNNCellBase):
             previous = module
-    # deepcopy's own memo puts the twin wherever the layer is referenced, shared uses included
-    new = copy.deepcopy(model, memo)
-    if residual is not None:
-        sums = [ConversionRow(name, "changed", what, now, why)
-                for name, what, now, why in rewrite_sums(new, residual, left_alone)]  # fmt: skip
-        gains = {row.name for row in sums if row.after == GAIN}
-        rows = [row for row in rows if row.action != "skipped" or row.name not in gains] + sums
-    rows += [ConversionRow(where, "noted", what, reason=why)
-             for where, what, why in forward_notes(new)]  # fmt: skip
-    report = ConversionReport(tuple(rows))
-    if return_report:
-        return new, report
-    _warn_of([row for row in report.skipped if row.reason != _BY_RULE])
-    return new
+    tell(len(layers), len(layers), "done")
+    return rows
 
 
 def _warn_of(left: list[ConversionRow]) -> None:
@@ -330,7 +356,7 @@ def _twin(
     if kind is nn.MultiheadAttention and rule is True:
         return attention_twin(module, weights)  # type: ignore[arg-type]
     if kind not in CONVERTIBLE:
-        if own is None:
+        if own is None or kind in (ConvexSum, BranchGain):
             return None
         raise UnconvertibleError(_why_not(module))
     _check_own(module, ties)
