@@ -35,6 +35,8 @@ class RewrittenForward:
     code of `forward`.
     """
 
+    forward_in_train: Any
+    forward_in_eval: Any
     _base: type[nn.Module]
     _sources: tuple[str, ...]
     _names: dict[str, Any]
@@ -65,17 +67,17 @@ def _rewritten_class(
     key = (base, sources)
     if key not in _CLASSES:
         compiled = [_compile(source, dict(names), base) for source in sources]
-        forward = compiled[0]
+        train, evaluate = compiled[0], compiled[-1]
+        forward = train
         if len(compiled) == 2:
-            train, evaluate = compiled
 
             def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
                 return (train if self.training else evaluate)(self, *args, **kwargs)
 
         body = {
             "__module__": base.__module__, "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__, "forward": forward,
-            "_base": base, "_sources": sources, "_names": names,
+            "__doc__": base.__doc__, "forward": forward, "forward_in_train": train,
+            "forward_in_eval": evaluate, "_base": base, "_sources": sources, "_names": names,
         }  # fmt: skip
         _CLASSES[key] = type(base.__name__, (RewrittenForward, base), body)
     return _CLASSES[key]
@@ -267,7 +269,7 @@ def _bound_gain(graph: fx.Graph, node: fx.Node) -> bool:
     if len(operands) != 2 or len(gains) != 1:
         return False
     with graph.inserting_before(node):
-        size = graph.call_method("amax", (graph.call_method("abs", (gains[0],)),))
+        size = graph.call_method("max", (graph.call_method("abs", (gains[0],)),))
         size = graph.call_method("clamp_min", (size, 1e-30))
         node.replace_input_with(gains[0], graph.call_function(operator.truediv, (gains[0], size)))
     return True

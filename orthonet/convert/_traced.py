@@ -31,9 +31,11 @@ def is_own_code(module: nn.Module) -> bool:
     return isinstance(module, fx.GraphModule) or not first.startswith(("torch.nn.", "orthonet."))
 
 
-def trace_own(module: nn.Module) -> fx.Graph:
+def trace_own(module: nn.Module, method: str = "forward") -> fx.Graph:
     """The graph of the module's own code in its present mode; raises one of `FX_ERRORS`."""
-    return _OwnCode().trace(module)
+    tracer = _OwnCode()
+    tracer.traced_func_name = method
+    return tracer.trace(module)
 
 
 def activations(graph: fx.Graph) -> set[fx.Node]:
