@@ -20,6 +20,7 @@ from orthonet.convert._replace import (
     CONVERTIBLE,
     Twin,
     UnconvertibleError,
+    as_linear,
     attention_twin,
     layer_twin,
 )
@@ -67,8 +68,8 @@ def orthogonalize(
     r"""Return a new model whose linear, convolutional and recurrent layers are orthogonal.
 
     `nn.Linear`, `nn.Conv1d/2d/3d`, `nn.ConvTranspose1d/2d/3d`, `nn.RNN`, `nn.GRU`, `nn.LSTM` and
-    their cells are replaced by ours, with the same arguments, device, dtype, mode and frozen
-    parameters. The given model is not changed and shares no tensor with the result. A layer used
+    their cells, and the `Conv1D` of Hugging Face's GPT-2, are replaced by ours, with the same
+    arguments, device, dtype, mode and frozen parameters. The given model is not changed and shares no tensor with the result. A layer used
     at several places stays one layer. Left alone, with a reason in the report, are: subclasses of
     these layers (their `forward` is their own), layers whose weight belongs to another module too
     (tied weights) or is computed (parametrized, weight norm), layers with hooks, and convolutions
@@ -355,13 +356,18 @@ def _twin(
         raise UnconvertibleError("stays as it is, for it is constrained already")
     if kind is nn.MultiheadAttention and rule is True:
         return attention_twin(module, weights)  # type: ignore[arg-type]
+    linear = as_linear(module)
+    if linear is not None:
+        _check_own(module, ties)
+        method, keywords = _method(rule)
+        twin = layer_twin(linear, weights, downsample, method, keywords)
+        return twin._replace(remark=twin.remark or "its weight (in, out) is transposed now")
     if kind not in CONVERTIBLE:
         if own is None or kind in (ConvexSum, BranchGain):
             return None
         raise UnconvertibleError(_why_not(module))
     _check_own(module, ties)
-    method = rule if isinstance(rule, str) else "ortho"
-    keywords = dict(rule) if isinstance(rule, Mapping) else {}
+    method, keywords = _method(rule)
     try:
         return layer_twin(module, weights, downsample, method, keywords)
     except UnconvertibleError as reason:
@@ -372,6 +378,12 @@ def _twin(
         except UnconvertibleError:
             raise reason from None
         return Twin(twin.module, f"by {fallback!r}: {reason}", twin.moved)
+
+
+def _method(rule: Rule | None) -> tuple[str, dict[str, Any]]:
+    """The method of the registry that a rule names, and the keywords that it gives."""
+    method = rule if isinstance(rule, str) else "ortho"
+    return method, dict(rule) if isinstance(rule, Mapping) else {}
 
 
 def _made(rule: Callable[[nn.Module], nn.Module], module: nn.Module) -> nn.Module:

@@ -24,12 +24,12 @@ def to_plain(model: nn.Module) -> nn.Module:
     present parameters, and stored as an ordinary parameter; so are those that
     `orthonet.constraints` or `torch.nn.utils.parametrize` compute. Activations, pooling, norms and
     sums of this library become modules of `torch.nn` or `torch.fx.GraphModule`s whose code calls
-    torch alone, with their learned numbers as constants, in the mode (train or eval) that they are
-    in; what `orthogonalize(residual=...)` rewrote becomes a `GraphModule`. So the result can be
-    pickled for a machine without this library, traced by `torch.fx`, scripted, and exported to
-    ONNX, if what is not of this library can. A layer that is used in several places stays one
-    layer. Everything else is copied. The given model is not changed and shares no tensor with the
-    result.
+    torch alone, with parameters of the same names, in the mode (train or eval) that they are in:
+    call `model.eval()` first to deploy. What `orthogonalize(residual=...)` rewrote becomes a
+    `GraphModule`. So the result can be pickled for a machine without this library, traced by
+    `torch.fx`, scripted, and exported to ONNX, if what is not of this library can. A layer that is
+    used in several places stays one layer. Everything else is copied. The given model is not
+    changed and shares no tensor with the result.
 
     Certificates of the result are those of the model, but for activations with learned places or
     angles, layers that contain their activation, and smooth ones: certify the model itself there.

@@ -24,7 +24,6 @@ _AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _LP_POOL = {1: nn.LPPool1d, 2: nn.LPPool2d, 3: nn.LPPool3d}
 _PAD = {1: nn.ConstantPad1d, 2: nn.ConstantPad2d, 3: nn.ConstantPad3d}
 _ADAPTIVE = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-_BATCH_NORM = {(2, 3): nn.BatchNorm1d, (4,): nn.BatchNorm2d, (5,): nn.BatchNorm3d}
 
 
 def as_graph(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
@@ -35,15 +34,14 @@ def as_graph(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
     return fx.GraphModule(root, clean, name).train(root.training)
 
 
-def _graph(
-    owner: nn.Module, forward: Callable[..., Any], /, *, buffers: dict[str, Tensor] | None = None,
-    modules: dict[str, nn.Module] | None = None,
-) -> fx.GraphModule:  # fmt: skip
-    """Trace `forward(module, x)`, in which `module` holds the buffers and modules."""
+def _graph(owner: nn.Module, forward: Callable[..., Any]) -> fx.GraphModule:
+    """Trace `forward(module, x)`, in which `module` holds what `owner` holds, under its names."""
     root = nn.Module()
-    for name, value in (buffers or {}).items():
+    for name, value in owner.named_parameters(recurse=False):
+        root.register_parameter(name, nn.Parameter(value.detach().clone(), value.requires_grad))
+    for name, value in owner.named_buffers(recurse=False):
         root.register_buffer(name, value.detach().clone())
-    for name, module in (modules or {}).items():
+    for name, module in owner.named_children():
         root.add_module(name, module)
     root.__class__ = type("Root", (nn.Module,), {"forward": forward})
     graph = _Leaves().trace(root)
@@ -54,6 +52,8 @@ def _graph(
 
 
 class _Leaves(fx.Tracer):
+    proxy_buffer_attributes = True
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
@@ -98,51 +98,59 @@ def _beta_abs(m: Any) -> fx.GraphModule:
     return _graph(m, forward)
 
 
+def _wide(value: Any, half: bool) -> Any:
+    """In float32 at least; `half` tells the dtype, which a traced value does not."""
+    return value.float() if half else value
+
+
+def _is_half(stored: Tensor) -> bool:
+    return stored.dtype.itemsize < 4
+
+
 def _householder(m: Any) -> fx.GraphModule:
-    half = m.theta.detach().float() / 2 if m.theta.dtype.itemsize < 4 else m.theta.detach() / 2
+    half = _is_half(m.theta)
 
     def forward(self: Any, x: Any) -> Any:
+        angle = _wide(self.theta, half) / 2
+        v1, v2 = angle.sin(), -angle.cos()
         z = x.movedim(m.dim, -1).chunk(2, -1)
-        distance = 2 * F.relu(-(self.v1 * z[0] + self.v2 * z[1]))
-        y = torch.cat((z[0] + self.v1 * distance, z[1] + self.v2 * distance), -1)
+        distance = 2 * F.relu(-(v1 * z[0] + v2 * z[1]))
+        y = torch.cat((z[0] + v1 * distance, z[1] + v2 * distance), -1)
         return y.to(x.dtype).movedim(-1, m.dim)
 
-    return _graph(m, forward, buffers={"v1": half.sin(), "v2": -half.cos()})
+    return _graph(m, forward)
 
 
 def _householder2(m: Any) -> fx.GraphModule:
-    theta = m.theta.detach()
-    start, a, b = theta.float() if theta.dtype.itemsize < 4 else theta
-    a, b = a.clamp(0.0, math.pi), b.clamp(0.0, math.pi)
+    half = _is_half(m.theta)
 
     def forward(self: Any, x: Any) -> Any:
-        z = x.movedim(m.dim, -1).to(self.start.dtype).chunk(2, -1)
-        psi = (torch.atan2(z[1], z[0]) - self.start).remainder(2 * math.pi)
-        first, second, third = psi < self.a, psi < self.both, psi < self.far
+        theta = _wide(self.theta, half)
+        start = theta[0]
+        a, b = theta[1].clamp(0.0, math.pi), theta[2].clamp(0.0, math.pi)
+        z = x.movedim(m.dim, -1).to(theta.dtype).chunk(2, -1)
+        psi = (torch.atan2(z[1], z[0]) - start).remainder(2 * math.pi)
+        first, second, third = psi < a, psi < a + b, psi < b + math.pi
         last = torch.logical_and(third, torch.logical_not(second))
-        turn = torch.where(second, self.turn2, self.turn4)
+        turn = torch.where(second, 2 * (start + a), 2 * start)
         turn = torch.where(first, torch.zeros_like(psi), turn)
-        turn = torch.where(last, self.turn3, turn)
+        turn = torch.where(last, -2 * b, turn)
         flipped = torch.where(torch.logical_or(first, last), z[1], -z[1])
         cos, sin = turn.cos(), turn.sin()
         y = torch.cat((cos * z[0] - sin * flipped, sin * z[0] + cos * flipped), -1)
         return y.to(x.dtype).movedim(-1, m.dim)
 
-    buffers = {
-        "start": start, "a": a, "both": a + b, "far": b + math.pi, "turn2": 2 * (start + a),
-        "turn3": -2 * b, "turn4": 2 * start,
-    }  # fmt: skip
-    return _graph(m, forward, buffers=buffers)
+    return _graph(m, forward)
 
 
 def _n_activation(m: Any) -> fx.GraphModule:
     def forward(self: Any, x: Any) -> Any:
-        y = x.movedim(m.dim, -1)
-        low, high = self.low.to(x.dtype), self.high.to(x.dtype)
+        y, theta = x.movedim(m.dim, -1), self.theta.to(x.dtype)
+        low, high = theta.amin(0), theta.amax(0)
         above = torch.where(y > high, y - 2 * high, -y)
         return torch.where(y < low, y - 2 * low, above).movedim(-1, m.dim)
 
-    return _graph(m, forward, buffers={"low": m.theta.amin(0), "high": m.theta.amax(0)})
+    return _graph(m, forward)
 
 
 # pooling, down-sampling and permutations --------------------------------------------------------
@@ -270,76 +278,82 @@ def _global_average(m: Any) -> fx.GraphModule:
 
 def _normalize(m: Any) -> fx.GraphModule:
     return _graph(
-        m,
-        lambda self, x: ((x.movedim(m.dim, -1) - self.mean) / self.std).movedim(-1, m.dim),
-        buffers={"mean": m.mean, "std": m.std},
+        m, lambda self, x: ((x.movedim(m.dim, -1) - self.mean) / self.std).movedim(-1, m.dim)
     )
 
 
-@torch.no_grad()
-def _batch_norm(m: Any) -> nn.Module:
-    """A batch norm in eval mode, as both of ours are; in train mode the formula of the batch."""
-    centering = not hasattr(m, "gains")
-    bias = torch.zeros_like(m.running_mean) if m.bias is None else m.bias
-    if m.training:
-        buffers = {"bias": bias}
-        if not centering and m.weight is not None:
-            buffers["weight"] = m.weight
+def _batch_norm(m: Any) -> fx.GraphModule:
+    """The formula of the mode that the layer is in."""
+    gains, has_weight, has_bias = hasattr(m, "gains"), getattr(m, "weight", None), m.bias
 
-        def forward(self: Any, x: Any) -> Any:
-            y = x.movedim(1, -1)
-            flat = y.flatten(0, -2)
-            y = y - flat.mean(0)
-            if not centering:
-                gain = (flat.var(0, correction=0) + m.eps).rsqrt()
-                gain = gain * self.weight if m.weight is not None else gain
-                y = y * (gain / gain.abs().amax())
-            return (y + self.bias).movedim(-1, 1)
+    def forward(self: Any, x: Any) -> Any:
+        y = x.movedim(1, -1)
+        flat = y.flatten(0, -2)
+        mean = flat.mean(0) if m.training else self.running_mean
+        if not gains:
+            shift = mean if has_bias is None else mean - self.bias
+            return (y - shift).movedim(-1, 1)
+        variance = flat.var(0, correction=0) if m.training else self.running_var
+        gain = (variance + m.eps).rsqrt()
+        gain = gain if has_weight is None else gain * self.weight
+        y = (y - mean) * (gain / gain.abs().max().clamp_min(1e-30))
+        return (y if has_bias is None else y + self.bias).movedim(-1, 1)
 
-        return _graph(m, forward, buffers=buffers)
-    twin = _BATCH_NORM[m._ndims](m.num_features, 0.0 if centering else m.eps, m.momentum)
-    twin.to(m.running_mean)
-    twin.running_mean.copy_(m.running_mean)
-    twin.bias.copy_(bias)
-    if not centering:
-        twin.running_var.copy_(m.running_var)
-        twin.weight.copy_(m.gains() * (m.running_var + m.eps).sqrt())
-    return twin.eval()
+    return _graph(m, forward)
 
 
 def _convex(m: Any) -> fx.GraphModule:
-    a = m.logit.detach().float().sigmoid().item()
-    return _graph(m, lambda self, branch, skip: (1 - a) * skip + a * branch)
+    half = _is_half(m.logit)
+
+    def forward(self: Any, branch: Any, skip: Any) -> Any:
+        a = _wide(self.logit, half).sigmoid()
+        return ((1 - a) * skip + a * branch).to(skip.dtype)
+
+    return _graph(m, forward)
+
+
+def _gain_of(module: Any, half: bool) -> Any:
+    return _wide(module.log_gain, half).clamp(-20.0, 20.0).exp()
 
 
 def _gain(m: Any) -> fx.GraphModule:
-    g = m.gain.item()
-    return _graph(m, lambda self, x: g * x)
+    half = _is_half(m.log_gain)
+    return _graph(m, lambda self, x: (_gain_of(self, half) * x).to(x.dtype))
 
 
 def _prescaled(m: Any) -> fx.GraphModule:
-    g = m.before.gain.item()
-    plain = _graph(m, lambda self, branch, skip: (skip + branch) / (1 + g))
-    plain.add_module("before", m.before)  # the graph of the block calls it
+    half = _is_half(m.before.log_gain)
+
+    def forward(self: Any, branch: Any, skip: Any) -> Any:
+        return ((skip + branch) / (1 + _gain_of(self.before, half))).to(skip.dtype)
+
+    plain = _graph(m, forward)
+    plain.add_module("before", _gain(m.before))  # the graph of the block calls it
     return plain
 
 
 def _residual(formula: Callable[[Any, Any], Any]) -> Callable[[Any], fx.GraphModule]:
-    return lambda m: _graph(
-        m, lambda self, x: formula(x, self.branch(x)), modules={"branch": m.branch}
-    )
+    return lambda m: _graph(m, lambda self, x: formula(x, self.branch(x)))
 
 
 def _convex_residual(m: Any) -> fx.GraphModule:
-    a = m.alpha.item()
-    return _residual(lambda x, y: (1 - a) * x + a * y)(m)
+    half = _is_half(m.logit)
+
+    def forward(self: Any, x: Any) -> Any:
+        a = _wide(self.logit, half).sigmoid()
+        return ((1 - a) * x + a * self.branch(x)).to(x.dtype)
+
+    return _graph(m, forward)
 
 
 def _prescaled_residual(m: Any) -> fx.GraphModule:
-    g = m.gain.item()
-    return _graph(
-        m, lambda self, x: (x + self.branch(g * x)) / (1 + g), modules={"branch": m.branch}
-    )
+    half = _is_half(m.log_gain)
+
+    def forward(self: Any, x: Any) -> Any:
+        g = _gain_of(self, half)
+        return ((x + self.branch((g * x).to(x.dtype))) / (1 + g)).to(x.dtype)
+
+    return _graph(m, forward)
 
 
 def _concat_residual(m: Any) -> fx.GraphModule:
@@ -353,7 +367,7 @@ def _concat_residual(m: Any) -> fx.GraphModule:
             return torch.stack(pair, second).flatten(first, second)
         return torch.cat(pair, dim)
 
-    return _graph(m, forward, modules={"branch": m.branch})
+    return _graph(m, forward)
 
 
 def _l2_residual(m: Any) -> fx.GraphModule:
@@ -361,7 +375,7 @@ def _l2_residual(m: Any) -> fx.GraphModule:
         pair = torch.stack((x, self.branch(x)), -1)
         return torch.linalg.vector_norm(pair, dim=-1) * 0.5**0.5
 
-    return _graph(m, forward, modules={"branch": m.branch})
+    return _graph(m, forward)
 
 
 _EACH_DIMENSION: dict[str, Callable[[Any], nn.Module]] = {

@@ -298,3 +298,38 @@ def test_weights_and_keywords_that_cannot_be_used_are_refused():
     ):
         orthogonalize(model)
     assert bool(orthogonalize(model, weights="reset")[1].weight.isfinite().all())
+
+
+class Conv1D(nn.Module):
+    """The twin of `transformers.pytorch_utils.Conv1D`: a linear layer with weight (in, out)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.empty(nx, nf))
+        self.bias = nn.Parameter(torch.zeros(nf))
+        nn.init.orthogonal_(self.weight)
+
+    def forward(self, x):
+        size_out = (*x.size()[:-1], self.nf)
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size_out)
+
+
+def test_the_conv1d_of_transformers_is_a_linear_layer():
+    model = nn.Sequential(Conv1D(8, 4), Conv1D(3, 8))
+    model[1].weight.requires_grad_(False)
+    nn.init.normal_(model[0].bias)
+    new, report = converted(model)
+    x = torch.randn(2, 5, 4)
+    # an orthogonal weight stays: 5 roundings of 20 terms in float32; observed 6e-7
+    torch.testing.assert_close(new(x), model(x), atol=1e-5, rtol=0)
+    assert [row.after for row in report.changed] == ["OrthoLinear"] * 2
+    assert all("transposed" in row.reason for row in report.changed)
+    assert [any(p.requires_grad for p in m.parametrization.parameters()) for m in new] == [
+        True,
+        False,
+    ]
+    ruled, _ = converted(model, rules={"0": "aol", "1": False})
+    assert [type(m).__name__ for m in ruled] == ["AOLLinear", "Conv1D"]
+    model[0].extra = nn.Parameter(torch.ones(1))  # another module of that name
+    assert "are used in its forward" in converted(model)[1].skipped[0].reason

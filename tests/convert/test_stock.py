@@ -81,7 +81,10 @@ def scripted(model):
         return torch.jit.script(model)
 
 
-@pytest.mark.parametrize("train", [False, True])
+SLOW = pytest.param(True, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("train", [False, SLOW])
 def test_every_module_has_a_stock_twin_that_computes_the_same(train):
     torch.manual_seed(0)
     for layer, shape in MODULES:
@@ -90,6 +93,8 @@ def test_every_module_has_a_stock_twin_that_computes_the_same(train):
         plain, y = to_plain(layer), layer(x).detach()
         assert not ours(plain), layer
         assert plain.training is train
+        if not (train or hasattr(layer, "to_plain") or list(layer.children())):
+            assert list(plain.state_dict()) == list(layer.state_dict())
         # few sums of at most 144 terms; observed 5e-7 of 1.8e-5
         allowed = tolerances.rounding(torch.float32, 144, float(y.abs().max()))
         torch.testing.assert_close(
@@ -108,7 +113,8 @@ def test_every_module_has_a_stock_twin_that_computes_the_same(train):
     }  # the next test
 
 
-def test_models_are_traced_scripted_and_pickled_without_this_library(tmp_path):
+@pytest.mark.parametrize("everything", [False, SLOW])
+def test_models_are_traced_scripted_and_pickled_without_this_library(everything, tmp_path):
     torch.manual_seed(0)
     stock = nn.Sequential(*(layer.eval() for layer, shape in MODULES if shape == VECTOR
                             and type(layer) not in (layers.FirstChannels,)))  # fmt: skip
@@ -117,7 +123,7 @@ def test_models_are_traced_scripted_and_pickled_without_this_library(tmp_path):
                            layers.GlobalScaledAvgPool2d()).eval()  # fmt: skip
     inputs = {"vector": torch.randn(VECTOR), "images": torch.randn(2, 3, 7, 8)}
     plain = {"vector": to_plain(stock), "images": to_plain(images)}
-    for kind in ("convex", "prescaled"):
+    for kind in ("convex", "prescaled") if everything else ("prescaled",):
         options = {"norm": "lip", "pool": "average", "activation": "max_min", "weights": "reset"}
         new, _ = orthogonalize(Net().eval(), residual=kind, return_report=True, **options)
         flat = to_plain(new)
@@ -129,7 +135,8 @@ def test_models_are_traced_scripted_and_pickled_without_this_library(tmp_path):
     for name, model in plain.items():
         x, y = inputs[name], model(inputs[name])
         assert torch.equal(torch.fx.symbolic_trace(model)(x), y)
-        torch.testing.assert_close(scripted(model)(x), y, atol=1e-5, rtol=1e-5)
+        if everything or name != "vector":
+            torch.testing.assert_close(scripted(model)(x), y, atol=1e-5, rtol=1e-5)
     saved = {
         name: (plain[name], inputs[name], plain[name](inputs[name]).detach()) for name in plain
     }
@@ -175,3 +182,15 @@ def test_onnx_of_a_rewritten_network():
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), new(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_onnx_of_a_live_layer_names_to_plain():
+    pytest.importorskip("onnxscript")
+    for layer in (layers.OrthoLinear(4, 4), layers.OrthoConv2d(4, 4, 3)):
+        x = torch.randn(2, 4, 4, 4)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            with pytest.raises(torch.onnx.errors.OnnxExporterError):
+                torch.onnx.export(layer.eval(), (x,), dynamo=True, verbose=False)
+        assert any("Export orthonet.to_plain(model.eval())" in str(w.message) for w in seen)
