@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from orthonet import _checks
 from orthonet._torch import is_hooked
+from orthonet.convert._constant import certified
 from orthonet.convert._forward_notes import forward_notes
 from orthonet.convert._progress import Progress, reporter
 from orthonet.convert._replace import (
@@ -62,6 +63,7 @@ def orthogonalize(
     activation: str | None = None,
     pool: str | None = None,
     residual: str | None = None,
+    example_input: Tensor | Sequence[Tensor] | None = None,
     progress: bool | Progress | None = None,
     return_report: bool = False,
 ) -> Any:
@@ -69,11 +71,12 @@ def orthogonalize(
 
     `nn.Linear`, `nn.Conv1d/2d/3d`, `nn.ConvTranspose1d/2d/3d`, `nn.RNN`, `nn.GRU`, `nn.LSTM` and
     their cells, and the `Conv1D` of Hugging Face's GPT-2, are replaced by ours, with the same
-    arguments, device, dtype, mode and frozen parameters. The given model is not changed and shares no tensor with the result. A layer used
-    at several places stays one layer. Left alone, with a reason in the report, are: subclasses of
-    these layers (their `forward` is their own), layers whose weight belongs to another module too
-    (tied weights) or is computed (parametrized, weight norm), layers with hooks, and convolutions
-    that no kernel makes orthogonal, such as those with one channel a group.
+    arguments, device, dtype, mode and frozen parameters. The given model is not changed and shares
+    no tensor with the result. A layer used at several places stays one layer. Left alone, with a
+    reason in the report, are: subclasses of these layers (their `forward` is their own), layers
+    whose weight belongs to another module too (tied weights) or is computed (parametrized, weight
+    norm), layers with hooks, and convolutions that no kernel makes orthogonal, such as those with
+    one channel a group.
 
     The outputs differ from those of `model`: all singular values become 1. Project and fine-tune,
     or reset and train. The sums of residual connections, functional activations and attention are
@@ -116,6 +119,9 @@ def orthogonalize(
             becomes the code that `torch.fx` read; other methods stay as they are written. The new
             parameters are `residual.logit` and `residual.before.log_gain` of the module whose code
             has the sum; all other names in `state_dict` stay.
+        example_input: What [`certify`][orthonet.certify.certify] takes; with it the report ends
+            with the constant of the new model in eval mode and its largest causes. That can take
+            minutes.
         progress: True shows a bar on stderr; a function is called as `progress(done, total, what)`
             before each layer and at the end, as that of [`certify`][orthonet.certify.certify]. A
             line every few seconds goes to the logger `"orthonet.convert"` at level INFO anyway.
@@ -198,7 +204,8 @@ def orthogonalize(
     rows = [row for row in rows if row.action != "skipped" or row.name not in gains] + sums
     rows += [ConversionRow(where, "noted", what, reason=why)
              for where, what, why in forward_notes(new)]  # fmt: skip
-    report = ConversionReport(tuple(rows))
+    found = () if example_input is None else certified(new, example_input, tell)
+    report = ConversionReport(tuple(rows), *found)
     if return_report:
         return new, report
     _warn_of([row for row in report.skipped if row.reason != _BY_RULE])

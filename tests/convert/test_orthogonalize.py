@@ -333,3 +333,36 @@ def test_the_conv1d_of_transformers_is_a_linear_layer():
     assert [type(m).__name__ for m in ruled] == ["AOLLinear", "Conv1D"]
     model[0].extra = nn.Parameter(torch.ones(1))  # another module of that name
     assert "are used in its forward" in converted(model)[1].skipped[0].reason
+
+
+def test_the_report_ends_with_the_constant_and_its_causes():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.three((self.two(self.one(x).relu()) + x).relu())
+
+    model, x = nn.Sequential(Sum(), nn.ReLU(), nn.Linear(4, 4), Sum()), torch.randn(2, 4)
+    _, report = converted(model)
+    assert report.constant is None
+    last = str(report).splitlines()[-1]
+    assert last.startswith("Lipschitz constant: not known. Pass example_input=x")
+    with torch.no_grad():
+        model[2].weight.copy_(5 * torch.eye(4))
+    new, report = converted(model, rules={"2": False}, example_input=x)
+    assert new.training  # the certificate is that of a copy in eval mode
+    assert report.constant == pytest.approx(20, rel=1e-4)  # 2 * 5 * 2, to 1e-5 a layer
+    first, *others = [(c.path, round(c.factor, 3)) for c in report.causes]
+    assert first == ("2", 5)
+    assert sorted(others) == [("0", 2), ("3", 2)]
+    last = str(report).splitlines()[-1]
+    assert last.startswith("Lipschitz constant: at most 20")
+    assert "the largest factors: 2 (linear) 5, " in last and "0 (add) 2" in last
+    _, report = converted(model[2], example_input=x)
+    assert str(report).endswith("Lipschitz constant: at most 1")
+    _, report = converted(nn.Sequential(nn.Linear(4, 4), nn.RReLU(), nn.Bilinear(4, 4, 4)),
+                          example_input=x)  # fmt: skip
+    assert report.constant is None
+    assert "none is proved. certify: " in str(report).splitlines()[-1]
