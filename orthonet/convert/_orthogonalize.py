@@ -204,8 +204,9 @@ def orthogonalize(
     rows = [row for row in rows if row.action != "skipped" or row.name not in gains] + sums
     rows += [ConversionRow(where, "noted", what, reason=why)
              for where, what, why in forward_notes(new)]  # fmt: skip
-    found = () if example_input is None else certified(new, example_input, tell)
-    report = ConversionReport(tuple(rows), *found)
+    report = ConversionReport(tuple(rows))
+    if example_input is not None:
+        report = ConversionReport(tuple(rows), *certified(new, example_input, tell))
     if return_report:
         return new, report
     _warn_of([row for row in report.skipped if row.reason != _BY_RULE])

@@ -95,9 +95,8 @@ def _as_graph(module: Any) -> nn.Module:
         return (
             nn.Sequential(OrderedDict(module._modules)) if len(module._modules) else nn.Identity()
         )
-    method = "forward"
-    if isinstance(module, RewrittenForward):
-        method += "_in_train" if module.training else "_in_eval"
+    mode = "_in_train" if module.training else "_in_eval"
+    method = "forward" + mode * isinstance(module, RewrittenForward)
     try:
         return as_graph(module, trace_own(module, method), type(module).__name__)
     except FX_ERRORS:

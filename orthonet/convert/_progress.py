@@ -11,7 +11,7 @@ from orthonet import _checks
 
 __all__ = ["Progress", "reporter"]
 
-Progress = Callable[[int, int, str], object]
+Progress = Callable[[int, int, str], None]
 
 _LOG = logging.getLogger("orthonet.convert")
 _PAUSE = 5.0  # seconds between two lines of the log

@@ -301,7 +301,7 @@ def _fit(
     near = None
     if ascends(kernel) and sweeps:
         near, distance = _near(kernel, target)
-        if distance > _FAR:
+        if near is not None and distance > _FAR:
             return near, distance
     exact = problem.exact()
     best, least = problem.improve(exact or near or problem.initial(), sweeps)
