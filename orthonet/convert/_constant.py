@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from orthonet.certify import Row, certify
 from orthonet.convert._progress import Progress
 from orthonet.convert._report import Cause
 from orthonet.errors import UncertifiableError
@@ -19,6 +19,8 @@ def certified(
     model: nn.Module, example_input: Tensor | Sequence[Tensor], tell: Progress
 ) -> tuple[float | None, tuple[Cause, ...], str]:
     """The constant in eval mode, the three operations that raise it most, and why there is none."""
+    from orthonet.certify import certify  # most conversions do without
+
     try:
         certificate = certify(
             copy.deepcopy(model).eval(), example_input, effort="fast", lower=False, progress=tell
@@ -28,8 +30,8 @@ def certified(
     return certificate.constant.value, causes(certificate.rows), ""
 
 
-def causes(rows: Sequence[Row], count: int = 3) -> tuple[Cause, ...]:
-    """The rows that raise the constant most, by their factor over all that was there before."""
+def causes(rows: Sequence[Any], count: int = 3) -> tuple[Cause, ...]:
+    """The rows of a certificate that raise the constant most, by their factor over all before."""
     found, highest = [], 1.0
     for row in rows:
         if row.cumulative > highest * (1 + 1e-3):
