@@ -225,8 +225,7 @@ def test_a_traced_model_is_rewritten_as_well():
 
 TORCHVISION = {  # side of the image, effort, options
     "resnet18": (64, "fast", {}),
-    "resnet50": (64, "fast", {"activation": "max_min", "pool": "average"}),
-    "vgg11": (224, "default", {}),
+    "resnet50": (64, "fast", {}),
     "convnext_tiny": (64, "fast", {"fallback": "aol", "activation": "abs"}),
 }
 
@@ -243,4 +242,4 @@ def test_models_of_torchvision_have_constant_one(name, kind):
     assert isinstance(new, type(model))
     x = torch.randn(1, 3, side, side)
     certificate = certify(new, x, effort=effort, lower=False)
-    assert certificate.constant.value <= 1.01  # observed 1 + 1.2e-5 (resnet18)
+    assert certificate.constant.value <= 1.01  # observed 1 + 1.2e-5 to 1 + 1.8e-5
