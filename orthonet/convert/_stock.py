@@ -212,7 +212,7 @@ def _spatial_shift(m: Any) -> fx.GraphModule:
 
 
 def _l2_norm_pool(m: Any) -> nn.Module:
-    spatial = m._spatial
+    spatial = m.dims
     parts: list[nn.Module] = []
     if any(m.padding):
         pads = tuple(p for size in reversed(m.padding) for p in (size, size))
@@ -227,7 +227,7 @@ def _l2_norm_pool(m: Any) -> nn.Module:
 
 
 def _scaled_avg_pool(m: Any) -> nn.Module:
-    square, pool = 1.0, _AVG_POOL[m._spatial]
+    square, pool = 1.0, _AVG_POOL[m.dims]
     for k, s in zip(m.kernel_size, m.stride, strict=True):
         q = -(-k // s) - 1
         square *= 1 + 2 * q - s * q * (q + 1) / k
@@ -236,7 +236,7 @@ def _scaled_avg_pool(m: Any) -> nn.Module:
 
 
 def _adaptive_l2(m: Any) -> fx.GraphModule:
-    spatial, sizes = m._spatial, m.output_size
+    spatial, sizes = m.dims, m.output_size
 
     def forward(self: nn.Module, x: Any) -> Any:
         for dim in range(spatial):
@@ -254,7 +254,7 @@ def _pixels(x: Any, spatial: int) -> Any:
 
 
 def _adaptive_average(m: Any) -> fx.GraphModule:
-    spatial, sizes, pool = m._spatial, m.output_size, _ADAPTIVE[m._spatial]
+    spatial, sizes, pool = m.dims, m.output_size, _ADAPTIVE[m.dims]
     given, windows = sizes[0] if spatial == 1 else sizes, math.prod(sizes)
 
     def forward(self: nn.Module, x: Any) -> Any:
@@ -264,12 +264,12 @@ def _adaptive_average(m: Any) -> fx.GraphModule:
 
 
 def _global_l2(m: Any) -> fx.GraphModule:
-    dims, keepdim = tuple(range(-m._spatial, 0)), m.keepdim
+    dims, keepdim = tuple(range(-m.dims, 0)), m.keepdim
     return _graph(m, lambda self, x: torch.linalg.vector_norm(x, dim=dims, keepdim=keepdim))
 
 
 def _global_average(m: Any) -> fx.GraphModule:
-    spatial, dims, keepdim = m._spatial, tuple(range(-m._spatial, 0)), m.keepdim
+    spatial, dims, keepdim = m.dims, tuple(range(-m.dims, 0)), m.keepdim
     return _graph(m, lambda self, x: x.mean(dim=dims, keepdim=keepdim) * _pixels(x, spatial) ** 0.5)
 
 
@@ -378,16 +378,6 @@ def _l2_residual(m: Any) -> fx.GraphModule:
     return _graph(m, forward)
 
 
-_EACH_DIMENSION: dict[str, Callable[[Any], nn.Module]] = {
-    "L2NormPool": _l2_norm_pool,
-    "ScaledAvgPool": _scaled_avg_pool,
-    "AdaptiveL2NormPool": _adaptive_l2,
-    "AdaptiveScaledAvgPool": _adaptive_average,
-    "GlobalL2NormPool": _global_l2,
-    "GlobalScaledAvgPool": _global_average,
-    "BatchCentering": _batch_norm,
-    "BatchLipNorm": _batch_norm,
-}
 _TWINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     layers.MaxMin: _max_min,
     layers.Abs: lambda m: _graph(m, lambda self, x: x.abs()),
@@ -418,11 +408,14 @@ _TWINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     ConvexSum: _convex,
     BranchGain: _gain,
     PrescaledSum: _prescaled,
-    **{
-        getattr(layers, f"{name}{dims}d"): make
-        for name, make in _EACH_DIMENSION.items()
-        for dims in (1, 2, 3)
-    },
+    layers.L2NormPool: _l2_norm_pool,
+    layers.ScaledAvgPool: _scaled_avg_pool,
+    layers.AdaptiveL2NormPool: _adaptive_l2,
+    layers.AdaptiveScaledAvgPool: _adaptive_average,
+    layers.GlobalL2NormPool: _global_l2,
+    layers.GlobalScaledAvgPool: _global_average,
+    layers.BatchCentering: _batch_norm,
+    layers.BatchLipNorm: _batch_norm,
 }
 
 

@@ -35,16 +35,18 @@ def statistics(layer):
 
 def each(dims):
     """One of each kind with this number of spatial dimensions."""
-    named = lambda name, *a, **k: getattr(layers, f"{name}{dims}d")(*a, **k)  # noqa: E731
-    kernel = (2,) * dims
-    yield from (named("L2NormPool", 2), named("L2NormPool", 3, 1, 1), named("L2NormPool", kernel))
-    yield from (named("ScaledAvgPool", 2), named("ScaledAvgPool", 3, 2, 1))
-    yield from (named("AdaptiveL2NormPool", 2), named("AdaptiveScaledAvgPool", 2))
-    yield from (named(f"Global{k}Pool", f) for k in ("L2Norm", "ScaledAvg") for f in (False, True))
-    yield named("SpaceToDepth", 2)
+    yield from (layers.L2NormPool(2, dims=dims), layers.L2NormPool(3, 1, 1, dims=dims))
+    yield layers.L2NormPool((2,) * dims)
+    yield from (layers.ScaledAvgPool(2, dims=dims), layers.ScaledAvgPool(3, 2, 1, dims=dims))
+    yield layers.AdaptiveL2NormPool(2, dims=dims)
+    yield layers.AdaptiveScaledAvgPool(2, dims=dims)
+    for keepdim in (False, True):
+        yield layers.GlobalL2NormPool(keepdim, dims=dims)
+        yield layers.GlobalScaledAvgPool(keepdim, dims=dims)
+    yield getattr(layers, f"SpaceToDepth{dims}d")(2)
     yield from (layers.PadToStride(3, 2, dims), layers.PadToStride(2, 1, dims))
-    yield from (statistics(named("BatchCentering", 4)), named("BatchCentering", 4, bias=False))
-    yield from (statistics(named("BatchLipNorm", 4)), named("BatchLipNorm", 4, affine=False))
+    yield from (statistics(layers.BatchCentering(4)), layers.BatchCentering(4, bias=False))
+    yield from (statistics(layers.BatchLipNorm(4)), layers.BatchLipNorm(4, affine=False))
 
 
 MODULES = [
@@ -119,8 +121,8 @@ def test_models_are_traced_scripted_and_pickled_without_this_library(everything,
     stock = nn.Sequential(*(layer.eval() for layer, shape in MODULES if shape == VECTOR
                             and type(layer) not in (layers.FirstChannels,)))  # fmt: skip
     images = nn.Sequential(layers.OrthoConv2d(3, 8, 3, padding=1), layers.MaxMin(),
-                           layers.PadToStride(2), layers.SpaceToDepth2d(2), layers.L2NormPool2d(2),
-                           layers.GlobalScaledAvgPool2d()).eval()  # fmt: skip
+                           layers.PadToStride(2), layers.SpaceToDepth2d(2), layers.L2NormPool(2),
+                           layers.GlobalScaledAvgPool()).eval()  # fmt: skip
     inputs = {"vector": torch.randn(VECTOR), "images": torch.randn(2, 3, 7, 8)}
     plain = {"vector": to_plain(stock), "images": to_plain(images)}
     for kind in ("convex", "prescaled") if everything else ("prescaled",):
@@ -159,7 +161,7 @@ print("equal", *saved)
 
 
 def test_shared_modules_stay_shared():
-    act, pool = layers.MaxMin(), layers.L2NormPool2d(2)
+    act, pool = layers.MaxMin(), layers.L2NormPool(2)
     plain = to_plain(nn.ModuleList([act, nn.Sequential(act, pool), pool]))
     assert plain[0] is plain[1][0]
     assert plain[2] is plain[1][1]
