@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from orthonet import orthogonalize
 from orthonet.certify import certify
 from orthonet.losses import OffsetCrossEntropyLoss
-from orthonet.recipes.data.digits import load
+from orthonet.recipes.data.sets import load
 
 RADIUS = 0.1
 TEMPERATURE = 0.1

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import accuracy
-from orthonet.recipes.data.digits import load
+from orthonet.recipes.data.sets import load
 
 pytest.importorskip("sklearn")
 
