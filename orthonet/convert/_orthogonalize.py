@@ -39,8 +39,8 @@ from orthonet.convert._stateless import (
 from orthonet.convert._sums import BranchGain, ConvexSum
 from orthonet.convert._untrained import is_untrained
 from orthonet.layers import available
-from orthonet.reparametrizers.params import read_params
 from orthonet.linalg.threads import one_thread
+from orthonet.reparametrizers.params import read_params
 
 __all__ = ["Rule", "orthogonalize"]
 
