@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from orthonet.convert._traced import FX_ERRORS, SUMS, activations
+
 __all__ = ["forward_notes"]
 
-_SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PRODUCTS: tuple[Any, ...] = (
     operator.mul, operator.imul, operator.matmul, torch.mul, torch.matmul, torch.bmm, "mul",
     "mul_", "matmul", "bmm", F.scaled_dot_product_attention,
@@ -39,22 +40,22 @@ def forward_notes(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     tracer = _Tracer()
     try:
         graph = tracer.trace(model)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+    except FX_ERRORS as error:
         reason = f"torch.fx cannot read it ({type(error).__name__})"
         yield "", "forward", f"{reason}: sums and functional calls in it are not listed here"
         return
+    live = activations(graph)
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
         where = next(reversed(node.meta.get("nn_module_stack", {"": ("",)}).values()))[0]
-        inputs = sum(isinstance(a, fx.Node) for a in node.args)
+        inputs = sum(isinstance(a, fx.Node) and a in live for a in node.args)
         name = node.target if isinstance(node.target, str) else node.target.__name__
-        if node.target in _SUMS and inputs > 1:
+        if node.target in SUMS and inputs > 1:
             yield (
-                str(where),
-                name,
-                ("a sum in forward adds constants; for 1 use ConvexResidual around the branch"),
-            )
+                str(where), name,
+                "a sum in forward adds constants; residual='convex' makes it a convex combination",
+            )  # fmt: skip
         elif node.target in _PRODUCTS and inputs > 1:
             yield str(where), name, "a product of activations has no Lipschitz constant"
         elif node.target in _FUNCTIONS:

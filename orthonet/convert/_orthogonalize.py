@@ -5,34 +5,41 @@ from __future__ import annotations
 import copy
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from orthonet import _checks
 from orthonet._torch import is_hooked
+from orthonet.convert._constant import certified
 from orthonet.convert._forward_notes import forward_notes
+from orthonet.convert._progress import Progress, reporter
 from orthonet.convert._replace import (
     CONVERTIBLE,
     Twin,
     UnconvertibleError,
+    as_linear,
     attention_twin,
     layer_twin,
 )
 from orthonet.convert._report import ConversionReport, ConversionRow
+from orthonet.convert._residual import GAIN, rewrite_sums
 from orthonet.convert._stateless import (
     ACTIVATIONS,
     NORMS,
     POOLS,
     activation_twin,
+    is_channel_norm,
     norm_twin,
     pool_twin,
 )
+from orthonet.convert._sums import BranchGain, ConvexSum
 from orthonet.convert._untrained import is_untrained
 from orthonet.layers import available
+from orthonet.linalg.threads import one_thread
 from orthonet.reparametrizers.params import read_params
 
 __all__ = ["Rule", "orthogonalize"]
@@ -55,22 +62,31 @@ def orthogonalize(
     norm: str | None = None,
     activation: str | None = None,
     pool: str | None = None,
+    residual: str | None = None,
+    example_input: Tensor | Sequence[Tensor] | None = None,
+    progress: bool | Progress | None = None,
     return_report: bool = False,
 ) -> Any:
     r"""Return a new model whose linear, convolutional and recurrent layers are orthogonal.
 
     `nn.Linear`, `nn.Conv1d/2d/3d`, `nn.ConvTranspose1d/2d/3d`, `nn.RNN`, `nn.GRU`, `nn.LSTM` and
-    their cells are replaced by ours, with the same arguments, device, dtype, mode and frozen
-    parameters. The given model is not changed and shares no tensor with the result. A layer used
-    at several places stays one layer. Left alone, with a reason in the report, are: subclasses of
-    these layers (their `forward` is their own), layers whose weight belongs to another module too
-    (tied weights) or is computed (parametrized, weight norm), layers with hooks, and convolutions
-    that no kernel makes orthogonal, such as those with one channel a group.
+    their cells, and the `Conv1D` of Hugging Face's GPT-2, are replaced by ours, with the same
+    arguments, device, dtype, mode and frozen parameters. The given model is not changed and shares
+    no tensor with the result. A layer used at several places stays one layer. Left alone, with a
+    reason in the report, are: subclasses of these layers (their `forward` is their own), layers
+    whose weight belongs to another module too (tied weights) or is computed (parametrized, weight
+    norm), layers with hooks, and convolutions that no kernel makes orthogonal, such as those with
+    one channel a group.
 
     The outputs differ from those of `model`: all singular values become 1. Project and fine-tune,
     or reset and train. The sums of residual connections, functional activations and attention are
     in the code of `forward`: they are noted in the report, where `torch.fx` can read the code, and
-    stay.
+    stay, but for the sums with `residual`.
+
+    **To constant 1.** With `residual="convex"`, `norm="centering"`, `pool="l2"` and
+    `activation="max_min"` the residual networks and ConvNeXts of torchvision and timm become
+    1-Lipschitz by construction: every layer is, and so is every combination of two. Depthwise
+    convolutions need `fallback="aol"`.
 
     Args:
         model: Any module.
@@ -94,6 +110,21 @@ def orthogonalize(
             divided by its largest gain, layer norm centers), or None to keep normalizations.
         activation: "max_min" or "abs" in place of activation modules, None to keep them.
         pool: "l2" or "average" in place of pooling modules, with constant 1; None to keep them.
+        residual: What becomes of sums of two activations in the code of `forward`: "convex", a
+            learnable convex combination, see [`ConvexSum`][orthonet.convert.ConvexSum];
+            "prescaled", a learnable gain in front of the branch and a division behind the sum, see
+            [`PrescaledSum`][orthonet.convert.PrescaledSum]; None keeps them. The operand with more
+            calls of its own is the branch. A parameter that multiplies an activation (a "layer
+            scale") is divided by its largest magnitude. Every module keeps its class, but `forward`
+            becomes the code that `torch.fx` read; other methods stay as they are written. The new
+            parameters are `residual.logit` and `residual.before.log_gain` of the module whose code
+            has the sum; all other names in `state_dict` stay.
+        example_input: What [`certify`][orthonet.certify.certify] takes; with it the report ends
+            with the constant of the new model in eval mode and its largest causes. That can take
+            minutes.
+        progress: True shows a bar on stderr; a function is called as `progress(done, total, what)`
+            before each layer and at the end, as that of [`certify`][orthonet.certify.certify]. A
+            line every few seconds goes to the logger `"orthonet.convert"` at level INFO anyway.
         return_report: Return the report as well; without it, a warning tells how many layers
             stayed as they were.
 
@@ -107,7 +138,9 @@ def orthogonalize(
 
     Raises:
         ValueError: An unknown option, a rule that matches no module, one of another kind or with
-            keywords that the layer does not have, or weights that are not finite.
+            keywords that the layer does not have, or weights that are not finite. With `residual`:
+            a sum with keywords such as `alpha=`, or a module with sub-modules whose code
+            `torch.fx` cannot read.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 1, 2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 10))
@@ -128,12 +161,14 @@ def orthogonalize(
     _checks.one_of(owner, ("centering", "lip", None), norm=norm)
     _checks.one_of(owner, ("max_min", "abs", None), activation=activation)
     _checks.one_of(owner, ("l2", "average", None), pool=pool)
+    _checks.one_of(owner, ("convex", "prescaled", None), residual=residual)
     _checks.one_of(owner, (*available(), None), fallback=fallback)
     _checks.require(
         rules is None or isinstance(rules, Mapping), owner,
         "rules must be a mapping from names or classes of modules to what becomes of them",
         "Pass e.g. rules={'layer4.*': False}", rules=rules,
     )  # fmt: skip
+    tell = reporter(progress)
     rules = dict(rules or {})
     _check_rules(model, rules)
     if weights == "project":
@@ -151,12 +186,48 @@ def orthogonalize(
         "weights": weights, "downsample": downsample, "fallback": fallback, "norm": norm,
         "activation": activation, "pool": pool,
     }  # fmt: skip
+
+    def left_alone(name: str, module: nn.Module) -> bool:
+        return _rule([name], module, rules) is False
+
+    sums: list[ConversionRow] = []
+    if residual is not None:  # first, since it may refuse
+        model = copy.deepcopy(model)
+        sums = [ConversionRow(name, "changed", what, now, why)
+                for name, what, now, why in rewrite_sums(model, residual, left_alone)]  # fmt: skip
     memo: dict[int, object] = {}
+    with one_thread():
+        rows = _exchange(model, memo, rules, options, tell)
+    # deepcopy's own memo puts the twin wherever the layer is referenced, shared uses included
+    new = copy.deepcopy(model, memo)
+    gains = {row.name for row in sums if row.after == GAIN}
+    rows = [row for row in rows if row.action != "skipped" or row.name not in gains] + sums
+    rows += [ConversionRow(where, "noted", what, reason=why)
+             for where, what, why in forward_notes(new)]  # fmt: skip
+    report = ConversionReport(tuple(rows))
+    if example_input is not None:
+        report = ConversionReport(tuple(rows), *certified(new, example_input, tell))
+    if return_report:
+        return new, report
+    _warn_of([row for row in report.skipped if row.reason != _BY_RULE])
+    return new
+
+
+def _exchange(
+    model: nn.Module, memo: dict[int, object], rules: Mapping[Any, Rule], options: dict[str, Any],
+    tell: Progress,
+) -> list[ConversionRow]:  # fmt: skip
+    """Put the twin of each module into `memo`, and tell of it."""
     rows: list[ConversionRow] = []
     ties, previous = _ties(model), None
+    layers = {id(m) for m in model.modules() if isinstance(m, CONVERTIBLE)}
+    seen: set[int] = set()
     for names, module in _visit(model, memo):
         rule = _rule(names, module, rules)
         name, kind = ", ".join(names), type(module).__name__
+        if id(module) in layers:
+            tell(len(seen), len(layers), name)
+            seen.add(id(module))
         try:
             twin = _twin(module, rule, ties, previous, **options)
         except UnconvertibleError as reason:
@@ -170,15 +241,8 @@ def orthogonalize(
             rows.append(ConversionRow(name, "changed", kind, after, twin.remark, twin.moved))
         if isinstance(module, CONVERTIBLE) and not isinstance(module, nn.RNNBase | nn.RNNCellBase):
             previous = module
-    rows += [ConversionRow(where, "noted", what, reason=why)
-             for where, what, why in forward_notes(model)]  # fmt: skip
-    report = ConversionReport(tuple(rows))
-    # deepcopy's own memo puts the twin wherever the layer is referenced, shared uses included
-    new = copy.deepcopy(model, memo)
-    if return_report:
-        return new, report
-    _warn_of([row for row in report.skipped if row.reason != _BY_RULE])
-    return new
+    tell(len(layers), len(layers), "done")
+    return rows
 
 
 def _warn_of(left: list[ConversionRow]) -> None:
@@ -290,7 +354,7 @@ def _twin(
         raise UnconvertibleError(_BY_RULE)
     if callable(rule):
         return Twin(_made(rule, module), "by rule")
-    if kind in NORMS and norm is not None:
+    if norm is not None and (kind in NORMS or is_channel_norm(module)):
         return norm_twin(module, norm, weights)
     if kind in ACTIVATIONS and activation is not None:
         return activation_twin(activation, previous)
@@ -300,13 +364,18 @@ def _twin(
         raise UnconvertibleError("stays as it is, for it is constrained already")
     if kind is nn.MultiheadAttention and rule is True:
         return attention_twin(module, weights)  # type: ignore[arg-type]
+    linear = as_linear(module)
+    if linear is not None:
+        _check_own(module, ties)
+        method, keywords = _method(rule)
+        twin = layer_twin(linear, weights, downsample, method, keywords)
+        return twin._replace(remark=twin.remark or "its weight (in, out) is transposed now")
     if kind not in CONVERTIBLE:
-        if own is None:
+        if own is None or kind in (ConvexSum, BranchGain):
             return None
         raise UnconvertibleError(_why_not(module))
     _check_own(module, ties)
-    method = rule if isinstance(rule, str) else "ortho"
-    keywords = dict(rule) if isinstance(rule, Mapping) else {}
+    method, keywords = _method(rule)
     try:
         return layer_twin(module, weights, downsample, method, keywords)
     except UnconvertibleError as reason:
@@ -317,6 +386,12 @@ def _twin(
         except UnconvertibleError:
             raise reason from None
         return Twin(twin.module, f"by {fallback!r}: {reason}", twin.moved)
+
+
+def _method(rule: Rule | None) -> tuple[str, dict[str, Any]]:
+    """The method of the registry that a rule names, and the keywords that it gives."""
+    method = rule if isinstance(rule, str) else "ortho"
+    return method, dict(rule) if isinstance(rule, Mapping) else {}
 
 
 def _made(rule: Callable[[nn.Module], nn.Module], module: nn.Module) -> nn.Module:

@@ -14,7 +14,14 @@ from orthonet.constraints import orthogonal, product
 from orthonet.errors import NotOnManifoldError
 from orthonet.manifolds import Stiefel
 
-__all__ = ["CONVERTIBLE", "Twin", "UnconvertibleError", "attention_twin", "layer_twin"]
+__all__ = [
+    "CONVERTIBLE",
+    "Twin",
+    "UnconvertibleError",
+    "as_linear",
+    "attention_twin",
+    "layer_twin",
+]
 
 
 class UnconvertibleError(Exception):
@@ -51,6 +58,26 @@ _SPACE_TO_DEPTH: dict[int, Any] = {
     3: layers.SpaceToDepth3d,
 }
 _CONV: dict[int, Any] = {1: layers.OrthoConv1d, 2: layers.OrthoConv2d, 3: layers.OrthoConv3d}
+
+
+@torch.no_grad()
+def as_linear(module: Any) -> nn.Linear | None:
+    """Return the `nn.Linear` that computes what a `Conv1D` of Hugging Face's transformers does.
+
+    It is told by its name and its tensors: a weight (in, out), and as many biases as `nf` outputs.
+    None for any other module.
+    """
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    if type(module).__name__ != "Conv1D" or weight is None or bias is None or weight.ndim != 2:
+        return None
+    if set(module._parameters) != {"weight", "bias"} or module._modules:
+        return None
+    if not getattr(module, "nf", None) == weight.shape[1] == len(bias):
+        return None
+    twin = nn.Linear(*weight.shape, device="meta")
+    twin.weight = nn.Parameter(weight.detach().mT.clone(), weight.requires_grad)
+    twin.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    return twin.train(module.training)
 
 
 def layer_twin(

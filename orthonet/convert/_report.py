@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["ConversionReport", "ConversionRow"]
+__all__ = ["Cause", "ConversionReport", "ConversionRow"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +30,37 @@ class ConversionRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cause:
+    """An operation that raises the Lipschitz constant of the new model.
+
+    Attributes:
+        path: The module that it belongs to.
+        operation: Its name, as in the rows of a certificate.
+        factor: The constant behind it over the largest one before it.
+    """
+
+    path: str
+    operation: str
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
 class ConversionReport:
-    """The rows of a conversion; `print` shows them as a table.
+    """The rows of a conversion; `print` shows them as a table, and the constant that results.
 
     Attributes:
         rows: One for each module with parameters, in the order of `model.modules()`.
+        constant: The Lipschitz constant of the new model in eval mode, proved by
+            [`certify`][orthonet.certify.certify] with `effort="fast"`; None without an
+            `example_input`, and where nothing can be proved.
+        causes: The up to three operations that raise it most, largest first.
+        reason: Why there is no constant, by the words of `certify`; empty where there is one.
     """
 
     rows: tuple[ConversionRow, ...]
+    constant: float | None = None
+    causes: tuple[Cause, ...] = ()
+    reason: str = ""
 
     @property
     def changed(self) -> tuple[ConversionRow, ...]:
@@ -54,8 +77,22 @@ class ConversionReport:
         """What the code of `forward` does that is not 1-Lipschitz and no module."""
         return tuple(row for row in self.rows if row.action == "noted")
 
+    def _last_line(self) -> str:
+        if self.reason:
+            return f"Lipschitz constant: none is proved. {self.reason}"
+        if self.constant is None:
+            return (
+                "Lipschitz constant: not known. Pass example_input=x, or call "
+                "orthonet.certify(model.eval(), x)"
+            )
+        line = f"Lipschitz constant: at most {self.constant:.6g}"
+        if not self.causes:
+            return line
+        most = ", ".join(f"{c.path} ({c.operation}) {c.factor:.4g}" for c in self.causes)
+        return f"{line}; the largest factors: {most}"
+
     def summary(self) -> str:
-        """The table, with a line of totals."""
+        """The table, with a line of totals and one of the constant."""
         head = ("module", "was", "is", "moved", "remark")
         lines: list[tuple[str, ...]] = [head]
         for row in self.rows:
@@ -71,6 +108,7 @@ class ConversionReport:
         text.append(
             f"{len(self.changed)} changed, {len(self.skipped)} skipped, {len(self.notes)} noted"
         )
+        text.append(self._last_line())
         return "\n".join(text)
 
     def __str__(self) -> str:

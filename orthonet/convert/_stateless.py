@@ -10,7 +10,15 @@ from torch import nn
 from orthonet import layers
 from orthonet.convert._replace import Twin, UnconvertibleError
 
-__all__ = ["ACTIVATIONS", "NORMS", "POOLS", "activation_twin", "norm_twin", "pool_twin"]
+__all__ = [
+    "ACTIVATIONS",
+    "NORMS",
+    "POOLS",
+    "activation_twin",
+    "is_channel_norm",
+    "norm_twin",
+    "pool_twin",
+]
 
 NORMS: tuple[type[nn.Module], ...] = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm,
@@ -28,12 +36,22 @@ POOLS: tuple[type[nn.Module], ...] = (
 )  # fmt: skip
 
 
+def is_channel_norm(layer: nn.Module) -> bool:
+    """Return whether it is the layer norm over the channels of images of torchvision or timm."""
+    return (
+        isinstance(layer, nn.LayerNorm)
+        and type(layer).__name__ == "LayerNorm2d"
+        and len(layer.normalized_shape) == 1
+    )
+
+
 @torch.no_grad()
 def norm_twin(layer: Any, norm: str, weights: str) -> Twin:
     """Batch centering or 1-Lipschitz batch norm; layer centering for layer norm."""
     name = type(layer).__name__
     if isinstance(layer, nn.LayerNorm):
         dims = tuple(range(-len(layer.normalized_shape), 0))
+        dims = (-3,) if is_channel_norm(layer) else dims
         remark = "the mean is subtracted, nothing is divided, and there is no gain"
         return Twin(layers.LayerCentering(dims).train(layer.training), remark)
     if not name.startswith("BatchNorm") or not layer.track_running_stats or layer.momentum is None:
@@ -76,12 +94,19 @@ def pool_twin(layer: Any, pool: str) -> Twin:
     kind = "L2NormPool" if pool == "l2" else "ScaledAvgPool"
     if name.startswith("Adaptive"):
         size = layer.output_size
-        sizes = {size} if isinstance(size, int) else set(size)
-        if sizes != {1}:
-            raise UnconvertibleError("windows of unequal size; give a rule with a fixed window")
-        return Twin(getattr(layers, f"Adaptive{kind}")(1, dims=dims))
-    if layer.ceil_mode or getattr(layer, "dilation", 1) not in (1, (1,) * dims):
-        raise UnconvertibleError("ceil_mode and dilation have no twin")
+        sizes = (size,) * dims if isinstance(size, int) else tuple(size)
+        if None in sizes:
+            raise UnconvertibleError("an output size of None has no twin")
+        remark = "" if set(sizes) == {1} else "only for inputs whose sizes these divide"
+        return Twin(getattr(layers, f"Adaptive{kind}")(sizes, dims=dims), remark)
+    if getattr(layer, "dilation", 1) not in (1, (1,) * dims):
+        raise UnconvertibleError("dilation has no twin")
     if getattr(layer, "divisor_override", None) is not None:
         raise UnconvertibleError("divisor_override has no twin")
-    return Twin(getattr(layers, kind)(layer.kernel_size, layer.stride, layer.padding, dims=dims))
+    twin = getattr(layers, kind)(layer.kernel_size, layer.stride, layer.padding, dims=dims)
+    if not layer.ceil_mode:
+        return Twin(twin)
+    if twin.stride != twin.kernel_size or any(twin.padding) or len(set(twin.stride)) > 1:
+        raise UnconvertibleError("ceil_mode has a twin only for square windows that tile the image")
+    fit = layers.PadToStride(twin.stride[0], 1, dims)
+    return Twin(nn.Sequential(fit, twin), "the border is filled up with zeros")

@@ -7,9 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orthonet.linalg import apply_projectors, haar, polar_svd
+from orthonet.linalg.threads import one_thread
+from orthonet.reparametrizers._kernel_ascent import ascends, improve_far
 from orthonet.reparametrizers.kernel_geometry import KernelFactors, KernelGeometry
 
 __all__ = ["fit_factors"]
+
+_FAR = 0.3  # a kernel of the family, or nearly one, comes nearer than this
 
 
 def _split(a: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -226,11 +230,9 @@ class _Problem:
     def improve(self, factors: KernelFactors, sweeps: int) -> tuple[KernelFactors, float]:
         """Sweep until the distance, which falls with every sweep, hardly changes."""
         kernel, target = self.kernel, self.target
-        norm = torch.linalg.vector_norm(target).clamp_min(torch.finfo(target.dtype).tiny)
         distance = float("inf")
         for _ in range(sweeps + 1):
-            composed = kernel.compose(factors).view(target.shape)
-            previous, distance = distance, float(torch.linalg.vector_norm(composed - target) / norm)
+            previous, distance = distance, _distance(kernel, factors, target)
             least_gain = 1e-3 if distance > 0.1 else 1e-5
             if distance < 1e-12 or distance > (1.0 - least_gain) * previous:
                 break
@@ -247,6 +249,27 @@ class _Problem:
         width = self.kernel.channels
         tall = u[..., :width] * s[..., None, :width]
         return F.pad(tall, (0, width - tall.shape[-1]))
+
+
+def _near(kernel: KernelGeometry, target: Tensor) -> tuple[KernelFactors | None, float]:
+    """Near factors of a far kernel, in float32 but for the last step, and their distance.
+
+    None and 0 for one that is not far, which deserves float64 from the start.
+    """
+    scale = target.abs().amax().clamp_min(torch.finfo(target.dtype).tiny)
+    single = (target / scale).float()
+    start = _Problem(kernel, single).initial()
+    if _distance(kernel, start, single * scale) <= _FAR:
+        return None, 0.0
+    near = improve_far(kernel, target, start)
+    return near, _distance(kernel, near, target)
+
+
+def _distance(kernel: KernelGeometry, factors: KernelFactors, target: Tensor) -> float:
+    """The relative distance of what the factors compose from the target."""
+    norm = torch.linalg.vector_norm(target).clamp_min(torch.finfo(target.dtype).tiny)
+    composed = kernel.compose(factors).view(target.shape)
+    return float(torch.linalg.vector_norm(composed - target) / norm)
 
 
 def fit_factors(
@@ -267,9 +290,21 @@ def fit_factors(
     Returns:
         The factors, in the dtype of `target`, and the distance relative to the norm of `target`.
     """
+    with one_thread():
+        return _fit(kernel, target, sweeps, restarts, enough)
+
+
+def _fit(
+    kernel: KernelGeometry, target: Tensor, sweeps: int, restarts: int, enough: float
+) -> tuple[KernelFactors, float]:
     problem = _Problem(kernel, target)
+    near = None
+    if ascends(kernel) and sweeps:
+        near, distance = _near(kernel, target)
+        if near is not None and distance > _FAR:
+            return near, distance
     exact = problem.exact()
-    best, least = problem.improve(exact or problem.initial(), sweeps)
+    best, least = problem.improve(exact or near or problem.initial(), sweeps)
     if exact is not None and least > max(enough, 1e-6):
         factors, distance = problem.improve(problem.initial(), sweeps)
         if distance < least:
@@ -281,7 +316,7 @@ def fit_factors(
             best, least = factors, distance
     generator = torch.Generator().manual_seed(0)
     for _ in range(restarts):
-        if least <= enough or least > 0.3:
+        if least <= enough or least > _FAR:
             break
         drawn = (
             None if value is None

@@ -298,3 +298,71 @@ def test_weights_and_keywords_that_cannot_be_used_are_refused():
     ):
         orthogonalize(model)
     assert bool(orthogonalize(model, weights="reset")[1].weight.isfinite().all())
+
+
+class Conv1D(nn.Module):
+    """The twin of `transformers.pytorch_utils.Conv1D`: a linear layer with weight (in, out)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.empty(nx, nf))
+        self.bias = nn.Parameter(torch.zeros(nf))
+        nn.init.orthogonal_(self.weight)
+
+    def forward(self, x):
+        size_out = (*x.size()[:-1], self.nf)
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size_out)
+
+
+def test_the_conv1d_of_transformers_is_a_linear_layer():
+    model = nn.Sequential(Conv1D(8, 4), Conv1D(3, 8))
+    model[1].weight.requires_grad_(False)
+    nn.init.normal_(model[0].bias)
+    new, report = converted(model)
+    x = torch.randn(2, 5, 4)
+    # an orthogonal weight stays: 5 roundings of 20 terms in float32; observed 6e-7
+    torch.testing.assert_close(new(x), model(x), atol=1e-5, rtol=0)
+    assert [row.after for row in report.changed] == ["OrthoLinear"] * 2
+    assert all("transposed" in row.reason for row in report.changed)
+    assert [any(p.requires_grad for p in m.parametrization.parameters()) for m in new] == [
+        True,
+        False,
+    ]
+    ruled, _ = converted(model, rules={"0": "aol", "1": False})
+    assert [type(m).__name__ for m in ruled] == ["AOLLinear", "Conv1D"]
+    model[0].extra = nn.Parameter(torch.ones(1))  # another module of that name
+    assert "are used in its forward" in converted(model)[1].skipped[0].reason
+
+
+def test_the_report_ends_with_the_constant_and_its_causes():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.three((self.two(self.one(x).relu()) + x).relu())
+
+    model, x = nn.Sequential(Sum(), nn.ReLU(), nn.Linear(4, 4), Sum()), torch.randn(2, 4)
+    _, report = converted(model)
+    assert report.constant is None
+    last = str(report).splitlines()[-1]
+    assert last.startswith("Lipschitz constant: not known. Pass example_input=x")
+    with torch.no_grad():
+        model[2].weight.copy_(5 * torch.eye(4))
+    new, report = converted(model, rules={"2": False}, example_input=x)
+    assert new.training  # the certificate is that of a copy in eval mode
+    assert report.constant == pytest.approx(20, rel=1e-4)  # 2 * 5 * 2, to 1e-5 a layer
+    first, *others = [(c.path, round(c.factor, 3)) for c in report.causes]
+    assert first == ("2", 5)
+    assert sorted(others) == [("0", 2), ("3", 2)]
+    last = str(report).splitlines()[-1]
+    assert last.startswith("Lipschitz constant: at most 20")
+    assert "the largest factors: 2 (linear) 5, " in last and "0 (add) 2" in last
+    _, report = converted(model[2], example_input=x)
+    assert str(report).endswith("Lipschitz constant: at most 1")
+    _, report = converted(nn.Sequential(nn.Linear(4, 4), nn.RReLU(), nn.Bilinear(4, 4, 4)),
+                          example_input=x)  # fmt: skip
+    assert report.constant is None
+    assert "none is proved. certify: " in str(report).splitlines()[-1]

@@ -14,6 +14,7 @@ CUDA graphs, whose replay would not ask, leave such a graph alone.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,11 +35,24 @@ def compiled_read(weight: Weight) -> Tensor:
     It is not while `torch.export` traces, whose programs must run elsewhere, and for the lent
     parameters of FSDP2: there the map itself is traced.
     """
+    if _torch.is_exporting():
+        _tell_onnx(weight)
     parameters = list(weight.parameters())
     if not weight.opaque or not _is_plain(weight, parameters):
         return weight.evaluate()
     four = [*parameters, None, None, None][:4]
     return _Read.apply(weight.number, tuple(weight.shape), *four)  # type: ignore[return-value]
+
+
+def _tell_onnx(weight: Weight) -> None:
+    if torch.onnx.is_in_onnx_export():
+        sentence = _checks.message(
+            "torch.onnx.export",
+            "a constrained weight is computed by operations that ONNX may not have",
+            "Export orthonet.to_plain(model.eval()), whose weights are stored as they are",
+            shape=tuple(weight.shape),
+        )
+        warnings.warn(sentence, UserWarning, stacklevel=2)
 
 
 def compiled_turn(
