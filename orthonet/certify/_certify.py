@@ -210,6 +210,14 @@ def _check_is_module(model: Any) -> None:
 
 
 def _check_model(model: nn.Module) -> None:
+    _checks.require(
+        not isinstance(model, torch.fx.GraphModule) or "train" in vars(model),
+        "certify",
+        "the model must not be a graph module itself",
+        "Put it into a module: certify(torch.nn.Sequential(model).eval(), x)",
+        UncertifiableError,
+        model=type(model).__name__,
+    )
     for path, module in model.named_modules():
         _checks.require(
             "train" not in vars(module) or not isinstance(module, torch.fx.GraphModule),

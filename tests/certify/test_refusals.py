@@ -55,3 +55,12 @@ def test_what_cannot_be_walked_is_named():
         traced = torch.jit.trace(nn.Linear(6, 3).eval(), x)
     with pytest.raises(UncertifiableError, match="TorchScript"):
         certify(traced, x)
+
+
+def test_a_graph_module_is_certified_inside_of_a_module():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    graph, x = torch.fx.symbolic_trace(model), torch.zeros(1, 4)
+    with pytest.raises(UncertifiableError, match=r"nn\.Sequential\(model\)"):
+        certify(graph, x)
+    found = certify(nn.Sequential(graph).eval(), x)
+    assert found.constant.value == certify(model, x).constant.value
