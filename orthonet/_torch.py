@@ -200,10 +200,12 @@ def _full_precision(kind: str) -> Iterator[None]:
             if kind == "cuda":
                 stack.enter_context(
                     cudnn.flags(
-                        enabled=cudnn.enabled, benchmark=cudnn.benchmark,
-                        deterministic=cudnn.deterministic, allow_tf32=False,
+                        enabled=cudnn.enabled,
+                        benchmark=cudnn.benchmark,
+                        deterministic=cudnn.deterministic,
+                        allow_tf32=False,
                     )
-                )  # fmt: skip
+                )
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
             yield
@@ -232,9 +234,11 @@ def recording_in_kernel() -> Iterator[None]:
     """Let autograd record inside of the kernel of a custom operation, where it is switched off."""
     keys, excluded = _C.DispatchKey, _C._dispatch_tls_local_exclude_set()
     for key in (
-        keys.AutogradFunctionality, keys.ADInplaceOrView, keys.AutogradOther,
+        keys.AutogradFunctionality,
+        keys.ADInplaceOrView,
+        keys.AutogradOther,
         keys.AutogradNestedTensor,
-    ):  # fmt: skip
+    ):
         excluded = excluded.remove(key)
     included = _C._dispatch_tls_local_include_set()
     with _C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
@@ -327,8 +331,11 @@ def has_global_forward_hooks() -> bool:
 
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {
-    "_all_weights", "_flat_weight_refs", "_flat_weights", "_flat_weights_names"
-}  # fmt: skip
+    "_all_weights",
+    "_flat_weight_refs",
+    "_flat_weights",
+    "_flat_weights_names",
+}
 """What `nn.Module` and the recurrent layers of `torch.nn` keep for themselves."""
 
 
@@ -550,8 +557,11 @@ class ModuleStamp:
 
 
 _BITS: dict[int, Any] = {
-    1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64
-}  # fmt: skip
+    1: ctypes.c_uint8,
+    2: ctypes.c_uint16,
+    4: ctypes.c_uint32,
+    8: ctypes.c_uint64,
+}
 
 
 def _entry(tensor: Tensor) -> Any:

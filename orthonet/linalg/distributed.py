@@ -60,11 +60,14 @@ def exchange(pieces: Sequence[Tensor], owners: Sequence[int], group: Any) -> lis
         if dist.get_backend(group) == "gloo":
             works = [
                 dist.broadcast(
-                    received[owner, : sum(sizes[owner])], dist.get_global_rank(group, owner),
-                    group=group, async_op=True,
+                    received[owner, : sum(sizes[owner])],
+                    dist.get_global_rank(group, owner),
+                    group=group,
+                    async_op=True,
                 )
-                for owner in range(size) if shares[owner]
-            ]  # fmt: skip
+                for owner in range(size)
+                if shares[owner]
+            ]
             for pending in works:
                 pending.wait()  # type: ignore[union-attr]
         else:
@@ -164,9 +167,13 @@ def _all_to_all(
 def _laid_out(local: Tensor, like: Any) -> Any:
     """A DTensor of this shard, with the layout of another one."""
     return type(like).from_local(
-        local, like.device_mesh, like.placements, run_check=False,
-        shape=like.shape, stride=like.stride(),
-    )  # fmt: skip
+        local,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
 
 
 def _cut(value: Tensor, like: Any) -> Any:

@@ -284,10 +284,11 @@ def fit_factors(
         if least <= enough or least > 0.3:
             break
         drawn = (
-            None if value is None
+            None
+            if value is None
             else haar(value.shape, dtype=value.dtype, generator=generator).to(value.device)
             for value in best[:3]
-        )  # fmt: skip
+        )
         factors, distance = problem.improve(KernelFactors(*drawn, weights=best.weights), sweeps)
         if distance < least:
             best, least = factors, distance

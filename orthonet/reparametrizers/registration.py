@@ -54,9 +54,12 @@ class CachedParametrizationList(Weight, ParametrizationList):
         """Make `w` the value of the tensor."""
         shape = self.shape
         _checks.require(
-            w.shape == shape, owner or self, f"the tensor must have shape {tuple(shape)}",
-            "Reshape it, or constrain a tensor of that shape", weight=w,
-        )  # fmt: skip
+            w.shape == shape,
+            owner or self,
+            f"the tensor must have shape {tuple(shape)}",
+            "Reshape it, or constrain a tensor of that shape",
+            weight=w,
+        )
         self.right_inverse(w)
 
     @torch.no_grad()
