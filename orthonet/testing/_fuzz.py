@@ -183,10 +183,14 @@ def _suits(y: Any, x: Tensor) -> bool:
 
 
 def fuzz_certificates(
-    graphs: int | None = None, *, seconds: float | None = None, seed: int = 0,
-    operations: Sequence[str] | None = None, direct: bool = False,
+    graphs: int | None = None,
+    *,
+    seconds: float | None = None,
+    seed: int = 0,
+    operations: Sequence[str] | None = None,
+    direct: bool = False,
     progress: Callable[[FuzzReport], None] | None = None,
-) -> FuzzReport:  # fmt: skip
+) -> FuzzReport:
     """Try the bounds of random graphs over all operations that `certify` knows.
 
     Arguments of the operations are random, some at extremes of scale or beyond the ends of a
@@ -213,15 +217,21 @@ def fuzz_certificates(
         []
     """
     _checks.require(
-        graphs is not None or seconds is not None, "fuzz_certificates",
-        "the number of graphs or the time must be given", "Pass graphs=100 or seconds=60",
-        graphs=graphs, seconds=seconds,
-    )  # fmt: skip
+        graphs is not None or seconds is not None,
+        "fuzz_certificates",
+        "the number of graphs or the time must be given",
+        "Pass graphs=100 or seconds=60",
+        graphs=graphs,
+        seconds=seconds,
+    )
     records = [pair for pair in _samplers() if operations is None or pair[0] in operations]
     _checks.require(
-        bool(records), "fuzz_certificates", "operations must name records with random arguments",
-        "Leave it out for all of them", operations=operations,
-    )  # fmt: skip
+        bool(records),
+        "fuzz_certificates",
+        "operations must name records with random arguments",
+        "Leave it out for all of them",
+        operations=operations,
+    )
     report = FuzzReport()
     start, number = time.monotonic(), 0
     while (graphs is None or number < graphs) and (

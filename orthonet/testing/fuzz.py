@@ -20,8 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--graphs", type=int, help="how many graphs to try")
     parser.add_argument("--seed", type=int, default=0, help="the seed of the first graph")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
-    parser.add_argument("--direct", action="store_true",
-                        help="trace without torch.export: ten times as many graphs")  # fmt: skip
+    parser.add_argument(
+        "--direct", action="store_true", help="trace without torch.export: ten times as many graphs"
+    )
     options = parser.parse_args(arguments)
     if options.seconds is None and options.graphs is None:
         options.seconds = 120.0

@@ -118,9 +118,21 @@ class ContractiveRNN(RecurrentLayer):
         self.kappa = _check_rates(owner, leak, contraction)
         self.leak, self.contraction, self.nonlinearity = leak, contraction, nonlinearity
         super().__init__(
-            "CONTRACTIVE", input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, 0, device, dtype, ortho_params, triv, init,
-        )  # fmt: skip
+            "CONTRACTIVE",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+            ortho_params,
+            triv,
+            init,
+        )
 
     def _build(self, suffix: str, inputs: int, factory: dict[str, Any]) -> None:
         size = self.hidden_size
@@ -220,9 +232,19 @@ class ContractiveRNNCell(OneLine, nn.Module):
         check_nonlinearity(owner, _NONLINEARITIES, nonlinearity, hidden_size)
         _check_rates(owner, leak, contraction)
         self.layer = ContractiveRNN(
-            input_size, hidden_size, 1, nonlinearity, bias, device=device, dtype=dtype,
-            leak=leak, contraction=contraction, ortho_params=ortho_params, triv=triv, init=init,
-        )  # fmt: skip
+            input_size,
+            hidden_size,
+            1,
+            nonlinearity,
+            bias,
+            device=device,
+            dtype=dtype,
+            leak=leak,
+            contraction=contraction,
+            ortho_params=ortho_params,
+            triv=triv,
+            init=init,
+        )
 
     def reset_parameters(self) -> None:
         """Draw the kernels anew, and the bias uniformly."""

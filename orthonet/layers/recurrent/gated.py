@@ -116,9 +116,21 @@ class OrthoGRU(_GatedLayer):
         init: str = "haar",
     ) -> None:
         super().__init__(
-            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            0, device, dtype, ortho_params, triv, init,
-        )  # fmt: skip
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+            ortho_params,
+            triv,
+            init,
+        )
 
     def _scan(
         self, suffix: str, x: Tensor, states: State, last: Tensor | None
@@ -205,9 +217,21 @@ class OrthoLSTM(_GatedLayer):
         init: str = "haar",
     ) -> None:
         super().__init__(
-            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            proj_size, device, dtype, ortho_params, triv, init,
-        )  # fmt: skip
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+            ortho_params,
+            triv,
+            init,
+        )
 
     def _scan(
         self, suffix: str, x: Tensor, states: State, last: Tensor | None

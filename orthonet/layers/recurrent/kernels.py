@@ -85,9 +85,12 @@ class TrivializedWeight(RecordedWeight):
     def assign_(self, w: Tensor, owner: object = None) -> None:
         """Make `w` the base, with zero coordinates; refused if it is not orthogonal."""
         _checks.require(
-            w.shape == self.shape, owner or self,
-            f"the weight must have shape {tuple(self.shape)}", "Transpose or reshape it", weight=w,
-        )  # fmt: skip
+            w.shape == self.shape,
+            owner or self,
+            f"the weight must have shape {tuple(self.shape)}",
+            "Transpose or reshape it",
+            weight=w,
+        )
         require_semi_orthogonal(owner or self, w)
         value = w.to(device=self.original.device, dtype=compute_dtype(self.original.dtype))
         self.original.copy_(self.trivialization.right_inverse(value, project=True))
@@ -170,9 +173,12 @@ class RecurrentKernels(OneLine):
             super().__setattr__(name, value)
             return
         _checks.require(
-            isinstance(value, Tensor), self, f"{name} must be a tensor", "Assign a tensor",
+            isinstance(value, Tensor),
+            self,
+            f"{name} must be a tensor",
+            "Assign a tensor",
             **{name: type(value)},
-        )  # fmt: skip
+        )
         kernels[name].assign_(self._unstacked(name, value), self)
 
     def project_(self, name: str, weight: Tensor) -> float:
@@ -195,9 +201,12 @@ class RecurrentKernels(OneLine):
         shape = tuple(self._weight_of(name).shape)
         stored = shape if len(shape) == 2 else (shape[0] * shape[1], shape[2])
         _checks.require(
-            weight.shape == stored, self, f"{name} must have shape {stored}", "Transpose it",
+            weight.shape == stored,
+            self,
+            f"{name} must have shape {stored}",
+            "Transpose it",
             **{name: weight},
-        )  # fmt: skip
+        )
         return weight.detach().reshape(shape)
 
     @torch.no_grad()
@@ -248,9 +257,11 @@ class RecurrentKernels(OneLine):
             if done is not None:
                 moved, dtype = max(moved, done[0]), done[1].dtype
         warn_projected(
-            self, "plain recurrent kernels were loaded and projected onto the constraint", dtype,
+            self,
+            "plain recurrent kernels were loaded and projected onto the constraint",
+            dtype,
             largest_relative_distance=moved,
-        )  # fmt: skip
+        )
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

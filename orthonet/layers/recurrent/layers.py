@@ -101,9 +101,21 @@ class OrthoRNN(RecurrentLayer):
         self.nonlinearity = nonlinearity
         mode = f"RNN_{nonlinearity.upper()}"
         super().__init__(
-            mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            0, device, dtype, ortho_params, triv, init,
-        )  # fmt: skip
+            mode,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+            ortho_params,
+            triv,
+            init,
+        )
 
     def _build(self, suffix: str, inputs: int, factory: dict[str, Any]) -> None:
         super()._build(suffix, inputs, factory)
@@ -138,11 +150,12 @@ class OrthoRNN(RecurrentLayer):
             ValueError: `nn.RNN` does not have the nonlinearity.
         """
         _checks.require(
-            self.nonlinearity in ("tanh", "relu"), self,
+            self.nonlinearity in ("tanh", "relu"),
+            self,
             "nn.RNN has the nonlinearities tanh and relu only",
             "Keep this layer, or export it with torch.export",
             nonlinearity=self.nonlinearity,
-        )  # fmt: skip
+        )
         return self._plain(nn.RNN, nonlinearity=self.nonlinearity)
 
     def extra_repr(self) -> str:
@@ -228,11 +241,12 @@ class OrthoRNNCell(RecurrentCell, nn.RNNCell):
             ValueError: `nn.RNNCell` does not have the nonlinearity.
         """
         _checks.require(
-            self.nonlinearity in ("tanh", "relu"), self,
+            self.nonlinearity in ("tanh", "relu"),
+            self,
             "nn.RNNCell has the nonlinearities tanh and relu only",
             "Keep this cell, or export it with torch.export",
             nonlinearity=self.nonlinearity,
-        )  # fmt: skip
+        )
         return self._plain(nn.RNNCell, nonlinearity=self.nonlinearity)
 
     def extra_repr(self) -> str:
