@@ -107,9 +107,13 @@ def apgd_l2(
 
 
 def _ascend(
-    model: nn.Module, ball: _Ball, loss: _Loss, steps: int, restarts: int,
+    model: nn.Module,
+    ball: _Ball,
+    loss: _Loss,
+    steps: int,
+    restarts: int,
     generator: torch.Generator | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The points with the largest margin that Auto-PGD on `loss` meets."""
     x, y = ball.x, ball.y
 

@@ -48,16 +48,23 @@ def _check_attack(owner: str, model: nn.Module, x: Tensor, y: Tensor) -> None:
     _checks.floating(owner, x=x)
     _checks.tensor(owner, y=y)
     _checks.require(
-        len(x) == len(y.reshape(-1)), owner, "there must be one label for each sample",
-        "Pass class indices", x=x, y=y,
-    )  # fmt: skip
+        len(x) == len(y.reshape(-1)),
+        owner,
+        "there must be one label for each sample",
+        "Pass class indices",
+        x=x,
+        y=y,
+    )
     if y.is_floating_point() and len(x):
         with torch.no_grad():
             logits = model(x[:1])
         _checks.require(
-            logits.ndim == 1 or logits.shape[1] == 1, owner, "labels must be integers",
-            "Pass class indices, e.g. labels.long()", y=y,
-        )  # fmt: skip
+            logits.ndim == 1 or logits.shape[1] == 1,
+            owner,
+            "labels must be integers",
+            "Pass class indices, e.g. labels.long()",
+            y=y,
+        )
 
 
 def check_labels(owner: str, y: Tensor, logits: Tensor) -> None:
@@ -274,10 +281,13 @@ def _allowed(
 ) -> Tensor:
     """The points of an attack of another library, where they lie in the ball and in the box."""
     _checks.require(
-        isinstance(points, Tensor) and points.shape == x.shape, "attack_certificate",
-        "attack must return one point for each sample", "Return a tensor of the shape of x",
-        points=points, x=x,
-    )  # fmt: skip
+        isinstance(points, Tensor) and points.shape == x.shape,
+        "attack_certificate",
+        "attack must return one point for each sample",
+        "Return a tensor of the shape of x",
+        points=points,
+        x=x,
+    )
     points = points.detach().to(x)
     low, high = bounds if bounds is not None else (-torch.inf, torch.inf)
     inside = ((points >= low) & (points <= high)).flatten(1).all(1)
@@ -329,9 +339,15 @@ def attack_certificate(
     radii = torch.where(radii.isfinite(), radii, 0.0).to(x.device)
     if attack is None:
         points = pgd_l2(
-            model, x, before, radii, steps=steps, restarts=restarts, bounds=bounds,
+            model,
+            x,
+            before,
+            radii,
+            steps=steps,
+            restarts=restarts,
+            bounds=bounds,
             generator=generator,
-        )  # fmt: skip
+        )
     else:
         points = _allowed(attack(model, x, before, radii), x, radii, bounds)
     with torch.no_grad():

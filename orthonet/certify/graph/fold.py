@@ -16,9 +16,19 @@ from orthonet.certify.rules import BatchDependent
 __all__ = ["fill", "fold", "moving"]
 
 _SHAPE_ONLY = {
-    "sym_size", "sym_numel", "sym_stride", "new_zeros", "new_ones", "new_full", "new_empty",
-    "zeros_like", "ones_like", "full_like", "empty_like", "_assert_tensor_metadata",
-}  # fmt: skip
+    "sym_size",
+    "sym_numel",
+    "sym_stride",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "_assert_tensor_metadata",
+}
 
 
 _SIZES = (BATCH, BATCH - 1, 131)
@@ -59,8 +69,11 @@ def fold(program: Program) -> None:
             continue
         shape_only = op_name(node) in _SHAPE_ONLY
         if node.op == "call_function" and not shape_only and _is_random(node):
-            refuse(node, "the model must be a function of its input alone",
-                   "Remove the random numbers, or draw them once into a buffer")  # fmt: skip
+            refuse(
+                node,
+                "the model must be a function of its input alone",
+                "Remove the random numbers, or draw them once into a buffer",
+            )
         varies = any(p in sized or p in found for p in parents)
         places = range(len(_SIZES) if varies else 1)
         values = [_evaluate(node, program, place, sized) for place in places]

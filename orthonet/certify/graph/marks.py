@@ -150,10 +150,12 @@ def marked_copy(model: nn.Module) -> tuple[nn.Module, Marker]:
         twin = copy.deepcopy(model, memo)
     except TypeError as error:
         _checks.fail(
-            "certify", "copy.deepcopy must be able to copy the model",
-            "Keep generators, files, locks and the like out of its modules", UncertifiableError,
+            "certify",
+            "copy.deepcopy must be able to copy the model",
+            "Keep generators, files, locks and the like out of its modules",
+            UncertifiableError,
             error=str(error),
-        )  # fmt: skip
+        )
     for module in twin.modules():
         bake(module)
     marker = Marker()

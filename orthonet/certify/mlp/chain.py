@@ -211,9 +211,11 @@ def read_layers(
                 affine.append(_diagonal(torch.ones_like(layer.lower)))
             activations.append(layer)
     _checks.require(
-        bool(affine), owner, "there must be at least one linear layer",
+        bool(affine),
+        owner,
+        "there must be at least one linear layer",
         "Pass the layers of a multilayer perceptron",
-    )  # fmt: skip
+    )
     if len(affine) == len(activations):
         # |phi(u) - phi(v)| <= max slope |u - v| entry by entry, in the basis; Q keeps norms.
         last = activations.pop()
@@ -253,12 +255,13 @@ def _flat(model: Layer | Iterable[Layer], owner: str) -> Iterable[Layer]:
     if isinstance(model, nn.Sequential):
         own = [n for n in _CALLED if getattr(type(model), n) is not getattr(nn.Sequential, n)]
         _checks.require(
-            not own and not _hooked(model), owner,
+            not own and not _hooked(model),
+            owner,
             "a chain must call its layers in turn, without a forward or hooks of its own",
             "Pass the layers in the order of their calls, or certify the model",
             UncertifiableError,
             model=type(model).__name__,
-        )  # fmt: skip
+        )
     if isinstance(model, nn.Sequential) or not isinstance(model, (nn.Module, Affine, Activation)):
         for layer in model:
             yield from _flat(layer, owner)
@@ -270,10 +273,13 @@ def _read_module(
     module: nn.Module, affine: list[Affine], activations: list[Activation], owner: str
 ) -> Affine | Activation | None:
     _checks.require(
-        not module.training, owner, "every module must be in eval mode", "Call model.eval() first",
+        not module.training,
+        owner,
+        "every module must be in eval mode",
+        "Call model.eval() first",
         UncertifiableError,
         module=type(module).__name__,
-    )  # fmt: skip
+    )
     hooked = _hooked(module)
     known = (nn.Linear.forward, layers.OrthoLinear.forward)
     if isinstance(module, nn.Linear) and type(module).forward in known and not hooked:
@@ -289,11 +295,13 @@ def _read_module(
     found = None if hooked or not width else activation_of(module, width)
     if type(module) is nn.Softplus and affine and affine[-1].weight.dtype == torch.float64:
         _checks.require(
-            not jumps_in_float64(module.threshold), owner,
+            not jumps_in_float64(module.threshold),
+            owner,
             "softplus of float64 must have threshold >= 34, for it jumps at the threshold",
-            "Use threshold=40, or a model in float32", UncertifiableError,
+            "Use threshold=40, or a model in float32",
+            UncertifiableError,
             threshold=module.threshold,
-        )  # fmt: skip
+        )
     if found is None:
         _checks.fail(
             owner,

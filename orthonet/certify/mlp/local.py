@@ -113,9 +113,12 @@ def local_radius(
     affine, activations = read_layers(layers, "local_radius")
     classes = affine[-1].weight.shape[0]
     _checks.require(
-        2 <= classes <= 4096, "local_radius", "there must be 2 to 4096 classes",
-        "Use local_bound for one output", classes=classes,
-    )  # fmt: skip
+        2 <= classes <= 4096,
+        "local_radius",
+        "there must be 2 to 4096 classes",
+        "Use local_bound for one output",
+        classes=classes,
+    )
     whole = chain_bound(Chain.build(affine, activations), effort)
     with torch.no_grad():
         return torch.stack([_radius(affine, activations, s, whole, steps, effort) for s in x])
@@ -160,8 +163,13 @@ def _radius(
 def _size(owner: str, norm: str, radius: float) -> float:
     _checks.one_of(owner, _NORMS, norm=norm)
     good = isinstance(radius, (int, float)) and 0.0 <= radius < math.inf
-    _checks.require(good, owner, "radius must be finite and non-negative",
-                    "Use mlp_bound for the whole space", radius=radius)  # fmt: skip
+    _checks.require(
+        good,
+        owner,
+        "radius must be finite and non-negative",
+        "Use mlp_bound for the whole space",
+        radius=radius,
+    )
     return float(radius)
 
 

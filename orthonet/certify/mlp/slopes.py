@@ -13,8 +13,16 @@ from orthonet import layers
 from orthonet.linalg.bounds.rounding import UNIT_ROUNDOFF, gamma
 
 __all__ = [
-    "Activation", "Chords", "Kinks", "Narrow", "bell", "reflections", "rising", "sech2", "sorting",
-]  # fmt: skip
+    "Activation",
+    "Chords",
+    "Kinks",
+    "Narrow",
+    "bell",
+    "reflections",
+    "rising",
+    "sech2",
+    "sorting",
+]
 
 Narrow = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Chords = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -99,8 +107,10 @@ class Kinks:
         least = torch.where((behind > 0) & (under == 0), 1.0, least)
         least, most = torch.minimum(least, most.clamp(0.0, 1.0)), most.clamp(0.0, 1.0)
         left, right = (torch.as_tensor(s, dtype=low.dtype).expand_as(low) for s in (left, right))
-        ends = [torch.where(t == 0, left, torch.where(t == 1, right, left + (right - left) * t))
-                for t in (least, most)]  # fmt: skip
+        ends = [
+            torch.where(t == 0, left, torch.where(t == 1, right, left + (right - left) * t))
+            for t in (least, most)
+        ]
         slack = 8 * UNIT_ROUNDOFF * torch.maximum(left.abs(), right.abs())
         slack = torch.where((least == most) & ((least == 0) | (least == 1)), 0.0, slack)
         lower, upper = torch.minimum(*ends) - slack, torch.maximum(*ends) + slack

@@ -101,10 +101,16 @@ def _form(state: Any, forms: list[Form]) -> Form | None:
         return None
     dilation = each(call["dilation"], dims)
     own = Form(
-        form.size, form.channels, weight, weight.abs(),
-        pairs_of(call["padding"], weight.shape[2:], dilation), each(call["stride"], dims),
-        dilation, call["groups"], outputs=tuple(state.shape[1:]),
-    )  # fmt: skip
+        form.size,
+        form.channels,
+        weight,
+        weight.abs(),
+        pairs_of(call["padding"], weight.shape[2:], dilation),
+        each(call["stride"], dims),
+        dilation,
+        call["groups"],
+        outputs=tuple(state.shape[1:]),
+    )
     if form.kernel is None:
         return on_identity(form, own)
     if form.transposed:
@@ -151,18 +157,31 @@ def _conv_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
 _CONVOLUTIONS = [f"conv{d}d.{kind}" for d in (1, 2, 3) for kind in ("default", "padding")]
 
 
-@op(*_CONVOLUTIONS, reads=("weight", "stride", "padding", "dilation", "groups"), free=("bias",),
-    linear=_LINEAR, kernel=_form, absolute=_absolute, offset=bias_norm,
-    samples=_conv_samples)  # fmt: skip
+@op(
+    *_CONVOLUTIONS,
+    reads=("weight", "stride", "padding", "dilation", "groups"),
+    free=("bias",),
+    linear=_LINEAR,
+    kernel=_form,
+    absolute=_absolute,
+    offset=bias_norm,
+    samples=_conv_samples,
+)
 def _convolution(call: Call) -> Step:
     kernel = call.fixed("weight")
     sizes = spatial_sizes(call, kernel.ndim - 2, channels=1)
     return _convolution_step(kernel, sizes, **_geometry(call))
 
 
-@op("convolution.default", reads=("weight", "stride", "padding", "dilation", "transposed",
-    "output_padding", "groups"), free=("bias",), linear=_LINEAR, kernel=_form, absolute=_absolute,
-    offset=bias_norm)  # fmt: skip
+@op(
+    "convolution.default",
+    reads=("weight", "stride", "padding", "dilation", "transposed", "output_padding", "groups"),
+    free=("bias",),
+    linear=_LINEAR,
+    kernel=_form,
+    absolute=_absolute,
+    offset=bias_norm,
+)
 def _general(call: Call) -> Step:
     kernel = call.fixed("weight")
     sizes = spatial_sizes(call, kernel.ndim - 2, channels=1)
@@ -184,9 +203,17 @@ def _transposed_form(state: Any, forms: list[Form]) -> Form | None:
     stride, crop = each(call["stride"], dims), each(call["padding"], dims)
     dilation = each(call["dilation"], dims)
     own = Form(
-        form.size, form.channels, weight, weight.abs(), tuple((p, p) for p in crop), stride,
-        dilation, call["groups"], transposed=True, outputs=tuple(state.shape[1:]),
-    )  # fmt: skip
+        form.size,
+        form.channels,
+        weight,
+        weight.abs(),
+        tuple((p, p) for p in crop),
+        stride,
+        dilation,
+        call["groups"],
+        transposed=True,
+        outputs=tuple(state.shape[1:]),
+    )
     if all(pad == (0, 0) for pad in form.pads):
         return own
     if not form.circular:
@@ -213,10 +240,19 @@ def _transposed_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: F.conv_transpose2d(x, weight, None, stride, 1, extra, groups)
 
 
-@op("conv_transpose1d.default", "conv_transpose2d.input", "conv_transpose3d.input",
-    reads=("weight", "stride", "padding", "output_padding", "groups", "dilation"), free=("bias",),
-    linear=_LINEAR, kernel=_transposed_form, absolute=_absolute, offset=bias_norm,
-    stages=_taps_in_half, samples=_transposed_samples)  # fmt: skip
+@op(
+    "conv_transpose1d.default",
+    "conv_transpose2d.input",
+    "conv_transpose3d.input",
+    reads=("weight", "stride", "padding", "output_padding", "groups", "dilation"),
+    free=("bias",),
+    linear=_LINEAR,
+    kernel=_transposed_form,
+    absolute=_absolute,
+    offset=bias_norm,
+    stages=_taps_in_half,
+    samples=_transposed_samples,
+)
 def _transposed(call: Call) -> Step:
     kernel = call.fixed("weight")
     spatial_sizes(call, kernel.ndim - 2, channels=1)
@@ -290,9 +326,16 @@ def _pad_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
 _PADS = [f"{mode}_pad{d}d.default" for mode in ("reflection", "replication") for d in (1, 2, 3)]
 
 
-@op("pad.default", "constant_pad_nd.default", *_PADS, reads=("pad", "padding", "mode", "value"),
-    linear=Linear(_pad_run, moves=True), kernel=_pad_form, interval=_pad_range,
-    samples=_pad_samples)  # fmt: skip
+@op(
+    "pad.default",
+    "constant_pad_nd.default",
+    *_PADS,
+    reads=("pad", "padding", "mode", "value"),
+    linear=Linear(_pad_run, moves=True),
+    kernel=_pad_form,
+    interval=_pad_range,
+    samples=_pad_samples,
+)
 def _pad(call: Call) -> Step:
     pads, mode = _pads(call)
     sizes = spatial_sizes(call, len(pads), channels=0)

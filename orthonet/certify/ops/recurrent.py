@@ -10,8 +10,13 @@ from orthonet.certify.rules import Call, Operand, Step
 __all__: list[str] = []
 
 
-@op("rnn_tanh_cell.default", "rnn_relu_cell.default", reads=("hx", "w_ih", "w_hh"),
-    free=("b_ih", "b_hh"), offset=added)  # fmt: skip
+@op(
+    "rnn_tanh_cell.default",
+    "rnn_relu_cell.default",
+    reads=("hx", "w_ih", "w_hh"),
+    free=("b_ih", "b_hh"),
+    offset=added,
+)
 def _cell(call: Call) -> Step:
     """tanh(W x + b + U h + c): both gains are norms of matrices."""
     gains, sizes = [], []

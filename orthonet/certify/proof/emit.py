@@ -80,15 +80,40 @@ def _same_shape(constant: Tensor, shape: Sequence[int]) -> bool:
 # --- moves ---------------------------------------------------------------------------------------
 
 
-@emits("reshape", "view", "flatten", "ravel", "unflatten", "squeeze", "unsqueeze", "view_as",
-        "reshape_as")  # fmt: skip
+@emits(
+    "reshape",
+    "view",
+    "flatten",
+    "ravel",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "view_as",
+    "reshape_as",
+)
 def _reshape(writer: Nodes, state: State) -> int | None:
     return writer.reshape(writer.index(state.parents[0]), state.shape)
 
 
-@emits("clone", "contiguous", "detach", "alias", "lift_fresh_copy", "dropout", "dropout1d",
-        "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "positive", "pos", "float",
-        "double", "to", "type_as")  # fmt: skip
+@emits(
+    "clone",
+    "contiguous",
+    "detach",
+    "alias",
+    "lift_fresh_copy",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "alpha_dropout",
+    "feature_dropout",
+    "positive",
+    "pos",
+    "float",
+    "double",
+    "to",
+    "type_as",
+)
 def _same(writer: Nodes, state: State) -> int | None:
     return writer.index(state.parents[0])
 
@@ -287,9 +312,13 @@ def _times(writer: Nodes, state: State) -> int | None:
     sizes = factors.double().abs()
     largest = float(sizes.max()) if call.op == "mul" else up(1.0 / float(sizes.min()))
     return writer.add(
-        "diagonal", [place], state, factors=writer.constant(factors, state, "factors"),
-        divide=call.op == "div", gain=largest,
-    )  # fmt: skip
+        "diagonal",
+        [place],
+        state,
+        factors=writer.constant(factors, state, "factors"),
+        divide=call.op == "div",
+        gain=largest,
+    )
 
 
 @emits("batch_norm", "_native_batch_norm_legit_no_training")
