@@ -147,8 +147,9 @@ def peak_bytes(step: Step, device: torch.device | str = "cpu") -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                profile_memory=True) as profile:  # fmt: skip
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
     held = peak = 0

@@ -87,9 +87,13 @@ METHODS: dict[str, Method] = {
 
 def _convnet() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(16 * 64, 10),
-    )  # fmt: skip
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, 2, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 64, 10),
+    )
 
 
 def cases(quick: bool) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
