@@ -233,12 +233,8 @@ def run_backward(
 def recording_in_kernel() -> Iterator[None]:
     """Let autograd record inside of the kernel of a custom operation, where it is switched off."""
     keys, excluded = _C.DispatchKey, _C._dispatch_tls_local_exclude_set()
-    for key in (
-        keys.AutogradFunctionality,
-        keys.ADInplaceOrView,
-        keys.AutogradOther,
-        keys.AutogradNestedTensor,
-    ):
+    recording = [keys.AutogradFunctionality, keys.ADInplaceOrView]
+    for key in (*recording, keys.AutogradOther, keys.AutogradNestedTensor):
         excluded = excluded.remove(key)
     included = _C._dispatch_tls_local_include_set()
     with _C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
@@ -330,12 +326,8 @@ def has_global_forward_hooks() -> bool:
     return bool(forward_hooks(None))
 
 
-MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {
-    "_all_weights",
-    "_flat_weight_refs",
-    "_flat_weights",
-    "_flat_weights_names",
-}
+_OF_RECURRENT_LAYERS = {"_all_weights", "_flat_weight_refs", "_flat_weights", "_flat_weights_names"}
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | _OF_RECURRENT_LAYERS
 """What `nn.Module` and the recurrent layers of `torch.nn` keep for themselves."""
 
 
@@ -346,7 +338,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def is_hooked_tensor(tensor: Tensor) -> bool:
     """Return whether hooks of the user run when a gradient of the tensor arrives."""
-    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 def conv_forward(module: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -359,7 +351,7 @@ def conv_paddings(module: Any) -> list[int]:
 
     The last dimension comes first, each as (before, after). `padding="same"` is resolved.
     """
-    return module._reversed_padding_repeated_twice  # type: ignore[no-any-return]
+    return module._reversed_padding_repeated_twice
 
 
 def set_conv_paddings(module: Any, pads: list[int]) -> None:
@@ -376,7 +368,7 @@ def conv_output_padding(module: Any, input: Tensor, output_size: Sequence[int] |
         ValueError: The size has the wrong length or cannot be reached.
     """
     dims = len(module.kernel_size)
-    return module._output_padding(  # type: ignore[no-any-return]
+    return module._output_padding(
         input, output_size, module.stride, module.padding, module.kernel_size, dims, module.dilation
     )
 
@@ -401,9 +393,9 @@ def is_overload(target: Any) -> bool:
 def operation_name(target: Any) -> str | None:
     """Return the name `namespace::operation` of an overload or a packet; None for other targets."""
     if isinstance(target, _ops.OpOverload):
-        return target._schema.name  # type: ignore[no-any-return]
+        return target._schema.name
     if isinstance(target, _ops.OpOverloadPacket):
-        return target._qualified_op_name  # type: ignore[no-any-return]
+        return target._qualified_op_name
     return None
 
 
@@ -556,12 +548,8 @@ class ModuleStamp:
         return True
 
 
-_BITS: dict[int, Any] = {
-    1: ctypes.c_uint8,
-    2: ctypes.c_uint16,
-    4: ctypes.c_uint32,
-    8: ctypes.c_uint64,
-}
+_WORDS = (ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64)
+_BITS: dict[int, Any] = {ctypes.sizeof(word): word for word in _WORDS}
 
 
 def _entry(tensor: Tensor) -> Any:
@@ -606,4 +594,4 @@ def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     As `torch.compiler.disable`, but the compiler is loaded when the function is first called. The
     constructor of every optimizer does that, too.
     """
-    return _torch._disable_dynamo(function)  # type: ignore[no-any-return]
+    return _torch._disable_dynamo(function)

@@ -216,7 +216,7 @@ def whole(tensor: Tensor) -> Tensor:
 
     mesh = tensor.device_mesh  # type: ignore[attr-defined]
     gathered = gather(grad_placements=[Partial()] * mesh.ndim)
-    return _Divided.apply(gathered, float(mesh.size()))  # type: ignore[return-value]
+    return _Divided.apply(gathered, float(mesh.size()))
 
 
 class _Divided(torch.autograd.Function):
@@ -228,7 +228,7 @@ class _Divided(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad / ctx.by, None
 
 

@@ -160,7 +160,7 @@ def _at(activations: Sequence[Activation], i: int) -> Activation | None:
 def rotated(weight: Tensor, error: float, act: Activation, side: int) -> tuple[Tensor, float]:
     """Q W (side 0) or W Q^T (side 1), with the error of the result."""
     basis = act.basis
-    terms = int((basis != 0).sum(1).max())  # type: ignore[union-attr]
+    terms = int((basis != 0).sum(1).max())
     norm = frobenius_up(weight)
     error = add_up(
         error,

@@ -509,6 +509,13 @@ def _larger(call: Call) -> Interval:
     return pick(low for low, _ in known), pick(high for _, high in known)
 
 
+def _extreme_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
+    fixed = constant(draw, *shape[-1:])
+    function = draw.choice([torch.maximum, torch.minimum, torch.fmax])
+    two = draw.random() < 0.6
+    return lambda x, y: function(x, y if two else fixed)
+
+
 @op(
     "maximum.default",
     "minimum.default",
@@ -518,11 +525,7 @@ def _larger(call: Call) -> Interval:
     "fmin.default",
     reads=("other",),
     interval=_larger,
-    samples=lambda draw, shape: (
-        lambda x, y, c=constant(draw, *shape[-1:]), f=draw.choice([torch.maximum, torch.minimum, torch.fmax]), two=draw.random() < 0.6: (
-            f(x, y if two else c)
-        )
-    ),
+    samples=_extreme_samples,
 )
 def _extreme(call: Call) -> Step:
     if len(call.operands) == 2:

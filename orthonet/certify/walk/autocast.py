@@ -61,7 +61,7 @@ def round_constants(program: Program) -> None:
         args, kwargs = map_arg((node.args, node.kwargs), value)
         try:
             with torch.no_grad(), program.region(node), _Casts() as casts:
-                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                env[node] = node.target(*args, **kwargs)
         except RuntimeError as error:
             refuse(
                 node,

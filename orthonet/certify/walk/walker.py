@@ -14,12 +14,12 @@ from torch import Tensor, fx, nn
 from orthonet import _checks
 from orthonet.certify._bound import Bound, Row
 from orthonet.certify._progress import report
+from orthonet.certify.graph.batch_size import check_batch_in_shapes
 from orthonet.certify.graph.consistency import check_same_function, check_samples_apart, run_once
 from orthonet.certify.graph.export import export
 from orthonet.certify.graph.fold import fill
 from orthonet.certify.graph.marks import ROOT, LeafCall, mark_of
 from orthonet.certify.graph.program import Program, op_name, path_of, source_of
-from orthonet.certify.graph.structure import check_batch_in_shapes
 from orthonet.certify.norms import limits, matrix_norm
 from orthonet.certify.ops.advice import ADVICE
 from orthonet.certify.rounding.modes import exclusive

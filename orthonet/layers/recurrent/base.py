@@ -121,7 +121,7 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
         """Nothing: the recurrent kernels are computed, so no block of memory can hold them all."""
 
     def __setstate__(self, d: dict[str, Any]) -> None:
-        nn.Module.__setstate__(self, d)  # type: ignore[arg-type]
+        nn.Module.__setstate__(self, d)
         self._flat_weight_refs = []
 
     @torch.no_grad()

@@ -304,7 +304,7 @@ class OrthoGRUCell(RecurrentCell, nn.GRUCell):
         """Return the state after the input, from the state `hx` (zeros if None)."""
         with torch.autocast(input.device.type, enabled=False):
             x, states, single = self._prepared(input, hx)
-            h = torch.gru_cell(x, states[0], *self._weights(x))  # type: ignore[arg-type]
+            h = torch.gru_cell(x, states[0], *self._weights(x))
         return self._finished(h, single)
 
     def to_plain(self) -> nn.GRUCell:
@@ -368,7 +368,7 @@ class OrthoLSTMCell(RecurrentCell, nn.LSTMCell):
         """Return the states (h, c) after the input, from the states `hx` (zeros if None)."""
         with torch.autocast(input.device.type, enabled=False):
             x, states, single = self._prepared(input, hx)
-            h, c = torch.lstm_cell(x, states, *self._weights(x))  # type: ignore[arg-type]
+            h, c = torch.lstm_cell(x, states, *self._weights(x))
         return self._finished(h, single), self._finished(c, single)
 
     def to_plain(self) -> nn.LSTMCell:
