@@ -12,7 +12,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -295,7 +295,8 @@ def failure_of(model: nn.Module, inputs: Sequence[Tensor]) -> str:
 
 
 def _outputs(last: fx.Node) -> list[Any]:
-    return list(last.args[0])  # type: ignore[arg-type]
+    (found,) = last.args
+    return list(cast(Sequence[Any], found))
 
 
 def _check_outputs(outputs: list[Any]) -> None:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +133,8 @@ class Marker:
 def mark_of(node: torch.fx.Node) -> tuple[int, int] | None:
     """(call, place) of a mark: places count from 0 inward, from -1 downward outward."""
     if node.op == "call_function" and node.target is _MARK:
-        return node.args[1], node.args[2]  # type: ignore[return-value]
+        _, call, place, *_ = cast(tuple[Any, int, int], node.args)
+        return call, place
     return None
 
 
@@ -145,7 +146,7 @@ def marked_copy(model: nn.Module) -> tuple[nn.Module, Marker]:
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
         if _is_plain(module) and id(module) not in memo:
-            memo[id(module)] = module.to_plain()  # type: ignore[operator]
+            memo[id(module)] = module.to_plain()
     try:
         twin = copy.deepcopy(model, memo)
     except TypeError as error:
@@ -182,7 +183,11 @@ def _freeze(module: nn.Module) -> None:
         weights.forward = lambda: value
 
 
-def _is_plain(module: nn.Module) -> bool:
+class _HasPlain(Protocol):
+    def to_plain(self) -> nn.Module: ...
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[_HasPlain]:
     """Whether the layer is ours, computes its weight, and is used as it was defined."""
     cls = type(module)
     library = cls.__module__.startswith("orthonet.") and hasattr(cls, "to_plain")

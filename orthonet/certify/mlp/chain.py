@@ -123,7 +123,7 @@ class Chain:
                 error = mul_up(error, 1.0 / size)
                 error = add_up(error, sqrt_up(weight.numel()) * UNDERFLOW)
             for act, side in ((activations[i - 1] if i else None, 1), (_at(activations, i), 0)):
-                if act is not None and act.basis is not None:
+                if act is not None:
                     weight, error = rotated(weight, error, act, side)
             if i:
                 weight = weight[:, alive[i - 1]]
@@ -158,8 +158,10 @@ def _at(activations: Sequence[Activation], i: int) -> Activation | None:
 
 
 def rotated(weight: Tensor, error: float, act: Activation, side: int) -> tuple[Tensor, float]:
-    """Q W (side 0) or W Q^T (side 1), with the error of the result."""
+    """Q W (side 0) or W Q^T (side 1), with the error of the result; W if there is no basis Q."""
     basis = act.basis
+    if basis is None:
+        return weight, error
     terms = int((basis != 0).sum(1).max())
     norm = frobenius_up(weight)
     error = add_up(
@@ -169,7 +171,7 @@ def rotated(weight: Tensor, error: float, act: Activation, side: int) -> tuple[T
         mul_up(gamma(terms + 3), sqrt_up(2 * terms), norm),
         sqrt_up(weight.numel()) * weight.shape[side] * UNDERFLOW,
     )
-    return (basis @ weight if side == 0 else weight @ basis.mT), error  # type: ignore[union-attr]
+    return (basis @ weight if side == 0 else weight @ basis.mT), error
 
 
 Layer = nn.Module | Affine | Activation
@@ -287,8 +289,10 @@ def _read_module(
         return Affine(module.weight.detach(), bias)
     if type(module) in (nn.Dropout, nn.AlphaDropout, nn.Flatten, nn.Identity) and not hooked:
         return None  # on vectors the identity, in eval
-    if type(module) is nn.BatchNorm1d and not hooked and module.running_var is not None:
-        return _batch_norm(module)
+    if type(module) is nn.BatchNorm1d and not hooked:
+        mean, variance = module.running_mean, module.running_var
+        if mean is not None and variance is not None:
+            return _batch_norm(module, mean, variance)
     width = affine[-1].weight.shape[0] if affine else 0
     if isinstance(module, layers.HouseholderActivation) and not affine:
         width = module.channels
@@ -314,9 +318,9 @@ def _read_module(
     return found
 
 
-def _batch_norm(module: nn.BatchNorm1d) -> Affine:
-    variance = module.running_var.detach().to("cpu", torch.float64)  # type: ignore[union-attr]
-    mean = module.running_mean.detach().to("cpu", torch.float64)  # type: ignore[union-attr]
+def _batch_norm(module: nn.BatchNorm1d, mean: Tensor, variance: Tensor) -> Affine:
+    variance = variance.detach().to("cpu", torch.float64)
+    mean = mean.detach().to("cpu", torch.float64)
     scale = (variance + module.eps).rsqrt()
     shift = torch.zeros_like(mean)
     if module.weight is not None:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ def _radius(
     margin[top] = torch.inf
 
     def within(bound: MLPBound) -> float:
-        constants = bound.pairs[top]  # type: ignore[index]
+        constants = cast(Tensor, bound.pairs)[top]  # of two outputs or more there are some
         quotient = torch.where(margin > 0, margin / constants, 0.0)
         return max(0.0, float(quotient.min()) * (1.0 - 4 * UNIT_ROUNDOFF))
 
@@ -277,11 +278,9 @@ class _Ball:
 def _in_bases(layer: Affine, before: Activation | None, after: Activation) -> tuple[Tensor, float]:
     """The weight between the bases of two activations, and what it is off."""
     weight, error = layer.weight, layer.error
-    if before is not None and before.basis is not None:
+    if before is not None:
         weight, error = rotated(weight, error, before, 1)
-    if after.basis is not None:
-        weight, error = rotated(weight, error, after, 0)
-    return weight, error
+    return rotated(weight, error, after, 0)
 
 
 def _moved(layer: Affine, value: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:

@@ -542,8 +542,10 @@ def activation_of(module: nn.Module, width: int) -> Activation | None:
 
     The class must be a known one itself: a subclass may compute something else.
     """
-    if type(module) in (layers.MaxMin, layers.GroupSort) and module.dim in (1, -1):
-        return sorting(module, width)
+    if type(module) is layers.MaxMin or type(module) is layers.GroupSort:
+        if module.dim in (1, -1):
+            return sorting(module, width)
+        return None
     if type(module) is layers.HouseholderActivation and module.dim in (1, -1):
         return reflections(module, width)
     entry = _MODULES.get(type(module))

@@ -6,7 +6,7 @@ import math
 import random
 import string
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -218,7 +218,7 @@ def _product_and_shift(call: Call) -> Step:
     rounding = step.roundings
     if not isinstance(rounding, Rounding):
         size = absolute_matrix(call.as_constant(weight, "weight"))
-        rounding = Rounding(float(rounding), size)  # type: ignore[arg-type]
+        rounding = Rounding(cast(float, rounding), size)
     size = mul_up(alpha, rounding.size)
     return step._replace(gains=(gain,), roundings=Rounding(rounding.count + 3.0, size, offset))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -262,26 +262,19 @@ def _transposed(call: Call) -> Step:
 # --- padding -------------------------------------------------------------------------------------
 
 
-def _pads(call: Call) -> tuple[list[tuple[int, int]], str]:
+def _pads(target: Any, given: Callable[..., Any]) -> tuple[list[tuple[int, int]], str]:
     """The padding of the last dims, and how it is filled."""
-    name = aten_name(call.target)
-    amounts = list(call.given("pad", call.given("padding", ())))
-    mode = call.given("mode", "constant")
+    name = aten_name(target)
+    amounts = list(given("pad", given("padding", ())))
+    mode = given("mode", "constant")
     if name.startswith(("reflection", "replication")):
         mode = "reflect" if name.startswith("reflection") else "replicate"
     pads = [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)][::-1]
     return pads, mode
 
 
-class _Named:
-    """The values of an island in the place of a call, for `_pads`."""
-
-    def __init__(self, a: Values) -> None:
-        self.target, self.given = a.target, a.get
-
-
 def _pad_run(a: Values, absolute: bool) -> Any:
-    pads, mode = _pads(_Named(a))  # type: ignore[arg-type]
+    pads, mode = _pads(a.target, a.get)
     x = a["self"]
     sizes = x.shape[x.ndim - len(pads) :]
     return axes.along(x, [axes.padding(n, p, mode) for n, p in zip(sizes, pads, strict=True)])
@@ -289,7 +282,7 @@ def _pad_run(a: Values, absolute: bool) -> Any:
 
 def _pad_form(state: Any, forms: list[Form]) -> Form | None:
     (form,) = forms
-    pads, mode = _pads(state.call)
+    pads, mode = _pads(state.call.target, state.call.given)
     bare = form.kernel is None and all(pad == (0, 0) for pad in form.pads)
     if not bare or len(pads) != form.dims or min(min(p) for p in pads) < 0:
         return None
@@ -337,7 +330,7 @@ _PADS = [f"{mode}_pad{d}d.default" for mode in ("reflection", "replication") for
     samples=_pad_samples,
 )
 def _pad(call: Call) -> Step:
-    pads, mode = _pads(call)
+    pads, mode = _pads(call.target, call.given)
     sizes = spatial_sizes(call, len(pads), channels=0)
     value = scalar_rounding(call, call.given("value"))
     return exact(padding_gain(sizes, pads, mode), f"{mode} padding", value)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from orthonet.certify.graph.program import called
 from orthonet.certify.ops import registry
 from orthonet.certify.proof.norms import square_gain
 from orthonet.certify.rules import BatchDependent, Operand
@@ -124,7 +125,7 @@ def _permute(writer: Nodes, state: State) -> int | None:
     order = torch.empty(tuple(range(1, rank + 1)), device="meta")
     fill = tuple(order if isinstance(a, Operand) else a for a in state.call.args)
     try:
-        moved = state.node.target(*fill, **state.call.kwargs)  # type: ignore[operator]
+        moved = called(state.node)(*fill, **state.call.kwargs)
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     dims = [n - 2 for n in moved.shape]  # sizes name the dims
@@ -199,8 +200,9 @@ def _split(writer: Nodes, state: State) -> int | None:
         return None
     begin = sum(sizes[:place])
     part = writer.part(state, writer.index(whole.parents[0]), dim, begin, begin + sizes[place])
-    shrunk = call.op == "unbind" and part is not None
-    return writer.reshape(part, state.shape) if shrunk else part  # type: ignore[arg-type]
+    if call.op != "unbind" or part is None:
+        return part
+    return writer.reshape(part, state.shape)
 
 
 @emits("pad", "constant_pad_nd")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -63,6 +63,11 @@ def action_of(state: State) -> Linear | None:
     return record.linear
 
 
+def _action_inside(state: State) -> Linear:
+    """The action of a node of an island: one is made of nothing else."""
+    return cast(Linear, action_of(state))
+
+
 _MARK = Linear(lambda a, absolute: a.args[0], moves=True)
 
 
@@ -110,15 +115,15 @@ def linear_action(
         return Constant(found) if isinstance(found, Tensor) else found
 
     args, kwargs = map_arg((list(node.args), dict(node.kwargs)), value)
-    action = action_of(state)
+    action = _action_inside(state)
     named = bind(node.target, args, kwargs) if record_of(node.target) else {}
     values = Values(node.target, list(args), dict(kwargs), named)
-    return action.run(values, absolute)  # type: ignore[union-attr]
+    return action.run(values, absolute)
 
 
 def roundings_of(states: list[State]) -> int:
     """How many roundings an entry of the matrix of an island sees, at most."""
-    return sum(action_of(s).terms(s) for s in states) + 4  # type: ignore[union-attr]
+    return sum(_action_inside(s).terms(s) for s in states) + 4
 
 
 def materialise(state: State) -> Island | None:
@@ -149,7 +154,7 @@ def materialise(state: State) -> Island | None:
     size = mul_up(sqrt_up(squared_norm_up(majorant / scale)), scale) if scale else 0.0
     relative = mul_up(gamma(count), up(1.0 + 2.0 * gamma(count)))
     lost = mul_up(count, spread, sqrt_up(matrix.numel()), UNDERFLOW)
-    if all(action_of(s).moves for s in states):  # type: ignore[union-attr]
+    if all(map(moves, states)):
         relative = lost = 0.0
     return Island(matrix, add_up(mul_up(relative, size), lost))
 
