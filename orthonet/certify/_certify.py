@@ -15,7 +15,7 @@ from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._progress import Progress, report, reporting
 from orthonet.certify._radius import pairwise_constants
 from orthonet.certify.graph.identity import data_hashes, hashes
-from orthonet.certify.graph.memory import digest
+from orthonet.certify.graph.outside import digest
 from orthonet.certify.graph.regions import HALF
 from orthonet.certify.norms import EFFORTS, Effort, limits
 from orthonet.certify.norms import effort as with_effort

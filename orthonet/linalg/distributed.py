@@ -69,7 +69,8 @@ def exchange(pieces: Sequence[Tensor], owners: Sequence[int], group: Any) -> lis
                 if shares[owner]
             ]
             for pending in works:
-                pending.wait()  # type: ignore[union-attr]
+                if pending is not None:
+                    pending.wait()
         else:
             dist.all_gather(list(received.unbind()), sent, group=group)
         for other in range(size):
@@ -209,12 +210,12 @@ def whole(tensor: Tensor) -> Tensor:
     """
     if not is_shard(tensor):
         return tensor
-    gather = tensor.full_tensor  # type: ignore[attr-defined]
+    gather = tensor.full_tensor
     if not (torch.is_grad_enabled() and tensor.requires_grad):
         return gather()
     from torch.distributed.tensor import Partial
 
-    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    mesh = tensor.device_mesh
     gathered = gather(grad_placements=[Partial()] * mesh.ndim)
     return _Divided.apply(gathered, float(mesh.size()))
 
@@ -241,6 +242,6 @@ def put_(tensor: Tensor, value: Tensor) -> None:
         return
     from torch.distributed.tensor import distribute_tensor
 
-    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    mesh, placements = tensor.device_mesh, tensor.placements
     # every process has the value: nothing is sent
     tensor.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))

@@ -246,7 +246,7 @@ class _RotatedBase(torch.autograd.Function):
             inputs = [x, b]
             if not again:
                 inputs = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
-            rotated = _rotated(*inputs, ctx.degree)  # type: ignore[arg-type]
+            rotated = _rotated(inputs[0], inputs[1], ctx.degree)
             if again:  # differentiated again
                 rotated = polar(rotated)
             else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -120,7 +122,7 @@ class _Problem:
 
     def sweep_bases(self, seen: Tensor, start: Tensor, factors: KernelFactors) -> KernelFactors:
         """Improve each basis in turn, the others held."""
-        bases = factors.bases.clone()  # type: ignore[union-attr]
+        bases = cast(Tensor, factors.bases).clone()
         weights = factors.weights.clone() if factors.weights is not None else None
         behind = [seen]  # behind[-1 - i]: the target with factors i + 1, ... undone
         for index in reversed(range(1, len(self.dims))):

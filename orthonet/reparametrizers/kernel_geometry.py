@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class KernelFactors(NamedTuple):
 
     def one(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Basis and weights of one projector."""
-        base = self.bases[:, index]  # type: ignore[index]
+        base = cast(Tensor, self.bases)[:, index]
         return base, None if self.weights is None else self.weights[:, index]
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks, functional
 from orthonet._torch import patched, tensors_in, version_of
-from orthonet.certify.graph.memory import storages_of
+from orthonet.certify.graph.questions import storages_of
 from orthonet.certify.rules import function_leaves, module_rule
 from orthonet.errors import UncertifiableError
 from orthonet.layers.children import as_defined

@@ -23,9 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthonet.certify.graph.memory import digest
-
-__all__ = ["Reader", "is_library"]
+__all__ = ["Reader", "digest", "is_library"]
 
 _LIBRARIES = ("torch", "orthonet", "numpy", "math", "builtins", "einops")
 
@@ -389,3 +387,12 @@ def _slots(cls: type) -> tuple[str, ...]:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor: little-endian, in row-major order."""
+    tensor = tensor.detach().cpu()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    tensor = tensor.resolve_conj().resolve_neg().contiguous()
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet._torch import tensors_in, version_of
-from orthonet.certify.graph.memory import storages_of
 from orthonet.certify.graph.outside import is_library
 from orthonet.errors import UncertifiableError
 
-__all__ = ["Found", "Questions", "asker", "refuse_found"]
+__all__ = ["Found", "Questions", "asker", "refuse_found", "storages_of"]
 
 _OF_SHAPE = {
     "size",
@@ -229,3 +228,14 @@ def asker() -> str:
 
 
 _HERE = __name__.rpartition(".")[0]
+
+
+def storages_of(tensors: Iterable[Tensor]) -> set[int]:
+    """Where the memory of tensors begins, of those that have any."""
+    found = set()
+    for tensor in tensors:
+        try:
+            found.add(tensor.untyped_storage().data_ptr())
+        except RuntimeError:  # of a transform, or sparse
+            continue
+    return found - {0}

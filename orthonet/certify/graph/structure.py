@@ -24,8 +24,7 @@ from torch.overrides import TorchFunctionMode
 from orthonet import _checks
 from orthonet._torch import tensors_in
 from orthonet.certify.graph.counts import counted, symbolic_places
-from orthonet.certify.graph.memory import digest
-from orthonet.certify.graph.outside import is_library
+from orthonet.certify.graph.outside import digest, is_library
 from orthonet.certify.graph.questions import Questions, asker
 from orthonet.errors import UncertifiableError
 

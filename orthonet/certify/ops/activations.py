@@ -23,14 +23,15 @@ from orthonet.certify.mlp.slopes import (
     sech2,
     sorting,
 )
-from orthonet.certify.ops.intervals import Interval, interval_of
 from orthonet.certify.ops.registry import (
     SMOOTH,
+    Interval,
     Linear,
     Values,
     amplification,
     constant,
     each_repeated,
+    interval_of,
     op,
 )
 from orthonet.certify.ops.suprema import SUPREMA

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from orthonet.certify._bound import Bound
 from orthonet.certify.ops.advice import ADVICE
-from orthonet.certify.ops.intervals import EVERYTHING, Interval, interval_of
 from orthonet.certify.ops.registry import (
+    EVERYTHING,
     SMOOTH,
+    Interval,
     Linear,
     Values,
     added,
@@ -22,6 +23,7 @@ from orthonet.certify.ops.registry import (
     each_repeated,
     f64,
     first_moves,
+    interval_of,
     number,
     op,
     zeros,

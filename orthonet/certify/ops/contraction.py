@@ -488,3 +488,24 @@ def _bilinear(call: Call) -> Step:
     )
     error = float(size) * 2.0**-50 * call.fixed("weight").shape[-1]
     return Step((Bound((matrix_norm(matrix) + error) * _SAFE),), "matrix of a bilinear map")
+
+
+# --- cells of recurrent networks -----------------------------------------------------------------
+
+
+@op(
+    "rnn_tanh_cell.default",
+    "rnn_relu_cell.default",
+    reads=("hx", "w_ih", "w_hh"),
+    free=("b_ih", "b_hh"),
+    offset=added,
+)
+def _cell(call: Call) -> Step:
+    """tanh(W x + b + U h + c): both gains are norms of matrices."""
+    gains, sizes = [], []
+    for name, matrix in (("input", "w_ih"), ("hx", "w_hh")):
+        if isinstance(call[name], Operand):
+            weight = call.fixed(matrix)
+            gains.append(Bound(matrix_norm(weight), kind="exact"))
+            sizes.append(sum(weight.shape))
+    return Step(tuple(gains), "matrices of the cell, verified", roundings=sum(sizes) + 70.0)

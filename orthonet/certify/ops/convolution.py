@@ -16,8 +16,8 @@ from orthonet.certify._bound import Bound
 from orthonet.certify.norms import conv_norm
 from orthonet.certify.ops import axes
 from orthonet.certify.ops.contraction import bias_norm
-from orthonet.certify.ops.intervals import Interval, interval_of
 from orthonet.certify.ops.registry import (
+    Interval,
     Linear,
     Values,
     aten_name,
@@ -25,6 +25,7 @@ from orthonet.certify.ops.registry import (
     each,
     f64,
     first_moves,
+    interval_of,
     number,
     op,
     wide,

@@ -15,8 +15,7 @@ from orthonet._torch import NEAREST_EXACT_2D, operation_name
 from orthonet.certify.norms import matrix_norm
 from orthonet.certify.ops import axes
 from orthonet.certify.ops.convolution import spatial_sizes
-from orthonet.certify.ops.intervals import as_input
-from orthonet.certify.ops.registry import Linear, Values, aten_name, each, op, wide
+from orthonet.certify.ops.registry import Linear, Values, as_input, aten_name, each, op, wide
 from orthonet.certify.rules import (
     COPY,
     Call,

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 from orthonet.certify.norms import matrix_norm
 from orthonet.certify.ops.advice import ADVICE
-from orthonet.certify.ops.intervals import as_input
 from orthonet.certify.ops.registry import (
     SMOOTH,
     Linear,
     Values,
+    as_input,
     first_moves,
     op,
     place,

@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from orthonet.certify._bound import Bound
-from orthonet.certify.ops.intervals import EVERYTHING, Interval, as_input, interval_of
 from orthonet.certify.ops.registry import (
+    EVERYTHING,
     NOTHING,
     ONE,
     Constant,
+    Interval,
     Linear,
     Values,
     amplification,
+    as_input,
     constant,
     each_repeated,
+    interval_of,
     op,
     plain,
     zeros,

@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orthonet.certify._bound import Bound
-from orthonet.certify.ops.intervals import EVERYTHING, Interval, as_input, interval_of
 from orthonet.certify.ops.registry import (
+    EVERYTHING,
     NOTHING,
     ONE,
+    Interval,
     Linear,
     Values,
     amplification,
+    as_input,
+    interval_of,
     op,
     place,
     zeros,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +18,7 @@ from orthonet.certify.graph.marks import mark_of
 from orthonet.certify.graph.program import BATCH
 from orthonet.certify.ops.registry import Constant, Linear, Values
 from orthonet.certify.rules import BatchDependent, bind, record_of
+from orthonet.certify.walk.state import Island, State
 from orthonet.linalg.bounds.rounding import (
     UNDERFLOW,
     add_up,
@@ -29,11 +30,7 @@ from orthonet.linalg.bounds.rounding import (
     up,
 )
 
-if TYPE_CHECKING:
-    from orthonet.certify.walk.state import State
-
 __all__ = [
-    "Island",
     "action_of",
     "amplification_of",
     "linear_action",
@@ -75,13 +72,6 @@ def moves(state: State) -> bool:
     """Whether an operation only moves, copies or leaves out entries."""
     action = action_of(state)
     return action is not None and action.moves
-
-
-class Island(NamedTuple):
-    """A matrix of an affine function, and a bound of the Frobenius norm of its error."""
-
-    matrix: Tensor  # (out, in), float64
-    error: float
 
 
 def linear_part(states: list[State], source: State, x: Tensor, absolute: bool = False) -> Any:

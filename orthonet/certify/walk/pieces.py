@@ -16,8 +16,7 @@ from torch import Tensor
 
 from orthonet.certify._bound import Bound
 from orthonet.certify.rules import Operand, parameters, record_of
-from orthonet.certify.walk.state import State
-from orthonet.certify.walk.walking import Walk
+from orthonet.certify.walk.state import State, Walk
 from orthonet.linalg.bounds.enclosure import spectral_norm_bound
 from orthonet.linalg.bounds.rounding import add_up, hypot_up, mul_up
 

@@ -36,10 +36,10 @@ from orthonet.certify.rules import (
 )
 from orthonet.certify.walk.autocast import round_constants
 from orthonet.certify.walk.forms import form_bound, form_of
-from orthonet.certify.walk.islands import Island, action_of, materialise, moves
+from orthonet.certify.walk.islands import action_of, materialise, moves
 from orthonet.certify.walk.perceptrons import Perceptron, perceptron_of
 from orthonet.certify.walk.pieces import Pieces
-from orthonet.certify.walk.state import State
+from orthonet.certify.walk.state import Island, State
 from orthonet.errors import UncertifiableError
 from orthonet.linalg.bounds.rounding import add_up
 

@@ -47,7 +47,7 @@ class RecurrentCell(RecurrentKernels):
         _checks.boolean(type(self), bias=bias)
         _checks.factory(type(self), device, dtype)
         module: Any = self
-        nn.Module.__init__(module)
+        nn.Module.__init__(self)
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
         self._kernel_options(ortho_params, triv, init)
         self.recurrent = nn.ModuleDict()

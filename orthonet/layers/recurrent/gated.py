@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +31,14 @@ class _GatedLayer(RecurrentLayer):
         if _differentiated_by_torch():
             return super()._stack(x, sizes, states)
         weights = [self._any(name).to(x.dtype) for names in self._all_weights for name in names]
-        run = torch.lstm if self._states > 1 else torch.gru
+        run: Any = torch.lstm if self._states > 1 else torch.gru
         hx = list(states) if self._states > 1 else states[0]
         options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
         with _no_advice(x.is_cuda or self.proj_size > 0):
             if sizes is None:
-                y, *states_ = run(x, hx, weights, *options, False)  # type: ignore[call-overload]
+                y, *states_ = run(x, hx, weights, *options, False)
             else:
-                y, *states_ = run(x, sizes, hx, weights, *options)  # type: ignore[call-overload]
+                y, *states_ = run(x, sizes, hx, weights, *options)
         return y, tuple(states_)
 
     def _any(self, name: str) -> Tensor:

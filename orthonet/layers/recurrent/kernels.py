@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ class TrivializedWeight(RecordedWeight):
         self.original.copy_(coordinates)
 
 
-class RecurrentKernels(OneLine):
+class RecurrentKernels(OneLine, nn.Module):
     """Mixin before an `nn` class: some named matrices are computed by sub-modules.
 
     `recurrent[name]` owns the raw parameter of the matrix `name`, for example `weight_hh_l0`.
@@ -152,7 +152,7 @@ class RecurrentKernels(OneLine):
             self.recurrent[name] = TrivializedWeight(shape, made_by, device, dtype)
 
     def _weight_of(self, name: str) -> Weight:
-        return self.recurrent[name]  # type: ignore[return-value]
+        return cast(Weight, self.recurrent[name])
 
     def _kernel(self, name: str) -> Tensor:
         """The matrix, gates one below the other, in the dtype of the computation."""
@@ -165,7 +165,7 @@ class RecurrentKernels(OneLine):
         if kernels is not None and name in kernels:
             weight = kernels[name]()
             return weight if weight.ndim == 2 else weight.flatten(0, 1)
-        return super().__getattr__(name)  # type: ignore[misc]
+        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         kernels = self.__dict__.get("_modules", {}).get("recurrent")
@@ -248,7 +248,7 @@ class RecurrentKernels(OneLine):
         error_msgs: list[str],
     ) -> None:
         """Also accept the kernels of the `nn` twin: they are projected, with a warning."""
-        keep_if_refused(self, state_dict, prefix, error_msgs)  # type: ignore[arg-type]
+        keep_if_refused(self, state_dict, prefix, error_msgs)
         moved, dtype = 0.0, torch.float32
         for name in self.recurrent:
             plain, own = f"{prefix}{name}", f"{prefix}recurrent.{name}."
@@ -262,7 +262,7 @@ class RecurrentKernels(OneLine):
             dtype,
             largest_relative_distance=moved,
         )
-        super()._load_from_state_dict(  # type: ignore[misc]
+        super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
