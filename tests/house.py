@@ -118,16 +118,33 @@ def entries() -> dict[str, int]:
     }
 
 
+def published(file: Path) -> list[str] | None:
+    """The names in `__all__`; None where there is none, or where it is computed."""
+    for node in ast.parse(file.read_text()).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if getattr(target, "id", "") == "__all__" and isinstance(node.value, ast.List):
+            return [element.value for element in node.value.elts]
+    return None
+
+
 def exports() -> dict[str, int]:
     """How many names each package publishes in `__all__`."""
-    found = {}
-    for name, file in modules().items():
-        if file.name == "__init__.py":
-            for node in ast.parse(file.read_text()).body:
-                target = node.targets[0] if isinstance(node, ast.Assign) else None
-                if getattr(target, "id", "") == "__all__" and isinstance(node.value, ast.List):
-                    found[name] = len(node.value.elts)
-    return found
+    packages = {n: published(f) for n, f in modules().items() if f.name == "__init__.py"}
+    return {name: len(names) for name, names in packages.items() if names is not None}
+
+
+def untold(names: dict[str, set[str]], file: Path) -> list[tuple[str, str]]:
+    """The names that a file imports from modules of other rooms that do not publish them."""
+    mine = room_of(name_of(file))
+    return [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        and node.module in names
+        and room_of(node.module) != mine
+        for alias in node.names
+        if alias.name not in names[node.module] and f"{node.module}.{alias.name}" not in names
+    ]
 
 
 def rooms() -> dict[str, set[str]]:

@@ -100,6 +100,16 @@ def test_no_room_looks_behind_the_doors_of_another():
     assert house.private_reaches(house.graph()) == []
 
 
+def test_rooms_take_of_each_other_what_is_published():
+    """What a module imports from another room stands in the `__all__` of that module."""
+    known = {name: house.published(file) for name, file in house.modules().items()}
+    names = {name: set(found) for name, found in known.items() if found is not None}
+    taken = {ids(file): house.untold(names, file) for file in FILES if room_of(file) != "testing"}
+    assert {file: found for file, found in taken.items() if found} == {}
+    hidden = {**names, "orthonet.linalg": names["orthonet.linalg"] - {"haar"}}
+    assert ("orthonet.linalg", "haar") in house.untold(hidden, ROOT / "manifolds" / "_stiefel.py")
+
+
 def test_circles_and_reaches_are_found():
     arrows = {"orthonet.a.x": {"orthonet.b._y"}, "orthonet.b._y": {"orthonet.a.x"}}
     assert house.circles(arrows) == [["orthonet.a.x", "orthonet.b._y"]]

@@ -28,13 +28,14 @@ from orthonet.linalg.bounds.enclosure import spectral_norm_bound
 from orthonet.linalg.bounds.sizes import Rounding
 
 __all__ = [
-    "COPY",
-    "REARRANGEMENT",
-    "RECORDS",
     "BatchDependent",
+    "COPY",
     "Call",
     "Operand",
+    "REARRANGEMENT",
+    "RECORDS",
     "Rounding",
+    "Roundings",
     "Step",
     "as_step",
     "bind",

@@ -29,7 +29,7 @@ from orthonet.linalg.polar_factor.steps import (
     polar_from_svd,
 )
 
-__all__ = ["bjorck", "polar", "polar_svd"]
+__all__ = ["bjorck", "polar", "polar_svd", "save_centred", "saved_centred"]
 
 
 @on_tall

@@ -16,6 +16,8 @@ from orthonet.models._parts import activation_of, dense_layers, scaled, sizes_of
 from orthonet.models._registry import register
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
+__all__ = ["convnet", "convnet_digits", "convnet_images", "convnet_mnist"]
+
 
 @register
 def convnet(

@@ -11,6 +11,8 @@ from torch import nn
 
 from orthonet import _checks
 
+__all__ = ["create", "list_models", "register"]
+
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 

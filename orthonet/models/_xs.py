@@ -23,6 +23,8 @@ from orthonet.models._parts import scaled
 from orthonet.models._registry import register
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
+__all__ = ["convnet_xs"]
+
 
 @register
 def convnet_xs(

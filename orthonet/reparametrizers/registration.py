@@ -21,7 +21,7 @@ from orthonet._torch import without_autocast
 from orthonet.reparametrizers.plain_values import load_plain, reset_parameters, start
 from orthonet.reparametrizers.weight import Weight
 
-__all__ = ["CachedParametrizationList", "adopt", "register", "remove"]
+__all__ = ["CachedParametrizationList", "adopt", "bake", "register", "remove"]
 
 
 class CachedParametrizationList(Weight, ParametrizationList):

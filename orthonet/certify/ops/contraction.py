@@ -29,7 +29,7 @@ from orthonet.certify.rules import BatchDependent, Call, Operand, Rounding, Step
 from orthonet.linalg.bounds.rounding import mul_up, power_of_two_scale, sqrt_up, squared_norm_up
 from orthonet.linalg.bounds.sizes import absolute_matrix
 
-__all__ = ["product_step"]
+__all__ = ["bias_norm", "product_step"]
 
 _MATRICES = 256  # of one stack, whose norms are bounded one by one
 _SAFE = 1.0 + 2.0**-40  # for the float64 roundings of this bookkeeping itself

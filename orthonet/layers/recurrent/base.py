@@ -17,7 +17,7 @@ from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds.trivialization import Triv
 from orthonet.reparametrizers import OrthoParams
 
-__all__ = ["RecurrentLayer"]
+__all__ = ["RecurrentLayer", "State", "at_last"]
 
 State = tuple[Tensor, ...]
 

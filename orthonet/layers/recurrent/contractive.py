@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.functional.recurrence import _ACTIVATIONS, recurrence
+from orthonet.functional.recurrence import ACTIVATIONS, recurrence
 from orthonet.layers._base import OneLine
 from orthonet.layers.recurrent.base import RecurrentLayer, State, at_last
 from orthonet.layers.recurrent.kernels import check_nonlinearity
@@ -18,7 +18,7 @@ from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
 __all__ = ["ContractiveRNN", "ContractiveRNNCell"]
 
-_NONLINEARITIES = tuple(_ACTIVATIONS)  # each of them is 1-Lipschitz
+_NONLINEARITIES = tuple(ACTIVATIONS)  # each of them is 1-Lipschitz
 
 
 def _check_rates(owner: object, leak: float, contraction: float) -> float:
@@ -164,7 +164,7 @@ class ContractiveRNN(RecurrentLayer):
             y, final = recurrence(x, states[0], weight_ih, kernel, bias, self.nonlinearity)
             return y, (final if last is None else at_last(y, last),)
         both, h, outputs = torch.cat((linear, kernel)).mT, states[0], []
-        activation = _ACTIVATIONS[self.nonlinearity]
+        activation = ACTIVATIONS[self.nonlinearity]
         for u in F.linear(x, weight_ih, bias).unbind(0):
             kept, pre = (h @ both).chunk(2, -1)
             h = torch.add(kept, activation(pre + u), alpha=self.leak)

@@ -15,17 +15,11 @@ from orthonet.linalg import polar_svd
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds import Stiefel
 from orthonet.manifolds.trivialization import Triv
-from orthonet.reparametrizers import (
-    DEFAULT_ORTHO_PARAMS,
-    OrthoParams,
-    OrthoWeight,
-    RecordedWeight,
-    Weight,
-)
+from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams, OrthoWeight, Weight
 from orthonet.reparametrizers.orthogonalizers import require_semi_orthogonal
 from orthonet.reparametrizers.params import read_params
 from orthonet.reparametrizers.plain_values import warn_projected
-from orthonet.reparametrizers.recorded import keep_if_refused
+from orthonet.reparametrizers.recorded import RecordedWeight, keep_if_refused
 
 __all__ = [
     "INITIALIZATIONS",

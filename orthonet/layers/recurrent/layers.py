@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.functional.recurrence import _ACTIVATIONS, NONLINEARITIES, mod_relu, recurrence
+from orthonet.functional.recurrence import ACTIVATIONS, NONLINEARITIES, mod_relu, recurrence
 from orthonet.layers.recurrent.base import RecurrentLayer, State, at_last
 from orthonet.layers.recurrent.cells import RecurrentCell
 from orthonet.layers.recurrent.kernels import check_nonlinearity, uniform_
@@ -231,7 +231,7 @@ class OrthoRNNCell(RecurrentCell, nn.RNNCell):
             if self.nonlinearity == "modrelu":
                 h = mod_relu(z, self.threshold.to(z.dtype))
             else:
-                h = _ACTIVATIONS[self.nonlinearity](z)
+                h = ACTIVATIONS[self.nonlinearity](z)
         return self._finished(h, single)
 
     def to_plain(self) -> nn.RNNCell:
