@@ -126,6 +126,16 @@ def test_folders_stay_small():
     assert {f: n for f, n in house.entries().items() if n > 23} == {}
 
 
+def test_tests_mirror_the_rooms():
+    """A room that is a package has a folder of tests of its name, and no other folder is there."""
+    here = Path(__file__).parent
+    folders = {file.parent.name for file in here.glob("*/test_*.py")}
+    packages = {file.parent.name for file in ROOT.glob("*/__init__.py")}
+    beside = {"benchmarks", "checker"}
+    assert all((here.parent / name).is_dir() for name in beside)
+    assert folders == packages | beside | {"peers", "works_with"}
+
+
 @pytest.mark.parametrize("file", FILES, ids=ids)
 def test_file_keeps_the_house_rules(file):
     source = file.read_text()
