@@ -151,7 +151,7 @@ def peak_bytes(step: Step, device: torch.device | str = "cpu") -> int:
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         step()
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         if event.name() == "[memory]":

@@ -80,7 +80,7 @@ def convolutions(quick: bool) -> list[dict[str, Any]]:
                 (size, size),
                 stride=stride,
                 padding=taps // 2,
-                effort=effort,  # type: ignore[arg-type]
+                effort=effort,
             )
             seconds = time.process_time() - start
             name = f"{inside}->{outside} k{taps} s{stride}, {size}x{size}"
@@ -109,8 +109,8 @@ class _Sum(nn.Module):
 
 def _norm(channels: int) -> nn.Module:
     module = nn.BatchNorm2d(channels)
-    module.running_mean.normal_()  # type: ignore[union-attr]
-    module.running_var.uniform_(0.2, 3.0)  # type: ignore[union-attr]
+    module.running_mean.normal_()
+    module.running_var.uniform_(0.2, 3.0)
     nn.init.uniform_(module.weight, 0.3, 2.0)
     return module
 
@@ -212,7 +212,7 @@ def perceptron(quick: bool) -> dict[str, Any]:
     lower = 0.0
     for effort in EFFORTS:
         start = time.process_time()
-        found = certify(model, x[:32], effort=effort)  # type: ignore[arg-type]
+        found = certify(model, x[:32], effort=effort)
         seconds = time.process_time() - start
         lower = max(lower, 0.0 if found.lower is None else found.lower.value)
         rows.append({"effort": effort, "bound": found.constant.value, "seconds": seconds})
@@ -272,7 +272,7 @@ def networks(quick: bool) -> list[dict[str, Any]]:
         x = torch.zeros(1, *shape)
         for effort in ("fast", "default"):
             start, wall = time.process_time(), time.perf_counter()
-            found = certify(model, x, effort=effort, lower=False)  # type: ignore[arg-type]
+            found = certify(model, x, effort=effort, lower=False)
             seconds, wall = time.process_time() - start, time.perf_counter() - wall
             largest = sorted(found.rows, key=lambda row: -row.constant)[:ROWS]
             shown = [

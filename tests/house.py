@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1] / "orthonet"
 CONTRIBUTING = ROOT.parent / "CONTRIBUTING.md"
+IGNORES = re.compile("# (?:type|pyright): " + "ignore")
 
 
 def name_of(file: Path) -> str:
@@ -306,7 +307,7 @@ def figures() -> dict[str, object]:
         "imports of another room's private module": len(private_reaches(arrows)),
         "folders of more than 20 entries": crowded,
         "names published by packages": sum(exports().values()),
-        "type: ignore": sum(len(re.findall("# (?:type|pyright): ignore", t)) for t in texts),
+        "type: ignore": sum(len(IGNORES.findall(text)) for text in texts),
         "fmt: skip": sum(text.count("# fmt: " + "skip") for text in texts),
         "docstring lines that repeat an earlier one": repeated(),
     }

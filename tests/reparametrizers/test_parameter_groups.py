@@ -41,7 +41,7 @@ def test_the_groups_of_a_mixed_model():
     every = [p for group in groups for p in group["params"]]
     assert {id(p) for p in every} == {id(p) for p in model.parameters() if p.requires_grad}
     assert len(every) == len({id(p) for p in every})
-    torch.optim.AdamW(groups)  # type: ignore[arg-type]
+    torch.optim.AdamW(groups)
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=repr)

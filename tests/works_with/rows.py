@@ -42,14 +42,14 @@ def excess(row: Row, layer: nn.Module) -> float:
     layer = layer.rnn if isinstance(layer, First) else layer
     if row.group == "constraint":
         worst = 0.0
-        for name, entry in layer.parametrizations.items():  # type: ignore[union-attr, operator]
+        for name, entry in layer.parametrizations.items():
             last = entry[len(entry) - 1]
             assert isinstance(last, Parametrization)
             value = getattr(layer, name).detach()
             worst = max(worst, 0.0 if last.contains(value) else 1.0)
         return worst
     if row.group == "recurrent":
-        kernel = layer.recurrent["weight_hh_l0"]().detach()  # type: ignore[index, operator]
+        kernel = layer.recurrent["weight_hh_l0"]().detach()
         gram = kernel.mT @ kernel
         return float((gram - torch.eye(gram.shape[-1], dtype=dtype)).abs().max())
     largest = torch.linalg.matrix_norm(jacobian(layer, row.input(1, dtype)[0]).double(), 2)
@@ -93,7 +93,7 @@ def _zoo(kind: str, name: str) -> Row:
 
 
 def _recurrent(kind: Callable[..., nn.Module], twin: Callable[..., nn.Module]) -> Row:
-    name = kind.__name__  # type: ignore[attr-defined]
+    name = kind.__name__
     return Row(
         name,
         "recurrent",

@@ -54,7 +54,7 @@ def lightning(row: Row) -> None:
             module = Module()
             before = evaluated(module.layer, row.input())
             trainer.fit(module.train(), loader(row))
-            path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+            path = trainer.checkpoint_callback.best_model_path
             loaded = Module.load_from_checkpoint(path, weights_only=True)
     after = evaluated(module.layer, row.input())
     assert trainer.global_step == 6 and not torch.equal(before, after)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -138,20 +138,18 @@ class Packet(_AtCentre):
     ) -> Tensor:
         u, scale = centred.u, centred.scale
         if all(frame is None for frame in frames):
-            return centred.map.pull_back(u, scale, centred.stacked(values))  # type: ignore[arg-type]
+            given = [v for v in values if v is not None]  # all of them
+            return centred.map.pull_back(u, scale, centred.stacked(given))
         both = zip(values, frames, strict=True)
-        like = [v if f is None else f for v, f in both]
-        zeros = [
-            torch.zeros_like(t) if f is None else f  # type: ignore[arg-type]
-            for t, f in zip(like, frames, strict=True)
-        ]
+        like = [cast(Tensor, v if f is None else f) for v, f in both]  # one of the two is used
+        zeros = [torch.zeros_like(t) if f is None else f for t, f in zip(like, frames, strict=True)]
         s = centred.stacked(zeros)
         direct = [i for i, v in enumerate(values) if v is not None]
         if direct:
             counts = [t.shape[:-2].numel() for t in zeros]
             spans = [(sum(counts[:i]), counts[i]) for i in direct]
             part = centred.rows(spans)
-            inner = part.u.mT @ part.stacked([values[i] for i in direct])  # type: ignore[misc]
+            inner = part.u.mT @ part.stacked([v for v in values if v is not None])
             if s.ndim == 2:
                 s = s + inner
             else:
