@@ -188,7 +188,7 @@ def invert(flow: ResidualFlow, z: Tensor, constants: Sequence[float], steps: int
     for constant in constants:
         _checks.in_range("invert", 0.0, 1.0 - 1e-9, constants=constant)
     x, rounding = z, torch.finfo(z.dtype).eps
-    for branch in reversed(flow.branches):  # type: ignore[call-overload]
+    for branch in reversed(flow.branches):
         start = x
         for _ in range(steps):
             new = start - branch(x)
