@@ -17,7 +17,7 @@ from tests import house
 
 CONTRIBUTING = house.CONTRIBUTING
 ROOT = CONTRIBUTING.parent
-AT_MOST = {"A layer": 3, "A map": 3, "A manifold": 2, "An operation": 1}
+AT_MOST = {"A layer": 3, "A map": 3, "A manifold": 2, "An operation": 1, "A recipe": 1}
 STEP = re.compile(
     r"^`(?P<path>[^`]+)`, (?P<where>[^\n]+):\n\n```\w+\n(?P<text>.*?)^```$", re.M | re.S
 )
