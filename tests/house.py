@@ -18,7 +18,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1] / "orthonet"
 CONTRIBUTING = ROOT.parent / "CONTRIBUTING.md"
@@ -36,22 +36,43 @@ def modules() -> dict[str, Path]:
     return {name_of(file): file for file in sorted(ROOT.rglob("*.py"))}
 
 
-def imported(file: Path, known: dict[str, Path]) -> Iterator[str]:
-    """The modules of the library that a file imports, wherever in it."""
+class Facts(NamedTuple):
+    """What a file says of itself and of others: it is parsed once."""
+
+    imports: list[tuple[str, str]]
+    """(module, name) of `from module import name`, wherever in it; ("", module) of `import`."""
+    published: list[str] | None
+    """The names in `__all__`; None where there is none, or where it is computed."""
+
+
+@functools.cache
+def facts(file: Path) -> Facts:
+    """Read the imports and the exports of a file."""
     package = ["orthonet", *file.relative_to(ROOT).parts[:-1]]
-    for node in ast.walk(ast.parse(file.read_text())):
+    tree = ast.parse(file.read_text())
+    imports: list[tuple[str, str]] = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            imports += [("", alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             start = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*start, *([node.module] if node.module else [])])
-            names = [f"{source}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            found = name if name in known else name.rpartition(".")[0]
-            if found in known:
-                yield found
+            imports += [(source, alias.name) for alias in node.names]
+    published = None
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if getattr(target, "id", "") == "__all__" and isinstance(node.value, ast.List):
+            published = [element.value for element in node.value.elts]
+    return Facts(imports, published)
+
+
+def imported(file: Path, known: dict[str, Path]) -> Iterator[str]:
+    """The modules of the library that a file imports."""
+    for source, name in facts(file).imports:
+        full = f"{source}.{name}" if source else name
+        found = full if full in known else full.rpartition(".")[0]
+        if found in known:
+            yield found
 
 
 @functools.cache
@@ -119,18 +140,9 @@ def entries() -> dict[str, int]:
     }
 
 
-def published(file: Path) -> list[str] | None:
-    """The names in `__all__`; None where there is none, or where it is computed."""
-    for node in ast.parse(file.read_text()).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if getattr(target, "id", "") == "__all__" and isinstance(node.value, ast.List):
-            return [element.value for element in node.value.elts]
-    return None
-
-
 def exports() -> dict[str, int]:
     """How many names each package publishes in `__all__`."""
-    packages = {n: published(f) for n, f in modules().items() if f.name == "__init__.py"}
+    packages = {n: facts(f).published for n, f in modules().items() if f.name == "__init__.py"}
     return {name: len(names) for name, names in packages.items() if names is not None}
 
 
@@ -138,13 +150,10 @@ def untold(names: dict[str, set[str]], file: Path) -> list[tuple[str, str]]:
     """The names that a file imports from modules of other rooms that do not publish them."""
     mine = room_of(name_of(file))
     return [
-        (node.module, alias.name)
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.ImportFrom)
-        and node.module in names
-        and room_of(node.module) != mine
-        for alias in node.names
-        if alias.name not in names[node.module] and f"{node.module}.{alias.name}" not in names
+        (source, name)
+        for source, name in facts(file).imports
+        if source in names and room_of(source) != mine
+        if name not in names[source] and f"{source}.{name}" not in names
     ]
 
 

@@ -102,7 +102,7 @@ def test_no_room_looks_behind_the_doors_of_another():
 
 def test_rooms_take_of_each_other_what_is_published():
     """What a module imports from another room stands in the `__all__` of that module."""
-    known = {name: house.published(file) for name, file in house.modules().items()}
+    known = {name: house.facts(file).published for name, file in house.modules().items()}
     names = {name: set(found) for name, found in known.items() if found is not None}
     taken = {ids(file): house.untold(names, file) for file in FILES if room_of(file) != "testing"}
     assert {file: found for file, found in taken.items() if found} == {}
