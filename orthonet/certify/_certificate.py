@@ -247,9 +247,14 @@ class LipschitzCertificate:
         """
         logits, inputs = self._read(logits, x, inputs, model)
         find = functools.partial(
-            certified_radius, logits, self.constant.value, self.pairs,
-            labels=labels, target=target, outputs=self._classes(),
-        )  # fmt: skip
+            certified_radius,
+            logits,
+            self.constant.value,
+            self.pairs,
+            labels=labels,
+            target=target,
+            outputs=self._classes(),
+        )
         found = find(dtype=self._output_dtype(), roundings=self.roundings)
         if inputs is not None:
             self._check_dtypes(logits, inputs, dtype)
@@ -366,23 +371,28 @@ class LipschitzCertificate:
             self.require_match(model)
         if logits is not None:
             _checks.require(
-                x is None, "LipschitzCertificate",
+                x is None,
+                "LipschitzCertificate",
                 "the first argument of radius must be the model where a batch follows",
                 "Call certificate.radius(model, x), or certificate.radius(logits, inputs=x)",
                 first=logits,
-            )  # fmt: skip
+            )
             return logits, inputs
         x = inputs if x is None else x
         if x is None or not isinstance(model, nn.Module):
             _checks.fail(
                 "LipschitzCertificate",
                 "radius needs the model and the batch that it is run on, or logits",
-                "Call certificate.radius(model, x)", model=type(model).__name__, x=x,
-            )  # fmt: skip
+                "Call certificate.radius(model, x)",
+                model=type(model).__name__,
+                x=x,
+            )
         _checks.require(
-            not model.training, "LipschitzCertificate", "the model must be in eval mode",
+            not model.training,
+            "LipschitzCertificate",
+            "the model must be in eval mode",
             "Call model.eval() first",
-        )  # fmt: skip
+        )
         batch = _batch_of(x)
         self._check_inputs(batch, 0.0)
         tensor = next(iter((*model.parameters(), *model.buffers())), batch[0])
@@ -390,11 +400,12 @@ class LipschitzCertificate:
         with torch.no_grad(), autocast_region(tensor.device, self.autocast):
             logits = model(*(t.clone() for t in batch))  # a forward may write to its input
         _checks.require(
-            isinstance(logits, Tensor), "LipschitzCertificate",
+            isinstance(logits, Tensor),
+            "LipschitzCertificate",
             "the model must return one tensor of logits",
             "Run it, and pass the logits: certificate.radius(logits, inputs=x)",
             output=type(logits).__name__,
-        )  # fmt: skip
+        )
         return logits, batch
 
     def matches(self, model: nn.Module) -> bool:
@@ -413,10 +424,12 @@ class LipschitzCertificate:
         """
         changed = self._changed(model)
         _checks.require(
-            not changed, "LipschitzCertificate", "the model must be the one that was certified",
+            not changed,
+            "LipschitzCertificate",
+            "the model must be the one that was certified",
             "Call certify again: a certificate holds for the weights that it was made for",
             changed=changed[:5],
-        )  # fmt: skip
+        )
 
     def _changed(self, model: nn.Module) -> list[str]:
         _checks.module("LipschitzCertificate", model=model)
@@ -548,12 +561,14 @@ class LipschitzCertificate:
             x.dtype != s.dtype for x, s in zip(batch, samples, strict=False)
         )
         _checks.require(
-            not coarse and not other, "LipschitzCertificate",
+            not coarse and not other,
+            "LipschitzCertificate",
             f"inputs and logits must be of the dtypes that were certified: "
             f"{[_name(s.dtype) for s in samples]} and {wanted and _name(wanted)}",
             "Call certify with an example of the dtype that is deployed, or pass dtype=",
-            inputs=[_name(x.dtype) for x in batch], logits=_name(logits.dtype),
-        )  # fmt: skip
+            inputs=[_name(x.dtype) for x in batch],
+            logits=_name(logits.dtype),
+        )
 
     def _check_inputs(self, batch: tuple[Any, ...], within: Tensor | float) -> None:
         nested = bool(self.input_shape) and isinstance(self.input_shape[0], tuple)

@@ -14,13 +14,35 @@ __all__ = ["forward_notes"]
 
 _SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PRODUCTS: tuple[Any, ...] = (
-    operator.mul, operator.imul, operator.matmul, torch.mul, torch.matmul, torch.bmm, "mul",
-    "mul_", "matmul", "bmm", F.scaled_dot_product_attention,
-)  # fmt: skip
+    operator.mul,
+    operator.imul,
+    operator.matmul,
+    torch.mul,
+    torch.matmul,
+    torch.bmm,
+    "mul",
+    "mul_",
+    "matmul",
+    "bmm",
+    F.scaled_dot_product_attention,
+)
 _FUNCTIONS: tuple[Any, ...] = (
-    F.relu, torch.relu, F.gelu, F.silu, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d,
-    F.layer_norm, F.batch_norm, F.linear, F.conv2d, "relu", "relu_", "softmax", F.softmax,
-)  # fmt: skip
+    F.relu,
+    torch.relu,
+    F.gelu,
+    F.silu,
+    F.max_pool2d,
+    F.avg_pool2d,
+    F.adaptive_avg_pool2d,
+    F.layer_norm,
+    F.batch_norm,
+    F.linear,
+    F.conv2d,
+    "relu",
+    "relu_",
+    "softmax",
+    F.softmax,
+)
 
 
 class _Tracer(fx.Tracer):

@@ -120,9 +120,12 @@ def orthogonalize(
     """
     owner = "orthogonalize"
     _checks.require(
-        isinstance(model, nn.Module), owner, "model must be a torch.nn.Module", "Pass a module",
+        isinstance(model, nn.Module),
+        owner,
+        "model must be a torch.nn.Module",
+        "Pass a module",
         model=type(model),
-    )  # fmt: skip
+    )
     _checks.one_of(owner, ("project", "reset"), weights=weights)
     _checks.one_of(owner, ("space_to_depth", "average", None), downsample=downsample)
     _checks.one_of(owner, ("centering", "lip", None), norm=norm)
@@ -130,10 +133,12 @@ def orthogonalize(
     _checks.one_of(owner, ("l2", "average", None), pool=pool)
     _checks.one_of(owner, (*available(), None), fallback=fallback)
     _checks.require(
-        rules is None or isinstance(rules, Mapping), owner,
+        rules is None or isinstance(rules, Mapping),
+        owner,
         "rules must be a mapping from names or classes of modules to what becomes of them",
-        "Pass e.g. rules={'layer4.*': False}", rules=rules,
-    )  # fmt: skip
+        "Pass e.g. rules={'layer4.*': False}",
+        rules=rules,
+    )
     rules = dict(rules or {})
     _check_rules(model, rules)
     if weights == "project":
@@ -144,13 +149,18 @@ def orthogonalize(
                 "the model is at its random initialization, of which a projection keeps nothing",
                 "Pass weights='reset', which draws orthogonal weights at once, or load the trained "
                 "weights first",
-                model=type(model).__name__, weights=weights,
-            )  # fmt: skip
+                model=type(model).__name__,
+                weights=weights,
+            )
             warnings.warn(sentence, UserWarning, stacklevel=2)
     options = {
-        "weights": weights, "downsample": downsample, "fallback": fallback, "norm": norm,
-        "activation": activation, "pool": pool,
-    }  # fmt: skip
+        "weights": weights,
+        "downsample": downsample,
+        "fallback": fallback,
+        "norm": norm,
+        "activation": activation,
+        "pool": pool,
+    }
     memo: dict[int, object] = {}
     rows: list[ConversionRow] = []
     ties, previous = _ties(model), None
@@ -170,8 +180,9 @@ def orthogonalize(
             rows.append(ConversionRow(name, "changed", kind, after, twin.remark, twin.moved))
         if isinstance(module, CONVERTIBLE) and not isinstance(module, nn.RNNBase | nn.RNNCellBase):
             previous = module
-    rows += [ConversionRow(where, "noted", what, reason=why)
-             for where, what, why in forward_notes(model)]  # fmt: skip
+    rows += [
+        ConversionRow(where, "noted", what, reason=why) for where, what, why in forward_notes(model)
+    ]
     report = ConversionReport(tuple(rows))
     # deepcopy's own memo puts the twin wherever the layer is referenced, shared uses included
     new = copy.deepcopy(model, memo)
@@ -277,10 +288,18 @@ def _check_rules(model: nn.Module, rules: Mapping[Any, Rule]) -> None:
 
 
 def _twin(
-    module: nn.Module, rule: Rule | None, ties: Mapping[int, str], previous: nn.Module | None,
-    *, weights: str, downsample: str | None, fallback: str | None, norm: str | None,
-    activation: str | None, pool: str | None,
-) -> Twin | None:  # fmt: skip
+    module: nn.Module,
+    rule: Rule | None,
+    ties: Mapping[int, str],
+    previous: nn.Module | None,
+    *,
+    weights: str,
+    downsample: str | None,
+    fallback: str | None,
+    norm: str | None,
+    activation: str | None,
+    pool: str | None,
+) -> Twin | None:
     """The twin of one module; None where there is nothing to say about it."""
     own = next(module.parameters(recurse=False), None)
     kind = type(module)
@@ -322,9 +341,12 @@ def _twin(
 def _made(rule: Callable[[nn.Module], nn.Module], module: nn.Module) -> nn.Module:
     made = rule(copy.deepcopy(module))
     _checks.require(
-        isinstance(made, nn.Module), "orthogonalize", "a rule must return a torch.nn.Module",
-        "Return the new module", returned=type(made),
-    )  # fmt: skip
+        isinstance(made, nn.Module),
+        "orthogonalize",
+        "a rule must return a torch.nn.Module",
+        "Return the new module",
+        returned=type(made),
+    )
     return made
 
 

@@ -177,9 +177,18 @@ def test_tolerances_are_relative(space, scale):
     shape = (4, 4) if fits(space, (4, 4)) else (6, 3)
     x = space.sample(shape)
     scalable = type(space).__name__ in {
-        "Rn", "Symmetric", "Skew", "LowRank", "FixedRank", "PSD", "PSSD", "PSSDLowRank",
-        "PSSDFixedRank", "GLp", "Nonnegative",
-    }  # fmt: skip
+        "Rn",
+        "Symmetric",
+        "Skew",
+        "LowRank",
+        "FixedRank",
+        "PSD",
+        "PSSD",
+        "PSSDLowRank",
+        "PSSDFixedRank",
+        "GLp",
+        "Nonnegative",
+    }
     open_or_inside = isinstance(space, (NormBall, SpectralBall, PoincareBall)) and scale < 1
     open_or_inside |= isinstance(space, Hurwitz) and scale > 1
     inside = isinstance(space, Bounded) and scale < 1

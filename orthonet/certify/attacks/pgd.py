@@ -42,9 +42,12 @@ def _gain(logits: Tensor, y: Tensor, rival: Tensor | None = None) -> Tensor:
 def _check_attack(owner: str, model: nn.Module, x: Tensor, y: Tensor) -> None:
     _checks.module(owner, model=model)
     _checks.require(
-        not model.training, owner, "the model must be in eval mode", "Call model.eval() first",
+        not model.training,
+        owner,
+        "the model must be in eval mode",
+        "Call model.eval() first",
         training=model.training,
-    )  # fmt: skip
+    )
     _checks.floating(owner, x=x)
     _checks.tensor(owner, y=y)
     _checks.require(
@@ -90,9 +93,12 @@ def check_bounds(owner: str, bounds: Any) -> None:
         and bounds[0] < bounds[1]
     )
     _checks.require(
-        good, owner, "bounds must be a pair (low, high), or None",
-        "Pass e.g. bounds=(0.0, 1.0) for images in [0, 1]", bounds=bounds,
-    )  # fmt: skip
+        good,
+        owner,
+        "bounds must be a pair (low, high), or None",
+        "Pass e.g. bounds=(0.0, 1.0) for images in [0, 1]",
+        bounds=bounds,
+    )
 
 
 class _Ball(NamedTuple):
@@ -149,10 +155,12 @@ def _ball(
     _check_attack(owner, model, x, y)
     _checks.positive_int(owner, steps=steps, restarts=restarts)
     _checks.require(
-        isinstance(radius, (int, float, Tensor)), owner,
-        "radius must be a number, or a tensor with one for each sample", "Pass e.g. radius=0.1",
+        isinstance(radius, (int, float, Tensor)),
+        owner,
+        "radius must be a number, or a tensor with one for each sample",
+        "Pass e.g. radius=0.1",
         radius=radius,
-    )  # fmt: skip
+    )
     check_bounds(owner, bounds)
     x, y = x.detach(), y.detach().reshape(-1).to(x.device)
     size = torch.as_tensor(radius, dtype=torch.float64, device=x.device).expand(len(x))
@@ -327,10 +335,12 @@ def attack_certificate(
         blame.
     """
     _checks.require(
-        isinstance(certificate, LipschitzCertificate), "attack_certificate",
+        isinstance(certificate, LipschitzCertificate),
+        "attack_certificate",
         "the arguments must be (model, certificate, x, y)",
-        "Pass what orthonet.certify(model, x) returned second", certificate=certificate,
-    )  # fmt: skip
+        "Pass what orthonet.certify(model, x) returned second",
+        certificate=certificate,
+    )
     _check_attack("attack_certificate", model, x, y)
     with torch.no_grad():
         logits = model(x)
