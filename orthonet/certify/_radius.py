@@ -22,6 +22,7 @@ from orthonet.linalg.bounds.rounding import (
 )
 
 __all__ = [
+    "FAR",
     "NORMS",
     "RadiusCurve",
     "certified_radius",
@@ -31,6 +32,9 @@ __all__ = [
     "pairwise_constants",
     "reach",
 ]
+
+FAR = tuple(2.0**k for k in (120, 60, 40, 30, 25, 20, 15, 10, 5, 0, -10, -20))
+"""Radii that are tried where the margin has a constant of 0."""
 
 NORMS = ("l2", "linf", "l1")
 
