@@ -8,12 +8,12 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .NOTPARALLEL:
-.PHONY: demo test test-slow test-processors lint format docs bench clean
+.PHONY: demo test test-slow test-processors style lint format docs bench clean
 
 demo: $(VENV)/.demo          ## train, certify and attack a network on real digits
 	$(BIN)/orthonet train $(RECIPE)
 
-test: $(VENV)/.test          ## the tests, and the documentation with warnings as errors
+test: style                  ## style, the tests, and the documentation with warnings as errors
 	$(PYTEST)
 
 test-slow: $(VENV)/.test     ## the tests that take minutes
@@ -22,12 +22,14 @@ test-slow: $(VENV)/.test     ## the tests that take minutes
 test-processors: $(VENV)/.test  ## the tests under the kernels of other processors
 	$(BIN)/python -m tests.processors -n $(JOBS) --dist worksteal
 
-lint: $(VENV)/.lint          ## style and types
+style: $(VENV)/.test         ## what ruff finds, in less than a second
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint: style $(VENV)/.lint    ## style and types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(VENV)/.lint        ## let ruff rewrite what it can
+format: $(VENV)/.test        ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

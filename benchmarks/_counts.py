@@ -31,18 +31,41 @@ LIBRARY = str(Path(orthonet.__file__).parent)
 # Operators whose result the host needs before it can go on. On an accelerator each is a
 # synchronization. `_linalg_check_errors` looks at the `info` of a factorization.
 WAITING = {
-    "_linalg_check_errors", "_local_scalar_dense", "_unique", "_unique2", "bincount", "equal",
-    "masked_select", "nonzero", "repeat_interleave", "unique_consecutive", "unique_dim",
+    "_linalg_check_errors",
+    "_local_scalar_dense",
+    "_unique",
+    "_unique2",
+    "bincount",
+    "equal",
+    "masked_select",
+    "nonzero",
+    "repeat_interleave",
+    "unique_consecutive",
+    "unique_dim",
     "unique_dim_consecutive",
-}  # fmt: skip
+}
 # Those that a launched operator may call inside: an index by a mask, `where` with one argument.
 WAITING_INSIDE = WAITING - {"_local_scalar_dense", "_linalg_check_errors", "repeat_interleave"}
 # Views whose schema does not say so, allocations, and bookkeeping: no kernel.
 FREE = {
-    "_reshape_alias", "_unsafe_view", "detach", "detach_", "empty", "empty_like", "empty_permuted",
-    "empty_strided", "is_pinned", "lift_fresh", "new_empty", "new_empty_strided", "resize_", "set_",
-    "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes",
-}  # fmt: skip
+    "_reshape_alias",
+    "_unsafe_view",
+    "detach",
+    "detach_",
+    "empty",
+    "empty_like",
+    "empty_permuted",
+    "empty_strided",
+    "is_pinned",
+    "lift_fresh",
+    "new_empty",
+    "new_empty_strided",
+    "resize_",
+    "set_",
+    "unsafe_chunk",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+}
 # Methods that copy a tensor to the host without an operator of their own on the CPU.
 TO_HOST = {"cpu", "numpy", "tolist"}
 

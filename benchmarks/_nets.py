@@ -57,25 +57,35 @@ def _cnn(candidate: Candidate, depth: int, width: int) -> nn.Module:
 def _mixed(candidate: Candidate, width: int) -> nn.Module:
     half, double = width // 2, 2 * width
     return nn.Sequential(
-        candidate.conv(half, width, 3, 1), nn.ReLU(),
-        candidate.conv(width, width, 3, 1), nn.ReLU(),
-        candidate.conv(width, double, 3, 2), nn.ReLU(),
-        candidate.conv(double, double, 3, 1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        candidate.linear(double, width), nn.ReLU(),
+        candidate.conv(half, width, 3, 1),
+        nn.ReLU(),
+        candidate.conv(width, width, 3, 1),
+        nn.ReLU(),
+        candidate.conv(width, double, 3, 2),
+        nn.ReLU(),
+        candidate.conv(double, double, 3, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        candidate.linear(double, width),
+        nn.ReLU(),
         candidate.linear(width, 10),
-    )  # fmt: skip
+    )
 
 
 def _resnet(candidate: Candidate, blocks: int, width: int) -> nn.Module:
     double = 2 * width
     return nn.Sequential(
         *(Residual(candidate, width) for _ in range(blocks)),
-        candidate.conv(width, double, 3, 2), nn.ReLU(),
+        candidate.conv(width, double, 3, 2),
+        nn.ReLU(),
         *(Residual(candidate, double) for _ in range(blocks)),
-        candidate.conv(double, 2 * double, 3, 2), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), candidate.linear(2 * double, 10),
-    )  # fmt: skip
+        candidate.conv(double, 2 * double, 3, 2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        candidate.linear(2 * double, 10),
+    )
 
 
 def linear(width: int = 512, batch: int = 256) -> Net:

@@ -27,7 +27,7 @@ Method = Callable[[nn.Module, Tensor], float]
 
 
 def _ours(effort: str) -> Method:
-    return lambda model, x: certify(model, x[:1], effort=effort, lower=False).constant.value  # type: ignore[arg-type]
+    return lambda model, x: certify(model, x[:1], effort=effort, lower=False).constant.value
 
 
 def _orthogonium(model: nn.Module, x: Tensor) -> float:
@@ -64,7 +64,7 @@ def _torchlip_samples(model: nn.Module, x: Tensor) -> float:
 
 def _lirpa(model: nn.Module, x: Tensor) -> float:
     """The Jacobian bound of auto_LiRPA in a ball of l2 radius 1, in the norm that it has."""
-    from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm  # type: ignore
+    from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm
 
     inside = x[:1]
     bounded = BoundedModule(model, inside)
@@ -87,9 +87,13 @@ METHODS: dict[str, Method] = {
 
 def _convnet() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(16 * 64, 10),
-    )  # fmt: skip
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, 2, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 64, 10),
+    )
 
 
 def cases(quick: bool) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:

@@ -76,13 +76,23 @@ def convolutions(quick: bool) -> list[dict[str, Any]]:
         for effort in EFFORTS:
             start = time.process_time()
             found = convolution_norm_bound(
-                kernel, (size, size), stride=stride, padding=taps // 2,
-                effort=effort,  # type: ignore[arg-type]
-            )  # fmt: skip
+                kernel,
+                (size, size),
+                stride=stride,
+                padding=taps // 2,
+                effort=effort,
+            )
             seconds = time.process_time() - start
             name = f"{inside}->{outside} k{taps} s{stride}, {size}x{size}"
-            rows.append({"case": name, "effort": effort, "excess": found.value / truth - 1.0,
-                         "seconds": seconds, "method": found.method})  # fmt: skip
+            rows.append(
+                {
+                    "case": name,
+                    "effort": effort,
+                    "excess": found.value / truth - 1.0,
+                    "seconds": seconds,
+                    "method": found.method,
+                }
+            )
     return rows
 
 
@@ -99,8 +109,8 @@ class _Sum(nn.Module):
 
 def _norm(channels: int) -> nn.Module:
     module = nn.BatchNorm2d(channels)
-    module.running_mean.normal_()  # type: ignore[union-attr]
-    module.running_var.uniform_(0.2, 3.0)  # type: ignore[union-attr]
+    module.running_mean.normal_()
+    module.running_var.uniform_(0.2, 3.0)
     nn.init.uniform_(module.weight, 0.3, 2.0)
     return module
 
@@ -118,12 +128,14 @@ def _island(seed: int) -> tuple[nn.Module, int]:
     kinds: list[Callable[[], nn.Module]] = [
         lambda: nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), _norm(16)),
         lambda: _Sum(nn.Identity(), nn.Conv2d(8, 8, 3, padding=1)),
-        lambda: _Sum(nn.Sequential(nn.Conv2d(8, 16, 1, 2), _norm(16)),
-                     nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), _norm(16))),
+        lambda: _Sum(
+            nn.Sequential(nn.Conv2d(8, 16, 1, 2), _norm(16)),
+            nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), _norm(16)),
+        ),
         lambda: nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(8, 8, 1)),
         lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
         lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 16, 1), _norm(16)),
-    ]  # fmt: skip
+    ]
     return kinds[seed % len(kinds)](), 8
 
 
@@ -144,9 +156,15 @@ def medians(quick: bool) -> list[dict[str, Any]]:
                     for parameter in module.parameters():
                         parameter.requires_grad_(False)
                 excess.append(bound / operator_norm(module, shape) - 1.0)
-            rows.append({"maps": f"{name} at {size}x{size}", "count": len(excess),
-                         "least": min(excess), "median": statistics.median(excess),
-                         "largest": max(excess)})  # fmt: skip
+            rows.append(
+                {
+                    "maps": f"{name} at {size}x{size}",
+                    "count": len(excess),
+                    "least": min(excess),
+                    "median": statistics.median(excess),
+                    "largest": max(excess),
+                }
+            )
     return rows
 
 
@@ -194,12 +212,16 @@ def perceptron(quick: bool) -> dict[str, Any]:
     lower = 0.0
     for effort in EFFORTS:
         start = time.process_time()
-        found = certify(model, x[:32], effort=effort)  # type: ignore[arg-type]
+        found = certify(model, x[:32], effort=effort)
         seconds = time.process_time() - start
         lower = max(lower, 0.0 if found.lower is None else found.lower.value)
         rows.append({"effort": effort, "bound": found.constant.value, "seconds": seconds})
-    return {"accuracy": accuracy, "product": mlp_bound(model, effort="fast").product,
-            "lower": lower, "bounds": rows}  # fmt: skip
+    return {
+        "accuracy": accuracy,
+        "product": mlp_bound(model, effort="fast").product,
+        "lower": lower,
+        "bounds": rows,
+    }
 
 
 def ortho_resnet() -> nn.Module:
@@ -211,10 +233,18 @@ def ortho_resnet() -> nn.Module:
         )
 
     return nn.Sequential(
-        layers.OrthoConv2d(3, 32, 3, padding=1), layers.MaxMin(), block(32), block(32),
-        layers.SpaceToDepth2d(2), layers.OrthoConv2d(128, 64, 3, padding=1), layers.MaxMin(),
-        block(64), block(64), nn.Flatten(), layers.OrthoLinear(64 * 64, 10),
-    )  # fmt: skip
+        layers.OrthoConv2d(3, 32, 3, padding=1),
+        layers.MaxMin(),
+        block(32),
+        block(32),
+        layers.SpaceToDepth2d(2),
+        layers.OrthoConv2d(128, 64, 3, padding=1),
+        layers.MaxMin(),
+        block(64),
+        block(64),
+        nn.Flatten(),
+        layers.OrthoLinear(64 * 64, 10),
+    )
 
 
 def _torchvision() -> nn.Module:
@@ -242,14 +272,25 @@ def networks(quick: bool) -> list[dict[str, Any]]:
         x = torch.zeros(1, *shape)
         for effort in ("fast", "default"):
             start, wall = time.process_time(), time.perf_counter()
-            found = certify(model, x, effort=effort, lower=False)  # type: ignore[arg-type]
+            found = certify(model, x, effort=effort, lower=False)
             seconds, wall = time.process_time() - start, time.perf_counter() - wall
             largest = sorted(found.rows, key=lambda row: -row.constant)[:ROWS]
-            shown = [{"path": r.path, "op": r.op, "constant": r.constant, "method": r.method}
-                     for r in largest]  # fmt: skip
-            rows.append({"network": name, "effort": effort, "bound": found.constant.value,
-                         "excess": found.constant.value - 1.0, "seconds": seconds, "wall": wall,
-                         "steps": len(found.rows), "rows": shown})  # fmt: skip
+            shown = [
+                {"path": r.path, "op": r.op, "constant": r.constant, "method": r.method}
+                for r in largest
+            ]
+            rows.append(
+                {
+                    "network": name,
+                    "effort": effort,
+                    "bound": found.constant.value,
+                    "excess": found.constant.value - 1.0,
+                    "seconds": seconds,
+                    "wall": wall,
+                    "steps": len(found.rows),
+                    "rows": shown,
+                }
+            )
     return rows
 
 
@@ -283,11 +324,18 @@ def summary(result: dict[str, Any]) -> str:
     ]
     texts.append(harness.table(["bound / truth", "maps", "least", "median", "largest"], lines))
     mlp = result["perceptron"]
-    lines = [["product of norms", f"{mlp['product']:.4g}", f"{mlp['product'] / mlp['lower']:.3g}",
-              ""]]  # fmt: skip
+    lines = [
+        ["product of norms", f"{mlp['product']:.4g}", f"{mlp['product'] / mlp['lower']:.3g}", ""]
+    ]
     for row in mlp["bounds"]:
-        lines.append([f"`effort=\"{row['effort']}\"`", f"{row['bound']:.4g}",
-                      f"{row['bound'] / mlp['lower']:.3g}", f"{row['seconds']:.2g}"])  # fmt: skip
+        lines.append(
+            [
+                f'`effort="{row["effort"]}"`',
+                f"{row['bound']:.4g}",
+                f"{row['bound'] / mlp['lower']:.3g}",
+                f"{row['seconds']:.2g}",
+            ]
+        )
     lines.append(["steepest secant", f"{mlp['lower']:.4g}", "1", ""])
     head = ["trained 5x64 perceptron", "constant", "over the steepest secant", "CPU s"]
     texts.append(harness.table(head, lines))
@@ -298,8 +346,9 @@ def summary(result: dict[str, Any]) -> str:
             continue
         near = abs(row["excess"]) < 0.01
         bound = _ratio(row["excess"]) if near else f"{row['bound']:.4g}"
-        lines.append([row["network"], row["effort"], bound, f"{row['seconds']:.2g}",
-                      f"{row['wall']:.2g}"])  # fmt: skip
+        lines.append(
+            [row["network"], row["effort"], bound, f"{row['seconds']:.2g}", f"{row['wall']:.2g}"]
+        )
         if row["effort"] == "default" and not near:
             dominant.append((row["network"], row["rows"]))
     texts.append(harness.table(["network", "effort", "bound", "CPU s", "s"], lines))

@@ -95,9 +95,16 @@ def layer_steps(shape: tuple[int, ...], lr: float) -> dict[str, harness.Step]:
             steps[name] = moving(layer, lambda layer=layer: layer(x), [x], lr)
             if layer.application(x) == "factors":  # what the choice gains
                 kernel = OrthoConv2d(
-                    inner, out, k, s, k // 2, bias=False, padding_mode=mode, ortho_params=params,
+                    inner,
+                    out,
+                    k,
+                    s,
+                    k // 2,
+                    bias=False,
+                    padding_mode=mode,
+                    ortho_params=params,
                     apply_by="kernel",
-                )  # fmt: skip
+                )
                 steps[f"{name}, by kernel"] = moving(kernel, lambda c=kernel: c(x), [x], lr)
     for preset in PEER_PRESETS:
         candidate = Candidate(PEER, preset)
@@ -147,21 +154,33 @@ def run(settings: Settings) -> dict[str, Any]:
         title = f"{inner}->{out} k{k} s{s} B{batch} {size}x{size}"
         own = timings[OWN_PAD].ratio
         layers += [
-            {"layer": title, "name": name, "ratio": t.ratio, "ratio_low": t.ratio_low,
-             "ratio_high": t.ratio_high, "over_own_pad": t.ratio / own, "seconds": t.seconds,
-             "peak_bytes": harness.peak_bytes(steps[name])}
+            {
+                "layer": title,
+                "name": name,
+                "ratio": t.ratio,
+                "ratio_low": t.ratio_low,
+                "ratio_high": t.ratio_high,
+                "over_own_pad": t.ratio / own,
+                "seconds": t.seconds,
+                "peak_bytes": harness.peak_bytes(steps[name]),
+            }
             for name, t in timings.items()
-        ]  # fmt: skip
+        ]
     for channels, k in settings.kernels:
         built = kernel_steps(channels, k, settings.lr)
         steps = {name: step for name, (step, _) in built.items()}
         base = f"{OURS} {OUR_PRESETS[-1]}"
         timings = harness.interleaved(steps, base, seconds=settings.seconds, rounds=settings.rounds)
         kernels += [
-            {"kernel": f"{channels} k{k}", "name": name, "ratio": t.ratio, "seconds": t.seconds,
-             "residual": symbol_error(built[name][1])}
+            {
+                "kernel": f"{channels} k{k}",
+                "name": name,
+                "ratio": t.ratio,
+                "seconds": t.seconds,
+                "residual": symbol_error(built[name][1]),
+            }
             for name, t in timings.items()
-        ]  # fmt: skip
+        ]
     environment = harness.environment("cpu", [PEER])
     return {"lr": settings.lr, "layers": layers, "kernels": kernels, "environment": environment}
 
@@ -175,24 +194,33 @@ def summary(result: dict[str, Any]) -> str:
             harness.table(
                 [title, "over plain zeros", "over plain, our pad", "ms", "peak MB"],
                 (
-                    [row["name"], f"{row['ratio']:.2f}", f"{row['over_own_pad']:.2f}",
-                     f"{1e3 * row['seconds']:.1f}", f"{row['peak_bytes'] / 2**20:.0f}"]
+                    [
+                        row["name"],
+                        f"{row['ratio']:.2f}",
+                        f"{row['over_own_pad']:.2f}",
+                        f"{1e3 * row['seconds']:.1f}",
+                        f"{row['peak_bytes'] / 2**20:.0f}",
+                    ]
                     for row in rows
                 ),
             )
-        )  # fmt: skip
+        )
     for title in dict.fromkeys(row["kernel"] for row in result["kernels"]):
         rows = [row for row in result["kernels"] if row["kernel"] == title]
         parts.append(
             harness.table(
                 [f"kernel {title}", "over ours", "ms", "max abs(sigma - 1)"],
                 (
-                    [row["name"], f"{row['ratio']:.2f}", f"{1e3 * row['seconds']:.2f}",
-                     f"{row['residual']:.0e}"]
+                    [
+                        row["name"],
+                        f"{row['ratio']:.2f}",
+                        f"{1e3 * row['seconds']:.2f}",
+                        f"{row['residual']:.0e}",
+                    ]
                     for row in rows
                 ),
             )
-        )  # fmt: skip
+        )
     return "\n\n".join(parts)
 
 

@@ -42,11 +42,20 @@ from orthonet.linalg.polar_factor.gradient import _conjugate_gradients
 
 # Operators that count as arithmetic, and what the table calls them.
 NAMES = {
-    "mm": "product", "bmm": "product", "addmm": "product", "baddbmm": "product",
-    "linalg_cholesky_ex": "Cholesky", "cholesky_inverse": "inverse", "linalg_inv_ex": "inverse",
-    "linalg_solve_triangular": "triangular solve", "_linalg_eigh": "eigh", "linalg_qr": "QR",
-    "linalg_lu_factor_ex": "LU", "linalg_lu_solve": "LU solve", "_linalg_solve_ex": "solve",
-}  # fmt: skip
+    "mm": "product",
+    "bmm": "product",
+    "addmm": "product",
+    "baddbmm": "product",
+    "linalg_cholesky_ex": "Cholesky",
+    "cholesky_inverse": "inverse",
+    "linalg_inv_ex": "inverse",
+    "linalg_solve_triangular": "triangular solve",
+    "_linalg_eigh": "eigh",
+    "linalg_qr": "QR",
+    "linalg_lu_factor_ex": "LU",
+    "linalg_lu_solve": "LU solve",
+    "_linalg_solve_ex": "solve",
+}
 PRESETS = ("DEFAULT", "QR")
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
@@ -75,8 +84,15 @@ class Settings:
     lr: float = 1e-4
 
 
-QUICK = Settings(shapes=((8, 8), (2, 6, 4)), cayley=(6,), kept=(8,),
-                 kernels=((4, 4, 3, 1),), inputs=(2, 4), seconds=0.0, rounds=(3, 3))  # fmt: skip
+QUICK = Settings(
+    shapes=((8, 8), (2, 6, 4)),
+    cayley=(6,),
+    kept=(8,),
+    kernels=((4, 4, 3, 1),),
+    inputs=(2, 4),
+    seconds=0.0,
+    rounds=(3, 3),
+)
 
 
 class Recorder(TorchDispatchMode):
@@ -146,11 +162,17 @@ def measure(shape: tuple[int, ...], settings: Settings) -> list[dict[str, Any]]:
     steps["least"] = least
     best = harness.fastest(steps, seconds=settings.seconds, rounds=settings.rounds)
     return [
-        {"shape": "x".join(map(str, shape)), "preset": preset, "calls": recorders[preset].summary(),
-         "least": best["least"] / best[UNIT], "floor": best[f"{preset} floor"] / best[UNIT],
-         "step": best[preset] / best[UNIT], "unit_seconds": best[UNIT]}
+        {
+            "shape": "x".join(map(str, shape)),
+            "preset": preset,
+            "calls": recorders[preset].summary(),
+            "least": best["least"] / best[UNIT],
+            "floor": best[f"{preset} floor"] / best[UNIT],
+            "step": best[preset] / best[UNIT],
+            "unit_seconds": best[UNIT],
+        }
         for preset in PRESETS
-    ]  # fmt: skip
+    ]
 
 
 def kept_start(m: Tensor, u: Tensor) -> Tensor:
@@ -183,9 +205,14 @@ def measure_kept(n: int, settings: Settings) -> dict[str, Any]:
     }
     best = harness.fastest(steps, seconds=settings.seconds, rounds=settings.rounds)
     distance = float((kept_start(moved, u) - polar(moved)).abs().max())
-    return {"n": n, "kept": best["kept"] / best[UNIT], "cold": best["cold"] / best[UNIT],
-            "kept_calls": record(steps["kept"]).summary(),
-            "cold_calls": record(steps["cold"]).summary(), "distance": distance}  # fmt: skip
+    return {
+        "n": n,
+        "kept": best["kept"] / best[UNIT],
+        "cold": best["cold"] / best[UNIT],
+        "kept_calls": record(steps["kept"]).summary(),
+        "cold_calls": record(steps["cold"]).summary(),
+        "distance": distance,
+    }
 
 
 def measure_cayley(n: int, settings: Settings) -> list[dict[str, Any]]:
@@ -204,10 +231,15 @@ def measure_cayley(n: int, settings: Settings) -> list[dict[str, Any]]:
     base = GEOTORCH if GEOTORCH in recorders else "torch"
     best = harness.fastest(steps, seconds=settings.seconds, rounds=settings.rounds)
     return [
-        {"shape": f"{n}x{n}", "library": name, "calls": recorder.summary(),
-         "step": best[name] / best[base], "floor": best[f"{name} floor"] / best[f"{base} floor"]}
+        {
+            "shape": f"{n}x{n}",
+            "library": name,
+            "calls": recorder.summary(),
+            "step": best[name] / best[base],
+            "floor": best[f"{name} floor"] / best[f"{base} floor"],
+        }
         for name, recorder in recorders.items()
-    ]  # fmt: skip
+    ]
 
 
 def measure_kernel(shape: tuple[int, int, int, int], settings: Settings) -> dict[str, Any]:
@@ -219,9 +251,14 @@ def measure_kernel(shape: tuple[int, int, int, int], settings: Settings) -> dict
     steps = {**plain_steps((*shape, *settings.inputs), settings.lr), "step": step}
     steps["floor"] = recorder.replay
     best = harness.fastest(steps, seconds=settings.seconds, rounds=settings.rounds)
-    return {"kernel": f"{inner}->{out} k{k} s{s}", "calls": recorder.summary(),
-            "floor": best["floor"], "step": best["step"],
-            "zeros": best[PLAIN], "circular": best[OWN_PAD]}  # fmt: skip
+    return {
+        "kernel": f"{inner}->{out} k{k} s{s}",
+        "calls": recorder.summary(),
+        "floor": best["floor"],
+        "step": best["step"],
+        "zeros": best[PLAIN],
+        "circular": best[OWN_PAD],
+    }
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -232,17 +269,29 @@ def run(settings: Settings) -> dict[str, Any]:
         cayley = [row for n in settings.cayley for row in measure_cayley(n, settings)]
         kept = [measure_kept(n, settings) for n in settings.kept]
         kernels = [measure_kernel(shape, settings) for shape in settings.kernels]
-    return {"lr": settings.lr, "rows": rows, "cayley": cayley, "kept": kept, "kernels": kernels,
-            "environment": harness.environment("cpu", [GEOTORCH])}  # fmt: skip
+    return {
+        "lr": settings.lr,
+        "rows": rows,
+        "cayley": cayley,
+        "kept": kept,
+        "kernels": kernels,
+        "environment": harness.environment("cpu", [GEOTORCH]),
+    }
 
 
 def summary(result: dict[str, Any]) -> str:
     """Units of the presets, then the Cayley map over geotorch's."""
     lines = [
-        [f"{r['shape']} {r['preset']}", r["calls"], f"{r['least']:.1f}", f"{r['floor']:.1f}",
-         f"{r['step']:.1f}", f"{r['step'] / r['floor']:.2f}"]
+        [
+            f"{r['shape']} {r['preset']}",
+            r["calls"],
+            f"{r['least']:.1f}",
+            f"{r['floor']:.1f}",
+            f"{r['step']:.1f}",
+            f"{r['step'] / r['floor']:.2f}",
+        ]
         for r in result["rows"]
-    ]  # fmt: skip
+    ]
     first = harness.table(["", "calls", "least", "floor", "step", "step / floor"], lines)
     lines = [
         [f"{r['shape']} {r['library']}", r["calls"], f"{r['floor']:.2f}", f"{r['step']:.2f}"]
@@ -252,18 +301,35 @@ def summary(result: dict[str, Any]) -> str:
     second = harness.table(header, lines)
     header = ["forward, parameter not written", "calls, kept start", "calls, cold", "kept", "cold"]
     lines = [
-        [f"{r['n']}x{r['n']}", r["kept_calls"], r["cold_calls"], f"{r['kept']:.1f}",
-         f"{r['cold']:.1f}"]
+        [
+            f"{r['n']}x{r['n']}",
+            r["kept_calls"],
+            r["cold_calls"],
+            f"{r['kept']:.1f}",
+            f"{r['cold']:.1f}",
+        ]
         for r in result["kept"]
-    ]  # fmt: skip
+    ]
     third = harness.table(header, lines)
-    header = ["kernel", "calls", "floor, ms", "step, ms", "floor over plain zeros",
-              "floor over plain, our pad"]  # fmt: skip
+    header = [
+        "kernel",
+        "calls",
+        "floor, ms",
+        "step, ms",
+        "floor over plain zeros",
+        "floor over plain, our pad",
+    ]
     lines = [
-        [r["kernel"], r["calls"], f"{r['floor'] * 1e3:.2f}", f"{r['step'] * 1e3:.2f}",
-         f"{1 + r['floor'] / r['zeros']:.2f}", f"{1 + r['floor'] / r['circular']:.2f}"]
+        [
+            r["kernel"],
+            r["calls"],
+            f"{r['floor'] * 1e3:.2f}",
+            f"{r['step'] * 1e3:.2f}",
+            f"{1 + r['floor'] / r['zeros']:.2f}",
+            f"{1 + r['floor'] / r['circular']:.2f}",
+        ]
         for r in result["kernels"]
-    ]  # fmt: skip
+    ]
     return f"{first}\n\n{second}\n\n{third}\n\n{harness.table(header, lines)}"
 
 

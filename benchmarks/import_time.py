@@ -36,8 +36,11 @@ def measure(candidates: Sequence[str] = CANDIDATES, runs: int = 7) -> dict[str, 
         for statement in candidates:
             child = subprocess.run(
                 [sys.executable, "-c", _CHILD.format(statement=statement)],
-                capture_output=True, text=True, check=True, env=environment,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                check=True,
+                env=environment,
+            )
             torch, ours = map(float, child.stdout.split())
             taken["import torch"].append(torch)
             taken[statement].append(ours)

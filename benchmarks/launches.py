@@ -28,9 +28,17 @@ from benchmarks import _nets as nets
 from benchmarks._candidates import OURS, PEER, PLAIN, Candidate
 
 PRESETS = (
-    "DEFAULT", "DEFAULT_TEST", "POLAR", "POLAR_WARM", "QR", "CHOLESKY", "CHOLESKY_STABLE", "EXP",
-    "AUTO", "BJORCK_PASS_THROUGH",
-)  # fmt: skip
+    "DEFAULT",
+    "DEFAULT_TEST",
+    "POLAR",
+    "POLAR_WARM",
+    "QR",
+    "CHOLESKY",
+    "CHOLESKY_STABLE",
+    "EXP",
+    "AUTO",
+    "BJORCK_PASS_THROUGH",
+)
 CANDIDATES = (
     *(Candidate(OURS, p) for p in PRESETS),
     Candidate(PEER, "QR"),

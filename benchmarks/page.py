@@ -32,10 +32,18 @@ from orthonet.recipes.running.figures import _figure, _save
 PRINTED = {
     module.__name__.rpartition(".")[2]: module.summary
     for module in (
-        orthogonalizers, floor, linear_step, convolutions, manifolds, rnn, optim, across_processes,
-        certificates, certificate_peers,
+        orthogonalizers,
+        floor,
+        linear_step,
+        convolutions,
+        manifolds,
+        rnn,
+        optim,
+        across_processes,
+        certificates,
+        certificate_peers,
     )
-}  # fmt: skip
+}
 Cell = Callable[[Mapping[str, Any], Mapping[str, Any]], str]
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (DOCS / "benchmarks.md", DOCS / "guide" / "presets.md")

@@ -81,8 +81,12 @@ class Settings:
     """What is measured."""
 
     shapes: tuple[tuple[int, int], ...] = (
-        (64, 64), (512, 512), (10, 512), (512, 10), (256, 1024),
-    )  # fmt: skip
+        (64, 64),
+        (512, 512),
+        (10, 512),
+        (512, 10),
+        (256, 1024),
+    )
     peer_training: tuple[tuple[int, int], ...] = ((64, 64), (10, 512), (512, 10))
     training_steps: int = 200
     cases: tuple[Case, ...] = (

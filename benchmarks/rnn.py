@@ -242,13 +242,16 @@ def summary(result: dict[str, Any]) -> str:
     for steps in many:
         rows = [
             [
-                row["name"], f"{row['ratio']:.2f}", f"{row['ratio_of_least']:.2f}",
-                f"{1e3 * row['seconds']:.1f}", f"{row['saved_bytes'] / 2**20:.1f}",
+                row["name"],
+                f"{row['ratio']:.2f}",
+                f"{row['ratio_of_least']:.2f}",
+                f"{1e3 * row['seconds']:.1f}",
+                f"{row['saved_bytes'] / 2**20:.1f}",
                 f"{row['residual']:.0e}",
             ]
             for row in result["kernels"]
             if row["time_steps"] == steps
-        ]  # fmt: skip
+        ]
         header = [
             f"training step, T = {steps}",
             "ratio",

@@ -61,8 +61,10 @@ def targets(report: ZooReport) -> str:
     for name, wanted in TARGETS.items():
         if name in rows:
             reached = (rows[name]["accuracy"], *rows[name]["certified"][:3])
-            texts = (" / ".join(f"{v:.1f}" for v in wanted),
-                     " / ".join(f"{100 * v:.1f}" for v in reached))  # fmt: skip
+            texts = (
+                " / ".join(f"{v:.1f}" for v in wanted),
+                " / ".join(f"{100 * v:.1f}" for v in reached),
+            )
             least = min(100 * r - w for r, w in zip(reached, wanted, strict=True))
             cells.append([name, *texts, f"{least:+.1f}"])
     return harness.table(("method", "target", "reached", "least difference"), cells)

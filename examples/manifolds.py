@@ -26,9 +26,13 @@ def holder(value: Tensor) -> nn.Module:
 
 
 def descend(
-    module: nn.Module, loss: Callable[[Tensor], Tensor], error: Callable[[Tensor], Tensor],
-    steps: int, lr: float, rebase: int = 0,
-) -> Curve:  # fmt: skip
+    module: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    error: Callable[[Tensor], Tensor],
+    steps: int,
+    lr: float,
+    rebase: int = 0,
+) -> Curve:
     """Adam steps; the error after each."""
     opt = torch.optim.Adam(module.parameters(), lr=lr)
     opt_rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
@@ -62,9 +66,12 @@ def procrustes(steps: int = 300) -> Curve:
     exact = SO().project(seen @ points.T)
     module = orthonet.orthogonal(holder(torch.eye(3, dtype=points.dtype)), "x", det=1)
     return descend(
-        module, lambda x: (x @ points - seen).square().mean(),
-        lambda x: SO().distance(x, exact), steps, 0.1,
-    )  # fmt: skip
+        module,
+        lambda x: (x @ points - seen).square().mean(),
+        lambda x: SO().distance(x, exact),
+        steps,
+        0.1,
+    )
 
 
 def nearest_correlation(given: Tensor, sweeps: int = 2000) -> Tensor:
@@ -96,9 +103,12 @@ def completion(steps: int = 1500) -> Curve:
     seen = torch.rand(20, 15) < 0.6
     module = orthonet.low_rank(holder(torch.where(seen, truth, 0.0)), "x", rank=2)
     return descend(
-        module, lambda x: (x - truth)[seen].square().mean(),
-        lambda x: torch.dist(x, truth) / truth.norm(), steps, 0.05,
-    )  # fmt: skip
+        module,
+        lambda x: (x - truth)[seen].square().mean(),
+        lambda x: torch.dist(x, truth) / truth.norm(),
+        steps,
+        0.05,
+    )
 
 
 EXAMPLES = {

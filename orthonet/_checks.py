@@ -101,19 +101,23 @@ def tensor(owner: object, /, **values: Any) -> None:
     for name, value in values.items():
         require(
             isinstance(value, Tensor) or type(value).__module__ == _TRACED,
-            owner, f"{name} must be a tensor",
-            f"Convert it, e.g. torch.as_tensor({name})", **{name: value},
-        )  # fmt: skip
+            owner,
+            f"{name} must be a tensor",
+            f"Convert it, e.g. torch.as_tensor({name})",
+            **{name: value},
+        )
 
 
 def module(owner: object, /, **values: Any) -> None:
     """Every value must be a module: not its class, its `state_dict` or a function."""
     for name, value in values.items():
         require(
-            isinstance(value, nn.Module), owner, f"{name} must be a torch.nn.Module",
+            isinstance(value, nn.Module),
+            owner,
+            f"{name} must be a torch.nn.Module",
             "Pass the module itself: not its state_dict, its class, or an exported program",
             **{name: value},
-        )  # fmt: skip
+        )
 
 
 def real_input(owner: object, x: Any, /, name: str = "x") -> None:
@@ -147,8 +151,9 @@ def integer(owner: object, /, **values: Any) -> None:
     """Every value must be an integer."""
     for name, value in values.items():
         good = isinstance(value, int) and not isinstance(value, bool)
-        require(good, owner, f"{name} must be an integer", f"Pass one, e.g. {name}=-1",
-                **{name: value})  # fmt: skip
+        require(
+            good, owner, f"{name} must be an integer", f"Pass one, e.g. {name}=-1", **{name: value}
+        )
 
 
 def positive_int(owner: object, /, **values: Any) -> None:

@@ -12,7 +12,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = [
     "ConvNd",
@@ -200,10 +203,12 @@ def _full_precision(kind: str) -> Iterator[None]:
             if kind == "cuda":
                 stack.enter_context(
                     cudnn.flags(
-                        enabled=cudnn.enabled, benchmark=cudnn.benchmark,
-                        deterministic=cudnn.deterministic, allow_tf32=False,
+                        enabled=cudnn.enabled,
+                        benchmark=cudnn.benchmark,
+                        deterministic=cudnn.deterministic,
+                        allow_tf32=False,
                     )
-                )  # fmt: skip
+                )
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
             yield
@@ -231,10 +236,8 @@ def run_backward(
 def recording_in_kernel() -> Iterator[None]:
     """Let autograd record inside of the kernel of a custom operation, where it is switched off."""
     keys, excluded = _C.DispatchKey, _C._dispatch_tls_local_exclude_set()
-    for key in (
-        keys.AutogradFunctionality, keys.ADInplaceOrView, keys.AutogradOther,
-        keys.AutogradNestedTensor,
-    ):  # fmt: skip
+    recording = [keys.AutogradFunctionality, keys.ADInplaceOrView]
+    for key in (*recording, keys.AutogradOther, keys.AutogradNestedTensor):
         excluded = excluded.remove(key)
     included = _C._dispatch_tls_local_include_set()
     with _C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
@@ -290,7 +293,7 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def is_shard(tensor: Tensor) -> bool:
+def is_shard(tensor: Tensor) -> TypeGuard[DTensor]:
     """Return whether this process holds a part of the tensor only (a DTensor, as of FSDP2).
 
     Asked by attribute: loading `torch.distributed.tensor` takes long.
@@ -326,9 +329,8 @@ def has_global_forward_hooks() -> bool:
     return bool(forward_hooks(None))
 
 
-MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {
-    "_all_weights", "_flat_weight_refs", "_flat_weights", "_flat_weights_names"
-}  # fmt: skip
+_OF_RECURRENT_LAYERS = {"_all_weights", "_flat_weight_refs", "_flat_weights", "_flat_weights_names"}
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | _OF_RECURRENT_LAYERS
 """What `nn.Module` and the recurrent layers of `torch.nn` keep for themselves."""
 
 
@@ -339,7 +341,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def is_hooked_tensor(tensor: Tensor) -> bool:
     """Return whether hooks of the user run when a gradient of the tensor arrives."""
-    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 def conv_forward(module: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -352,7 +354,7 @@ def conv_paddings(module: Any) -> list[int]:
 
     The last dimension comes first, each as (before, after). `padding="same"` is resolved.
     """
-    return module._reversed_padding_repeated_twice  # type: ignore[no-any-return]
+    return module._reversed_padding_repeated_twice
 
 
 def set_conv_paddings(module: Any, pads: list[int]) -> None:
@@ -369,7 +371,7 @@ def conv_output_padding(module: Any, input: Tensor, output_size: Sequence[int] |
         ValueError: The size has the wrong length or cannot be reached.
     """
     dims = len(module.kernel_size)
-    return module._output_padding(  # type: ignore[no-any-return]
+    return module._output_padding(
         input, output_size, module.stride, module.padding, module.kernel_size, dims, module.dilation
     )
 
@@ -394,9 +396,9 @@ def is_overload(target: Any) -> bool:
 def operation_name(target: Any) -> str | None:
     """Return the name `namespace::operation` of an overload or a packet; None for other targets."""
     if isinstance(target, _ops.OpOverload):
-        return target._schema.name  # type: ignore[no-any-return]
+        return target._schema.name
     if isinstance(target, _ops.OpOverloadPacket):
-        return target._qualified_op_name  # type: ignore[no-any-return]
+        return target._qualified_op_name
     return None
 
 
@@ -549,9 +551,8 @@ class ModuleStamp:
         return True
 
 
-_BITS: dict[int, Any] = {
-    1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64
-}  # fmt: skip
+_WORDS = (ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64)
+_BITS: dict[int, Any] = {ctypes.sizeof(word): word for word in _WORDS}
 
 
 def _entry(tensor: Tensor) -> Any:
@@ -596,4 +597,4 @@ def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     As `torch.compiler.disable`, but the compiler is loaded when the function is first called. The
     constructor of every optimizer does that, too.
     """
-    return _torch._disable_dynamo(function)  # type: ignore[no-any-return]
+    return _torch._disable_dynamo(function)

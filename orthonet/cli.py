@@ -83,17 +83,19 @@ def _certify(source: str, *, quiet: bool, **arguments: Any) -> None:
         report = recipes.certify_named(config, **common)
     else:
         _checks.require(
-            Path(source).exists(), "orthonet certify",
+            Path(source).exists(),
+            "orthonet certify",
             "source must be a checkpoint of orthonet train or package.module:function",
             "Name a file that exists, or a function such as torchvision.models:resnet18",
             source=source,
-        )  # fmt: skip
+        )
         _checks.require(
-            "checkpoint" not in arguments, "orthonet certify",
+            "checkpoint" not in arguments,
+            "orthonet certify",
             "--checkpoint is for a model that package.module:function makes",
             "Leave it out: a checkpoint of orthonet train knows its model and its data",
             source=source,
-        )  # fmt: skip
+        )
         if "data" in arguments:
             arguments["data_root"] = arguments.pop("data")
         report = recipes.certify_checkpoint(source, **common, **arguments)
@@ -129,30 +131,37 @@ def _add_recipes(commands: Any, command: str, text: str, what: str) -> None:
         running = one.add_argument_group("the run")
         for switch in switches:
             running.add_argument(
-                f"--{switch}", action="store_true", default=argparse.SUPPRESS,
+                f"--{switch}",
+                action="store_true",
+                default=argparse.SUPPRESS,
                 help=_SWITCHES[switch],
-            )  # fmt: skip
+            )
         folder = recipe.default_folder(name, recipe.build())
         running.add_argument(
-            "--out", type=Path, default=argparse.SUPPRESS, metavar="DIR",
+            "--out",
+            type=Path,
+            default=argparse.SUPPRESS,
+            metavar="DIR",
             help=f"Folder of the results ({folder})",
-        )  # fmt: skip
+        )
         _add_quiet(running)
 
 
 def _add_certify(commands: Any) -> None:
     certify = _added(
-        commands, "certify",
+        commands,
+        "certify",
         "Print the certificate of a trained network, attack it on images, and compare. "
         "The certificate comes first, the report is written before the attacks.",
         "certify and attack a trained network",
-    )  # fmt: skip
+    )
     certify.set_defaults(command=_certify, resumes="")
     certify.add_argument(
-        "source", metavar="CHECKPOINT or package.module:function",
+        "source",
+        metavar="CHECKPOINT or package.module:function",
         help="A checkpoint of orthonet train, .pt or .safetensors, or the function that makes the "
         "model, without arguments",
-    )  # fmt: skip
+    )
     example = recipes.CertifyConfig("module:function")
     for parsed in parsed_options(recipes.CertifyConfig, example, {"source": None}):
         _add_option(certify, parsed)
@@ -172,16 +181,20 @@ def _add_convert(commands: Any) -> None:
     converter = _added(commands, "convert", f"{text.capitalize()} and save it whole.", text)
     converter.set_defaults(command=_convert, resumes="")
     converter.add_argument(
-        "source", metavar="package.module:function",
+        "source",
+        metavar="package.module:function",
         help="The function that makes it, without arguments, e.g. torchvision.models:resnet18",
-    )  # fmt: skip
+    )
     converter.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="File of the new model, .pt"
     )
     converter.add_argument(
-        "--checkpoint", type=Path, default=argparse.SUPPRESS, metavar="FILE",
+        "--checkpoint",
+        type=Path,
+        default=argparse.SUPPRESS,
+        metavar="FILE",
         help="File of the weights that the model loads first, .pt or .safetensors",
-    )  # fmt: skip
+    )
     for parsed in parsed_arguments(convert.orthogonalize):
         _add_option(converter, parsed)
 

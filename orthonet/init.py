@@ -109,22 +109,32 @@ def conv_orthogonal_(
     _checks.floating(owner, tensor=tensor)
     taps = tensor.ndim - 2
     _checks.require(
-        1 <= taps <= 3, owner, "tensor must be a kernel (c_out, c_in / groups, *k)",
-        "Use orthogonal_ for a matrix", tensor=tensor,
-    )  # fmt: skip
+        1 <= taps <= 3,
+        owner,
+        "tensor must be a kernel (c_out, c_in / groups, *k)",
+        "Use orthogonal_ for a matrix",
+        tensor=tensor,
+    )
     _checks.one_of(owner, ("delta", "aoc"), method=method)
     _checks.positive_int(owner, groups=groups)
     _checks.require(
-        tensor.shape[0] % groups == 0, owner, "groups must divide the channels",
-        "Pass the groups of the layer", groups=groups, tensor=tensor,
-    )  # fmt: skip
+        tensor.shape[0] % groups == 0,
+        owner,
+        "groups must divide the channels",
+        "Pass the groups of the layer",
+        groups=groups,
+        tensor=tensor,
+    )
     strides = (stride,) * taps if isinstance(stride, int) else tuple(stride)
     dilations = (dilation,) * taps if isinstance(dilation, int) else tuple(dilation)
     _checks.require(
-        len(strides) == len(dilations) == taps, owner,
-        "stride and dilation must be integers or have one entry for each dim", "Shorten them",
-        stride=stride, dilation=dilation,
-    )  # fmt: skip
+        len(strides) == len(dilations) == taps,
+        owner,
+        "stride and dilation must be integers or have one entry for each dim",
+        "Shorten them",
+        stride=stride,
+        dilation=dilation,
+    )
     sizes = tensor.shape[2:]
     steps = [s // math.gcd(s, d) for s, d in zip(strides, dilations, strict=True)]
     block = [min(k, s) for k, s in zip(sizes, steps, strict=True)]

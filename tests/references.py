@@ -148,9 +148,14 @@ class RoundedWeights(TorchFunctionMode):
     """Runs a model as under autocast, but rounds nothing except the weights it would round."""
 
     _AFFINE = (
-        F.linear, F.conv1d, F.conv2d, F.conv3d,
-        F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-    )  # fmt: skip
+        F.linear,
+        F.conv1d,
+        F.conv2d,
+        F.conv3d,
+        F.conv_transpose1d,
+        F.conv_transpose2d,
+        F.conv_transpose3d,
+    )
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

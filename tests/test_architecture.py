@@ -101,6 +101,16 @@ def test_no_room_looks_behind_the_doors_of_another():
     assert house.private_reaches(house.graph()) == []
 
 
+def test_rooms_take_of_each_other_what_is_published():
+    """What a module imports from another room stands in the `__all__` of that module."""
+    known = {name: house.facts(file).published for name, file in house.modules().items()}
+    names = {name: set(found) for name, found in known.items() if found is not None}
+    taken = {ids(file): house.untold(names, file) for file in FILES if room_of(file) != "testing"}
+    assert {file: found for file, found in taken.items() if found} == {}
+    hidden = {**names, "orthonet.linalg": names["orthonet.linalg"] - {"haar"}}
+    assert ("orthonet.linalg", "haar") in house.untold(hidden, ROOT / "manifolds" / "_stiefel.py")
+
+
 def test_circles_and_reaches_are_found():
     arrows = {"orthonet.a.x": {"orthonet.b._y"}, "orthonet.b._y": {"orthonet.a.x"}}
     assert house.circles(arrows) == [["orthonet.a.x", "orthonet.b._y"]]
@@ -115,6 +125,28 @@ def test_circles_and_reaches_are_found():
 
 def test_folders_stay_small():
     assert {f: n for f, n in house.entries().items() if n > 23} == {}
+
+
+def test_tests_mirror_the_rooms():
+    """A room that is a package has a folder of tests of its name, and no other folder is there."""
+    here = Path(__file__).parent
+    folders = {file.parent.name for file in here.glob("*/test_*.py")}
+    packages = {file.parent.name for file in ROOT.glob("*/__init__.py")}
+    beside = {"benchmarks", "checker"}
+    assert all((here.parent / name).is_dir() for name in beside)
+    assert folders == packages | beside | {"peers", "works_with"}
+
+
+LAID_OUT_BY_HAND = {"cli", "convert", "functional", "layers", "losses", "recipes"}
+
+
+def test_tools_are_seldom_silenced():
+    """Types are mended rather than ignored, and ruff lays out the lines."""
+    texts = {file: file.read_text() for file in FILES}
+    ignores = sum(len(house.IGNORES.findall(text)) for text in texts.values())
+    assert 0 < ignores <= 60
+    by_hand = {room_of(file) for file, text in texts.items() if "# fmt: skip" in text}
+    assert by_hand <= LAID_OUT_BY_HAND, "let ruff lay it out"
 
 
 @pytest.mark.parametrize("file", FILES, ids=ids)

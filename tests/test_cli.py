@@ -26,9 +26,18 @@ def test_every_option_of_train_changes_its_field(monkeypatch):
     command += " --radii 0.2 0.1 --quiet --resume"
     assert cli.main(command.split()) == 0
     config = recipes.digits(
-        epochs=3, batch_size=7, lr=0.1, radius=0.4, temperature=0.3, seed=5, ortho_params="qr",
-        attack_steps=9, device="cpu", flip=True, radii=(0.1, 0.2),
-    )  # fmt: skip
+        epochs=3,
+        batch_size=7,
+        lr=0.1,
+        radius=0.4,
+        temperature=0.3,
+        seed=5,
+        ortho_params="qr",
+        attack_steps=9,
+        device="cpu",
+        flip=True,
+        radii=(0.1, 0.2),
+    )
     assert made == [(config, Path("elsewhere"), {"progress": False, "resume": True})]
 
 
@@ -49,14 +58,19 @@ def test_certify_passes_its_options(monkeypatch, capsys, tmp_path):
     command = "certify nets.mine:make --checkpoint a.pt --data digits --report page.html"
     assert cli.main(command.split()) == 0
     options = {
-        "radii": [0.1, 0.2], "attack_steps": 3, "device": "cpu", "data_root": "pictures",
-        "out": Path("there"), "progress": False,
-    }  # fmt: skip
+        "radii": [0.1, 0.2],
+        "attack_steps": 3,
+        "device": "cpu",
+        "data_root": "pictures",
+        "out": Path("there"),
+        "progress": False,
+    }
     config = recipes.CertifyConfig("nets.mine:make", checkpoint="a.pt", data="digits")
     assert made == [
-        ("model.pt", {"progress": True}), ("model.pt", options),
+        ("model.pt", {"progress": True}),
+        ("model.pt", options),
         (config, {"report": Path("page.html"), "progress": True}),
-    ]  # fmt: skip
+    ]
     assert cli.main(["certify", "model.pt", "--checkpoint", "other.pt"]) == 1
     assert "--checkpoint is for a model that package.module:function" in capsys.readouterr().err
 

@@ -43,8 +43,11 @@ def fresh(code: str) -> str:
     root = str(Path(__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:orthonet", "-c", code],
-        capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": root},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": root},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -873,8 +873,9 @@ def test_writes_without_effect_and_projections_of_nothing_are_warned_about():
 
 def test_weights_that_are_not_finite_are_refused_when_they_are_read():
     layer = OL(4, 4)
-    state = {k: v * float("nan") if v.is_floating_point() else v
-             for k, v in layer.state_dict().items()}  # fmt: skip
+    state = {
+        k: v * float("nan") if v.is_floating_point() else v for k, v in layer.state_dict().items()
+    }
     layer.load_state_dict(state)
     with pytest.raises(ValueError, match=r"polar: w must be finite, .*names it\.$"):
         _ = layer.weight

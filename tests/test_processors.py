@@ -24,8 +24,10 @@ def test_a_setting_that_fails_is_named_and_arguments_reach_pytest(tmp_path, monk
 
 
 def test_no_kernel_is_asked_for_that_the_processor_lacks():
-    aten = {name: {e.get("ATEN_CPU_CAPABILITY") for e in settings(name).values()} for name in (
-        "AVX512", "AVX2", "DEFAULT", "SVE256")}  # fmt: skip
+    aten = {
+        name: {e.get("ATEN_CPU_CAPABILITY") for e in settings(name).values()}
+        for name in ("AVX512", "AVX2", "DEFAULT", "SVE256")
+    }
     assert aten["AVX512"] == {None, "avx2", "default"}
     assert aten["AVX2"] == {None, "default"}
     assert aten["DEFAULT"] == aten["SVE256"] == {None}

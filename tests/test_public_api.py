@@ -32,8 +32,17 @@ TWINS = [
 
 # The signature of the three is `(*args, **kwargs)`; this is what their documentation tells. They
 # are not base classes either: torch.compile refuses every instance of nn.RNN, nn.GRU, nn.LSTM.
-_SEQUENCE = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout",
-             "bidirectional", "device", "dtype")  # fmt: skip
+_SEQUENCE = (
+    "input_size",
+    "hidden_size",
+    "num_layers",
+    "bias",
+    "batch_first",
+    "dropout",
+    "bidirectional",
+    "device",
+    "dtype",
+)
 SEQUENCE_LAYERS = {
     "OrthoRNN": (*_SEQUENCE[:3], "nonlinearity", *_SEQUENCE[3:]),
     "OrthoGRU": _SEQUENCE,

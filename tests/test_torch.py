@@ -420,8 +420,10 @@ def test_operations_and_their_names():
     assert _torch.overload_name(torch.ops.prims.add.default) == "prims::add.default"
     assert _torch.overload_name(ADD) is _torch.overload_name(torch.add) is None
     assert _torch.operation_arguments(ADD.Tensor) == {
-        "self": _torch.REQUIRED, "other": _torch.REQUIRED, "alpha": 1
-    }  # fmt: skip
+        "self": _torch.REQUIRED,
+        "other": _torch.REQUIRED,
+        "alpha": 1,
+    }
     assert _torch.operation_arguments(torch.add) is None
     assert _torch.mutates(ADD.out) and _torch.mutates(torch.ops.aten.add_.Tensor)
     assert not _torch.mutates(ADD.Tensor) and not _torch.mutates(torch.add)

@@ -12,8 +12,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Check a certificate; 0 if all is verified, 1 if it is rejected, 2 with assumptions."""
     parser = argparse.ArgumentParser(prog="orthonet-check", description=main.__doc__)
     parser.add_argument("certificate", help="the JSON file that certificate.save() wrote")
-    parser.add_argument("weights", nargs="*", help="safetensors files of the model, "
-                        "whose tensors are compared with the constants by name")  # fmt: skip
+    parser.add_argument(
+        "weights",
+        nargs="*",
+        help="safetensors files of the model, "
+        "whose tensors are compared with the constants by name",
+    )
     parser.add_argument("--quiet", action="store_true", help="no line for each node")
     parser.add_argument("--version", action="version", version=__version__)
     options = parser.parse_args(arguments)

@@ -43,9 +43,13 @@ class Convolution(Operation, name="convolution"):
 
     constants = ("weight", "bias")
     keys: ClassVar = {
-        "weight": text, "stride": steps, "padding": pairs, "dilation": steps,
-        "groups": whole(1), "circular": boolean,
-    }  # fmt: skip
+        "weight": text,
+        "stride": steps,
+        "padding": pairs,
+        "dilation": steps,
+        "groups": whole(1),
+        "circular": boolean,
+    }
     optional: ClassVar = {"bias": text}
     rules = ("gram", "gram2", "torus")
     linear = True
@@ -85,8 +89,9 @@ class Convolution(Operation, name="convolution"):
             kernel = spread
         image, out = shape[1:], out[1:]
         if self.circular:  # the outputs are then different rows of a convolution on the torus
-            fits = [n % s == 0 and o * s <= n for n, s, o in zip(image, self.stride, out,
-                                                                 strict=True)]  # fmt: skip
+            fits = [
+                n % s == 0 and o * s <= n for n, s, o in zip(image, self.stride, out, strict=True)
+            ]
             need(all(fits), "circular outputs must not repeat, and strides divide the image")
         if self.rule != "torus":
             return norms.gram_convolution(kernel, self.stride, self.rule == "gram2")
@@ -109,10 +114,11 @@ class Convolution(Operation, name="convolution"):
         taps = [slice(None, None, d) for d in self.dilation]
         x = x[(slice(None), slice(None), *steps, *taps)]
         parts = [
-            np.tensordot(part, kernel, [[1, *range(2 + dims, 2 + 2 * dims)],
-                                        [1, *range(2, 2 + dims)]])
+            np.tensordot(
+                part, kernel, [[1, *range(2 + dims, 2 + 2 * dims)], [1, *range(2, 2 + dims)]]
+            )
             for part, kernel in zip(np.split(x, groups, 1), np.split(w, groups, 0), strict=True)
-        ]  # fmt: skip
+        ]
         y = np.moveaxis(np.concatenate(parts, -1), -1, 1)
         return y if linear or self.bias is None else y + self.bias[(slice(None), *[None] * dims)]
 
@@ -126,9 +132,11 @@ class Descent(Convolution, name="descent"):
 
     constants = (*Convolution.constants, "scales")
     keys: ClassVar = {
-        **Convolution.keys, "scales": text, "function": one_of(*slopes.NAMES),
+        **Convolution.keys,
+        "scales": text,
+        "function": one_of(*slopes.NAMES),
         "parameters": many(real),
-    }  # fmt: skip
+    }
     linear = False
 
     def shape(self, *shapes: Shape) -> Shape:
@@ -154,10 +162,16 @@ class Descent(Convolution, name="descent"):
         dims, g, w = self.weight.ndim - 2, self.groups, self.weight
         back = w.reshape(g, len(w) // g, *w.shape[1:]).swapaxes(1, 2)
         back = np.flip(back, tuple(range(3, 3 + dims))).reshape(-1, len(w) // g, *w.shape[2:])
-        adjoint = Convolution({
-            "weight": back, "stride": self.stride, "dilation": self.dilation, "groups": g,
-            "padding": tuple((b, a) for a, b in self.padding), "circular": self.circular,
-        })  # fmt: skip
+        adjoint = Convolution(
+            {
+                "weight": back,
+                "stride": self.stride,
+                "dilation": self.dilation,
+                "groups": g,
+                "padding": tuple((b, a) for a, b in self.padding),
+                "circular": self.circular,
+            }
+        )
         scales = self.scales[(slice(None), *[None] * dims)]
         return xs[0] - adjoint.apply(inside * scales)
 
@@ -213,8 +227,10 @@ def windows(
         count = (n + a + b - d * (k - 1) - 1) // s + 1
         need(count >= 1 and max(a, b) <= d * (k - 1) and n <= SIDE, "windows that hold nothing")
         need(count * k <= 2**20, "too many places in windows")
-        rows = [[s * i - a + d * t for t in range(k) if 0 <= s * i - a + d * t < n]
-                for i in range(count)]  # fmt: skip
+        rows = [
+            [s * i - a + d * t for t in range(k) if 0 <= s * i - a + d * t < n]
+            for i in range(count)
+        ]
         need(all(rows), "a window that holds nothing")
         found.append(rows)
     return found
@@ -228,8 +244,11 @@ class AveragePool(Operation, name="average_pool"):
     """
 
     keys: ClassVar = {
-        "window": steps, "stride": steps, "padding": pairs, "count_padding": boolean,
-    }  # fmt: skip
+        "window": steps,
+        "stride": steps,
+        "padding": pairs,
+        "count_padding": boolean,
+    }
     linear = True
 
     def shape(self, *shapes: Shape) -> Shape:
@@ -259,8 +278,9 @@ class AdaptivePool(Operation, name="adaptive_average_pool"):
 
     def shape(self, *shapes: Shape) -> Shape:
         dims = len(self.outputs)
-        need(1 <= dims <= min(3, len(shapes[0])) and max(shapes[0][-dims:]) <= SIDE,
-             "dims of a pool")  # fmt: skip
+        need(
+            1 <= dims <= min(3, len(shapes[0])) and max(shapes[0][-dims:]) <= SIDE, "dims of a pool"
+        )
         self.terms = 4 * dims + sum(shapes[0][-dims:])
         self.weights = []
         for n, m in zip(shapes[0][-dims:], self.outputs, strict=True):

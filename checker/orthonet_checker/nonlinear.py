@@ -53,8 +53,11 @@ class Sort(Operation, name="sort"):
     """
 
     keys: ClassVar = {
-        "dim": whole(0), "size": whole(1), "halves": boolean, "descending": boolean,
-    }  # fmt: skip
+        "dim": whole(0),
+        "size": whole(1),
+        "halves": boolean,
+        "descending": boolean,
+    }
 
     def shape(self, *shapes: Shape) -> Shape:
         n = shapes[0][a_dim(self.dim, shapes[0])]
@@ -123,8 +126,11 @@ class MaxPool(Operation, name="max_pool"):
     """The largest entry of each window: what many windows share counts as often."""
 
     keys: ClassVar = {
-        "window": steps, "stride": steps, "padding": pairs, "dilation": steps,
-    }  # fmt: skip
+        "window": steps,
+        "stride": steps,
+        "padding": pairs,
+        "dilation": steps,
+    }
 
     def shape(self, *shapes: Shape) -> Shape:
         self.rows = windows(shapes[0], self.window, self.stride, self.padding, self.dilation)

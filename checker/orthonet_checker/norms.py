@@ -144,9 +144,11 @@ def cholesky(re: np.ndarray, im: np.ndarray, t: float) -> Fraction:
     g_re, g_im = _hermitian(re, im)
     shift = t * np.eye(m)
     try:
-        r = np.linalg.cholesky(shift - g_re - 1j * g_im) if im.any() else (
-            np.linalg.cholesky(shift - g_re)
-        )  # fmt: skip
+        r = (
+            np.linalg.cholesky(shift - g_re - 1j * g_im)
+            if im.any()
+            else (np.linalg.cholesky(shift - g_re))
+        )
     except np.linalg.LinAlgError:
         raise Rejected(f"t I - A A* is not positive definite at t = {t!r}") from None
     r_re, r_im = np.ascontiguousarray(r.real), np.ascontiguousarray(r.imag)

@@ -262,8 +262,10 @@ class Scale(Operation, name="scale"):
 def _fits(constant: np.ndarray, shape: Shape) -> None:
     """The constant is repeated along dims, and the value is not."""
     tail = (1,) * (len(shape) - constant.ndim) + constant.shape
-    need(len(tail) == len(shape) and all(c in (1, n) for c, n in zip(tail, shape, strict=True)),
-         "the shape of a constant")  # fmt: skip
+    need(
+        len(tail) == len(shape) and all(c in (1, n) for c, n in zip(tail, shape, strict=True)),
+        "the shape of a constant",
+    )
 
 
 class Shift(Operation, name="shift"):

@@ -43,8 +43,13 @@ def parse(data: bytes | str, what: str = "the certificate") -> Any:
     """The JSON value of a text without decimal floats, NaN, infinities and repeated keys."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        return json.loads(text, parse_float=_no_number, parse_constant=_no_number,
-                          parse_int=_integer, object_pairs_hook=_no_duplicates)  # fmt: skip
+        return json.loads(
+            text,
+            parse_float=_no_number,
+            parse_constant=_no_number,
+            parse_int=_integer,
+            object_pairs_hook=_no_duplicates,
+        )
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise Rejected(f"{what} is no JSON: {error}") from None
 
@@ -68,8 +73,10 @@ def text(value: Any, where: str) -> str:
 
 def sha256(value: Any, where: str) -> str:
     """64 hexadecimal digits."""
-    need(type(value) is str and len(value) == 64 and not set(value) - set("0123456789abcdef"),
-         f"{where} must be a SHA-256")  # fmt: skip
+    need(
+        type(value) is str and len(value) == 64 and not set(value) - set("0123456789abcdef"),
+        f"{where} must be a SHA-256",
+    )
     return value
 
 

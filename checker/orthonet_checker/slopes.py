@@ -53,24 +53,20 @@ FIXED: dict[str, tuple[int, Callable[..., Any], Callable[..., Fraction]]] = {
     "softsign": (0, lambda x: x / (1.0 + np.abs(x)), lambda: Fraction(1)),
     "tanhshrink": (0, lambda x: x - np.tanh(x), lambda: Fraction(1)),
     "softshrink": (
-        1, lambda x, a: np.sign(x) * np.maximum(np.abs(x) - a, 0.0), lambda a: Fraction(1)
+        1,
+        lambda x, a: np.sign(x) * np.maximum(np.abs(x) - a, 0.0),
+        lambda a: Fraction(1),
     ),
     "clamp": (2, np.clip, lambda low, high: Fraction(1)),
     "clamp_min": (1, np.maximum, lambda low: Fraction(1)),
     "clamp_max": (1, np.minimum, lambda high: Fraction(1)),
-    "hardswish": (
-        0, lambda x: x * np.clip(x + 3.0, 0.0, 6.0) / 6.0, lambda: Fraction(3, 2)
-    ),
+    "hardswish": (0, lambda x: x * np.clip(x + 3.0, 0.0, 6.0) / 6.0, lambda: Fraction(3, 2)),
     "hardsigmoid": (0, lambda x: np.clip(x + 3.0, 0.0, 6.0) / 6.0, lambda: Fraction(1, 6)),
-    "leaky_relu": (
-        1, lambda x, a: np.where(x > 0, x, a * x), lambda a: max(Fraction(1), abs(a))
-    ),
+    "leaky_relu": (1, lambda x, a: np.where(x > 0, x, a * x), lambda a: max(Fraction(1), abs(a))),
     # between the slopes at 0 and at minus infinity: alpha and 0 for x < 0, and 1
     "elu": (1, _elu, lambda alpha: max(Fraction(1), abs(alpha))),
-    "selu": (
-        0, lambda x: _elu(x, float(_SELU[1]), float(_SELU[0])), lambda: _SELU[0] * _SELU[1]
-    ),
-}  # fmt: skip
+    "selu": (0, lambda x: _elu(x, float(_SELU[1]), float(_SELU[0])), lambda: _SELU[0] * _SELU[1]),
+}
 
 
 def _silu_slope(x: flint.arb) -> flint.arb:
@@ -103,8 +99,22 @@ ENCLOSED: dict[str, tuple[Callable[[Any], Any], Callable[[flint.arb], flint.arb]
 NAMES = (*FIXED, *ENCLOSED)
 
 
-_RISING = ("relu", "tanh", "sigmoid", "atan", "asinh", "log_sigmoid", "softsign", "tanhshrink",
-           "softshrink", "clamp", "clamp_min", "clamp_max", "hardsigmoid", "selu")  # fmt: skip
+_RISING = (
+    "relu",
+    "tanh",
+    "sigmoid",
+    "atan",
+    "asinh",
+    "log_sigmoid",
+    "softsign",
+    "tanhshrink",
+    "softshrink",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "hardsigmoid",
+    "selu",
+)
 
 
 def interval(name: str, parameters: tuple[Fraction, ...]) -> tuple[Fraction, Fraction]:

@@ -40,10 +40,14 @@ def read_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]
         if name == "__metadata__":
             continue
         found = record(
-            entry, f"{file}: {name!r}",
-            {"dtype": text, "shape": many(whole(0, _BYTES)),
-             "data_offsets": many(whole(0, _BYTES))},
-        )  # fmt: skip
+            entry,
+            f"{file}: {name!r}",
+            {
+                "dtype": text,
+                "shape": many(whole(0, _BYTES)),
+                "data_offsets": many(whole(0, _BYTES)),
+            },
+        )
         need(len(found["data_offsets"]) == 2, f"{file}: {name!r} needs two offsets")
         need(found["dtype"].replace("_", "").isalnum(), f"{file}: {name!r} has no type")
         begin, end = found["data_offsets"]
@@ -51,8 +55,10 @@ def read_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]
         spans.append((begin, end))
         tensors[name] = (found["dtype"], found["shape"], body[begin:end])
     edges = [0, *(edge for span in sorted(spans) for edge in span), len(body)]
-    need(all(a == b for a, b in zip(edges[::2], edges[1::2], strict=True)),
-         f"{file} has gaps or overlaps")  # fmt: skip
+    need(
+        all(a == b for a, b in zip(edges[::2], edges[1::2], strict=True)),
+        f"{file} has gaps or overlaps",
+    )
     return tensors
 
 
@@ -81,8 +87,10 @@ class Store:
         values = np.frombuffer(self._data[key], DTYPES[key.dtype])
         values = values.reshape(key.shape).astype(np.float64)
         need(bool(np.isfinite(values).all()), "a constant is not finite")
-        need(moderate(values, -200, 200),
-             "a constant is beyond the range in which roundings are counted")  # fmt: skip
+        need(
+            moderate(values, -200, 200),
+            "a constant is beyond the range in which roundings are counted",
+        )
         return values
 
 
@@ -108,8 +116,11 @@ def unread(model: Store, names: Sequence[tuple[str, Key]]) -> list[str]:
     left = []
     for found, key in sorted(model.keys.items()):
         expected = wanted.get(found[len(prefix) :]) if found.startswith(prefix) else None
-        need(expected in (None, key), f"tensor {found!r} of the weights is {key}, "
-             f"not the constant of that name, which is {expected}")  # fmt: skip
+        need(
+            expected in (None, key),
+            f"tensor {found!r} of the weights is {key}, "
+            f"not the constant of that name, which is {expected}",
+        )
         if expected is None and key.dtype[0] in "FBC" and key.dtype != "BOOL":
             left.append(found)
     return left

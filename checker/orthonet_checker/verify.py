@@ -51,10 +51,16 @@ _CONSTANT = {
 _JOINT = {"since": whole(0), "gain": magnitude, "t": magnitude}
 _CHAIN = {"since": whole(0), "gain": magnitude, "multipliers": many(text, 1)}
 _HEAD = {
-    "format": one_of(FORMAT), "weights": text, "inputs": many(many(whole(1)), 1),
-    "constants": anything, "nodes": anything, "outputs": many(whole(0), 1), "bound": magnitude,
-    "each": many(magnitude), "prover": anything,
-}  # fmt: skip
+    "format": one_of(FORMAT),
+    "weights": text,
+    "inputs": many(many(whole(1)), 1),
+    "constants": anything,
+    "nodes": anything,
+    "outputs": many(whole(0), 1),
+    "bound": magnitude,
+    "each": many(magnitude),
+    "prover": anything,
+}
 _REST = {"pairs": text, "samples": anything}
 
 
@@ -126,9 +132,11 @@ def check(
 
 @np.errstate(all="ignore")  # what is not finite is rejected
 def verify(
-    content: Any, own: Store, model: Store | None = None,
+    content: Any,
+    own: Store,
+    model: Store | None = None,
     say: Callable[[str], Any] = lambda line: None,
-) -> Verdict:  # fmt: skip
+) -> Verdict:
     """Verify a parsed certificate with the file of its constants and, if given, the model's."""
     head = record(content, "certificate", _HEAD, _REST)
     need(type(head["nodes"]) is list, "nodes must be a list")
@@ -137,15 +145,18 @@ def verify(
     nodes, used = _nodes(head, arrays, verdict, say)
     keys = {name: own.keys[name] for name in sorted(used)}
     bare = [{k: v for k, v in node.items() if k not in _CLAIMS} for node in head["nodes"]]
-    whole_graph = {"inputs": head["inputs"], "nodes": bare, "outputs": head["outputs"],
-                   "constants": {name: list(key) for name, key in keys.items()}}  # fmt: skip
+    whole_graph = {
+        "inputs": head["inputs"],
+        "nodes": bare,
+        "outputs": head["outputs"],
+        "constants": {name: list(key) for name, key in keys.items()},
+    }
     canonical = json.dumps(whole_graph, sort_keys=True, separators=(",", ":"))
     verdict.graph = hashlib.sha256(canonical.encode()).hexdigest()
     verdict.weights = digest(keys.values())
     outputs = [nodes[_inside(i, nodes)] for i in head["outputs"]]
     total = sum((n.square for n in outputs), Fraction(0))
-    need(total <= verdict.bound**2,
-         f"the nodes prove {_root(total)} only, above the claimed bound")  # fmt: skip
+    need(total <= verdict.bound**2, f"the nodes prove {_root(total)} only, above the claimed bound")
     need(len(head["each"]) == len(outputs), "a bound for each output")
     for place, (claim, node) in enumerate(zip(head["each"], outputs, strict=True)):
         need(node.square <= claim**2, f"output {place}: the nodes prove {_root(node.square)} only")
@@ -191,8 +202,10 @@ def _constants(entries: Any, own: Store) -> tuple[dict[str, Any], dict[str, np.n
     for name, entry in entries.items():
         found[name] = record(entry, f"constant {name!r}", _CONSTANT)
         key = Key(*(found[name][k] for k in Key._fields))
-        need(own.keys.get(name) == key, f"constant {name!r} ({found[name]['names']}): "
-             f"the tensor of that name is not {key}")  # fmt: skip
+        need(
+            own.keys.get(name) == key,
+            f"constant {name!r} ({found[name]['names']}): the tensor of that name is not {key}",
+        )
         arrays[name] = own.array(key)
     return found, arrays
 
@@ -234,8 +247,10 @@ def _nodes(
     for place in reversed(range(len(nodes))):
         need(place in reached or nodes[place].op is None, f"node {place} leads to no output")
         reached.update(nodes[place].sources)
-    need(not used & aside,
-         "a constant of a node must not be one of the samples, margins or multipliers")  # fmt: skip
+    need(
+        not used & aside,
+        "a constant of a node must not be one of the samples, margins or multipliers",
+    )
     lost = sorted(set(arrays) - used - aside)
     need(not lost, f"constants that no node reads: {lost}")
     return nodes, used
@@ -281,9 +296,11 @@ def _node(
         claim = record(joint, "joint", _JOINT)
         since = _inside(claim["since"], nodes)
         proved = _joint(node, since, nodes, claim["t"])
-        need(proved <= claim["gain"] ** 2,
-             f"the affine operations since node {since} prove {_root(proved)} only, above the "
-             f"joint gain {float(claim['gain']):.10g}")  # fmt: skip
+        need(
+            proved <= claim["gain"] ** 2,
+            f"the affine operations since node {since} prove {_root(proved)} only, above the "
+            f"joint gain {float(claim['gain']):.10g}",
+        )
         node.square = min(node.square, claim["gain"] ** 2 * nodes[since].square)
     if chain is not None:
         claim = record(chain, "chain", _CHAIN)
@@ -341,16 +358,20 @@ def _affine_part(
             continue
         seen.add(i)
         inner = nodes[i]
-        need(inner.op is not None and inner.op.linear and i > since,
-             f"node {i} is not affine since node {since}")  # fmt: skip
+        need(
+            inner.op is not None and inner.op.linear and i > since,
+            f"node {i} is not affine since node {since}",
+        )
         terms += inner.op.terms
         stack += inner.sources
     lost = "numbers too large or too small to be multiplied in floats"
     index, start = sorted(seen), nodes[since].shape
     width, inside = math.prod(start), [node, *(nodes[i] for i in seen)]
     work = sum(math.prod(n.shape) * (n.op.terms + 1) for n in inside)
-    need(width * math.prod(node.shape) <= norms.TERMS * 2 and width * work <= 2**38,
-         "too large to be written out")  # fmt: skip
+    need(
+        width * math.prod(node.shape) <= norms.TERMS * 2 and width * work <= 2**38,
+        "too large to be written out",
+    )
     step = max(1, min(64, SIZE // work))
 
     need(all(n.op.is_moderate() for n in inside), lost)
@@ -437,8 +458,10 @@ def _chain(
             root = np.sqrt(multipliers[i] * float(abs(low * high)))[:, None]
             q[near, near] += (1 if low * high > 0 else -1) * ((root * b).T @ (root * b))
             error += 2 * count * _frobenius(root * c) ** 2
-    need(norms.positive(q, error * (1 + Fraction(1, 2**20))),
-         f"the multipliers do not prove the gain {float(gain):.10g} of the chain")  # fmt: skip
+    need(
+        norms.positive(q, error * (1 + Fraction(1, 2**20))),
+        f"the multipliers do not prove the gain {float(gain):.10g} of the chain",
+    )
 
 
 def _frobenius(a: np.ndarray) -> Fraction:
@@ -495,8 +518,10 @@ def _check_pairs(pairs: np.ndarray, nodes: list[_Node], last: int) -> None:
             best = whole if i != j else Fraction(0)
             if near[j] is not None and i != j:
                 best = min(best, Fraction(near[j]) * (2 * Fraction(s)) ** 2 * features)
-            need(claim >= 0 and best <= Fraction(claim) ** 2,
-                 f"pairs: {i} and {j} prove {_root(best)} only")  # fmt: skip
+            need(
+                claim >= 0 and best <= Fraction(claim) ** 2,
+                f"pairs: {i} and {j} prove {_root(best)} only",
+            )
 
 
 def _sample_names(head: dict[str, Any]) -> list[str]:
@@ -543,8 +568,10 @@ def _check_samples(
         *((c, [y]) for c, y in zip(head["each"], found, strict=True)),
     ):
         room = CLOSE * max(float(np.abs(y).max(initial=0.0)) for y in outputs)
-        need(_distance(outputs) <= float(claim) * moved * (1 + CLOSE) + room,
-             f"two samples refute the claimed bound {float(claim):.10g}")  # fmt: skip
+        need(
+            _distance(outputs) <= float(claim) * moved * (1 + CLOSE) + room,
+            f"two samples refute the claimed bound {float(claim):.10g}",
+        )
     need(off <= CLOSE, f"the graph is not the model: on its samples it is off by {off:.2g}")
     count = len(wanted[0])
     verdict.notes.append(f"on {count} samples the graph gives the model's outputs within {off:.1g}")

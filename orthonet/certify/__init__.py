@@ -22,7 +22,19 @@ from orthonet.certify.mlp.chain import Affine
 from orthonet.certify.mlp.local import local_bound, local_radius
 from orthonet.certify.mlp.perceptron import MLPBound, mlp_bound
 from orthonet.certify.mlp.slopes import Activation
-from orthonet.certify.ops import families  # noqa: F401 (registers them)
+from orthonet.certify.ops import (  # noqa: F401 (each registers its records)
+    activations,
+    arithmetic,
+    contraction,
+    convolution,
+    modules,
+    normalization,
+    pooling,
+    reductions,
+    selection,
+    shapes,
+    sorting,
+)
 from orthonet.certify.report.evaluation import Evaluation, evaluate
 from orthonet.certify.report.figures import Plot
 from orthonet.certify.report.page import report_html

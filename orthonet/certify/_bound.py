@@ -48,9 +48,12 @@ class Bound:
         _checks.one_of("Bound", ("exact", "upper", "estimate"), kind=self.kind)
         good = isinstance(self.value, (int, float)) and self.value >= 0.0
         _checks.require(
-            good, "Bound", "value must be a non-negative number", "Take the absolute value",
+            good,
+            "Bound",
+            "value must be a non-negative number",
+            "Take the absolute value",
             value=self.value,
-        )  # fmt: skip
+        )
         object.__setattr__(self, "value", float(self.value))
 
     @classmethod

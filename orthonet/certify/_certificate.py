@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.certify._bound import Bound, Row
 from orthonet.certify._radius import (
+    FAR,
     RadiusCurve,
     certified_radius,
     convert_radius,
     correct_within,
     reach,
 )
-from orthonet.certify._rows import short_html, short_text, text_table
+from orthonet.certify._rows import batch_of, dtype_name, short_html, short_text, text_table
 from orthonet.certify.graph.identity import data_hashes, hashes
 from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.local.radius import enlarged, local_constants
@@ -38,9 +39,6 @@ from orthonet.certify.walk.walker import Walker
 from orthonet.errors import UncertifiableError
 
 __all__ = ["LipschitzCertificate"]
-
-_FAR = tuple(2.0**k for k in (120, 60, 40, 30, 25, 20, 15, 10, 5, 0, -10, -20))
-"""Radii that are tried where the margin has a constant of 0."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -124,7 +122,7 @@ class LipschitzCertificate:
         value, kind = self.constant.value, self.constant.kind
         last = f"Lipschitz constant ({self.constant.norm}, {kind}): {value:.9g}"
         if self.autocast is not None:
-            last += f" under {_name(self.autocast)} autocast"
+            last += f" under {dtype_name(self.autocast)} autocast"
         if self.lower is not None:
             last += f"; at least {self.lower.value:.6g} is reached"
         return last
@@ -140,7 +138,7 @@ class LipschitzCertificate:
             "lower": None if self.lower is None else asdict(self.lower),
             "outputs": [asdict(bound) for bound in self.outputs],
             "input_shape": self.input_shape,
-            "autocast": None if self.autocast is None else _name(self.autocast),
+            "autocast": None if self.autocast is None else dtype_name(self.autocast),
             "rows": [asdict(row) for row in self.rows],
             "pairs": None if self.pairs is None else self.pairs.tolist(),
             "hashes": self.hashes,
@@ -228,8 +226,7 @@ class LipschitzCertificate:
             norm: `"l2"`, `"linf"` or `"l1"`.
             labels: The true classes, (N,); with them, a wrong prediction has radius 0.
             target: One class a sample, (N,): only a change to this class counts.
-            inputs: With logits, the inputs of the model: subtracts the rounding of its forward
-                pass.
+            inputs: With logits, the inputs of the model: subtracts the rounding of its forward.
             dtype: With `inputs`, the dtype in which the model was run, see `rounding`.
             model: With logits, the model that computed them; it must be the certified one.
 
@@ -248,16 +245,21 @@ class LipschitzCertificate:
         """
         logits, inputs = self._read(logits, x, inputs, model)
         find = functools.partial(
-            certified_radius, logits, self.constant.value, self.pairs,
-            labels=labels, target=target, outputs=self._classes(),
-        )  # fmt: skip
+            certified_radius,
+            logits,
+            self.constant.value,
+            self.pairs,
+            labels=labels,
+            target=target,
+            outputs=self._classes(),
+        )
         found = find(dtype=self._output_dtype(), roundings=self.roundings)
         if inputs is not None:
             self._check_dtypes(logits, inputs, dtype)
             whole = find(torch.zeros(len(logits), dtype=torch.float64))
             proved = torch.zeros_like(whole)
             # Where exact arithmetic never changes the class, floats may do so far away.
-            for far in _FAR if bool(whole.isinf().any()) else (0.0,):
+            for far in FAR if bool(whole.isinf().any()) else (0.0,):
                 near = whole.clamp(max=far) if far else whole
                 within = torch.minimum(find(self.rounding(inputs, within=near, dtype=dtype)), near)
                 proved = torch.maximum(proved, within)
@@ -354,7 +356,7 @@ class LipschitzCertificate:
             True
         """
         walker = self._graph()
-        batch = _batch_of(x)
+        batch = batch_of(x)
         self._check_inputs(batch, 0.0)
         size = reach(1.0, radius, norm, self._entries())
         return local_constants(walker, batch, size)
@@ -367,35 +369,41 @@ class LipschitzCertificate:
             self.require_match(model)
         if logits is not None:
             _checks.require(
-                x is None, "LipschitzCertificate",
+                x is None,
+                "LipschitzCertificate",
                 "the first argument of radius must be the model where a batch follows",
                 "Call certificate.radius(model, x), or certificate.radius(logits, inputs=x)",
                 first=logits,
-            )  # fmt: skip
+            )
             return logits, inputs
         x = inputs if x is None else x
         if x is None or not isinstance(model, nn.Module):
             _checks.fail(
                 "LipschitzCertificate",
                 "radius needs the model and the batch that it is run on, or logits",
-                "Call certificate.radius(model, x)", model=type(model).__name__, x=x,
-            )  # fmt: skip
+                "Call certificate.radius(model, x)",
+                model=type(model).__name__,
+                x=x,
+            )
         _checks.require(
-            not model.training, "LipschitzCertificate", "the model must be in eval mode",
+            not model.training,
+            "LipschitzCertificate",
+            "the model must be in eval mode",
             "Call model.eval() first",
-        )  # fmt: skip
-        batch = _batch_of(x)
+        )
+        batch = batch_of(x)
         self._check_inputs(batch, 0.0)
         tensor = next(iter((*model.parameters(), *model.buffers())), batch[0])
         batch = tuple(t.to(tensor.device) for t in batch)
         with torch.no_grad(), autocast_region(tensor.device, self.autocast):
             logits = model(*(t.clone() for t in batch))  # a forward may write to its input
         _checks.require(
-            isinstance(logits, Tensor), "LipschitzCertificate",
+            isinstance(logits, Tensor),
+            "LipschitzCertificate",
             "the model must return one tensor of logits",
             "Run it, and pass the logits: certificate.radius(logits, inputs=x)",
             output=type(logits).__name__,
-        )  # fmt: skip
+        )
         return logits, batch
 
     def matches(self, model: nn.Module) -> bool:
@@ -414,10 +422,12 @@ class LipschitzCertificate:
         """
         changed = self._changed(model)
         _checks.require(
-            not changed, "LipschitzCertificate", "the model must be the one that was certified",
+            not changed,
+            "LipschitzCertificate",
+            "the model must be the one that was certified",
             "Call certify again: a certificate holds for the weights that it was made for",
             changed=changed[:5],
-        )  # fmt: skip
+        )
 
     def _changed(self, model: nn.Module) -> list[str]:
         _checks.module("LipschitzCertificate", model=model)
@@ -521,7 +531,7 @@ class LipschitzCertificate:
             "Leave it out, or choose torch.float32, float64, bfloat16 or float16",
             dtype=dtype,
         )
-        batch = _batch_of(inputs)
+        batch = batch_of(inputs)
         self._check_inputs(batch, within)
         program = walker.program
         check_subnormal("LipschitzCertificate")
@@ -543,19 +553,21 @@ class LipschitzCertificate:
     def _check_dtypes(self, logits: Tensor, inputs: Any, dtype: torch.dtype | None) -> None:
         """Refuse a forward pass in another dtype than the one whose rounding is counted."""
         samples = self._walker.program.samples if self._walker is not None else ()
-        batch = _batch_of(inputs)
+        batch = batch_of(inputs)
         wanted = dtype or self._output_dtype()
         coarse = wanted is not None and torch.finfo(logits.dtype).eps > torch.finfo(wanted).eps
         other = dtype is None and any(
             x.dtype != s.dtype for x, s in zip(batch, samples, strict=False)
         )
         _checks.require(
-            not coarse and not other, "LipschitzCertificate",
+            not coarse and not other,
+            "LipschitzCertificate",
             f"inputs and logits must be of the dtypes that were certified: "
-            f"{[_name(s.dtype) for s in samples]} and {wanted and _name(wanted)}",
+            f"{[dtype_name(s.dtype) for s in samples]} and {wanted and dtype_name(wanted)}",
             "Call certify with an example of the dtype that is deployed, or pass dtype=",
-            inputs=[_name(x.dtype) for x in batch], logits=_name(logits.dtype),
-        )  # fmt: skip
+            inputs=[dtype_name(x.dtype) for x in batch],
+            logits=dtype_name(logits.dtype),
+        )
 
     def _check_inputs(self, batch: tuple[Any, ...], within: Tensor | float) -> None:
         nested = bool(self.input_shape) and isinstance(self.input_shape[0], tuple)
@@ -586,12 +598,3 @@ class LipschitzCertificate:
         """
         counts = correct_within(logits, labels, self.radius(logits), radii)
         return [count / max(1, len(labels)) for count in counts]
-
-
-def _batch_of(inputs: Any) -> tuple[Any, ...]:
-    """The tensors of a batch; what holds none becomes an entry, and is refused as such."""
-    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -15,7 +15,7 @@ from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._progress import Progress, report, reporting
 from orthonet.certify._radius import pairwise_constants
 from orthonet.certify.graph.identity import data_hashes, hashes
-from orthonet.certify.graph.memory import digest
+from orthonet.certify.graph.outside import digest
 from orthonet.certify.graph.regions import HALF
 from orthonet.certify.norms import EFFORTS, Effort, limits
 from orthonet.certify.norms import effort as with_effort
@@ -115,18 +115,28 @@ def certify(
             bound=walker.bound.value,
             reached=None if below is None else below.value,
         )
-        each = tuple(Bound(0.0, kind="exact") if s is None else walker.bound_of(s)
-                     for s in walker.outputs)  # fmt: skip
+        each = tuple(
+            Bound(0.0, kind="exact") if s is None else walker.bound_of(s) for s in walker.outputs
+        )
     shapes = tuple(tuple(x.shape[1:]) for x in examples)
     shape = shapes[0] if len(shapes) == 1 else shapes
     nodes = walker.program.outputs
     return LipschitzCertificate(
-        walker.bound, walker.rows(), shape, pairs, below, each, autocast, walker,
+        walker.bound,
+        walker.rows(),
+        shape,
+        pairs,
+        below,
+        each,
+        autocast,
+        walker,
         tuple(tuple(n.meta["val"].shape[1:]) for n in nodes),
-        tuple(walker.program.dtype_of(n) for n in nodes), identity[0],
-        {name: digest(t) for name, t in walker.program.stored.items()}, identity[1],
+        tuple(walker.program.dtype_of(n) for n in nodes),
+        identity[0],
+        {name: digest(t) for name, t in walker.program.stored.items()},
+        identity[1],
         walker.roundings(),
-    )  # fmt: skip
+    )
 
 
 def _pairs(walker: Walker) -> Tensor | None:

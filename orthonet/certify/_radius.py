@@ -22,6 +22,7 @@ from orthonet.linalg.bounds.rounding import (
 )
 
 __all__ = [
+    "FAR",
     "NORMS",
     "RadiusCurve",
     "certified_radius",
@@ -31,6 +32,9 @@ __all__ = [
     "pairwise_constants",
     "reach",
 ]
+
+FAR = tuple(2.0**k for k in (120, 60, 40, 30, 25, 20, 15, 10, 5, 0, -10, -20))
+"""Radii that are tried where the margin has a constant of 0."""
 
 NORMS = ("l2", "linf", "l1")
 
@@ -98,8 +102,13 @@ def certified_radius(
     if rounding is not None:
         off = _above(rounding * 2.0)
     if logits.ndim == 1:
-        _checks.require(target is None, "LipschitzCertificate", "a binary classifier has no target",
-                        "Leave it out", target=target)  # fmt: skip
+        _checks.require(
+            target is None,
+            "LipschitzCertificate",
+            "a binary classifier has no target",
+            "Leave it out",
+            target=target,
+        )
         bound = torch.tensor(constant, dtype=torch.float64)
         if unit:
             off = _above(logits.abs() * (2.0 * max(unit[0], many))) + unit[1]
@@ -172,10 +181,12 @@ def _classes(labels: Tensor, count: int, classes: int | None, name: str = "label
     if good and classes is not None and count:
         good = int(labels.min()) >= 0 and int(labels.max()) < classes
     _checks.require(
-        good, "LipschitzCertificate", "there must be one class index for each sample",
+        good,
+        "LipschitzCertificate",
+        "there must be one class index for each sample",
         "Pass integers from 0 to the number of classes minus 1, not one-hot vectors",
         **{name: labels},
-    )  # fmt: skip
+    )
     return labels if classes is None else labels.long()
 
 
@@ -193,8 +204,13 @@ def reach(constant: float, radius: float, norm: str, entries: int) -> float:
     """How far outputs move at most in a ball, rounded upward."""
     _checks.one_of("LipschitzCertificate", NORMS, norm=norm)
     good = isinstance(radius, (int, float)) and 0.0 <= radius < math.inf
-    _checks.require(good, "LipschitzCertificate", "radius must be finite and non-negative",
-                    "Pass the size of the perturbation", radius=radius)  # fmt: skip
+    _checks.require(
+        good,
+        "LipschitzCertificate",
+        "radius must be finite and non-negative",
+        "Pass the size of the perturbation",
+        radius=radius,
+    )
     return mul_up(constant, radius, sqrt_up(entries) if norm == "linf" else 1.0)
 
 
@@ -241,9 +257,12 @@ def check_radii(owner: str, radii: Sequence[float]) -> None:
         isinstance(r, (int, float, Tensor)) and float(r) >= 0.0 for r in radii
     )
     _checks.require(
-        good, owner, "radii must be a list of numbers >= 0",
-        "Pass e.g. radii=[0.0, 0.1]; 0 gives the clean accuracy", radii=radii,
-    )  # fmt: skip
+        good,
+        owner,
+        "radii must be a list of numbers >= 0",
+        "Pass e.g. radii=[0.0, 0.1]; 0 gives the clean accuracy",
+        radii=radii,
+    )
 
 
 def _quotient(margin: Tensor, constant: Tensor) -> Tensor:
@@ -261,9 +280,7 @@ def _checked(logits: Tensor, outputs: Collection[int] = ()) -> Tensor:
 
     `outputs` are the numbers of classes that the certified model has, where they are known.
     """
-    shaped = (
-        isinstance(logits, Tensor) and 1 <= logits.ndim <= 2 and logits.is_floating_point()
-    )  # fmt: skip
+    shaped = isinstance(logits, Tensor) and 1 <= logits.ndim <= 2 and logits.is_floating_point()
     _checks.require(
         shaped and (logits.ndim == 1 or logits.shape[1] >= 1),
         "LipschitzCertificate",

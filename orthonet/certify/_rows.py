@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from typing import Any
+
+import torch
 
 from orthonet.certify._bound import Row
 
-__all__ = ["short_html", "short_text", "text_table"]
+__all__ = ["batch_of", "dtype_name", "short_html", "short_text", "text_table"]
 
 _SHORT = 12  # rows of a short table
 
@@ -67,3 +70,13 @@ def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
     ]
+
+
+def batch_of(inputs: Any) -> tuple[Any, ...]:
+    """The tensors of a batch; what holds none becomes an entry, and is refused as such."""
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without that of its module."""
+    return str(dtype).removeprefix("torch.")

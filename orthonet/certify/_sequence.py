@@ -176,9 +176,13 @@ def _step_constants(rnn: Any, suffix: str) -> StepConstants:
     if linear is not None:
         state, size = add_up(state, _norm(rnn, linear)), add_up(size, absolute_matrix(linear))
     return StepConstants(
-        state, mul_up(leak, _norm(rnn, weight_ih)), size,
-        mul_up(leak, absolute_matrix(weight_ih)), mul_up(leak, bias), sum(weight_ih.shape),
-    )  # fmt: skip
+        state,
+        mul_up(leak, _norm(rnn, weight_ih)),
+        size,
+        mul_up(leak, absolute_matrix(weight_ih)),
+        mul_up(leak, bias),
+        sum(weight_ih.shape),
+    )
 
 
 def _refuse(module: nn.Module, requirement: str, advice: str) -> NoReturn:

@@ -69,9 +69,18 @@ def empirical_accuracy(
     for radius in sorted(radii):
         if radius != 0:
             alive = survivors(
-                model, model, x, labels, alive, radius, batch_size=batch_size, steps=steps,
-                restarts=restarts, bounds=bounds, generator=generator,
-            )  # fmt: skip
+                model,
+                model,
+                x,
+                labels,
+                alive,
+                radius,
+                batch_size=batch_size,
+                steps=steps,
+                restarts=restarts,
+                bounds=bounds,
+                generator=generator,
+            )
         found[radius] = int(alive.sum()) / len(x)
     return [found[radius] for radius in radii]
 
@@ -95,9 +104,15 @@ def survivors(
     dtype = next((p.dtype for p in judge.parameters()), x.dtype)
     for part in alive.nonzero().squeeze(1).split(batch_size) if alive.any() else ():
         points = pgd_l2(
-            attacker, x[part], y[part], radius, steps=steps, restarts=restarts, bounds=bounds,
+            attacker,
+            x[part],
+            y[part],
+            radius,
+            steps=steps,
+            restarts=restarts,
+            bounds=bounds,
             generator=generator,
-        )  # fmt: skip
+        )
         with torch.no_grad():
             alive[part] = _predicted(judge(points.to(dtype))) == y[part]
     return alive

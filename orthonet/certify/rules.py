@@ -28,13 +28,14 @@ from orthonet.linalg.bounds.enclosure import spectral_norm_bound
 from orthonet.linalg.bounds.sizes import Rounding
 
 __all__ = [
-    "COPY",
-    "REARRANGEMENT",
-    "RECORDS",
     "BatchDependent",
+    "COPY",
     "Call",
     "Operand",
+    "REARRANGEMENT",
+    "RECORDS",
     "Rounding",
+    "Roundings",
     "Step",
     "as_step",
     "bind",
@@ -354,21 +355,52 @@ def record_of(target: Any) -> Any:
 
 _NAMESPACES = (torch, F, NN_FUNCTIONS, operator, torch.special, torch.linalg)
 _SPELLINGS = {
-    "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div",
-    "concat": "cat", "concatenate": "cat", "subtract": "sub", "multiply": "mul", "divide": "div",
-    "true_divide": "div", "negative": "neg", "absolute": "abs", "arctan": "atan", "clip": "clamp",
-    "expit": "sigmoid", "swapaxes": "transpose", "swapdims": "transpose", "moveaxis": "movedim",
-    "clamp_min": "clamp", "clamp_max": "clamp", "_softmax": "softmax",
+    "iadd": "add",
+    "isub": "sub",
+    "imul": "mul",
+    "itruediv": "div",
+    "truediv": "div",
+    "concat": "cat",
+    "concatenate": "cat",
+    "subtract": "sub",
+    "multiply": "mul",
+    "divide": "div",
+    "true_divide": "div",
+    "negative": "neg",
+    "absolute": "abs",
+    "arctan": "atan",
+    "clip": "clamp",
+    "expit": "sigmoid",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "moveaxis": "movedim",
+    "clamp_min": "clamp",
+    "clamp_max": "clamp",
+    "_softmax": "softmax",
     "_log_softmax": "log_softmax",
-    "_prelu_kernel": "prelu", "_unsafe_view": "view", "_to_copy": "to",
-    "logsigmoid": "log_sigmoid", "log_sigmoid_forward": "log_sigmoid",
-}  # fmt: skip
+    "_prelu_kernel": "prelu",
+    "_unsafe_view": "view",
+    "_to_copy": "to",
+    "logsigmoid": "log_sigmoid",
+    "log_sigmoid_forward": "log_sigmoid",
+}
 # What a subclass may change without changing the map.
 _HARMLESS = {
-    "__init__", "__repr__", "__setattr__", "__setstate__", "__getstate__", "__deepcopy__",
-    "__reduce_ex__", "_load_from_state_dict", "_save_to_state_dict", "extra_repr",
-    "reset_parameters", "to_plain", "inverse", "adjoint",
-}  # fmt: skip
+    "__init__",
+    "__repr__",
+    "__setattr__",
+    "__setstate__",
+    "__getstate__",
+    "__deepcopy__",
+    "__reduce_ex__",
+    "_load_from_state_dict",
+    "_save_to_state_dict",
+    "extra_repr",
+    "reset_parameters",
+    "to_plain",
+    "inverse",
+    "adjoint",
+}
 
 
 def register_rule(*targets: Any, nested: bool = False) -> Callable[[Rule], Rule]:

@@ -15,13 +15,35 @@ from orthonet.convert._traced import FX_ERRORS, SUMS, activations
 __all__ = ["forward_notes"]
 
 _PRODUCTS: tuple[Any, ...] = (
-    operator.mul, operator.imul, operator.matmul, torch.mul, torch.matmul, torch.bmm, "mul",
-    "mul_", "matmul", "bmm", F.scaled_dot_product_attention,
-)  # fmt: skip
+    operator.mul,
+    operator.imul,
+    operator.matmul,
+    torch.mul,
+    torch.matmul,
+    torch.bmm,
+    "mul",
+    "mul_",
+    "matmul",
+    "bmm",
+    F.scaled_dot_product_attention,
+)
 _FUNCTIONS: tuple[Any, ...] = (
-    F.relu, torch.relu, F.gelu, F.silu, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d,
-    F.layer_norm, F.batch_norm, F.linear, F.conv2d, "relu", "relu_", "softmax", F.softmax,
-)  # fmt: skip
+    F.relu,
+    torch.relu,
+    F.gelu,
+    F.silu,
+    F.max_pool2d,
+    F.avg_pool2d,
+    F.adaptive_avg_pool2d,
+    F.layer_norm,
+    F.batch_norm,
+    F.linear,
+    F.conv2d,
+    "relu",
+    "relu_",
+    "softmax",
+    F.softmax,
+)
 
 
 class _Tracer(fx.Tracer):
@@ -53,9 +75,10 @@ def forward_notes(model: nn.Module) -> Iterator[tuple[str, str, str]]:
         name = node.target if isinstance(node.target, str) else node.target.__name__
         if node.target in SUMS and inputs > 1:
             yield (
-                str(where), name,
+                str(where),
+                name,
                 "a sum in forward adds constants; residual='convex' makes it a convex combination",
-            )  # fmt: skip
+            )
         elif node.target in _PRODUCTS and inputs > 1:
             yield str(where), name, "a product of activations has no Lipschitz constant"
         elif node.target in _FUNCTIONS:

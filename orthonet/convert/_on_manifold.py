@@ -59,9 +59,12 @@ def _is_on_manifold(weight: nn.Module) -> bool:
 
 def _require_module(owner: str, model: object) -> None:
     _checks.require(
-        isinstance(model, nn.Module), owner, "model must be a torch.nn.Module", "Pass a module",
+        isinstance(model, nn.Module),
+        owner,
+        "model must be a torch.nn.Module",
+        "Pass a module",
         model=type(model),
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()

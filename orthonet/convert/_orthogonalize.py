@@ -153,9 +153,12 @@ def orthogonalize(
     """
     owner = "orthogonalize"
     _checks.require(
-        isinstance(model, nn.Module), owner, "model must be a torch.nn.Module", "Pass a module",
+        isinstance(model, nn.Module),
+        owner,
+        "model must be a torch.nn.Module",
+        "Pass a module",
         model=type(model),
-    )  # fmt: skip
+    )
     _checks.one_of(owner, ("project", "reset"), weights=weights)
     _checks.one_of(owner, ("space_to_depth", "average", None), downsample=downsample)
     _checks.one_of(owner, ("centering", "lip", None), norm=norm)
@@ -164,10 +167,12 @@ def orthogonalize(
     _checks.one_of(owner, ("convex", "prescaled", None), residual=residual)
     _checks.one_of(owner, (*available(), None), fallback=fallback)
     _checks.require(
-        rules is None or isinstance(rules, Mapping), owner,
+        rules is None or isinstance(rules, Mapping),
+        owner,
         "rules must be a mapping from names or classes of modules to what becomes of them",
-        "Pass e.g. rules={'layer4.*': False}", rules=rules,
-    )  # fmt: skip
+        "Pass e.g. rules={'layer4.*': False}",
+        rules=rules,
+    )
     tell = reporter(progress)
     rules = dict(rules or {})
     _check_rules(model, rules)
@@ -179,13 +184,18 @@ def orthogonalize(
                 "the model is at its random initialization, of which a projection keeps nothing",
                 "Pass weights='reset', which draws orthogonal weights at once, or load the trained "
                 "weights first",
-                model=type(model).__name__, weights=weights,
-            )  # fmt: skip
+                model=type(model).__name__,
+                weights=weights,
+            )
             warnings.warn(sentence, UserWarning, stacklevel=2)
     options = {
-        "weights": weights, "downsample": downsample, "fallback": fallback, "norm": norm,
-        "activation": activation, "pool": pool,
-    }  # fmt: skip
+        "weights": weights,
+        "downsample": downsample,
+        "fallback": fallback,
+        "norm": norm,
+        "activation": activation,
+        "pool": pool,
+    }
 
     def left_alone(name: str, module: nn.Module) -> bool:
         return _rule([name], module, rules) is False
@@ -193,8 +203,10 @@ def orthogonalize(
     sums: list[ConversionRow] = []
     if residual is not None:  # first, since it may refuse
         model = copy.deepcopy(model)
-        sums = [ConversionRow(name, "changed", what, now, why)
-                for name, what, now, why in rewrite_sums(model, residual, left_alone)]  # fmt: skip
+        sums = [
+            ConversionRow(name, "changed", what, now, why)
+            for name, what, now, why in rewrite_sums(model, residual, left_alone)
+        ]
     memo: dict[int, object] = {}
     with one_thread():
         rows = _exchange(model, memo, rules, options, tell)
@@ -202,8 +214,9 @@ def orthogonalize(
     new = copy.deepcopy(model, memo)
     gains = {row.name for row in sums if row.after == GAIN}
     rows = [row for row in rows if row.action != "skipped" or row.name not in gains] + sums
-    rows += [ConversionRow(where, "noted", what, reason=why)
-             for where, what, why in forward_notes(new)]  # fmt: skip
+    rows += [
+        ConversionRow(where, "noted", what, reason=why) for where, what, why in forward_notes(new)
+    ]
     report = ConversionReport(tuple(rows))
     if example_input is not None:
         report = ConversionReport(tuple(rows), *certified(new, example_input, tell))
@@ -214,9 +227,12 @@ def orthogonalize(
 
 
 def _exchange(
-    model: nn.Module, memo: dict[int, object], rules: Mapping[Any, Rule], options: dict[str, Any],
+    model: nn.Module,
+    memo: dict[int, object],
+    rules: Mapping[Any, Rule],
+    options: dict[str, Any],
     tell: Progress,
-) -> list[ConversionRow]:  # fmt: skip
+) -> list[ConversionRow]:
     """Put the twin of each module into `memo`, and tell of it."""
     rows: list[ConversionRow] = []
     ties, previous = _ties(model), None
@@ -341,10 +357,18 @@ def _check_rules(model: nn.Module, rules: Mapping[Any, Rule]) -> None:
 
 
 def _twin(
-    module: nn.Module, rule: Rule | None, ties: Mapping[int, str], previous: nn.Module | None,
-    *, weights: str, downsample: str | None, fallback: str | None, norm: str | None,
-    activation: str | None, pool: str | None,
-) -> Twin | None:  # fmt: skip
+    module: nn.Module,
+    rule: Rule | None,
+    ties: Mapping[int, str],
+    previous: nn.Module | None,
+    *,
+    weights: str,
+    downsample: str | None,
+    fallback: str | None,
+    norm: str | None,
+    activation: str | None,
+    pool: str | None,
+) -> Twin | None:
     """The twin of one module; None where there is nothing to say about it."""
     own = next(module.parameters(recurse=False), None)
     kind = type(module)
@@ -397,9 +421,12 @@ def _method(rule: Rule | None) -> tuple[str, dict[str, Any]]:
 def _made(rule: Callable[[nn.Module], nn.Module], module: nn.Module) -> nn.Module:
     made = rule(copy.deepcopy(module))
     _checks.require(
-        isinstance(made, nn.Module), "orthogonalize", "a rule must return a torch.nn.Module",
-        "Return the new module", returned=type(made),
-    )  # fmt: skip
+        isinstance(made, nn.Module),
+        "orthogonalize",
+        "a rule must return a torch.nn.Module",
+        "Return the new module",
+        returned=type(made),
+    )
     return made
 
 

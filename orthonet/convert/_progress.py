@@ -34,9 +34,11 @@ def reporter(progress: bool | Progress | None) -> Progress:
     """
     _checks.require(
         progress is None or isinstance(progress, bool) or callable(progress),
-        "orthogonalize", "progress must be True, False, or a function of (done, total, what)",
-        "Pass progress=True for a bar on stderr", progress=progress,
-    )  # fmt: skip
+        "orthogonalize",
+        "progress must be True, False, or a function of (done, total, what)",
+        "Pass progress=True for a bar on stderr",
+        progress=progress,
+    )
     told = _bar if progress is True else progress or None
     last = time.monotonic()
 

@@ -100,9 +100,13 @@ def layer_twin(
     try:
         if kind is nn.Linear:
             twin = layers.make_linear(
-                method, layer.in_features, layer.out_features, layer.bias is not None,
-                **factory, **options,
-            )  # fmt: skip
+                method,
+                layer.in_features,
+                layer.out_features,
+                layer.bias is not None,
+                **factory,
+                **options,
+            )
         else:
             arguments = _conv_arguments(layer)
             dims = len(layer.kernel_size)
@@ -194,9 +198,12 @@ def _downsampled(
         weight = weight.flatten(2).sum(2) / math.sqrt(block)
         channels = layer.in_channels
     arguments = {
-        "in_channels": channels, "out_channels": layer.out_channels, "kernel_size": 1,
-        "groups": groups, "bias": layer.bias is not None,
-    }  # fmt: skip
+        "in_channels": channels,
+        "out_channels": layer.out_channels,
+        "kernel_size": 1,
+        "groups": groups,
+        "bias": layer.bias is not None,
+    }
     if method == "ortho":
         mix = _CONV[dims](**arguments, **options)
     elif dims == 2:

@@ -75,10 +75,16 @@ def _rewritten_class(
                 return (train if self.training else evaluate)(self, *args, **kwargs)
 
         body = {
-            "__module__": base.__module__, "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__, "forward": forward, "forward_in_train": train,
-            "forward_in_eval": evaluate, "_base": base, "_sources": sources, "_names": names,
-        }  # fmt: skip
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "forward": forward,
+            "forward_in_train": train,
+            "forward_in_eval": evaluate,
+            "_base": base,
+            "_sources": sources,
+            "_names": names,
+        }
         _CLASSES[key] = type(base.__name__, (RewrittenForward, base), body)
     return _CLASSES[key]
 
@@ -100,9 +106,10 @@ def rewrite_sums(model: nn.Module, residual: str, kept: Any) -> Iterator[tuple[s
         kept: Whether the module of this name and class is left alone.
     """
     found = [
-        (n, m) for n, m in model.named_modules()
+        (n, m)
+        for n, m in model.named_modules()
         if is_own_code(m) and not isinstance(m, RewrittenForward) and not kept(n, m)
-    ]  # fmt: skip
+    ]
     for name, module in found:
         try:
             graphs = _both_modes(module)
@@ -154,8 +161,11 @@ def _rewrite(
                 rows[full] = (full, _name(node), kind, "the sum keeps the constant of its operands")
             elif what == "product" and _bound_gain(graph, node):
                 rows[f"{name} {node.name}"] = (
-                    name, _name(node), GAIN, "a parameter divided by its largest magnitude",
-                )  # fmt: skip
+                    name,
+                    _name(node),
+                    GAIN,
+                    "a parameter divided by its largest magnitude",
+                )
         graph.lint()
     if not rows:
         return
@@ -178,7 +188,7 @@ def _operation(node: fx.Node) -> str | None:
 
 
 def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else node.target.__name__  # type: ignore[union-attr]
+    return node.target if isinstance(node.target, str) else node.target.__name__
 
 
 def _is_of_two(name: str, node: fx.Node, residual: str) -> bool:
@@ -230,7 +240,7 @@ def _replace_sum(
     if key not in module._modules:
         tensor = next(module.parameters(), None)
         like = {} if tensor is None else {"device": tensor.device, "dtype": tensor.dtype}
-        module.add_module(key, _SUM_MODULES[residual](**like).train(module.training))  # type: ignore[arg-type]
+        module.add_module(key, _SUM_MODULES[residual](**like).train(module.training))
     if residual == "prescaled":
         own = above[branch] - above[skip]
         branch = _scale_inputs(graph, branch, own, f"{key}.before")

@@ -160,10 +160,10 @@ def _channel_shuffle(m: Any) -> fx.GraphModule:
     first, second = (m.dim, m.dim + 1) if m.dim >= 0 else (m.dim - 1, m.dim)
     return _graph(
         m,
-        lambda self, x: x.unflatten(m.dim, (m.groups, -1)).transpose(first, second).flatten(
-            first, second
+        lambda self, x: (
+            x.unflatten(m.dim, (m.groups, -1)).transpose(first, second).flatten(first, second)
         ),
-    )  # fmt: skip
+    )
 
 
 def _pad_to_stride(m: Any) -> fx.GraphModule:

@@ -14,8 +14,14 @@ FX_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, Inde
 """What code that torch.fx cannot follow raises."""
 
 SUMS: tuple[Any, ...] = (
-    operator.add, operator.iadd, torch.add, torch.Tensor.add, torch.Tensor.add_, "add", "add_",
-)  # fmt: skip
+    operator.add,
+    operator.iadd,
+    torch.add,
+    torch.Tensor.add,
+    torch.Tensor.add_,
+    "add",
+    "add_",
+)
 _ATTRIBUTES = ("shape", "ndim", "device", "dtype")
 _METHODS = ("size", "dim", "numel", "stride", "new_empty", "new_zeros")
 

@@ -158,21 +158,21 @@ def _unwrap(y: Tensor, pads: tuple[int, ...]) -> Tensor:
 
 class _CircularPad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pads: tuple[int, ...]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, x: Tensor, pads: tuple[int, ...]) -> Tensor:
         ctx.pads = pads
         return _wrap(x, pads)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _CircularUnpad.apply(grad, ctx.pads), None
 
 
 class _CircularUnpad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, pads: tuple[int, ...]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, y: Tensor, pads: tuple[int, ...]) -> Tensor:
         ctx.pads = pads
         return _unwrap(y, pads)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _CircularPad.apply(grad, ctx.pads), None

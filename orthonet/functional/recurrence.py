@@ -12,10 +12,10 @@ from orthonet import _checks
 from orthonet._torch import in_forward_mode, in_transform
 from orthonet.functional._activations import absolute, max_min
 
-__all__ = ["NONLINEARITIES", "mod_relu", "recurrence", "recurrence_loop"]
+__all__ = ["ACTIVATIONS", "NONLINEARITIES", "mod_relu", "recurrence", "recurrence_loop"]
 
 NONLINEARITIES = ("tanh", "relu", "modrelu", "max_min", "abs", "identity")
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "relu": torch.relu,
     "max_min": lambda z: max_min(z, -1),
@@ -127,7 +127,7 @@ def recurrence_loop(
     kernel, h, states = weight_hh.mT, h0, []
     for u in F.linear(x, weight_ih, bias).unbind(0):
         z = torch.addmm(u, h, kernel)
-        h = mod_relu(z, threshold) if threshold is not None else _ACTIVATIONS[nonlinearity](z)
+        h = mod_relu(z, threshold) if threshold is not None else ACTIVATIONS[nonlinearity](z)
         states.append(h)
     return torch.stack(states), h
 

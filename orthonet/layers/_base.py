@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError, ProjectionWarning
 from orthonet.layers._spectrum import LinearMap
-from orthonet.reparametrizers import RecordedWeight, Weight
+from orthonet.reparametrizers import Weight
 from orthonet.reparametrizers.plain_values import warn_projected
-from orthonet.reparametrizers.recorded import keep_if_refused
+from orthonet.reparametrizers.recorded import RecordedWeight, keep_if_refused
 
 __all__ = ["OneLine", "ConstrainedWeight", "WithoutPlainWeight"]
 
@@ -110,10 +110,11 @@ class ConstrainedWeight(LinearMap, OneLine):
         _check_weight(self, weight)
         if not weight.is_meta and weight.numel() and not bool(weight.any()):
             sentence = _checks.message(
-                self, "the zero weight has no nearest one, and some other is taken",
+                self,
+                "the zero weight has no nearest one, and some other is taken",
                 "Draw one with reset_parameters(), or look for the weight that was meant",
                 weight=weight,
-            )  # fmt: skip
+            )
             warnings.warn(sentence, ProjectionWarning, stacklevel=2)
         return self.parametrization.project_(weight.detach() / self._factor, self)
 
@@ -178,9 +179,13 @@ def _check_weight(owner: object, weight: Any) -> None:
     """Refuse what cannot become a weight: arrays, complex numbers, NaN."""
     _checks.floating(owner, weight=weight)
     _checks.require(
-        weight.is_meta or bool(weight.isfinite().all()), owner, "weight must be finite",
-        "Look for the step that made a NaN or an infinity", NotOnManifoldError, weight=weight,
-    )  # fmt: skip
+        weight.is_meta or bool(weight.isfinite().all()),
+        owner,
+        "weight must be finite",
+        "Look for the step that made a NaN or an infinity",
+        NotOnManifoldError,
+        weight=weight,
+    )
 
 
 class WithoutPlainWeight(OneLine):

@@ -28,7 +28,7 @@ class _ConstrainedLinear(ConstrainedWeight, nn.Linear):
     _plain_class = nn.Linear
 
     if TYPE_CHECKING:
-        weight: Tensor  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+        weight: Tensor
 
     def __init__(
         self,

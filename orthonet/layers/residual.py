@@ -20,6 +20,7 @@ __all__ = [
     "ConvexResidual",
     "L2NormResidual",
     "PrescaledResidual",
+    "root_mean_square",
 ]
 
 

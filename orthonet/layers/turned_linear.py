@@ -56,7 +56,7 @@ class _TurnedLinear(torch.autograd.Function):
         return nn.functional.linear(x, u if factor == 1.0 else u * factor, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, u = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         grad_bias = rows.sum(0) if ctx.needs_input_grad[3] else None

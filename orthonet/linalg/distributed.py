@@ -60,13 +60,17 @@ def exchange(pieces: Sequence[Tensor], owners: Sequence[int], group: Any) -> lis
         if dist.get_backend(group) == "gloo":
             works = [
                 dist.broadcast(
-                    received[owner, : sum(sizes[owner])], dist.get_global_rank(group, owner),
-                    group=group, async_op=True,
+                    received[owner, : sum(sizes[owner])],
+                    dist.get_global_rank(group, owner),
+                    group=group,
+                    async_op=True,
                 )
-                for owner in range(size) if shares[owner]
-            ]  # fmt: skip
+                for owner in range(size)
+                if shares[owner]
+            ]
             for pending in works:
-                pending.wait()  # type: ignore[union-attr]
+                if pending is not None:
+                    pending.wait()
         else:
             dist.all_gather(list(received.unbind()), sent, group=group)
         for other in range(size):
@@ -164,9 +168,13 @@ def _all_to_all(
 def _laid_out(local: Tensor, like: Any) -> Any:
     """A DTensor of this shard, with the layout of another one."""
     return type(like).from_local(
-        local, like.device_mesh, like.placements, run_check=False,
-        shape=like.shape, stride=like.stride(),
-    )  # fmt: skip
+        local,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
 
 
 def _cut(value: Tensor, like: Any) -> Any:
@@ -202,14 +210,14 @@ def whole(tensor: Tensor) -> Tensor:
     """
     if not is_shard(tensor):
         return tensor
-    gather = tensor.full_tensor  # type: ignore[attr-defined]
+    gather = tensor.full_tensor
     if not (torch.is_grad_enabled() and tensor.requires_grad):
         return gather()
     from torch.distributed.tensor import Partial
 
-    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    mesh = tensor.device_mesh
     gathered = gather(grad_placements=[Partial()] * mesh.ndim)
-    return _Divided.apply(gathered, float(mesh.size()))  # type: ignore[return-value]
+    return _Divided.apply(gathered, float(mesh.size()))
 
 
 class _Divided(torch.autograd.Function):
@@ -221,7 +229,7 @@ class _Divided(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad / ctx.by, None
 
 
@@ -234,6 +242,6 @@ def put_(tensor: Tensor, value: Tensor) -> None:
         return
     from torch.distributed.tensor import distribute_tensor
 
-    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    mesh, placements = tensor.device_mesh, tensor.placements
     # every process has the value: nothing is sent
     tensor.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))

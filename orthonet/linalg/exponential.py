@@ -69,7 +69,7 @@ def matrix_exponential(a: Tensor, *, degree: int = 12) -> Tensor:
     work = a.to(compute_dtype(a.dtype))
     if is_traced(work) or in_forward_mode():
         return torch.linalg.matrix_exp(work).to(a.dtype)
-    return _Recomputed.apply(_exponential, work, degree).to(a.dtype)  # type: ignore[union-attr]
+    return _Recomputed.apply(_exponential, work, degree).to(a.dtype)
 
 
 def _exponential(a: Tensor, degree: int, normal: bool = False) -> Tensor:
@@ -128,7 +128,7 @@ class _Recomputed(torch.autograd.Function):
         return function(a, *constants)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (a,) = ctx.saved_tensors
         again = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -206,7 +206,7 @@ def rotate_base(w: Tensor, base: Tensor, *, degree: int = 12) -> Tensor:
         for _ in range(2):
             u = u @ add_identity(u.mT @ u * -0.5, 1.5)
         return u.to(w.dtype)
-    return _RotatedBase.apply(x, b, degree).to(w.dtype)  # type: ignore[union-attr]
+    return _RotatedBase.apply(x, b, degree).to(w.dtype)
 
 
 def _rotated(
@@ -238,7 +238,7 @@ class _RotatedBase(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (x, b, result), scale = saved_centered(ctx)
         wanted = [i for i in range(2) if ctx.needs_input_grad[i]]
         again = torch.is_grad_enabled()
@@ -246,7 +246,7 @@ class _RotatedBase(torch.autograd.Function):
             inputs = [x, b]
             if not again:
                 inputs = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
-            rotated = _rotated(*inputs, ctx.degree)  # type: ignore[arg-type]
+            rotated = _rotated(inputs[0], inputs[1], ctx.degree)
             if again:  # differentiated again
                 rotated = polar(rotated)
             else:

@@ -177,7 +177,7 @@ class _OrthogonalFactor(torch.autograd.Function):
     """Q of tall matrices; R = Q^T W comes back in backward, safe at rank deficiency."""
 
     @staticmethod
-    def forward(w: Tensor, method: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(w: Tensor, method: int) -> Tensor:
         return (_factorize_op if torch.compiler.is_compiling() else _factorize)(w, method)
 
     @staticmethod
@@ -186,7 +186,7 @@ class _OrthogonalFactor(torch.autograd.Function):
         ctx.save_for_forward(inputs[0], output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         w, q = ctx.saved_tensors
         return _pull_back(w, q, grad), None
 
@@ -199,7 +199,7 @@ class _OrthogonalFactorForward(_OrthogonalFactor):
     """With forward mode, which Dynamo does not trace."""
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         w, q = ctx.saved_tensors
         moved = divide_triangular(tangent, _bounded_factor(w, q).mT)
         inner = q.mT @ moved

@@ -87,7 +87,7 @@ def unpack_skew(packed: Tensor, n: int) -> Tensor:
     if packed.is_meta or is_traced(packed):
         lower = F.pad(unpack_triangle(packed, n - 1), (0, 1, 1, 0))
         return lower - lower.mT
-    return _UnpackSkew.apply(packed, n)  # type: ignore[return-value]
+    return _UnpackSkew.apply(packed, n)
 
 
 _TABLES_TO = 256  # size of a matrix up to which a table of places is faster, and not large

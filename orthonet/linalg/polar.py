@@ -29,7 +29,7 @@ from orthonet.linalg.polar_factor.steps import (
     polar_from_svd,
 )
 
-__all__ = ["bjorck", "polar", "polar_svd"]
+__all__ = ["bjorck", "polar", "polar_svd", "save_centered", "saved_centered"]
 
 
 @on_tall
@@ -175,9 +175,7 @@ class _Polar(torch.autograd.Function):
     """The polar factor of tall matrices, with its implicit gradient; see `Factors`."""
 
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        w: Tensor, beta: float | None, niters: int | None
-    ) -> tuple[Tensor, ...]:
+    def forward(w: Tensor, beta: float | None, niters: int | None) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():
             return tuple(Factors.bare(_polar_op(w, beta, niters)))
         return tuple(_polar_forward(w, beta, niters))
@@ -193,7 +191,7 @@ class _Polar(torch.autograd.Function):
         ctx.save_for_forward(inputs[0], u)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         (w, *rest), grad = ctx.saved_tensors, grads[0]
         if grad is None:
             return None, None, None
@@ -216,7 +214,7 @@ class _PolarForward(_Polar):
     """With forward mode, which Dynamo does not trace."""
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None, None]:
         w, u = ctx.saved_tensors
         # The differential is its own adjoint: U K + (I - U U^T) dW H^-1, H K + K H skew.
         du = differentiable_gradient(w, u, tangent)

@@ -332,8 +332,9 @@ def _moved(
     # To U itself a small step is taken at once: no place has to be found again.
     unclear = measured.mean is not None and any(low < bound <= rounding for bound in first)
     if second is None and (squared or unclear):  # a wrong guess, on the CPU
-        measured = measured._replace(square=symmetric_product(measured.e, measured.e))
-        (second,) = _read([_norms(measured.square)])  # type: ignore[list-item]
+        square = symmetric_product(measured.e, measured.e)
+        measured = measured._replace(square=square)
+        (second,) = _read([_norms(square)])
     both = first if second is None else _lower(first, second)
     centered = [bound <= low for bound in both]
     for i, bound in enumerate(() if measured.mean is None else both):

@@ -80,8 +80,8 @@ def rotated_cayley(base: Tensor, coordinates: Tensor) -> Tensor:
         inverse, _ = torch.linalg.inv_ex(add_identity(a * -0.5, 1.0))
         return polished(base @ (2.0 * inverse - _identity_like(a)))
     if coordinates.is_complex():
-        return _RotatedCayley.apply(base, unpack_skew(coordinates, n), False)  # type: ignore[return-value]
-    return _RotatedCayley.apply(base, coordinates, True)  # type: ignore[return-value]
+        return _RotatedCayley.apply(base, unpack_skew(coordinates, n), False)
+    return _RotatedCayley.apply(base, coordinates, True)
 
 
 class _RotatedCayley(torch.autograd.Function):

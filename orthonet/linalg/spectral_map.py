@@ -116,7 +116,7 @@ class _SpectralMap(torch.autograd.Function):
     """A spectral function; its second derivatives are those of the decomposition."""
 
     @staticmethod
-    def forward(x: Tensor, f: Values, singular: bool) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(x: Tensor, f: Values, singular: bool) -> tuple[Tensor, ...]:
         parts = (_singular if singular else _eigen)(x, f)
         left, image, right = parts[0], parts[-2], parts[1] if singular else parts[0]
         return ((left * image[..., None, :]) @ right.mH).to(x.dtype), *parts
@@ -131,7 +131,7 @@ class _SpectralMap(torch.autograd.Function):
         ctx.save_for_forward(x, *parts)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         grad, (x, *parts) = grads[0], ctx.saved_tensors
         if grad is None:
             return None, None, None
@@ -152,7 +152,7 @@ class _SpectralMapForward(_SpectralMap):
     """With forward mode, which Dynamo does not trace."""
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         _, *parts = ctx.saved_tensors
         differential = _singular_differential if ctx.singular else _eigen_differential
         return differential(tangent, *parts), *(None for _ in parts)

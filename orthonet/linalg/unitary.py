@@ -185,8 +185,8 @@ def unitary_polar(w: Tensor) -> Tensor:
     if w.shape[-2] < w.shape[-1]:
         return unitary_polar(w.mH).mH
     if in_transform(w):
-        return _Transformed.apply(w)[0]  # type: ignore[index]
-    return torch.ops.orthonet.unitary_polar(w)[0]  # type: ignore[no-any-return]
+        return _Transformed.apply(w)[0]
+    return torch.ops.orthonet.unitary_polar(w)[0]
 
 
 def _polar_parts(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,7 +253,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
-    return torch.ops.orthonet.unitary_polar_backward(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
+    return torch.ops.orthonet.unitary_polar_backward(grad, *ctx.saved_tensors)
 
 
 _unitary_polar.register_autograd(_backward, setup_context=_setup)
@@ -278,4 +278,4 @@ class _Transformed(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], w: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _Transformed.apply(w.movedim(in_dims[0], 0)), (0, 0, 0)  # type: ignore[return-value]
+        return _Transformed.apply(w.movedim(in_dims[0], 0)), (0, 0, 0)

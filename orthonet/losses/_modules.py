@@ -267,7 +267,7 @@ class TRADESLoss(_Loss):
     def __init__(self, beta: float = 1.0, reduction: str = "mean"):
         self._keep(beta=beta, reduction=reduction)
 
-    def forward(self, logits: Tensor, perturbed: Tensor, target: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, logits: Tensor, perturbed: Tensor, target: Tensor) -> Tensor:
         """Return the loss of clean and perturbed scores and of targets."""
         return _regularized.trades(
             logits, perturbed, target, beta=self.beta, reduction=self.reduction

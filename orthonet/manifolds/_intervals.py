@@ -142,7 +142,7 @@ class _Scaled:
 
     def inverse(self, x: Tensor) -> Tensor:
         inner = ((x - self.middle) / self.half).clamp(-1.0, 1.0)
-        return self.f.inverse(inner) * self.half  # type: ignore[attr-defined]
+        return self.f.inverse(inner) * self.half
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,16 @@ from orthonet.linalg.packing import pack_skew, pack_symmetric, unpack_skew, unpa
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._parametrization import Parametrization
 
-__all__ = ["Rn", "Skew", "Sym", "Symmetric", "relative", "square_problem"]
+__all__ = [
+    "LinearParametrization",
+    "Rn",
+    "Skew",
+    "Sym",
+    "Symmetric",
+    "VectorSpace",
+    "relative",
+    "square_problem",
+]
 
 
 def relative(distance: Tensor, x: Tensor) -> Tensor:
@@ -29,7 +38,7 @@ def square_problem(shape: Sequence[int]) -> str | None:
 
 
 @dataclass(frozen=True)
-class _VectorSpace(Manifold):
+class VectorSpace(Manifold):
     """A linear subspace of the tensors: geodesics are straight lines."""
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
@@ -87,7 +96,7 @@ class _VectorSpace(Manifold):
 
 
 @dataclass(frozen=True)
-class Rn(_VectorSpace):
+class Rn(VectorSpace):
     r"""All tensors: no constraint. Each one counts as a single point whatever its shape."""
 
     event_ndim = 0
@@ -110,7 +119,7 @@ class Rn(_VectorSpace):
 
 
 @dataclass(frozen=True)
-class Symmetric(_VectorSpace):
+class Symmetric(VectorSpace):
     r"""Symmetric (complex: Hermitian) matrices, \(X = X^*\), of dimension n (n + 1) / 2."""
 
     has_complex = True
@@ -146,7 +155,7 @@ Sym = Symmetric
 
 
 @dataclass(frozen=True)
-class Skew(_VectorSpace):
+class Skew(VectorSpace):
     r"""Skew-symmetric (complex: skew-Hermitian) matrices, the Lie algebra of SO(n) (of U(n))."""
 
     def _shape_problem(self, shape: Sequence[int]) -> str | None:
@@ -186,9 +195,9 @@ class LinearParametrization(Parametrization):
         lower: The coordinates are the entries of the lower triangle (else of the upper one).
     """
 
-    space: _VectorSpace
+    space: VectorSpace
 
-    def __init__(self, space: _VectorSpace, shape: Sequence[int], lower: bool = True) -> None:
+    def __init__(self, space: VectorSpace, shape: Sequence[int], lower: bool = True) -> None:
         super().__init__(space, shape)
         self.lower = lower
 

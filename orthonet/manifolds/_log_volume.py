@@ -72,7 +72,7 @@ def _by_differentiation(p: Frames, coordinates: Tensor) -> Tensor:
             )[1]
         )
     q = p._point(coordinates)
-    moves = torch.stack(columns) if columns else q.new_zeros(0, *q.shape)  # type: ignore[arg-type]
+    moves = torch.stack(columns) if columns else q.new_zeros(0, *q.shape)
     q, moves = (q.mT, moves.mT) if p.transposed else (q, moves)
     inner = q.mT @ moves
     rows = (moves - q @ inner).flatten(-2)

@@ -215,7 +215,7 @@ class Parametrization(nn.Module, abc.ABC):
             jacobian = torch.autograd.functional.jacobian(
                 lambda c, i=i: single(c, i), flat[i], create_graph=coordinates.requires_grad
             )
-            j = jacobian.reshape(-1, math.prod(flat.shape[1:]))  # type: ignore[union-attr]
+            j = jacobian.reshape(-1, math.prod(flat.shape[1:]))
             volumes.append(0.5 * torch.linalg.slogdet(j.mT @ j).logabsdet)
         return torch.stack(volumes).reshape(self.batch_shape)
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg import cayley, polar, rotation_logarithm
+from orthonet.linalg import cayley, polar
+from orthonet.linalg.logarithm import rotation_logarithm
 from orthonet.linalg.packing import pack_skew, unpack_skew
 from orthonet.linalg.rotation import polished, skew_exponential
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg import haar, polar, rotation_logarithm
+from orthonet.linalg import haar, polar
+from orthonet.linalg.logarithm import rotation_logarithm
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.linalg.rotation import frame_cayley, frame_exponential, polished
 from orthonet.manifolds._base import Manifold

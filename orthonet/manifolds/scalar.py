@@ -133,7 +133,7 @@ class ScalarMap:
                 f"The names are {', '.join(named)}",
                 f=f,
             )
-            self._f, self._inverse = f  # type: ignore[misc]
+            self._f, self._inverse = f
             self.name = getattr(self._f, "__name__", "own")
 
     def __call__(self, s: Tensor) -> Tensor:

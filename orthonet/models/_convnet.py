@@ -16,6 +16,8 @@ from orthonet.models._parts import activation_of, dense_layers, scaled, sizes_of
 from orthonet.models._registry import register
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
+__all__ = ["convnet", "convnet_digits", "convnet_images", "convnet_mnist"]
+
 
 @register
 def convnet(
@@ -76,9 +78,12 @@ def convnet(
     )
     shape, widths = tuple(in_shape), tuple(channels)
     _checks.require(
-        len(shape) == 3, owner, "in_shape must be (channels, height, width)",
-        "Give all three", in_shape=in_shape,
-    )  # fmt: skip
+        len(shape) == 3,
+        owner,
+        "in_shape must be (channels, height, width)",
+        "Give all three",
+        in_shape=in_shape,
+    )
     _checks.require(
         len(widths) == len(kernel_sizes) == len(strides) > 0,
         owner,
@@ -100,9 +105,13 @@ def convnet(
         depth = out
         height, width = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
         _checks.require(
-            min(height, width) >= 1, owner, f"the image must survive convolution {i}",
-            "Use larger images or fewer strides", in_shape=in_shape, strides=strides,
-        )  # fmt: skip
+            min(height, width) >= 1,
+            owner,
+            f"the image must survive convolution {i}",
+            "Use larger images or fewer strides",
+            in_shape=in_shape,
+            strides=strides,
+        )
     features = depth * height * width
     dense = dense_layers(
         owner, features, tuple(hidden), num_classes, activation, head, ortho_params
@@ -168,8 +177,13 @@ def convnet_images(
         ([8, 8, 16, 16, 32], 2240)
     """
     owner, shape = "convnet_images", tuple(in_shape)
-    _checks.require(len(shape) == 3, owner, "in_shape must be (channels, height, width)",
-                    "Give all three", in_shape=in_shape)  # fmt: skip
+    _checks.require(
+        len(shape) == 3,
+        owner,
+        "in_shape must be (channels, height, width)",
+        "Give all three",
+        in_shape=in_shape,
+    )
     _checks.positive_int(owner, width=width, widest=widest, depth=depth, smallest=smallest)
     side = min(shape[1:])
     patch = 1 << max(0, math.ceil(math.log2(max(1, side) / 64))) if patch is None else patch
@@ -183,6 +197,11 @@ def convnet_images(
         side //= 2
     channels, kernel_sizes, strides = zip(*layers, strict=True)
     return convnet(
-        shape, num_classes, channels=channels, kernel_sizes=kernel_sizes, strides=strides,
-        hidden=hidden, **arguments,
-    )  # fmt: skip
+        shape,
+        num_classes,
+        channels=channels,
+        kernel_sizes=kernel_sizes,
+        strides=strides,
+        hidden=hidden,
+        **arguments,
+    )

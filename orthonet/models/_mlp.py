@@ -13,6 +13,8 @@ from orthonet.models._parts import dense_layers, scaled, sizes_of, widths_of
 from orthonet.models._registry import register
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
+__all__ = ["mlp", "mlp_digits"]
+
 
 @register
 def mlp(

@@ -10,6 +10,8 @@ from orthonet import _checks
 from orthonet.layers import Abs, GroupSort, MaxMin, OrthoLinear, Scale, UnitNormLinear
 from orthonet.reparametrizers import OrthoParams
 
+__all__ = ["activation_of", "dense_layers", "scaled", "widths_of"]
+
 ACTIVATIONS = {"max_min": MaxMin, "group_sort": GroupSort, "abs": Abs}
 HEADS = ("ortho", "unit_norm")
 

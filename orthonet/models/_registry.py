@@ -11,6 +11,8 @@ from torch import nn
 
 from orthonet import _checks
 
+__all__ = ["create", "list_models", "register"]
+
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -55,9 +57,11 @@ def create(name: str, **arguments: Any) -> nn.Module:
         inspect.signature(_MODELS[name]).bind(**arguments)
     except TypeError as error:
         _checks.fail(
-            "create", f"arguments must be those of orthonet.models.{name}",
-            f"Write them as keywords, {error}", arguments=arguments,
-        )  # fmt: skip
+            "create",
+            f"arguments must be those of orthonet.models.{name}",
+            f"Write them as keywords, {error}",
+            arguments=arguments,
+        )
     return _MODELS[name](**arguments)
 
 

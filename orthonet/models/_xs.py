@@ -23,6 +23,8 @@ from orthonet.models._parts import scaled
 from orthonet.models._registry import register
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
+__all__ = ["convnet_xs"]
+
 
 @register
 def convnet_xs(
@@ -77,15 +79,22 @@ def convnet_xs(
     _checks.positive_int(owner, width=width, depth=depth, num_classes=num_classes)
     square = len(shape) == 3 and shape[1] == shape[2] and shape[1].bit_count() == 1 < shape[1]
     _checks.require(
-        square, owner, "in_shape must be (channels, side, side), side a power of 2 above 1",
-        "Pad the images", in_shape=in_shape,
-    )  # fmt: skip
+        square,
+        owner,
+        "in_shape must be (channels, side, side), side a power of 2 above 1",
+        "Pad the images",
+        in_shape=in_shape,
+    )
     blocks = shape[1].bit_length() - 1
     _checks.require(
-        width % 2 == 0 and shape[0] <= width and num_classes <= width * 2**blocks, owner,
+        width % 2 == 0 and shape[0] <= width and num_classes <= width * 2**blocks,
+        owner,
         "width must be even, with room for the channels of the input and for the classes",
-        "Use a larger one", width=width, in_shape=in_shape, num_classes=num_classes,
-    )  # fmt: skip
+        "Use a larger one",
+        width=width,
+        in_shape=in_shape,
+        num_classes=num_classes,
+    )
     layers: dict[str, nn.Module] = {}
     if shape[0] < width:
         layers["zeros"] = nn.ZeroPad3d((0, 0, 0, 0, 0, width - shape[0]))

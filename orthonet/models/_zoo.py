@@ -75,20 +75,29 @@ def convnet_zoo(
     shape = tuple(in_shape)
     _checks.one_of(owner, available("conv"), layer=layer)
     _checks.require(
-        len(shape) == 3, owner, "in_shape must be (channels, height, width)",
-        "Give all three", in_shape=in_shape,
-    )  # fmt: skip
+        len(shape) == 3,
+        owner,
+        "in_shape must be (channels, height, width)",
+        "Give all three",
+        in_shape=in_shape,
+    )
     _checks.positive_int(owner, width=width, depth=depth, hidden=hidden, num_classes=num_classes)
     _checks.require(
-        width % 2 == 0 and hidden % 2 == 0, owner, "width and hidden must be even, MaxMin works on "
-        "pairs", "Add one", width=width, hidden=hidden,
-    )  # fmt: skip
+        width % 2 == 0 and hidden % 2 == 0,
+        owner,
+        "width and hidden must be even, MaxMin works on pairs",
+        "Add one",
+        width=width,
+        hidden=hidden,
+    )
     first = 2 if min(shape[1:]) < 16 else 4
     _checks.require(
-        all(n % first == 0 and (n // first) >= 2 for n in shape[1:]), owner,
+        all(n % first == 0 and (n // first) >= 2 for n in shape[1:]),
+        owner,
         f"height and width must be divisible by {first} and at least {2 * first}",
-        "Pad the images", in_shape=in_shape,
-    )  # fmt: skip
+        "Pad the images",
+        in_shape=in_shape,
+    )
     layers: dict[str, nn.Module] = {"rearrange1": SpaceToDepth2d(first)}
     channels = shape[0] * first**2
     height, wide = (n // first for n in shape[1:])

@@ -128,7 +128,7 @@ class StiefelOptimizer(Optimizer):
         _checks.in_range(self, 0.0, float("inf"), weight_decay=decay)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step with the gradients of now.
 
         Args:

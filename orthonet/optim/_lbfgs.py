@@ -107,7 +107,7 @@ class RiemannianLBFGS(RiemannianOptimizer):
         ]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[[], Any]) -> Any:
         """Take up to `max_iter` iterations.
 
         Args:

@@ -81,7 +81,7 @@ class RiemannianOptimizer(Optimizer):
         _checks.in_range(self, 0.0, float("inf"), weight_decay=group["weight_decay"])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step with the gradients of now.
 
         Args:

@@ -12,7 +12,6 @@ from orthonet.reparametrizers._parameter_groups import parameter_groups
 from orthonet.reparametrizers._polar import BatchedPolarOrthogonalization
 from orthonet.reparametrizers._spectral import FourierWeight
 from orthonet.reparametrizers.groups import fuse, unfuse
-from orthonet.reparametrizers.kernel_geometry import KernelGeometry
 from orthonet.reparametrizers.orthogonal import OrthoWeight
 from orthonet.reparametrizers.orthogonalizers import (
     BatchedBjorckOrthogonalization,
@@ -43,14 +42,13 @@ from orthonet.reparametrizers.providers import (
     invalidate,
     share_among_ranks,
 )
-from orthonet.reparametrizers.recorded import RecordedWeight
 from orthonet.reparametrizers.registration import (
     CachedParametrizationList,
     adopt,
     register,
     remove,
 )
-from orthonet.reparametrizers.weight import Composition, Provider, Weight, caching
+from orthonet.reparametrizers.weight import Weight, caching
 
 __all__ = [
     "AUTO_ORTHO_PARAMS",
@@ -61,7 +59,6 @@ __all__ = [
     "DEFAULT_TEST_ORTHO_PARAMS",
     "EXP_ORTHO_PARAMS",
     "KERNEL_METHODS",
-    "KernelGeometry",
     "POLAR_ORTHO_PARAMS",
     "POLAR_WARM_ORTHO_PARAMS",
     "QR_ORTHO_PARAMS",
@@ -74,7 +71,6 @@ __all__ = [
     "BatchedQROrthogonalization",
     "CachedParametrizationList",
     "ClassParam",
-    "Composition",
     "FourierWeight",
     "L2Normalize",
     "MappedWeight",
@@ -83,9 +79,7 @@ __all__ = [
     "OrthoWeight",
     "Orthogonalizer",
     "Presets",
-    "Provider",
     "REEVALUATING_OPTIMIZERS",
-    "RecordedWeight",
     "ReshapedKernel",
     "Weight",
     "adopt",

@@ -230,7 +230,7 @@ class OrthoKernel(Weight):
             tuple(stride),
             0,
             tuple(dilation),
-            geometry.groups,  # type: ignore[arg-type]
+            geometry.groups,
         )
 
     def prefers_factors(self, pixels: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -124,7 +126,7 @@ class _Problem:
 
     def sweep_bases(self, seen: Tensor, start: Tensor, factors: KernelFactors) -> KernelFactors:
         """Improve each basis in turn, the others held."""
-        bases = factors.bases.clone()  # type: ignore[union-attr]
+        bases = cast(Tensor, factors.bases).clone()
         weights = factors.weights.clone() if factors.weights is not None else None
         behind = [seen]  # behind[-1 - i]: the target with factors i + 1, ... undone
         for index in reversed(range(1, len(self.dims))):
@@ -319,10 +321,11 @@ def _fit(
         if least <= enough or least > _FAR:
             break
         drawn = (
-            None if value is None
+            None
+            if value is None
             else haar(value.shape, dtype=value.dtype, generator=generator).to(value.device)
             for value in best[:3]
-        )  # fmt: skip
+        )
         factors, distance = problem.improve(KernelFactors(*drawn, weights=best.weights), sweeps)
         if distance < least:
             best, least = factors, distance

@@ -56,12 +56,19 @@ def parameter_groups(
         van Laarhoven, *L2 regularization versus batch and weight normalization*, arXiv:1706.05350.
     """
     _checks.require(
-        isinstance(model, nn.Module), "parameter_groups", "model must be a torch.nn.Module",
-        "Pass the module, not its parameters", model=type(model),
-    )  # fmt: skip
+        isinstance(model, nn.Module),
+        "parameter_groups",
+        "model must be a torch.nn.Module",
+        "Pass the module, not its parameters",
+        model=type(model),
+    )
     constrained_lr = lr if constrained_lr is None else constrained_lr
-    values = {"lr": lr, "weight_decay": weight_decay, "constrained_lr": constrained_lr,
-              "constrained_weight_decay": constrained_weight_decay}  # fmt: skip
+    values = {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "constrained_lr": constrained_lr,
+        "constrained_weight_decay": constrained_weight_decay,
+    }
     for name, value in values.items():
         _checks.in_range("parameter_groups", 0.0, float("inf"), **{name: value})
     raw = {
@@ -85,7 +92,10 @@ def parameter_groups(
         if params
     ]
     _checks.require(
-        bool(groups), "parameter_groups", "some parameter must require a gradient",
-        "Call model.requires_grad_()", parameters=len(list(model.parameters())),
-    )  # fmt: skip
+        bool(groups),
+        "parameter_groups",
+        "some parameter must require a gradient",
+        "Call model.requires_grad_()",
+        parameters=len(list(model.parameters())),
+    )
     return groups

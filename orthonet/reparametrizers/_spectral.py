@@ -56,7 +56,7 @@ class FourierWeight(Weight):
         self.original = nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype))
         self.reset_parameters()
 
-    def forward(self, size: tuple[int, int]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, size: tuple[int, int]) -> Tensor:
         """Return the blocks on a torus of this height and width."""
         if torch.compiler.is_compiling() or not self.may_be_kept():
             return self._blocks(size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class KernelFactors(NamedTuple):
 
     def one(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Basis and weights of one projector."""
-        base = self.bases[:, index]  # type: ignore[index]
+        base = cast(Tensor, self.bases)[:, index]
         return base, None if self.weights is None else self.weights[:, index]
 
 
@@ -84,11 +84,15 @@ class KernelGeometry:
         delays = tuple(max(k - s, 0) for k, s in pairs)
         derived = {
             "shape": torch.Size((self.out_channels, inner, *self.kernel_size)),
-            "out": out, "inner": inner, "block": block, "contracting": contracting,
-            "channels": channels, "delays": delays,
+            "out": out,
+            "inner": inner,
+            "block": block,
+            "contracting": contracting,
+            "channels": channels,
+            "delays": delays,
             "dims": tuple(d for d, count in enumerate(delays) for _ in range(count)),
             "rank": channels if self.ranks == "free" else channels // 2,
-        }  # fmt: skip
+        }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         taps = self.block if self.contracting else (1,) * len(self.stride)
@@ -113,9 +117,11 @@ class KernelGeometry:
     def repeated(self, count: int) -> KernelGeometry:
         """That of as many kernels of this geometry as one kernel with more groups."""
         return dataclasses.replace(
-            self, out_channels=self.out_channels * count, in_channels=self.in_channels * count,
+            self,
+            out_channels=self.out_channels * count,
+            in_channels=self.in_channels * count,
             groups=self.groups * count,
-        )  # fmt: skip
+        )
 
     def compose_all(self, values: Sequence[Tensor], scores: Sequence[Tensor], count: int) -> Tensor:
         """The kernels of `count` sets of factors, (count, *shape), gain included.

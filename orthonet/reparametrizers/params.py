@@ -77,9 +77,14 @@ _TESTED = (  # by the library; to try them would cost each process a fifth of a 
     BatchedQROrthogonalization,
 )
 _OF_A_USER = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
     ValueError,
-)  # fmt: skip
+)
 _ALLOWED = 3.5e-4  # of singular values from 1, in float32, as for an assigned weight
 
 

@@ -79,8 +79,10 @@ def load_plain(
             warn_projected(
                 type(self).__name__,
                 f"a plain {name} was loaded and projected onto its constraint",
-                value.dtype, relative_distance=moved, shape=tuple(value.shape),
-            )  # fmt: skip
+                value.dtype,
+                relative_distance=moved,
+                shape=tuple(value.shape),
+            )
     base: Any = type(self).__bases__[0]
     base._load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -93,7 +95,9 @@ def warn_projected(owner: object, what: str, dtype: torch.dtype, **values: Any) 
     if moved <= torch.finfo(dtype).eps ** 0.5:
         return
     sentence = _checks.message(
-        owner, what, "Fine-tune, or load a checkpoint of this class to keep its weights exactly",
+        owner,
+        what,
+        "Fine-tune, or load a checkpoint of this class to keep its weights exactly",
         **{**values, name: round(moved, 6)},
-    )  # fmt: skip
+    )
     warnings.warn(sentence, ProjectionWarning, stacklevel=3)

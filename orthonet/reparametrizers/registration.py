@@ -21,7 +21,7 @@ from orthonet._torch import without_autocast
 from orthonet.reparametrizers.plain_values import load_plain, reset_parameters, start
 from orthonet.reparametrizers.weight import Weight
 
-__all__ = ["CachedParametrizationList", "adopt", "register", "remove"]
+__all__ = ["CachedParametrizationList", "adopt", "bake", "register", "remove"]
 
 
 class CachedParametrizationList(Weight, ParametrizationList):
@@ -54,9 +54,12 @@ class CachedParametrizationList(Weight, ParametrizationList):
         """Make `w` the value of the tensor."""
         shape = self.shape
         _checks.require(
-            w.shape == shape, owner or self, f"the tensor must have shape {tuple(shape)}",
-            "Reshape it, or constrain a tensor of that shape", weight=w,
-        )  # fmt: skip
+            w.shape == shape,
+            owner or self,
+            f"the tensor must have shape {tuple(shape)}",
+            "Reshape it, or constrain a tensor of that shape",
+            weight=w,
+        )
         self.right_inverse(w)
 
     @torch.no_grad()
@@ -80,7 +83,7 @@ class CachedParametrizationList(Weight, ParametrizationList):
         In place where the shape stays, so that an optimizer and DistributedDataParallel keep
         their tensor; nothing is written when a parametrization refuses `value`.
         """
-        stages = [self[index] for index in range(len(self))]
+        stages: list[Any] = [self[index] for index in range(len(self))]
         for stage in reversed(stages):
             _checks.require(
                 hasattr(stage, "right_inverse"),
@@ -88,7 +91,7 @@ class CachedParametrizationList(Weight, ParametrizationList):
                 "a tensor can be assigned only if every parametrization has right_inverse",
                 "Add the method, or change the originals in module.parametrizations",
             )
-            value = stage.right_inverse(value)  # type: ignore[operator]
+            value = stage.right_inverse(value)
         names = ["original"] if self.is_tensor else [f"original{i}" for i in range(self.ntensors)]
         values = [value] if isinstance(value, Tensor) else list(value)
         originals = [getattr(self, name) for name in names]
@@ -120,21 +123,29 @@ class _SharedType(type):
             super().__delattr__(name)
 
 
+def _entry(module: nn.Module, name: str) -> parametrize.ParametrizationList | None:
+    """The list that constrains the tensor `name`; None if nothing does."""
+    lists = module._modules.get("parametrizations")
+    if lists is None or name not in lists._modules:
+        return None
+    return cast(parametrize.ParametrizationList, lists._modules[name])
+
+
 def _constrained(name: str) -> property:
     """The property that reads and assigns the constrained tensor `name`."""
 
     def read(module: nn.Module) -> Any:
-        lists = module._modules.get("parametrizations")
-        if lists is not None and name in lists._modules:
-            return lists._modules[name]()  # type: ignore[misc]
+        entry = _entry(module, name)
+        if entry is not None:
+            return entry()
         return nn.Module.__getattr__(module, name)  # constrained in other modules of this class
 
     def assign(module: nn.Module, value: Any) -> None:
-        lists = module._modules.get("parametrizations")
-        if lists is not None and name in lists._modules:
+        entry = _entry(module, name)
+        if entry is not None:
             owner = type(module).__name__.removeprefix("Parametrized")
             _checks.tensor(owner, **{name: value})
-            lists._modules[name].right_inverse(value)  # type: ignore[union-attr, operator]
+            entry.right_inverse(value)
         else:
             vars(module)[name] = value
 
@@ -148,8 +159,10 @@ def _rebuild(base: type[nn.Module], names: tuple[str, ...], args: tuple[Any, ...
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """For pickle and deepcopy: the class is found or made again, from the one it extends."""
-    base, names = type(self).__bases__[0], tuple(self.parametrizations)  # type: ignore[arg-type]
-    _, (_, *args), state, *rest = base.__reduce_ex__(self, max(protocol, 2))  # type: ignore[call-arg, misc]
+    base = type(self).__bases__[0]
+    names = tuple(self.get_submodule("parametrizations")._modules)
+    reduced = super(type(self), self).__reduce_ex__(max(protocol, 2))
+    _, (_, *args), state, *rest = cast(tuple[Any, ...], reduced)
     weights = state.get("_flat_weights") if isinstance(state, dict) else None
     if weights is not None:  # of an RNN: what it has read last, which it compares before use
         own = [None, *self._parameters.values(), *self._buffers.values()]
@@ -163,7 +176,7 @@ def _shared_class(base: type[nn.Module], names: Iterable[str]) -> type[nn.Module
     key = tuple(sorted(names))
     for known in type.__subclasses__(base):
         if isinstance(known, _SharedType) and vars(known).get("_constrained_names") == key:
-            return known  # type: ignore[return-value]
+            return cast(type[nn.Module], known)
     meta = type(base)
     if not issubclass(meta, _SharedType):
         meta = _SharedType if meta is type else type(meta.__name__, (_SharedType, meta), {})
@@ -177,7 +190,7 @@ def _shared_class(base: type[nn.Module], names: Iterable[str]) -> type[nn.Module
     }
     if hasattr(base, "reset_parameters"):
         content["reset_parameters"] = reset_parameters
-    return meta(f"Parametrized{base.__name__}", (base,), content)  # type: ignore[return-value]
+    return cast(type[nn.Module], meta(f"Parametrized{base.__name__}", (base,), content))
 
 
 def _adopt(module: nn.Module) -> None:
@@ -287,7 +300,7 @@ def register(
     if not is_parametrized(module):
         module.parametrizations = nn.ModuleDict()
         module.__class__ = _shared_class(base, ())
-    module.parametrizations[tensor_name] = entry  # type: ignore[index, operator]
+    cast(nn.ModuleDict, module.parametrizations)[tensor_name] = entry
     _adopt(module)
     return module
 
@@ -314,8 +327,10 @@ def remove(module: nn.Module, tensor_name: str, *, keep_value: bool = True) -> n
         "See module.parametrizations",
         tensor_name=tensor_name,
     )
-    entry: Any = module.parametrizations[tensor_name]  # type: ignore[index]
-    entry.caching = False  # or the parameter would share the memory of a weight that others hold
+    entry = _entry(module, tensor_name)
+    if isinstance(entry, CachedParametrizationList):
+        # or the parameter would share the memory of a weight that others hold
+        entry.caching = False
     parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=keep_value)
     if is_parametrized(module):
         _adopt(module)

@@ -183,10 +183,14 @@ def _suits(y: Any, x: Tensor) -> bool:
 
 
 def fuzz_certificates(
-    graphs: int | None = None, *, seconds: float | None = None, seed: int = 0,
-    operations: Sequence[str] | None = None, direct: bool = False,
+    graphs: int | None = None,
+    *,
+    seconds: float | None = None,
+    seed: int = 0,
+    operations: Sequence[str] | None = None,
+    direct: bool = False,
     progress: Callable[[FuzzReport], None] | None = None,
-) -> FuzzReport:  # fmt: skip
+) -> FuzzReport:
     """Try the bounds of random graphs over all operations that `certify` knows.
 
     Arguments of the operations are random, some at extremes of scale or beyond the ends of a
@@ -213,15 +217,21 @@ def fuzz_certificates(
         []
     """
     _checks.require(
-        graphs is not None or seconds is not None, "fuzz_certificates",
-        "the number of graphs or the time must be given", "Pass graphs=100 or seconds=60",
-        graphs=graphs, seconds=seconds,
-    )  # fmt: skip
+        graphs is not None or seconds is not None,
+        "fuzz_certificates",
+        "the number of graphs or the time must be given",
+        "Pass graphs=100 or seconds=60",
+        graphs=graphs,
+        seconds=seconds,
+    )
     records = [pair for pair in _samplers() if operations is None or pair[0] in operations]
     _checks.require(
-        bool(records), "fuzz_certificates", "operations must name records with random arguments",
-        "Leave it out for all of them", operations=operations,
-    )  # fmt: skip
+        bool(records),
+        "fuzz_certificates",
+        "operations must name records with random arguments",
+        "Leave it out for all of them",
+        operations=operations,
+    )
     report = FuzzReport()
     start, number = time.monotonic(), 0
     while (graphs is None or number < graphs) and (
@@ -272,12 +282,12 @@ def _certified(drawn: list[_Graph], direct: bool) -> tuple[list[float], bool]:
     effort = ("default", "fast", "tight")[drawn[0].seed % 3]
     x = torch.zeros(1, *drawn[0].shape, dtype=torch.float64)
     if direct:
-        with torch.no_grad(), with_effort(effort):  # type: ignore[arg-type]
+        with torch.no_grad(), with_effort(effort):
             walker = _traced(model, x)
             if walker is not None:
                 bounds = [0.0 if s is None else walker.bound_of(s).value for s in walker.outputs]
                 return bounds, walker.bound.kind == "exact"
-    found = certify(model, x, effort=effort, lower=False)  # type: ignore[arg-type]
+    found = certify(model, x, effort=effort, lower=False)
     return [bound.value for bound in found.outputs], found.constant.kind == "exact"
 
 
@@ -306,7 +316,7 @@ def _traced(model: nn.Module, x: Tensor) -> Walker | None:
     outputs = nodes[-1].args[0]
     outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
     constants = {n: getattr(traced, str(n.target)) for n in nodes if n.op == "get_attr"}
-    program = Program([], inputs, outputs, constants, marker.calls, samples=(batch,))  # type: ignore[arg-type]
+    program = Program([], inputs, outputs, constants, marker.calls, samples=(batch,))
     program.graph, program.batch = graph, str(BATCH)
     for node in nodes:
         mark = mark_of(node)
@@ -315,7 +325,7 @@ def _traced(model: nn.Module, x: Tensor) -> Walker | None:
     program.moving = moving(graph.nodes, inputs)
     decompose(graph, [n for n in nodes if n in program.moving and n.op == "call_function"])
     outputs = list(graph.nodes)[-1].args[0]
-    program.outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]  # type: ignore[list-item]
+    program.outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
     program.moving = moving(graph.nodes, inputs)
     seen, stack = set(), list(program.outputs)
     while stack:

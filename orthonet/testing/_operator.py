@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from orthonet._checks import positive_int, require
 
-__all__ = ["dense_operator", "jacobian", "orthogonality_error", "singular_values"]
+__all__ = [
+    "Map",
+    "dense_operator",
+    "factory_kwargs",
+    "jacobian",
+    "orthogonality_error",
+    "preserved",
+    "singular_values",
+]
 
 Map = Callable[[Tensor], Tensor]
 

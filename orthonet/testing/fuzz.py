@@ -19,9 +19,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="how long to try")
     parser.add_argument("--graphs", type=int, help="how many graphs to try")
     parser.add_argument("--seed", type=int, default=0, help="the seed of the first graph")
+    parser.add_argument("--operations", nargs="+", help="draw from these only, such as relu mul")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
-    parser.add_argument("--direct", action="store_true",
-                        help="trace without torch.export: ten times as many graphs")  # fmt: skip
+    parser.add_argument(
+        "--direct", action="store_true", help="trace without torch.export: ten times as many graphs"
+    )
     options = parser.parse_args(arguments)
     if options.seconds is None and options.graphs is None:
         options.seconds = 120.0
@@ -40,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.graphs,
             seconds=options.seconds,
             seed=options.seed,
+            operations=options.operations,
             direct=options.direct,
             progress=progress,
         )

@@ -46,22 +46,49 @@ class Computed(nn.Module):
 
 NETS = {
     "linear": (lambda: nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 4)), (12,)),
-    "orthogonal": (lambda: nn.Sequential(layers.OrthoLinear(8, 8), layers.MaxMin(),
-                                         layers.OrthoLinear(8, 3)), (8,)),
-    "convolutions": (lambda: nn.Sequential(
-        layers.OrthoConv2d(2, 4, 3, padding=1), layers.MaxMin(),
-        layers.OrthoConv2d(4, 8, 3, 2, padding=1), nn.BatchNorm2d(8),
-        layers.OrthoConv2d(8, 8, 3, padding=1, groups=2), layers.MaxMin(), nn.Flatten(),
-        layers.OrthoLinear(72, 4)), (2, 6, 6)),
-    "transposed": (lambda: nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.ReLU(),
-                                         nn.ConvTranspose2d(4, 2, 3, 2), nn.Flatten()), (1, 7, 7)),
-    "pools": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(),
-                                    nn.LayerNorm(16, eps=0.1), nn.Linear(16, 3)), (2, 6, 6)),
-    "zoo": (lambda: nn.Sequential(layers.SLLLinear(6, 6), layers.AOLLinear(6, 6), nn.ReLU(),
-                                  layers.SandwichLinear(6, 4)), (6,)),
+    "orthogonal": (
+        lambda: nn.Sequential(layers.OrthoLinear(8, 8), layers.MaxMin(), layers.OrthoLinear(8, 3)),
+        (8,),
+    ),
+    "convolutions": (
+        lambda: nn.Sequential(
+            layers.OrthoConv2d(2, 4, 3, padding=1),
+            layers.MaxMin(),
+            layers.OrthoConv2d(4, 8, 3, 2, padding=1),
+            nn.BatchNorm2d(8),
+            layers.OrthoConv2d(8, 8, 3, padding=1, groups=2),
+            layers.MaxMin(),
+            nn.Flatten(),
+            layers.OrthoLinear(72, 4),
+        ),
+        (2, 6, 6),
+    ),
+    "transposed": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3, 2), nn.ReLU(), nn.ConvTranspose2d(4, 2, 3, 2), nn.Flatten()
+        ),
+        (1, 7, 7),
+    ),
+    "pools": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.LayerNorm(16, eps=0.1),
+            nn.Linear(16, 3),
+        ),
+        (2, 6, 6),
+    ),
+    "zoo": (
+        lambda: nn.Sequential(
+            layers.SLLLinear(6, 6), layers.AOLLinear(6, 6), nn.ReLU(), layers.SandwichLinear(6, 4)
+        ),
+        (6,),
+    ),
     "regions": (Regions, (6,)),
     "computed": (Computed, (6,)),
-}  # fmt: skip
+}
 
 
 def build(name):

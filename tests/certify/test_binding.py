@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from orthonet.certify import LipschitzCertificate, certified_accuracy, certify
-from orthonet.certify.graph.memory import digest
+from orthonet.certify.graph.outside import digest
 from orthonet.errors import UncertifiableError
 from orthonet.layers import MaxMin, OrthoLinear
 

@@ -44,9 +44,16 @@ def random_network() -> tuple[nn.Module, torch.Tensor]:
             pad = random.randint(0, taps - 1)
             mode = random.choice(["zeros", "circular"]) if pad else "zeros"
             blocks.append(
-                nn.Conv2d(channels, out, taps, random.choice([1, 1, 2]), pad,
-                          groups=random.choice([1, 2]), padding_mode=mode)
-            )  # fmt: skip
+                nn.Conv2d(
+                    channels,
+                    out,
+                    taps,
+                    random.choice([1, 1, 2]),
+                    pad,
+                    groups=random.choice([1, 2]),
+                    padding_mode=mode,
+                )
+            )
             channels = out
         elif choice == 1:
             blocks.append(nn.BatchNorm2d(channels))
@@ -173,14 +180,19 @@ def test_table_and_json():
     certificate = certify(model, torch.zeros(1, 3, 5, 5), effort="fast")
     table = certificate.table()
     assert [line.split()[1] for line in table.splitlines()[2:-1]] == [
-        "conv2d", "relu", "flatten", "linear",
-    ]  # fmt: skip
+        "conv2d",
+        "relu",
+        "flatten",
+        "linear",
+    ]
     assert "3x5x5" in table
     assert f"{certificate.constant.value:.9g}" in table.splitlines()[-1]
     content = json.loads(certificate.to_json())
     assert content["constant"] == {
-        "value": certificate.constant.value, "norm": "l2", "kind": "upper",
-    }  # fmt: skip
+        "value": certificate.constant.value,
+        "norm": "l2",
+        "kind": "upper",
+    }
     assert content["rows"][0]["method"] == "matrix 36x75"
     assert content["rows"][-1]["cumulative"] == certificate.constant.value
 
@@ -262,13 +274,14 @@ REFUSED = {
     "dropout": (lambda x: F.dropout(x, training=True), "function of its input alone|switched off"),
     "norm of order 1/2": (lambda x: x.norm(p=0.5, dim=1), "must be the Euclidean one"),
     "norm of order 1/2 in linalg": (
-        lambda x: torch.linalg.norm(x, ord=0.5, dim=1), "must be the Euclidean one",
+        lambda x: torch.linalg.norm(x, ord=0.5, dim=1),
+        "must be the Euclidean one",
     ),
     "bits": (lambda x: x.view(torch.int32), "float32 or float64|another dtype"),
     "half": (lambda x: x.half().float(), "operation='half'|float32 or float64"),
     "attribute T": (lambda x: x.T, "dim 0 must stay the batch"),
     "rounded": (lambda x: torch.div(x, 2.0, rounding_mode="floor"), "must not round"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -283,14 +296,18 @@ def test_refusals(name):
     ("module", "message"),
     [
         (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), "attention has no Lip"),
-        (lambda: Lambda(lambda x, f: f(x, x, x)[0],
-                        nn.MultiheadAttention(8, 2, batch_first=True)), "attention has no Lip"),
+        (
+            lambda: Lambda(
+                lambda x, f: f(x, x, x)[0], nn.MultiheadAttention(8, 2, batch_first=True)
+            ),
+            "attention has no Lip",
+        ),
         (lambda: nn.Sequential(nn.LazyLinear(3)), "weights must be initialized"),
         (lambda: nn.LayerNorm(8, eps=0.0), "must have a positive eps"),
         (lambda: Lambda(lambda x: torch.fft.rfft(x).abs()), "complex numbers have no rules"),
     ],
     ids=["encoder", "attention", "lazy", "layer norm", "complex"],
-)  # fmt: skip
+)
 def test_modules_that_are_refused(module, message):
     with pytest.raises(UncertifiableError, match=message):
         certify(module().eval(), torch.randn(1, 5, 8))

@@ -92,7 +92,7 @@ LINEAR = {
         (2, 4, 5),
     ),
     "convolution by patches": (lambda s, x: s.w[:4, :4] @ F.unfold(x, 2), (1, 4, 4)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -196,8 +196,11 @@ def test_the_state_of_a_recurrent_layer_is_refused_by_its_name():
 @pytest.mark.parametrize("scale", [1.0, 1e-170, 1e170])
 def test_many_blocks_are_bounded_by_their_frobenius_norms(scale):
     weight = scale * torch.randn(300, 2, 3, dtype=torch.float64)
-    found = certify(Fixed(lambda s, x: torch.einsum("bhi,hji->bhj", x, weight)).double().eval(),
-                    torch.zeros(1, 300, 3, dtype=torch.float64), lower=False)  # fmt: skip
+    found = certify(
+        Fixed(lambda s, x: torch.einsum("bhi,hji->bhj", x, weight)).double().eval(),
+        torch.zeros(1, 300, 3, dtype=torch.float64),
+        lower=False,
+    )
     truth = float(torch.linalg.matrix_norm(weight / scale, 2).max()) * scale
     # 1.09 was seen
     assert truth <= found.constant.value <= 1.5 * truth

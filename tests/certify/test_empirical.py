@@ -94,9 +94,12 @@ def test_attack_uses_the_radius_of_each_sample():
 
 def test_no_certificate_of_an_orthogonal_network_breaks():
     model = nn.Sequential(
-        layers.OrthoLinear(6, 32), layers.MaxMin(), layers.OrthoLinear(32, 16),
-        layers.GroupSort(4), layers.UnitNormLinear(16, 4),
-    ).eval()  # fmt: skip
+        layers.OrthoLinear(6, 32),
+        layers.MaxMin(),
+        layers.OrthoLinear(32, 16),
+        layers.GroupSort(4),
+        layers.UnitNormLinear(16, 4),
+    ).eval()
     x = torch.rand(100, 6)
     y = model(x).argmax(1)
     report = attack_certificate(model, certify(model, x), x, y)
@@ -117,8 +120,9 @@ def test_a_wrong_certificate_is_found_out():
 def test_the_ensemble_breaks_no_certificate():
     """Just inside the certified radius of each sample nothing changes, far outside much does."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), layers.OrthoLinear(25, 16), layers.MaxMin(),
-                          layers.UnitNormLinear(16, 5)).eval()  # fmt: skip
+    model = nn.Sequential(
+        nn.Flatten(), layers.OrthoLinear(25, 16), layers.MaxMin(), layers.UnitNormLinear(16, 5)
+    ).eval()
     x = torch.rand(6, 1, 5, 5)
     with torch.no_grad():
         logits = model(x)

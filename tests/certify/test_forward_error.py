@@ -12,16 +12,35 @@ from orthonet.certify import Bound, certify, register_rule
 from orthonet.errors import UncertifiableError
 
 NETS = {
-    "mlp": lambda: (nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.GELU(),
-                                  nn.Linear(64, 5)), (20,)),
-    "convolutions": lambda: (nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8),
-                                           nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, 2),
-                                           nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                                           nn.Linear(8, 4)), (3, 12, 12)),
-    "ours": lambda: (nn.Sequential(layers.OrthoConv2d(3, 8, 3, padding=1), layers.MaxMin(),
-                                   layers.SpaceToDepth2d(2), layers.L2NormPool(2),
-                                   nn.Flatten(), layers.OrthoLinear(288, 10)), (3, 12, 12)),
-}  # fmt: skip
+    "mlp": lambda: (
+        nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 5)),
+        (20,),
+    ),
+    "convolutions": lambda: (
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(8, 8, 3, 2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 4),
+        ),
+        (3, 12, 12),
+    ),
+    "ours": lambda: (
+        nn.Sequential(
+            layers.OrthoConv2d(3, 8, 3, padding=1),
+            layers.MaxMin(),
+            layers.SpaceToDepth2d(2),
+            layers.L2NormPool(2),
+            nn.Flatten(),
+            layers.OrthoLinear(288, 10),
+        ),
+        (3, 12, 12),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -19,11 +19,28 @@ from orthonet.testing.fuzz import main
 from tests.references import jacobian_reference
 
 ACTIVATIONS = (
-    nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Mish, nn.Softplus, nn.ELU, nn.Hardswish, nn.Sigmoid,
-    nn.SELU, nn.PReLU, nn.Softsign, nn.Tanhshrink, layers.Abs, lambda: nn.LeakyReLU(-1.5),
-    lambda: nn.GELU("tanh"), lambda: layers.GroupSort(2), layers.MaxMin, lambda: nn.Softmax(1),
-    lambda: nn.GroupNorm(2, 4, eps=0.1), nn.LogSigmoid,
-)  # fmt: skip
+    nn.ReLU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Mish,
+    nn.Softplus,
+    nn.ELU,
+    nn.Hardswish,
+    nn.Sigmoid,
+    nn.SELU,
+    nn.PReLU,
+    nn.Softsign,
+    nn.Tanhshrink,
+    layers.Abs,
+    lambda: nn.LeakyReLU(-1.5),
+    lambda: nn.GELU("tanh"),
+    lambda: layers.GroupSort(2),
+    layers.MaxMin,
+    lambda: nn.Softmax(1),
+    lambda: nn.GroupNorm(2, 4, eps=0.1),
+    nn.LogSigmoid,
+)
 
 
 class Mix(nn.Module):
@@ -66,18 +83,38 @@ def block() -> nn.Module:
         taps = random.choice([1, 2, 3])
         mode = random.choice(["zeros", "zeros", "circular", "reflect", "replicate"])
         groups = random.choice([1, 1, 2])
-        conv = nn.Conv2d(4, 4, taps, padding=taps // 2, padding_mode=mode, groups=groups,
-                         dilation=random.choice([1, 1, 2]))  # fmt: skip
+        conv = nn.Conv2d(
+            4,
+            4,
+            taps,
+            padding=taps // 2,
+            padding_mode=mode,
+            groups=groups,
+            dilation=random.choice([1, 1, 2]),
+        )
         return nn.Sequential(conv, nn.BatchNorm2d(4)) if kind == 2 else conv
     if kind == 3:
-        return random.choice([
-            nn.AvgPool2d(3, 1, 1), nn.MaxPool2d(3, 1, 1), nn.LPPool2d(2, 2, 1), nn.MaxPool2d(2, 1),
-            nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(3), nn.AdaptiveMaxPool2d(4),
-            nn.Upsample(scale_factor=1.5, mode="bilinear"), nn.Upsample(7, mode="nearest"),
-            nn.Upsample(5, mode="bicubic"), nn.ConvTranspose2d(4, 4, 3, 2, 1),
-            layers.L2NormPool(2, 1), layers.ScaledAvgPool(2, 1), nn.Conv2d(4, 4, 3, 2),
-            nn.ReflectionPad2d(1), nn.CircularPad2d((1, 0, 2, 1)), nn.BatchNorm2d(4),
-        ])  # fmt: skip
+        return random.choice(
+            [
+                nn.AvgPool2d(3, 1, 1),
+                nn.MaxPool2d(3, 1, 1),
+                nn.LPPool2d(2, 2, 1),
+                nn.MaxPool2d(2, 1),
+                nn.AvgPool2d(2),
+                nn.AdaptiveAvgPool2d(3),
+                nn.AdaptiveMaxPool2d(4),
+                nn.Upsample(scale_factor=1.5, mode="bilinear"),
+                nn.Upsample(7, mode="nearest"),
+                nn.Upsample(5, mode="bicubic"),
+                nn.ConvTranspose2d(4, 4, 3, 2, 1),
+                layers.L2NormPool(2, 1),
+                layers.ScaledAvgPool(2, 1),
+                nn.Conv2d(4, 4, 3, 2),
+                nn.ReflectionPad2d(1),
+                nn.CircularPad2d((1, 0, 2, 1)),
+                nn.BatchNorm2d(4),
+            ]
+        )
     if kind == 4:
         return random.choice(ACTIVATIONS)()
     branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))

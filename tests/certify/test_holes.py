@@ -70,14 +70,16 @@ def test_arguments_that_make_a_map_jump_or_grow_are_refused(name):
 
 RESIZED = {
     "linear1d": (lambda x: ATEN.upsample_linear1d.default(x, [9], False, 100.0), (1, 3)),
-    "bilinear2d": (lambda x: ATEN.upsample_bilinear2d.default(x, [9, 9], False, 100.0, 100.0),
-                   (1, 3, 3)),
+    "bilinear2d": (
+        lambda x: ATEN.upsample_bilinear2d.default(x, [9, 9], False, 100.0, 100.0),
+        (1, 3, 3),
+    ),
     "nearest1d": (lambda x: ATEN.upsample_nearest1d.default(x, [9], 100.0), (1, 3)),
     "nearest2d": (lambda x: ATEN.upsample_nearest2d.default(x, [9, 9], None, 100.0), (1, 3, 3)),
     "nearest-exact1d": (lambda x: ATEN._upsample_nearest_exact1d.default(x, [9], 100.0), (1, 3)),
     "vec": (lambda x: ATEN.upsample_bilinear2d.vec(x, None, False, [3.0, 0.5]), (1, 3, 4)),
     "bicubic2d": (lambda x: ATEN.upsample_bicubic2d.default(x, [9, 3], True, 0.1, None), (1, 3, 3)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RESIZED)
@@ -166,19 +168,25 @@ FINITE = {
     "three factors": (lambda x: torch.einsum("bi,ij,jk->bk", x, MATRIX, MATRIX), (3,), None),
     "addmv": (lambda x: torch.addmv(x.new_zeros(x.shape[0]), x, MATRIX[0]), (3,), None),
     "inner": (lambda x: torch.inner(x, MATRIX), (3,), None),
-    "bilinear": (lambda x: F.bilinear(x, MATRIX[:1].expand(x.shape[0], 3), MATRIX[None].relu()),
-                 (3,), None),
+    "bilinear": (
+        lambda x: F.bilinear(x, MATRIX[:1].expand(x.shape[0], 3), MATRIX[None].relu()),
+        (3,),
+        None,
+    ),
     "flat weight": (lambda x: F.linear(x, MATRIX[0])[:, None], (3,), None),
     "shuffle": (lambda x: _shuffled(F.conv2d(x, KERNEL)).contiguous().mean((2, 3)), CHANNELS, None),
-}  # fmt: skip
+}
 PLACES = torch.tensor([[1, 2]])
 MATRIX = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0], [2.0, 0.25, 1.0]], dtype=torch.float64)
 KERNEL = torch.randn(8, 8, 1, 1, generator=torch.Generator().manual_seed(0)).double()
 
 
 def test_a_choice_that_jumps_is_refused():
-    for function in (lambda x: torch.where(x > 0, x, x + 1), lambda x: torch.where(x > 1, x, 2 * x),
-                     lambda x: torch.where(x > 0, x, 1.0)):  # fmt: skip
+    for function in (
+        lambda x: torch.where(x > 0, x, x + 1),
+        lambda x: torch.where(x > 1, x, 2 * x),
+        lambda x: torch.where(x > 0, x, 1.0),
+    ):
         with pytest.raises(UncertifiableError, match="operation='gt'"):
             bound(function, 3)
 

@@ -24,18 +24,25 @@ ISLANDS = {
     "batch norm and conv": lambda: nn.Sequential(batch_norm(4), nn.Conv2d(4, 6, 3, padding=0)),
     "strided": lambda: nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1), batch_norm(6), nn.Conv2d(6, 4, 1)),
     "residual": lambda: Lambda(lambda x, f: x + 0.5 * f(x), nn.Conv2d(4, 4, 3, padding=1)),
-    "difference": lambda: Lambda(lambda x, f, g: f(x) - g(x), nn.Conv2d(4, 4, 3, padding=1),
-                                 nn.Conv2d(4, 4, (5, 1), padding=(2, 0), groups=2)),
-    "concatenation": lambda: Lambda(lambda x, f: torch.cat([x, f(x)], 1),
-                                    nn.Conv2d(4, 2, 3, padding=1)),
+    "difference": lambda: Lambda(
+        lambda x, f, g: f(x) - g(x),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Conv2d(4, 4, (5, 1), padding=(2, 0), groups=2),
+    ),
+    "concatenation": lambda: Lambda(
+        lambda x, f: torch.cat([x, f(x)], 1), nn.Conv2d(4, 2, 3, padding=1)
+    ),
     "circular": lambda: nn.Sequential(
-        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), batch_norm(4)),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), batch_norm(4)
+    ),
     "average": lambda: nn.Sequential(nn.AvgPool2d(3, 2, 1), batch_norm(4)),
     "circular transposed": lambda: convert.to_plain(
-        layers.OrthoConvTranspose2d(4, 1, 2, 2, padding_mode="circular")),
+        layers.OrthoConvTranspose2d(4, 1, 2, 2, padding_mode="circular")
+    ),
     "grouped, dilated": lambda: nn.Sequential(
-        nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=2), batch_norm(4)),
-}  # fmt: skip
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=2), batch_norm(4)
+    ),
+}
 
 
 @pytest.mark.parametrize("name", ISLANDS)
@@ -130,9 +137,13 @@ def test_resnet_with_batch_norm_beats_the_product():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.f = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), batch_norm(8),
-                                   nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1),
-                                   batch_norm(8))  # fmt: skip
+            self.f = nn.Sequential(
+                nn.Conv2d(8, 8, 3, padding=1, bias=False),
+                batch_norm(8),
+                nn.ReLU(),
+                nn.Conv2d(8, 8, 3, padding=1),
+                batch_norm(8),
+            )
 
         def forward(self, x):
             return torch.relu(x + self.f(x))

@@ -17,9 +17,22 @@ from orthonet.certify import (
 from tests.certify.test_mlp import ACTIVATIONS, SIZES, jacobians, perceptron
 
 NAMES = [
-    "relu", "leaky", "negative leaky", "prelu", "tanh", "sigmoid", "softplus", "gelu", "hardtanh",
-    "softshrink", "abs", "max_min", "group_sort", "sort of four", "householder",
-]  # fmt: skip
+    "relu",
+    "leaky",
+    "negative leaky",
+    "prelu",
+    "tanh",
+    "sigmoid",
+    "softplus",
+    "gelu",
+    "hardtanh",
+    "softshrink",
+    "abs",
+    "max_min",
+    "group_sort",
+    "sort of four",
+    "householder",
+]
 
 
 def ball(center, radius, norm, count):
@@ -69,9 +82,11 @@ def test_a_small_ball_gives_the_jacobian_and_a_large_one_the_whole_space():
 def test_matrices_with_errors_and_biases_move_the_slopes():
     weight, relu = torch.eye(2, dtype=torch.float64), nn.ReLU()
     act = Activation(
-        torch.relu, torch.zeros(2).double(), torch.ones(2).double(),
+        torch.relu,
+        torch.zeros(2).double(),
+        torch.ones(2).double(),
         narrow=lambda low, high: ((low > 0).double(), (high > 0).double()),
-    )  # fmt: skip
+    )
     center = torch.tensor([1.0, -1.0])
     for error, bias, expected in (
         (0.0, 0.0, 1.0),

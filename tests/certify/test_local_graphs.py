@@ -32,18 +32,35 @@ def random_net(draw):
     channels = draw.choice([2, 4])
     layers = [nn.Conv2d(1, channels, 3, draw.choice([1, 2]), 1)]
     for _ in range(draw.randrange(1, 4)):
-        layers.append(draw.choice([
-            lambda: nn.ReLU(), lambda: nn.LeakyReLU(draw.choice([0.1, -0.5, 1.5])),
-            lambda: nn.Tanh(), lambda: nn.GELU(), lambda: nn.Softplus(threshold=40.0),
-            lambda: orthonet.MaxMin(), lambda: orthonet.layers.Abs(),
-            lambda: nn.Hardtanh(-0.3, 0.4), lambda: nn.PReLU(channels),
-            lambda: nn.MaxPool2d(3, 1, 1), lambda: orthonet.layers.GroupSort(2),
-        ])())  # fmt: skip
-        layers.append(draw.choice([
-            lambda: nn.Conv2d(channels, channels, 3, 1, 1), lambda: nn.AvgPool2d(2, 1),
-            lambda: nn.BatchNorm2d(channels), lambda: nn.MaxPool2d(2, 1), nn.Identity,
-            lambda: Residual(nn.Conv2d(channels, channels, 3, 1, 1), nn.ReLU()),
-        ])())  # fmt: skip
+        layers.append(
+            draw.choice(
+                [
+                    lambda: nn.ReLU(),
+                    lambda: nn.LeakyReLU(draw.choice([0.1, -0.5, 1.5])),
+                    lambda: nn.Tanh(),
+                    lambda: nn.GELU(),
+                    lambda: nn.Softplus(threshold=40.0),
+                    lambda: orthonet.MaxMin(),
+                    lambda: orthonet.layers.Abs(),
+                    lambda: nn.Hardtanh(-0.3, 0.4),
+                    lambda: nn.PReLU(channels),
+                    lambda: nn.MaxPool2d(3, 1, 1),
+                    lambda: orthonet.layers.GroupSort(2),
+                ]
+            )()
+        )
+        layers.append(
+            draw.choice(
+                [
+                    lambda: nn.Conv2d(channels, channels, 3, 1, 1),
+                    lambda: nn.AvgPool2d(2, 1),
+                    lambda: nn.BatchNorm2d(channels),
+                    lambda: nn.MaxPool2d(2, 1),
+                    nn.Identity,
+                    lambda: Residual(nn.Conv2d(channels, channels, 3, 1, 1), nn.ReLU()),
+                ]
+            )()
+        )
     net = nn.Sequential(*layers, nn.Flatten())
     width = net.eval()(torch.zeros(1, 1, 8, 8)).shape[1]
     net.append(nn.Linear(width, 3))
@@ -67,8 +84,15 @@ def check_ball(net, x, radius, certificate):
         d = torch.cat([unit_vectors(40, x.shape[1:]), -unit_vectors(1, x.shape[1:])])
         # among them the steepest descent of each output
         jacobian = torch.func.vmap(torch.func.jacrev(lambda z: twin(z[None])[0]))(x)[0]
-        d = torch.cat([d, *(s * F.normalize(jacobian.flatten(1), dim=1).reshape(-1, *x.shape[1:])
-                            for s in (1.0, -1.0))])  # fmt: skip
+        d = torch.cat(
+            [
+                d,
+                *(
+                    s * F.normalize(jacobian.flatten(1), dim=1).reshape(-1, *x.shape[1:])
+                    for s in (1.0, -1.0)
+                ),
+            ]
+        )
         length = torch.cat([torch.rand(20), torch.ones(len(d) - 20)]).double()
         points = x + radius * length.reshape(-1, *[1] * (x.ndim - 1)) * d
         at, center = twin(points), twin(x)
@@ -120,9 +144,19 @@ def test_operations_that_are_known_by_a_gain_count_with_it(module):
 
 def test_a_ball_without_extent_has_the_norm_of_the_jacobian():
     x = torch.randn(1, 1, 8, 8, dtype=torch.float64)
-    net = nn.Sequential(nn.Conv2d(1, 4, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), orthonet.MaxMin(),
-                        Residual(nn.Conv2d(4, 4, 3, 1, 1), nn.LeakyReLU()), nn.Flatten(),
-                        nn.Linear(64, 3)).double().eval()  # fmt: skip
+    net = (
+        nn.Sequential(
+            nn.Conv2d(1, 4, 3, 1, 1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            orthonet.MaxMin(),
+            Residual(nn.Conv2d(4, 4, 3, 1, 1), nn.LeakyReLU()),
+            nn.Flatten(),
+            nn.Linear(64, 3),
+        )
+        .double()
+        .eval()
+    )
     (local,) = certify(net, x).local_bound(x, 0.0)
     jacobian = torch.func.jacrev(lambda z: net(z[None])[0])(x[0]).flatten(1)
     truth = float(torch.linalg.matrix_norm(jacobian.detach(), 2))
@@ -132,9 +166,15 @@ def test_a_ball_without_extent_has_the_norm_of_the_jacobian():
 
 def test_radii_are_larger_and_nothing_within_them_changes_the_class():
     torch.manual_seed(1)
-    net = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(),
-                        Residual(nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU()), nn.AvgPool2d(2),
-                        nn.Flatten(), nn.Linear(32, 4)).eval()  # fmt: skip
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        Residual(nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU()),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    ).eval()
     x = torch.randn(4, 1, 8, 8)
     certificate = certify(net, x)
     radii, local = certificate.radius(net, x), certificate.local_radius(net, x)
@@ -155,8 +195,9 @@ def test_radii_are_larger_and_nothing_within_them_changes_the_class():
 
 
 def test_an_orthogonal_network_loses_nothing():
-    net = nn.Sequential(orthonet.OrthoLinear(16, 16), orthonet.MaxMin(),
-                        orthonet.OrthoLinear(16, 4)).eval()  # fmt: skip
+    net = nn.Sequential(
+        orthonet.OrthoLinear(16, 16), orthonet.MaxMin(), orthonet.OrthoLinear(16, 4)
+    ).eval()
     x = torch.randn(3, 16)
     certificate = certify(net, x)
     assert bool((certificate.local_radius(net, x) >= certificate.radius(net, x)).all())
@@ -237,7 +278,8 @@ def test_windows_are_those_of_the_pooling(seed):
     target = torch.ops.aten.max_pool2d.default
     args = ([kernel], [step], [pad], [spread], ceil)
     y = target(x, *args)
-    call = Call("max_pool2d", "", (Operand((2, 9, 7), None), *args), {}, tuple(y.shape[1:]),
-                target=target)  # fmt: skip
+    call = Call(
+        "max_pool2d", "", (Operand((2, 9, 7), None), *args), {}, tuple(y.shape[1:]), target=target
+    )
     places = pooling_windows(call)
     assert torch.equal(x.flatten(2)[..., places].amax(-1).reshape(y.shape), y)

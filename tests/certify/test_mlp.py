@@ -206,10 +206,17 @@ def test_zero_weights_and_dead_units_are_exact():
 
 
 def test_an_orthogonal_network_is_one():
-    model = nn.Sequential(
-        layers.OrthoLinear(8, 8), layers.MaxMin(), layers.OrthoLinear(8, 8), layers.GroupSort(4),
-        layers.OrthoLinear(8, 8),
-    ).double().eval()  # fmt: skip
+    model = (
+        nn.Sequential(
+            layers.OrthoLinear(8, 8),
+            layers.MaxMin(),
+            layers.OrthoLinear(8, 8),
+            layers.GroupSort(4),
+            layers.OrthoLinear(8, 8),
+        )
+        .double()
+        .eval()
+    )
     assert 1.0 - 1e-12 <= mlp_bound(model, effort="default").constant.value <= 1.0001
 
 
@@ -218,10 +225,20 @@ def test_neighbors_are_composed_and_normalization_is_a_diagonal():
     norm = nn.BatchNorm1d(8)
     norm.running_var.uniform_(0.1, 3.0)
     norm.weight.data.uniform_(-2, 2)
-    model = nn.Sequential(
-        nn.Linear(4, 6), nn.Linear(6, 8), norm, nn.ReLU(), nn.Dropout(), nn.ReLU(), nn.Linear(8, 3),
-        nn.Tanh(),
-    ).double().eval()  # fmt: skip
+    model = (
+        nn.Sequential(
+            nn.Linear(4, 6),
+            nn.Linear(6, 8),
+            norm,
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.ReLU(),
+            nn.Linear(8, 3),
+            nn.Tanh(),
+        )
+        .double()
+        .eval()
+    )
     found = mlp_bound(model)
     assert found.constant.value >= steepest(model, 4)
     apart = [mlp_bound([layer]).product for layer in model[:2]]
@@ -276,8 +293,15 @@ class _Branches(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(2, 3, 3, 2)
         self.a = nn.Sequential(nn.Linear(27, 20), nn.SiLU(), nn.Linear(20, 6))
-        self.b = nn.Sequential(nn.Linear(27, 20), layers.MaxMin(), nn.Dropout(), nn.Linear(20, 8),
-                               nn.LeakyReLU(), nn.BatchNorm1d(8), nn.Linear(8, 6))  # fmt: skip
+        self.b = nn.Sequential(
+            nn.Linear(27, 20),
+            layers.MaxMin(),
+            nn.Dropout(),
+            nn.Linear(20, 8),
+            nn.LeakyReLU(),
+            nn.BatchNorm1d(8),
+            nn.Linear(8, 6),
+        )
 
     def forward(self, x):
         y = self.conv(x).relu().flatten(1)

@@ -62,10 +62,14 @@ class Fixed(nn.Module):
         return tuple(map(high, found)) if isinstance(found, tuple) else high(found)
 
 
-ZOO = {f"{n} conv": (lambda n=n: layers.make_conv(n, 4, 4, 3, padding="same"), (4, 5, 6))
-       for n in ("cayley", "lot", "bro", "sandwich", "soc", "cpl", "sll")}  # fmt: skip
-ZOO |= {f"{n} linear": (lambda n=n: layers.make_linear(n, 5, 5), (5,))
-        for n in ("sandwich", "cpl", "sll")}  # fmt: skip
+ZOO = {
+    f"{n} conv": (lambda n=n: layers.make_conv(n, 4, 4, 3, padding="same"), (4, 5, 6))
+    for n in ("cayley", "lot", "bro", "sandwich", "soc", "cpl", "sll")
+}
+ZOO |= {
+    f"{n} linear": (lambda n=n: layers.make_linear(n, 5, 5), (5,))
+    for n in ("sandwich", "cpl", "sll")
+}
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -80,8 +84,10 @@ def test_the_weights_that_are_deployed_count(name):
     true.parametrization = Fixed(layer.parametrization)
     if name == "soc conv":  # as many terms as in float32
         true.terms = layer._number_of_terms(torch.float32)
-    found = [torch.linalg.matrix_norm(jacobian(true, 3 * torch.randn(shape).double()), 2)
-             for _ in range(3)]  # fmt: skip
+    found = [
+        torch.linalg.matrix_norm(jacobian(true, 3 * torch.randn(shape).double()), 2)
+        for _ in range(3)
+    ]
     # SOC divides by a number that float32 rounds; observed excess 5e-9, and 0 for the others.
     assert max(found) <= bound * (1 + (6e-8 if name == "soc conv" else 1e-12))
     # Observed 1.002 to 1.004; SOC stays skew, and CPL and SLL have slack to the coarseness.

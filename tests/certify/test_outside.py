@@ -105,10 +105,16 @@ def test_hidden_state_is_refused(name):
 
 def test_constants_of_all_kinds_are_allowed():
     state = {
-        "numpy": np.ones(2), "deque": collections.deque([1]), "set": {1, 2}, "module": nn.ReLU(),
-        "object": Held(), "class": Held, "function": torch.relu, "path": io.StringIO("a"),
+        "numpy": np.ones(2),
+        "deque": collections.deque([1]),
+        "set": {1, 2},
+        "module": nn.ReLU(),
+        "object": Held(),
+        "class": Held,
+        "function": torch.relu,
+        "path": io.StringIO("a"),
         "numbers": random.Random(3),
-    }  # fmt: skip
+    }
     model = Lambda(lambda s, x: s["module"](x) * float(s["numpy"][0]), state).eval()
     certificate = certify(model, torch.zeros(1, 2))
     assert certificate.constant.value == 1.0

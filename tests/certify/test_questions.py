@@ -187,7 +187,13 @@ def test_ordinary_questions_and_writes_are_allowed():
 
 def test_layers_followed_by_writes_are_certified():
     model = nn.Sequential(
-        layers.SLLLinear(4, 4), nn.ReLU(inplace=True), layers.MaxMin(), nn.ReLU(inplace=True),
-        layers.ChannelShuffle(2), nn.ReLU(inplace=True), nn.Dropout(), nn.ReLU(inplace=True),
-    ).eval()  # fmt: skip
+        layers.SLLLinear(4, 4),
+        nn.ReLU(inplace=True),
+        layers.MaxMin(),
+        nn.ReLU(inplace=True),
+        layers.ChannelShuffle(2),
+        nn.ReLU(inplace=True),
+        nn.Dropout(),
+        nn.ReLU(inplace=True),
+    ).eval()
     assert certify(model, torch.zeros(1, 4)).constant.value == pytest.approx(1.0, rel=1e-4)

@@ -154,8 +154,11 @@ def test_other_norms_labels_and_targets():
 
 
 def test_tight_effort_is_smaller_and_holds_against_an_attack():
-    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(),
-                          nn.Linear(16, 3)).double().eval()  # fmt: skip
+    model = (
+        nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+        .double()
+        .eval()
+    )
     x = torch.rand(40, 6, dtype=torch.float64)
     loose, tight = certify(model, x), certify(model, x, effort="tight")
     assert tight.constant.value < 0.8 * loose.constant.value  # 0.58 observed

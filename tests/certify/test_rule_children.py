@@ -93,8 +93,13 @@ CHANGED = {
         layers.BatchLipNorm(2), lambda m: setattr(m, "running_mean", torch.zeros(4))
     ),
 }
-SHAPES = {"shift": (4, 3, 3), "dim": (4, 3, 3), "channels": (2, 4, 4), "channels of soc": (2, 4, 4),
-          "statistics": (2,)}  # fmt: skip
+SHAPES = {
+    "shift": (4, 3, 3),
+    "dim": (4, 3, 3),
+    "channels": (2, 4, 4),
+    "channels of soc": (2, 4, 4),
+    "statistics": (2,),
+}
 
 
 @pytest.mark.parametrize("name", CHANGED)

@@ -36,7 +36,7 @@ LINEAR = {
     "replication pad": (nn.ReplicationPad1d((2, 3)), (2, 4)),
     "shuffle": (nn.Sequential(nn.PixelUnshuffle(2), nn.ChannelShuffle(2)), (2, 4, 4)),
     "unflatten": (nn.Sequential(nn.Flatten(), nn.Unflatten(1, (4, 3))), (2, 6)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LINEAR)

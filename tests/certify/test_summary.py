@@ -23,8 +23,16 @@ def model():
 
 
 X = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-CLASSES = ["OrthoConv2d", "BatchNorm2d", "MaxMin", "Flatten", "OrthoLinear", "ReLU", "Linear",
-           "Linear"]  # fmt: skip
+CLASSES = [
+    "OrthoConv2d",
+    "BatchNorm2d",
+    "MaxMin",
+    "Flatten",
+    "OrthoLinear",
+    "ReLU",
+    "Linear",
+    "Linear",
+]
 
 
 def test_without_an_example_layers_tell_what_they_declare():

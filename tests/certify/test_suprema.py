@@ -53,10 +53,15 @@ SMOOTH = {
 # What the derivative tends to on the left and on the right. Those of asinh and
 # atan, 1 / sqrt(1 + x^2) and 1 / (1 + x^2), are monotone, and so are in [0, 1] everywhere.
 LIMITS = {
-    "erf": (0, 0), "gelu": (0, 1), "gelu_tanh": (0, 1),
-    "mish": (0, 1), "sigmoid": (0, 0), "silu": (0, 1),
-    "tanh": (0, 0), "tanhshrink": (1, 1),
-}  # fmt: skip
+    "erf": (0, 0),
+    "gelu": (0, 1),
+    "gelu_tanh": (0, 1),
+    "mish": (0, 1),
+    "sigmoid": (0, 0),
+    "silu": (0, 1),
+    "tanh": (0, 0),
+    "tanhshrink": (1, 1),
+}
 
 
 def derivatives(f, x, count):
@@ -93,7 +98,7 @@ def test_slopes_stay_within_their_suprema(name):
     flint.ctx.prec = 120
     low, high = (arb(v) for v in SUPREMA[name])
     # An end that is attained at a point, as 1 of tanh at 0, is proved up to 2^-60.
-    tight = ("atan", "asinh", "sin", "cos", "sigmoid", "tanh", "tanhshrink", "erf")  # fmt: skip
+    tight = ("atan", "asinh", "sin", "cos", "sigmoid", "tanh", "tanhshrink", "erf")
     slack = arb(2) ** -60 if name in tight else arb(0)
     far = FAR.get(name, 40)
     for i in range(-far, far):
@@ -102,11 +107,13 @@ def test_slopes_stay_within_their_suprema(name):
 
 
 PLACES = {
-    "erf": (None, 0.0), "sigmoid": (None, 0.0), "gelu": (-(2**0.5), 2**0.5),
+    "erf": (None, 0.0),
+    "sigmoid": (None, 0.0),
+    "gelu": (-(2**0.5), 2**0.5),
     "gelu_tanh": (-1.4185040087908283, 1.4185040087908283),
     "mish": (-2.2563763963607931, 1.4905711794854284),
     "silu": (-2.3993572805154677, 2.3993572805154677),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -154,6 +161,16 @@ def test_kinks():
     assert product <= arb(SUPREMA["selu"][1]) < product + arb(10) ** -12
     # of values in (0, 1): 1 / (1 + e^x), 1 / (1 + e^(-beta x)) and e^(x / alpha) for x < 0
     assert all(SUPREMA[name] == (0.0, 1.0) for name in ("log_sigmoid", "softplus", "celu"))
-    assert set(SMOOTH) | {"relu", "abs", "neg", "softsign", "hardsigmoid", "hardswish", "selu",
-                          "celu", "log_sigmoid", "softplus"} == set(SUPREMA)  # fmt: skip
+    assert set(SMOOTH) | {
+        "relu",
+        "abs",
+        "neg",
+        "softsign",
+        "hardsigmoid",
+        "hardswish",
+        "selu",
+        "celu",
+        "log_sigmoid",
+        "softplus",
+    } == set(SUPREMA)
     assert math.isfinite(SIXTH)

@@ -150,10 +150,12 @@ READ = {
     "sll": lambda layer, x: layer.parametrization(),
     "cpl_conv": lambda layer, x: layer.parametrization(),
     "sll_conv": lambda layer, x: layer.parametrization(),
-    "lipnext": lambda layer, x: [layer.rotation.compute(),
-                                 layer.mixing.compute() @ layer.rotation.compute().mT],
+    "lipnext": lambda layer, x: [
+        layer.rotation.compute(),
+        layer.mixing.compute() @ layer.rotation.compute().mT,
+    ],
     "batch_norm": lambda layer, x: [layer.gains()],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", READ)
@@ -165,5 +167,6 @@ def test_rules_take_the_norms_of_what_forward_multiplies_by(name):
         with Factors() as factors:
             layer(x)
     for weight in read:
-        assert any(weight.shape == seen.shape and torch.equal(weight, seen)
-                   for seen in factors.seen), [tuple(s.shape) for s in factors.seen]  # fmt: skip
+        assert any(
+            weight.shape == seen.shape and torch.equal(weight, seen) for seen in factors.seen
+        ), [tuple(s.shape) for s in factors.seen]

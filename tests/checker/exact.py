@@ -17,19 +17,29 @@ def node(op: str, inputs: int | list[int], gain: float | None = None, **entries)
 
 
 def certificate(
-    inputs: list, nodes: list[dict], bound: float, arrays: dict[str, np.ndarray] | None = None,
+    inputs: list,
+    nodes: list[dict],
+    bound: float,
+    arrays: dict[str, np.ndarray] | None = None,
     **entries,
-) -> tuple[dict, Store]:  # fmt: skip
+) -> tuple[dict, Store]:
     """A certificate of the last node, and the store of its float64 constants."""
     constants, store = {}, Store()
     for name, value in (arrays or {}).items():
         key = store.add(name, "F64", value.shape, value.tobytes())
         constants[name] = {"names": [name], **key._asdict(), "shape": list(key.shape)}
     content = {
-        "format": "orthonet certificate 1", "weights": "w.safetensors", "inputs": inputs,
-        "constants": constants, "nodes": nodes, "outputs": [len(nodes) - 1],
-        "bound": float(bound).hex(), "each": [float(bound).hex()], "prover": {}, **entries,
-    }  # fmt: skip
+        "format": "orthonet certificate 1",
+        "weights": "w.safetensors",
+        "inputs": inputs,
+        "constants": constants,
+        "nodes": nodes,
+        "outputs": [len(nodes) - 1],
+        "bound": float(bound).hex(),
+        "each": [float(bound).hex()],
+        "prover": {},
+        **entries,
+    }
     return content, store
 
 

@@ -103,8 +103,10 @@ def main() -> None:
         tally = count(path_of, options.changes, options.seed)
         for key, value in tally.items():
             print(f"{key}: {value}")
-        print(f"all {tally['originals']} originals accepted, all {tally['false']} false and "
-              f"{tally['changed constants']} with other hashes rejected")  # fmt: skip
+        print(
+            f"all {tally['originals']} originals accepted, all {tally['false']} false and "
+            f"{tally['changed constants']} with other hashes rejected"
+        )
         large = {
             "convnet_mnist": (models.convnet_mnist(), (1, 28, 28)),
             "ten convolutions of 64 channels": (deep_convolutions(), (3, 8, 8)),

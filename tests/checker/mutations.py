@@ -64,8 +64,23 @@ def _leaf(rng: random.Random, value: Any, constants: list[str]) -> Any:
         return rng.choice(constants)
     if "0x" in value:
         return _number(rng, value)
-    return rng.choice(["relu", "abs", "sin", "gelu", "tanh", "wrap", "constant", "edge", "gram",
-                       "gram2", "cholesky", "torus", "definition"])  # fmt: skip
+    return rng.choice(
+        [
+            "relu",
+            "abs",
+            "sin",
+            "gelu",
+            "tanh",
+            "wrap",
+            "constant",
+            "edge",
+            "gram",
+            "gram2",
+            "cholesky",
+            "torus",
+            "definition",
+        ]
+    )
 
 
 def _weight(rng: random.Random, arrays: dict[str, Tensor], names: list[str]) -> str:
@@ -116,8 +131,9 @@ def mutate(
     aside |= {name for names in content.get("samples", {}).values() for name in names}
     weights = [n for n in constants if n not in aside]
     inner = [i for i, n in enumerate(content["nodes"]) if n["op"] != "input"]
-    kind = rng.choice(["weight"] * 4 + ["gain"] * 3 + ["entry"] * 5 + ["head", "drop", "aside",
-                                                                     "wire", "swap"])  # fmt: skip
+    kind = rng.choice(
+        ["weight"] * 4 + ["gain"] * 3 + ["entry"] * 5 + ["head", "drop", "aside", "wire", "swap"]
+    )
     node = content["nodes"][rng.choice(inner)]
     if kind == "weight":
         kind = _weight(rng, arrays, weights)

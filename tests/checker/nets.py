@@ -39,11 +39,19 @@ def circular() -> tuple[nn.Module, torch.Tensor]:
 def plain() -> tuple[nn.Module, torch.Tensor]:
     """Layers without any constraint."""
     net = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(2, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
         nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2),
-        nn.PReLU(6), nn.MaxPool2d(2, 1), nn.AvgPool2d(2, 1, padding=1), nn.GELU(),
-        nn.Flatten(), nn.Linear(72, 5), nn.LeakyReLU(0.3), nn.Linear(5, 3),
-    )  # fmt: skip
+        nn.PReLU(6),
+        nn.MaxPool2d(2, 1),
+        nn.AvgPool2d(2, 1, padding=1),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(72, 5),
+        nn.LeakyReLU(0.3),
+        nn.Linear(5, 3),
+    )
     norm = net[1]
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2.0)
@@ -76,19 +84,29 @@ def branches() -> tuple[nn.Module, torch.Tensor]:
 def one_dimensional() -> tuple[nn.Module, torch.Tensor]:
     """Convolutions in one dim, other paddings, an adaptive pool."""
     net = nn.Sequential(
-        nn.Conv1d(2, 4, 3, padding=1, padding_mode="reflect"), nn.SiLU(),
-        nn.Conv1d(4, 4, 3, padding=2, padding_mode="replicate"), nn.ELU(0.5), nn.Hardtanh(),
-        nn.AdaptiveAvgPool1d(3), nn.Flatten(), nn.Linear(12, 2),
-    )  # fmt: skip
+        nn.Conv1d(2, 4, 3, padding=1, padding_mode="reflect"),
+        nn.SiLU(),
+        nn.Conv1d(4, 4, 3, padding=2, padding_mode="replicate"),
+        nn.ELU(0.5),
+        nn.Hardtanh(),
+        nn.AdaptiveAvgPool1d(3),
+        nn.Flatten(),
+        nn.Linear(12, 2),
+    )
     return net, torch.zeros(1, 2, 8)
 
 
 def perceptron() -> tuple[nn.Module, torch.Tensor]:
     """Activations between plain matrices, bounded jointly by multipliers."""
     net = nn.Sequential(
-        nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.LeakyReLU(-0.4), nn.Linear(8, 8),
-        nn.Sigmoid(), nn.Linear(8, 3),
-    )  # fmt: skip
+        nn.Linear(6, 10),
+        nn.ReLU(),
+        nn.Linear(10, 8),
+        nn.LeakyReLU(-0.4),
+        nn.Linear(8, 8),
+        nn.Sigmoid(),
+        nn.Linear(8, 3),
+    )
     return net, torch.zeros(1, 6)
 
 
@@ -109,10 +127,14 @@ def spectral() -> tuple[nn.Module, torch.Tensor]:
 
 
 NETS = {
-    "convolutional": convolutional, "circular": circular, "plain": plain, "branches": branches,
-    "one_dimensional": one_dimensional, "perceptron": perceptron,
+    "convolutional": convolutional,
+    "circular": circular,
+    "plain": plain,
+    "branches": branches,
+    "one_dimensional": one_dimensional,
+    "perceptron": perceptron,
     "spectral": spectral,
-}  # fmt: skip
+}
 
 
 def save(name: str, folder: Path) -> Path:

@@ -30,18 +30,31 @@ class Nonsense(Exception):
 
 
 _ACTIVATIONS = {
-    "relu": F.relu, "abs": torch.abs, "tanh": torch.tanh, "sin": torch.sin, "cos": torch.cos,
-    "atan": torch.atan, "asinh": torch.asinh, "sigmoid": torch.sigmoid, "silu": F.silu,
-    "log_sigmoid": F.logsigmoid, "softsign": F.softsign, "tanhshrink": F.tanhshrink,
-    "mish": F.mish, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid, "selu": F.selu,
+    "relu": F.relu,
+    "abs": torch.abs,
+    "tanh": torch.tanh,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "atan": torch.atan,
+    "asinh": torch.asinh,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "log_sigmoid": F.logsigmoid,
+    "softsign": F.softsign,
+    "tanhshrink": F.tanhshrink,
+    "mish": F.mish,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "selu": F.selu,
     "softshrink": lambda x, a: torch.where(x > a, x - a, torch.where(x < -a, x + a, 0 * x)),
     "leaky_relu": lambda x, a: torch.where(x > 0, x, a * x),
     "elu": lambda x, a: torch.where(x > 0, x, a * torch.expm1(x)),
     "clamp": lambda x, a, b: torch.minimum(torch.maximum(x, _t(a)), _t(b)),
     "clamp_min": lambda x, a: torch.maximum(x, _t(a)),
     "clamp_max": lambda x, a: torch.minimum(x, _t(a)),
-}  # fmt: skip
+}
 
 
 def _t(value: float) -> Tensor:
@@ -93,8 +106,9 @@ def apply(node: dict, xs: list[Tensor], arrays: dict[str, Tensor]) -> Tensor:
         mode = "wrap" if node["circular"] else "constant"
         x = _padded(x, [[0, 0], *node["padding"]], mode)
         conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[array("weight").ndim]
-        return conv(x, array("weight"), array("bias"), node["stride"], 0, node["dilation"],
-                    node["groups"])  # fmt: skip
+        return conv(
+            x, array("weight"), array("bias"), node["stride"], 0, node["dilation"], node["groups"]
+        )
     if op == "reshape":
         return x.reshape(len(x), *node["into"])
     if op == "permute":
@@ -123,8 +137,14 @@ def apply(node: dict, xs: list[Tensor], arrays: dict[str, Tensor]) -> Tensor:
     if op == "diagonal":
         return x / array("factors") if node["divide"] else x * array("factors")
     if op == "batch_norm":
-        return F.batch_norm(x, array("mean"), array("variance"), array("weight"), array("bias"),
-                            eps=real(node["eps"]))  # fmt: skip
+        return F.batch_norm(
+            x,
+            array("mean"),
+            array("variance"),
+            array("weight"),
+            array("bias"),
+            eps=real(node["eps"]),
+        )
     if op == "mean":
         dims = [d + 1 for d in node["dims"]]
         return x.sum(dims) if node["sum"] else x.mean(dims)
@@ -151,8 +171,9 @@ def apply(node: dict, xs: list[Tensor], arrays: dict[str, Tensor]) -> Tensor:
             mode = "wrap" if node["circular"] else "constant"
             v = _padded(v, [[0, 0], *node["padding"]], mode)
             conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[array("weight").ndim]
-            return conv(v, array("weight"), None, node["stride"], 0, node["dilation"],
-                        node["groups"])  # fmt: skip
+            return conv(
+                v, array("weight"), None, node["stride"], 0, node["dilation"], node["groups"]
+            )
 
         hidden, pull = vjp(inner, x)
         column = (slice(None), *[None] * (hidden.ndim - 2))
@@ -224,15 +245,30 @@ def _false_claims(content: dict, stored: dict[str, Tensor], points: int) -> list
             arrays[name] = arrays[name].reshape(entry["shape"])
     generator = torch.Generator().manual_seed(5)
     for trial in range(points):
-        inputs = [torch.randn(1, *shape, generator=generator).double()
-                  for shape in content["inputs"]]  # fmt: skip
+        inputs = [
+            torch.randn(1, *shape, generator=generator).double() for shape in content["inputs"]
+        ]
         values = run(content, arrays, inputs)
         for place, node in enumerate(content["nodes"]):
             if "gain" not in node or node["op"] == "input":
                 continue
-            linear = node["op"] in ("affine", "convolution", "scale", "diagonal", "batch_norm",
-                                    "mean", "pad", "average_pool", "reshape", "permute", "slice",
-                                    "flip", "roll", "shift", "adaptive_average_pool")  # fmt: skip
+            linear = node["op"] in (
+                "affine",
+                "convolution",
+                "scale",
+                "diagonal",
+                "batch_norm",
+                "mean",
+                "pad",
+                "average_pool",
+                "reshape",
+                "permute",
+                "slice",
+                "flip",
+                "roll",
+                "shift",
+                "adaptive_average_pool",
+            )
             if not (linear and trial):
                 before = values[node["inputs"][0]]
                 true = _constant(node, before, arrays)

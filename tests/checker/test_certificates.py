@@ -18,13 +18,15 @@ from tests.checker.mutations import store_of
 from tests.checker.nets import NETS, deep_convolutions
 
 SMALL = {
-    "mlp": ({"in_features": 49, "num_classes": 10}, (49,)), "mlp_digits": ({}, (1, 8, 8)),
+    "mlp": ({"in_features": 49, "num_classes": 10}, (49,)),
+    "mlp_digits": ({}, (1, 8, 8)),
     "convnet": ({"in_shape": (3, 16, 16), "num_classes": 10}, (3, 16, 16)),
-    "convnet_digits": ({}, (1, 8, 8)), "convnet_mnist": ({}, (1, 28, 28)),
+    "convnet_digits": ({}, (1, 8, 8)),
+    "convnet_mnist": ({}, (1, 28, 28)),
     "convnet_zoo": ({}, (1, 8, 8)),
     "convnet_images": ({"in_shape": (3, 16, 16), "num_classes": 10, "width": 8}, (3, 16, 16)),
     "convnet_xs": ({"in_shape": (3, 4, 4), "depth": 2}, (3, 4, 4)),
-}  # fmt: skip
+}
 
 
 def test_every_operation_is_written_by_some_network(saved):

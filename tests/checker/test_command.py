@@ -43,8 +43,12 @@ def test_it_runs_where_there_is_no_pytorch(saved):
     done = subprocess.run(
         [sys.executable, "-O", "-c", code, str(saved("convolutional"))],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        cwd=saved("convolutional").parent, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        cwd=saved("convolutional").parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     assert last.startswith("verified: constant <= 1.0000")
@@ -129,29 +133,57 @@ CHANGED = {
     "with integers": (lambda w: {**w, "steps": torch.tensor(3)}, 0, "verified: "),
     "other weights": (lambda w: {k: 1000 * v for k, v in w.items()}, 1, "no tensor of the weights"),
     "other weights, and the old ones under other names": (
-        lambda w: {**{k: 1000 * v + 1 for k, v in w.items()}, **_prefixed("unused.", w)}, 1,
-        "not the constant of that name"),
+        lambda w: {**{k: 1000 * v + 1 for k, v in w.items()}, **_prefixed("unused.", w)},
+        1,
+        "not the constant of that name",
+    ),
     "one other matrix, and the old one under another name": (
-        lambda w: {**w, "0.weight": 2 * w["0.weight"], "old": w["0.weight"]}, 1,
-        "tensor '0.weight' of the weights is F32"),
+        lambda w: {**w, "0.weight": 2 * w["0.weight"], "old": w["0.weight"]},
+        1,
+        "tensor '0.weight' of the weights is F32",
+    ),
     "one other of two equal vectors": (
-        lambda w: {**w, "2.bias": w["2.bias"] + 1}, 1, "tensor '2.bias' of the weights is F32"),
+        lambda w: {**w, "2.bias": w["2.bias"] + 1},
+        1,
+        "tensor '2.bias' of the weights is F32",
+    ),
     "exchanged": (_swapped, 1, "tensor '0.weight' of the weights is F32"),
     "exchanged behind a prefix": (
-        lambda w: _prefixed("net.", _swapped(w)), 1, "tensor 'net.0.weight' of the weights is F32"),
+        lambda w: _prefixed("net.", _swapped(w)),
+        1,
+        "tensor 'net.0.weight' of the weights is F32",
+    ),
     "exchanged, and the true ones elsewhere": (
-        lambda w: {**_prefixed("net.", _swapped(w)), **w}, 2, "tensor 'net.0.weight' of"),
+        lambda w: {**_prefixed("net.", _swapped(w)), **w},
+        2,
+        "tensor 'net.0.weight' of",
+    ),
     "a tensor more": (
-        lambda w: {**w, "more": torch.ones(2)}, 2, "tensor 'more' of the weights is not used"),
+        lambda w: {**w, "more": torch.ones(2)},
+        2,
+        "tensor 'more' of the weights is not used",
+    ),
     "half a tensor more": (
-        lambda w: {**w, "more": torch.ones(2).half()}, 2, "tensor 'more' of the weights"),
+        lambda w: {**w, "more": torch.ones(2).half()},
+        2,
+        "tensor 'more' of the weights",
+    ),
     "one less": (
-        lambda w: {k: v for k, v in w.items() if k != "0.weight"}, 1, "no tensor of the weights"),
+        lambda w: {k: v for k, v in w.items() if k != "0.weight"},
+        1,
+        "no tensor of the weights",
+    ),
     "another shape": (
-        lambda w: {**w, "0.weight": w["0.weight"].reshape(9, 1)}, 1, "no tensor of the weights"),
+        lambda w: {**w, "0.weight": w["0.weight"].reshape(9, 1)},
+        1,
+        "no tensor of the weights",
+    ),
     "other numbers with the same bytes": (
-        lambda w: {**w, "0.weight": w["0.weight"].view(torch.int32)}, 1, "no tensor of the"),
-}  # fmt: skip
+        lambda w: {**w, "0.weight": w["0.weight"].view(torch.int32)},
+        1,
+        "no tensor of the",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CHANGED)

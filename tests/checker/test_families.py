@@ -134,8 +134,9 @@ def test_a_layer_that_is_left_out_is_rejected(perceptron, tmp_path):
         content["nodes"][3]["inputs"] = [2]
         content["outputs"] = [3]
         used = {n.get(k) for n in content["nodes"] for k in ("weight", "bias")}
-        content["constants"] = {k: v for k, v in content["constants"].items()
-                                if k in used or not k.startswith("c")}  # fmt: skip
+        content["constants"] = {
+            k: v for k, v in content["constants"].items() if k in used or not k.startswith("c")
+        }
 
     with pytest.raises(Rejected, match="the graph is not the model"):
         check(_tampered(perceptron, tmp_path, change))
@@ -146,9 +147,15 @@ def test_an_unknown_layer_never_counts_as_one_in_silence(perceptron, tmp_path):
 
     def change(content, arrays):
         content["nodes"][2] = {
-            "op": "opaque", "path": "1", "inputs": [1], "rule": "assumed", "into": [12],
-            "gains": [(1.0).hex()], "hypot": False, "reason": "a layer of my own",
-        }  # fmt: skip
+            "op": "opaque",
+            "path": "1",
+            "inputs": [1],
+            "rule": "assumed",
+            "into": [12],
+            "gains": [(1.0).hex()],
+            "hypot": False,
+            "reason": "a layer of my own",
+        }
 
     verdict = check(_tampered(perceptron, tmp_path, change))
     assert len(verdict.assumed) == 1

@@ -55,7 +55,7 @@ CALLS = {
     "activations": lambda m, x: F.silu(x) + F.mish(x) + F.gelu(x, approximate="tanh"),
     "more": lambda m, x: F.selu(x) + F.hardswish(x) + F.softsign(x) + F.tanhshrink(x),
     "others": lambda m, x: F.logsigmoid(x) + F.softshrink(x, 0.2) + F.relu6(x) + F.elu(x, 2.0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -70,7 +70,7 @@ MODULES = {
     "centering": (lambda: BatchCentering(3), (3, 4, 4)),
     "pools": (lambda: nn.Sequential(nn.MaxPool2d(3, 2), nn.AdaptiveAvgPool2d(2)), (2, 7, 7)),
     "norm": (lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.BatchNorm3d(2)), (1, 3, 3, 3)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MODULES)

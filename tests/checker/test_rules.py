@@ -41,8 +41,15 @@ def _geometry(rng: random.Random) -> tuple[dict, tuple[int, ...], np.ndarray]:
     if rng.random() < 0.3:
         weight *= 10.0 ** np.random.default_rng(rng.randrange(2**32)).integers(-12, 1, shape)
     weight *= 2.0 ** rng.choice([0, 0, -60, 40])
-    node = {"op": "convolution", "weight": "w", "stride": stride, "padding": padding,
-            "dilation": dilation, "groups": groups, "circular": circular}  # fmt: skip
+    node = {
+        "op": "convolution",
+        "weight": "w",
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "circular": circular,
+    }
     return node, (groups * shape[1], *image), weight.astype(np.float32).astype(np.float64)
 
 
@@ -56,8 +63,9 @@ def _operation(node: dict, weight: np.ndarray, rule: str, t: float | None = None
     from orthonet_checker.operations import OPERATIONS
 
     entries = {k: v for k, v in node.items() if k != "op"}
-    return OPERATIONS[node["op"]]({**entries, "weight": weight, "rule": rule,
-                                   "t": None if t is None else Fraction(t)})  # fmt: skip
+    return OPERATIONS[node["op"]](
+        {**entries, "weight": weight, "rule": rule, "t": None if t is None else Fraction(t)}
+    )
 
 
 def test_convolutions_of_any_geometry():
@@ -110,8 +118,15 @@ def test_convolutions_of_any_geometry():
 
 def test_the_torus_is_tight_on_circular_convolutions():
     weight = np.random.default_rng(0).standard_normal((5, 3, 3, 2)).astype(np.float32)
-    node = {"op": "convolution", "weight": "w", "stride": [2, 1], "padding": [[1, 0], [1, 0]],
-            "dilation": [1, 1], "groups": 1, "circular": True}  # fmt: skip
+    node = {
+        "op": "convolution",
+        "weight": "w",
+        "stride": [2, 1],
+        "padding": [[1, 0], [1, 0]],
+        "dilation": [1, 1],
+        "groups": 1,
+        "circular": True,
+    }
     array = {"w": torch.from_numpy(weight).double()}
     unit = torch.zeros(1, 3, 6, 5, dtype=torch.float64)
     true = oracle.slope(lambda x: oracle.apply(node, [x], array), unit)
@@ -150,8 +165,10 @@ def test_pieces_are_exact_products():
     a /= norms.scale_of(a)
     parts = norms.pieces_of(a, 30)
     assert np.all(np.abs(parts[1]) <= 2.0 ** parts[0])
-    exact = [[sum(Fraction(x) * Fraction(y) for x, y in zip(r, s, strict=True)) for s in a.tolist()]
-             for r in a.tolist()]  # fmt: skip
+    exact = [
+        [sum(Fraction(x) * Fraction(y) for x, y in zip(r, s, strict=True)) for s in a.tolist()]
+        for r in a.tolist()
+    ]
     pieces = norms.products(parts, parts)
     off = norms.rest_error(a, parts[3])
     for i in range(4):
@@ -211,8 +228,14 @@ _POINTS = np.linspace(-15.0, 15.0, 400_001)
 @pytest.mark.parametrize("name", slopes.NAMES)
 def test_slopes_hold_and_are_tight(name):
     """Chords reach the proved slope within 1e-4, and none is steeper."""
-    parameters = {"leaky_relu": (-2.5,), "elu": (1.75,), "softshrink": (0.5,), "clamp": (-1.0, 2.0),
-                  "clamp_min": (0.25,), "clamp_max": (0.25,)}.get(name, ())  # fmt: skip
+    parameters = {
+        "leaky_relu": (-2.5,),
+        "elu": (1.75,),
+        "softshrink": (0.5,),
+        "clamp": (-1.0, 2.0),
+        "clamp_min": (0.25,),
+        "clamp_max": (0.25,),
+    }.get(name, ())
     exact = tuple(Fraction(p) for p in parameters)
     y = slopes.apply(name, _POINTS, exact)
     steepest = float(np.abs(np.diff(y) / np.diff(_POINTS)).max())
@@ -236,12 +259,27 @@ def test_products_that_underflow_prove_nothing():
     """Six factors of 2^-190, then six of 2^190: the identity, whose matrix in floats is zero."""
     small, nodes = [2.0**-190] * 6 + [2.0**190] * 6, [{"op": "input", "path": ""}]
     for i, factor in enumerate(small):
-        nodes.append({"op": "scale", "path": "", "inputs": [i], "rule": "definition",
-                      "factor": factor.hex(), "gain": factor.hex()})  # fmt: skip
+        nodes.append(
+            {
+                "op": "scale",
+                "path": "",
+                "inputs": [i],
+                "rule": "definition",
+                "factor": factor.hex(),
+                "gain": factor.hex(),
+            }
+        )
     content = {
-        "format": "orthonet certificate 1", "weights": "w", "inputs": [[2]], "constants": {},
-        "nodes": nodes, "outputs": [12], "bound": (1.0).hex(), "each": [(1.0).hex()], "prover": {},
-    }  # fmt: skip
+        "format": "orthonet certificate 1",
+        "weights": "w",
+        "inputs": [[2]],
+        "constants": {},
+        "nodes": nodes,
+        "outputs": [12],
+        "bound": (1.0).hex(),
+        "each": [(1.0).hex()],
+        "prover": {},
+    }
     assert verify(content, Store()).bound == 1
     nodes[12]["joint"] = {"since": 0, "gain": (0.5).hex(), "t": (0.2).hex()}
     content["bound"] = content["each"][0] = (0.5).hex()
@@ -252,15 +290,23 @@ def test_products_that_underflow_prove_nothing():
 BITS = 8
 WIDTH = 2**BITS
 SHRINKS = {
-    "mean": [("pad", {"amounts": [[0, WIDTH - 1]], "mode": "constant", "value": (0.0).hex()}, 1),
-             ("mean", {"dims": [0], "sum": False}, 2.0 ** (-BITS // 2)),
-             ("reshape", {"into": [1]}, 1)],
-    "average_pool": [("average_pool", {"window": [WIDTH], "stride": [1], "count_padding": True,
-                                       "padding": [[0, WIDTH - 1]]}, 2.0**-BITS)],
+    "mean": [
+        ("pad", {"amounts": [[0, WIDTH - 1]], "mode": "constant", "value": (0.0).hex()}, 1),
+        ("mean", {"dims": [0], "sum": False}, 2.0 ** (-BITS // 2)),
+        ("reshape", {"into": [1]}, 1),
+    ],
+    "average_pool": [
+        (
+            "average_pool",
+            {"window": [WIDTH], "stride": [1], "count_padding": True, "padding": [[0, WIDTH - 1]]},
+            2.0**-BITS,
+        )
+    ],
     "adaptive_average_pool": [
         ("pad", {"amounts": [[0, WIDTH - 1]], "mode": "constant", "value": (0.0).hex()}, 1),
-        ("adaptive_average_pool", {"outputs": [1]}, 2.0 ** (-BITS // 2))],
-}  # fmt: skip
+        ("adaptive_average_pool", {"outputs": [1]}, 2.0 ** (-BITS // 2)),
+    ],
+}
 
 
 def _row(nodes: list[dict], *steps) -> None:
@@ -287,8 +333,11 @@ def test_what_underflows_without_constants_proves_nothing(shrink, rule):
         nodes = _there_and_back(shrink, times)
         arrays = {}
         if rule == "chain":
-            _row(nodes, ("activation", {"function": "relu", "parameters": []}, 1),
-                 ("scale", {"factor": (1.0).hex()}, 1))  # fmt: skip
+            _row(
+                nodes,
+                ("activation", {"function": "relu", "parameters": []}, 1),
+                ("scale", {"factor": (1.0).hex()}, 1),
+            )
             arrays["m"] = np.array([2.0])
         assert exact.run(nodes, [Fraction(3)]) == [3]
 
@@ -351,22 +400,39 @@ def test_sums_of_many_terms_round_as_often(count):
 
 ROUNDINGS = {
     "affine": ({"weight": np.ones((3, 50))}, (50,)),
-    "convolution": ({"weight": np.ones((2, 5, 3, 3)), "stride": (1, 1), "groups": 1,
-                     "padding": ((0, 0), (0, 0)), "dilation": (1, 1), "circular": False},
-                    (5, 4, 4)),
+    "convolution": (
+        {
+            "weight": np.ones((2, 5, 3, 3)),
+            "stride": (1, 1),
+            "groups": 1,
+            "padding": ((0, 0), (0, 0)),
+            "dilation": (1, 1),
+            "circular": False,
+        },
+        (5, 4, 4),
+    ),
     "scale": ({"factor": Fraction(1)}, (1,)),
     "diagonal": ({"factors": np.ones(3), "divide": True}, (3,)),
     "batch_norm": ({"mean": np.ones(2), "variance": np.ones(2), "eps": Fraction(1)}, (2, 3)),
     "mean": ({"dims": (0, 1), "sum": False}, (6, 7)),
-    "average_pool": ({"window": (3, 4), "stride": (1, 1), "padding": ((0, 0), (0, 0)),
-                      "count_padding": True}, (6, 7)),
+    "average_pool": (
+        {"window": (3, 4), "stride": (1, 1), "padding": ((0, 0), (0, 0)), "count_padding": True},
+        (6, 7),
+    ),
     "adaptive_average_pool": ({"outputs": (2, 3)}, (9, 7)),
     "add": ({"factors": (Fraction(1),) * 40}, (2,)),
-}  # fmt: skip
+}
 LEAST = {
-    "affine": 50, "convolution": 45, "scale": 1, "diagonal": 1, "batch_norm": 5, "mean": 42,
-    "average_pool": 3 + 1 + 4 + 1, "adaptive_average_pool": 5 + 1 + 4 + 1, "add": 40,
-}  # fmt: skip
+    "affine": 50,
+    "convolution": 45,
+    "scale": 1,
+    "diagonal": 1,
+    "batch_norm": 5,
+    "mean": 42,
+    "average_pool": 3 + 1 + 4 + 1,
+    "adaptive_average_pool": 5 + 1 + 4 + 1,
+    "add": 40,
+}
 
 
 def test_every_linear_operation_counts_its_roundings():

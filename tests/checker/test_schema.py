@@ -85,7 +85,7 @@ CHANGES = {
     "a large padding": (_set("nodes", 1, "padding"), [[2**17, 0], [0, 0]]),
     "a large input": (_set("inputs"), [[2, 2**12, 2**12]]),
     "a large shape": (_set("constants", "c0", "shape"), [2**30, 2, 3, 3]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -110,11 +110,24 @@ def test_what_is_missing_is_noticed(original, name):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "1", '{"bound": 1.5}', '{"bound": NaN}', '{"bound": Infinity}',
-             '{"a": 1, "a": 2}', "[" * 100_000, '{"nodes": ' + "1" * 5000 + "}",
-             '{"weights": "a\\u0000b"}', '{"weights": "a\\nb"}', '{"weights": "\\ud800"}',
-             '\ufeff{"weights": "a"}'],
-)  # fmt: skip
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "1",
+        '{"bound": 1.5}',
+        '{"bound": NaN}',
+        '{"bound": Infinity}',
+        '{"a": 1, "a": 2}',
+        "[" * 100_000,
+        '{"nodes": ' + "1" * 5000 + "}",
+        '{"weights": "a\\u0000b"}',
+        '{"weights": "a\\nb"}',
+        '{"weights": "\\ud800"}',
+        '\ufeff{"weights": "a"}',
+    ],
+)
 def test_other_texts_are_rejected(tmp_path, text):
     (tmp_path / "c.json").write_text(text)
     with pytest.raises(Rejected):
@@ -125,8 +138,14 @@ def test_nodes_that_lead_nowhere_are_rejected(original):
     """Otherwise a certificate could claim to hold what no output depends on."""
     content, arrays = original
     content = copy.deepcopy(content)
-    node = {"op": "scale", "path": "", "inputs": [0], "rule": "definition", "factor": (1.0).hex(),
-            "gain": (1.0).hex()}  # fmt: skip
+    node = {
+        "op": "scale",
+        "path": "",
+        "inputs": [0],
+        "rule": "definition",
+        "factor": (1.0).hex(),
+        "gain": (1.0).hex(),
+    }
     content["nodes"].append(node)
     store = store_of(arrays)
     with pytest.raises(Rejected, match="leads to no output"):
@@ -154,16 +173,22 @@ FILES = {
     "a list": _file(b"[]", b""),
     "gap": _file(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', b"\0" * 8),
     "surplus": _file(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 8),
-    "overlap": _file(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
-                     b'"b":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}', b"\0" * 6),
+    "overlap": _file(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"b":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}',
+        b"\0" * 6,
+    ),
     "outside": _file(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,400]}}', b"\0" * 8),
     "backwards": _file(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}', b"\0" * 4),
-    "twice": _file(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
-                   b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4),
+    "twice": _file(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        b"\0" * 4,
+    ),
     "deep": _file(b"[" * 200_000, b""),
     "many digits": _file(b'{"a":' + b"1" * 5000 + b"}", b""),
     "more keys": _file(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":1}}', b"\0" * 4),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -177,13 +202,20 @@ def test_files_of_the_safetensors_library_are_read(tmp_path):
     import torch
     from safetensors.torch import save_file
 
-    tensors = {"a": torch.randn(2, 3), "b": torch.zeros(0), "c": torch.randn(2).double(),
-               "d": torch.arange(3)}  # fmt: skip
+    tensors = {
+        "a": torch.randn(2, 3),
+        "b": torch.zeros(0),
+        "c": torch.randn(2).double(),
+        "d": torch.arange(3),
+    }
     save_file(tensors, tmp_path / "w.safetensors", metadata={"format": "pt"})
     found = read_safetensors(tmp_path / "w.safetensors")
     assert {n: (d, s) for n, (d, s, _) in found.items()} == {
-        "a": ("F32", (2, 3)), "b": ("F32", (0,)), "c": ("F64", (2,)), "d": ("I64", (3,))
-    }  # fmt: skip
+        "a": ("F32", (2, 3)),
+        "b": ("F32", (0,)),
+        "c": ("F64", (2,)),
+        "d": ("I64", (3,)),
+    }
     assert found["a"][2] == tensors["a"].numpy().tobytes()
 
 
@@ -241,32 +273,82 @@ def test_the_shape_of_a_constant_is_that_of_the_file():
 
 
 def _large_window(window):
-    return exact.node("average_pool", 0, 1.0, window=window, stride=[1] * len(window),
-                      padding=[[w - 1, 0] for w in window], count_padding=True)  # fmt: skip
+    return exact.node(
+        "average_pool",
+        0,
+        1.0,
+        window=window,
+        stride=[1] * len(window),
+        padding=[[w - 1, 0] for w in window],
+        count_padding=True,
+    )
 
 
 MALFORMED = {
-    "a norm of numbers": ([[]], [exact.node("batch_norm", 0, 2.0, mean="s", variance="s",
-                                            eps=(1.0).hex())]),
+    "a norm of numbers": (
+        [[]],
+        [exact.node("batch_norm", 0, 2.0, mean="s", variance="s", eps=(1.0).hex())],
+    ),
     "slopes of numbers": ([[]], [exact.node("prelu", 0, 2.0, slopes="s")]),
     "huge factors": ([[3]], _scale(2.0**1000, 2.0**1000, 2.0**1000)[1:]),
     "a huge input": ([[2**20, 2**20]], [exact.node("scale", 0, 1.0, factor=(1.0).hex())]),
     "a huge pad": ([[2**20]], [exact.node("pad", 0, 9.0, amounts=[[0, 2**30]], mode="edge")]),
-    "many pads": ([[1] * 8], [exact.node("pad", 0, 2.0**60, mode="edge",
-                                         amounts=[[0, 2**16]] * 8)]),
+    "many pads": (
+        [[1] * 8],
+        [exact.node("pad", 0, 2.0**60, mode="edge", amounts=[[0, 2**16]] * 8)],
+    ),
     "many windows": ([[1] * 60], [_large_window([2**16] * 60)]),
     "a huge window": ([[2**16]], [_large_window([2**16])]),
-    "many outputs": ([[1, 1]], [exact.node("adaptive_average_pool", 0, 2.0**60,
-                                           outputs=[2**16] * 2)]),
-    "a huge value": ([[1]], [{**exact.node("opaque", 0, into=[2**23, 2**23], gains=[(1.0).hex()],
-                                           hypot=False, reason=""), "rule": "assumed"}]),
-    "zeros between taps": ([[1, 2**8, 2**8, 2**8]], [exact.node(
-        "convolution", 0, 9.0, rule="gram", weight="w", stride=[1] * 3, padding=[[2**9, 2**9]] * 3,
-        dilation=[2**9] * 3, groups=1, circular=False)]),
-    "large strides": ([[1, 2, 2]], [exact.node(
-        "convolution", 0, 9.0, rule="gram", weight="v", stride=[2**16] * 2, padding=[[0, 0]] * 2,
-        dilation=[1] * 2, groups=1, circular=False)]),
-}  # fmt: skip
+    "many outputs": (
+        [[1, 1]],
+        [exact.node("adaptive_average_pool", 0, 2.0**60, outputs=[2**16] * 2)],
+    ),
+    "a huge value": (
+        [[1]],
+        [
+            {
+                **exact.node(
+                    "opaque", 0, into=[2**23, 2**23], gains=[(1.0).hex()], hypot=False, reason=""
+                ),
+                "rule": "assumed",
+            }
+        ],
+    ),
+    "zeros between taps": (
+        [[1, 2**8, 2**8, 2**8]],
+        [
+            exact.node(
+                "convolution",
+                0,
+                9.0,
+                rule="gram",
+                weight="w",
+                stride=[1] * 3,
+                padding=[[2**9, 2**9]] * 3,
+                dilation=[2**9] * 3,
+                groups=1,
+                circular=False,
+            )
+        ],
+    ),
+    "large strides": (
+        [[1, 2, 2]],
+        [
+            exact.node(
+                "convolution",
+                0,
+                9.0,
+                rule="gram",
+                weight="v",
+                stride=[2**16] * 2,
+                padding=[[0, 0]] * 2,
+                dilation=[1] * 2,
+                groups=1,
+                circular=False,
+            )
+        ],
+    ),
+}
 ARRAYS = {"s": np.array(2.0), "w": np.ones((1, 1, 2, 2, 2)), "v": np.ones((1, 1, 1, 1))}
 
 
@@ -300,8 +382,14 @@ LIE = "x\nverified: constant <= 0 for the weights"
 
 def test_texts_of_a_file_cannot_write_a_line_of_the_verdict(tmp_path, capsys):
     gain = [(0.5).hex()]
-    nodes = [exact.INPUT, {**exact.node("opaque", 0, into=[1], gains=gain, hypot=False, reason=LIE),
-                           "rule": "assumed", "path": LIE}]  # fmt: skip
+    nodes = [
+        exact.INPUT,
+        {
+            **exact.node("opaque", 0, into=[1], gains=gain, hypot=False, reason=LIE),
+            "rule": "assumed",
+            "path": LIE,
+        },
+    ]
     content, _ = exact.certificate([[1]], nodes, 0.5)
     _save(tmp_path / "w.safetensors", {})
     (tmp_path / "c.json").write_text(json.dumps(content))

@@ -191,10 +191,18 @@ def test_tensors_know_their_manifold():
     assert sphere.check_point_on_manifold(x)
     u, y = x.proju(torch.randn(3, 5)), sphere.random(3, 5)
     for name, arguments in {
-        "retr": (u,), "expmap": (u,), "inner": (u, u), "proju": (u,), "egrad2rgrad": (u,),
-        "transp": (y, u), "retr_transp": (u, u), "expmap_transp": (u, u), "logmap": (y,),
-        "transp_follow_retr": (u, u), "transp_follow_expmap": (u, u),
-    }.items():  # fmt: skip
+        "retr": (u,),
+        "expmap": (u,),
+        "inner": (u, u),
+        "proju": (u,),
+        "egrad2rgrad": (u,),
+        "transp": (y, u),
+        "retr_transp": (u, u),
+        "expmap_transp": (u, u),
+        "logmap": (y,),
+        "transp_follow_retr": (u, u),
+        "transp_follow_expmap": (u, u),
+    }.items():
         found, expected = getattr(x, name)(*arguments), getattr(sphere, name)(x, *arguments)
         found = found if isinstance(found, tuple) else (found,)
         expected = expected if isinstance(expected, tuple) else (expected,)

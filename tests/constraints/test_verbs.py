@@ -366,8 +366,11 @@ def snapshot(module: nn.Module) -> tuple:
 
 def same(before: tuple, after: tuple) -> bool:
     (stages, old), (others, new) = before, after
-    return stages == others and old.keys() == new.keys() and all(map(torch.equal, *(
-        [t[key] for key in old] for t in (old, new))))  # fmt: skip
+    return (
+        stages == others
+        and old.keys() == new.keys()
+        and all(map(torch.equal, *([t[key] for key in old] for t in (old, new))))
+    )
 
 
 @every_verb

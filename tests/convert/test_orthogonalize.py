@@ -181,10 +181,18 @@ def test_rules_by_name_by_class_and_in_their_order():
 @pytest.mark.parametrize("norm", ["centering", "lip"])
 def test_a_whole_network_has_constant_one(norm):
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
-        nn.Conv2d(8, 16, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.LayerNorm(16), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 3),
-    ).eval()  # fmt: skip
+        nn.Conv2d(3, 8, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(8, 16, 1, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.LayerNorm(16),
+        nn.Linear(16, 8),
+        nn.GELU(),
+        nn.Linear(8, 3),
+    ).eval()
     model[1].running_mean.normal_()
     new, report = converted(model, norm=norm, activation="max_min", pool="average")
     assert not report.skipped
@@ -228,12 +236,15 @@ TORCHVISION = {  # options, kinds of the modules that stay, with weights="reset"
     "resnet18": ({}, {"BatchNorm2d"}),
     "resnet50": ({"norm": "centering"}, set()),
     "vgg11_bn": ({"rules": {"classifier.*": False}, "norm": "lip"}, {"Linear"}),
-    "convnext_tiny": ({"fallback": "aol", "activation": "max_min"},
-                      {"LayerNorm2d", "LayerNorm", "CNBlock"}),
-    "vit_b_16": ({"norm": "centering"},
-                 {"VisionTransformer", "Encoder", "MultiheadAttention",
-                  "NonDynamicallyQuantizableLinear"}),
-}  # fmt: skip
+    "convnext_tiny": (
+        {"fallback": "aol", "activation": "max_min"},
+        {"LayerNorm2d", "LayerNorm", "CNBlock"},
+    ),
+    "vit_b_16": (
+        {"norm": "centering"},
+        {"VisionTransformer", "Encoder", "MultiheadAttention", "NonDynamicallyQuantizableLinear"},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", TORCHVISION)

@@ -23,9 +23,15 @@ INITIALIZATIONS = {
 
 def network(initialize=INITIALIZATIONS["default"]):
     model = nn.Sequential(
-        nn.Conv2d(3, 40, 5), nn.BatchNorm2d(40), nn.ReLU(), nn.Conv2d(40, 40, 1), nn.Flatten(),
-        nn.Linear(160, 60), nn.ReLU(), nn.Linear(60, 10),
-    )  # fmt: skip
+        nn.Conv2d(3, 40, 5),
+        nn.BatchNorm2d(40),
+        nn.ReLU(),
+        nn.Conv2d(40, 40, 1),
+        nn.Flatten(),
+        nn.Linear(160, 60),
+        nn.ReLU(),
+        nn.Linear(60, 10),
+    )
     for index in (0, 3, 5, 7):
         initialize(model[index])
     return model

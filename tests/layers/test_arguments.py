@@ -7,7 +7,7 @@ import orthonet
 from orthonet import layers, models, reparametrizers
 from orthonet.convert import on_manifold, trivialize
 from orthonet.layers import available, make_conv, make_linear
-from orthonet.reparametrizers import RecordedWeight
+from orthonet.reparametrizers.recorded import RecordedWeight
 
 PRESET = orthonet.CHOLESKY_ORTHO_PARAMS
 MAKERS = {

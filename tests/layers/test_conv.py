@@ -66,9 +66,16 @@ def test_table_of_configurations(mode, stride):
         if padding is None:
             continue
         layer = OrthoConv2d(
-            ci, co, k, s, padding, d, g, dtype=torch.float64,
+            ci,
+            co,
+            k,
+            s,
+            padding,
+            d,
+            g,
+            dtype=torch.float64,
             padding_mode="circular" if mode == "circular" else "zeros",
-        )  # fmt: skip
+        )
         sigma = singular_values(layer, (ci, size, size))
         row = (k, s, ci, co, g, d)
         assert float(sigma.max()) <= 1 + ALLOWED[torch.float64], row

@@ -60,10 +60,18 @@ class Kernel(NamedTuple):
         if self.transposed:
             padding, extra["output_padding"] = padding
         return CLASSES[self.transposed][len(self.taps) - 1](
-            *channels, self.taps, self.stride, padding, dilation=self.dilation,
-            groups=self.groups, padding_mode=padding_mode, dtype=self.dtype, ranks=self.ranks,
-            bias=False, **extra,
-        )  # fmt: skip
+            *channels,
+            self.taps,
+            self.stride,
+            padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            padding_mode=padding_mode,
+            dtype=self.dtype,
+            ranks=self.ranks,
+            bias=False,
+            **extra,
+        )
 
 
 def kernels(every: int) -> list[Kernel]:

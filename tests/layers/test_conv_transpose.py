@@ -54,9 +54,18 @@ def test_table_of_configurations(mode, stride):
         if mode == "cropped" and d * (k - 1) + 3 * stride < 2:
             continue  # cropping leaves nothing
         layer = OrthoConvTranspose2d(
-            ci, co, k, stride, padding, extra, g, True, d,
-            "circular" if mode == "circular" else "zeros", dtype=torch.float64,
-        )  # fmt: skip
+            ci,
+            co,
+            k,
+            stride,
+            padding,
+            extra,
+            g,
+            True,
+            d,
+            "circular" if mode == "circular" else "zeros",
+            dtype=torch.float64,
+        )
         sigma = singular_values(random_bias(layer), (ci, 4, 4))
         row = (k, stride, ci, co, g, d)
         assert float(sigma.max()) <= 1 + ALLOWED[torch.float64], row

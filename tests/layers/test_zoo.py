@@ -119,12 +119,21 @@ def test_groups_strides_and_dilation(name):
             padding = 0
         if name in ("cpl", "sll") and "stride" not in options:
             co = ci
-        layer = make_conv(name, ci, co, 3, padding=padding, padding_mode="circular",
-                          dtype=torch.float64, **{"stride": 1, **options})  # fmt: skip
+        layer = make_conv(
+            name,
+            ci,
+            co,
+            3,
+            padding=padding,
+            padding_mode="circular",
+            dtype=torch.float64,
+            **{"stride": 1, **options},
+        )
         s = layer.stride[0]
         shape = (ci, 6, 12) if s > 1 else (ci, 5, 6)
-        plain = nn.Conv2d(ci, co, 3, padding=padding, padding_mode="circular",
-                          **{"stride": 1, **options})  # fmt: skip
+        plain = nn.Conv2d(
+            ci, co, 3, padding=padding, padding_mode="circular", **{"stride": 1, **options}
+        )
         assert layer(torch.zeros(2, *shape).double()).shape == plain(torch.zeros(2, *shape)).shape
         values = sigma(layer, shape)
         assert float(values.max()) <= 1 + ALLOWED[torch.float64], options
@@ -268,8 +277,9 @@ def test_residual_diagonal_dominates_the_gram_matrix(name):
         weight, scale = layer.parametrization()
     if weight.ndim == 4:
         width = weight.shape[1]
-        j = dense_operator(lambda x: layer._convolve(x, weight, None), (width, *shape[1:]),
-                           dtype=torch.float64)  # fmt: skip
+        j = dense_operator(
+            lambda x: layer._convolve(x, weight, None), (width, *shape[1:]), dtype=torch.float64
+        )
         t = (2 / scale).repeat_interleave(shape[1] * shape[2])
     else:
         j, t = weight, 2 / scale

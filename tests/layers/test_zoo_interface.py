@@ -57,7 +57,12 @@ def test_a_checkpoint_fits_every_constant(name):
         (partial(layers.OrthoConv2d, 4, 4, 3, padding=1, padding_mode="circular"), SIZE),
         (
             partial(
-                layers.OrthoConv2d, 4, 4, 3, padding=1, padding_mode="circular",
+                layers.OrthoConv2d,
+                4,
+                4,
+                3,
+                padding=1,
+                padding_mode="circular",
                 apply_by="factors",
             ),
             SIZE,
@@ -67,7 +72,7 @@ def test_a_checkpoint_fits_every_constant(name):
             SIZE,
         ),
     ],
-)  # fmt: skip
+)
 def test_scaled_orthogonal_layers(build, shape):
     layer = build(lipschitz=3.0, dtype=torch.float64)
     values = singular_values(layer, shape or (4,))

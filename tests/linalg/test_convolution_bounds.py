@@ -175,8 +175,10 @@ def test_efforts_are_sound(shape, size, geometry, effort):
     if isinstance(sides[0] if isinstance(sides, tuple) else sides, tuple):
         (left, right), *_ = sides
         geometry = {**geometry, "padding": right}  # pads more on the left: the rows shift
-        plain = torch.nn.functional.pad(torch.eye(size[0] * shape[1], dtype=torch.float64)
-            .reshape(-1, shape[1], *size), (left, right))  # fmt: skip
+        plain = torch.nn.functional.pad(
+            torch.eye(size[0] * shape[1], dtype=torch.float64).reshape(-1, shape[1], *size),
+            (left, right),
+        )
         matrix = torch.nn.functional.conv1d(plain, kernel, stride=geometry["stride"]).flatten(1).T
     else:
         matrix = convolution_by_unit_vectors(kernel, size, **geometry)

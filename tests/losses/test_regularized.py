@@ -49,8 +49,9 @@ def test_annealing_fades_out_large_margins():
     assert float(ratio[2]) < 0.1 < float(ratio[1])
 
 
-@pytest.mark.parametrize("name", ["emma", "logit_annealing", "multi_margin", "trades",
-                                  "certificate_regularization"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["emma", "logit_annealing", "multi_margin", "trades", "certificate_regularization"]
+)
 def test_gradients_and_reductions(name):
     function = getattr(losses, name)
     extra = {"emma": {"radius": 0.5}}.get(name, {})

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 
+from orthonet import manifolds
 from orthonet.manifolds import (
     PSD,
     PSSD,
@@ -109,6 +112,16 @@ EXACT = {
 def fits(space: Manifold, shape: tuple[int, ...]) -> bool:
     return space._shape_problem(shape) is None
 
+
+# A space that is published and not in the table is tested with its default arguments.
+ELSEWHERE = {"EuclideanStiefel", "Unitary"}  # tested with a table of their own
+PUBLISHED = {value for value in vars(manifolds).values() if inspect.isclass(value)}
+SPACES += [
+    (space(), ())
+    for space in sorted(PUBLISHED - {type(space) for space, _ in SPACES}, key=lambda c: c.__name__)
+    if issubclass(space, Manifold) and not inspect.isabstract(space)
+    if space.__name__ not in ELSEWHERE
+]
 
 CASES = [
     (space, shape, options)

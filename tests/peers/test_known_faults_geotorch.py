@@ -31,8 +31,12 @@ def steps(layer, loss, count, lr=0.1, optimizer=torch.optim.Adam):
 
 def off(w):
     """max |sigma - 1| of a matrix."""
-    return (torch.linalg.svdvals(w.detach().to(torch.promote_types(w.dtype, torch.float64))) - 1)\
-        .abs().max().item()  # fmt: skip
+    return (
+        (torch.linalg.svdvals(w.detach().to(torch.promote_types(w.dtype, torch.float64))) - 1)
+        .abs()
+        .max()
+        .item()
+    )
 
 
 def test_01_promised_determinants_are_positive():

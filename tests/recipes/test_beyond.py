@@ -191,10 +191,16 @@ def test_bad_values_are_refused(build, words):
 def test_a_loss_that_is_not_finite_stops(tmp_path):
     with pytest.raises(ValueError, match="finite"):
         optimize(
-            torch.nn.Linear(1, 1), lambda: torch.tensor(math.nan), torch.Generator(),
-            W1Config(iterations=1), progress=False, name="w1", folder=tmp_path, resume=False,
+            torch.nn.Linear(1, 1),
+            lambda: torch.tensor(math.nan),
+            torch.Generator(),
+            W1Config(iterations=1),
+            progress=False,
+            name="w1",
+            folder=tmp_path,
+            resume=False,
             tensorboard=False,
-        )  # fmt: skip
+        )
 
 
 def test_the_command_runs_each(tmp_path, capsys, monkeypatch):
@@ -203,9 +209,10 @@ def test_the_command_runs_each(tmp_path, capsys, monkeypatch):
     assert cli.main(f"train sdf --shape star --out {tmp_path} --quiet".split()) == 0
     assert cli.main(["train", "flow", "--density", "rings", "--iterations", "3", "--quiet"]) == 0
     assert [config for config, _, _ in made] == [
-        W1Config(dimension=5, gap=2.0), SDFConfig(shape="star"),
+        W1Config(dimension=5, gap=2.0),
+        SDFConfig(shape="star"),
         FlowConfig(density="rings", iterations=3),
-    ]  # fmt: skip
+    ]
     assert capsys.readouterr().out == "the summary\n" * 3
     with pytest.raises(SystemExit):
         cli.main(["train", "w1", "--shape", "star", "--quiet"])

@@ -147,9 +147,12 @@ def test_two_processes_train_as_one(pictures, tmp_path):
     options = "--image-size 8 --epochs 2 --batch-size 12 --workers 1 --attack-steps 1 --quiet"
     command = ["train", "folder", "--data", str(pictures), *options.split(), "--seed", "2"]
     done = subprocess.run(
-        torchrun(*command, "--out", str(tmp_path / "two")), env=ENVIRONMENT, capture_output=True,
-        text=True, timeout=300,
-    )  # fmt: skip
+        torchrun(*command, "--out", str(tmp_path / "two")),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("clean accuracy") == 1  # the first process alone reports
     assert "none changed class" in done.stdout

@@ -100,9 +100,13 @@ def test_a_shape_is_enough_for_the_certificate(nets, capsys):
 def test_mistakes_are_one_sentence(nets, tmp_path, capsys):
     shape = "--input-shape 1 8 8"
     files = {
-        "empty.pt": b"", "cut.pt": b"PK\x03\x04 cut", "text.safetensors": b"hello",
-        "other.pt": None, "list.pt": None, "pickle.pt": None,
-    }  # fmt: skip
+        "empty.pt": b"",
+        "cut.pt": b"PK\x03\x04 cut",
+        "text.safetensors": b"hello",
+        "other.pt": None,
+        "list.pt": None,
+        "pickle.pt": None,
+    }
     for name, content in files.items():
         if content is not None:
             (tmp_path / name).write_bytes(content)

@@ -19,21 +19,29 @@ OTHERS = {
     "copying": (
         recipes.train_sequences,
         recipes.copying(
-            delay=8, hidden=16, batch_size=6, iterations=12, rebase=5, clip=1.0, log_every=4,
+            delay=8,
+            hidden=16,
+            batch_size=6,
+            iterations=12,
+            rebase=5,
+            clip=1.0,
+            log_every=4,
             models=("orthonet", "lstm"),
         ),
     ),
     "w1": (
-        recipes.train_w1, recipes.W1Config(hidden=8, batch_size=16, iterations=12, samples=2000)
+        recipes.train_w1,
+        recipes.W1Config(hidden=8, batch_size=16, iterations=12, samples=2000),
     ),
     "sdf": (
         recipes.train_sdf,
         recipes.SDFConfig("star", hidden=8, batch_size=17, iterations=12, rays=4),  # not even
     ),
     "flow": (
-        recipes.train_flow, recipes.FlowConfig(blocks=2, hidden=4, batch_size=16, iterations=12)
+        recipes.train_flow,
+        recipes.FlowConfig(blocks=2, hidden=4, batch_size=16, iterations=12),
     ),
-}  # fmt: skip
+}
 
 
 def together(rank, folder, names):
@@ -108,8 +116,11 @@ def test_torchrun_runs_every_recipe(name, tmp_path):
     command = [*launcher, f"--master-port={port}", "-m", "orthonet", "train", name, *options]
     done = subprocess.run(
         [sys.executable, *command, "--quiet", "--out", str(tmp_path / "run")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written:") == 1
     assert (tmp_path / "run" / "metrics.json").exists()

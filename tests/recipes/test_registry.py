@@ -76,10 +76,12 @@ def test_a_recipe_is_added_in_one_file(one_file, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
     for words in (
-        "A spiral that is wound up.", "--turns N Turns of the spiral (3)",
-        "--color NAME Its color: red, blue (red)", "--steps X [X ...] Optimizer steps (1 2)",
+        "A spiral that is wound up.",
+        "--turns N Turns of the spiral (3)",
+        "--color NAME Its color: red, blue (red)",
+        "--steps X [X ...] Optimizer steps (1 2)",
         "--out DIR Folder of the results (runs/spiral)",
-    ):  # fmt: skip
+    ):
         assert words in text
     assert "--resume" not in text  # `wind` does not take it
     config = recipes.registered()["spiral"].build()

@@ -165,10 +165,26 @@ def test_other_recipes_go_on_too(monkeypatch, tmp_path, name):
 @pytest.mark.slow
 def test_a_killed_training_on_sequences_goes_on(tmp_path):
     command = [
-        sys.executable, "-m", "orthonet", "train", "copying", "--delay", "3", "--hidden", "6",
-        "--batch-size", "4", "--iterations", "1000", "--models", "orthonet", "--resume",
-        "--quiet", "--out", str(tmp_path),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "orthonet",
+        "train",
+        "copying",
+        "--delay",
+        "3",
+        "--hidden",
+        "6",
+        "--batch-size",
+        "4",
+        "--iterations",
+        "1000",
+        "--models",
+        "orthonet",
+        "--resume",
+        "--quiet",
+        "--out",
+        str(tmp_path),
+    ]
     log = killed_after_an_epoch(command, tmp_path, "orthonet")
     done = len(log.read_text().splitlines()) - 1
     state = torch.load(tmp_path / "orthonet.state.pt", weights_only=True)

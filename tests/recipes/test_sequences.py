@@ -43,8 +43,13 @@ def test_a_run_writes_its_files_and_is_reproducible(tmp_path):
     again = train_sequences(config, tmp_path)
     assert [r.loss for r in report.results] == [r.loss for r in again.results]
     assert [file.name for file in report.files] == [
-        "orthonet.pt", "lstm.pt", "torch.pt", "metrics.json", "training.png", "gradient_norms.png",
-    ]  # fmt: skip
+        "orthonet.pt",
+        "lstm.pt",
+        "torch.pt",
+        "metrics.json",
+        "training.png",
+        "gradient_norms.png",
+    ]
     assert all(file.stat().st_size > 0 for file in report.files)
     kept = json.loads((tmp_path / "metrics.json").read_text())
     assert kept["config"]["delay"] == 4
@@ -70,9 +75,17 @@ def test_command_line(tmp_path, capsys):
 
 
 BAD = (
-    {"task": "x"}, {"models": ()}, {"models": ("gru",)}, {"delay": 0}, {"lr": 0.0}, {"triv": "qr"},
-    {"init": "x"}, {"nonlinearity": "x"}, {"rebase": -1}, {"clip": -1.0},
-)  # fmt: skip
+    {"task": "x"},
+    {"models": ()},
+    {"models": ("gru",)},
+    {"delay": 0},
+    {"lr": 0.0},
+    {"triv": "qr"},
+    {"init": "x"},
+    {"nonlinearity": "x"},
+    {"rebase": -1},
+    {"clip": -1.0},
+)
 
 
 @pytest.mark.parametrize("changes", BAD, ids=str)

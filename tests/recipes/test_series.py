@@ -33,9 +33,17 @@ def config(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     return SeriesConfig(
-        "Waves", hidden=8, frame=3, batch_size=16, iterations=30, lr=0.05, radius=0.3,
-        radii=(0.05, 0.2), attack_steps=3, data_root=str(write_waves(data)),
-    )  # fmt: skip
+        "Waves",
+        hidden=8,
+        frame=3,
+        batch_size=16,
+        iterations=30,
+        lr=0.05,
+        radius=0.3,
+        radii=(0.05, 0.2),
+        attack_steps=3,
+        data_root=str(write_waves(data)),
+    )
 
 
 def test_certified_stays_below_attacked(config, tmp_path):
@@ -91,10 +99,17 @@ def test_the_command_trains_it(config, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"models": ("gru",)}, {"frame": 0}, {"lr": 0.0}, {"radius": -1.0}, {"radii": (-1.0,)},
-     {"temperature": 0.0}, {"seed": -1}],
+    [
+        {"models": ("gru",)},
+        {"frame": 0},
+        {"lr": 0.0},
+        {"radius": -1.0},
+        {"radii": (-1.0,)},
+        {"temperature": 0.0},
+        {"seed": -1},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_bad_configurations_are_refused(changes):
     with pytest.raises(ValueError, match=f"SeriesConfig: {next(iter(changes))} must"):
         SeriesConfig(**changes)

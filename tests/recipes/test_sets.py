@@ -55,11 +55,12 @@ def test_idx_files_are_found_and_read(tmp_path, name, inside, compressed):
 def test_the_place_of_the_package_is_looked_in_last(tmp_path, monkeypatch):
     place = write_idx(tmp_path / "usr")
     monkeypatch.setitem(
-        sets.IMAGE_SETS, "fashion",
+        sets.IMAGE_SETS,
+        "fashion",
         sets.IMAGE_SETS["fashion"]._replace(
             read=lambda root: idx.load_idx(idx.FASHION._replace(places=(str(place),)), root)
         ),
-    )  # fmt: skip
+    )
     assert len(load("fashion", tmp_path / "nothing").test.y) == 20
     write_idx(tmp_path / "data" / "FashionMNIST" / "raw", test=10)
     assert len(load("fashion", tmp_path / "data").test.y) == 10
@@ -90,9 +91,12 @@ def test_damaged_idx_files_are_refused(tmp_path):
     images = folder / "train-images-idx3-ubyte.gz"
     whole = images.read_bytes()
     for content in (
-        b"", b"hello", whole[:-50], gzip.compress(gzip.decompress(whole)[:-1]),
+        b"",
+        b"hello",
+        whole[:-50],
+        gzip.compress(gzip.decompress(whole)[:-1]),
         gzip.compress(b"\0\0\x0d" + gzip.decompress(whole)[3:]),
-    ):  # fmt: skip
+    ):
         images.write_bytes(content)
         with pytest.raises(ValueError, match=r"must be whole.*train-images-idx3-ubyte\.gz"):
             load("fashion", tmp_path)
@@ -207,8 +211,11 @@ def test_series_are_padded_and_labeled(tmp_path, monkeypatch):
     (folder / "Waves_TRAIN.ts").write_text(TS)
     (folder / "Waves_TEST.ts").write_text(TS.replace("7,7:7,7:up\n", ""))
     monkeypatch.syspath_prepend(str(tmp_path))
-    for found in (load_series("Waves"), load_series("Waves", folder),
-                  load_series("Waves", folder.parent)):  # fmt: skip
+    for found in (
+        load_series("Waves"),
+        load_series("Waves", folder),
+        load_series("Waves", folder.parent),
+    ):
         train, test, classes = found
         assert classes == ("up", "down")
         assert train.x.shape == (5, 2, 4) and test.x.shape == (4, 2, 4)
@@ -244,9 +251,14 @@ def test_fashion_trains_and_is_certified_on_some_of_its_images(tmp_path):
     write_idx(tmp_path / "FashionMNIST" / "raw", train=64, test=20)
     assert recipes.fashion().evaluated == 1000
     config = recipes.fashion(
-        model="mlp", model_arguments={"in_features": 784, "num_classes": 10, "hidden": (8,)},
-        epochs=1, batch_size=32, attack_steps=1, evaluated=5, data_root=str(tmp_path),
-    )  # fmt: skip
+        model="mlp",
+        model_arguments={"in_features": 784, "num_classes": 10, "hidden": (8,)},
+        epochs=1,
+        batch_size=32,
+        attack_steps=1,
+        evaluated=5,
+        data_root=str(tmp_path),
+    )
     report = recipes.train(config, tmp_path / "run")
     assert len(report.evaluation.radii) == 5
     again = recipes.certify_checkpoint(report.files[0], evaluated=0, radii=(0.5,), attack_steps=1)

@@ -28,8 +28,14 @@ def few(monkeypatch):
 
 
 def tiny(**changes) -> ZooConfig:
-    values = {"methods": ("aol", "sll"), "seeds": 1, "parameters": 20_000, "epochs": 2,
-              "attack_steps": 3, "radii": (0.1, 0.5)}  # fmt: skip
+    values = {
+        "methods": ("aol", "sll"),
+        "seeds": 1,
+        "parameters": 20_000,
+        "epochs": 2,
+        "attack_steps": 3,
+        "radii": (0.1, 0.5),
+    }
     return ZooConfig(**{**values, **changes})
 
 

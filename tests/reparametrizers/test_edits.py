@@ -50,10 +50,14 @@ def test_initializing_a_whole_model_is_told_once():
             nn.init.ones_(module.bias)
 
     model = nn.Sequential(
-        OrthoConv2d(2, 4, 2), OrthoConv2d(4, 4, 2), nn.Flatten(), OrthoLinear(4, 4),
-        OrthoLinear(4, 4), OrthoLinear(4, 3),
+        OrthoConv2d(2, 4, 2),
+        OrthoConv2d(4, 4, 2),
+        nn.Flatten(),
+        OrthoLinear(4, 4),
+        OrthoLinear(4, 4),
+        OrthoLinear(4, 3),
         OrthoLinear(3, 3, ortho_params=orthonet.EXP_ORTHO_PARAMS),
-    )  # fmt: skip
+    )
     x = torch.randn(2, 2, 3, 3)
     model(x)
 

@@ -45,20 +45,31 @@ def linear_net(preset="DEFAULT", dtype=torch.float64):
     torch.manual_seed(0)
     one = params(preset)
     return nn.Sequential(
-        OrthoLinear(8, 8, ortho_params=one), nn.Tanh(), OrthoLinear(8, 8, ortho_params=one),
-        nn.Tanh(), OrthoLinear(8, 12, ortho_params=one), nn.Tanh(),
-        OrthoLinear(12, 8, ortho_params=one), nn.Tanh(), OrthoLinear(8, 8, ortho_params=one),
-    ).to(dtype)  # fmt: skip
+        OrthoLinear(8, 8, ortho_params=one),
+        nn.Tanh(),
+        OrthoLinear(8, 8, ortho_params=one),
+        nn.Tanh(),
+        OrthoLinear(8, 12, ortho_params=one),
+        nn.Tanh(),
+        OrthoLinear(12, 8, ortho_params=one),
+        nn.Tanh(),
+        OrthoLinear(8, 8, ortho_params=one),
+    ).to(dtype)
 
 
 def conv_net(preset="DEFAULT", dtype=torch.float64, ranks="half"):
     torch.manual_seed(0)
     one = {"ortho_params": params(preset), "ranks": ranks}
     return nn.Sequential(
-        nn.Unflatten(1, (2, 2, 2)), OrthoConv2d(2, 4, 3, padding=1, **one), nn.Tanh(),
-        OrthoConv2d(4, 4, 3, padding=1, **one), nn.Tanh(),
-        OrthoConv2d(4, 4, 3, padding=1, **one), OrthoConv2d(4, 8, 2, stride=2, **one), nn.Flatten(),
-    ).to(dtype)  # fmt: skip
+        nn.Unflatten(1, (2, 2, 2)),
+        OrthoConv2d(2, 4, 3, padding=1, **one),
+        nn.Tanh(),
+        OrthoConv2d(4, 4, 3, padding=1, **one),
+        nn.Tanh(),
+        OrthoConv2d(4, 4, 3, padding=1, **one),
+        OrthoConv2d(4, 8, 2, stride=2, **one),
+        nn.Flatten(),
+    ).to(dtype)
 
 
 NETS = {"linear": linear_net, "conv": conv_net}
@@ -165,8 +176,10 @@ def test_pull_back_at_the_center(way, shape):
 
 
 def test_the_host_reads_once_for_all_batches():
-    batches = [(linalg.haar((3, 8, 8)) + 0.01 * torch.randn(3, 8, 8), POLAR),
-               (linalg.haar((2, 9, 4)) + 0.01 * torch.randn(2, 9, 4), QR)]  # fmt: skip
+    batches = [
+        (linalg.haar((3, 8, 8)) + 0.01 * torch.randn(3, 8, 8), POLAR),
+        (linalg.haar((2, 9, 4)) + 0.01 * torch.randn(2, 9, 4), QR),
+    ]
     assert counts.count(lambda: retract(batches), "cpu").waits == 1
 
 
@@ -333,8 +346,10 @@ def test_a_change_by_hand_is_seen(make, preset, change, x):
     if change not in (CHANGES["zero"], CHANGES["rank one"]):  # not differentiable there
         assert_close(gradients(net, x), cold(lambda: gradients(net, x)), atol=1e-9)
     trained(net)  # and the next step brings everything back
-    error = max(orthogonality_error(p / p.norm() * min(p.shape[-2:]) ** 0.5) if p.ndim == 2 else 0.0
-                for p in originals(net))  # fmt: skip
+    error = max(
+        orthogonality_error(p / p.norm() * min(p.shape[-2:]) ** 0.5) if p.ndim == 2 else 0.0
+        for p in originals(net)
+    )
     assert error <= 1e-9
 
 

@@ -35,13 +35,18 @@ def linear_net(params, layers=3):
 def mixed_net(params):
     """Two shapes of kernels, two of matrices, one of them tall and one wide."""
     return nn.Sequential(
-        orthonet.OrthoConv2d(3, CHANNELS, 3, padding=1, ortho_params=params), nn.ReLU(),
-        orthonet.OrthoConv2d(CHANNELS, CHANNELS, 3, padding=1, ortho_params=params), nn.ReLU(),
-        orthonet.OrthoConv2d(CHANNELS, CHANNELS, 3, padding=1, ortho_params=params), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        orthonet.OrthoLinear(CHANNELS, WIDTH, ortho_params=params), nn.ReLU(),
+        orthonet.OrthoConv2d(3, CHANNELS, 3, padding=1, ortho_params=params),
+        nn.ReLU(),
+        orthonet.OrthoConv2d(CHANNELS, CHANNELS, 3, padding=1, ortho_params=params),
+        nn.ReLU(),
+        orthonet.OrthoConv2d(CHANNELS, CHANNELS, 3, padding=1, ortho_params=params),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        orthonet.OrthoLinear(CHANNELS, WIDTH, ortho_params=params),
+        nn.ReLU(),
         orthonet.OrthoLinear(WIDTH, 4, ortho_params=params),
-    )  # fmt: skip
+    )
 
 
 SHAPES = {linear_net: (BATCH, WIDTH), mixed_net: (BATCH, 3, SIZE, SIZE)}

@@ -16,11 +16,17 @@ def named(model, group):
 
 
 def test_the_groups_of_a_mixed_model():
-    model = nn.ModuleDict({
-        "conv": OrthoConv2d(3, 4, 3), "norm": nn.BatchNorm2d(4), "act": MaxMin(),
-        "plain": nn.Linear(4, 4), "verb": orthogonal(nn.Linear(4, 4)), "rnn": OrthoGRU(4, 4),
-        "frozen": nn.Linear(4, 4).requires_grad_(False),
-    })  # fmt: skip
+    model = nn.ModuleDict(
+        {
+            "conv": OrthoConv2d(3, 4, 3),
+            "norm": nn.BatchNorm2d(4),
+            "act": MaxMin(),
+            "plain": nn.Linear(4, 4),
+            "verb": orthogonal(nn.Linear(4, 4)),
+            "rnn": OrthoGRU(4, 4),
+            "frozen": nn.Linear(4, 4).requires_grad_(False),
+        }
+    )
     plain, constrained, vectors = orthonet.parameter_groups(
         model, lr=0.1, weight_decay=0.01, constrained_lr=0.2
     )
@@ -35,7 +41,7 @@ def test_the_groups_of_a_mixed_model():
     every = [p for group in groups for p in group["params"]]
     assert {id(p) for p in every} == {id(p) for p in model.parameters() if p.requires_grad}
     assert len(every) == len({id(p) for p in every})
-    torch.optim.AdamW(groups)  # type: ignore[arg-type]
+    torch.optim.AdamW(groups)
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=repr)

@@ -410,9 +410,11 @@ def checkpoints(rank, folder):
     loaded = {"model": state[0], "optimizer": state[1]}
     checkpoint.load(loaded, checkpoint_id=folder)
     set_state_dict(
-        other, second,
-        model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"],
-    )  # fmt: skip
+        other,
+        second,
+        model_state_dict=loaded["model"],
+        optim_state_dict=loaded["optimizer"],
+    )
     for x in xs:
         for module, step in ((model, optimizer), (other, second)):
             step.zero_grad()

@@ -207,7 +207,7 @@ def functional(row: Row) -> None:
 def ensemble(row: Row) -> None:
     """`stack_module_state` of three layers, and one call: the outputs of each."""
     members = [row.make().eval() for _ in range(3)]
-    state = stack_module_state(members)  # type: ignore[arg-type]
+    state = stack_module_state(members)
     base, x = copy.deepcopy(members[0]).to("meta"), row.input()
     y = vmap(lambda p, b: functional_call(base, (p, b), (x,)))(*state)
     for mine, member in zip(y, members, strict=True):

@@ -42,14 +42,14 @@ def excess(row: Row, layer: nn.Module) -> float:
     layer = layer.rnn if isinstance(layer, First) else layer
     if row.group == "constraint":
         worst = 0.0
-        for name, entry in layer.parametrizations.items():  # type: ignore[union-attr, operator]
+        for name, entry in layer.parametrizations.items():
             last = entry[len(entry) - 1]
             assert isinstance(last, Parametrization)
             value = getattr(layer, name).detach()
             worst = max(worst, 0.0 if last.contains(value) else 1.0)
         return worst
     if row.group == "recurrent":
-        kernel = layer.recurrent["weight_hh_l0"]().detach()  # type: ignore[index, operator]
+        kernel = layer.recurrent["weight_hh_l0"]().detach()
         gram = kernel.mT @ kernel
         return float((gram - torch.eye(gram.shape[-1], dtype=dtype)).abs().max())
     largest = torch.linalg.matrix_norm(jacobian(layer, row.input(1, dtype)[0]).double(), 2)
@@ -72,20 +72,35 @@ class First(nn.Module):
 
 def _zoo(kind: str, name: str) -> Row:
     if kind == "linear":
-        return Row(f"{name} (linear)", "zoo", lambda: make_linear(name, 4, 6), (4,),
-                   lambda: nn.Linear(4, 6))  # fmt: skip
+        return Row(
+            f"{name} (linear)",
+            "zoo",
+            lambda: make_linear(name, 4, 6),
+            (4,),
+            lambda: nn.Linear(4, 6),
+        )
     kernel = 1 if name == "cholesky" else 3
     padding: dict[str, Any] = {"padding": "same", "padding_mode": "circular"}
     if name in ("cayley", "lot", "bro", "soc", "sandwich"):
         padding["image_size"] = (5, 6)
-    return Row(f"{name} (convolution)", "zoo", lambda: make_conv(name, 4, 6, kernel, **padding),
-               (4, 5, 6), lambda: nn.Conv2d(4, 6, kernel))  # fmt: skip
+    return Row(
+        f"{name} (convolution)",
+        "zoo",
+        lambda: make_conv(name, 4, 6, kernel, **padding),
+        (4, 5, 6),
+        lambda: nn.Conv2d(4, 6, kernel),
+    )
 
 
 def _recurrent(kind: Callable[..., nn.Module], twin: Callable[..., nn.Module]) -> Row:
-    name = kind.__name__  # type: ignore[attr-defined]
-    return Row(name, "recurrent", lambda: First(kind(3, 4, batch_first=True)), (5, 3),
-               lambda: First(twin(3, 4)))  # fmt: skip
+    name = kind.__name__
+    return Row(
+        name,
+        "recurrent",
+        lambda: First(kind(3, 4, batch_first=True)),
+        (5, 3),
+        lambda: First(twin(3, 4)),
+    )
 
 
 def _constraint(
@@ -101,31 +116,80 @@ def _constraint(
 
 _ROWS = [
     Row("OrthoLinear", "layer", lambda: layers.OrthoLinear(8, 6), (8,), lambda: nn.Linear(8, 6)),
-    Row("UnitNormLinear", "layer", lambda: layers.UnitNormLinear(8, 1), (8,),
-        lambda: nn.Linear(8, 1)),
-    Row("OrthoConv2d, kernel 3", "layer", lambda: layers.OrthoConv2d(4, 6, 3, **SAME), (4, 5, 6),
-        lambda: nn.Conv2d(4, 6, 3)),
-    Row("OrthoConv2d, kernel 3, stride 2", "layer",
-        lambda: layers.OrthoConv2d(4, 8, 3, 2, **SAME), (4, 6, 6), lambda: nn.Conv2d(4, 8, 3, 2)),
-    Row("OrthoConv2d, 2 groups", "layer", lambda: layers.OrthoConv2d(4, 8, 3, groups=2, **SAME),
-        (4, 5, 6), lambda: nn.Conv2d(4, 8, 3, groups=2)),
-    Row("OrthoConvTranspose2d", "layer", lambda: layers.OrthoConvTranspose2d(8, 4, 2, 2),
-        (8, 3, 4), lambda: nn.ConvTranspose2d(8, 4, 2, 2)),
-    _recurrent(layers.OrthoRNN, nn.RNN), _recurrent(layers.OrthoGRU, nn.GRU),
+    Row(
+        "UnitNormLinear",
+        "layer",
+        lambda: layers.UnitNormLinear(8, 1),
+        (8,),
+        lambda: nn.Linear(8, 1),
+    ),
+    Row(
+        "OrthoConv2d, kernel 3",
+        "layer",
+        lambda: layers.OrthoConv2d(4, 6, 3, **SAME),
+        (4, 5, 6),
+        lambda: nn.Conv2d(4, 6, 3),
+    ),
+    Row(
+        "OrthoConv2d, kernel 3, stride 2",
+        "layer",
+        lambda: layers.OrthoConv2d(4, 8, 3, 2, **SAME),
+        (4, 6, 6),
+        lambda: nn.Conv2d(4, 8, 3, 2),
+    ),
+    Row(
+        "OrthoConv2d, 2 groups",
+        "layer",
+        lambda: layers.OrthoConv2d(4, 8, 3, groups=2, **SAME),
+        (4, 5, 6),
+        lambda: nn.Conv2d(4, 8, 3, groups=2),
+    ),
+    Row(
+        "OrthoConvTranspose2d",
+        "layer",
+        lambda: layers.OrthoConvTranspose2d(8, 4, 2, 2),
+        (8, 3, 4),
+        lambda: nn.ConvTranspose2d(8, 4, 2, 2),
+    ),
+    _recurrent(layers.OrthoRNN, nn.RNN),
+    _recurrent(layers.OrthoGRU, nn.GRU),
     _recurrent(layers.OrthoLSTM, nn.LSTM),
     *(_zoo("linear", n) for n in available("linear") if n not in ("ortho", "lot", "unit_norm")),
     *(_zoo("conv", n) for n in available("conv") if n != "ortho"),
-    _constraint(c.orthogonal), _constraint(c.orthogonal, square=True, name="orthogonal, square"),
-    _constraint(c.almost_orthogonal), _constraint(c.grassmannian),
-    _constraint(c.spectral_ball), _constraint(c.low_rank, 2), _constraint(c.fixed_rank, 2),
-    _constraint(c.sphere), _constraint(c.oblique), _constraint(c.unit_norm),
-    _constraint(c.nonnegative), _constraint(c.bounded), _constraint(c.norm_ball),
-    _constraint(c.simplex), _constraint(c.stochastic), _constraint(c.hyperbolic),
+    _constraint(c.orthogonal),
+    _constraint(c.orthogonal, square=True, name="orthogonal, square"),
+    _constraint(c.almost_orthogonal),
+    _constraint(c.grassmannian),
+    _constraint(c.spectral_ball),
+    _constraint(c.low_rank, 2),
+    _constraint(c.fixed_rank, 2),
+    _constraint(c.sphere),
+    _constraint(c.oblique),
+    _constraint(c.unit_norm),
+    _constraint(c.nonnegative),
+    _constraint(c.bounded),
+    _constraint(c.norm_ball),
+    _constraint(c.simplex),
+    _constraint(c.stochastic),
+    _constraint(c.hyperbolic),
     _constraint(c.product, (Stiefel(), Stiefel())),
-    *(_constraint(verb, square=True) for verb in (
-        c.symmetric, c.skew, c.invertible, c.sln, c.positive_definite, c.positive_semidefinite,
-        c.correlation, c.doubly_stochastic, c.symplectic)),
-    *(_constraint(verb, 2, square=True) for verb in (
-        c.positive_semidefinite_low_rank, c.positive_semidefinite_fixed_rank)),
-]  # fmt: skip
+    *(
+        _constraint(verb, square=True)
+        for verb in (
+            c.symmetric,
+            c.skew,
+            c.invertible,
+            c.sln,
+            c.positive_definite,
+            c.positive_semidefinite,
+            c.correlation,
+            c.doubly_stochastic,
+            c.symplectic,
+        )
+    ),
+    *(
+        _constraint(verb, 2, square=True)
+        for verb in (c.positive_semidefinite_low_rank, c.positive_semidefinite_fixed_rank)
+    ),
+]
 ROWS: dict[str, Row] = {row.name: row for row in _ROWS}

@@ -20,12 +20,14 @@ NEEDED = {
 }
 CELLS = [
     pytest.param(
-        column, row, id=f"{column}-{row}",
+        column,
+        row,
+        id=f"{column}-{row}",
         marks=[pytest.mark.slow] if COLUMNS[column].slow and row not in SAMPLE else [],
     )
     for column in COLUMNS
     for row in ROWS
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("column", "row"), CELLS)

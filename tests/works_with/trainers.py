@@ -42,13 +42,19 @@ def lightning(row: Row) -> None:
 
         with tempfile.TemporaryDirectory() as folder:
             trainer = pl.Trainer(
-                accelerator="cpu", devices=1, max_epochs=2, logger=False, default_root_dir=folder,
-                gradient_clip_val=1.0, enable_progress_bar=False, enable_model_summary=False,
-            )  # fmt: skip
+                accelerator="cpu",
+                devices=1,
+                max_epochs=2,
+                logger=False,
+                default_root_dir=folder,
+                gradient_clip_val=1.0,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
             module = Module()
             before = evaluated(module.layer, row.input())
             trainer.fit(module.train(), loader(row))
-            path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+            path = trainer.checkpoint_callback.best_model_path
             loaded = Module.load_from_checkpoint(path, weights_only=True)
     after = evaluated(module.layer, row.input())
     assert trainer.global_step == 6 and not torch.equal(before, after)

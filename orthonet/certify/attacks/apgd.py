@@ -13,7 +13,7 @@ from orthonet import _checks
 from orthonet.certify.attacks.pgd import _Ball, _ball, _gain, _predicted, _rivals, check_labels
 from orthonet.certify.attacks.secants import _TINY, _rows, _unit
 
-__all__ = ["apgd_l2"]
+__all__ = ["apgd_ensemble_l2", "apgd_l2"]
 
 
 LOSSES = ("dlr", "ce")
@@ -107,9 +107,13 @@ def apgd_l2(
 
 
 def _ascend(
-    model: nn.Module, ball: _Ball, loss: _Loss, steps: int, restarts: int,
+    model: nn.Module,
+    ball: _Ball,
+    loss: _Loss,
+    steps: int,
+    restarts: int,
     generator: torch.Generator | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The points with the largest margin that Auto-PGD on `loss` meets."""
     x, y = ball.x, ball.y
 

@@ -42,22 +42,32 @@ def _gain(logits: Tensor, y: Tensor, rival: Tensor | None = None) -> Tensor:
 def _check_attack(owner: str, model: nn.Module, x: Tensor, y: Tensor) -> None:
     _checks.module(owner, model=model)
     _checks.require(
-        not model.training, owner, "the model must be in eval mode", "Call model.eval() first",
+        not model.training,
+        owner,
+        "the model must be in eval mode",
+        "Call model.eval() first",
         training=model.training,
-    )  # fmt: skip
+    )
     _checks.floating(owner, x=x)
     _checks.tensor(owner, y=y)
     _checks.require(
-        len(x) == len(y.reshape(-1)), owner, "there must be one label for each sample",
-        "Pass class indices", x=x, y=y,
-    )  # fmt: skip
+        len(x) == len(y.reshape(-1)),
+        owner,
+        "there must be one label for each sample",
+        "Pass class indices",
+        x=x,
+        y=y,
+    )
     if y.is_floating_point() and len(x):
         with torch.no_grad():
             logits = model(x[:1])
         _checks.require(
-            logits.ndim == 1 or logits.shape[1] == 1, owner, "labels must be integers",
-            "Pass class indices, e.g. labels.long()", y=y,
-        )  # fmt: skip
+            logits.ndim == 1 or logits.shape[1] == 1,
+            owner,
+            "labels must be integers",
+            "Pass class indices, e.g. labels.long()",
+            y=y,
+        )
 
 
 def check_labels(owner: str, y: Tensor, logits: Tensor) -> None:
@@ -83,9 +93,12 @@ def check_bounds(owner: str, bounds: Any) -> None:
         and bounds[0] < bounds[1]
     )
     _checks.require(
-        good, owner, "bounds must be a pair (low, high), or None",
-        "Pass e.g. bounds=(0.0, 1.0) for images in [0, 1]", bounds=bounds,
-    )  # fmt: skip
+        good,
+        owner,
+        "bounds must be a pair (low, high), or None",
+        "Pass e.g. bounds=(0.0, 1.0) for images in [0, 1]",
+        bounds=bounds,
+    )
 
 
 class _Ball(NamedTuple):
@@ -142,10 +155,12 @@ def _ball(
     _check_attack(owner, model, x, y)
     _checks.positive_int(owner, steps=steps, restarts=restarts)
     _checks.require(
-        isinstance(radius, (int, float, Tensor)), owner,
-        "radius must be a number, or a tensor with one for each sample", "Pass e.g. radius=0.1",
+        isinstance(radius, (int, float, Tensor)),
+        owner,
+        "radius must be a number, or a tensor with one for each sample",
+        "Pass e.g. radius=0.1",
         radius=radius,
-    )  # fmt: skip
+    )
     check_bounds(owner, bounds)
     x, y = x.detach(), y.detach().reshape(-1).to(x.device)
     size = torch.as_tensor(radius, dtype=torch.float64, device=x.device).expand(len(x))
@@ -274,10 +289,13 @@ def _allowed(
 ) -> Tensor:
     """The points of an attack of another library, where they lie in the ball and in the box."""
     _checks.require(
-        isinstance(points, Tensor) and points.shape == x.shape, "attack_certificate",
-        "attack must return one point for each sample", "Return a tensor of the shape of x",
-        points=points, x=x,
-    )  # fmt: skip
+        isinstance(points, Tensor) and points.shape == x.shape,
+        "attack_certificate",
+        "attack must return one point for each sample",
+        "Return a tensor of the shape of x",
+        points=points,
+        x=x,
+    )
     points = points.detach().to(x)
     low, high = bounds if bounds is not None else (-torch.inf, torch.inf)
     inside = ((points >= low) & (points <= high)).flatten(1).all(1)
@@ -317,10 +335,12 @@ def attack_certificate(
         of the forward pass.
     """
     _checks.require(
-        isinstance(certificate, LipschitzCertificate), "attack_certificate",
+        isinstance(certificate, LipschitzCertificate),
+        "attack_certificate",
         "the arguments must be (model, certificate, x, y)",
-        "Pass what orthonet.certify(model, x) returned second", certificate=certificate,
-    )  # fmt: skip
+        "Pass what orthonet.certify(model, x) returned second",
+        certificate=certificate,
+    )
     _check_attack("attack_certificate", model, x, y)
     with torch.no_grad():
         logits = model(x)
@@ -329,9 +349,15 @@ def attack_certificate(
     radii = torch.where(radii.isfinite(), radii, 0.0).to(x.device)
     if attack is None:
         points = pgd_l2(
-            model, x, before, radii, steps=steps, restarts=restarts, bounds=bounds,
+            model,
+            x,
+            before,
+            radii,
+            steps=steps,
+            restarts=restarts,
+            bounds=bounds,
             generator=generator,
-        )  # fmt: skip
+        )
     else:
         points = _allowed(attack(model, x, before, radii), x, radii, bounds)
     with torch.no_grad():

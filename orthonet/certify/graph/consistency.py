@@ -165,5 +165,5 @@ def _run(program: Program, found: dict[fx.Node, Any] | None = None) -> list[Tens
         if node.op == "call_function" and node not in env:
             args, kwargs = map_arg((node.args, node.kwargs), value)
             with program.region(node):
-                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                env[node] = node.target(*args, **kwargs)
     return [value(node) for node in program.outputs]

@@ -117,13 +117,40 @@ def _arithmetic(name: str) -> Any:
 for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
     setattr(_Count, _name, _comparison(_name))
 for _name in (
-    "__repr__", "__str__", "__format__", "__int__", "__index__", "__float__", "__bool__", "__mod__",
-    "__rmod__", "__divmod__", "__rfloordiv__", "__truediv__", "__rtruediv__", "__and__", "__or__",
-    "__xor__", "__lshift__", "__rshift__", "__pow__", "__rpow__", "bit_length", "to_bytes",
-):  # fmt: skip
+    "__repr__",
+    "__str__",
+    "__format__",
+    "__int__",
+    "__index__",
+    "__float__",
+    "__bool__",
+    "__mod__",
+    "__rmod__",
+    "__divmod__",
+    "__rfloordiv__",
+    "__truediv__",
+    "__rtruediv__",
+    "__and__",
+    "__or__",
+    "__xor__",
+    "__lshift__",
+    "__rshift__",
+    "__pow__",
+    "__rpow__",
+    "bit_length",
+    "to_bytes",
+):
     setattr(_Count, _name, _question(_name))
 for _name in (
-    "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__neg__", "__pos__",
-    "__floordiv__", "__abs__",
-):  # fmt: skip
+    "__add__",
+    "__radd__",
+    "__sub__",
+    "__rsub__",
+    "__mul__",
+    "__rmul__",
+    "__neg__",
+    "__pos__",
+    "__floordiv__",
+    "__abs__",
+):
     setattr(_Count, _name, _arithmetic(_name))

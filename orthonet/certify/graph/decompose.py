@@ -112,20 +112,20 @@ def _write_choice(graph: fx.Graph, node: fx.Node) -> None:
         return
     x = mask.args[0]
     slopes = [_multiple(value, x) for value in (above, below)[::side]]
-    if any(slope is None for slope in slopes):
-        return
     right, left = slopes  # of x > 0 and of x < 0
+    if right is None or left is None:
+        return
     aten = torch.ops.aten
     with graph.inserting_before(node):
         if right:
-            if (left / right) * right != left:  # type: ignore[operator]
+            if (left / right) * right != left:
                 return
-            result = graph.call_function(aten.leaky_relu.default, (x, left / right))  # type: ignore[operator]
+            result = graph.call_function(aten.leaky_relu.default, (x, left / right))
             factor = right
         else:
             result = graph.call_function(aten.neg.default, (x,))
             result = graph.call_function(aten.relu.default, (result,))
-            factor = -left  # type: ignore[operator]
+            factor = -left
         if factor != 1.0:
             result = graph.call_function(aten.mul.Tensor, (result, factor))
     new: fx.Node | Any = result

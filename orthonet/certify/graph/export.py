@@ -12,7 +12,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -55,9 +55,13 @@ def export(
     recorder = Recorder(twin, (BATCH, 1), lambda: marker.visited[-1])
     try:
         with (
-            marker.functions(twin), torch.no_grad(), warnings.catch_warnings(), _unlogged(),
-            recording(recorder), autocast_region(samples[0].device, autocast),
-        ):  # fmt: skip
+            marker.functions(twin),
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            _unlogged(),
+            recording(recorder),
+            autocast_region(samples[0].device, autocast),
+        ):
             warnings.simplefilter("ignore")
             program = torch.export.export(twin, samples, dynamic_shapes=shapes, strict=False)
             graphs = [m for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
@@ -124,9 +128,13 @@ def export(
 
 
 def _compare(
-    twin: nn.Module, marker: Marker, samples: tuple[Tensor, ...], autocast: torch.dtype | None,
-    traced: Recorder, given: tuple[Tensor, ...],
-) -> None:  # fmt: skip
+    twin: nn.Module,
+    marker: Marker,
+    samples: tuple[Tensor, ...],
+    autocast: torch.dtype | None,
+    traced: Recorder,
+    given: tuple[Tensor, ...],
+) -> None:
     """Run the model in every way that it may be called, and compare what it calls."""
     first: Recorder | None = None
     for variant in variants():
@@ -137,9 +145,12 @@ def _compare(
         recorder.counting = traced if variant.counts else None
         try:
             with (
-                marker.functions(twin), variant.around(twin), warnings.catch_warnings(),
-                autocast_region(samples[0].device, autocast), recording(recorder),
-            ):  # fmt: skip
+                marker.functions(twin),
+                variant.around(twin),
+                warnings.catch_warnings(),
+                autocast_region(samples[0].device, autocast),
+                recording(recorder),
+            ):
                 warnings.simplefilter("ignore")
                 wanted = torch.is_grad_enabled() and not variant.settings
                 twin(*(x[:size].detach().clone().requires_grad_(wanted) for x in samples))
@@ -224,9 +235,12 @@ def _guards(model: nn.Module, marker: Marker, samples: Any, shapes: Any) -> list
     log.propagate = False
     try:
         with (
-            contextlib.suppress(*FAILURES), torch.no_grad(), warnings.catch_warnings(),
-            marker.functions(model), _unlogged(),
-        ):  # fmt: skip
+            contextlib.suppress(*FAILURES),
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            marker.functions(model),
+            _unlogged(),
+        ):
             warnings.simplefilter("ignore")
             torch.export.export(model, samples, dynamic_shapes=shapes, strict=False)
     finally:
@@ -295,7 +309,8 @@ def failure_of(model: nn.Module, inputs: Sequence[Tensor]) -> str:
 
 
 def _outputs(last: fx.Node) -> list[Any]:
-    return list(last.args[0])  # type: ignore[arg-type]
+    (found,) = last.args
+    return list(cast(Sequence[Any], found))
 
 
 def _check_outputs(outputs: list[Any]) -> None:

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from orthonet.certify.graph.marks import Marked, mark_of
-from orthonet.certify.graph.program import BATCH, Program, op_name, refuse
+from orthonet.certify.graph.program import BATCH, Program, called, op_name, refuse
 from orthonet.certify.rules import BatchDependent
 
 __all__ = ["fill", "fold", "moving"]
 
 _SHAPE_ONLY = {
-    "sym_size", "sym_numel", "sym_stride", "new_zeros", "new_ones", "new_full", "new_empty",
-    "zeros_like", "ones_like", "full_like", "empty_like", "_assert_tensor_metadata",
-}  # fmt: skip
+    "sym_size",
+    "sym_numel",
+    "sym_stride",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "_assert_tensor_metadata",
+}
 
 
 _SIZES = (BATCH, BATCH - 1, 131)
@@ -40,7 +50,7 @@ def _read(node: fx.Node, parents: list[fx.Node]) -> list[fx.Node]:
     name = op_name(node)
     if name in _SHAPE_ONLY:
         return [parent for parent in parents if parent is not node.args[0]]
-    return [node.args[0]] if name in _SHAPED_LIKE else parents  # type: ignore[list-item]
+    return [cast(fx.Node, node.args[0])] if name in _SHAPED_LIKE else parents
 
 
 def fold(program: Program) -> None:
@@ -59,8 +69,11 @@ def fold(program: Program) -> None:
             continue
         shape_only = op_name(node) in _SHAPE_ONLY
         if node.op == "call_function" and not shape_only and _is_random(node):
-            refuse(node, "the model must be a function of its input alone",
-                   "Remove the random numbers, or draw them once into a buffer")  # fmt: skip
+            refuse(
+                node,
+                "the model must be a function of its input alone",
+                "Remove the random numbers, or draw them once into a buffer",
+            )
         varies = any(p in sized or p in found for p in parents)
         places = range(len(_SIZES) if varies else 1)
         values = [_evaluate(node, program, place, sized) for place in places]
@@ -104,14 +117,15 @@ def _evaluate(node: fx.Node, program: Program, place: int, sized: dict[fx.Node, 
 
     mark = mark_of(node)
     if mark is not None and mark[1] < 0:
-        return _evaluate_call(node, program, value)
+        return _evaluate_call(node, *mark, program, value)
     args, kwargs = map_arg((node.args, node.kwargs), value)
     with torch.no_grad(), program.region(node):
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return called(node)(*args, **kwargs)
 
 
-def _evaluate_call(node: fx.Node, program: Program, value: Callable[[fx.Node], Any]) -> Any:
-    number, place = mark_of(node)  # type: ignore[misc]
+def _evaluate_call(
+    node: fx.Node, number: int, place: int, program: Program, value: Callable[[fx.Node], Any]
+) -> Any:
     call = program.calls[number]
     values = {k: value(n) for k, n in program.entries.get(number, {}).items()}
     target = call.target

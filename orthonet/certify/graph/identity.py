@@ -12,8 +12,7 @@ from typing import Any
 from torch import nn
 
 from orthonet._torch import MODULE_ATTRIBUTES, forward_hooks
-from orthonet.certify.graph.memory import digest
-from orthonet.certify.graph.outside import Reader, is_library
+from orthonet.certify.graph.outside import Reader, digest, is_library
 
 __all__ = ["data_hashes", "fingerprint", "hashes"]
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks, functional
 from orthonet._torch import patched, tensors_in, version_of
-from orthonet.certify.graph.memory import storages_of
+from orthonet.certify.graph.questions import storages_of
 from orthonet.certify.rules import function_leaves, module_rule
 from orthonet.errors import UncertifiableError
 from orthonet.layers.children import as_defined
@@ -133,7 +133,8 @@ class Marker:
 def mark_of(node: torch.fx.Node) -> tuple[int, int] | None:
     """(call, place) of a mark: places count from 0 inward, from -1 downward outward."""
     if node.op == "call_function" and node.target is _MARK:
-        return node.args[1], node.args[2]  # type: ignore[return-value]
+        _, call, place, *_ = cast(tuple[Any, int, int], node.args)
+        return call, place
     return None
 
 
@@ -145,15 +146,17 @@ def marked_copy(model: nn.Module) -> tuple[nn.Module, Marker]:
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
         if _is_plain(module) and id(module) not in memo:
-            memo[id(module)] = module.to_plain()  # type: ignore[operator]
+            memo[id(module)] = module.to_plain()
     try:
         twin = copy.deepcopy(model, memo)
     except TypeError as error:
         _checks.fail(
-            "certify", "copy.deepcopy must be able to copy the model",
-            "Keep generators, files, locks and the like out of its modules", UncertifiableError,
+            "certify",
+            "copy.deepcopy must be able to copy the model",
+            "Keep generators, files, locks and the like out of its modules",
+            UncertifiableError,
             error=str(error),
-        )  # fmt: skip
+        )
     for module in twin.modules():
         bake(module)
     marker = Marker()
@@ -180,7 +183,11 @@ def _freeze(module: nn.Module) -> None:
         weights.forward = lambda: value
 
 
-def _is_plain(module: nn.Module) -> bool:
+class _HasPlain(Protocol):
+    def to_plain(self) -> nn.Module: ...
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[_HasPlain]:
     """Whether the layer is ours, computes its weight, and is used as it was defined."""
     cls = type(module)
     library = cls.__module__.startswith("orthonet.") and hasattr(cls, "to_plain")

@@ -23,31 +23,82 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthonet.certify.graph.memory import digest
-
-__all__ = ["Reader", "is_library"]
+__all__ = ["Reader", "digest", "is_library"]
 
 _LIBRARIES = ("torch", "orthonet", "numpy", "math", "builtins", "einops")
 
 _PLAIN = (
-    int, float, complex, str, bytes, bytearray, bool, type(None), type(...), torch.dtype,
-    torch.device, torch.Size, torch.memory_format, torch.layout, range, slice, enum.Enum,
-)  # fmt: skip
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    bytearray,
+    bool,
+    type(None),
+    type(...),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    torch.memory_format,
+    torch.layout,
+    range,
+    slice,
+    enum.Enum,
+)
 _FUNCTIONS = (types.FunctionType, types.MethodType, staticmethod, classmethod, property)
 _LARGEST_DEPTH = 12
-_QUIET = ("_thread", "weakref", "_weakref", "_weakrefset", "logging", "typing", "abc", "_abc",
-          "inspect", "types", "re", "threading", "ast", "functools", "builtins")  # fmt: skip
+_QUIET = (
+    "_thread",
+    "weakref",
+    "_weakref",
+    "_weakrefset",
+    "logging",
+    "typing",
+    "abc",
+    "_abc",
+    "inspect",
+    "types",
+    "re",
+    "threading",
+    "ast",
+    "functools",
+    "builtins",
+)
 """Modules whose objects say nothing to a forward pass, or were read before."""
 _RESTLESS = {
-    "os": {"environ", "environb", "getenv", "getenvb", "urandom", "times", "getpid", "getcwd",
-           "getloadavg", "stat", "listdir"},
-    "time": {"time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns",
-             "process_time", "process_time_ns", "thread_time", "localtime", "gmtime", "ctime",
-             "strftime"},
+    "os": {
+        "environ",
+        "environb",
+        "getenv",
+        "getenvb",
+        "urandom",
+        "times",
+        "getpid",
+        "getcwd",
+        "getloadavg",
+        "stat",
+        "listdir",
+    },
+    "time": {
+        "time",
+        "time_ns",
+        "perf_counter",
+        "perf_counter_ns",
+        "monotonic",
+        "monotonic_ns",
+        "process_time",
+        "process_time_ns",
+        "thread_time",
+        "localtime",
+        "gmtime",
+        "ctime",
+        "strftime",
+    },
     "datetime": {"now", "today", "utcnow"},
     "uuid": {"uuid1", "uuid4"},
     "secrets": {"randbelow", "choice", "token_bytes", "token_hex", "randbits"},
-}  # fmt: skip
+}
 """What other calls find otherwise, by the modules that have it."""
 _NUMBERS = itertools.count()
 
@@ -296,10 +347,13 @@ def names_in(code: types.CodeType) -> set[str]:
 def _code_text(code: types.CodeType) -> str:
     """Equal for equal code."""
     constants = [
-        _code_text(c) if isinstance(c, types.CodeType)
-        else sorted(map(repr, c)) if isinstance(c, frozenset) else repr(c)
+        _code_text(c)
+        if isinstance(c, types.CodeType)
+        else sorted(map(repr, c))
+        if isinstance(c, frozenset)
+        else repr(c)
         for c in code.co_consts
-    ]  # fmt: skip
+    ]
     return _hash(f"{code.co_code.hex()}{constants}{code.co_names}{code.co_varnames}")
 
 
@@ -333,3 +387,12 @@ def _slots(cls: type) -> tuple[str, ...]:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor: little-endian, in row-major order."""
+    tensor = tensor.detach().cpu()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    tensor = tensor.resolve_conj().resolve_neg().contiguous()
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +18,7 @@ from orthonet.certify.graph.marks import ROOT, LeafCall, mark_of
 from orthonet.certify.graph.regions import REGION_OFF, autocast_region
 from orthonet.errors import UncertifiableError
 
-__all__ = ["BATCH", "Program", "op_name", "path_of", "refuse", "source_of"]
+__all__ = ["BATCH", "Program", "called", "op_name", "path_of", "refuse", "source_of"]
 
 BATCH = 3
 """The batch size of the probe; constants are also computed for one less."""
@@ -103,6 +103,11 @@ def source_of(node: fx.Node) -> str:
         if not file.startswith(_PACKAGES):
             return f"{Path(file).name}:{line}: {code.strip()}"
     return ""
+
+
+def called(node: fx.Node) -> Callable[..., Any]:
+    """The function that a node calls."""
+    return cast(Callable[..., Any], node.target)
 
 
 def op_name(node: fx.Node) -> str:

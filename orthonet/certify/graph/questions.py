@@ -17,31 +17,80 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet._torch import tensors_in, version_of
-from orthonet.certify.graph.memory import storages_of
 from orthonet.certify.graph.outside import is_library
 from orthonet.errors import UncertifiableError
 
-__all__ = ["Found", "Questions", "asker", "refuse_found"]
+__all__ = ["Found", "Questions", "asker", "refuse_found", "storages_of"]
 
 _OF_SHAPE = {
-    "size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point",
-    "is_complex", "is_signed", "get_device", "type", "is_same_size", "result_type", "is_neg",
-    "is_conj", "sym_size", "sym_numel", "broadcast_shapes", "__len__", "__hash__", "register_hook",
-    "retain_grad", "is_tensor", "dim_order",
-}  # fmt: skip
+    "size",
+    "dim",
+    "ndimension",
+    "numel",
+    "nelement",
+    "element_size",
+    "is_floating_point",
+    "is_complex",
+    "is_signed",
+    "get_device",
+    "type",
+    "is_same_size",
+    "result_type",
+    "is_neg",
+    "is_conj",
+    "sym_size",
+    "sym_numel",
+    "broadcast_shapes",
+    "__len__",
+    "__hash__",
+    "register_hook",
+    "retain_grad",
+    "is_tensor",
+    "dim_order",
+}
 _OF_SHAPE |= {
     f"{name}.__get__"
     for name in (
-        "shape", "ndim", "dtype", "device", "layout", "itemsize", "nbytes", "names", "is_cuda",
-        "is_cpu", "is_meta", "is_mps", "is_xpu", "is_xla", "is_sparse", "is_sparse_csr",
-        "is_quantized", "is_nested", "is_mkldnn",
+        "shape",
+        "ndim",
+        "dtype",
+        "device",
+        "layout",
+        "itemsize",
+        "nbytes",
+        "names",
+        "is_cuda",
+        "is_cpu",
+        "is_meta",
+        "is_mps",
+        "is_xpu",
+        "is_xla",
+        "is_sparse",
+        "is_sparse_csr",
+        "is_quantized",
+        "is_nested",
+        "is_mkldnn",
     )
-}  # fmt: skip
+}
 _OF_DATA = {
-    "item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "_assert", "__bool__", "__int__",
-    "__float__", "__complex__", "__index__", "__contains__", "__array__", "__dlpack__", "__repr__",
+    "item",
+    "tolist",
+    "numpy",
+    "equal",
+    "allclose",
+    "is_nonzero",
+    "_assert",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__complex__",
+    "__index__",
+    "__contains__",
+    "__array__",
+    "__dlpack__",
+    "__repr__",
     "__format__",
-}  # fmt: skip
+}
 _HARMLESS_SETTERS = {"requires_grad.__set__", "grad.__set__"}
 _OVERRIDES = ("torch.overrides", "torch._tensor")
 
@@ -121,9 +170,14 @@ def refuse_found(found: list[Found]) -> None:
     """
     for requirement, advice, operation, path, source in found[:1]:
         _checks.fail(
-            "certify", requirement, advice, UncertifiableError, operation=operation, path=path,
+            "certify",
+            requirement,
+            advice,
+            UncertifiableError,
+            operation=operation,
+            path=path,
             source=source,
-        )  # fmt: skip
+        )
 
 
 _READS = (
@@ -174,3 +228,14 @@ def asker() -> str:
 
 
 _HERE = __name__.rpartition(".")[0]
+
+
+def storages_of(tensors: Iterable[Tensor]) -> set[int]:
+    """Where the memory of tensors begins, of those that have any."""
+    found = set()
+    for tensor in tensors:
+        try:
+            found.add(tensor.untyped_storage().data_ptr())
+        except RuntimeError:  # of a transform, or sparse
+            continue
+    return found - {0}

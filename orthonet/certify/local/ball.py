@@ -89,9 +89,15 @@ class Ball:
     """
 
     def __init__(
-        self, walker: Walker, inputs: Sequence[Tensor], radius: float, *, chords: bool = True,
-        proved: bool = True, joint: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        walker: Walker,
+        inputs: Sequence[Tensor],
+        radius: float,
+        *,
+        chords: bool = True,
+        proved: bool = True,
+        joint: bool = False,
+    ) -> None:
         self.walker, self.radius, self.chords = walker, radius, chords
         self.unknown = Unknown(proved)
         self.moves: dict[fx.Node, Moves] = {}
@@ -140,9 +146,11 @@ class Ball:
         if not len(rows):
             return 0.0
         found = self.unknown.spectral(
-            moves.linear.flatten(1), moves.noise.flatten(1), torch.ones_like(rows),
+            moves.linear.flatten(1),
+            moves.noise.flatten(1),
+            torch.ones_like(rows),
             moves.error.flatten(),
-        )  # fmt: skip
+        )
         return min(whole, found, frobenius_up(rows))
 
     # operations -------------------------------------------------------------------------------
@@ -180,12 +188,18 @@ class Ball:
         parents = {p.node: self.moves[p.node].with_units(count) for p in state.parents}
         rows = {n: torch.cat([m.linear, m.noise]) for n, m in parents.items()}
         size = self.size + count
-        step = max(1, _CHUNK // max(1, math.prod(state.shape), *(
-            m.error.numel() for m in parents.values())))  # fmt: skip
-        image = torch.cat([
-            linear_action(state, {n: r[i : i + step] for n, r in rows.items()}, min(step, size - i))
-            for i in range(0, size, step)
-        ])  # fmt: skip
+        step = max(
+            1,
+            _CHUNK // max(1, math.prod(state.shape), *(m.error.numel() for m in parents.values())),
+        )
+        image = torch.cat(
+            [
+                linear_action(
+                    state, {n: r[i : i + step] for n, r in rows.items()}, min(step, size - i)
+                )
+                for i in range(0, size, step)
+            ]
+        )
         if not self.unknown.proved:
             error = torch.zeros(image.shape[1:], dtype=torch.float64)
             return Moves(image[: self.size], image[self.size :], error)
@@ -262,9 +276,14 @@ class Ball:
         return mul_up(float(self.errors.of(state)), 1.0 + 2.0**-40)
 
     def _split(
-        self, moves: Moves, value: Tensor, off: float, act: Activation, dim: int | None,
+        self,
+        moves: Moves,
+        value: Tensor,
+        off: float,
+        act: Activation,
+        dim: int | None,
         whole: float,
-    ) -> Moves:  # fmt: skip
+    ) -> Moves:
         """Split the slopes of units into what is known of them and an unknown rest.
 
         All units together move at most `whole` times as far as the input.

@@ -44,7 +44,7 @@ class Affine:
     bias_error: float = 0.0
 
     def then(self, after: Affine) -> Affine:
-        """Return the composition, this map first; the errors include its rounding."""
+        """The composition, this map first; what the product rounds is in the errors."""
         first, second = frobenius_up(self.weight), frobenius_up(after.weight)
         count = self.weight.shape[0]
         underflow = mul_up(sqrt_up(after.weight.shape[0] * self.weight.shape[1]), count * UNDERFLOW)
@@ -66,7 +66,7 @@ class Affine:
         return Affine(after.weight @ self.weight, bias, error, bias_error)
 
     def offset(self) -> Tensor:
-        """Return the bias as a vector."""
+        """The bias as a vector."""
         if self.bias is None:
             return torch.zeros(self.weight.shape[0], dtype=torch.float64)
         return self.bias
@@ -123,7 +123,7 @@ class Chain:
                 error = mul_up(error, 1.0 / size)
                 error = add_up(error, sqrt_up(weight.numel()) * UNDERFLOW)
             for act, side in ((activations[i - 1] if i else None, 1), (_at(activations, i), 0)):
-                if act is not None and act.basis is not None:
+                if act is not None:
                     weight, error = rotated(weight, error, act, side)
             if i:
                 weight = weight[:, alive[i - 1]]
@@ -158,9 +158,11 @@ def _at(activations: Sequence[Activation], i: int) -> Activation | None:
 
 
 def rotated(weight: Tensor, error: float, act: Activation, side: int) -> tuple[Tensor, float]:
-    """Q W (side 0) or W Q^T (side 1), with the error of the result."""
+    """Q W (side 0) or W Q^T (side 1), with the error of the result; W if there is no basis Q."""
     basis = act.basis
-    terms = int((basis != 0).sum(1).max())  # type: ignore[union-attr]
+    if basis is None:
+        return weight, error
+    terms = int((basis != 0).sum(1).max())
     norm = frobenius_up(weight)
     error = add_up(
         error,
@@ -169,7 +171,7 @@ def rotated(weight: Tensor, error: float, act: Activation, side: int) -> tuple[T
         mul_up(gamma(terms + 3), sqrt_up(2 * terms), norm),
         sqrt_up(weight.numel()) * weight.shape[side] * UNDERFLOW,
     )
-    return (basis @ weight if side == 0 else weight @ basis.mT), error  # type: ignore[union-attr]
+    return (basis @ weight if side == 0 else weight @ basis.mT), error
 
 
 Layer = nn.Module | Affine | Activation
@@ -211,9 +213,11 @@ def read_layers(
                 affine.append(_diagonal(torch.ones_like(layer.lower)))
             activations.append(layer)
     _checks.require(
-        bool(affine), owner, "there must be at least one linear layer",
+        bool(affine),
+        owner,
+        "there must be at least one linear layer",
         "Pass the layers of a multilayer perceptron",
-    )  # fmt: skip
+    )
     if len(affine) == len(activations):
         # |phi(u) - phi(v)| <= max slope |u - v| entry by entry, in the basis; Q keeps norms.
         last = activations.pop()
@@ -253,12 +257,13 @@ def _flat(model: Layer | Iterable[Layer], owner: str) -> Iterable[Layer]:
     if isinstance(model, nn.Sequential):
         own = [n for n in _CALLED if getattr(type(model), n) is not getattr(nn.Sequential, n)]
         _checks.require(
-            not own and not _hooked(model), owner,
+            not own and not _hooked(model),
+            owner,
             "a chain must call its layers in turn, without a forward or hooks of its own",
             "Pass the layers in the order of their calls, or certify the model",
             UncertifiableError,
             model=type(model).__name__,
-        )  # fmt: skip
+        )
     if isinstance(model, nn.Sequential) or not isinstance(model, (nn.Module, Affine, Activation)):
         for layer in model:
             yield from _flat(layer, owner)
@@ -270,10 +275,13 @@ def _read_module(
     module: nn.Module, affine: list[Affine], activations: list[Activation], owner: str
 ) -> Affine | Activation | None:
     _checks.require(
-        not module.training, owner, "every module must be in eval mode", "Call model.eval() first",
+        not module.training,
+        owner,
+        "every module must be in eval mode",
+        "Call model.eval() first",
         UncertifiableError,
         module=type(module).__name__,
-    )  # fmt: skip
+    )
     hooked = _hooked(module)
     known = (nn.Linear.forward, layers.OrthoLinear.forward)
     if isinstance(module, nn.Linear) and type(module).forward in known and not hooked:
@@ -281,19 +289,23 @@ def _read_module(
         return Affine(module.weight.detach(), bias)
     if type(module) in (nn.Dropout, nn.AlphaDropout, nn.Flatten, nn.Identity) and not hooked:
         return None  # on vectors the identity, in eval
-    if type(module) is nn.BatchNorm1d and not hooked and module.running_var is not None:
-        return _batch_norm(module)
+    if type(module) is nn.BatchNorm1d and not hooked:
+        mean, variance = module.running_mean, module.running_var
+        if mean is not None and variance is not None:
+            return _batch_norm(module, mean, variance)
     width = affine[-1].weight.shape[0] if affine else 0
     if isinstance(module, layers.HouseholderActivation) and not affine:
         width = module.channels
     found = None if hooked or not width else activation_of(module, width)
     if type(module) is nn.Softplus and affine and affine[-1].weight.dtype == torch.float64:
         _checks.require(
-            not jumps_in_float64(module.threshold), owner,
-            "softplus of float64 must have threshold >= 34, because it jumps at the threshold",
-            "Use threshold=40, or a model in float32", UncertifiableError,
+            not jumps_in_float64(module.threshold),
+            owner,
+            "softplus of float64 must have threshold >= 34, for it jumps at the threshold",
+            "Use threshold=40, or a model in float32",
+            UncertifiableError,
             threshold=module.threshold,
-        )  # fmt: skip
+        )
     if found is None:
         _checks.fail(
             owner,
@@ -306,9 +318,9 @@ def _read_module(
     return found
 
 
-def _batch_norm(module: nn.BatchNorm1d) -> Affine:
-    variance = module.running_var.detach().to("cpu", torch.float64)  # type: ignore[union-attr]
-    mean = module.running_mean.detach().to("cpu", torch.float64)  # type: ignore[union-attr]
+def _batch_norm(module: nn.BatchNorm1d, mean: Tensor, variance: Tensor) -> Affine:
+    variance = variance.detach().to("cpu", torch.float64)
+    mean = mean.detach().to("cpu", torch.float64)
     scale = (variance + module.eps).rsqrt()
     shift = torch.zeros_like(mean)
     if module.weight is not None:

@@ -137,10 +137,12 @@ def descend(chain: Chain, start: list[Tensor]) -> list[Tensor]:
     if not sum(counts):
         return start
     search = _Search(chain, layers, ids, counts)
-    x = torch.cat([
-        torch.zeros(n, dtype=torch.float64).scatter(0, i, s[layer.free].log())
-        for n, i, s, layer in zip(counts, ids, start, layers, strict=True)
-    ])  # fmt: skip
+    x = torch.cat(
+        [
+            torch.zeros(n, dtype=torch.float64).scatter(0, i, s[layer.free].log())
+            for n, i, s, layer in zip(counts, ids, start, layers, strict=True)
+        ]
+    )
     evaluations = int(min(400, max(30, _WORK / (30 * sum(len(s) ** 3 for s in start)))))
     stages = _STAGES if evaluations >= 300 else _STAGES[1::2]
     if chain.weights[-1].shape[0] == 1 and not any(layer.walled for layer in layers):

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -113,9 +114,12 @@ def local_radius(
     affine, activations = read_layers(layers, "local_radius")
     classes = affine[-1].weight.shape[0]
     _checks.require(
-        2 <= classes <= 4096, "local_radius", "there must be 2 to 4096 classes",
-        "Use local_bound for one output", classes=classes,
-    )  # fmt: skip
+        2 <= classes <= 4096,
+        "local_radius",
+        "there must be 2 to 4096 classes",
+        "Use local_bound for one output",
+        classes=classes,
+    )
     whole = chain_bound(Chain.build(affine, activations), effort)
     with torch.no_grad():
         return torch.stack([_radius(affine, activations, s, whole, steps, effort) for s in x])
@@ -137,7 +141,7 @@ def _radius(
     margin[top] = torch.inf
 
     def within(bound: MLPBound) -> float:
-        constants = bound.pairs[top]  # type: ignore[index]
+        constants = cast(Tensor, bound.pairs)[top]  # of two outputs or more there are some
         quotient = torch.where(margin > 0, margin / constants, 0.0)
         return max(0.0, float(quotient.min()) * (1.0 - 4 * UNIT_ROUNDOFF))
 
@@ -160,8 +164,13 @@ def _radius(
 def _size(owner: str, norm: str, radius: float) -> float:
     _checks.one_of(owner, _NORMS, norm=norm)
     good = isinstance(radius, (int, float)) and 0.0 <= radius < math.inf
-    _checks.require(good, owner, "radius must be finite and non-negative",
-                    "Use mlp_bound for the whole space", radius=radius)  # fmt: skip
+    _checks.require(
+        good,
+        owner,
+        "radius must be finite and non-negative",
+        "Use mlp_bound for the whole space",
+        radius=radius,
+    )
     return float(radius)
 
 
@@ -269,11 +278,9 @@ class _Ball:
 def _in_bases(layer: Affine, before: Activation | None, after: Activation) -> tuple[Tensor, float]:
     """The weight between the bases of two activations, and what it is off."""
     weight, error = layer.weight, layer.error
-    if before is not None and before.basis is not None:
+    if before is not None:
         weight, error = rotated(weight, error, before, 1)
-    if after.basis is not None:
-        weight, error = rotated(weight, error, after, 0)
-    return weight, error
+    return rotated(weight, error, after, 0)
 
 
 def _moved(layer: Affine, value: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:

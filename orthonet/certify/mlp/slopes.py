@@ -7,14 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orthonet import layers
 from orthonet.linalg.bounds.rounding import UNIT_ROUNDOFF, gamma
 
 __all__ = [
-    "Activation", "Chords", "Kinks", "Narrow", "bell", "reflections", "rising", "sech2", "sorting",
-]  # fmt: skip
+    "Activation",
+    "Chords",
+    "Kinks",
+    "Narrow",
+    "bell",
+    "reflections",
+    "rising",
+    "sech2",
+    "sorting",
+]
 
 Narrow = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Chords = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -99,8 +107,10 @@ class Kinks:
         least = torch.where((behind > 0) & (under == 0), 1.0, least)
         least, most = torch.minimum(least, most.clamp(0.0, 1.0)), most.clamp(0.0, 1.0)
         left, right = (torch.as_tensor(s, dtype=low.dtype).expand_as(low) for s in (left, right))
-        ends = [torch.where(t == 0, left, torch.where(t == 1, right, left + (right - left) * t))
-                for t in (least, most)]  # fmt: skip
+        ends = [
+            torch.where(t == 0, left, torch.where(t == 1, right, left + (right - left) * t))
+            for t in (least, most)
+        ]
         slack = 8 * UNIT_ROUNDOFF * torch.maximum(left.abs(), right.abs())
         slack = torch.where((least == most) & ((least == 0) | (least == 1)), 0.0, slack)
         lower, upper = torch.minimum(*ends) - slack, torch.maximum(*ends) + slack
@@ -139,13 +149,13 @@ def sech2(x: Tensor) -> Tensor:
     return 4.0 * e / (1.0 + e).square()
 
 
-def sorting(module: nn.Module, width: int) -> Activation | None:
+def sorting(module: layers.MaxMin | layers.GroupSort, width: int) -> Activation | None:
     """Sorting moves the mean of a group as it is, and what is left shrinks: a basis of both.
 
     In pairs what is left is one difference, whose modulus is taken; of larger groups it is a
     vector with a Lipschitz map (Pauli et al. 2024 bound the same two parts).
     """
-    size = 2 if isinstance(module, layers.MaxMin) else int(module.group_size)  # type: ignore[arg-type]
+    size = 2 if isinstance(module, layers.MaxMin) else module.group_size
     if width % size:
         return None
     count = width // size
@@ -188,11 +198,11 @@ def sorting(module: nn.Module, width: int) -> Activation | None:
     )
 
 
-def _on_last_dim(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def _on_last_dim(module: layers.MaxMin | layers.GroupSort) -> Callable[[Tensor], Tensor]:
     """The map of a sorting module on the last dim."""
     if isinstance(module, layers.MaxMin):
         return layers.MaxMin(dim=-1)
-    return layers.GroupSort(int(module.group_size), dim=-1)  # type: ignore[arg-type]
+    return layers.GroupSort(module.group_size, dim=-1)
 
 
 def reflections(module: layers.HouseholderActivation, width: int) -> Activation | None:

@@ -23,14 +23,15 @@ from orthonet.certify.mlp.slopes import (
     sech2,
     sorting,
 )
-from orthonet.certify.ops.intervals import Interval, interval_of
 from orthonet.certify.ops.registry import (
     SMOOTH,
+    Interval,
     Linear,
     Values,
     amplification,
     constant,
     each_repeated,
+    interval_of,
     op,
 )
 from orthonet.certify.ops.suprema import SUPREMA
@@ -79,11 +80,15 @@ def _itself(x: Tensor) -> Tensor:
 
 
 def curve(
-    *overloads: Any, reads: tuple[str, ...] = (), module: type[nn.Module] | None = None,
-    rounding: Roundings | Callable[[Call], Roundings] = SMOOTH, interval: Any = None,
+    *overloads: Any,
+    reads: tuple[str, ...] = (),
+    module: type[nn.Module] | None = None,
+    rounding: Roundings | Callable[[Call], Roundings] = SMOOTH,
+    interval: Any = None,
     arguments: Callable[[random.Random], dict[str, Any] | None] | None = None,
-    refuse: str = "its parameters must give it a Lipschitz constant", **fields: Any,
-) -> Callable[[Any], Any]:  # fmt: skip
+    refuse: str = "its parameters must give it a Lipschitz constant",
+    **fields: Any,
+) -> Callable[[Any], Any]:
     """Make a function of the parameters that returns a `Curve`, or None, a record."""
 
     def decorate(build: Any) -> Any:
@@ -182,15 +187,31 @@ _INF = math.inf
 _plain("relu", torch.relu, nn.ReLU, Kinks((0.0,), (0.0, 1.0)), rounding=COPY, interval=_positive)
 _plain("abs", torch.abs, layers.Abs, Kinks((0.0,), (-1.0, 1.0)), rounding=COPY, interval=_modulus)
 _plain("tanh", torch.tanh, nn.Tanh, bell(sech2, 1.0), interval=_within(-1.0, 1.0))
-_plain("sigmoid", torch.sigmoid, nn.Sigmoid, bell(lambda x: sech2(x / 2) / 4, 0.25),
-       target=("sigmoid.default", "special_expit.default"), interval=_within(0.0, 1.0))  # fmt: skip
-_plain("softsign", F.softsign, nn.Softsign,
-       bell(lambda x: (1 + x.abs()).square().reciprocal(), 1.0),
-       target=F.softsign, interval=_within(-1.0, 1.0))  # fmt: skip
+_plain(
+    "sigmoid",
+    torch.sigmoid,
+    nn.Sigmoid,
+    bell(lambda x: sech2(x / 2) / 4, 0.25),
+    target=("sigmoid.default", "special_expit.default"),
+    interval=_within(0.0, 1.0),
+)
+_plain(
+    "softsign",
+    F.softsign,
+    nn.Softsign,
+    bell(lambda x: (1 + x.abs()).square().reciprocal(), 1.0),
+    target=F.softsign,
+    interval=_within(-1.0, 1.0),
+)
 _plain("tanhshrink", F.tanhshrink, nn.Tanhshrink, None, target=F.tanhshrink)
-_plain("log_sigmoid", F.logsigmoid, nn.LogSigmoid, None,
-       target=("log_sigmoid.default", "log_sigmoid_forward.default"),
-       interval=_within(-_INF, 0.0))  # fmt: skip
+_plain(
+    "log_sigmoid",
+    F.logsigmoid,
+    nn.LogSigmoid,
+    None,
+    target=("log_sigmoid.default", "log_sigmoid_forward.default"),
+    interval=_within(-_INF, 0.0),
+)
 _plain("hardsigmoid", F.hardsigmoid, nn.Hardsigmoid, None, interval=_within(0.0, 1.0))
 _plain("hardswish", F.hardswish, nn.Hardswish, None, interval=_within(-0.376, _INF))
 _plain("selu", F.selu, nn.SELU, None, interval=_within(-1.7581, _INF))
@@ -200,8 +221,14 @@ _plain("sin", torch.sin, None, None, interval=_within(-1.0, 1.0))
 _plain("cos", torch.cos, None, None, interval=_within(-1.0, 1.0))
 _plain("atan", torch.atan, None, None, interval=_within(-1.571, 1.571))
 _plain("asinh", torch.asinh, None, None)
-_plain("erf", torch.erf, None, None, interval=_within(-1.0, 1.0),
-       target=("erf.default", "special_erf.default"))  # fmt: skip
+_plain(
+    "erf",
+    torch.erf,
+    None,
+    None,
+    interval=_within(-1.0, 1.0),
+    target=("erf.default", "special_erf.default"),
+)
 
 
 def _parameter(**choices: list[Any]) -> Callable[[random.Random], dict[str, Any]]:
@@ -214,10 +241,14 @@ def _ends(low: float, high: float, function: Any) -> Curve:
     return Curve(function, 0.0, 1.0, Kinks((low, high), (0.0, 1.0, 0.0)))
 
 
-@curve("hardtanh.default", reads=("min_val", "max_val"), module=nn.Hardtanh,
-       rounding=_scalars("min_val", "max_val"),
-       interval=lambda call: tuple(sorted((call.number("min_val"), call.number("max_val")))),
-       arguments=_parameter(min_val=[-1.0, 0.0, 0.3], max_val=[1.0, 0.7]))  # fmt: skip
+@curve(
+    "hardtanh.default",
+    reads=("min_val", "max_val"),
+    module=nn.Hardtanh,
+    rounding=_scalars("min_val", "max_val"),
+    interval=lambda call: tuple(sorted((call.number("min_val"), call.number("max_val")))),
+    arguments=_parameter(min_val=[-1.0, 0.0, 0.3], max_val=[1.0, 0.7]),
+)
 def _hardtanh(min_val: float, max_val: float) -> Curve:
     return _ends(min_val, max_val, lambda x: x.clamp(min_val, max_val))
 
@@ -227,16 +258,25 @@ def _relu6() -> Curve:
     return _ends(0.0, 6.0, F.relu6)
 
 
-@curve("softshrink.default", reads=("lambd",), module=nn.Softshrink,
-       arguments=_parameter(lambd=[0.5, 0.0, 0.1]))  # fmt: skip
+@curve(
+    "softshrink.default",
+    reads=("lambd",),
+    module=nn.Softshrink,
+    arguments=_parameter(lambd=[0.5, 0.0, 0.1]),
+)
 def _softshrink(lambd: float) -> Curve:
     knots = (-lambd, lambd)
     function = lambda x: F.softshrink(x, lambd)  # noqa: E731
     return Curve(function, 0.0, 1.0, Kinks(knots, (1.0, 0.0, 1.0)))
 
 
-@curve("gelu.default", reads=("approximate",), module=nn.GELU, interval=_within(-0.1701, _INF),
-       arguments=_parameter(approximate=["none", "tanh"]))  # fmt: skip
+@curve(
+    "gelu.default",
+    reads=("approximate",),
+    module=nn.GELU,
+    interval=_within(-0.1701, _INF),
+    arguments=_parameter(approximate=["none", "tanh"]),
+)
 def _gelu(approximate: str) -> Curve:
     ends = SUPREMA["gelu_tanh" if approximate == "tanh" else "gelu"]
     return Curve(lambda x: F.gelu(x, approximate=approximate), *ends)
@@ -250,17 +290,27 @@ def _leaky(call: Call) -> Interval:
     return (low if low >= 0.0 else down(low * slope)), (high if high >= 0.0 else up(high * slope))
 
 
-@curve("leaky_relu.default", reads=("negative_slope",), module=nn.LeakyReLU, rounding=2.0,
-       interval=_leaky,
-       arguments=_parameter(negative_slope=[0.01, 0.0, -1.5, 1.0, 2.5]))  # fmt: skip
+@curve(
+    "leaky_relu.default",
+    reads=("negative_slope",),
+    module=nn.LeakyReLU,
+    rounding=2.0,
+    interval=_leaky,
+    arguments=_parameter(negative_slope=[0.01, 0.0, -1.5, 1.0, 2.5]),
+)
 def _leaky_relu(negative_slope: float) -> Curve:
     a = negative_slope
     narrow = Kinks((0.0,), (a, 1.0))
     return Curve(lambda x: F.leaky_relu(x, a), min(a, 1.0), max(a, 1.0), narrow)
 
 
-@curve("rrelu.default", reads=("lower", "upper"), module=nn.RReLU, rounding=2.0,
-       arguments=lambda draw: {"lower": draw.choice([-1.0, 0.1]), "upper": 1.5})  # fmt: skip
+@curve(
+    "rrelu.default",
+    reads=("lower", "upper"),
+    module=nn.RReLU,
+    rounding=2.0,
+    arguments=lambda draw: {"lower": draw.choice([-1.0, 0.1]), "upper": 1.5},
+)
 def _rrelu(lower: float, upper: float) -> Curve:
     slope = (lower + upper) / 2  # in eval
     low, high = min(slope, 1.0), max(slope, 1.0)
@@ -272,21 +322,35 @@ def _slope_of(draw: random.Random) -> dict[str, Any]:
     return {"weight": constant(draw, 1)}
 
 
-@curve("prelu.default", "_prelu_kernel.default", reads=("weight",), module=nn.PReLU, rounding=2.0,
-       arguments=_slope_of)  # fmt: skip
+@curve(
+    "prelu.default",
+    "_prelu_kernel.default",
+    reads=("weight",),
+    module=nn.PReLU,
+    rounding=2.0,
+    arguments=_slope_of,
+)
 def _prelu(weight: Tensor) -> Curve:
     weight = weight.detach().to("cpu", torch.float64)
     one = torch.ones_like(weight)
     return Curve(
-        lambda x: torch.where(x >= 0, x, weight * x), torch.minimum(weight, one),
-        torch.maximum(weight, one), Kinks((0.0,), (weight, 1.0)),
-    )  # fmt: skip
+        lambda x: torch.where(x >= 0, x, weight * x),
+        torch.minimum(weight, one),
+        torch.maximum(weight, one),
+        Kinks((0.0,), (weight, 1.0)),
+    )
 
 
-@curve("elu.default", reads=("alpha", "scale", "input_scale"),
-       refuse="elu must have input_scale >= 0: else it grows without bound to the left",
-       arguments=_parameter(alpha=[1.0, 0.3, 2.0, -1.0, 0.0], scale=[1.0, -2.0, 1.05],
-                            input_scale=[1.0, 0.5, 3.0, 0.0, -1.0]))  # fmt: skip
+@curve(
+    "elu.default",
+    reads=("alpha", "scale", "input_scale"),
+    refuse="elu must have input_scale >= 0: else it grows without bound to the left",
+    arguments=_parameter(
+        alpha=[1.0, 0.3, 2.0, -1.0, 0.0],
+        scale=[1.0, -2.0, 1.05],
+        input_scale=[1.0, 0.5, 3.0, 0.0, -1.0],
+    ),
+)
 def _elu(alpha: float, scale: float, input_scale: float) -> Curve | None:
     if input_scale < 0.0:
         return None
@@ -301,9 +365,13 @@ def _elu(alpha: float, scale: float, input_scale: float) -> Curve | None:
 _MODULES[nn.ELU] = _Entry(lambda alpha: _elu(alpha, 1.0, 1.0), ("alpha",))
 
 
-@curve("celu.default", reads=("alpha",), module=nn.CELU,
-       refuse="celu must have a positive alpha",
-       arguments=_parameter(alpha=[1.0, 0.3, 4.0]))  # fmt: skip
+@curve(
+    "celu.default",
+    reads=("alpha",),
+    module=nn.CELU,
+    refuse="celu must have a positive alpha",
+    arguments=_parameter(alpha=[1.0, 0.3, 4.0]),
+)
 def _celu(alpha: float) -> Curve | None:
     return Curve(lambda x: F.celu(x, alpha), *SUPREMA["celu"]) if alpha > 0.0 else None
 
@@ -334,10 +402,15 @@ def _softplus_rounding(call: Call) -> Any:
     return rounding
 
 
-@curve("softplus.default", reads=("beta", "threshold"), module=nn.Softplus,
-       rounding=_softplus_rounding, interval=_within(0.0, _INF),
-       refuse="softplus must have beta > 0 and threshold >= 20, for it jumps at the threshold",
-       arguments=_parameter(beta=[1.0, 0.5, 3.0], threshold=[20, 40.0, 60.0]))  # fmt: skip
+@curve(
+    "softplus.default",
+    reads=("beta", "threshold"),
+    module=nn.Softplus,
+    rounding=_softplus_rounding,
+    interval=_within(0.0, _INF),
+    refuse="softplus must have beta > 0 and threshold >= 20, for it jumps at the threshold",
+    arguments=_parameter(beta=[1.0, 0.5, 3.0], threshold=[20, 40.0, 60.0]),
+)
 def _softplus(beta: float, threshold: float) -> Curve | None:
     if not (beta > 0.0 and threshold >= 20.0):
         return None
@@ -345,10 +418,14 @@ def _softplus(beta: float, threshold: float) -> Curve | None:
     return Curve(lambda x: F.softplus(x, beta, threshold), *SUPREMA["softplus"], narrow)
 
 
-@curve("threshold.default", reads=("threshold", "value"), module=nn.Threshold,
-       rounding=_scalars("threshold", "value"),
-       refuse="threshold must set entries to the threshold itself, else it jumps there",
-       arguments=_parameter(threshold=[0.0, 0.5], value=[0.0, 0.5]))  # fmt: skip
+@curve(
+    "threshold.default",
+    reads=("threshold", "value"),
+    module=nn.Threshold,
+    rounding=_scalars("threshold", "value"),
+    refuse="threshold must set entries to the threshold itself, else it jumps there",
+    arguments=_parameter(threshold=[0.0, 0.5], value=[0.0, 0.5]),
+)
 def _threshold(threshold: float, value: float) -> Curve | None:
     if threshold != value:
         return None
@@ -364,8 +441,16 @@ def _minus_form(state: Any, forms: list[Form]) -> Form | None:
     return scaled(forms[0], torch.tensor(-1.0, dtype=torch.float64), 0)
 
 
-_plain("neg", torch.neg, None, None, rounding=COPY, interval=_negated, linear=Linear(_minus),
-       kernel=_minus_form)  # fmt: skip
+_plain(
+    "neg",
+    torch.neg,
+    None,
+    None,
+    rounding=COPY,
+    interval=_negated,
+    linear=Linear(_minus),
+    kernel=_minus_form,
+)
 
 
 # --- comparisons with constants ------------------------------------------------------------------
@@ -376,8 +461,11 @@ def _clamped(call: Call) -> Interval:
     for name, larger in (("min", True), ("max", False)):
         value = call.given(name)
         if isinstance(value, (int, float)):
-            low, high = ((max(low, value), max(high, value)) if larger else
-                         (min(low, value), min(high, value)))  # fmt: skip
+            low, high = (
+                (max(low, value), max(high, value))
+                if larger
+                else (min(low, value), min(high, value))
+            )
         elif value is not None and larger:
             high = _INF
         elif value is not None:
@@ -393,9 +481,17 @@ def _clamp_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: torch.clamp(x, low, high)
 
 
-@op("clamp.default", "clamp.Tensor", "clamp_min.default", "clamp_min.Tensor", "clamp_max.default",
-    "clamp_max.Tensor", reads=("min", "max"), interval=_clamped,
-    samples=_clamp_samples)  # fmt: skip
+@op(
+    "clamp.default",
+    "clamp.Tensor",
+    "clamp_min.default",
+    "clamp_min.Tensor",
+    "clamp_max.default",
+    "clamp_max.Tensor",
+    reads=("min", "max"),
+    interval=_clamped,
+    samples=_clamp_samples,
+)
 def _clamp(call: Call) -> Step:
     call.operand  # noqa: B018 (refuses a second one)
     ends = [call.given("min"), call.given("max")]
@@ -414,11 +510,24 @@ def _larger(call: Call) -> Interval:
     return pick(low for low, _ in known), pick(high for _, high in known)
 
 
-@op("maximum.default", "minimum.default", "max.other", "min.other", "fmax.default", "fmin.default",
-    reads=("other",), interval=_larger,
-    samples=lambda draw, shape: (lambda x, y, c=constant(draw, *shape[-1:]), f=draw.choice(
-        [torch.maximum, torch.minimum, torch.fmax]), two=draw.random() < 0.6:
-        f(x, y if two else c)))  # fmt: skip
+def _extreme_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
+    fixed = constant(draw, *shape[-1:])
+    function = draw.choice([torch.maximum, torch.minimum, torch.fmax])
+    two = draw.random() < 0.6
+    return lambda x, y: function(x, y if two else fixed)
+
+
+@op(
+    "maximum.default",
+    "minimum.default",
+    "max.other",
+    "min.other",
+    "fmax.default",
+    "fmin.default",
+    reads=("other",),
+    interval=_larger,
+    samples=_extreme_samples,
+)
 def _extreme(call: Call) -> Step:
     if len(call.operands) == 2:
         return Step(each_repeated(call), "larger or smaller of two", "hypot", COPY)
@@ -434,8 +543,10 @@ def activation_of(module: nn.Module, width: int) -> Activation | None:
 
     The class must be a known one itself: a subclass may compute something else.
     """
-    if type(module) in (layers.MaxMin, layers.GroupSort) and module.dim in (1, -1):
-        return sorting(module, width)
+    if type(module) is layers.MaxMin or type(module) is layers.GroupSort:
+        if module.dim in (1, -1):
+            return sorting(module, width)
+        return None
     if type(module) is layers.HouseholderActivation and module.dim in (1, -1):
         return reflections(module, width)
     entry = _MODULES.get(type(module))

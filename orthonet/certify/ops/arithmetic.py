@@ -11,9 +11,10 @@ from torch import Tensor
 
 from orthonet.certify._bound import Bound
 from orthonet.certify.ops.advice import ADVICE
-from orthonet.certify.ops.intervals import EVERYTHING, Interval, interval_of
 from orthonet.certify.ops.registry import (
+    EVERYTHING,
     SMOOTH,
+    Interval,
     Linear,
     Values,
     added,
@@ -22,6 +23,7 @@ from orthonet.certify.ops.registry import (
     each_repeated,
     f64,
     first_moves,
+    interval_of,
     number,
     op,
     zeros,
@@ -102,9 +104,9 @@ def _add_form(state: Any, forms: list[Form]) -> Form | None:
     both = aligned(pair)
     if both is None or tuple(state.shape[1:]) != pair[0].outputs:
         return None
-    return both[0].plus(both[1], *{"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[
-        call.op
-    ])  # fmt: skip
+    return both[0].plus(
+        both[1], *{"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[call.op]
+    )
 
 
 def _add_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
@@ -121,10 +123,20 @@ def _add_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     ][kind]
 
 
-@op("add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Tensor", "rsub.Scalar",
-    reads=("other", "alpha"), interval=_sum_range, kernel=_add_form, offset=added,
+@op(
+    "add.Tensor",
+    "add.Scalar",
+    "sub.Tensor",
+    "sub.Scalar",
+    "rsub.Tensor",
+    "rsub.Scalar",
+    reads=("other", "alpha"),
+    interval=_sum_range,
+    kernel=_add_form,
+    offset=added,
     linear=Linear(_add_linear, lambda state: 2, when=lambda call: True),
-    samples=_add_samples)  # fmt: skip
+    samples=_add_samples,
+)
 def _add(call: Call) -> Step:
     alpha = abs(call.number("alpha"))
     gains = []
@@ -141,8 +153,7 @@ def _lerp_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: torch.lerp(x, y, weight)
 
 
-@op("lerp.Scalar", "lerp.Tensor", reads=("end", "weight"), offset=added,
-    samples=_lerp_samples)  # fmt: skip
+@op("lerp.Scalar", "lerp.Tensor", reads=("end", "weight"), offset=added, samples=_lerp_samples)
 def _lerp(call: Call) -> Step:
     weight = call.fixed("weight")
     gains = []
@@ -154,16 +165,18 @@ def _lerp(call: Call) -> Step:
     return Step(tuple(gains), "weighted mean", roundings=4.0)
 
 
-@op("hypot.default", reads=("other",),
-    samples=lambda draw, shape: lambda x, y: torch.hypot(x, y))  # fmt: skip
+@op("hypot.default", reads=("other",), samples=lambda draw, shape: lambda x, y: torch.hypot(x, y))
 def _hypot(call: Call) -> Step:
     if len(call.operands) == 1:
         return exact(amplification(call), "the length of a pair", SMOOTH)
     return Step(each_repeated(call), "the length of a pair", "hypot", roundings=SMOOTH)
 
 
-@op("logaddexp.default", reads=("other",),
-    samples=lambda draw, shape: lambda x, y: torch.logaddexp(x, y))  # fmt: skip
+@op(
+    "logaddexp.default",
+    reads=("other",),
+    samples=lambda draw, shape: lambda x, y: torch.logaddexp(x, y),
+)
 def _logaddexp(call: Call) -> Step:
     """Both slopes are non-negative and add up to 1, so their squares add up to 1 at most."""
     if len(call.operands) == 1:
@@ -211,30 +224,46 @@ def _modulus(call: Call, operand: Operand) -> float:
     return max(map(abs, interval_of(operand)))
 
 
-_BOUNDED = ("A product or quotient of two tensors that depend on the input has a Lipschitz "
-            "constant only where both are bounded, as behind tanh or clamp; a rule of your own may "
-            "be registered for the module around it with @register_rule")  # fmt: skip
+_BOUNDED = (
+    "A product or quotient of two tensors that depend on the input has a Lipschitz "
+    "constant only where both are bounded, as behind tanh or clamp; a rule of your own may "
+    "be registered for the module around it with @register_rule"
+)
 
 
 def _mul_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     other = constant(draw, *draw.choice([shape, shape[-1:], (), (1, *shape)]))
     scalar = number(draw)
-    return draw.choice([
-        lambda x, y: x * other, lambda x, y: other * x, lambda x, y: x * scalar,
-        lambda x, y: x.tanh() * y.sigmoid(), lambda x, y: x.clamp(-1, 2) * y.clamp(max=3, min=-1),
-    ])  # fmt: skip
+    return draw.choice(
+        [
+            lambda x, y: x * other,
+            lambda x, y: other * x,
+            lambda x, y: x * scalar,
+            lambda x, y: x.tanh() * y.sigmoid(),
+            lambda x, y: x.clamp(-1, 2) * y.clamp(max=3, min=-1),
+        ]
+    )
 
 
-@op("mul.Tensor", "mul.Scalar", reads=("other",), interval=_product_range, kernel=_scale_form,
-    linear=Linear(_scale_linear, lambda state: 3), samples=_mul_samples)  # fmt: skip
+@op(
+    "mul.Tensor",
+    "mul.Scalar",
+    reads=("other",),
+    interval=_product_range,
+    kernel=_scale_form,
+    linear=Linear(_scale_linear, lambda state: 3),
+    samples=_mul_samples,
+)
 def _mul(call: Call) -> Step:
     first, second = _factors(call)
     if len(call.operands) == 2:
         sizes = [_modulus(call, x) for x in (second, first)]
         if not all(map(math.isfinite, sizes)):
             call.refuse("the factors of a product must be constants, or bounded", _BOUNDED)
-        gains = tuple(Bound(mul_up(size, amplification(call, x)))
-                      for size, x in zip(sizes, (first, second), strict=True))  # fmt: skip
+        gains = tuple(
+            Bound(mul_up(size, amplification(call, x)))
+            for size, x in zip(sizes, (first, second), strict=True)
+        )
         return Step(gains, "product of bounded values")
     return _scaled_by(call, call.as_constant(second, "other").abs())
 
@@ -252,16 +281,28 @@ def _inverse(call: Call) -> list[Any]:
 
 def _div_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     other = constant(draw, *draw.choice([shape, shape[-1:], ()])).sign() + 1.5
-    return draw.choice([
-        lambda x, y: x / other, lambda x, y: x / 3.0, lambda x, y: x.tanh() / (y.relu() + 0.5),
-        lambda x, y: 2.0 / (x.abs() + 1.0), lambda x, y: other / (x.sigmoid() + 0.1),
-    ])  # fmt: skip
+    return draw.choice(
+        [
+            lambda x, y: x / other,
+            lambda x, y: x / 3.0,
+            lambda x, y: x.tanh() / (y.relu() + 0.5),
+            lambda x, y: 2.0 / (x.abs() + 1.0),
+            lambda x, y: other / (x.sigmoid() + 0.1),
+        ]
+    )
 
 
-@op("div.Tensor", "div.Scalar", "div.Tensor_mode", "div.Scalar_mode",
-    reads=("other", "rounding_mode"), interval=_product_range, kernel=_scale_form,
+@op(
+    "div.Tensor",
+    "div.Scalar",
+    "div.Tensor_mode",
+    "div.Scalar_mode",
+    reads=("other", "rounding_mode"),
+    interval=_product_range,
+    kernel=_scale_form,
     linear=Linear(_scale_linear, lambda state: 3, when=first_moves, scales=_inverse),
-    samples=_div_samples)  # fmt: skip
+    samples=_div_samples,
+)
 def _div(call: Call) -> Step:
     if call.given("rounding_mode") is not None:
         call.refuse("a division must not round", "Leave out rounding_mode")
@@ -279,8 +320,9 @@ def _div(call: Call) -> Step:
     least = _distance_from_zero(low, high)
     largest = max(map(abs, _range_of(call, first)))
     if least <= 0.0 or not math.isfinite(largest):
-        call.refuse("the divisor must be bounded away from zero, and the numerator bounded",
-                    _BOUNDED)  # fmt: skip
+        call.refuse(
+            "the divisor must be bounded away from zero, and the numerator bounded", _BOUNDED
+        )
     slope = Bound(mul_up(div_up(div_up(largest, least), least), amplification(call, second)))
     if not isinstance(first, Operand):
         return Step((slope,), "quotient of bounded values")
@@ -297,9 +339,14 @@ def _distance_from_zero(low: float, high: float) -> float:
 
 def _bounded_slope(call: Call, value: float, what: str) -> Step:
     if not math.isfinite(value):
-        call.refuse(f"{call.op} must have an input that is {what}",
-                    ADVICE.get(call.op, "It has no global Lipschitz constant: bound its input "
-                               "by relu, sigmoid, tanh or clamp"))  # fmt: skip
+        call.refuse(
+            f"{call.op} must have an input that is {what}",
+            ADVICE.get(
+                call.op,
+                "It has no global Lipschitz constant: bound its input "
+                "by relu, sigmoid, tanh or clamp",
+            ),
+        )
     return upper(mul_up(value, amplification(call, call.operand)), "largest slope on an interval")
 
 
@@ -317,14 +364,21 @@ def _exp_range(call: Call) -> Interval:
     return _hull(lowest - shift, _exp_up(high) - shift, steps=1 if shift or lowest else 0)
 
 
-@op("exp.default", "expm1.default", interval=_exp_range,
-    samples=lambda draw, shape: (lambda x, y: (-x.relu()).exp()))  # fmt: skip
+@op(
+    "exp.default",
+    "expm1.default",
+    interval=_exp_range,
+    samples=lambda draw, shape: lambda x, y: (-x.relu()).exp(),
+)
 def _exp(call: Call) -> Step:
     return _bounded_slope(call, _exp_up(interval_of(call.operand)[1]), "bounded from above")
 
 
-@op("reciprocal.default", interval=lambda call: _reciprocal_range(call),
-    samples=lambda draw, shape: (lambda x, y: 1.0 / (1.0 + x.relu())))  # fmt: skip
+@op(
+    "reciprocal.default",
+    interval=lambda call: _reciprocal_range(call),
+    samples=lambda draw, shape: lambda x, y: 1.0 / (1.0 + x.relu()),
+)
 def _reciprocal(call: Call) -> Step:
     least = _distance_from_zero(*interval_of(call.operand))
     slope = div_up(div_up(1.0, least), least) if least > 0.0 else _INF
@@ -342,24 +396,29 @@ def _root_range(call: Call) -> Interval:
     return 0.0, _INF
 
 
-@op("sqrt.default", interval=_root_range,
-    samples=lambda draw, shape: (lambda x, y: (x.abs() + 0.25).sqrt()))  # fmt: skip
+@op(
+    "sqrt.default",
+    interval=_root_range,
+    samples=lambda draw, shape: lambda x, y: (x.abs() + 0.25).sqrt(),
+)
 def _sqrt(call: Call) -> Step:
     low = interval_of(call.operand)[0]
     slope = div_up(0.5, math.sqrt(low) / _LIBRARY) if low > 0.0 else _INF
     return _bounded_slope(call, slope, "bounded away from zero")
 
 
-@op("rsqrt.default", interval=_root_range,
-    samples=lambda draw, shape: (lambda x, y: (x.abs() + 0.25).rsqrt()))  # fmt: skip
+@op(
+    "rsqrt.default",
+    interval=_root_range,
+    samples=lambda draw, shape: lambda x, y: (x.abs() + 0.25).rsqrt(),
+)
 def _rsqrt(call: Call) -> Step:
     low = interval_of(call.operand)[0]
     slope = mul_up(0.5, _pow_up(low, -1.5)) if low > 0.0 else _INF
     return _bounded_slope(call, slope, "bounded away from zero")
 
 
-@op("log.default", "log1p.default",
-    samples=lambda draw, shape: (lambda x, y: (x.abs() + 0.25).log()))  # fmt: skip
+@op("log.default", "log1p.default", samples=lambda draw, shape: lambda x, y: (x.abs() + 0.25).log())
 def _log(call: Call) -> Step:
     low = interval_of(call.operand)[0]
     low = down(low + 1.0) if call.op == "log1p" else low
@@ -377,9 +436,15 @@ def _power_range(call: Call) -> Interval:
     return (0.0, _INF) if isinstance(power, int) and power % 2 == 0 else EVERYTHING
 
 
-@op("pow.Tensor_Scalar", "square.default", reads=("exponent",), interval=_power_range,
-    samples=lambda draw, shape: (lambda x, y, p=draw.choice([1, 2, 3, 1.0, 2.0]):
-        x.clamp(-2, 1.5) ** p))  # fmt: skip
+@op(
+    "pow.Tensor_Scalar",
+    "square.default",
+    reads=("exponent",),
+    interval=_power_range,
+    samples=lambda draw, shape: (
+        lambda x, y, p=draw.choice([1, 2, 3, 1.0, 2.0]): x.clamp(-2, 1.5) ** p
+    ),
+)
 def _power(call: Call) -> Step:
     power = call.given("exponent", 2)
     low, high = interval_of(call.operand)

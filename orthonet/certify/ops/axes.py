@@ -44,9 +44,7 @@ def padding(size: int, pad: tuple[int, int], mode: str) -> Tensor:
 
 def taps(size: int, outputs: int, kernel: int, stride: int, pad: int, dilation: int) -> Tensor:
     """(kernel, outputs, size): what each tap of a window reads, nothing in the padding."""
-    places = (
-        torch.arange(kernel)[:, None] * dilation + torch.arange(outputs)[None] * stride - pad
-    )  # fmt: skip
+    places = torch.arange(kernel)[:, None] * dilation + torch.arange(outputs)[None] * stride - pad
     columns = torch.arange(size)
     return (places[..., None] == columns).to(torch.float64)
 
@@ -121,9 +119,15 @@ def interpolation(size: int, outputs: int, mode: str, corners: bool, scale: floa
     first = places.floor()
     share = places - first
     weights = (
-        [_cubic(share + 1, -0.75), _cubic(share, -0.75), _cubic(1 - share, -0.75),
-         _cubic(2 - share, -0.75)] if cubic else [1 - share, share]
-    )  # fmt: skip
+        [
+            _cubic(share + 1, -0.75),
+            _cubic(share, -0.75),
+            _cubic(1 - share, -0.75),
+            _cubic(2 - share, -0.75),
+        ]
+        if cubic
+        else [1 - share, share]
+    )
     matrix = torch.zeros(outputs, size, dtype=torch.float64)
     rows = torch.arange(outputs)
     for offset, weight in zip(range(-1, 3) if cubic else range(2), weights, strict=True):

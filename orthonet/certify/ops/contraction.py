@@ -6,7 +6,7 @@ import math
 import random
 import string
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from orthonet.certify.rules import BatchDependent, Call, Operand, Rounding, Step
 from orthonet.linalg.bounds.rounding import mul_up, power_of_two_scale, sqrt_up, squared_norm_up
 from orthonet.linalg.bounds.sizes import absolute_matrix
 
-__all__ = ["product_step"]
+__all__ = ["bias_norm", "product_step"]
 
 _MATRICES = 256  # of one stack, whose norms are bounded one by one
 _SAFE = 1.0 + 2.0**-40  # for the float64 roundings of this bookkeeping itself
@@ -75,10 +75,15 @@ def _linear_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: torch.nn.functional.linear(x, weight, bias)
 
 
-@op("linear.default", reads=("weight",), free=("bias",), offset=bias_norm,
+@op(
+    "linear.default",
+    reads=("weight",),
+    free=("bias",),
+    offset=bias_norm,
     absolute=lambda call: absolute_matrix(_as_matrix(call.fixed("weight"))),
     linear=Linear(_linear_run, wide, heavy=True, when=first_moves),
-    samples=_linear_samples)  # fmt: skip
+    samples=_linear_samples,
+)
 def _linear(call: Call) -> Step:
     call.operand  # noqa: B018 (refuses a second one)
     return _one_matrix(call, _as_matrix(call.fixed("weight")))
@@ -86,8 +91,16 @@ def _linear(call: Call) -> Step:
 
 # --- products of matrices and stacks -------------------------------------------------------------
 
-_SECOND = {"matmul": "other", "mm": "mat2", "bmm": "mat2", "mv": "vec", "inner": "other",
-           "addmm": "mat2", "baddbmm": "batch2", "addmv": "vec"}  # fmt: skip
+_SECOND = {
+    "matmul": "other",
+    "mm": "mat2",
+    "bmm": "mat2",
+    "mv": "vec",
+    "inner": "other",
+    "addmm": "mat2",
+    "baddbmm": "batch2",
+    "addmv": "vec",
+}
 _FIRST = {"addmm": "mat1", "baddbmm": "batch1", "addmv": "mat"}
 
 
@@ -116,14 +129,25 @@ def _absolute(call: Call) -> float | None:
     return absolute_matrix(call.as_constant(matrices[-1], "weight")) if matrices else None
 
 
-@op("matmul.default", "mm.default", reads=("other", "mat2"), absolute=_absolute,
-    linear=Linear(_matmul_run, wide, heavy=True), samples=_matmul_samples)  # fmt: skip
+@op(
+    "matmul.default",
+    "mm.default",
+    reads=("other", "mat2"),
+    absolute=_absolute,
+    linear=Linear(_matmul_run, wide, heavy=True),
+    samples=_matmul_samples,
+)
 def _matmul(call: Call) -> Step:
     return _product(call)
 
 
-@op("bmm.default", "mv.default", "inner.default", reads=("mat2", "vec", "other"),
-    linear=Linear(_matmul_run, wide, heavy=True))  # fmt: skip
+@op(
+    "bmm.default",
+    "mv.default",
+    "inner.default",
+    reads=("mat2", "vec", "other"),
+    linear=Linear(_matmul_run, wide, heavy=True),
+)
 def _stacked(call: Call) -> Step:
     return _product(call)
 
@@ -164,12 +188,21 @@ def _addmm_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return None
 
 
-@op("addmm.default", "baddbmm.default", "addmv.default",
-    reads=("mat1", "mat2", "batch1", "batch2", "mat", "vec", "beta", "alpha"), offset=added,
+@op(
+    "addmm.default",
+    "baddbmm.default",
+    "addmv.default",
+    reads=("mat1", "mat2", "batch1", "batch2", "mat", "vec", "beta", "alpha"),
+    offset=added,
     absolute=_absolute,
-    linear=Linear(_addmm_run, wide, heavy=True, when=lambda call: len(call.operands) == 1
-                  and not isinstance(call["self"], Operand)),
-    samples=_addmm_samples)  # fmt: skip
+    linear=Linear(
+        _addmm_run,
+        wide,
+        heavy=True,
+        when=lambda call: len(call.operands) == 1 and not isinstance(call["self"], Operand),
+    ),
+    samples=_addmm_samples,
+)
 def _product_and_shift(call: Call) -> Step:
     if isinstance(call["self"], Operand):
         call.refuse("the tensor to add must be a constant", "Write x + y @ matrix")
@@ -185,7 +218,7 @@ def _product_and_shift(call: Call) -> Step:
     rounding = step.roundings
     if not isinstance(rounding, Rounding):
         size = absolute_matrix(call.as_constant(weight, "weight"))
-        rounding = Rounding(float(rounding), size)  # type: ignore[arg-type]
+        rounding = Rounding(cast(float, rounding), size)
     size = mul_up(alpha, rounding.size)
     return step._replace(gains=(gain,), roundings=Rounding(rounding.count + 3.0, size, offset))
 
@@ -251,16 +284,23 @@ def _einsum_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     equation = f"z{names},{last}y->z{names[:-1]}y"
     three = f"z{names},{last}y,yw->z{names[:-1]}w"
     diagonal = constant(draw, shape[-1])
-    return draw.choice([
-        lambda x, y: torch.einsum(equation, x, weight),
-        lambda x, y: torch.einsum(three, x, weight, other),
-        lambda x, y: torch.einsum(f"z{names},{last}->z{names}", x, diagonal),
-        lambda x, y: torch.einsum(f"z{names}->z{last}", x),
-    ])  # fmt: skip
+    return draw.choice(
+        [
+            lambda x, y: torch.einsum(equation, x, weight),
+            lambda x, y: torch.einsum(three, x, weight, other),
+            lambda x, y: torch.einsum(f"z{names},{last}->z{names}", x, diagonal),
+            lambda x, y: torch.einsum(f"z{names}->z{last}", x),
+        ]
+    )
 
 
-@op("einsum.default", reads=("tensors",), free=("path",), samples=_einsum_samples,
-    linear=Linear(_einsum_run, wide, heavy=True))  # fmt: skip
+@op(
+    "einsum.default",
+    reads=("tensors",),
+    free=("path",),
+    samples=_einsum_samples,
+    linear=Linear(_einsum_run, wide, heavy=True),
+)
 def _einsum(call: Call) -> Step:
     equation, tensors = call["equation"], call["tensors"]
     moving = [i for i, t in enumerate(tensors) if isinstance(t, Operand)]
@@ -286,8 +326,11 @@ def _einsum(call: Call) -> Step:
     # The product of the constants is rounded, by gamma of the terms of their moduli.
     size, _ = _merged(letters, [t.abs() for t in fixed], kept)
     error = mul_up(2.0**-52 * (terms + len(fixed)), sqrt_up(squared_norm_up(size)))
-    summed = math.prod(s for c, s in zip(x[1:], call.operands[0].shape, strict=True)
-                       if c not in out and c not in kept)  # fmt: skip
+    summed = math.prod(
+        s
+        for c, s in zip(x[1:], call.operands[0].shape, strict=True)
+        if c not in out and c not in kept
+    )
     gain = step.gains[0].value + mul_up(2.0 * error, sqrt_up(summed))
     # In whatever order pairs are contracted: no sum has more terms than all letters together.
     lengths = zip(x[1:], call.operands[0].shape, strict=True)
@@ -299,8 +342,11 @@ def _einsum(call: Call) -> Step:
 
 def _merged(letters: list[str], fixed: list[Tensor], kept: str) -> tuple[Tensor, int]:
     """The product of constants with the letters `kept`, and how many terms it sums."""
-    sizes = {c: n for names, t in zip(letters, fixed, strict=True)
-             for c, n in zip(names, t.shape, strict=True)}  # fmt: skip
+    sizes = {
+        c: n
+        for names, t in zip(letters, fixed, strict=True)
+        for c, n in zip(names, t.shape, strict=True)
+    }
     terms = math.prod(n for c, n in sizes.items() if c not in kept)
     return torch.einsum(f"{','.join(letters)}->{kept}", *fixed), terms
 
@@ -337,10 +383,16 @@ def _tensordot_run(a: Values, absolute: bool) -> Any:
     return a.target(first, second, a["dims_self"], a["dims_other"])
 
 
-@op("tensordot.default", reads=("other", "dims_self", "dims_other"),
+@op(
+    "tensordot.default",
+    reads=("other", "dims_self", "dims_other"),
     linear=Linear(_tensordot_run, wide, heavy=True),
-    samples=lambda draw, shape: (lambda x, y, w=constant(draw, 2, shape[-1]):
-        torch.ops.aten.tensordot(x, w, [len(shape)], [1])))  # fmt: skip
+    samples=lambda draw, shape: (
+        lambda x, y, w=constant(draw, 2, shape[-1]): torch.ops.aten.tensordot(
+            x, w, [len(shape)], [1]
+        )
+    ),
+)
 def _tensordot(call: Call) -> Step:
     """The sum of X W, or of W X where all dims of W are summed, so that the batch stays first."""
     first = len(call.operands) == 1 and isinstance(call["self"], Operand)
@@ -417,15 +469,43 @@ def _bilinear_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     )
 
 
-@op("bilinear.default", reads=("input1", "input2", "weight"), free=("bias",), offset=bias_norm,
-    samples=_bilinear_samples)  # fmt: skip
+@op(
+    "bilinear.default",
+    reads=("input1", "input2", "weight"),
+    free=("bias",),
+    offset=bias_norm,
+    samples=_bilinear_samples,
+)
 def _bilinear(call: Call) -> Step:
     if len(call.operands) != 1:
-        call.refuse("one factor of a bilinear map must be a constant",
-                    "A product of two such tensors has no Lipschitz constant")  # fmt: skip
+        call.refuse(
+            "one factor of a bilinear map must be a constant",
+            "A product of two such tensors has no Lipschitz constant",
+        )
     matrix = _bilinear_matrix(call)
     size = torch.linalg.vector_norm(call.fixed("weight")) * torch.linalg.vector_norm(
         call.fixed("input2" if isinstance(call["input1"], Operand) else "input1")
     )
     error = float(size) * 2.0**-50 * call.fixed("weight").shape[-1]
     return Step((Bound((matrix_norm(matrix) + error) * _SAFE),), "matrix of a bilinear map")
+
+
+# --- cells of recurrent networks -----------------------------------------------------------------
+
+
+@op(
+    "rnn_tanh_cell.default",
+    "rnn_relu_cell.default",
+    reads=("hx", "w_ih", "w_hh"),
+    free=("b_ih", "b_hh"),
+    offset=added,
+)
+def _cell(call: Call) -> Step:
+    """tanh(W x + b + U h + c): both gains are norms of matrices."""
+    gains, sizes = [], []
+    for name, matrix in (("input", "w_ih"), ("hx", "w_hh")):
+        if isinstance(call[name], Operand):
+            weight = call.fixed(matrix)
+            gains.append(Bound(matrix_norm(weight), kind="exact"))
+            sizes.append(sum(weight.shape))
+    return Step(tuple(gains), "matrices of the cell, verified", roundings=sum(sizes) + 70.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +16,8 @@ from orthonet.certify._bound import Bound
 from orthonet.certify.norms import conv_norm
 from orthonet.certify.ops import axes
 from orthonet.certify.ops.contraction import bias_norm
-from orthonet.certify.ops.intervals import Interval, interval_of
 from orthonet.certify.ops.registry import (
+    Interval,
     Linear,
     Values,
     aten_name,
@@ -25,6 +25,7 @@ from orthonet.certify.ops.registry import (
     each,
     f64,
     first_moves,
+    interval_of,
     number,
     op,
     wide,
@@ -101,10 +102,16 @@ def _form(state: Any, forms: list[Form]) -> Form | None:
         return None
     dilation = each(call["dilation"], dims)
     own = Form(
-        form.size, form.channels, weight, weight.abs(),
-        pairs_of(call["padding"], weight.shape[2:], dilation), each(call["stride"], dims),
-        dilation, call["groups"], outputs=tuple(state.shape[1:]),
-    )  # fmt: skip
+        form.size,
+        form.channels,
+        weight,
+        weight.abs(),
+        pairs_of(call["padding"], weight.shape[2:], dilation),
+        each(call["stride"], dims),
+        dilation,
+        call["groups"],
+        outputs=tuple(state.shape[1:]),
+    )
     if form.kernel is None:
         return on_identity(form, own)
     if form.transposed:
@@ -151,18 +158,31 @@ def _conv_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
 _CONVOLUTIONS = [f"conv{d}d.{kind}" for d in (1, 2, 3) for kind in ("default", "padding")]
 
 
-@op(*_CONVOLUTIONS, reads=("weight", "stride", "padding", "dilation", "groups"), free=("bias",),
-    linear=_LINEAR, kernel=_form, absolute=_absolute, offset=bias_norm,
-    samples=_conv_samples)  # fmt: skip
+@op(
+    *_CONVOLUTIONS,
+    reads=("weight", "stride", "padding", "dilation", "groups"),
+    free=("bias",),
+    linear=_LINEAR,
+    kernel=_form,
+    absolute=_absolute,
+    offset=bias_norm,
+    samples=_conv_samples,
+)
 def _convolution(call: Call) -> Step:
     kernel = call.fixed("weight")
     sizes = spatial_sizes(call, kernel.ndim - 2, channels=1)
     return _convolution_step(kernel, sizes, **_geometry(call))
 
 
-@op("convolution.default", reads=("weight", "stride", "padding", "dilation", "transposed",
-    "output_padding", "groups"), free=("bias",), linear=_LINEAR, kernel=_form, absolute=_absolute,
-    offset=bias_norm)  # fmt: skip
+@op(
+    "convolution.default",
+    reads=("weight", "stride", "padding", "dilation", "transposed", "output_padding", "groups"),
+    free=("bias",),
+    linear=_LINEAR,
+    kernel=_form,
+    absolute=_absolute,
+    offset=bias_norm,
+)
 def _general(call: Call) -> Step:
     kernel = call.fixed("weight")
     sizes = spatial_sizes(call, kernel.ndim - 2, channels=1)
@@ -184,9 +204,17 @@ def _transposed_form(state: Any, forms: list[Form]) -> Form | None:
     stride, crop = each(call["stride"], dims), each(call["padding"], dims)
     dilation = each(call["dilation"], dims)
     own = Form(
-        form.size, form.channels, weight, weight.abs(), tuple((p, p) for p in crop), stride,
-        dilation, call["groups"], transposed=True, outputs=tuple(state.shape[1:]),
-    )  # fmt: skip
+        form.size,
+        form.channels,
+        weight,
+        weight.abs(),
+        tuple((p, p) for p in crop),
+        stride,
+        dilation,
+        call["groups"],
+        transposed=True,
+        outputs=tuple(state.shape[1:]),
+    )
     if all(pad == (0, 0) for pad in form.pads):
         return own
     if not form.circular:
@@ -213,10 +241,19 @@ def _transposed_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: F.conv_transpose2d(x, weight, None, stride, 1, extra, groups)
 
 
-@op("conv_transpose1d.default", "conv_transpose2d.input", "conv_transpose3d.input",
-    reads=("weight", "stride", "padding", "output_padding", "groups", "dilation"), free=("bias",),
-    linear=_LINEAR, kernel=_transposed_form, absolute=_absolute, offset=bias_norm,
-    stages=_taps_in_half, samples=_transposed_samples)  # fmt: skip
+@op(
+    "conv_transpose1d.default",
+    "conv_transpose2d.input",
+    "conv_transpose3d.input",
+    reads=("weight", "stride", "padding", "output_padding", "groups", "dilation"),
+    free=("bias",),
+    linear=_LINEAR,
+    kernel=_transposed_form,
+    absolute=_absolute,
+    offset=bias_norm,
+    stages=_taps_in_half,
+    samples=_transposed_samples,
+)
 def _transposed(call: Call) -> Step:
     kernel = call.fixed("weight")
     spatial_sizes(call, kernel.ndim - 2, channels=1)
@@ -226,26 +263,19 @@ def _transposed(call: Call) -> Step:
 # --- padding -------------------------------------------------------------------------------------
 
 
-def _pads(call: Call) -> tuple[list[tuple[int, int]], str]:
+def _pads(target: Any, given: Callable[..., Any]) -> tuple[list[tuple[int, int]], str]:
     """The padding of the last dims, and how it is filled."""
-    name = aten_name(call.target)
-    amounts = list(call.given("pad", call.given("padding", ())))
-    mode = call.given("mode", "constant")
+    name = aten_name(target)
+    amounts = list(given("pad", given("padding", ())))
+    mode = given("mode", "constant")
     if name.startswith(("reflection", "replication")):
         mode = "reflect" if name.startswith("reflection") else "replicate"
     pads = [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)][::-1]
     return pads, mode
 
 
-class _Named:
-    """The values of an island in the place of a call, for `_pads`."""
-
-    def __init__(self, a: Values) -> None:
-        self.target, self.given = a.target, a.get
-
-
 def _pad_run(a: Values, absolute: bool) -> Any:
-    pads, mode = _pads(_Named(a))  # type: ignore[arg-type]
+    pads, mode = _pads(a.target, a.get)
     x = a["self"]
     sizes = x.shape[x.ndim - len(pads) :]
     return axes.along(x, [axes.padding(n, p, mode) for n, p in zip(sizes, pads, strict=True)])
@@ -253,7 +283,7 @@ def _pad_run(a: Values, absolute: bool) -> Any:
 
 def _pad_form(state: Any, forms: list[Form]) -> Form | None:
     (form,) = forms
-    pads, mode = _pads(state.call)
+    pads, mode = _pads(state.call.target, state.call.given)
     bare = form.kernel is None and all(pad == (0, 0) for pad in form.pads)
     if not bare or len(pads) != form.dims or min(min(p) for p in pads) < 0:
         return None
@@ -290,11 +320,18 @@ def _pad_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
 _PADS = [f"{mode}_pad{d}d.default" for mode in ("reflection", "replication") for d in (1, 2, 3)]
 
 
-@op("pad.default", "constant_pad_nd.default", *_PADS, reads=("pad", "padding", "mode", "value"),
-    linear=Linear(_pad_run, moves=True), kernel=_pad_form, interval=_pad_range,
-    samples=_pad_samples)  # fmt: skip
+@op(
+    "pad.default",
+    "constant_pad_nd.default",
+    *_PADS,
+    reads=("pad", "padding", "mode", "value"),
+    linear=Linear(_pad_run, moves=True),
+    kernel=_pad_form,
+    interval=_pad_range,
+    samples=_pad_samples,
+)
 def _pad(call: Call) -> Step:
-    pads, mode = _pads(call)
+    pads, mode = _pads(call.target, call.given)
     sizes = spatial_sizes(call, len(pads), channels=0)
     value = scalar_rounding(call, call.given("value"))
     return exact(padding_gain(sizes, pads, mode), f"{mode} padding", value)

@@ -70,13 +70,21 @@ def _stored_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: F.batch_norm(x, mean, variance, weight, bias, eps=0.1)
 
 
-@op("batch_norm.default", "_native_batch_norm_legit_no_training.default",
+@op(
+    "batch_norm.default",
+    "_native_batch_norm_legit_no_training.default",
     reads=("weight", "running_mean", "running_var", "training", "eps"),
-    free=("bias", "momentum", "cudnn_enabled"), kernel=_form, offset=_shift,
-    linear=Linear(_run, lambda state: 12, scales=lambda call: [
-        (call.fixed("running_var") + call.number("eps")).rsqrt()], when=lambda call:
-        len(call.operands) == 1 and call["running_var"] is not None),
-    samples=_stored_samples)  # fmt: skip
+    free=("bias", "momentum", "cudnn_enabled"),
+    kernel=_form,
+    offset=_shift,
+    linear=Linear(
+        _run,
+        lambda state: 12,
+        scales=lambda call: [(call.fixed("running_var") + call.number("eps")).rsqrt()],
+        when=lambda call: len(call.operands) == 1 and call["running_var"] is not None,
+    ),
+    samples=_stored_samples,
+)
 def _batch_norm(call: Call) -> Step:
     call.operand  # noqa: B018 (refuses a second one)
     if call.flag("training") or call["running_var"] is None:
@@ -97,12 +105,26 @@ def _stored(call: Call) -> Step:
     return exact(value, "diagonal of running statistics", 6.0)
 
 
-_BATCH = ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps",
-          "use_input_stats", "cudnn_enabled")  # fmt: skip
+_BATCH = (
+    "weight",
+    "bias",
+    "running_mean",
+    "running_var",
+    "training",
+    "momentum",
+    "eps",
+    "use_input_stats",
+    "cudnn_enabled",
+)
 
 
-@op("_native_batch_norm_legit.default", "_native_batch_norm_legit.no_stats",
-    "native_batch_norm.default", "_batch_norm_impl_index.default", reads=_BATCH)  # fmt: skip
+@op(
+    "_native_batch_norm_legit.default",
+    "_native_batch_norm_legit.no_stats",
+    "native_batch_norm.default",
+    "_batch_norm_impl_index.default",
+    reads=_BATCH,
+)
 def _batch_statistics(call: Call) -> Step:
     call.refuse(
         "normalization must use running statistics, not batch statistics",
@@ -116,20 +138,37 @@ def _batch_statistics(call: Call) -> Step:
 def _normalization_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     weight, eps = constant(draw, shape[-1]), draw.choice([1e-1, 1e-3, 1.0])
     groups = draw.choice([g for g in (1, 2) if shape[0] % g == 0])
-    options = [lambda x, y: F.layer_norm(x, shape[-1:], weight, None, eps),
-               lambda x, y: F.rms_norm(x, shape[-1:], weight, eps),
-               lambda x, y: F.layer_norm(x, shape, eps=eps)]  # fmt: skip
+    options = [
+        lambda x, y: F.layer_norm(x, shape[-1:], weight, None, eps),
+        lambda x, y: F.rms_norm(x, shape[-1:], weight, eps),
+        lambda x, y: F.layer_norm(x, shape, eps=eps),
+    ]
     if len(shape) > 1:
-        options += [lambda x, y: F.group_norm(x, groups, eps=eps),
-                    lambda x, y: F.instance_norm(x, eps=eps)]  # fmt: skip
+        options += [
+            lambda x, y: F.group_norm(x, groups, eps=eps),
+            lambda x, y: F.instance_norm(x, eps=eps),
+        ]
     return draw.choice(options) if math.prod(shape[1:]) > 1 else None
 
 
-@op("layer_norm.default", "group_norm.default", "instance_norm.default", "rms_norm.default",
-    reads=("normalized_shape", "num_groups", "weight", "running_mean", "running_var",
-           "use_input_stats", "eps"),
-    free=("bias", "momentum", "cudnn_enable", "cudnn_enabled"), samples=_normalization_samples,
-    error=lambda *args: _error(*args))  # fmt: skip
+@op(
+    "layer_norm.default",
+    "group_norm.default",
+    "instance_norm.default",
+    "rms_norm.default",
+    reads=(
+        "normalized_shape",
+        "num_groups",
+        "weight",
+        "running_mean",
+        "running_var",
+        "use_input_stats",
+        "eps",
+    ),
+    free=("bias", "momentum", "cudnn_enable", "cudnn_enabled"),
+    samples=_normalization_samples,
+    error=lambda *args: _error(*args),
+)
 def _normalization(call: Call) -> Step:
     """Centering is a projection, and x / sqrt(mean(x^2) + eps) has slope at most 1 / sqrt(eps)."""
     call.operand  # noqa: B018 (refuses a second one)

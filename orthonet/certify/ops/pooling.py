@@ -15,8 +15,7 @@ from orthonet._torch import NEAREST_EXACT_2D, operation_name
 from orthonet.certify.norms import matrix_norm
 from orthonet.certify.ops import axes
 from orthonet.certify.ops.convolution import spatial_sizes
-from orthonet.certify.ops.intervals import as_input
-from orthonet.certify.ops.registry import Linear, Values, aten_name, each, op, wide
+from orthonet.certify.ops.registry import Linear, Values, as_input, aten_name, each, op, wide
 from orthonet.certify.rules import (
     COPY,
     Call,
@@ -56,12 +55,15 @@ def _pool_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     count, size = draw.choice([(1, 2), (3, 2)]), draw.randrange(1, 5)
     divisor = draw.choice([None, None, 2, -3])
     inside = draw.random() < 0.5
-    return draw.choice([
-        lambda x, y: F.max_pool2d(x, kernel, stride, pad, dilation, ceil),
-        lambda x, y: F.avg_pool2d(x, kernel, stride, pad, ceil, inside, divisor),
-        lambda x, y: F.adaptive_avg_pool2d(x, count), lambda x, y: F.adaptive_max_pool2d(x, size),
-        lambda x, y: F.lp_pool2d(x, 2, kernel, stride),
-    ])  # fmt: skip
+    return draw.choice(
+        [
+            lambda x, y: F.max_pool2d(x, kernel, stride, pad, dilation, ceil),
+            lambda x, y: F.avg_pool2d(x, kernel, stride, pad, ceil, inside, divisor),
+            lambda x, y: F.adaptive_avg_pool2d(x, count),
+            lambda x, y: F.adaptive_max_pool2d(x, size),
+            lambda x, y: F.lp_pool2d(x, 2, kernel, stride),
+        ]
+    )
 
 
 _MAX = [f"max_pool{d}d{kind}.default" for d in (1, 2, 3) for kind in ("", "_with_indices")]
@@ -88,8 +90,13 @@ def pooling_windows(call: Call) -> Tensor:
     return places
 
 
-@op(*_MAX, reads=("kernel_size", "stride", "padding", "dilation", "ceil_mode"), interval=as_input,
-    samples=_pool_samples, windows=pooling_windows)  # fmt: skip
+@op(
+    *_MAX,
+    reads=("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
+    interval=as_input,
+    samples=_pool_samples,
+    windows=pooling_windows,
+)
 def _max_pool(call: Call) -> Step:
     dims = int(call.op[8])
     sizes = spatial_sizes(call, dims, channels=0)
@@ -104,8 +111,11 @@ def _max_pool(call: Call) -> Step:
     return exact(sqrt_up(shared), _shared(shared), COPY)
 
 
-@op(*(f"adaptive_max_pool{d}d.default" for d in (1, 2, 3)), reads=("output_size",),
-    interval=as_input)  # fmt: skip
+@op(
+    *(f"adaptive_max_pool{d}d.default" for d in (1, 2, 3)),
+    reads=("output_size",),
+    interval=as_input,
+)
 def _adaptive_max_pool(call: Call) -> Step:
     dims = _dims_of(call.target)
     outputs = call.output_shape[len(call.output_shape) - dims :]
@@ -155,8 +165,18 @@ def _average_form(state: Any, forms: list[Form]) -> Form | None:
     if form.kernel is not None or odd or uneven or dims != _dims_of(call.target):
         return None
     kernel = torch.full((form.channels, 1, *window), 1 / math.prod(window), dtype=torch.float64)
-    own = Form(form.size, form.channels, kernel, kernel, pads, stride, (1,) * dims,
-               form.channels, outputs=tuple(state.shape[1:]), roundings=2)  # fmt: skip
+    own = Form(
+        form.size,
+        form.channels,
+        kernel,
+        kernel,
+        pads,
+        stride,
+        (1,) * dims,
+        form.channels,
+        outputs=tuple(state.shape[1:]),
+        roundings=2,
+    )
     return on_identity(form, own)
 
 
@@ -176,11 +196,28 @@ def _average(call: Call) -> Step:
     return exact(value, "average along each axis, verified", math.prod(sizes) + 2.0)
 
 
-op("avg_pool1d.default", "avg_pool2d.default", "avg_pool3d.default",
-   reads=("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad",
-          "divisor_override"), linear=_AVERAGE, kernel=_average_form)(_average)  # fmt: skip
-op(*(f"adaptive_avg_pool{d}d.default" for d in (1, 2, 3)), "_adaptive_avg_pool2d.default",
-   "_adaptive_avg_pool3d.default", reads=("output_size",), linear=_AVERAGE)(_average)  # fmt: skip
+op(
+    "avg_pool1d.default",
+    "avg_pool2d.default",
+    "avg_pool3d.default",
+    reads=(
+        "kernel_size",
+        "stride",
+        "padding",
+        "ceil_mode",
+        "count_include_pad",
+        "divisor_override",
+    ),
+    linear=_AVERAGE,
+    kernel=_average_form,
+)(_average)
+op(
+    *(f"adaptive_avg_pool{d}d.default" for d in (1, 2, 3)),
+    "_adaptive_avg_pool2d.default",
+    "_adaptive_avg_pool3d.default",
+    reads=("output_size",),
+    linear=_AVERAGE,
+)(_average)
 
 
 # --- norms of windows ----------------------------------------------------------------------------
@@ -193,9 +230,12 @@ def _lp_step(order: Any, kernel: Any, stride: Any, ceil: bool, dims: int, size: 
     shared = math.prod(-(-k // s) for k, s in zip(window, step, strict=True))
     if order not in (2, 2.0) or ceil:
         _checks.fail(
-            "certify", "a power-average pool must have norm_type 2 and no ceil_mode",
-            "Use LPPool2d(2, ...) or L2NormPool", UncertifiableError, norm_type=order,
-        )  # fmt: skip
+            "certify",
+            "a power-average pool must have norm_type 2 and no ceil_mode",
+            "Use LPPool2d(2, ...) or L2NormPool",
+            UncertifiableError,
+            norm_type=order,
+        )
     # the average is multiplied by the size of the window: a few roundings
     value = mul_up(sqrt_up(shared), up(1.0 + 2.0**-48))
     rounding = of_squares(math.prod(window) + 54.0, size, math.prod(window))
@@ -205,30 +245,56 @@ def _lp_step(order: Any, kernel: Any, stride: Any, ceil: bool, dims: int, size: 
 @register_rule(nn.LPPool1d, nn.LPPool2d, nn.LPPool3d)
 def _lp_module(module: Any, input_shape: tuple[int, ...]) -> Step:
     dims = int(type(module).__name__[-2])
-    return _lp_step(module.norm_type, module.kernel_size, module.stride, module.ceil_mode, dims,
-                    math.prod(input_shape))  # fmt: skip
+    return _lp_step(
+        module.norm_type,
+        module.kernel_size,
+        module.stride,
+        module.ceil_mode,
+        dims,
+        math.prod(input_shape),
+    )
 
 
-@op(F.lp_pool1d, F.lp_pool2d, F.lp_pool3d, reads=("norm_type", "kernel_size", "stride",
-    "ceil_mode"), interval=lambda call: (0.0, math.inf))  # fmt: skip
+@op(
+    F.lp_pool1d,
+    F.lp_pool2d,
+    F.lp_pool3d,
+    reads=("norm_type", "kernel_size", "stride", "ceil_mode"),
+    interval=lambda call: (0.0, math.inf),
+)
 def _lp_pool(call: Call) -> Step:
     size = math.prod(call.operand.shape)
-    return _lp_step(call["norm_type"], call["kernel_size"], call["stride"], call["ceil_mode"],
-                    int(call.target.__name__[-2]), size)  # fmt: skip
+    return _lp_step(
+        call["norm_type"],
+        call["kernel_size"],
+        call["stride"],
+        call["ceil_mode"],
+        int(call.target.__name__[-2]),
+        size,
+    )
 
 
 def _square_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     if len(shape) != 3 or min(shape[1:]) < 2:
         return None
     stride = draw.choice([1, 2])
-    return draw.choice([lambda x, y: functional.l2_norm_pool(x, [2, 2], [stride, stride]),
-                        lambda x, y: functional.global_l2_norm_pool(x, 2)])  # fmt: skip
+    return draw.choice(
+        [
+            lambda x, y: functional.l2_norm_pool(x, [2, 2], [stride, stride]),
+            lambda x, y: functional.global_l2_norm_pool(x, 2),
+        ]
+    )
 
 
 # ceil_mode and padding alike leave every pixel its windows: forward divides by the largest count.
-@op(functional.l2_norm_pool, functional.global_l2_norm_pool,
-    reads=("kernel_size", "spatial", "stride", "padding", "ceil_mode", "eps"), free=("keepdim",),
-    interval=lambda call: (0.0, math.inf), samples=_square_samples)  # fmt: skip
+@op(
+    functional.l2_norm_pool,
+    functional.global_l2_norm_pool,
+    reads=("kernel_size", "spatial", "stride", "padding", "ceil_mode", "eps"),
+    free=("keepdim",),
+    interval=lambda call: (0.0, math.inf),
+    samples=_square_samples,
+)
 def _square_pool(call: Call) -> Step:
     spatial = call.given("kernel_size", call.given("spatial"))
     dims = spatial if isinstance(spatial, int) else len(tuple(spatial or ()))
@@ -247,10 +313,16 @@ def _overlap(most: int, rounding: float = COPY) -> Step:
     return exact(sqrt_up(most), f"windows, {most} over an entry at most", rounding)
 
 
-@op("unfold.default", "unfold_copy.default", reads=("dimension", "size", "step"), interval=as_input,
+@op(
+    "unfold.default",
+    "unfold_copy.default",
+    reads=("dimension", "size", "step"),
+    interval=as_input,
     linear=Linear(lambda a, absolute: a.run(), moves=True),
-    samples=lambda draw, shape: (lambda x, y, n=draw.randrange(1, 1 + shape[-1]), s=draw.choice(
-        [1, 2]): x.unfold(-1, n, s)))  # fmt: skip
+    samples=lambda draw, shape: (
+        lambda x, y, n=draw.randrange(1, 1 + shape[-1]), s=draw.choice([1, 2]): x.unfold(-1, n, s)
+    ),
+)
 def _windows(call: Call) -> Step:
     (where,) = call.feature_dims(call["dimension"])
     outputs = call.output_shape[where]
@@ -289,17 +361,20 @@ def _patch_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
         return None
     kernel, stride, pad = draw.choice([2, (3, 1)]), draw.choice([1, 2]), draw.choice([0, 1])
     options = {"stride": stride, "padding": pad}
-    return draw.choice([
-        lambda x, y: F.unfold(x, kernel, **options),
-        lambda x, y: F.fold(F.unfold(x, kernel, **options), x.shape[2:], kernel, **options),
-    ])  # fmt: skip
+    return draw.choice(
+        [
+            lambda x, y: F.unfold(x, kernel, **options),
+            lambda x, y: F.fold(F.unfold(x, kernel, **options), x.shape[2:], kernel, **options),
+        ]
+    )
 
 
 _PATCHES = ("output_size", "kernel_size", "dilation", "padding", "stride")
 
 
-@op("im2col.default", reads=_PATCHES, linear=Linear(_im2col_run, moves=True),
-    samples=_patch_samples)  # fmt: skip
+@op(
+    "im2col.default", reads=_PATCHES, linear=Linear(_im2col_run, moves=True), samples=_patch_samples
+)
 def _patches(call: Call) -> Step:
     """Patches of an image."""
     return _patch_step(call, call.operand.shape)
@@ -324,10 +399,13 @@ def _patch_step(call: Call, image: tuple[int, ...]) -> Step:
 _RESIZE = {
     **{f"upsample_nearest{d}d": "nearest" for d in (1, 2, 3)},
     **{f"_upsample_nearest_exact{d}d": "nearest-exact" for d in (1, 2, 3)},
-    "upsample_linear1d": "linear", "upsample_bilinear2d": "linear",
-    "upsample_trilinear3d": "linear", "upsample_bicubic2d": "cubic",
-    "_upsample_bilinear2d_aa": "linear-aa", "_upsample_bicubic2d_aa": "cubic-aa",
-}  # fmt: skip
+    "upsample_linear1d": "linear",
+    "upsample_bilinear2d": "linear",
+    "upsample_trilinear3d": "linear",
+    "upsample_bicubic2d": "cubic",
+    "_upsample_bilinear2d_aa": "linear-aa",
+    "_upsample_bicubic2d_aa": "cubic-aa",
+}
 _SCALES = ("scales_d", "scales_h", "scales_w")
 
 
@@ -366,8 +444,11 @@ def _resize_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     if len(shape) not in (2, 3) or max(shape[1:]) > 8:
         return None
     flat = len(shape) == 2
-    mode = draw.choice(["nearest", "linear", "nearest-exact"] if flat else
-                       ["nearest", "bilinear", "bicubic", "nearest-exact", "aa"])  # fmt: skip
+    mode = draw.choice(
+        ["nearest", "linear", "nearest-exact"]
+        if flat
+        else ["nearest", "bilinear", "bicubic", "nearest-exact", "aa"]
+    )
     options: dict[str, Any] = {"mode": mode}
     if mode == "aa":
         options = {"mode": draw.choice(["bilinear", "bicubic"]), "antialias": True}
@@ -376,9 +457,14 @@ def _resize_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     if draw.random() < 0.3:  # a scale that is not the quotient of the sizes
         size = [draw.randrange(1, 9) for _ in shape[1:]]
         scale = [draw.choice([0.7, 2.0, 100.0, 0.01]) for _ in shape[1:]]
-        target = {"nearest": torch.ops.aten.upsample_nearest1d.default} if flat else {
-            "nearest": torch.ops.aten.upsample_nearest2d.default,
-            "nearest-exact": NEAREST_EXACT_2D}  # fmt: skip
+        target = (
+            {"nearest": torch.ops.aten.upsample_nearest1d.default}
+            if flat
+            else {
+                "nearest": torch.ops.aten.upsample_nearest2d.default,
+                "nearest-exact": NEAREST_EXACT_2D,
+            }
+        )
         if mode in target:
             return lambda x, y: target[mode](x, size, *scale)
         if mode in ("linear", "bilinear"):
@@ -394,11 +480,17 @@ def _resize_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: F.interpolate(x, scale_factor=factor, **options)
 
 
-@op(*(f"{name}.{kind}" for name in _RESIZE for kind in ("default", "vec")),
+@op(
+    *(f"{name}.{kind}" for name in _RESIZE for kind in ("default", "vec")),
     reads=("output_size", "align_corners", "scale_factors", "scales", *_SCALES),
     samples=_resize_samples,
-    linear=Linear(_resize_run, lambda state: 16 * max(state.parents[0].shape) + 64,
-                  heavy=True, when=_resizes_for_sure))  # fmt: skip
+    linear=Linear(
+        _resize_run,
+        lambda state: 16 * max(state.parents[0].shape) + 64,
+        heavy=True,
+        when=_resizes_for_sure,
+    ),
+)
 def _interpolate(call: Call) -> Step:
     """Interpolation is a Kronecker product: the product of the norms along each axis."""
     sizes, outputs = call.operand.shape[1:], call.output_shape[1:]

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 from orthonet.certify.norms import matrix_norm
 from orthonet.certify.ops.advice import ADVICE
-from orthonet.certify.ops.intervals import as_input
 from orthonet.certify.ops.registry import (
     SMOOTH,
     Linear,
     Values,
+    as_input,
     first_moves,
     op,
     place,
@@ -46,8 +46,16 @@ def _sum_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
 
 
 # That a cast to fewer bits is refused is checked for every node by its dtype.
-@op("sum.default", "sum.dim_IntList", "mean.default", "mean.dim", reads=("dim", "keepdim"),
-    free=("dtype",), linear=_SUM, samples=_sum_samples)  # fmt: skip
+@op(
+    "sum.default",
+    "sum.dim_IntList",
+    "mean.default",
+    "mean.dim",
+    reads=("dim", "keepdim"),
+    free=("dtype",),
+    linear=_SUM,
+    samples=_sum_samples,
+)
 def _reduce(call: Call) -> Step:
     call.operand  # noqa: B018 (refuses a second one)
     places = call.feature_dims(call.given("dim"))
@@ -58,8 +66,13 @@ def _reduce(call: Call) -> Step:
     return exact(div_up(root, count), f"mean of {count}", count + 1.0)
 
 
-@op("cumsum.default", reads=("dim",), free=("dtype",), linear=_SUM,
-    samples=lambda draw, shape: (lambda x, y, d=place(draw, shape): x.cumsum(d)))  # fmt: skip
+@op(
+    "cumsum.default",
+    reads=("dim",),
+    free=("dtype",),
+    linear=_SUM,
+    samples=lambda draw, shape: lambda x, y, d=place(draw, shape): x.cumsum(d),
+)
 def _cumsum(call: Call) -> Step:
     call.operand  # noqa: B018
     (where,) = call.feature_dims(call["dim"])
@@ -77,9 +90,16 @@ def _norm_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: torch.linalg.vector_norm(x, order, dims, keepdim=True)
 
 
-@op("norm.Scalar", "norm.ScalarOpt_dim", "linalg_vector_norm.default", "linalg_norm.default",
-    reads=("p", "ord", "dim", "keepdim"), free=("dtype",),
-    interval=lambda call: (0.0, math.inf), samples=_norm_samples)  # fmt: skip
+@op(
+    "norm.Scalar",
+    "norm.ScalarOpt_dim",
+    "linalg_vector_norm.default",
+    "linalg_norm.default",
+    reads=("p", "ord", "dim", "keepdim"),
+    free=("dtype",),
+    interval=lambda call: (0.0, math.inf),
+    samples=_norm_samples,
+)
 def _norm(call: Call) -> Step:
     order = call.given("ord", call.given("p", 2))
     dims = call.given("dim")
@@ -110,8 +130,14 @@ def _std_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: x.std(dim, keepdim=True, unbiased=unbiased)
 
 
-@op("std.default", "std.dim", "std.correction", reads=("dim", "unbiased", "correction", "keepdim"),
-    interval=lambda call: (0.0, math.inf), samples=_std_samples)  # fmt: skip
+@op(
+    "std.default",
+    "std.dim",
+    "std.correction",
+    reads=("dim", "unbiased", "correction", "keepdim"),
+    interval=lambda call: (0.0, math.inf),
+    samples=_std_samples,
+)
 def _std(call: Call) -> Step:
     """The norm of a projection, over the root of the number of degrees of freedom."""
     call.operand  # noqa: B018
@@ -123,8 +149,9 @@ def _std(call: Call) -> Step:
         correction = 1 if call.flag("unbiased") else 0
     freedom = count - correction
     if freedom <= 0:
-        call.refuse("a deviation must be taken over more than `correction` entries",
-                    "Use unbiased=False")  # fmt: skip
+        call.refuse(
+            "a deviation must be taken over more than `correction` entries", "Use unbiased=False"
+        )
     return exact(div_up(1.0, down(math.sqrt(freedom))), f"deviation of {count} entries")
 
 
@@ -133,10 +160,14 @@ def _std(call: Call) -> Step:
 
 def _extreme_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     dim = place(draw, shape)
-    return draw.choice([
-        lambda x, y: x.amax(dim, keepdim=True), lambda x, y: x.min(dim, keepdim=True)[0],
-        lambda x, y: x.amin([dim], keepdim=True), lambda x, y: x.max(dim, keepdim=True).values,
-    ])  # fmt: skip
+    return draw.choice(
+        [
+            lambda x, y: x.amax(dim, keepdim=True),
+            lambda x, y: x.min(dim, keepdim=True)[0],
+            lambda x, y: x.amin([dim], keepdim=True),
+            lambda x, y: x.max(dim, keepdim=True).values,
+        ]
+    )
 
 
 def _along(call: Call, name: str = "dim") -> Step:
@@ -145,16 +176,31 @@ def _along(call: Call, name: str = "dim") -> Step:
     return exact(1.0, "selection or order", COPY)
 
 
-@op("amax.default", "amin.default", "max.dim", "min.dim", "max.default", "min.default",
-    reads=("dim", "keepdim"), interval=as_input, samples=_extreme_samples)  # fmt: skip
+@op(
+    "amax.default",
+    "amin.default",
+    "max.dim",
+    "min.dim",
+    "max.default",
+    "min.default",
+    reads=("dim", "keepdim"),
+    interval=as_input,
+    samples=_extreme_samples,
+)
 def _extreme(call: Call) -> Step:
     call.operand  # noqa: B018
     call.feature_dims(call.given("dim"))
     return exact(1.0, "selection or order", COPY)
 
 
-@op("sort.default", "sort.stable", reads=("dim",), free=("stable", "descending"), interval=as_input,
-    samples=lambda draw, shape: (lambda x, y, d=place(draw, shape): x.sort(d).values))  # fmt: skip
+@op(
+    "sort.default",
+    "sort.stable",
+    reads=("dim",),
+    free=("stable", "descending"),
+    interval=as_input,
+    samples=lambda draw, shape: lambda x, y, d=place(draw, shape): x.sort(d).values,
+)
 def _sort(call: Call) -> Step:
     return _along(call)
 
@@ -166,34 +212,56 @@ def _topk_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: x.topk(count, dim, **options).values
 
 
-@op("topk.default", reads=("k", "dim", "sorted"), free=("largest",), interval=as_input,
-    samples=_topk_samples)  # fmt: skip
+@op(
+    "topk.default",
+    reads=("k", "dim", "sorted"),
+    free=("largest",),
+    interval=as_input,
+    samples=_topk_samples,
+)
 def _topk(call: Call) -> Step:
     if not call.flag("sorted", True):
-        call.refuse("the largest entries must be sorted, for their order may jump otherwise",
-                    "Use sorted=True")  # fmt: skip
+        call.refuse(
+            "the largest entries must be sorted, for their order may jump otherwise",
+            "Use sorted=True",
+        )
     return _along(call)
 
 
 def _rank_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     dim = place(draw, shape)
     rank = draw.randrange(1, 1 + shape[dim - 1 if dim > 0 else dim])
-    return draw.choice([
-        lambda x, y: x.median(dim, keepdim=True).values,
-        lambda x, y: x.kthvalue(rank, dim, keepdim=True).values,
-    ])  # fmt: skip
+    return draw.choice(
+        [
+            lambda x, y: x.median(dim, keepdim=True).values,
+            lambda x, y: x.kthvalue(rank, dim, keepdim=True).values,
+        ]
+    )
 
 
-@op("median.dim", "kthvalue.default", reads=("k", "dim", "keepdim"), interval=as_input,
-    samples=_rank_samples)  # fmt: skip
+@op(
+    "median.dim",
+    "kthvalue.default",
+    reads=("k", "dim", "keepdim"),
+    interval=as_input,
+    samples=_rank_samples,
+)
 def _rank(call: Call) -> Step:
     """Order statistics are 1-Lipschitz in the largest change of an entry."""
     return _along(call)
 
 
-@op("cummax.default", "cummin.default", reads=("dim",), interval=as_input,
-    samples=lambda draw, shape: (lambda x, y, d=place(draw, shape), f=draw.choice(
-        [torch.cummax, torch.cummin]): f(x, d).values))  # fmt: skip
+@op(
+    "cummax.default",
+    "cummin.default",
+    reads=("dim",),
+    interval=as_input,
+    samples=lambda draw, shape: (
+        lambda x, y, d=place(draw, shape), f=draw.choice([torch.cummax, torch.cummin]): (
+            f(x, d).values
+        )
+    ),
+)
 def _running(call: Call) -> Step:
     """Every output follows the first entry where that is the largest."""
     (where,) = call.feature_dims(call["dim"])
@@ -204,9 +272,13 @@ def _running(call: Call) -> Step:
 # --- softmax -------------------------------------------------------------------------------------
 
 
-@op("logsumexp.default", reads=("dim", "keepdim"),
-    samples=lambda draw, shape: (lambda x, y, d=place(draw, shape):
-        torch.logsumexp(x, d, keepdim=True)))  # fmt: skip
+@op(
+    "logsumexp.default",
+    reads=("dim", "keepdim"),
+    samples=lambda draw, shape: (
+        lambda x, y, d=place(draw, shape): torch.logsumexp(x, d, keepdim=True)
+    ),
+)
 def _log_sum_exp(call: Call) -> Step:
     call.feature_dims(call["dim"])
     rounding = SMOOTH + math.prod(call.operand.shape)
@@ -218,9 +290,16 @@ def _softmax_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: f(x, dim)
 
 
-@op("softmax.int", "log_softmax.int", "_softmax.default", "_log_softmax.default", reads=("dim",),
-    free=("dtype", "half_to_float"), samples=_softmax_samples,
-    interval=lambda call: (0.0, 1.0) if call.op == "softmax" else (-math.inf, 0.0))  # fmt: skip
+@op(
+    "softmax.int",
+    "log_softmax.int",
+    "_softmax.default",
+    "_log_softmax.default",
+    reads=("dim",),
+    free=("dtype", "half_to_float"),
+    samples=_softmax_samples,
+    interval=lambda call: (0.0, 1.0) if call.op == "softmax" else (-math.inf, 0.0),
+)
 def _softmax(call: Call) -> Step:
     call.operand  # noqa: B018
     dim = call["dim"]
@@ -246,9 +325,13 @@ def _softmax(call: Call) -> Step:
 _LEAST = 1e-6
 
 
-@op(F.normalize, reads=("p", "dim", "eps"),
-    samples=lambda draw, shape: (lambda x, y, d=place(draw, shape), e=draw.choice([1e-3, 0.5]):
-        F.normalize(x, dim=d, eps=e)))  # fmt: skip
+@op(
+    F.normalize,
+    reads=("p", "dim", "eps"),
+    samples=lambda draw, shape: (
+        lambda x, y, d=place(draw, shape), e=draw.choice([1e-3, 0.5]): F.normalize(x, dim=d, eps=e)
+    ),
+)
 def _normalize(call: Call) -> Step:
     """The projection to a ball of radius eps, divided by eps."""
     call.operand  # noqa: B018
@@ -259,9 +342,15 @@ def _normalize(call: Call) -> Step:
     return exact(div_up(1.0, eps), "projection to a ball, over its radius")
 
 
-@op(F.local_response_norm, reads=("size", "alpha", "beta", "k"),
-    samples=lambda draw, shape: (lambda x, y, n=draw.choice([2, 3]):
-        F.local_response_norm(x, n, 0.3, 0.75, 1.5)) if len(shape) > 1 else None)  # fmt: skip
+@op(
+    F.local_response_norm,
+    reads=("size", "alpha", "beta", "k"),
+    samples=lambda draw, shape: (
+        (lambda x, y, n=draw.choice([2, 3]): F.local_response_norm(x, n, 0.3, 0.75, 1.5))
+        if len(shape) > 1
+        else None
+    ),
+)
 def _response(call: Call) -> Step:
     r"""x_i / D_i^beta with D_i = k + alpha / n * sum of squares of n entries around.
 
@@ -272,7 +361,9 @@ def _response(call: Call) -> Step:
     size, alpha, beta, k = (call.number(name) for name in ("size", "alpha", "beta", "k"))
     powers = beta * abs(math.log(k)) if 0.0 < k < math.inf else math.inf
     if not (powers < 700.0 and alpha >= 0.0 and beta >= 0.0):
-        call.refuse("a response norm must have k > 0, alpha >= 0, beta >= 0 and a k^-beta in range",
-                    "Use the default parameters")  # fmt: skip
+        call.refuse(
+            "a response norm must have k > 0, alpha >= 0, beta >= 0 and a k^-beta in range",
+            "Use the default parameters",
+        )
     value = k**-beta * (max(1.0, 2.0 * beta - 1.0) + (size - 1.0) * beta) * (1.0 + 2.0**-40)
     return upper(value, "by construction")

@@ -27,10 +27,15 @@ from orthonet.certify.rules import (
     as_step,
     is_default,
     parameters,
+    record_of,
 )
 from orthonet.linalg.bounds.rounding import div_up, sqrt_up
 
 __all__ = [
+    "EVERYTHING",
+    "Interval",
+    "as_input",
+    "interval_of",
     "NOTHING",
     "ONE",
     "SMOOTH",
@@ -64,6 +69,8 @@ Sampler = Callable[[random.Random, tuple[int, ...]], "Callable[[Tensor, Tensor],
 """Draws arguments: given the shape of one sample, a function of a batch and of a second batch of
 the same shape that runs the operation; None where the shape does not suit it."""
 Interval = tuple[float, float]
+"""The least and the largest entry of a tensor."""
+EVERYTHING: Interval = (-math.inf, math.inf)
 
 
 class Values(dict[str, Any]):
@@ -199,6 +206,34 @@ def each(value: Any, dims: int) -> tuple[int, ...]:
     """One number for each spatial dim."""
     values = (value,) * dims if isinstance(value, int) else tuple(value)
     return values * dims if len(values) == 1 else values
+
+
+# --- the least and the largest entry of a node, where they are known for every input --------------
+
+
+def interval_of(operand: Operand) -> Interval:
+    """Return an interval that holds every entry of a tensor, for every input."""
+    if operand._state is None:
+        return EVERYTHING
+    stack = [operand._state]
+    while stack:
+        state = stack[-1]
+        record = record_of(state.node.target) if state.parents else None
+        unknown = [p for p in state.parents if p.interval is None]
+        if state.interval is not None:
+            stack.pop()
+        elif record is None or record.interval is None:
+            state.interval = EVERYTHING
+        elif unknown:
+            stack += unknown
+        else:
+            state.interval = record.interval(state.call)
+    return operand._state.interval
+
+
+def as_input(call: Call) -> Interval:
+    """That of the first operand, for an operation whose outputs are some of its inputs."""
+    return interval_of(call.operands[0])
 
 
 # --- random arguments ----------------------------------------------------------------------------

@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from orthonet.certify._bound import Bound
-from orthonet.certify.ops.intervals import EVERYTHING, Interval, as_input, interval_of
 from orthonet.certify.ops.registry import (
+    EVERYTHING,
     NOTHING,
     ONE,
     Constant,
+    Interval,
     Linear,
     Values,
     amplification,
+    as_input,
     constant,
     each_repeated,
+    interval_of,
     op,
     plain,
     zeros,
@@ -61,8 +64,13 @@ def _mask_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: x[:, mask]
 
 
-@op("index_select.default", reads=("dim", "index"), linear=Linear(_listed, moves=True),
-    interval=as_input, samples=_index_samples)  # fmt: skip
+@op(
+    "index_select.default",
+    reads=("dim", "index"),
+    linear=Linear(_listed, moves=True),
+    interval=as_input,
+    samples=_index_samples,
+)
 def _index_select(call: Call) -> Step:
     call.operand  # noqa: B018 (refuses a second one)
     (where,), index = call.feature_dims(call["dim"]), call["index"]
@@ -71,8 +79,13 @@ def _index_select(call: Call) -> Step:
     return _repeated(index % max(1, call.operand.shape[where]))
 
 
-@op("index.Tensor", reads=("indices",), linear=Linear(_listed, moves=True), interval=as_input,
-    samples=_mask_samples)  # fmt: skip
+@op(
+    "index.Tensor",
+    reads=("indices",),
+    linear=Linear(_listed, moves=True),
+    interval=as_input,
+    samples=_mask_samples,
+)
 def _index(call: Call) -> Step:
     return _repeated(_places(call, call.operand.shape))
 
@@ -131,8 +144,14 @@ def _gather_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: torch.gather(x, dim + 1, index.expand(x.shape[0], *shape))
 
 
-@op("gather.default", reads=("dim", "index"), free=("sparse_grad",),
-    linear=Linear(_listed, moves=True), interval=as_input, samples=_gather_samples)  # fmt: skip
+@op(
+    "gather.default",
+    reads=("dim", "index"),
+    free=("sparse_grad",),
+    linear=Linear(_listed, moves=True),
+    interval=as_input,
+    samples=_gather_samples,
+)
 def _gather(call: Call) -> Step:
     call.operand  # noqa: B018 (refuses a second one)
     (where,) = call.feature_dims(call["dim"])
@@ -175,10 +194,13 @@ def _write_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return draw.choice([put, cut]) if shape[dim] > 1 else put
 
 
-@op("slice_scatter.default", "select_scatter.default",
+@op(
+    "slice_scatter.default",
+    "select_scatter.default",
     reads=("src", "dim", "start", "end", "step", "index"),
     linear=Linear(_written, moves=True, when=lambda call: True),
-    samples=_write_samples)  # fmt: skip
+    samples=_write_samples,
+)
 def _write(call: Call) -> Step:
     call.feature_dims(call["dim"])
     return _one_or_the_other(call, COPY)
@@ -196,8 +218,12 @@ def _copied(a: Values, absolute: bool) -> Any:
     return zeros(a["src"]).to(torch.float64).expand(shape)
 
 
-@op("copy.default", reads=("src",), free=("non_blocking",),
-    linear=Linear(_copied, moves=True, when=lambda call: True))  # fmt: skip
+@op(
+    "copy.default",
+    reads=("src",),
+    free=("non_blocking",),
+    linear=Linear(_copied, moves=True, when=lambda call: True),
+)
 def _copy(call: Call) -> Step:
     """The second argument in the shape of the first."""
     gains = [NOTHING] if isinstance(call["self"], Operand) else []
@@ -227,8 +253,12 @@ def _put_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return put
 
 
-@op("index_put.default", reads=("indices", "values", "accumulate"), samples=_put_samples,
-    linear=Linear(_put_run, moves=True, when=lambda call: not call["accumulate"]))  # fmt: skip
+@op(
+    "index_put.default",
+    reads=("indices", "values", "accumulate"),
+    samples=_put_samples,
+    linear=Linear(_put_run, moves=True, when=lambda call: not call["accumulate"]),
+)
 def _index_put(call: Call) -> Step:
     places = _places(call, call.output_shape)
     most = int(places.flatten().bincount(minlength=1).max()) if places.numel() else 0
@@ -254,16 +284,19 @@ def _scatter_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     index = order.reshape(-1, *[1] * (len(shape) - dim - 1)).expand(shape).contiguous()
     scale = draw.choice([1.0, -2.0])
     repeated = torch.tensor([draw.randrange(size) for _ in range(size)])
-    return draw.choice([
-        lambda x, y: x.scatter(dim + 1, index.expand(x.shape[0], *shape), y),
-        lambda x, y: x.scatter(dim + 1, index[:1].expand(x.shape[0], *index[:1].shape), 3.0),
-        lambda x, y: x.scatter_add(dim + 1, index.expand(x.shape[0], *shape), y),
-        lambda x, y: x.index_add(dim + 1, repeated, y, alpha=scale),
-    ])  # fmt: skip
+    return draw.choice(
+        [
+            lambda x, y: x.scatter(dim + 1, index.expand(x.shape[0], *shape), y),
+            lambda x, y: x.scatter(dim + 1, index[:1].expand(x.shape[0], *index[:1].shape), 3.0),
+            lambda x, y: x.scatter_add(dim + 1, index.expand(x.shape[0], *shape), y),
+            lambda x, y: x.index_add(dim + 1, repeated, y, alpha=scale),
+        ]
+    )
 
 
-@op("scatter.src", "scatter.value", reads=("dim", "index", "src", "value"),
-    samples=_scatter_samples)  # fmt: skip
+@op(
+    "scatter.src", "scatter.value", reads=("dim", "index", "src", "value"), samples=_scatter_samples
+)
 def _scatter(call: Call) -> Step:
     (where,) = call.feature_dims(call["dim"])
     index, size = _one_row(call, "index"), call.output_shape[where]
@@ -331,16 +364,27 @@ def _either_range(call: Call) -> Interval:
 def _choose_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     mask = constant(draw, *shape) > 0
     other = constant(draw, *shape[-1:])
-    return draw.choice([
-        lambda x, y: torch.where(mask, x, y), lambda x, y: torch.where(mask, other, x),
-        lambda x, y: x.masked_fill(mask, 2.0), lambda x, y: torch.where(mask, x, 0.0),
-    ])  # fmt: skip
+    return draw.choice(
+        [
+            lambda x, y: torch.where(mask, x, y),
+            lambda x, y: torch.where(mask, other, x),
+            lambda x, y: x.masked_fill(mask, 2.0),
+            lambda x, y: torch.where(mask, x, 0.0),
+        ]
+    )
 
 
-@op("where.self", "where.ScalarOther", "where.ScalarSelf", "masked_fill.Scalar",
-    "masked_fill.Tensor", reads=("condition", "self", "mask", "value", "other"),
-    linear=Linear(_choose_linear, moves=True, when=lambda call: True), interval=_either_range,
-    samples=_choose_samples)  # fmt: skip
+@op(
+    "where.self",
+    "where.ScalarOther",
+    "where.ScalarSelf",
+    "masked_fill.Scalar",
+    "masked_fill.Tensor",
+    reads=("condition", "self", "mask", "value", "other"),
+    linear=Linear(_choose_linear, moves=True, when=lambda call: True),
+    interval=_either_range,
+    samples=_choose_samples,
+)
 def _choose(call: Call) -> Step:
     """Entries of one operand or the other, by a mask that does not see the input."""
     names = ("self", "value") if "mask" in call.arguments else ("self", "other")

@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orthonet.certify._bound import Bound
-from orthonet.certify.ops.intervals import EVERYTHING, Interval, as_input, interval_of
 from orthonet.certify.ops.registry import (
+    EVERYTHING,
     NOTHING,
     ONE,
+    Interval,
     Linear,
     Values,
     amplification,
+    as_input,
+    interval_of,
     op,
     place,
     zeros,
@@ -89,9 +92,15 @@ def _reshape_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: x.flatten(1).unflatten(1, rest).unsqueeze(1).squeeze(1)
 
 
-op("reshape.default", "view.default", "_unsafe_view.default", reads=("shape", "size"),
-   linear=Linear(_reshaped, moves=True), interval=as_input,
-   samples=_reshape_samples)(_rearrange)  # fmt: skip
+op(
+    "reshape.default",
+    "view.default",
+    "_unsafe_view.default",
+    reads=("shape", "size"),
+    linear=Linear(_reshaped, moves=True),
+    interval=as_input,
+    samples=_reshape_samples,
+)(_rearrange)
 op(
     "flatten.using_ints",
     "ravel.default",
@@ -116,17 +125,34 @@ def _permute_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     order = [1 + i for i in range(len(shape))]
     draw.shuffle(order)
     a, b = place(draw, shape), place(draw, shape)
-    return draw.choice([
-        lambda x, y: x.permute(0, *order), lambda x, y: x.transpose(a, b),
-        lambda x, y: x.movedim(a, b),
-    ])  # fmt: skip
+    return draw.choice(
+        [
+            lambda x, y: x.permute(0, *order),
+            lambda x, y: x.transpose(a, b),
+            lambda x, y: x.movedim(a, b),
+        ]
+    )
 
 
-op("permute.default", "transpose.int", "movedim.int", "movedim.intlist", "t.default", "mT.default",
-   "swapaxes.default", "swapdims.default", "moveaxis.int", "moveaxis.intlist", "mT.a",
-   "permute_copy.default", "transpose_copy.int",
-   reads=("dims", "dim0", "dim1", "source", "destination", "axis0", "axis1"),
-   linear=_MOVED, interval=as_input, samples=_permute_samples)(_rearrange)  # fmt: skip
+op(
+    "permute.default",
+    "transpose.int",
+    "movedim.int",
+    "movedim.intlist",
+    "t.default",
+    "mT.default",
+    "swapaxes.default",
+    "swapdims.default",
+    "moveaxis.int",
+    "moveaxis.intlist",
+    "mT.a",
+    "permute_copy.default",
+    "transpose_copy.int",
+    reads=("dims", "dim0", "dim1", "source", "destination", "axis0", "axis1"),
+    linear=_MOVED,
+    interval=as_input,
+    samples=_permute_samples,
+)(_rearrange)
 
 
 def _pixels_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
@@ -140,40 +166,93 @@ def _pixels_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     groups = _factor(draw, channels)
     # by hand, as most networks write it
     return lambda x, y: (
-        x.view(x.shape[0], groups, channels // groups, height, width).transpose(1, 2).contiguous()
+        x.view(x.shape[0], groups, channels // groups, height, width)
+        .transpose(1, 2)
+        .contiguous()
         .view(x.shape[0], channels, height, width)
-    )  # fmt: skip
+    )
 
 
-op("pixel_shuffle.default", "pixel_unshuffle.default", "channel_shuffle.default",
-   "native_channel_shuffle.default", reads=("upscale_factor", "downscale_factor", "groups"),
-   linear=_MOVED, interval=as_input, samples=_pixels_samples)(_rearrange)  # fmt: skip
+op(
+    "pixel_shuffle.default",
+    "pixel_unshuffle.default",
+    "channel_shuffle.default",
+    "native_channel_shuffle.default",
+    reads=("upscale_factor", "downscale_factor", "groups"),
+    linear=_MOVED,
+    interval=as_input,
+    samples=_pixels_samples,
+)(_rearrange)
 
-_COPIES = ("memory_format", "non_blocking", "copy", "dtype", "device", "other", "layout",
-           "pin_memory")  # fmt: skip
+_COPIES = (
+    "memory_format",
+    "non_blocking",
+    "copy",
+    "dtype",
+    "device",
+    "other",
+    "layout",
+    "pin_memory",
+)
 # That no cast rounds is checked for every node by its dtype.
-op("contiguous.default", "clone.default", "detach.default", "alias.default", "lift_fresh.default",
-   "lift_fresh_copy.default", "positive.default", "to.dtype", "to.device", "to.other",
-   "to.dtype_layout", "to.prim_Device", "to.prim_dtype", "to.prim_other", "_to_copy.default",
-   "type_as.default", "detach_copy.default", "alias_copy.default", free=_COPIES,
-   linear=_AS_IT_IS, kernel=unchanged, interval=as_input,
-   samples=lambda draw, shape: (lambda x, y: x.clone().contiguous()))(_rearrange)  # fmt: skip
+op(
+    "contiguous.default",
+    "clone.default",
+    "detach.default",
+    "alias.default",
+    "lift_fresh.default",
+    "lift_fresh_copy.default",
+    "positive.default",
+    "to.dtype",
+    "to.device",
+    "to.other",
+    "to.dtype_layout",
+    "to.prim_Device",
+    "to.prim_dtype",
+    "to.prim_other",
+    "_to_copy.default",
+    "type_as.default",
+    "detach_copy.default",
+    "alias_copy.default",
+    free=_COPIES,
+    linear=_AS_IT_IS,
+    kernel=unchanged,
+    interval=as_input,
+    samples=lambda draw, shape: lambda x, y: x.clone().contiguous(),
+)(_rearrange)
 
 
 def _like(a: Values, absolute: bool) -> Any:
-    return a["self"].reshape(a["other"].shape if isinstance(a["other"], Tensor)
-                             else a["other"].value.shape)  # fmt: skip
+    return a["self"].reshape(
+        a["other"].shape if isinstance(a["other"], Tensor) else a["other"].value.shape
+    )
 
 
-op("view_as.default", "reshape_as.default", reads=("other",),
-   linear=Linear(_like, moves=True), interval=as_input)(_rearrange)  # fmt: skip
+op(
+    "view_as.default",
+    "reshape_as.default",
+    reads=("other",),
+    linear=Linear(_like, moves=True),
+    interval=as_input,
+)(_rearrange)
 
 
-@op("dropout.default", "alpha_dropout.default", "feature_alpha_dropout.default",
-    "feature_dropout.default", "native_dropout.default", reads=("train",), free=("p",),
-    linear=Linear(lambda a, absolute: (a.args[0], None) if "native" in str(a.target)
-                  else a.args[0], moves=True), kernel=unchanged, interval=as_input,
-    samples=lambda draw, shape: (lambda x, y: F.dropout(x, 0.5, training=False)))  # fmt: skip
+@op(
+    "dropout.default",
+    "alpha_dropout.default",
+    "feature_alpha_dropout.default",
+    "feature_dropout.default",
+    "native_dropout.default",
+    reads=("train",),
+    free=("p",),
+    linear=Linear(
+        lambda a, absolute: (a.args[0], None) if "native" in str(a.target) else a.args[0],
+        moves=True,
+    ),
+    kernel=unchanged,
+    interval=as_input,
+    samples=lambda draw, shape: lambda x, y: F.dropout(x, 0.5, training=False),
+)
 def _dropout(call: Call) -> Step:
     if call["train"] is not False:
         call.refuse(
@@ -214,8 +293,15 @@ def _slice_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: x[(*before, kept[0])]
 
 
-@op("slice.Tensor", "slice_copy.Tensor", reads=("dim", "start", "end", "step"), linear=_MOVED,
-    interval=as_input, cuts=True, samples=_slice_samples)  # fmt: skip
+@op(
+    "slice.Tensor",
+    "slice_copy.Tensor",
+    reads=("dim", "start", "end", "step"),
+    linear=_MOVED,
+    interval=as_input,
+    cuts=True,
+    samples=_slice_samples,
+)
 def _slice(call: Call) -> Step:
     return _selection(call, "dim")
 
@@ -229,8 +315,16 @@ def _select_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return (lambda x, y: x.select(dim, index)) if len(shape) > 1 else None
 
 
-@op("select.int", "narrow.default", "select_copy.int", reads=("dim", "index", "start", "length"),
-    linear=_MOVED, interval=as_input, cuts=True, samples=_select_samples)  # fmt: skip
+@op(
+    "select.int",
+    "narrow.default",
+    "select_copy.int",
+    reads=("dim", "index", "start", "length"),
+    linear=_MOVED,
+    interval=as_input,
+    cuts=True,
+    samples=_select_samples,
+)
 def _select(call: Call) -> Step:
     return _selection(call, "dim")
 
@@ -245,18 +339,38 @@ def _split_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     def together(cut: Any) -> Any:
         return lambda x, y: torch.cat([f(part) for part in cut(x)][::-1], dim)
 
-    return together(draw.choice([
-        lambda x: torch.tensor_split(x, places, dim), lambda x: x.chunk(parts, dim),
-        lambda x: x.split(parts, dim), lambda x: torch.tensor_split(x, parts, dim),
-        lambda x: [part.unsqueeze(dim) for part in x.unbind(dim)],
-    ]))  # fmt: skip
+    return together(
+        draw.choice(
+            [
+                lambda x: torch.tensor_split(x, places, dim),
+                lambda x: x.chunk(parts, dim),
+                lambda x: x.split(parts, dim),
+                lambda x: torch.tensor_split(x, parts, dim),
+                lambda x: [part.unsqueeze(dim) for part in x.unbind(dim)],
+            ]
+        )
+    )
 
 
-@op("split.Tensor", "split.sizes", "split_with_sizes.default", "chunk.default",
-    "tensor_split.sections", "tensor_split.indices", "unbind.int", "unsafe_split.Tensor",
-    "unsafe_chunk.default", "split_with_sizes_copy.default", "unbind_copy.int", "split_copy.Tensor",
-    reads=("split_size", "split_sizes", "chunks", "sections", "indices", "dim"), linear=_MOVED,
-    interval=as_input, cuts=True, samples=_split_samples)  # fmt: skip
+@op(
+    "split.Tensor",
+    "split.sizes",
+    "split_with_sizes.default",
+    "chunk.default",
+    "tensor_split.sections",
+    "tensor_split.indices",
+    "unbind.int",
+    "unsafe_split.Tensor",
+    "unsafe_chunk.default",
+    "split_with_sizes_copy.default",
+    "unbind_copy.int",
+    "split_copy.Tensor",
+    reads=("split_size", "split_sizes", "chunks", "sections", "indices", "dim"),
+    linear=_MOVED,
+    interval=as_input,
+    cuts=True,
+    samples=_split_samples,
+)
 def _split(call: Call) -> Step:
     call.feature_dims(call["dim"])
     # Pieces of tensor_split may overlap; each alone is a selection.
@@ -275,19 +389,31 @@ def _is_bounded_part(call: Call) -> bool:
     return record is None or record.cuts or call["b"] == 0
 
 
-@op("getitem", linear=Linear(_run, moves=True, when=_is_bounded_part), kernel=_getitem_form,
-    reads=("b",), interval=lambda call: as_input(call) if _is_bounded_part(call)
-    else EVERYTHING)  # fmt: skip
+@op(
+    "getitem",
+    linear=Linear(_run, moves=True, when=_is_bounded_part),
+    kernel=_getitem_form,
+    reads=("b",),
+    interval=lambda call: as_input(call) if _is_bounded_part(call) else EVERYTHING,
+)
 def _part(call: Call) -> Step:
     if not _is_bounded_part(call):
         call.refuse("only the first result of this operation has a bound", "Use that one alone")
     return Step((ONE,), REARRANGEMENT, roundings=0.0)
 
 
-@op("diagonal.default", "diagonal_copy.default", reads=("offset", "dim1", "dim2"), linear=_MOVED,
-    interval=as_input, samples=lambda draw, shape: (
-        (lambda x, y, k=draw.randrange(-1, 2): x.diagonal(k, 1, 2)) if min(shape[:2]) > 1 and
-        len(shape) > 1 else None))  # fmt: skip
+@op(
+    "diagonal.default",
+    "diagonal_copy.default",
+    reads=("offset", "dim1", "dim2"),
+    linear=_MOVED,
+    interval=as_input,
+    samples=lambda draw, shape: (
+        (lambda x, y, k=draw.randrange(-1, 2): x.diagonal(k, 1, 2))
+        if min(shape[:2]) > 1 and len(shape) > 1
+        else None
+    ),
+)
 def _diagonal(call: Call) -> Step:
     return _selection(call, "dim1", "dim2")
 
@@ -297,8 +423,14 @@ def _dims_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return draw.choice([lambda x, y: x.flip(dim), lambda x, y: x.roll(shift, dim)])
 
 
-@op("flip.default", "roll.default", reads=("dims", "shifts"), linear=_MOVED, interval=as_input,
-    samples=_dims_samples)  # fmt: skip
+@op(
+    "flip.default",
+    "roll.default",
+    reads=("dims", "shifts"),
+    linear=_MOVED,
+    interval=as_input,
+    samples=_dims_samples,
+)
 def _flip(call: Call) -> Step:
     dims = call["dims"]
     if call.op == "roll" and not dims:
@@ -307,9 +439,18 @@ def _flip(call: Call) -> Step:
     return exact(1.0, "selection or order", COPY)
 
 
-@op("tril.default", "triu.default", reads=("diagonal",), linear=_MOVED, interval=_with_zero,
-    samples=lambda draw, shape: (lambda x, y, k=draw.randrange(-1, 2), f=draw.choice(
-        [torch.tril, torch.triu]): f(x, k)) if len(shape) > 1 else None)  # fmt: skip
+@op(
+    "tril.default",
+    "triu.default",
+    reads=("diagonal",),
+    linear=_MOVED,
+    interval=_with_zero,
+    samples=lambda draw, shape: (
+        (lambda x, y, k=draw.randrange(-1, 2), f=draw.choice([torch.tril, torch.triu]): f(x, k))
+        if len(shape) > 1
+        else None
+    ),
+)
 def _triangle(call: Call) -> Step:
     if len(call.operand.shape) < 2:
         call.refuse("dim 0 must stay the batch", "Take the triangle of feature dims")
@@ -322,16 +463,27 @@ def _triangle(call: Call) -> Step:
 def _repeat_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     times = [draw.choice([1, 1, 2]) for _ in shape]
     dim, count = place(draw, shape), draw.choice([1, 2])
-    return draw.choice([
-        lambda x, y: x.repeat(1, *times),
-        lambda x, y: x.unsqueeze(1).expand(-1, 2, *[-1] * len(shape)),
-        lambda x, y: x.repeat_interleave(count, dim),
-    ])  # fmt: skip
+    return draw.choice(
+        [
+            lambda x, y: x.repeat(1, *times),
+            lambda x, y: x.unsqueeze(1).expand(-1, 2, *[-1] * len(shape)),
+            lambda x, y: x.repeat_interleave(count, dim),
+        ]
+    )
 
 
-@op("expand.default", "repeat.default", "tile.default", "broadcast_to.default",
-    "expand_copy.default", reads=("size", "repeats", "dims"), free=("implicit",), linear=_MOVED,
-    interval=as_input, samples=_repeat_samples)  # fmt: skip
+@op(
+    "expand.default",
+    "repeat.default",
+    "tile.default",
+    "broadcast_to.default",
+    "expand_copy.default",
+    reads=("size", "repeats", "dims"),
+    free=("implicit",),
+    linear=_MOVED,
+    interval=as_input,
+    samples=_repeat_samples,
+)
 def _repeat(call: Call) -> Step:
     return exact(amplification(call), "repetition", COPY)
 
@@ -395,15 +547,26 @@ def _join_range(call: Call) -> Interval:
 def _join_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     dim = place(draw, shape)
     scale = draw.choice([1.0, -0.5, 3.0])
-    return draw.choice([
-        lambda x, y: torch.cat([x, scale * y], dim), lambda x, y: torch.stack((x, scale * x), dim),
-        lambda x, y: torch.cat([y, x, x.relu()], dim),
-    ])  # fmt: skip
+    return draw.choice(
+        [
+            lambda x, y: torch.cat([x, scale * y], dim),
+            lambda x, y: torch.stack((x, scale * x), dim),
+            lambda x, y: torch.cat([y, x, x.relu()], dim),
+        ]
+    )
 
 
-@op("cat.default", "stack.default", "concat.default", "concatenate.default", reads=("dim",),
-    linear=Linear(_join_linear, moves=True, when=lambda call: True), kernel=_join_form,
-    interval=_join_range, samples=_join_samples)  # fmt: skip
+@op(
+    "cat.default",
+    "stack.default",
+    "concat.default",
+    "concatenate.default",
+    reads=("dim",),
+    linear=Linear(_join_linear, moves=True, when=lambda call: True),
+    kernel=_join_form,
+    interval=_join_range,
+    samples=_join_samples,
+)
 def _cat(call: Call) -> Step:
     dim = call["dim"]
     if not isinstance(call["tensors"], (tuple, list)) or not isinstance(dim, int):

@@ -51,16 +51,31 @@ def _sorted(call: Call) -> Step:
     return exact(1.0, "by construction", 16.0 if call.op == "householder" else COPY)
 
 
-op(functional.max_min, reads=("dim",), slopes=_max_min_slopes,
-   samples=_even(lambda x, y: functional.max_min(x, 1)))(_sorted)  # fmt: skip
-op(functional.group_sort, reads=("dim", "group_size"), slopes=_group_slopes,
-   samples=_even(lambda x, y: functional.group_sort(x, 2, 1)))(_sorted)  # fmt: skip
-op(functional.householder, reads=("theta", "dim"), slopes=_reflection_slopes,
-   samples=_reflection_samples)(_sorted)  # fmt: skip
+op(
+    functional.max_min,
+    reads=("dim",),
+    slopes=_max_min_slopes,
+    samples=_even(lambda x, y: functional.max_min(x, 1)),
+)(_sorted)
+op(
+    functional.group_sort,
+    reads=("dim", "group_size"),
+    slopes=_group_slopes,
+    samples=_even(lambda x, y: functional.group_sort(x, 2, 1)),
+)(_sorted)
+op(
+    functional.householder,
+    reads=("theta", "dim"),
+    slopes=_reflection_slopes,
+    samples=_reflection_samples,
+)(_sorted)
 
 
-@op(functional.absolute, slopes=lambda call, width: activation_of(layers.Abs(), width),
-    samples=lambda draw, shape: lambda x, y: functional.absolute(x))  # fmt: skip
+@op(
+    functional.absolute,
+    slopes=lambda call, width: activation_of(layers.Abs(), width),
+    samples=lambda draw, shape: lambda x, y: functional.absolute(x),
+)
 def _absolute(call: Call) -> Step:
     call.operand  # noqa: B018
     return exact(max(map(abs, SUPREMA["abs"])), "by construction", COPY)

@@ -40,4 +40,4 @@ SUPREMA: dict[str, tuple[float, float]] = {
     "softsign": (0.0, 1.0),  # 1 / (1 + |x|)^2
     "tanh": (0.0, 1.0),  # 1 - tanh(x)^2
     "tanhshrink": (0.0, 1.0),  # tanh(x)^2
-}  # fmt: skip
+}

@@ -20,9 +20,21 @@ if TYPE_CHECKING:
 __all__ = ["ChainWitness", "chain_witness"]
 
 _RISING = (
-    "relu", "tanh", "sigmoid", "atan", "asinh", "log_sigmoid", "softsign", "tanhshrink",
-    "softshrink", "clamp", "clamp_min", "clamp_max", "hardsigmoid", "selu",
-)  # fmt: skip
+    "relu",
+    "tanh",
+    "sigmoid",
+    "atan",
+    "asinh",
+    "log_sigmoid",
+    "softsign",
+    "tanhshrink",
+    "softshrink",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "hardsigmoid",
+    "selu",
+)
 _BOTH_SIGNS = ("abs", "sin", "cos", "hardswish")
 _ROOM = (2.0**-18, 2.0**-14, 2.0**-10)
 """How much the squared gain lies above the proved one, so that the matrix is positive definite."""

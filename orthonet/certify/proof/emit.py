@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from orthonet.certify.graph.program import called
 from orthonet.certify.ops import registry
 from orthonet.certify.proof.norms import square_gain
 from orthonet.certify.rules import BatchDependent, Operand
@@ -80,15 +81,40 @@ def _same_shape(constant: Tensor, shape: Sequence[int]) -> bool:
 # --- moves ---------------------------------------------------------------------------------------
 
 
-@emits("reshape", "view", "flatten", "ravel", "unflatten", "squeeze", "unsqueeze", "view_as",
-        "reshape_as")  # fmt: skip
+@emits(
+    "reshape",
+    "view",
+    "flatten",
+    "ravel",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "view_as",
+    "reshape_as",
+)
 def _reshape(writer: Nodes, state: State) -> int | None:
     return writer.reshape(writer.index(state.parents[0]), state.shape)
 
 
-@emits("clone", "contiguous", "detach", "alias", "lift_fresh_copy", "dropout", "dropout1d",
-        "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "positive", "pos", "float",
-        "double", "to", "type_as")  # fmt: skip
+@emits(
+    "clone",
+    "contiguous",
+    "detach",
+    "alias",
+    "lift_fresh_copy",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "alpha_dropout",
+    "feature_dropout",
+    "positive",
+    "pos",
+    "float",
+    "double",
+    "to",
+    "type_as",
+)
 def _same(writer: Nodes, state: State) -> int | None:
     return writer.index(state.parents[0])
 
@@ -99,7 +125,7 @@ def _permute(writer: Nodes, state: State) -> int | None:
     order = torch.empty(tuple(range(1, rank + 1)), device="meta")
     fill = tuple(order if isinstance(a, Operand) else a for a in state.call.args)
     try:
-        moved = state.node.target(*fill, **state.call.kwargs)  # type: ignore[operator]
+        moved = called(state.node)(*fill, **state.call.kwargs)
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     dims = [n - 2 for n in moved.shape]  # sizes name the dims
@@ -174,8 +200,9 @@ def _split(writer: Nodes, state: State) -> int | None:
         return None
     begin = sum(sizes[:place])
     part = writer.part(state, writer.index(whole.parents[0]), dim, begin, begin + sizes[place])
-    shrunk = call.op == "unbind" and part is not None
-    return writer.reshape(part, state.shape) if shrunk else part  # type: ignore[arg-type]
+    if call.op != "unbind" or part is None:
+        return part
+    return writer.reshape(part, state.shape)
 
 
 @emits("pad", "constant_pad_nd")
@@ -287,9 +314,13 @@ def _times(writer: Nodes, state: State) -> int | None:
     sizes = factors.double().abs()
     largest = float(sizes.max()) if call.op == "mul" else up(1.0 / float(sizes.min()))
     return writer.add(
-        "diagonal", [place], state, factors=writer.constant(factors, state, "factors"),
-        divide=call.op == "div", gain=largest,
-    )  # fmt: skip
+        "diagonal",
+        [place],
+        state,
+        factors=writer.constant(factors, state, "factors"),
+        divide=call.op == "div",
+        gain=largest,
+    )
 
 
 @emits("batch_norm", "_native_batch_norm_legit_no_training")

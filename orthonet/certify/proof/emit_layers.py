@@ -42,8 +42,9 @@ class _Trail:
     def pad(self, *amounts: tuple[int, int]) -> None:
         if any(map(any, amounts)):
             shape = [n + a + b for n, (a, b) in zip(self.shape, amounts, strict=True)]
-            self.add("pad", shape, amounts=[list(p) for p in amounts], mode="constant",
-                     value=(0.0).hex())  # fmt: skip
+            self.add(
+                "pad", shape, amounts=[list(p) for p in amounts], mode="constant", value=(0.0).hex()
+            )
 
     def cut(self, dim: int, start: int, stop: int) -> None:
         found = self.writer.part(self.state, self.place, dim, start, stop)
@@ -78,10 +79,16 @@ class _Trail:
         self.add(
             "convolution",
             (len(weight), *(n // s for n, s in zip(self.shape[1:], stride, strict=True))),
-            rule=rule, gain=gain,
-            weight=self.writer.constant(weight, self.state, role), stride=geometry[0],
-            padding=geometry[1], dilation=geometry[2], groups=groups, circular=False, **extra,
-        )  # fmt: skip
+            rule=rule,
+            gain=gain,
+            weight=self.writer.constant(weight, self.state, role),
+            stride=geometry[0],
+            padding=geometry[1],
+            dilation=geometry[2],
+            groups=groups,
+            circular=False,
+            **extra,
+        )
 
     def apart(self, *ends: int) -> list[_Trail]:
         """The channels below each end, one trail for each range that holds some."""
@@ -156,8 +163,9 @@ def _lipnext(writer: Nodes, state: State) -> int | None:
     trail.mix(rotation[:, :, None, None], "rotation")
     q = round(block.shift.fraction * width / 4)
     parts = trail.apart(q, 2 * q, 3 * q, 4 * q, width)
-    for part, (dim, step) in zip(parts if q else [], ((2, 1), (2, -1), (1, 1), (1, -1)),
-                                 strict=False):  # fmt: skip
+    for part, (dim, step) in zip(
+        parts if q else [], ((2, 1), (2, -1), (1, 1), (1, -1)), strict=False
+    ):
         n = part.shape[dim]
         if block.shift.padding_mode == "circular":
             part.add("roll", part.shape, dim=dim, shift=step % n)
@@ -207,12 +215,21 @@ def _descent(writer: Nodes, state: State) -> int | None:
     if layer.bias is not None:
         extra["bias"] = writer.constant(layer.bias.detach(), state, "bias")
     trail.add(
-        "descent", trail.shape, rule=rule, gain=max(1.0, norm - 1.0),
+        "descent",
+        trail.shape,
+        rule=rule,
+        gain=max(1.0, norm - 1.0),
         weight=writer.constant(weight, state, "weight"),
-        scales=writer.constant(scales.flatten(), state, "scales"), function=function,
-        parameters=[], stride=geometry[0], padding=geometry[1], dilation=geometry[2],
-        groups=groups, circular=circular, **extra,
-    )  # fmt: skip
+        scales=writer.constant(scales.flatten(), state, "scales"),
+        function=function,
+        parameters=[],
+        stride=geometry[0],
+        padding=geometry[1],
+        dilation=geometry[2],
+        groups=groups,
+        circular=circular,
+        **extra,
+    )
     if image and layer.reduction is not None:
         with torch.no_grad():
             reduction = layer._reduction().detach()

@@ -76,18 +76,32 @@ def _convolution(writer: Nodes, state: State) -> int | None:
         if all(n % s == 0 and o * s <= n for n, s, o in zip(image, stride, outputs, strict=True)):
             source, pads, circular = source.parents[0], wrapped, True
     rule, gain, t = writer.witness(
-        convolution_witness, weight, source.shape[1:], stride,
-        [(a, b) for a, b in pads], dilation, groups, circular,
-    )  # fmt: skip
+        convolution_witness,
+        weight,
+        source.shape[1:],
+        stride,
+        [(a, b) for a, b in pads],
+        dilation,
+        groups,
+        circular,
+    )
     extra = {} if t is None else {"t": t.hex()}
     if isinstance(bias, Tensor):
         extra["bias"] = writer.constant(bias, state, "bias")
     extra["weight"] = writer.constant(weight, state, "weight")
     return writer.add(
-        "convolution", [writer.index(source)], state,
-        stride=stride, padding=pads, dilation=dilation, groups=groups, circular=circular,
-        rule=rule, gain=gain, **extra,
-    )  # fmt: skip
+        "convolution",
+        [writer.index(source)],
+        state,
+        stride=stride,
+        padding=pads,
+        dilation=dilation,
+        groups=groups,
+        circular=circular,
+        rule=rule,
+        gain=gain,
+        **extra,
+    )
 
 
 def _circular(state: State) -> list[list[int]] | None:
@@ -114,10 +128,15 @@ def _max_pool(writer: Nodes, state: State) -> int | None:
         math.ceil(k * math.gcd(s, d) / s) for k, s, d in zip(window, stride, dilation, strict=True)
     )
     return writer.add(
-        "max_pool", [writer.index(_producer(state).parents[0])], state, window=window,
-        stride=stride, padding=[[n, n] for n in padding], dilation=dilation,
+        "max_pool",
+        [writer.index(_producer(state).parents[0])],
+        state,
+        window=window,
+        stride=stride,
+        padding=[[n, n] for n in padding],
+        dilation=dilation,
         gain=square_gain(shared) if shared > 1 else 1.0,
-    )  # fmt: skip
+    )
 
 
 def _producer(state: State) -> State:
@@ -145,18 +164,30 @@ def _average_pool(writer: Nodes, state: State) -> int | None:
         )
     gain = _schur(axes, state.parents[0].shape[-dims:])
     return writer.node(
-        "average_pool", state, window=window, stride=stride, padding=[[n, n] for n in padding],
-        count_padding=inside, gain=gain,
-    )  # fmt: skip
+        "average_pool",
+        state,
+        window=window,
+        stride=stride,
+        padding=[[n, n] for n in padding],
+        count_padding=inside,
+        gain=gain,
+    )
 
 
-@emits("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-        "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")  # fmt: skip
+@emits(
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d",
+)
 def _adaptive_pool(writer: Nodes, state: State) -> int | None:
     dims = int(state.call.op[-2])
     sizes, outputs = state.parents[0].shape[-dims:], state.shape[-dims:]
-    axes = [[(i * n // m, -(-(i + 1) * n // m), 0) for i in range(m)]
-            for n, m in zip(sizes, outputs, strict=True)]  # fmt: skip
+    axes = [
+        [(i * n // m, -(-(i + 1) * n // m), 0) for i in range(m)]
+        for n, m in zip(sizes, outputs, strict=True)
+    ]
     gain = _schur(axes, sizes)
     return writer.node("adaptive_average_pool", state, outputs=list(outputs), gain=gain)
 

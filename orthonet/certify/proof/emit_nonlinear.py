@@ -18,14 +18,28 @@ __all__: list[str] = []
 
 # aten's name: the checker's, and the default values of the numbers that it takes
 _ACTIVATIONS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "relu": ("relu", ()), "abs": ("abs", ()), "absolute": ("abs", ()), "tanh": ("tanh", ()),
-    "sin": ("sin", ()), "cos": ("cos", ()), "atan": ("atan", ()), "asinh": ("asinh", ()),
-    "sigmoid": ("sigmoid", ()), "log_sigmoid": ("log_sigmoid", ()), "silu": ("silu", ()),
-    "mish": ("mish", ()), "hardswish": ("hardswish", ()), "hardsigmoid": ("hardsigmoid", ()),
-    "selu": ("selu", ()), "softsign": ("softsign", ()), "tanhshrink": ("tanhshrink", ()),
-    "leaky_relu": ("leaky_relu", (0.01,)), "softshrink": ("softshrink", (0.5,)),
-    "Softsign": ("softsign", ()), "Tanhshrink": ("tanhshrink", ()),
-}  # fmt: skip
+    "relu": ("relu", ()),
+    "abs": ("abs", ()),
+    "absolute": ("abs", ()),
+    "tanh": ("tanh", ()),
+    "sin": ("sin", ()),
+    "cos": ("cos", ()),
+    "atan": ("atan", ()),
+    "asinh": ("asinh", ()),
+    "sigmoid": ("sigmoid", ()),
+    "log_sigmoid": ("log_sigmoid", ()),
+    "silu": ("silu", ()),
+    "mish": ("mish", ()),
+    "hardswish": ("hardswish", ()),
+    "hardsigmoid": ("hardsigmoid", ()),
+    "selu": ("selu", ()),
+    "softsign": ("softsign", ()),
+    "tanhshrink": ("tanhshrink", ()),
+    "leaky_relu": ("leaky_relu", (0.01,)),
+    "softshrink": ("softshrink", (0.5,)),
+    "Softsign": ("softsign", ()),
+    "Tanhshrink": ("tanhshrink", ()),
+}
 
 
 _ENCLOSED = ("silu", "mish", "gelu", "gelu_tanh")

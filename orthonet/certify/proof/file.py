@@ -35,7 +35,7 @@ _ROOM = 1.0 + 2.0**-26
 
 
 class Proved(Protocol):
-    """What is saved of a certificate in addition to the graph."""
+    """What is saved of a certificate beside the graph."""
 
     @property
     def constant(self) -> Bound: ...
@@ -67,10 +67,12 @@ def save(certificate: Proved, walker: Walker | None, path: str | Path) -> None:
             UncertifiableError,
         )
     _checks.require(
-        path.suffix != ".safetensors", "LipschitzCertificate",
-        "path must name the JSON file; the constants go next to it",
-        "Call save('certificate.json')", path=str(path),
-    )  # fmt: skip
+        path.suffix != ".safetensors",
+        "LipschitzCertificate",
+        "path must be that of the JSON file, the constants go next to it",
+        "Call save('certificate.json')",
+        path=str(path),
+    )
     with torch.no_grad():
         writer = Writer(walker)
         samples = _samples(walker.model, walker.program, writer)
@@ -239,6 +241,8 @@ def _read_tensor(path: Path, name: str, wanted: dict[str, Any]) -> Tensor:
             values = torch.frombuffer(bytearray(data[begin:end]), dtype=torch.float64)
             return values.reshape(found["shape"])
     return _checks.fail(
-        "LipschitzCertificate", "the constants must belong to the certificate",
-        "Keep the JSON and the safetensors file of one save together", path=str(path),
-    )  # fmt: skip
+        "LipschitzCertificate",
+        "the constants must be those of the certificate",
+        "Keep the JSON and the safetensors file of one save together",
+        path=str(path),
+    )

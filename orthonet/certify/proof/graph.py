@@ -81,10 +81,15 @@ class Writer(Nodes):
         keep = [(x, g) for x, g in zip(operands, step.gains, strict=True) if g.value > 0.0]
         keep = keep or [(operands[0], step.gains[0])]
         return self.add(
-            "opaque", [self.index(x._state) for x, _ in keep], state, rule="assumed",
-            into=list(state.shape), gains=[g.value.hex() for _, g in keep],
-            hypot=step.combine == "hypot", reason=f"{source.call.op}: {step.method}",
-        )  # fmt: skip
+            "opaque",
+            [self.index(x._state) for x, _ in keep],
+            state,
+            rule="assumed",
+            into=list(state.shape),
+            gains=[g.value.hex() for _, g in keep],
+            hypot=step.combine == "hypot",
+            reason=f"{source.call.op}: {step.method}",
+        )
 
     def _join(self, state: State, place: int) -> None:
         """A bound of all affine operations since the last other one, if it is worth it."""
@@ -142,8 +147,10 @@ class Writer(Nodes):
             return
         names = [self.aside(m, "multipliers") for m in found.multipliers]
         self.nodes[place]["chain"] = {
-            "since": since, "gain": found.gain.hex(), "multipliers": names,
-        }  # fmt: skip
+            "since": since,
+            "gain": found.gain.hex(),
+            "multipliers": names,
+        }
         self.bounds[place] = bound
 
     def _loose(self, state: State, source: State, place: int) -> bool:

@@ -101,8 +101,14 @@ class Nodes:
         """A node in another shape, or the same if it has it."""
         if self.shapes[place] == tuple(shape):
             return place
-        node = {"op": "reshape", "path": self.nodes[place]["path"], "inputs": [place],
-                "rule": "definition", "gain": 1.0.hex(), "into": list(shape)}  # fmt: skip
+        node = {
+            "op": "reshape",
+            "path": self.nodes[place]["path"],
+            "inputs": [place],
+            "rule": "definition",
+            "gain": (1.0).hex(),
+            "into": list(shape),
+        }
         return self._append(node, self.bounds[place], tuple(shape))
 
     def scale(self, place: int, factor: float, state: State) -> int:
@@ -110,8 +116,9 @@ class Nodes:
         if factor == 1.0:
             return place
         shape = self.shapes[place]
-        return self.add("scale", [place], state, factor=factor.hex(), gain=abs(factor),
-                        shape_of=shape)  # fmt: skip
+        return self.add(
+            "scale", [place], state, factor=factor.hex(), gain=abs(factor), shape_of=shape
+        )
 
     def part(
         self, state: State, place: int, dim: int, start: int, stop: int, step: int = 1
@@ -123,8 +130,17 @@ class Nodes:
         if (start, stop, step) == (0, shape[dim], 1):
             return place
         shape[dim] = len(range(start, stop, step))
-        return self.add("slice", [place], state, dim=dim, start=start, stop=stop, step=step,
-                        gain=1.0, shape_of=shape)  # fmt: skip
+        return self.add(
+            "slice",
+            [place],
+            state,
+            dim=dim,
+            start=start,
+            stop=stop,
+            step=step,
+            gain=1.0,
+            shape_of=shape,
+        )
 
     def constant(self, value: Tensor, state: State | None, role: str) -> str:
         """The name in the file of a constant; equal ones are stored once.

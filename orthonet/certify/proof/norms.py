@@ -16,6 +16,7 @@ from torch import Tensor
 from orthonet.linalg.bounds.rounding import mul_up, sqrt_up
 
 __all__ = [
+    "LARGEST",
     "Witness",
     "blocks_witness",
     "convolution_witness",

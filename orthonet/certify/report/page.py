@@ -83,9 +83,12 @@ def report_html(
     )
     if estimate is not None:
         _checks.require(
-            estimate.kind == "estimate", "report_html", "estimate must come from below",
-            "Pass what lipschitz_estimate returns", estimate=estimate,
-        )  # fmt: skip
+            estimate.kind == "estimate",
+            "report_html",
+            "estimate must come from below",
+            "Pass what lipschitz_estimate returns",
+            estimate=estimate,
+        )
     estimate = certificate.lower if estimate is None else estimate
     parts = [_facts(certificate, estimate, curve)]
     if curve is not None:

@@ -20,7 +20,8 @@ from orthonet.certify.graph.export import failure_of
 from orthonet.errors import UncertifiableError
 from orthonet.linalg import spectral_norm_bound
 from orthonet.manifolds import SO, Grassmannian, Stiefel, Unitary
-from orthonet.reparametrizers import CachedParametrizationList, RecordedWeight, Weight
+from orthonet.reparametrizers import CachedParametrizationList, Weight
+from orthonet.reparametrizers.recorded import RecordedWeight
 
 __all__ = ["LayerRow", "Summary", "summary"]
 

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Errors", "forward_error", "unit_roundoffs"]
 
-_UNITS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24,
-          torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # fmt: skip
+_UNITS = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
 _SAFE = 1.0 + 2.0**-40  # for the float64 roundings of this bookkeeping itself
 
 
@@ -66,9 +70,13 @@ class Errors:
     """The errors of all nodes for one dtype, or for their own, and one radius."""
 
     def __init__(
-        self, walker: Walker, values: dict[Any, Any], ball: Tensor, dtype: torch.dtype | None,
+        self,
+        walker: Walker,
+        values: dict[Any, Any],
+        ball: Tensor,
+        dtype: torch.dtype | None,
         exact: Errors | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.walker, self.values, self.ball, self.dtype = walker, values, ball, dtype
         self.exact = exact
         self.known: dict[State, Tensor] = {}
@@ -159,9 +167,11 @@ class Errors:
         stages = record.stages(call) if record is not None and record.stages else 1
         offset = record.offset(call) if record is not None and record.offset else 0.0
         once = absolute is not None and self.dtype is None and stages == 1
-        share = _sums(step.roundings, self.dtype_of(state)) if once else relative(
-            step.roundings, stages
-        )  # fmt: skip
+        share = (
+            _sums(step.roundings, self.dtype_of(state))
+            if once
+            else relative(step.roundings, stages)
+        )
         for gain, parent in zip(step.gains, order, strict=True):
             error, size = self.read(parent, state)
             carried = carried + _times(gain.value, error)

@@ -61,12 +61,22 @@ def recurrent_rounding(
                 )
                 values.append(found)
                 carried = mul_up(lag, part.gain)
-                errors.append(tuple(
-                    add_up(mul_up(carried, error[i]), mul_up(lag, add_up(
-                        mul_up(part.absolute_gain, value[i]), mul_up(whole, found[i]), i * offset
-                    )))
-                    for i in (0, 1)
-                ))  # fmt: skip
+                errors.append(
+                    tuple(
+                        add_up(
+                            mul_up(carried, error[i]),
+                            mul_up(
+                                lag,
+                                add_up(
+                                    mul_up(part.absolute_gain, value[i]),
+                                    mul_up(whole, found[i]),
+                                    i * offset,
+                                ),
+                            ),
+                        )
+                        for i in (0, 1)
+                    )
+                )
                 widest = max(widest, mul_up(widest, lag, max(1.0, part.gain)))
             value = (hypot_up(*(v[0] for v in values)), hypot_up(*(v[1] for v in values)))
             error = (hypot_up(*(e[0] for e in errors)), hypot_up(*(e[1] for e in errors)))

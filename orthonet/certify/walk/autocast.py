@@ -61,10 +61,13 @@ def round_constants(program: Program) -> None:
         args, kwargs = map_arg((node.args, node.kwargs), value)
         try:
             with torch.no_grad(), program.region(node), _Casts() as casts:
-                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                env[node] = node.target(*args, **kwargs)
         except RuntimeError as error:
-            refuse(node, f"the operation must run under autocast ({str(error).splitlines()[0]})",
-                   "Put torch.autocast(device, enabled=False) around it in forward")  # fmt: skip
+            refuse(
+                node,
+                f"the operation must run under autocast ({str(error).splitlines()[0]})",
+                "Put torch.autocast(device, enabled=False) around it in forward",
+            )
         cast = {id(t) for t in casts.seen}
         if not cast or (op_name(node) in CASTS and node in program.moving):
             continue
@@ -81,8 +84,11 @@ def round_constants(program: Program) -> None:
                 low = value(place).to(program.autocast).to(value(place).dtype)
                 rounded[place] = _constant(program, place, low)
                 if not bool(low.isfinite().all()):
-                    refuse(node, f"its weights must be finite in {program.autocast}",
-                           "Certify under bfloat16, or scale them down")  # fmt: skip
+                    refuse(
+                        node,
+                        f"its weights must be finite in {program.autocast}",
+                        "Certify under bfloat16, or scale them down",
+                    )
             node.replace_input_with(place, rounded[place])
     program.dtypes = {
         n: v.dtype for n, v in env.items() if isinstance(v, Tensor) and v.is_floating_point()

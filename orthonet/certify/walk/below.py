@@ -64,9 +64,13 @@ def lower_bound(walker: Walker, examples: Sequence[Tensor]) -> Bound | None:
     noise = torch.randn(copies.shape, generator=generator, dtype=torch.float64)
     noise[: len(points)] = 0.0
     found = steepest_secant(
-        function, copies + noise, steps=steps, step_size=0.3, generator=generator,
+        function,
+        copies + noise,
+        steps=steps,
+        step_size=0.3,
+        generator=generator,
         goal=walker.bound.value * (1.0 - _ENOUGH),
-    )  # fmt: skip
+    )
     if found is None:
         return Bound(0.0, kind="estimate")
     _, a, difference = found

@@ -115,9 +115,12 @@ def form_bound(form: Form, states: list[State]) -> tuple[Bound, str] | None:
     if form.kernel is None or form.majorant is None:
         return None
     geometry = {
-        "stride": form.stride, "padding": form.pads, "dilation": form.dilation,
-        "groups": form.groups, "padding_mode": "circular" if form.circular else "zeros",
-    }  # fmt: skip
+        "stride": form.stride,
+        "padding": form.pads,
+        "dilation": form.dilation,
+        "groups": form.groups,
+        "padding_mode": "circular" if form.circular else "zeros",
+    }
     size = form.outputs if form.transposed else form.size
     found = conv_norm(form.kernel, size, **geometry)
     taps = form.kernel[0, 0].numel()
@@ -152,9 +155,13 @@ def _find(state: State, source: State, known: dict[Any, Form | None]) -> Form | 
         dims = len(state.shape) - 1
         one = (1,) * dims
         return Form(
-            tuple(state.shape[1:]), state.shape[0], pads=((0, 0),) * dims, stride=one,
-            dilation=one, outputs=tuple(state.shape[1:]),
-        )  # fmt: skip
+            tuple(state.shape[1:]),
+            state.shape[0],
+            pads=((0, 0),) * dims,
+            stride=one,
+            dilation=one,
+            outputs=tuple(state.shape[1:]),
+        )
     record = record_of(state.node.target)
     if record is None or record.kernel is None or not state.parents:
         return None

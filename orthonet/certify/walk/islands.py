@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +18,7 @@ from orthonet.certify.graph.marks import mark_of
 from orthonet.certify.graph.program import BATCH
 from orthonet.certify.ops.registry import Constant, Linear, Values
 from orthonet.certify.rules import BatchDependent, bind, record_of
+from orthonet.certify.walk.state import Island, State
 from orthonet.linalg.bounds.rounding import (
     UNDERFLOW,
     add_up,
@@ -29,11 +30,7 @@ from orthonet.linalg.bounds.rounding import (
     up,
 )
 
-if TYPE_CHECKING:
-    from orthonet.certify.walk.state import State
-
 __all__ = [
-    "Island",
     "action_of",
     "amplification_of",
     "linear_action",
@@ -63,6 +60,11 @@ def action_of(state: State) -> Linear | None:
     return record.linear
 
 
+def _action_inside(state: State) -> Linear:
+    """The action of a node of an island: one is made of nothing else."""
+    return cast(Linear, action_of(state))
+
+
 _MARK = Linear(lambda a, absolute: a.args[0], moves=True)
 
 
@@ -70,13 +72,6 @@ def moves(state: State) -> bool:
     """Whether an operation only moves, copies or leaves out entries."""
     action = action_of(state)
     return action is not None and action.moves
-
-
-class Island(NamedTuple):
-    """A matrix of an affine function, and a bound of the Frobenius norm of its error."""
-
-    matrix: Tensor  # (out, in), float64
-    error: float
 
 
 def linear_part(states: list[State], source: State, x: Tensor, absolute: bool = False) -> Any:
@@ -110,15 +105,15 @@ def linear_action(
         return Constant(found) if isinstance(found, Tensor) else found
 
     args, kwargs = map_arg((list(node.args), dict(node.kwargs)), value)
-    action = action_of(state)
+    action = _action_inside(state)
     named = bind(node.target, args, kwargs) if record_of(node.target) else {}
     values = Values(node.target, list(args), dict(kwargs), named)
-    return action.run(values, absolute)  # type: ignore[union-attr]
+    return action.run(values, absolute)
 
 
 def roundings_of(states: list[State]) -> int:
     """How many roundings an entry of the matrix of an island sees, at most."""
-    return sum(action_of(s).terms(s) for s in states) + 4  # type: ignore[union-attr]
+    return sum(_action_inside(s).terms(s) for s in states) + 4
 
 
 def materialize(state: State) -> Island | None:
@@ -149,7 +144,7 @@ def materialize(state: State) -> Island | None:
     size = mul_up(sqrt_up(squared_norm_up(majorant / scale)), scale) if scale else 0.0
     relative = mul_up(gamma(count), up(1.0 + 2.0 * gamma(count)))
     lost = mul_up(count, spread, sqrt_up(matrix.numel()), UNDERFLOW)
-    if all(action_of(s).moves for s in states):  # type: ignore[union-attr]
+    if all(map(moves, states)):
         relative = lost = 0.0
     return Island(matrix, add_up(mul_up(relative, size), lost))
 

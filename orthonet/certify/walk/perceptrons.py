@@ -16,8 +16,7 @@ from orthonet.certify.norms import limits
 from orthonet.certify.ops.activations import activation_of
 from orthonet.certify.rules import record_of
 from orthonet.certify.walk.islands import action_of
-from orthonet.certify.walk.state import State
-from orthonet.certify.walk.walking import Walk
+from orthonet.certify.walk.state import State, Walk
 from orthonet.errors import UncertifiableError
 
 # By these names: an export in another thread changes those in the package.

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from orthonet.certify._bound import Bound
 from orthonet.certify.rules import Operand, parameters, record_of
-from orthonet.certify.walk.state import State
-from orthonet.certify.walk.walking import Walk
+from orthonet.certify.walk.state import State, Walk
 from orthonet.linalg.bounds.enclosure import spectral_norm_bound
 from orthonet.linalg.bounds.rounding import add_up, hypot_up, mul_up
 
@@ -57,20 +56,20 @@ class Pieces:
         return self._joint(states, dict.fromkeys(states, 1.0))
 
     def _joint(self, states: list[State], gains: dict[State, float] | None) -> Bound | None:
-        rows = [self.of(s) for s in states]
-        if gains is None or not _compatible(rows):
+        rows = _compatible([self.of(s) for s in states])
+        if gains is None or rows is None:
             return None
-        columns = sorted({part for row in rows for part in row.parts})  # type: ignore[union-attr]
+        columns = sorted({part for row in rows for part in row.parts})
         matrix = torch.tensor(
             [
-                [mul_up(gains[s], row.parts.get(c, 0.0)) for c in columns]  # type: ignore[union-attr]
+                [mul_up(gains[s], row.parts.get(c, 0.0)) for c in columns]
                 for s, row in zip(states, rows, strict=True)
             ],
             dtype=torch.float64,
         )
         if not bool(matrix.isfinite().all()):
             return None
-        whole = rows[0].whole  # type: ignore[union-attr]
+        whole = rows[0].whole
         return Bound(spectral_norm_bound(matrix)) * self._bound(whole)
 
     def of(self, state: State) -> _Combination | None:
@@ -88,8 +87,8 @@ class Pieces:
         if not state.parents:  # an input of the model: one of several is a piece of all of them
             place = inputs.index(state.node)
             return _Combination(None, 0, {(place, place + 1): 1.0}) if len(inputs) > 1 else None
-        rows = [self.of(p) for p in state.parents]
-        if not _compatible(rows):
+        rows = _compatible([self.of(p) for p in state.parents])
+        if rows is None:
             return None
         step = self.walker.step_of(state)
         gains = _gains(state, step)
@@ -97,9 +96,9 @@ class Pieces:
             return None
         parts: dict[tuple[int, int], float] = {}
         for parent, row in zip(state.parents, rows, strict=True):
-            for part, value in row.parts.items():  # type: ignore[union-attr]
+            for part, value in row.parts.items():
                 parts[part] = add_up(parts.get(part, 0.0), mul_up(gains[parent], value))
-        return _Combination(rows[0].whole, rows[0].dim, parts)  # type: ignore[union-attr]
+        return _Combination(rows[0].whole, rows[0].dim, parts)
 
 
 def _gains(state: State, step: Any) -> dict[State, float] | None:
@@ -132,14 +131,13 @@ def _operand_states(state: State) -> list[State] | None:
     return found
 
 
-def _compatible(rows: list[_Combination | None]) -> bool:
-    """Whether all rows are of the same tensor, in pieces that are equal or disjoint."""
-    if not rows or any(row is None for row in rows):
-        return False
-    if len({(row.whole, row.dim) for row in rows}) != 1:  # type: ignore[union-attr]
-        return False
-    parts = sorted({part for row in rows for part in row.parts})  # type: ignore[union-attr]
-    return all(a[1] <= b[0] for a, b in pairwise(parts))
+def _compatible(found: list[_Combination | None]) -> list[_Combination] | None:
+    """The rows, if all are of the same tensor, in pieces that are equal or disjoint."""
+    rows = [row for row in found if row is not None]
+    if len(rows) != len(found) or len({(row.whole, row.dim) for row in rows}) != 1:
+        return None
+    parts = sorted({part for row in rows for part in row.parts})
+    return rows if all(a[1] <= b[0] for a, b in pairwise(parts)) else None
 
 
 def _piece(state: State) -> _Combination | None:

@@ -14,12 +14,12 @@ from torch import Tensor, fx, nn
 from orthonet import _checks
 from orthonet.certify._bound import Bound, Row
 from orthonet.certify._progress import report
+from orthonet.certify.graph.batch_size import check_batch_in_shapes
 from orthonet.certify.graph.consistency import check_same_function, check_samples_apart, run_once
 from orthonet.certify.graph.export import export
 from orthonet.certify.graph.fold import fill
 from orthonet.certify.graph.marks import ROOT, LeafCall, mark_of
 from orthonet.certify.graph.program import Program, op_name, path_of, source_of
-from orthonet.certify.graph.structure import check_batch_in_shapes
 from orthonet.certify.norms import limits, matrix_norm
 from orthonet.certify.ops.advice import ADVICE
 from orthonet.certify.rounding.modes import exclusive
@@ -36,10 +36,10 @@ from orthonet.certify.rules import (
 )
 from orthonet.certify.walk.autocast import round_constants
 from orthonet.certify.walk.forms import form_bound, form_of
-from orthonet.certify.walk.islands import Island, action_of, materialize, moves
+from orthonet.certify.walk.islands import action_of, materialize, moves
 from orthonet.certify.walk.perceptrons import Perceptron, perceptron_of
 from orthonet.certify.walk.pieces import Pieces
-from orthonet.certify.walk.state import State
+from orthonet.certify.walk.state import Island, State
 from orthonet.errors import UncertifiableError
 from orthonet.linalg.bounds.rounding import add_up
 
@@ -52,9 +52,11 @@ _SMALL_IMAGES = {"fast": -1, "default": 256, "tight": math.inf}
 
 
 def propagate(
-    model: nn.Module, examples: tuple[Tensor, ...], prefix: str = "",
+    model: nn.Module,
+    examples: tuple[Tensor, ...],
+    prefix: str = "",
     autocast: torch.dtype | None = None,
-) -> Walker:  # fmt: skip
+) -> Walker:
     """Bound the l2 -> l2 constant of `model`, sample by sample, in the shapes of `examples`."""
     with exclusive():
         run_once(model, examples, autocast)
@@ -158,22 +160,24 @@ class Walker:
             return tuple(value[0].shape[1:]) if isinstance(value[0], Tensor) else ()
         if not isinstance(value, Tensor):
             self._refuse(
-                node, "a number that depends on the input cannot be followed",
+                node,
+                "a number that depends on the input cannot be followed",
                 "Keep the computation in tensors",
-            )  # fmt: skip
+            )
         rest = value.shape[1:]
         whole = value.ndim >= 1 and str(value.shape[0]) == self.program.batch
         if not whole or not all(isinstance(size, int) for size in rest):
             self._refuse_attention()
             if any(str(size).startswith("u") for size in value.shape):
                 self._refuse(
-                    node, "a shape must not depend on values, such as those of a mask",
+                    node,
+                    "a shape must not depend on values, such as those of a mask",
                     "Index with integers: self.index = mask.nonzero()[:, 0] in __init__",
-                )  # fmt: skip
+                )
             self._refuse(
                 node,
                 "dim 0 must stay the batch, neither moved, merged, nor mixed into other dims",
-                "A certificate is about single samples; reshape with "
+                "A certificate is given for each sample on its own; reshape with "
                 "x.flatten(1) or x.reshape(x.shape[0], ...). Of a recurrent layer with "
                 "batch_first=True, return the first output alone, or its last step, output[:, -1]",
             )
@@ -204,10 +208,11 @@ class Walker:
             if both and name in ("scaled_dot_product_attention", "bmm", "matmul", "einsum"):
                 advice = ADVICE["scaled_dot_product_attention" if name[0] == "s" else "bmm"]
                 self._refuse(
-                    node, "every operation on the input must have a Lipschitz rule",
+                    node,
+                    "every operation on the input must have a Lipschitz rule",
                     f"{advice}; or register a rule for the class of the module at this path with "
                     "@register_rule",
-                )  # fmt: skip
+                )
 
     # visiting ---------------------------------------------------------------------------------
 
@@ -221,10 +226,14 @@ class Walker:
             path = ".".join(p for p in (self.prefix, leaf.path) if p not in (ROOT, "")) or ROOT
             name = getattr(leaf.target, "__name__", type(leaf.target).__name__)
             call = Call(
-                name, path, fill(leaf.args, values),
-                {k: fill(v, values) for k, v in leaf.kwargs.items()}, shape, source_of(node),
+                name,
+                path,
+                fill(leaf.args, values),
+                {k: fill(v, values) for k, v in leaf.kwargs.items()},
+                shape,
+                source_of(node),
                 leaf.target,
-            )  # fmt: skip
+            )
             state = State(node, call, shape, self.program.constants, parents)
             state.step = self._leaf_step(state, leaf)
         else:
@@ -253,9 +262,10 @@ class Walker:
                 varies = isinstance(found, BatchDependent) and not found.rows
                 if varies and isinstance(found.value, Tensor):
                     self._refuse(
-                        argument, "a constant must be the same for every sample",
+                        argument,
+                        "a constant must be the same for every sample",
                         "A certificate is given for each sample, wherever in the batch it lies",
-                    )  # fmt: skip
+                    )
                 return found
             return Operand(state.shape, lambda: self.bound_of(state), state)
         if isinstance(argument, (tuple, list)):
@@ -375,8 +385,11 @@ class Walker:
         if source is None or not isinstance(state.node.meta.get("val"), Tensor):
             return None
         weighty = [s for s in states if not moves(s)]
-        still = all(s.step is not None and s.step.method == REARRANGEMENT
-                    for s in states if s not in weighty)  # fmt: skip
+        still = all(
+            s.step is not None and s.step.method == REARRANGEMENT
+            for s in states
+            if s not in weighty
+        )
         if len(states) == 1 or (len(weighty) <= 1 and still):
             return None
         found = self._joined(state)

@@ -123,6 +123,6 @@ class Lorentz(_Hyperbolic):
         super().__init__(manifolds.Hyperbolic(float(k) ** 0.5), learnable)
         self.k = k
 
-    def norm(self, u: Tensor, *rest: Tensor, keepdim: bool = False) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def norm(self, u: Tensor, *rest: Tensor, keepdim: bool = False) -> Tensor:
         """Length of the tangent vector `u`; geoopt leaves the point out here."""
         return super().norm(u, rest[0] if rest else u, keepdim=keepdim)

@@ -416,7 +416,7 @@ class ManifoldTensor(Tensor):
         """See `Manifold.expmap`."""
         return self.manifold.expmap(self, u)
 
-    def inner(self, u: Tensor, v: Tensor | None = None, **options: Any) -> Tensor:  # type: ignore[override]
+    def inner(self, u: Tensor, v: Tensor | None = None, **options: Any) -> Tensor:
         """See `Manifold.inner`."""
         return self.manifold.inner(self, u, v, **options)
 
@@ -452,7 +452,7 @@ class ManifoldTensor(Tensor):
         """See `Manifold.logmap`."""
         return self.manifold.logmap(self, y)
 
-    def dist(self, other: Tensor, p: float | str = 2, **options: Any) -> Tensor:  # type: ignore[override]
+    def dist(self, other: Tensor, p: float | str = 2, **options: Any) -> Tensor:
         """Return the Euclidean distance, or with p = "g" that of the manifold."""
         if p == "g":
             return self.manifold.dist(self, other, **options)
@@ -482,7 +482,7 @@ class ManifoldParameter(ManifoldTensor, nn.Parameter):
         requires_grad: Whether to learn it.
     """
 
-    def __new__(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __new__(
         cls,
         data: Tensor | None = None,
         manifold: Manifold | None = None,

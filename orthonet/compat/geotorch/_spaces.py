@@ -97,9 +97,7 @@ class _Sized(Parametrization):
         """Log-volume of the map; see `Parametrization.log_abs_det`."""
         return self.inner.log_abs_det(coordinates)
 
-    def right_inverse(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, X: Tensor, check_in_manifold: bool = True
-    ) -> Tensor:
+    def right_inverse(self, X: Tensor, check_in_manifold: bool = True) -> Tensor:
         """Coordinates of `X`; what is off the space is projected without `check_in_manifold`."""
         inside = not X.is_meta and tuple(X.shape) == self.value_shape and self.in_manifold(X)
         return super().right_inverse(X, project=inside or not check_in_manifold)
@@ -189,7 +187,7 @@ class _Frames(_Sized):
     either_way = True
     triv: Triv
 
-    def sample(self, distribution: str = "uniform", init_: Init | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def sample(self, distribution: str = "uniform", init_: Init | None = None) -> Tensor:
         """A random orthogonal matrix: "uniform", or "torus" with angles that `init_` fills."""
         _checks.one_of(self, ("uniform", "torus"), distribution=distribution)
         if distribution == "uniform":
@@ -223,9 +221,7 @@ class SO(_Frames):
         super().__init__(manifolds.Stiefel(), size, triv=triv)
         self.triv, self.lower = triv, lower
 
-    def in_manifold(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, X: Tensor, in_so: bool = False, eps: float = 1e-4
-    ) -> bool:
+    def in_manifold(self, X: Tensor, in_so: bool = False, eps: float = 1e-4) -> bool:
         """Whether `X` is orthogonal to `eps`, with `in_so` of determinant 1."""
         return super().in_manifold(X, eps) and (not in_so or bool((torch.linalg.det(X) > 0).all()))
 
@@ -276,7 +272,7 @@ class LowRank(_Ranked):
         super().__init__(manifolds.LowRank(rank), size, triv=triv)
         self.rank = rank
 
-    def sample(self, init_: Init = _xavier, factorized: bool = False) -> Any:  # pyright: ignore
+    def sample(self, init_: Init = _xavier, factorized: bool = False) -> Any:
         """The projection of what `init_` fills; `factorized` gives U, S and V."""
         return super().sample(init_, 0.0, factorized)
 

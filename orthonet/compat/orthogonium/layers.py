@@ -163,7 +163,7 @@ class OrthoLinear(layers.OrthoLinear):
     ) -> None:
         super().__init__(in_features, out_features, bias, ortho_params=ortho_params)
 
-    def singular_values(self) -> tuple[float, float, float]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def singular_values(self) -> tuple[float, float, float]:
         """Return the smallest and the largest singular value, and the stable rank over the rank."""
         return _extremes(super().singular_values())
 
@@ -171,6 +171,6 @@ class OrthoLinear(layers.OrthoLinear):
 class UnitNormLinear(layers.UnitNormLinear):
     """`orthonet.layers.UnitNormLinear`."""
 
-    def singular_values(self) -> tuple[float, float, float]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def singular_values(self) -> tuple[float, float, float]:
         """Return the smallest and the largest singular value, and the stable rank over the rank."""
         return _extremes(super().singular_values())

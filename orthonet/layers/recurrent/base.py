@@ -17,7 +17,7 @@ from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds.trivialization import Triv
 from orthonet.reparametrizers import OrthoParams
 
-__all__ = ["RecurrentLayer"]
+__all__ = ["RecurrentLayer", "State", "at_last"]
 
 State = tuple[Tensor, ...]
 
@@ -61,9 +61,12 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
         self._kernel_options(ortho_params, triv, init)
         if dropout > 0 and num_layers == 1:
             sentence = _checks.message(
-                self, "dropout acts between layers, so it needs num_layers > 1",
-                "Add a layer, or nn.Dropout on the output", dropout=dropout, num_layers=num_layers,
-            )  # fmt: skip
+                self,
+                "dropout acts between layers, so it needs num_layers > 1",
+                "Add a layer, or nn.Dropout on the output",
+                dropout=dropout,
+                num_layers=num_layers,
+            )
             warnings.warn(sentence, UserWarning, stacklevel=3)
         self.mode = mode
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
@@ -118,7 +121,7 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
         """Nothing: the recurrent kernels are computed, so no block of memory can hold them all."""
 
     def __setstate__(self, d: dict[str, Any]) -> None:
-        nn.Module.__setstate__(self, d)  # type: ignore[arg-type]
+        nn.Module.__setstate__(self, d)
         self._flat_weight_refs = []
 
     @torch.no_grad()
@@ -129,10 +132,17 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
             warnings.simplefilter("ignore", UserWarning)
             make: Any = plain_class
             plain = make(
-                self.input_size, self.hidden_size, self.num_layers, bias=self.bias,
-                batch_first=self.batch_first, dropout=self.dropout,
-                bidirectional=self.bidirectional, device="meta", dtype=first.dtype, **options,
-            ).to_empty(device=first.device)  # fmt: skip
+                self.input_size,
+                self.hidden_size,
+                self.num_layers,
+                bias=self.bias,
+                batch_first=self.batch_first,
+                dropout=self.dropout,
+                bidirectional=self.bidirectional,
+                device="meta",
+                dtype=first.dtype,
+                **options,
+            ).to_empty(device=first.device)
         for name, parameter in plain.named_parameters():
             parameter.copy_(getattr(self, name))
         return plain.train(self.training)
@@ -239,10 +249,12 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
         mine = next(self.parameters()).dtype
         if x.dtype != mine and not torch.is_autocast_enabled(x.device.type):
             _checks.fail(
-                self, f"input must have the dtype of the parameters, {mine}",
+                self,
+                f"input must have the dtype of the parameters, {mine}",
                 f"Convert it with input.to({mine}), or the layer with layer.to({x.dtype})",
-                ValueError, input=x,
-            )  # fmt: skip
+                ValueError,
+                input=x,
+            )
 
     def _first_states(self, x: Tensor, hx: Any, batch: int, single: bool) -> State:
         number = self.num_layers * self._directions

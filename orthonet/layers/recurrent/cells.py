@@ -47,7 +47,7 @@ class RecurrentCell(RecurrentKernels):
         _checks.boolean(type(self), bias=bias)
         _checks.factory(type(self), device, dtype)
         module: Any = self
-        nn.Module.__init__(module)
+        nn.Module.__init__(self)
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
         self._kernel_options(ortho_params, triv, init)
         self.recurrent = nn.ModuleDict()
@@ -76,9 +76,11 @@ class RecurrentCell(RecurrentKernels):
         dtype = self.weight_ih.dtype
         if x.ndim not in (1, 2) or x.shape[-1] != self.input_size:
             _checks.fail(
-                self, f"input must be (batch, {self.input_size}) or ({self.input_size},)",
-                "Reshape it; a whole sequence goes into the layer", input=x,
-            )  # fmt: skip
+                self,
+                f"input must be (batch, {self.input_size}) or ({self.input_size},)",
+                "Reshape it; a whole sequence goes into the layer",
+                input=x,
+            )
         if not x.is_floating_point():
             _checks.floating(self, input=x)
         single = x.ndim == 1
@@ -90,9 +92,11 @@ class RecurrentCell(RecurrentKernels):
         expected = (self.hidden_size,) if single else (x.shape[0], self.hidden_size)
         if len(states) != self._states or any(s.shape != expected for s in states):
             _checks.fail(
-                self, f"hx must be {self._states} state(s) of shape {expected}", "Reshape it",
+                self,
+                f"hx must be {self._states} state(s) of shape {expected}",
+                "Reshape it",
                 hx=[tuple(s.shape) for s in states],
-            )  # fmt: skip
+            )
         states = tuple((s.unsqueeze(0) if single else s).to(x.dtype) for s in states)
         return x, states, single
 
@@ -105,9 +109,13 @@ class RecurrentCell(RecurrentKernels):
         """A stock cell with the present weights."""
         make: Any = plain_class
         plain = make(
-            self.input_size, self.hidden_size, self.bias, device="meta",
-            dtype=self.weight_ih.dtype, **options,
-        ).to_empty(device=self.weight_ih.device)  # fmt: skip
+            self.input_size,
+            self.hidden_size,
+            self.bias,
+            device="meta",
+            dtype=self.weight_ih.dtype,
+            **options,
+        ).to_empty(device=self.weight_ih.device)
         for name, parameter in plain.named_parameters():
             parameter.copy_(getattr(self, name))
         module: Any = self

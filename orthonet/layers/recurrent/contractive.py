@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.functional.recurrence import _ACTIVATIONS, recurrence
+from orthonet.functional.recurrence import ACTIVATIONS, recurrence
 from orthonet.layers._base import OneLine
 from orthonet.layers.recurrent.base import RecurrentLayer, State, at_last
 from orthonet.layers.recurrent.kernels import check_nonlinearity
@@ -18,7 +18,7 @@ from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
 __all__ = ["ContractiveRNN", "ContractiveRNNCell"]
 
-_NONLINEARITIES = tuple(_ACTIVATIONS)  # each of them is 1-Lipschitz
+_NONLINEARITIES = tuple(ACTIVATIONS)  # each of them is 1-Lipschitz
 
 
 def _check_rates(owner: object, leak: float, contraction: float) -> float:
@@ -118,9 +118,21 @@ class ContractiveRNN(RecurrentLayer):
         self.kappa = _check_rates(owner, leak, contraction)
         self.leak, self.contraction, self.nonlinearity = leak, contraction, nonlinearity
         super().__init__(
-            "CONTRACTIVE", input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, 0, device, dtype, ortho_params, triv, init,
-        )  # fmt: skip
+            "CONTRACTIVE",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+            ortho_params,
+            triv,
+            init,
+        )
 
     def _build(self, suffix: str, inputs: int, factory: dict[str, Any]) -> None:
         size = self.hidden_size
@@ -152,7 +164,7 @@ class ContractiveRNN(RecurrentLayer):
             y, final = recurrence(x, states[0], weight_ih, kernel, bias, self.nonlinearity)
             return y, (final if last is None else at_last(y, last),)
         both, h, outputs = torch.cat((linear, kernel)).mT, states[0], []
-        activation = _ACTIVATIONS[self.nonlinearity]
+        activation = ACTIVATIONS[self.nonlinearity]
         for u in F.linear(x, weight_ih, bias).unbind(0):
             kept, pre = (h @ both).chunk(2, -1)
             h = torch.add(kept, activation(pre + u), alpha=self.leak)
@@ -220,9 +232,19 @@ class ContractiveRNNCell(OneLine, nn.Module):
         check_nonlinearity(owner, _NONLINEARITIES, nonlinearity, hidden_size)
         _check_rates(owner, leak, contraction)
         self.layer = ContractiveRNN(
-            input_size, hidden_size, 1, nonlinearity, bias, device=device, dtype=dtype,
-            leak=leak, contraction=contraction, ortho_params=ortho_params, triv=triv, init=init,
-        )  # fmt: skip
+            input_size,
+            hidden_size,
+            1,
+            nonlinearity,
+            bias,
+            device=device,
+            dtype=dtype,
+            leak=leak,
+            contraction=contraction,
+            ortho_params=ortho_params,
+            triv=triv,
+            init=init,
+        )
 
     def reset_parameters(self) -> None:
         """Draw the kernels anew, and the bias uniformly."""

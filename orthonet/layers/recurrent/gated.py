@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +31,14 @@ class _GatedLayer(RecurrentLayer):
         if _differentiated_by_torch():
             return super()._stack(x, sizes, states)
         weights = [self._any(name).to(x.dtype) for names in self._all_weights for name in names]
-        run = torch.lstm if self._states > 1 else torch.gru
+        run: Any = torch.lstm if self._states > 1 else torch.gru
         hx = list(states) if self._states > 1 else states[0]
         options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
         with _no_advice(x.is_cuda or self.proj_size > 0):
             if sizes is None:
-                y, *states_ = run(x, hx, weights, *options, False)  # type: ignore[call-overload]
+                y, *states_ = run(x, hx, weights, *options, False)
             else:
-                y, *states_ = run(x, sizes, hx, weights, *options)  # type: ignore[call-overload]
+                y, *states_ = run(x, sizes, hx, weights, *options)
         return y, tuple(states_)
 
     def _any(self, name: str) -> Tensor:
@@ -116,9 +117,21 @@ class OrthoGRU(_GatedLayer):
         init: str = "haar",
     ) -> None:
         super().__init__(
-            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            0, device, dtype, ortho_params, triv, init,
-        )  # fmt: skip
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+            ortho_params,
+            triv,
+            init,
+        )
 
     def _scan(
         self, suffix: str, x: Tensor, states: State, last: Tensor | None
@@ -205,9 +218,21 @@ class OrthoLSTM(_GatedLayer):
         init: str = "haar",
     ) -> None:
         super().__init__(
-            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            proj_size, device, dtype, ortho_params, triv, init,
-        )  # fmt: skip
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+            ortho_params,
+            triv,
+            init,
+        )
 
     def _scan(
         self, suffix: str, x: Tensor, states: State, last: Tensor | None
@@ -280,7 +305,7 @@ class OrthoGRUCell(RecurrentCell, nn.GRUCell):
         """Return the state after the input, from the state `hx` (zeros if None)."""
         with torch.autocast(input.device.type, enabled=False):
             x, states, single = self._prepared(input, hx)
-            h = torch.gru_cell(x, states[0], *self._weights(x))  # type: ignore[arg-type]
+            h = torch.gru_cell(x, states[0], *self._weights(x))
         return self._finished(h, single)
 
     def to_plain(self) -> nn.GRUCell:
@@ -344,7 +369,7 @@ class OrthoLSTMCell(RecurrentCell, nn.LSTMCell):
         """Return the states (h, c) after the input, from the states `hx` (zeros if None)."""
         with torch.autocast(input.device.type, enabled=False):
             x, states, single = self._prepared(input, hx)
-            h, c = torch.lstm_cell(x, states, *self._weights(x))  # type: ignore[arg-type]
+            h, c = torch.lstm_cell(x, states, *self._weights(x))
         return self._finished(h, single), self._finished(c, single)
 
     def to_plain(self) -> nn.LSTMCell:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,11 @@ from orthonet.linalg import polar_svd
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds import Stiefel
 from orthonet.manifolds.trivialization import Triv
-from orthonet.reparametrizers import (
-    DEFAULT_ORTHO_PARAMS,
-    OrthoParams,
-    OrthoWeight,
-    RecordedWeight,
-    Weight,
-)
+from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams, OrthoWeight, Weight
 from orthonet.reparametrizers.orthogonalizers import require_semi_orthogonal
 from orthonet.reparametrizers.params import read_params
 from orthonet.reparametrizers.plain_values import warn_projected
-from orthonet.reparametrizers.recorded import keep_if_refused
+from orthonet.reparametrizers.recorded import RecordedWeight, keep_if_refused
 
 __all__ = [
     "INITIALIZATIONS",
@@ -85,9 +79,12 @@ class TrivializedWeight(RecordedWeight):
     def assign_(self, w: Tensor, owner: object = None) -> None:
         """Make `w` the base, with zero coordinates; refused if it is not orthogonal."""
         _checks.require(
-            w.shape == self.shape, owner or self,
-            f"the weight must have shape {tuple(self.shape)}", "Transpose or reshape it", weight=w,
-        )  # fmt: skip
+            w.shape == self.shape,
+            owner or self,
+            f"the weight must have shape {tuple(self.shape)}",
+            "Transpose or reshape it",
+            weight=w,
+        )
         require_semi_orthogonal(owner or self, w)
         value = w.to(device=self.original.device, dtype=compute_dtype(self.original.dtype))
         self.original.copy_(self.trivialization.right_inverse(value, project=True))
@@ -108,7 +105,7 @@ class TrivializedWeight(RecordedWeight):
         self.original.copy_(coordinates)
 
 
-class RecurrentKernels(OneLine):
+class RecurrentKernels(OneLine, nn.Module):
     """Mixin before an `nn` class: some named matrices are computed by sub-modules.
 
     `recurrent[name]` owns the raw parameter of the matrix `name`, for example `weight_hh_l0`.
@@ -149,7 +146,7 @@ class RecurrentKernels(OneLine):
             self.recurrent[name] = TrivializedWeight(shape, made_by, device, dtype)
 
     def _weight_of(self, name: str) -> Weight:
-        return self.recurrent[name]  # type: ignore[return-value]
+        return cast(Weight, self.recurrent[name])
 
     def _kernel(self, name: str) -> Tensor:
         """The matrix, gates one below the other, in the dtype of the computation."""
@@ -162,7 +159,7 @@ class RecurrentKernels(OneLine):
         if kernels is not None and name in kernels:
             weight = kernels[name]()
             return weight if weight.ndim == 2 else weight.flatten(0, 1)
-        return super().__getattr__(name)  # type: ignore[misc]
+        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         kernels = self.__dict__.get("_modules", {}).get("recurrent")
@@ -170,9 +167,12 @@ class RecurrentKernels(OneLine):
             super().__setattr__(name, value)
             return
         _checks.require(
-            isinstance(value, Tensor), self, f"{name} must be a tensor", "Assign a tensor",
+            isinstance(value, Tensor),
+            self,
+            f"{name} must be a tensor",
+            "Assign a tensor",
             **{name: type(value)},
-        )  # fmt: skip
+        )
         kernels[name].assign_(self._unstacked(name, value), self)
 
     def project_(self, name: str, weight: Tensor) -> float:
@@ -195,9 +195,12 @@ class RecurrentKernels(OneLine):
         shape = tuple(self._weight_of(name).shape)
         stored = shape if len(shape) == 2 else (shape[0] * shape[1], shape[2])
         _checks.require(
-            weight.shape == stored, self, f"{name} must have shape {stored}", "Transpose it",
+            weight.shape == stored,
+            self,
+            f"{name} must have shape {stored}",
+            "Transpose it",
             **{name: weight},
-        )  # fmt: skip
+        )
         return weight.detach().reshape(shape)
 
     @torch.no_grad()
@@ -239,7 +242,7 @@ class RecurrentKernels(OneLine):
         error_msgs: list[str],
     ) -> None:
         """Also accept the kernels of the `nn` twin: they are projected, with a warning."""
-        keep_if_refused(self, state_dict, prefix, error_msgs)  # type: ignore[arg-type]
+        keep_if_refused(self, state_dict, prefix, error_msgs)
         moved, dtype = 0.0, torch.float32
         for name in self.recurrent:
             plain, own = f"{prefix}{name}", f"{prefix}recurrent.{name}."
@@ -248,10 +251,12 @@ class RecurrentKernels(OneLine):
             if done is not None:
                 moved, dtype = max(moved, done[0]), done[1].dtype
         warn_projected(
-            self, "plain recurrent kernels were loaded and projected onto the constraint", dtype,
+            self,
+            "plain recurrent kernels were loaded and projected onto the constraint",
+            dtype,
             largest_relative_distance=moved,
-        )  # fmt: skip
-        super()._load_from_state_dict(  # type: ignore[misc]
+        )
+        super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.functional.recurrence import _ACTIVATIONS, NONLINEARITIES, mod_relu, recurrence
+from orthonet.functional.recurrence import ACTIVATIONS, NONLINEARITIES, mod_relu, recurrence
 from orthonet.layers.recurrent.base import RecurrentLayer, State, at_last
 from orthonet.layers.recurrent.cells import RecurrentCell
 from orthonet.layers.recurrent.kernels import check_nonlinearity, uniform_
@@ -101,9 +101,21 @@ class OrthoRNN(RecurrentLayer):
         self.nonlinearity = nonlinearity
         mode = f"RNN_{nonlinearity.upper()}"
         super().__init__(
-            mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            0, device, dtype, ortho_params, triv, init,
-        )  # fmt: skip
+            mode,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+            ortho_params,
+            triv,
+            init,
+        )
 
     def _build(self, suffix: str, inputs: int, factory: dict[str, Any]) -> None:
         super()._build(suffix, inputs, factory)
@@ -138,11 +150,12 @@ class OrthoRNN(RecurrentLayer):
             ValueError: `nn.RNN` does not have the nonlinearity.
         """
         _checks.require(
-            self.nonlinearity in ("tanh", "relu"), self,
+            self.nonlinearity in ("tanh", "relu"),
+            self,
             "nn.RNN has the nonlinearities tanh and relu only",
             "Keep this layer, or export it with torch.export",
             nonlinearity=self.nonlinearity,
-        )  # fmt: skip
+        )
         return self._plain(nn.RNN, nonlinearity=self.nonlinearity)
 
     def extra_repr(self) -> str:
@@ -218,7 +231,7 @@ class OrthoRNNCell(RecurrentCell, nn.RNNCell):
             if self.nonlinearity == "modrelu":
                 h = mod_relu(z, self.threshold.to(z.dtype))
             else:
-                h = _ACTIVATIONS[self.nonlinearity](z)
+                h = ACTIVATIONS[self.nonlinearity](z)
         return self._finished(h, single)
 
     def to_plain(self) -> nn.RNNCell:
@@ -228,11 +241,12 @@ class OrthoRNNCell(RecurrentCell, nn.RNNCell):
             ValueError: `nn.RNNCell` does not have the nonlinearity.
         """
         _checks.require(
-            self.nonlinearity in ("tanh", "relu"), self,
+            self.nonlinearity in ("tanh", "relu"),
+            self,
             "nn.RNNCell has the nonlinearities tanh and relu only",
             "Keep this cell, or export it with torch.export",
             nonlinearity=self.nonlinearity,
-        )  # fmt: skip
+        )
         return self._plain(nn.RNNCell, nonlinearity=self.nonlinearity)
 
     def extra_repr(self) -> str:

@@ -147,7 +147,7 @@ class CachedParts(Weight):
         """All of them in one vector."""
         return torch.cat([part.reshape(-1) for part in self.compute()])
 
-    def forward(self) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self) -> tuple[Tensor, ...]:
         """Return the tensors."""
         shapes = self._shapes()
         pieces = super().forward().split([shape.numel() for shape in shapes])
@@ -332,7 +332,7 @@ class MappedLinear(ConstrainedWeight, nn.Linear):
     _initial: ClassVar[Callable[..., Tensor]] = staticmethod(delta_orthogonal)
 
     if TYPE_CHECKING:
-        weight: Tensor  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+        weight: Tensor
 
     def __init__(
         self,
@@ -379,7 +379,7 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
     _initial: ClassVar[Callable[..., Tensor]] = staticmethod(delta_orthogonal)
 
     if TYPE_CHECKING:
-        weight: Tensor  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+        weight: Tensor
 
     def __init__(
         self,

@@ -54,7 +54,7 @@ class _Pair(Weight):
         with torch.autocast(stored.device.type, enabled=False):
             return cayley_rectangular(stored.to(compute_dtype(stored.dtype)))
 
-    def forward(self) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self) -> tuple[Tensor, Tensor]:
         """Return A (out, out) and B (out, in)."""
         q = super().forward()
         return q[: self.outside].mT, q[self.outside :].mT

@@ -26,7 +26,7 @@ class _MappedConvTranspose2d(ConstrainedWeight, nn.ConvTranspose2d):
     _plain_class = nn.ConvTranspose2d
 
     if TYPE_CHECKING:
-        weight: Tensor  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+        weight: Tensor
         padding: tuple[int, ...]  # never a string here
 
     def __init__(

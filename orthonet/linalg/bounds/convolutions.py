@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.linalg.bounds.enclosure import _exact_float64, gram_norm_bound, spectral_norm_bound
+from orthonet.linalg.bounds.enclosure import exact_float64, gram_norm_bound, spectral_norm_bound
 from orthonet.linalg.bounds.rounding import (
     UNDERFLOW,
     add_up,
@@ -169,7 +169,7 @@ def convolution_norm_bound(
         groups=groups,
         kernel=kernel,
     )
-    kernel = _exact_float64(kernel, _OWNER)
+    kernel = exact_float64(kernel, _OWNER)
     scale = power_of_two_scale(kernel)
     if scale == 0.0:
         return NormBound(0.0, "zero kernel", True)

@@ -26,7 +26,7 @@ from orthonet.linalg.bounds.rounding import (
     up,
 )
 
-__all__ = ["gram_norm_bound", "spectral_norm_bound"]
+__all__ = ["exact_float64", "gram_norm_bound", "spectral_norm_bound"]
 
 _MARGINS = (1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 4e-7, 2e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
 _CHUNK = 2**17  # entries of Gram matrices that are held at once: what a cache holds
@@ -118,7 +118,7 @@ def _by_blocks(matrix: Tensor, owner: str, bound: Callable[..., float]) -> float
         "Reshape the weight to a matrix first, e.g. weight.flatten(1)",
         matrix=matrix,
     )
-    matrix = _exact_float64(matrix, owner)
+    matrix = exact_float64(matrix, owner)
     blocks = matrix.reshape(-1, *matrix.shape[-2:]) if matrix.numel() else matrix.new_zeros(0, 1, 1)
     scale = power_of_two_scale(blocks)
     if scale == 0.0:
@@ -134,7 +134,8 @@ def _by_blocks(matrix: Tensor, owner: str, bound: Callable[..., float]) -> float
     return mul_up(add_up(largest, lost), scale)
 
 
-def _exact_float64(tensor: Tensor, owner: str) -> Tensor:
+def exact_float64(tensor: Tensor, owner: str) -> Tensor:
+    """The values in float64 or complex128, on the CPU; refused where an entry is not finite."""
     dtype = torch.complex128 if tensor.is_complex() else torch.float64
     tensor = tensor.detach().to("cpu", dtype)
     _checks.require(

@@ -90,9 +90,11 @@ class Chained:
     def map(self, norm: float, count: float, offset: float = 0.0) -> Chained:
         """Behind a linear map whose modulus has this norm, and an offset of this norm."""
         return Chained(
-            self.size * norm * _SAFE, (self.offset * norm + offset) * _SAFE,
-            self.count + count, self.stages + 1,
-        )  # fmt: skip
+            self.size * norm * _SAFE,
+            (self.offset * norm + offset) * _SAFE,
+            self.count + count,
+            self.stages + 1,
+        )
 
     def activation(self, at_zero: float = 0.0) -> Chained:
         """Behind a function of slopes at most 1, with the norm of its value at zero."""
@@ -101,9 +103,11 @@ class Chained:
     def plus(self, other: Chained) -> Chained:
         """The sum of two values that were computed next to each other."""
         return Chained(
-            (self.size + other.size) * _SAFE, (self.offset + other.offset) * _SAFE,
-            max(self.count, other.count) + 1.0, max(self.stages, other.stages) + 1,
-        )  # fmt: skip
+            (self.size + other.size) * _SAFE,
+            (self.offset + other.offset) * _SAFE,
+            max(self.count, other.count) + 1.0,
+            max(self.stages, other.stages) + 1,
+        )
 
     def rounding(self) -> Rounding:
         """The sum, as what a rule returns."""

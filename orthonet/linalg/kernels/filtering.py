@@ -38,7 +38,7 @@ def filter_signal(
     signal = signal.contiguous()
     if is_traced():
         return _filter(signal, left, bases, axes, steps)
-    return _Filter.apply(signal, left, bases, axes, steps)  # type: ignore[return-value]
+    return _Filter.apply(signal, left, bases, axes, steps)
 
 
 def _filter(
@@ -58,7 +58,7 @@ class _Filter(torch.autograd.Function):
     """`_filter` as one node; kept are the differences of each factor and their coordinates."""
 
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
         ctx: Any,
         x: Tensor,
         left: Tensor,
@@ -81,7 +81,7 @@ class _Filter(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, left, right, *saved = ctx.saved_tensors
         axes, steps = ctx.axes, ctx.steps
         if torch.is_grad_enabled():  # differentiated again

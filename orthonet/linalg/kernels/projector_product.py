@@ -50,7 +50,7 @@ def multiply_projectors(
     """
     if is_traced() or tracing():
         return _as_chain(start, left, left if right is None else right, axes, channels_first)
-    return _Product.apply(start, left, right, axes, channels_first)  # type: ignore[return-value]
+    return _Product.apply(start, left, right, axes, channels_first)
 
 
 def chain(kernel: Tensor, left: Tensor, right: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -167,7 +167,7 @@ class _Product(torch.autograd.Function):
     """Kept for backward are the rows before each step, and what the polynomials are made of."""
 
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
         ctx: Any,
         start: Tensor,
         left: Tensor,
@@ -200,7 +200,7 @@ class _Product(torch.autograd.Function):
         return x.contiguous() if axes else x.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         start, left, right, *saved = ctx.saved_tensors
         axes, channels_first, plan = ctx.axes, ctx.channels_first, ctx.plan
         other = left if right is None else right

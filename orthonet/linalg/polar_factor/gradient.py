@@ -225,7 +225,7 @@ class _PolarAdjoint(torch.autograd.Function):
     """K and Z with H K + K H = C and Z H = Y, for H symmetric positive semi-definite."""
 
     @staticmethod
-    def forward(h: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(h: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return (_solve_op if torch.compiler.is_compiling() else _solve)(h, c, y)
 
     @staticmethod
@@ -234,7 +234,7 @@ class _PolarAdjoint(torch.autograd.Function):
         ctx.save_for_forward(inputs[0], *output)
 
     @staticmethod
-    def backward(ctx: Any, grad_k: Tensor, grad_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_k: Tensor, grad_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h, k, z = ctx.saved_tensors
         # H is symmetric, so both solution operators are their own adjoints.
         grad_c, grad_y = _adjoint(h, grad_k, grad_z)
@@ -256,7 +256,7 @@ class _PolarAdjointForward(_PolarAdjoint):
     """With forward mode, which Dynamo does not trace."""
 
     @staticmethod
-    def jvp(ctx: Any, dh: Tensor, dc: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def jvp(ctx: Any, dh: Tensor, dc: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         h, k, z = ctx.saved_tensors
         return _adjoint(h, dc - dh @ k - k @ dh, dy - z @ dh)
 

@@ -31,6 +31,7 @@ __all__ = [
     "gram_polar",
     "largest_norm",
     "near_pass",
+    "newton_schulz",
     "polar_from_svd",
     "recentered_polar",
 ]

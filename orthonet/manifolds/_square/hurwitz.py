@@ -164,7 +164,7 @@ class _Lyapunov:
         p = lyapunov(a)
         lower = _inverse_factor(p)
         skew = p @ a
-        diagonal = self.f.inverse(lower.diagonal(dim1=-2, dim2=-1))  # type: ignore[attr-defined]
+        diagonal = self.f.inverse(lower.diagonal(dim1=-2, dim2=-1))
         parts = [diagonal, pack_skew(lower.tril(-1)), pack_skew(0.5 * (skew - skew.mT))]
         return torch.cat(parts, -1).to(x.dtype)
 

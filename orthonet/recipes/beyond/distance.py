@@ -56,9 +56,13 @@ class SDFConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         _checks.positive_int(
-            self, hidden=self.hidden, batch_size=self.batch_size, iterations=self.iterations,
-            rays=self.rays, trace_steps=self.trace_steps,
-        )  # fmt: skip
+            self,
+            hidden=self.hidden,
+            batch_size=self.batch_size,
+            iterations=self.iterations,
+            rays=self.rays,
+            trace_steps=self.trace_steps,
+        )
         _checks.in_range(self, 1e-6, 1e3, lr=self.lr)
         _checks.non_negative_int(self, seed=self.seed)
 
@@ -180,9 +184,16 @@ def train_sdf(
 
     with joined("cpu") as rank:
         history = optimize(
-            model, loss_of, generator, config, progress=progress, name="sdf",
-            folder=Path(out), resume=resume, tensorboard=tensorboard,
-        )  # fmt: skip
+            model,
+            loss_of,
+            generator,
+            config,
+            progress=progress,
+            name="sdf",
+            folder=Path(out),
+            resume=resume,
+            tensorboard=tensorboard,
+        )
     if rank != 0:
         return None
     model = model.double().requires_grad_(False)

@@ -66,9 +66,12 @@ class FlowConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         _checks.positive_int(
-            self, blocks=self.blocks, hidden=self.hidden, batch_size=self.batch_size,
+            self,
+            blocks=self.blocks,
+            hidden=self.hidden,
+            batch_size=self.batch_size,
             iterations=self.iterations,
-        )  # fmt: skip
+        )
         _checks.in_range(self, 0.01, 0.999, contraction=self.contraction)
         _checks.in_range(self, 1e-6, 1e3, lr=self.lr)
         _checks.non_negative_int(self, seed=self.seed)
@@ -188,7 +191,7 @@ def invert(flow: ResidualFlow, z: Tensor, constants: Sequence[float], steps: int
     for constant in constants:
         _checks.in_range("invert", 0.0, 1.0 - 1e-9, constants=constant)
     x, rounding = z, torch.finfo(z.dtype).eps
-    for branch in reversed(flow.branches):  # type: ignore[call-overload]
+    for branch in reversed(flow.branches):
         start = x
         for _ in range(steps):
             new = start - branch(x)
@@ -243,9 +246,16 @@ def train_flow(
 
     with joined("cpu") as rank:
         history = optimize(
-            flow, loss_of, generator, config, progress=progress, name="flow",
-            folder=Path(out), resume=resume, tensorboard=tensorboard,
-        )  # fmt: skip
+            flow,
+            loss_of,
+            generator,
+            config,
+            progress=progress,
+            name="flow",
+            folder=Path(out),
+            resume=resume,
+            tensorboard=tensorboard,
+        )
     if rank != 0:
         return None
     flow = flow.double().requires_grad_(False)
@@ -282,9 +292,13 @@ def train_flow(
 
 
 def _picture(
-    path: Path, flow: ResidualFlow, config: FlowConfig, density: Tensor, constants: Sequence[float],
+    path: Path,
+    flow: ResidualFlow,
+    config: FlowConfig,
+    density: Tensor,
+    constants: Sequence[float],
     generator: torch.Generator,
-) -> Path:  # fmt: skip
+) -> Path:
     figure = figure_of(12.0, 4.2)
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
     data = DENSITIES[config.density](2000, generator)

@@ -123,9 +123,13 @@ def optimize(
             loss = replica()
             value = loss.item()
             _checks.require(
-                math.isfinite(value), f"orthonet train {name}", "the loss must stay finite",
-                "Lower the learning rate", iteration=iteration, lr=lr,
-            )  # fmt: skip
+                math.isfinite(value),
+                f"orthonet train {name}",
+                "the loss must stay finite",
+                "Lower the learning rate",
+                iteration=iteration,
+                lr=lr,
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -64,14 +64,21 @@ class W1Config:
 
     def __post_init__(self) -> None:
         _checks.positive_int(
-            self, dimension=self.dimension, hidden=self.hidden, batch_size=self.batch_size,
-            iterations=self.iterations, samples=self.samples,
-        )  # fmt: skip
+            self,
+            dimension=self.dimension,
+            hidden=self.hidden,
+            batch_size=self.batch_size,
+            iterations=self.iterations,
+            samples=self.samples,
+        )
         _checks.require(
-            self.dimension >= 2 and self.samples >= 2, self,
-            "dimension and samples must be at least 2", "Use a larger one",
-            dimension=self.dimension, samples=self.samples,
-        )  # fmt: skip
+            self.dimension >= 2 and self.samples >= 2,
+            self,
+            "dimension and samples must be at least 2",
+            "Use a larger one",
+            dimension=self.dimension,
+            samples=self.samples,
+        )
         _checks.in_range(self, 0.0, 1e3, mean=self.mean, deviation=self.deviation)
         _checks.in_range(self, 1e-6, 1e3, gap=self.gap, lr=self.lr)
         _checks.in_range(self, 0.0, 1.0 - 1e-9, confidence=self.confidence)
@@ -164,9 +171,16 @@ def train_w1(
 
     with joined("cpu") as rank:
         history = optimize(
-            model, loss_of, generator, config, progress=progress, name="w1",
-            folder=Path(out), resume=resume, tensorboard=tensorboard,
-        )  # fmt: skip
+            model,
+            loss_of,
+            generator,
+            config,
+            progress=progress,
+            name="w1",
+            folder=Path(out),
+            resume=resume,
+            tensorboard=tensorboard,
+        )
     if rank != 0:
         return None
     model = model.double()
@@ -228,9 +242,11 @@ def _picture(
     history = report.history
     right.axhline(config.gap, color=GRAY, ls="--", label=f"distance {config.gap:g}")
     right.plot(
-        [row["iteration"] for row in history], [-row["loss"] for row in history], color=BLUE,
+        [row["iteration"] for row in history],
+        [-row["loss"] for row in history],
+        color=BLUE,
         label="critic on a batch, constant at most 1",
-    )  # fmt: skip
+    )
     lower = report.figures["lower"]
     right.axhline(lower, color=ORANGE, label=f"certified lower bound {lower:.4f}")
     right.set(xlabel="iteration", ylabel="mean difference")

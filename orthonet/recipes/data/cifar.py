@@ -38,13 +38,23 @@ class _Format(NamedTuple):
 
 
 _CIFAR10 = _Format(
-    "load_cifar10", ("cifar-10-batches-py", "cifar-10-batches-bin"),
-    tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", b"labels", 1, 10,
-)  # fmt: skip
+    "load_cifar10",
+    ("cifar-10-batches-py", "cifar-10-batches-bin"),
+    tuple(f"data_batch_{i}" for i in range(1, 6)),
+    "test_batch",
+    b"labels",
+    1,
+    10,
+)
 _CIFAR100 = _Format(
-    "load_cifar100", ("cifar-100-python", "cifar-100-binary"), ("train",), "test",
-    b"fine_labels", 2, 100,
-)  # fmt: skip
+    "load_cifar100",
+    ("cifar-100-python", "cifar-100-binary"),
+    ("train",),
+    "test",
+    b"fine_labels",
+    2,
+    100,
+)
 _PIXELS = 3 * 32 * 32
 _NUMPY = ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")
 
@@ -92,10 +102,13 @@ def _load(form: _Format, root: Path) -> Split:
                 train = Images(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
                 return Split(train, read(form, folder / f"{form.test}{suffix}"))
     return _checks.fail(
-        form.owner, f"the folder must hold {' or '.join(form.folders)}",
+        form.owner,
+        f"the folder must hold {' or '.join(form.folders)}",
         "Get one from https://www.cs.toronto.edu/~kriz/cifar.html, unpack it, and name its folder "
-        "with --data", FileNotFoundError, root=str(root),
-    )  # fmt: skip
+        "with --data",
+        FileNotFoundError,
+        root=str(root),
+    )
 
 
 def _read_binary(form: _Format, path: Path) -> Images:
@@ -103,9 +116,13 @@ def _read_binary(form: _Format, path: Path) -> Images:
     size = form.labels + _PIXELS
     data = torch.frombuffer(bytearray(path.read_bytes() or b"\0"), dtype=torch.uint8)
     _checks.require(
-        len(data) % size == 0, form.owner, f"the size must be a multiple of {size} bytes",
-        "Unpack the archive again", file=str(path), bytes=len(data),
-    )  # fmt: skip
+        len(data) % size == 0,
+        form.owner,
+        f"the size must be a multiple of {size} bytes",
+        "Unpack the archive again",
+        file=str(path),
+        bytes=len(data),
+    )
     records = data.view(-1, size)
     return _images(form, records[:, form.labels :], records[:, form.labels - 1], path)
 
@@ -118,9 +135,12 @@ def _read_pickle(form: _Format, path: Path) -> Images:
         pixels, labels = torch.as_tensor(pixels), torch.as_tensor(labels)
     except (pickle.UnpicklingError, LookupError, TypeError, ValueError, EOFError) as error:
         _checks.fail(
-            form.owner, "the file must be a batch of CIFAR in Python's format",
-            "Unpack the archive again", file=str(path), reason=str(error),
-        )  # fmt: skip
+            form.owner,
+            "the file must be a batch of CIFAR in Python's format",
+            "Unpack the archive again",
+            file=str(path),
+            reason=str(error),
+        )
     return _images(form, pixels, labels, path)
 
 
@@ -130,9 +150,13 @@ def _images(form: _Format, pixels: torch.Tensor, labels: torch.Tensor, path: Pat
     good = good and bool(((labels >= 0) & (labels < form.classes)).all())
     last = form.classes - 1
     _checks.require(
-        good, form.owner, f"a batch must hold bytes (number, 3072) and classes from 0 to {last}",
-        "Unpack the archive again", file=str(path), shape=tuple(pixels.shape),
-    )  # fmt: skip
+        good,
+        form.owner,
+        f"a batch must hold bytes (number, 3072) and classes from 0 to {last}",
+        "Unpack the archive again",
+        file=str(path),
+        shape=tuple(pixels.shape),
+    )
     return Images(pixels.float().div(255).view(-1, 3, 32, 32), labels.long())
 
 

@@ -85,9 +85,12 @@ def stratified_split(labels: Tensor, test_size: int, seed: int = 0) -> tuple[Ten
     """
     number = labels.numel()
     _checks.require(
-        0 < test_size < number, "stratified_split", f"test_size must lie in 1 ... {number - 1}",
-        "Keep samples on both sides", test_size=test_size,
-    )  # fmt: skip
+        0 < test_size < number,
+        "stratified_split",
+        f"test_size must lie in 1 ... {number - 1}",
+        "Keep samples on both sides",
+        test_size=test_size,
+    )
     order = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
     order = order[labels[order].argsort(stable=True)]
     # The classes lie one after another: equally spaced picks take from each its share.
@@ -116,6 +119,9 @@ def require_package(module: str, package: str, extra: str = "demo") -> ModuleTyp
         return importlib.import_module(module)
     except ModuleNotFoundError:
         _checks.fail(
-            "orthonet.recipes", f"the package {package} must be installed",
-            f'Run: pip install "orthonet[{extra}]"', ModuleNotFoundError, missing=module,
-        )  # fmt: skip
+            "orthonet.recipes",
+            f"the package {package} must be installed",
+            f'Run: pip install "orthonet[{extra}]"',
+            ModuleNotFoundError,
+            missing=module,
+        )

@@ -57,10 +57,12 @@ class ImageFolders:
         self.val = _Pictures(_listed(config, "val"), module.Compose([*center, flat]), None)
         self.number, self.classes = len(self.train), self.train.files.classes
         _checks.require(
-            self.val.files.classes == self.classes, _OWNER,
-            "train and val must hold the same classes", "Name their folders alike",
+            self.val.files.classes == self.classes,
+            _OWNER,
+            "train and val must hold the same classes",
+            "Name their folders alike",
             only_in_one=sorted(set(self.val.files.classes) ^ set(self.classes)),
-        )  # fmt: skip
+        )
 
     def completed(self) -> FolderConfig:
         """The configuration with the shape of the images and the number of their classes."""
@@ -76,9 +78,13 @@ class ImageFolders:
         del generator  # the randomness is that of seed, epoch and picture
         batch = self.config.batch_size
         _checks.require(
-            batch % size == 0, _OWNER, "batch_size must be a multiple of the number of processes",
-            "Choose such a one", batch_size=batch, processes=size,
-        )  # fmt: skip
+            batch % size == 0,
+            _OWNER,
+            "batch_size must be a multiple of the number of processes",
+            "Choose such a one",
+            batch_size=batch,
+            processes=size,
+        )
         sampler = _Order(self.train, size, rank, seed=self.config.seed)
         sampler.set_epoch(epoch)
         for x, y in self._loader(self.train, batch // size, sampler):
@@ -102,9 +108,13 @@ class ImageFolders:
     def _loader(self, data: Any, batch: int, sampler: Any = None) -> Iterator[tuple[Tensor, ...]]:
         device = torch.device(self.config.device)
         loader = DataLoader(
-            data, batch, sampler=sampler, num_workers=min(self.config.workers, _cores()),
-            pin_memory=device.type == "cuda", generator=torch.Generator(),
-        )  # fmt: skip
+            data,
+            batch,
+            sampler=sampler,
+            num_workers=min(self.config.workers, _cores()),
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),
+        )
         for x, y in loader:
             yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
@@ -135,8 +145,13 @@ class _Pictures(Dataset):
         try:
             picture = self.files.loader(path)
         except (OSError, SyntaxError) as error:  # what Pillow raises for broken files
-            _checks.fail(_OWNER, "every file must be a whole picture", "Replace it or remove it",
-                         file=path, reason=str(error))  # fmt: skip
+            _checks.fail(
+                _OWNER,
+                "every file must be a whole picture",
+                "Replace it or remove it",
+                file=path,
+                reason=str(error),
+            )
         config = self.config
         if config is None:
             return self.transform(picture), label
@@ -146,9 +161,13 @@ class _Pictures(Dataset):
             x = self.transform(picture)[None]
         generator = torch.Generator().manual_seed(seed)
         x = random_affine(
-            x, generator, shift=config.shift, rotation=config.rotation, zoom=config.zoom,
+            x,
+            generator,
+            shift=config.shift,
+            rotation=config.rotation,
+            zoom=config.zoom,
             shear=config.shear,
-        )  # fmt: skip
+        )
         return random_crop(x, generator, crop=config.crop, flip=config.flip)[0], label
 
 
@@ -167,10 +186,12 @@ def load_pictures(root: Path, shape: tuple[int, ...], number: int) -> Images:
         ModuleNotFoundError: torchvision is missing.
     """
     _checks.require(
-        len(shape) == 3 and shape[0] in (1, 3), "load_pictures",
+        len(shape) == 3 and shape[0] in (1, 3),
+        "load_pictures",
         "the shape must be (channels, height, width) with 1 or 3 channels",
-        "Name it with --input-shape, such as --input-shape 3 224 224", shape=shape,
-    )  # fmt: skip
+        "Name it with --input-shape, such as --input-shape 3 224 224",
+        shape=shape,
+    )
     module = require_package("torchvision.transforms", "torchvision", "vision")
     folder = next((root / part for part in ("val", "test") if (root / part).is_dir()), root)
     steps = [module.Resize(max(shape[1:])), module.CenterCrop(shape[1:]), module.ToTensor()]
@@ -195,9 +216,13 @@ def _folder(folder: Path) -> Any:
     except FileNotFoundError as error:
         reason = "there is no such folder" if not folder.is_dir() else str(error).splitlines()[0]
     return _checks.fail(
-        _OWNER, "the folder must hold pictures as train/CLASS/* and val/CLASS/*",
-        "Name their folder with --data", FileNotFoundError, folder=str(folder), reason=reason,
-    )  # fmt: skip
+        _OWNER,
+        "the folder must hold pictures as train/CLASS/* and val/CLASS/*",
+        "Name their folder with --data",
+        FileNotFoundError,
+        folder=str(folder),
+        reason=reason,
+    )
 
 
 class _Annotated:
@@ -206,10 +231,12 @@ class _Annotated:
     def __init__(self, folder: Path, loader: Any) -> None:
         rows = [line.split("\t") for line in (folder / _ANNOTATIONS).read_text().splitlines()]
         _checks.require(
-            bool(rows) and all(len(row) >= 2 for row in rows), _OWNER,
-            "each line must hold the name of a picture and its class", "Unpack the archive again",
+            bool(rows) and all(len(row) >= 2 for row in rows),
+            _OWNER,
+            "each line must hold the name of a picture and its class",
+            "Unpack the archive again",
             file=str(folder / _ANNOTATIONS),
-        )  # fmt: skip
+        )
         self.loader = loader
         self.classes = sorted({row[1] for row in rows})
         index = {name: i for i, name in enumerate(self.classes)}

@@ -47,10 +47,12 @@ class IdxSet(NamedTuple):
 
 
 FASHION = IdxSet(
-    "fashion", ("FashionMNIST/raw", "fashion-mnist", "raw"),
+    "fashion",
+    ("FashionMNIST/raw", "fashion-mnist", "raw"),
     ("/usr/share/datasets/fashion-mnist", "/usr/share/dataset-fashion-mnist"),
-    "dataset-fashion-mnist", "FashionMNIST",
-)  # fmt: skip
+    "dataset-fashion-mnist",
+    "FashionMNIST",
+)
 MNIST = IdxSet("mnist", ("MNIST/raw", "mnist", "raw"), (), "", "MNIST")
 
 
@@ -74,10 +76,12 @@ def load_idx(source: IdxSet, root: Path) -> Split:
         if _file(folder, "train-images-idx3-ubyte") is not None:
             return Split(*(_part(folder, part) for part in _PARTS))
     return _checks.fail(
-        f"load({source.name!r})", "the files train-images-idx3-ubyte.gz and so on must be there",
-        f"Name their folder with --data, or run: {source.command(root)}", FileNotFoundError,
+        f"load({source.name!r})",
+        "the files train-images-idx3-ubyte.gz and so on must be there",
+        f"Name their folder with --data, or run: {source.command(root)}",
+        FileNotFoundError,
         looked_in=", ".join(map(str, (folders[0], folders[1], *source.places))),
-    )  # fmt: skip
+    )
 
 
 def read_idx(path: Path) -> Tensor:
@@ -95,9 +99,12 @@ def read_idx(path: Path) -> Tensor:
     shape: Sequence[int] = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
     good = data[:3] == b"\0\0\x08" and len(data) - header == math.prod(shape) > 0
     _checks.require(
-        good, "read_idx", "the file must be whole and hold bytes in the IDX format",
-        "Fetch it again", file=str(path),
-    )  # fmt: skip
+        good,
+        "read_idx",
+        "the file must be whole and hold bytes in the IDX format",
+        "Fetch it again",
+        file=str(path),
+    )
     return torch.frombuffer(bytearray(data[header:]), dtype=torch.uint8).view(*shape)
 
 
@@ -112,7 +119,11 @@ def _part(folder: Path, part: str) -> Images:
     pixels, labels = map(read_idx, paths)
     good = pixels.ndim == 3 and labels.shape == pixels.shape[:1] and bool((labels < 10).all())
     _checks.require(
-        good, "read_idx", "a part must hold images and as many classes from 0 to 9",
-        "Fetch the files again", file=str(paths[0]), shape=tuple(pixels.shape),
-    )  # fmt: skip
+        good,
+        "read_idx",
+        "a part must hold images and as many classes from 0 to 9",
+        "Fetch the files again",
+        file=str(paths[0]),
+        shape=tuple(pixels.shape),
+    )
     return Images(pixels.float().div(255)[:, None], labels.long())

@@ -72,12 +72,15 @@ def load_series(
         if paths[0].is_file():
             return _split(paths, validation)
     return _checks.fail(
-        "load_series", "the files NAME_TRAIN.ts and NAME_TEST.ts must be there",
+        "load_series",
+        "the files NAME_TRAIN.ts and NAME_TEST.ts must be there",
         "Name the folder of the archive as root, or run: pip install --no-deps aeon"
         if name in SERIES
         else "Unpack https://timeseriesclassification.com's archive and name its folder as root",
-        FileNotFoundError, name=name, looked_in=", ".join(map(str, folders)) or "nowhere",
-    )  # fmt: skip
+        FileNotFoundError,
+        name=name,
+        looked_in=", ".join(map(str, folders)) or "nowhere",
+    )
 
 
 def read_ts(path: Path) -> tuple[list[list[list[float]]], list[str], tuple[str, ...]]:
@@ -135,9 +138,12 @@ def _split(paths: list[Path], validation: bool) -> SeriesSplit:
 
 
 def _series(
-    values: list[list[list[float]]], labels: list[str], classes: tuple[str, ...], longest: int,
+    values: list[list[list[float]]],
+    labels: list[str],
+    classes: tuple[str, ...],
+    longest: int,
     path: Path,
-) -> Series:  # fmt: skip
+) -> Series:
     if not set(labels) <= set(classes):
         _fail(path, 0, "both parts must have the same labels")
     x = torch.zeros(len(values), len(values[0]), longest)

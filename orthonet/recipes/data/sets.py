@@ -33,12 +33,17 @@ class ImageSet(NamedTuple):
 
 
 _MARKS = {
-    "cifar-10-batches-py": "cifar10", "cifar-10-batches-bin": "cifar10",
-    "cifar-100-python": "cifar100", "cifar-100-binary": "cifar100",
-    "data_batch_1": "cifar10", "data_batch_1.bin": "cifar10",
-    "FashionMNIST": "fashion", "MNIST": "mnist", "train-images-idx3-ubyte": "mnist",
+    "cifar-10-batches-py": "cifar10",
+    "cifar-10-batches-bin": "cifar10",
+    "cifar-100-python": "cifar100",
+    "cifar-100-binary": "cifar100",
+    "data_batch_1": "cifar10",
+    "data_batch_1.bin": "cifar10",
+    "FashionMNIST": "fashion",
+    "MNIST": "mnist",
+    "train-images-idx3-ubyte": "mnist",
     "train-images-idx3-ubyte.gz": "mnist",
-}  # fmt: skip
+}
 IMAGE_SETS = {
     "digits": ImageSet((1, 8, 8), 10, 287, lambda _: packaged("digits"), True),
     "mnist5k": ImageSet((1, 28, 28), 10, 800, lambda _: packaged("mnist5k"), True),

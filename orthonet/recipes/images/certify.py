@@ -57,8 +57,13 @@ def certify_checkpoint(
     require_device(config.device)
     page = None if report is None else Path(report)
     if input_shape is not None:
-        _checks.require(out is None, "certify_checkpoint", "out needs the data of the recipe",
-                        "Leave out input_shape", input_shape=input_shape)  # fmt: skip
+        _checks.require(
+            out is None,
+            "certify_checkpoint",
+            "out needs the data of the recipe",
+            "Leave out input_shape",
+            input_shape=input_shape,
+        )
         title = f"{config.title}: {Path(checkpoint).name}"
         return certificate_alone(model, input_shape, page, title, tell)
     with claimed(Path(out)) if out is not None else contextlib.nullcontext() as folder:

@@ -142,9 +142,12 @@ class TrainConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         _checks.require(
-            not unknown, cls, "every field must be known",
-            "Use the version of orthonet that wrote the checkpoint", unknown=unknown,
-        )  # fmt: skip
+            not unknown,
+            cls,
+            "every field must be known",
+            "Use the version of orthonet that wrote the checkpoint",
+            unknown=unknown,
+        )
         return cls(**values)
 
 

@@ -155,16 +155,29 @@ def evaluate(
     with _progress_bar(progress, len(attack_radii(radii)) + 1) as bar:
         for radius in attack_radii(radii):
             alive = survivors(
-                attacker, judge, x, y, alive, radius, batch_size=_BATCH, steps=attack_steps,
-                restarts=1, generator=generator,
-            )  # fmt: skip
+                attacker,
+                judge,
+                x,
+                y,
+                alive,
+                radius,
+                batch_size=_BATCH,
+                steps=attack_steps,
+                restarts=1,
+                generator=generator,
+            )
             attacked[radius] = int(alive.sum()) / len(x)
             bar.update()
         for part in everything.split(_BATCH):
             report = attack_certificate(
-                judge, certificate, x[part].double(), y[part], steps=attack_steps, restarts=1,
+                judge,
+                certificate,
+                x[part].double(),
+                y[part],
+                steps=attack_steps,
+                restarts=1,
                 generator=generator,
-            )  # fmt: skip
+            )
             attempts, broken = attempts + report.attacked, broken + report.broken
         bar.update()
     return dataclasses.replace(found, attacked=attacked, attempts=attempts, broken=broken)

@@ -65,18 +65,29 @@ def radius_figure(
     axes.step(x, y, where="post", color=BLUE, lw=2.2, label="certified: no attack can succeed")
     axes.fill_between(x, y, step="post", color=BLUE, alpha=0.12, lw=0)
     axes.plot(
-        list(survived), list(survived.values()), "--o", color=ORANGE, lw=2, ms=5,
+        list(survived),
+        list(survived.values()),
+        "--o",
+        color=ORANGE,
+        lw=2,
+        ms=5,
         label="right after a PGD attack of that radius",
-    )  # fmt: skip
+    )
     for radius, value in marked.items():
         axes.plot([radius, radius], [0, 100 * value], ":", color=BLUE, lw=1.2)
         axes.plot([radius], [100 * value], "s", color=BLUE, ms=5)
         last = radius > 0.85 * limit
         axes.annotate(
-            f"{100 * value:.1f} %\nat {radius:g}", (radius, 3), xytext=(-4 if last else 4, 0),
-            textcoords="offset points", ha="right" if last else "left", va="bottom", color=BLUE,
-            fontsize=9, bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1},
-        )  # fmt: skip
+            f"{100 * value:.1f} %\nat {radius:g}",
+            (radius, 3),
+            xytext=(-4 if last else 4, 0),
+            textcoords="offset points",
+            ha="right" if last else "left",
+            va="bottom",
+            color=BLUE,
+            fontsize=9,
+            bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1},
+        )
     axes.set(
         xlabel=r"$\ell_2$ radius of the perturbation (pixels in [0, 1])",
         ylabel="accuracy on the test images (%)",

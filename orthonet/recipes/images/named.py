@@ -84,9 +84,17 @@ _WHOLE: dict[str, Any] = {"model": "convnet_mnist", "epochs": 10, "evaluated": 1
 
 # Loss and optimizer of "1-Lipschitz layers compared"; nothing is moved but by crops and flips.
 _COMPARED: dict[str, Any] = {
-    "batch_size": 256, "optimizer": "sgd", "lr": 0.1, "radius": 2 * 36 / 255, "temperature": 0.25,
-    "shift": 0.0, "rotation": 0.0, "zoom": 0.0, "shear": 0.0, "flip": True,
-}  # fmt: skip
+    "batch_size": 256,
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "radius": 2 * 36 / 255,
+    "temperature": 0.25,
+    "shift": 0.0,
+    "rotation": 0.0,
+    "zoom": 0.0,
+    "shear": 0.0,
+    "flip": True,
+}
 
 
 def cifar10_xs(**changes: Any) -> TrainConfig:

@@ -71,9 +71,14 @@ def write_page(path: Path, model: nn.Module, x: Tensor, evaluation: Evaluation, 
     plain = to_plain(model).cpu().double().eval().requires_grad_(False)
     attacked = evaluation.attacked if len(evaluation.attacked) > 1 else None
     return _written(
-        path, evaluation.certificate, plain, x.cpu().double(), title, curve=curve,
+        path,
+        evaluation.certificate,
+        plain,
+        x.cpu().double(),
+        title,
+        curve=curve,
         attacked=attacked,
-    )  # fmt: skip
+    )
 
 
 def _written(

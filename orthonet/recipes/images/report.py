@@ -94,9 +94,15 @@ def certified(
             tell(evaluation.table)
 
     evaluation = evaluate(
-        model, images, radii=config.radii, attack_steps=config.attack_steps, seed=config.seed,
-        export=config.exports, progress=progress, tell=before,
-    )  # fmt: skip
+        model,
+        images,
+        radii=config.radii,
+        attack_steps=config.attack_steps,
+        seed=config.seed,
+        export=config.exports,
+        progress=progress,
+        tell=before,
+    )
     if page is not None:
         files = (write_page(page, model, images.x, evaluation, title),)
     spent = {**(seconds or {}), "certificate and attack": time.perf_counter() - start}

@@ -103,9 +103,13 @@ def fit(
                 logits = replica(part.x)
                 loss = loss_fn(logits, part.y)
                 _checks.require(
-                    math.isfinite(loss.item()), "fit", "the loss must stay finite",
-                    "Lower the learning rate", epoch=epoch, lr=rate,
-                )  # fmt: skip
+                    math.isfinite(loss.item()),
+                    "fit",
+                    "the loss must stay finite",
+                    "Lower the learning rate",
+                    epoch=epoch,
+                    lr=rate,
+                )
                 optimizer.zero_grad()
                 (loss * part.share).backward()
                 optimizer.step()

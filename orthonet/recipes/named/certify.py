@@ -55,14 +55,20 @@ def certify_named(
         ModuleNotFoundError: A package of the extra `demo` or `vision` is missing.
     """
     _checks.require(
-        bool(config.data or config.input_shape), _OWNER, "data or input_shape must be given",
+        bool(config.data or config.input_shape),
+        _OWNER,
+        "data or input_shape must be given",
         "Name images, such as --data digits, or the shape of one input, such as "
-        "--input-shape 3 32 32", source=config.source,
-    )  # fmt: skip
+        "--input-shape 3 32 32",
+        source=config.source,
+    )
     _checks.require(
-        bool(config.data) or out is None, _OWNER, "out needs images", "Name them with --data",
+        bool(config.data) or out is None,
+        _OWNER,
+        "out needs images",
+        "Name them with --data",
         out=str(out),
-    )  # fmt: skip
+    )
     require_device(config.device)
     model = model_named(config.source, _OWNER)
     if config.checkpoint:
@@ -76,10 +82,13 @@ def certify_named(
     shape = tuple(_logits(model, images.x[:1]).shape)
     classes = int(images.y.max()) + 1
     _checks.require(
-        len(shape) == 2 and shape[1] >= classes, _OWNER,
+        len(shape) == 2 and shape[1] >= classes,
+        _OWNER,
         f"the model must return (batch, classes) with at least {classes} classes",
-        "Certify a classifier of these images", source=config.source, shape=shape,
-    )  # fmt: skip
+        "Certify a classifier of these images",
+        source=config.source,
+        shape=shape,
+    )
     with claimed(Path(out)) if out is not None else contextlib.nullcontext() as folder:
         found = certified(model, config, images, page=page, tell=tell, progress=progress)
         return found if folder is None else written(found, model, images, folder, found.files)
@@ -90,10 +99,12 @@ def _images(config: CertifyConfig) -> Images:
         return spaced(load(config.data).test, config.evaluated)
     folder = Path(config.data)
     _checks.require(
-        folder.is_dir(), _OWNER,
+        folder.is_dir(),
+        _OWNER,
         f"data must be one of {', '.join(IMAGE_SETS)} or a folder that exists",
-        "Name one of them", data=config.data,
-    )  # fmt: skip
+        "Name one of them",
+        data=config.data,
+    )
     found = set_in(folder)
     if found is not None:
         return spaced(load(found, folder).test, config.evaluated)
@@ -108,11 +119,17 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
         found = model(x.to(parameter.device, parameter.dtype))
     except (*FOREIGN, AssertionError) as error:
         _checks.fail(
-            _OWNER, "the model must take the images", "Give the shape that it takes with "
-            "--input-shape, or name other images", shape=tuple(x.shape), reason=reason_of(error),
-        )  # fmt: skip
+            _OWNER,
+            "the model must take the images",
+            "Give the shape that it takes with --input-shape, or name other images",
+            shape=tuple(x.shape),
+            reason=reason_of(error),
+        )
     _checks.require(
-        isinstance(found, Tensor), _OWNER, "the model must return one tensor",
-        "Name a function that makes a model of one output", returned=type(found),
-    )  # fmt: skip
+        isinstance(found, Tensor),
+        _OWNER,
+        "the model must return one tensor",
+        "Name a function that makes a model of one output",
+        returned=type(found),
+    )
     return found

@@ -49,9 +49,12 @@ def convert_file(
     """
     path = Path(out)
     _checks.require(
-        path.suffix != ".safetensors", _OWNER, "out must be a file of torch.save",
-        "Name a file that ends in .pt; it holds the whole model", out=str(path),
-    )  # fmt: skip
+        path.suffix != ".safetensors",
+        _OWNER,
+        "out must be a file of torch.save",
+        "Name a file that ends in .pt; it holds the whole model",
+        out=str(path),
+    )
     with replacing(path) as file:
         model = model_named(source, _OWNER)
         if checkpoint is not None:
@@ -61,8 +64,10 @@ def convert_file(
             torch.save(new, file)
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             _checks.fail(
-                _OWNER, "the model must be picklable to be saved whole",
+                _OWNER,
+                "the model must be picklable to be saved whole",
                 "Define its classes and functions at the top level of a module",
-                source=source, reason=reason_of(error),
-            )  # fmt: skip
+                source=source,
+                reason=reason_of(error),
+            )
     return report

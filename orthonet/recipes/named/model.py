@@ -34,9 +34,12 @@ def model_named(source: str, owner: str) -> nn.Module:
         ValueError: There is no such function, it needs arguments, or it returns no module.
     """
     _checks.require(
-        is_name(source), owner, "source must be package.module:function",
-        "For example torchvision.models:resnet18", source=source,
-    )  # fmt: skip
+        is_name(source),
+        owner,
+        "source must be package.module:function",
+        "For example torchvision.models:resnet18",
+        source=source,
+    )
     module_name, _, attribute = source.partition(":")
     folder = str(Path.cwd())
     if folder not in sys.path:
@@ -45,25 +48,38 @@ def model_named(source: str, owner: str) -> nn.Module:
         make: Any = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
         _checks.fail(
-            owner, f"the module of source must be importable ({reason_of(error)})",
-            "Install the package, or call from the folder that the file is in", source=source,
-        )  # fmt: skip
+            owner,
+            f"the module of source must be importable ({reason_of(error)})",
+            "Install the package, or call from the folder that the file is in",
+            source=source,
+        )
     for name in attribute.split("."):
         make = getattr(make, name, None)
     _checks.require(
-        callable(make), owner, f"{module_name} must have a function of that name",
-        "Name a function or class that takes no arguments", source=source,
-    )  # fmt: skip
+        callable(make),
+        owner,
+        f"{module_name} must have a function of that name",
+        "Name a function or class that takes no arguments",
+        source=source,
+    )
     missing = _required(make)
     _checks.require(
-        not missing, owner, "the function of source must need no arguments",
-        "Write a function in a file of your own that passes them", source=source, missing=missing,
-    )  # fmt: skip
+        not missing,
+        owner,
+        "the function of source must need no arguments",
+        "Write a function in a file of your own that passes them",
+        source=source,
+        missing=missing,
+    )
     model = make()
     _checks.require(
-        isinstance(model, nn.Module), owner, "source must return a torch.nn.Module",
-        "Name a function that builds a model", source=source, returned=type(model),
-    )  # fmt: skip
+        isinstance(model, nn.Module),
+        owner,
+        "source must return a torch.nn.Module",
+        "Name a function that builds a model",
+        source=source,
+        returned=type(model),
+    )
     return model
 
 

@@ -153,7 +153,10 @@ def _lock_windows(file: IO[str]) -> bool:
 
 def _refuse(folder: Path, process: str) -> None:
     _checks.fail(
-        "orthonet", "only one run at a time may use a folder",
-        "Wait for the other run or stop it, or name another folder with --out", BlockingIOError,
-        folder=str(folder), process=process,
-    )  # fmt: skip
+        "orthonet",
+        "only one run at a time may use a folder",
+        "Wait for the other run or stop it, or name another folder with --out",
+        BlockingIOError,
+        folder=str(folder),
+        process=process,
+    )

@@ -83,8 +83,10 @@ def writer_class() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         _checks.fail(
-            "orthonet.recipes", "the package tensorboard must be installed",
-            'Run: pip install "orthonet[tensorboard]"', ModuleNotFoundError,
+            "orthonet.recipes",
+            "the package tensorboard must be installed",
+            'Run: pip install "orthonet[tensorboard]"',
+            ModuleNotFoundError,
             missing="torch.utils.tensorboard",
-        )  # fmt: skip
+        )
     return SummaryWriter

@@ -92,9 +92,12 @@ def register(name: str, recipe: Recipe, *, command: str = "train") -> Recipe:
     """
     _checks.one_of("register", ("train", "bench"), command=command)
     _checks.require(
-        (command, name) not in _RECIPES, "register", "every recipe needs its own name",
-        "Rename it", name=name,
-    )  # fmt: skip
+        (command, name) not in _RECIPES,
+        "register",
+        "every recipe needs its own name",
+        "Rename it",
+        name=name,
+    )
     _RECIPES[command, name] = recipe
     return recipe
 

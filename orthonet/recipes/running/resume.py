@@ -17,9 +17,10 @@ __all__ = ["Resumable"]
 
 _FORMAT = "orthonet training 1"
 _WANTED = Wanted(
-    "--resume", "the state of an interrupted orthonet train",
+    "--resume",
+    "the state of an interrupted orthonet train",
     "Remove it and train anew, or train into another folder",
-)  # fmt: skip
+)
 
 
 class Resumable:
@@ -84,8 +85,10 @@ def _check_fields(found: Mapping[str, Any], fields: Mapping[str, Any], path: Pat
         if name not in found or found[name] != value
     }
     _checks.require(
-        not different, "--resume",
+        not different,
+        "--resume",
         "the state to go on from must be that of the same training",
-        "Resume with the options of the first run, or train into another folder", path=str(path),
+        "Resume with the options of the first run, or train into another folder",
+        path=str(path),
         **different,
-    )  # fmt: skip
+    )

@@ -73,13 +73,20 @@ class SequenceConfig:
         object.__setattr__(self, "models", tuple(self.models))
         check_choices(self)
         _checks.require(
-            len(set(self.models)) == len(self.models) > 0, self,
-            "models must name at least one model, each once", "Choose some", models=self.models,
-        )  # fmt: skip
+            len(set(self.models)) == len(self.models) > 0,
+            self,
+            "models must name at least one model, each once",
+            "Choose some",
+            models=self.models,
+        )
         _checks.positive_int(
-            self, delay=self.delay, hidden=self.hidden, batch_size=self.batch_size,
-            iterations=self.iterations, log_every=self.log_every,
-        )  # fmt: skip
+            self,
+            delay=self.delay,
+            hidden=self.hidden,
+            batch_size=self.batch_size,
+            iterations=self.iterations,
+            log_every=self.log_every,
+        )
         _checks.non_negative_int(self, seed=self.seed, rebase=self.rebase)
         _checks.in_range(self, 1e-8, 10.0, lr=self.lr, lr_orthogonal=self.lr_orthogonal)
         _checks.in_range(self, 0.0, 1e6, clip=self.clip)

@@ -34,9 +34,10 @@ def learning_figure(path: Path, report: SequenceReport) -> Path:
     copying = report.config.task == "copying"
     left.set(xlabel="optimizer step", ylabel="cross-entropy")
     right.set(
-        xlabel="optimizer step", ylabel="symbols recalled (%)" if copying else "accuracy (%)",
+        xlabel="optimizer step",
+        ylabel="symbols recalled (%)" if copying else "accuracy (%)",
         ylim=(0, 102),
-    )  # fmt: skip
+    )
     for axes in (left, right):
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False, fontsize=9)
     figure.suptitle(f"{report.config.title}, hidden {report.config.hidden}")

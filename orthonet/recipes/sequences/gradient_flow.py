@@ -47,9 +47,12 @@ def gradient_norms(
     """
     layer: Any = rnn
     _checks.require(
-        not layer.bidirectional, "gradient_norms", "the layer must run in one direction",
-        "Look at each direction on its own", bidirectional=layer.bidirectional,
-    )  # fmt: skip
+        not layer.bidirectional,
+        "gradient_norms",
+        "the layer must run in one direction",
+        "Look at each direction on its own",
+        bidirectional=layer.bidirectional,
+    )
     dim = 1 if layer.batch_first else 0
     state, outputs, states = None, [], []
     with torch.enable_grad():

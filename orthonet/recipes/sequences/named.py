@@ -48,8 +48,12 @@ def seq_mnist(**changes: Any) -> SequenceConfig:
         units*, 2015.
     """
     values: dict[str, Any] = {
-        "task": "mnist5k", "hidden": 170, "iterations": 320, "init": "cayley", "clip": 1.0,
-    }  # fmt: skip
+        "task": "mnist5k",
+        "hidden": 170,
+        "iterations": 320,
+        "init": "cayley",
+        "clip": 1.0,
+    }
     return SequenceConfig(**{**values, **changes})
 
 

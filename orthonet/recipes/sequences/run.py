@@ -69,9 +69,15 @@ def train_sequences(
                 skipped.append(name)
                 continue
             history = fit_sequences(
-                model, config, task, name=name, folder=folder, progress=progress, resume=resume,
+                model,
+                config,
+                task,
+                name=name,
+                folder=folder,
+                progress=progress,
+                resume=resume,
                 tensorboard=tensorboard,
-            )  # fmt: skip
+            )
             trained.append((name, model, history))
     if rank != 0:
         return None

@@ -81,9 +81,13 @@ class SeriesConfig:
         object.__setattr__(self, "radii", tuple(sorted(self.radii)))
         check_choices(self)
         _checks.positive_int(
-            self, hidden=self.hidden, frame=self.frame, batch_size=self.batch_size,
-            iterations=self.iterations, attack_steps=self.attack_steps,
-        )  # fmt: skip
+            self,
+            hidden=self.hidden,
+            frame=self.frame,
+            batch_size=self.batch_size,
+            iterations=self.iterations,
+            attack_steps=self.attack_steps,
+        )
         _checks.in_range(self, 1e-6, 1e3, lr=self.lr, temperature=self.temperature)
         _checks.in_range(self, 0.0, 1e3, radius=self.radius)
         for radius in self.radii:
@@ -194,10 +198,13 @@ def series_model(config: SeriesConfig, name: str, shape: Sequence[int], classes:
         torch.manual_seed(config.seed)
         if name == "conv":
             return nn.Sequential(
-                OrthoConv1d(channels, hidden, 5, padding=2), MaxMin(),
-                OrthoConv1d(hidden, hidden, 5, padding=2), MaxMin(),
-                nn.Flatten(), OrthoLinear(hidden * length, classes),
-            )  # fmt: skip
+                OrthoConv1d(channels, hidden, 5, padding=2),
+                MaxMin(),
+                OrthoConv1d(hidden, hidden, 5, padding=2),
+                MaxMin(),
+                nn.Flatten(),
+                OrthoLinear(hidden * length, classes),
+            )
         if name == "lstm":
             lstm = nn.LSTM(inputs, hidden, batch_first=True)
             return _Frames(lstm, nn.Linear(hidden, classes), config.frame)
@@ -243,9 +250,15 @@ def train_series(
         for name in config.models:
             model = series_model(config, name, shape, classes)
             history = _fit(
-                model, name, config, data, folder / name, progress=progress, resume=resume,
+                model,
+                name,
+                config,
+                data,
+                folder / name,
+                progress=progress,
+                resume=resume,
                 tensorboard=tensorboard,
-            )  # fmt: skip
+            )
             trained.append((name, model, history))
     if rank != 0:
         return None
@@ -274,9 +287,13 @@ def _scaled(config: SeriesConfig) -> SeriesSplit:
 
 
 def _fit(
-    model: nn.Module, name: str, config: SeriesConfig, data: SeriesSplit, folder: Path,
+    model: nn.Module,
+    name: str,
+    config: SeriesConfig,
+    data: SeriesSplit,
+    folder: Path,
     **options: Any,
-) -> list[dict[str, float]]:  # fmt: skip
+) -> list[dict[str, float]]:
     steps = -(-data.train.x.shape[2] // config.frame)
     constant = {"conv": 1.0, "rnn": sequence_bound(steps).value, "lstm": 0.0}[name]
     loss_fn = OffsetCrossEntropyLoss(
@@ -293,9 +310,12 @@ def _fit(
 
 
 def _assessed(
-    name: str, model: nn.Module, config: SeriesConfig, data: SeriesSplit,
+    name: str,
+    model: nn.Module,
+    config: SeriesConfig,
+    data: SeriesSplit,
     history: list[dict[str, float]],
-) -> SeriesResult:  # fmt: skip
+) -> SeriesResult:
     parameters = sum(p.numel() for p in model.parameters())
     model = model.double().eval().requires_grad_(False)
     x, y = data.test.x.double(), data.test.y
@@ -307,9 +327,15 @@ def _assessed(
         shares = certificate.certified_accuracy(logits, y, config.radii)
         certified = dict(zip(config.radii, shares, strict=True))
     found = empirical_accuracy(
-        model, x, y, config.radii, steps=config.attack_steps, restarts=1, bounds=None,
+        model,
+        x,
+        y,
+        config.radii,
+        steps=config.attack_steps,
+        restarts=1,
+        bounds=None,
         generator=torch.Generator().manual_seed(config.seed),
-    )  # fmt: skip
+    )
     accuracy = (logits.argmax(1) == y).double().mean().item()
     attacked = dict(zip(config.radii, found, strict=True))
     return SeriesResult(name, parameters, accuracy, constant, certified, attacked, history)
@@ -321,18 +347,26 @@ def _picture(path: Path, report: SeriesReport) -> Path:
     for each in report.results:
         color, label = _STYLES[each.model]
         for values, dash, kind in (
-            (each.certified, "-s", "certified"), (each.attacked, "--o", "under PGD"),
-        ):  # fmt: skip
+            (each.certified, "-s", "certified"),
+            (each.attacked, "--o", "under PGD"),
+        ):
             if values:
                 points = {0.0: each.accuracy, **values}
                 axes.plot(
-                    list(points), [100 * value for value in points.values()], dash, color=color,
-                    lw=2, ms=5, label=f"{label}, {kind}",
-                )  # fmt: skip
+                    list(points),
+                    [100 * value for value in points.values()],
+                    dash,
+                    color=color,
+                    lw=2,
+                    ms=5,
+                    label=f"{label}, {kind}",
+                )
     axes.set(
         xlabel=r"$\ell_2$ radius over the whole series, in standard deviations",
-        ylabel="accuracy on the test series (%)", ylim=(0, 102), title=report.config.dataset,
-    )  # fmt: skip
+        ylabel="accuracy on the test series (%)",
+        ylim=(0, 102),
+        title=report.config.dataset,
+    )
     axes.legend(frameon=False)
     return save_figure(figure, path, axes)
 

@@ -172,9 +172,13 @@ def fit_sequences(
                 )
                 value, right = (total / size for total in summed)
                 _checks.require(
-                    math.isfinite(value), "fit_sequences", "the loss must stay finite",
-                    "Lower the learning rates, or set clip", model=name, iteration=iteration,
-                )  # fmt: skip
+                    math.isfinite(value),
+                    "fit_sequences",
+                    "the loss must stay finite",
+                    "Lower the learning rates, or set clip",
+                    model=name,
+                    iteration=iteration,
+                )
                 row = {
                     "iteration": iteration,
                     "loss": value,

@@ -47,8 +47,12 @@ _DATASETS = ("digits", "mnist5k", "fashion", "mnist")
 # Highest learning rate of Adam; of 0.005, 0.02 and 0.06 the best on validation images of the
 # training set of digits. The others take the default, which was best for them.
 LEARNING_RATES: Mapping[str, float] = {
-    "aol": 0.005, "liresnet": 0.005, "sandwich": 0.005, "sll": 0.06, "spectral": 0.005,
-}  # fmt: skip
+    "aol": 0.005,
+    "liresnet": 0.005,
+    "sandwich": 0.005,
+    "sll": 0.06,
+    "spectral": 0.005,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +107,14 @@ class ZooConfig:
         names = tuple(self.methods) or tuple(available("conv"))
         check_choices(self)
         _checks.positive_int(
-            self, seeds=self.seeds, parameters=self.parameters, width=self.width,
-            epochs=self.epochs, batch_size=self.batch_size, attack_steps=self.attack_steps,
-        )  # fmt: skip
+            self,
+            seeds=self.seeds,
+            parameters=self.parameters,
+            width=self.width,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            attack_steps=self.attack_steps,
+        )
         _checks.non_negative_int(self, evaluated=self.evaluated)
         _checks.in_range(self, 0.0, 1e3, lr=self.lr, radius=self.radius)
         _checks.in_range(self, 1e-6, 1e6, temperature=self.temperature)
@@ -148,9 +157,12 @@ def bench_zoo(
         OSError: `out` cannot be written.
     """
     _checks.require(
-        launched() == 1, "orthonet bench", "a comparison must run in one process",
-        "Start it without torchrun", subject="zoo",
-    )  # fmt: skip
+        launched() == 1,
+        "orthonet bench",
+        "a comparison must run in one process",
+        "Start it without torchrun",
+        subject="zoo",
+    )
     folder = Path(out)
     file, data = folder / "zoo.json", load(config.dataset, config.data_root)
     runs = _earlier(file, config)
@@ -207,9 +219,15 @@ def run_method(config: ZooConfig, name: str, seed: int, data: Split) -> dict[str
 
 def _failed(name: str, seed: int, config: TrainConfig, reason: str) -> dict[str, Any]:
     return {
-        "method": name, "seed": seed, "width": config.model_arguments["width"], "lr": config.lr,
-        "epochs": config.epochs, "finite": False, "reason": reason, "versions": versions(),
-    }  # fmt: skip
+        "method": name,
+        "seed": seed,
+        "width": config.model_arguments["width"],
+        "lr": config.lr,
+        "epochs": config.epochs,
+        "finite": False,
+        "reason": reason,
+        "versions": versions(),
+    }
 
 
 def planned_run(
@@ -277,10 +295,13 @@ def _earlier(file: Path, config: ZooConfig) -> list[dict[str, Any]]:
     known, wanted = {**ZooConfig().protocol(), **content["protocol"]}, config.protocol()
     different = [k for k in wanted if known.get(k) != wanted[k]]
     _checks.require(
-        not different, "bench_zoo", "the runs of one file must share their protocol",
-        "Choose another folder", file=str(file),
+        not different,
+        "bench_zoo",
+        "the runs of one file must share their protocol",
+        "Choose another folder",
+        file=str(file),
         **{k: f"{wanted[k]!r} (there {known.get(k)!r})" for k in different},
-    )  # fmt: skip
+    )
     return content["runs"]
 
 

@@ -25,9 +25,12 @@ def zoo_figure(path: Path, report: ZooReport) -> Path:
     )
     for i, radius in enumerate(radii):
         left.barh(
-            places, [100 * row["certified"][i] for row in rows],
-            color=_SHADES[min(i, len(_SHADES) - 1)], height=0.8, label=f"certified at {radius:g}",
-        )  # fmt: skip
+            places,
+            [100 * row["certified"][i] for row in rows],
+            color=_SHADES[min(i, len(_SHADES) - 1)],
+            height=0.8,
+            label=f"certified at {radius:g}",
+        )
     middle = min(range(len(radii)), key=lambda i: abs(radii[i] - 0.5))
     for place, row in zip(places, rows, strict=True):
         # attacks are made at positive radii only

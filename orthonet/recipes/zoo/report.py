@@ -11,9 +11,21 @@ from typing import Any
 __all__ = ["HEADER", "ZooReport"]
 
 HEADER = (
-    "method", "seeds", "accuracy", "certified", "spread", "PGD", "average radius", "constant",
-    "ms a step", "saved MB", "parameters", "epochs", "broken", "not finite",
-)  # fmt: skip
+    "method",
+    "seeds",
+    "accuracy",
+    "certified",
+    "spread",
+    "PGD",
+    "average radius",
+    "constant",
+    "ms a step",
+    "saved MB",
+    "parameters",
+    "epochs",
+    "broken",
+    "not finite",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +87,24 @@ class ZooReport:
                 seeds, missing = str(row["seeds"]), ["-"] * (len(HEADER) - 3)
                 cells.append([row["method"], seeds, *missing, str(row["not_finite"])])
                 continue
-            cells.append([
-                row["method"], str(row["seeds"]), _percent(row["accuracy"]),
-                _percents(row["certified"]),
-                _percents(row["spread"]) if row["seeds"] > 1 + row["not_finite"] else "-",
-                _percents(row["attacked"]), f"{row['average_radius']:.3f}",
-                f"{row['constant']:.7f}", f"{1e3 * row['seconds_per_step']:.1f}",
-                f"{row['saved_bytes'] / 2**20:.1f}", f"{row['parameters']:.0f}",
-                f"{row['epochs']:.0f}", f"{row['broken']} of {row['attempts']}",
-                str(row["not_finite"]),
-            ])  # fmt: skip
+            cells.append(
+                [
+                    row["method"],
+                    str(row["seeds"]),
+                    _percent(row["accuracy"]),
+                    _percents(row["certified"]),
+                    _percents(row["spread"]) if row["seeds"] > 1 + row["not_finite"] else "-",
+                    _percents(row["attacked"]),
+                    f"{row['average_radius']:.3f}",
+                    f"{row['constant']:.7f}",
+                    f"{1e3 * row['seconds_per_step']:.1f}",
+                    f"{row['saved_bytes'] / 2**20:.1f}",
+                    f"{row['parameters']:.0f}",
+                    f"{row['epochs']:.0f}",
+                    f"{row['broken']} of {row['attempts']}",
+                    str(row["not_finite"]),
+                ]
+            )
         return cells
 
     def line(self, run: Mapping[str, Any]) -> str:

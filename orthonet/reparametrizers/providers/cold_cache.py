@@ -31,7 +31,7 @@ from orthonet.reparametrizers.providers.engine import ENGINE
 from orthonet.reparametrizers.providers.structure import STATE, Stamps, Structure
 from orthonet.reparametrizers.weight import GIVEN, Weight
 
-__all__ = ["count_step", "forget", "read"]
+__all__ = ["count_step", "forget", "read", "slot_of"]
 
 _local = threading.local()  # .computing: this thread is inside of `evaluate`
 _steps = 0  # that optimizers of this process have taken

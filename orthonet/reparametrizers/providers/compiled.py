@@ -41,7 +41,7 @@ def compiled_read(weight: Weight) -> Tensor:
     if not weight.opaque or not _is_plain(weight, parameters):
         return weight.evaluate()
     four = [*parameters, None, None, None][:4]
-    return _Read.apply(weight.number, tuple(weight.shape), *four)  # type: ignore[return-value]
+    return _Read.apply(weight.number, tuple(weight.shape), *four)
 
 
 def _tell_onnx(weight: Weight) -> None:
@@ -65,7 +65,7 @@ def compiled_turn(
     parameters = list(weight.parameters())
     if len(parameters) != 1 or not _is_plain(weight, parameters):
         return None
-    return _Turned.apply(weight.number, x, parameters[0], bias, factor)  # type: ignore[return-value]
+    return _Turned.apply(weight.number, x, parameters[0], bias, factor)
 
 
 def _is_plain(weight: Weight, parameters: Sequence[Tensor]) -> bool:
@@ -93,7 +93,7 @@ class _Turned(torch.autograd.Function):
         ctx.biased = bias is not None
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         number, x, parameter, u = ctx.saved_tensors
         grad_x = (grad if ctx.factor == 1.0 else grad * ctx.factor) @ u
         s = grad_x.flatten(0, -2).mT @ x.flatten(0, -2)
@@ -127,7 +127,7 @@ class _Read(torch.autograd.Function):
         ctx.save_for_backward(inputs[0], *given)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         number, *given = ctx.saved_tensors
         found = _pull_back(number, [p.reshape(-1) for p in given], grad)
         grads = [g.view(p.shape) for g, p in zip(found, given, strict=True)]

@@ -147,7 +147,7 @@ class _PullBack(torch.autograd.Function):
         return tuple(output.detach() for output in computation.outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         computation: Computation = ctx.computation
         if torch.is_grad_enabled():
             return (None, *computation.pull_back_differentiably(grads))
@@ -156,7 +156,7 @@ class _PullBack(torch.autograd.Function):
 
 def attach(computation: Computation) -> tuple[Tensor, ...]:
     """The outputs, differentiable in the inputs."""
-    return _PullBack.apply(computation, *computation.inputs)  # type: ignore[return-value]
+    return _PullBack.apply(computation, *computation.inputs)
 
 
 def pulled_cold(weight: Any, grad: Tensor) -> list[Tensor | None]:

@@ -32,7 +32,7 @@ class _Wait(torch.autograd.Function):
         return tuple(output.detach() for output in computation.outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None]:
         _checks.require(
             not torch.is_grad_enabled(),
             "defer_pullback",
@@ -67,9 +67,9 @@ class _Deferral:
         outputs = self.outputs.get(computation)
         if outputs is None:
             anchor = torch.empty((), requires_grad=True)
-            outputs = _Wait.apply(self, computation, anchor)  # type: ignore[assignment]
-            self.outputs[computation] = outputs  # type: ignore[assignment]
-        return outputs  # type: ignore[return-value]
+            outputs = _Wait.apply(self, computation, anchor)
+            self.outputs[computation] = outputs
+        return outputs
 
     def take(self, computation: Computation, grads: Sequence[Tensor | None]) -> None:
         """Add `grads` to what waits."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ class Record:
             p is not None
             and self.parameter() is p
             and self.stamp.holds(p)
-            and (self.kept is None or self.kept.holds(self.value))  # type: ignore[arg-type]
+            and (self.kept is None or self.value is None or self.kept.holds(self.value))
             and (self.stream is None or self._same_stream(p))
         )
 
@@ -434,7 +434,7 @@ class Engine:
                 centered = record.batch.centered.rows([record.span])
                 turned = centered.map.turn(centered.u, centered.scale, s.view(centered.u.shape))
                 return turned.view(s.shape)
-        return pulled_cold(weight, u @ s)[0]  # type: ignore[return-value]
+        return cast(Tensor, pulled_cold(weight, u @ s)[0])
 
     def frame(self, weight: Weight) -> tuple[Tensor, Tensor] | None:
         r"""The value and the frame of a square matrix at the center; None elsewhere."""
@@ -537,8 +537,8 @@ class Engine:
             record = found.records[0]
             members = [(weight, record, record.parameter())]
         packet = Packet(
-            [p for _, _, p in members],  # type: ignore[misc]
-            [record.value for _, record, _ in members],  # type: ignore[misc]
+            [cast(Tensor, p) for _, _, p in members],
+            [cast(Tensor, record.value) for _, record, _ in members],
             [record.span for _, record, _ in members],
             batch.centered,  # type: ignore[arg-type]
         )

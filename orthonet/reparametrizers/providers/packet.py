@@ -73,9 +73,12 @@ class _AtCenter(Computation):
             return [None] * len(self.inputs)
         self.require_unchanged()
         found = torch.autograd.grad(
-            [o for o, _ in pairs], self.inputs, [g for _, g in pairs],
-            create_graph=True, allow_unused=True,
-        )  # fmt: skip
+            [o for o, _ in pairs],
+            self.inputs,
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
         return list(found)
 
 
@@ -138,8 +141,10 @@ class Packet(_AtCenter):
             return centered.map.pull_back(u, scale, centered.stacked(values))  # type: ignore[arg-type]
         both = zip(values, frames, strict=True)
         like = [v if f is None else f for v, f in both]
-        zeros = [torch.zeros_like(t) if f is None else f  # type: ignore[arg-type]
-                 for t, f in zip(like, frames, strict=True)]  # fmt: skip
+        zeros = [
+            torch.zeros_like(t) if f is None else f  # type: ignore[arg-type]
+            for t, f in zip(like, frames, strict=True)
+        ]
         s = centered.stacked(zeros)
         direct = [i for i, v in enumerate(values) if v is not None]
         if direct:
@@ -220,9 +225,11 @@ class Family(_AtCenter):
             return (None,) * len(self.inputs)
         self.require_unchanged(self.places_of(used))
         given = torch.stack(
-            [torch.zeros_like(o) if g is None else g
-             for g, o in zip(grads, self.outputs, strict=True)]
-        )  # fmt: skip
+            [
+                torch.zeros_like(o) if g is None else g
+                for g, o in zip(grads, self.outputs, strict=True)
+            ]
+        )
         result: list[Tensor | None] = []
         with _torch.without_autocast(given):
             found = _torch.run_backward((self.recorded,), (given,), self.leaves)

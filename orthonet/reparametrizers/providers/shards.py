@@ -57,7 +57,7 @@ _known: weakref.WeakKeyDictionary[Weight, _Known] = weakref.WeakKeyDictionary()
 
 @torch.no_grad()
 def _local(p: Any) -> Tensor:
-    return p.to_local()  # type: ignore[no-any-return]
+    return p.to_local()
 
 
 def forget(module: nn.Module | None = None) -> None:

@@ -25,8 +25,11 @@ def test_bounds_are_tight_and_printed():
 
 @pytest.mark.slow
 def test_peers_are_measured_or_named(monkeypatch):
-    names = ("orthonet fast", "deel-torchlip power iteration, product",
-             "auto_LiRPA Jacobian in a ball of 1")  # fmt: skip
+    names = (
+        "orthonet fast",
+        "deel-torchlip power iteration, product",
+        "auto_LiRPA Jacobian in a ball of 1",
+    )
     monkeypatch.setattr(
         certificate_peers, "METHODS", {n: certificate_peers.METHODS[n] for n in names}
     )
