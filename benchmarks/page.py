@@ -26,7 +26,7 @@ from benchmarks import (
     orthogonalizers,
     rnn,
 )
-from orthonet.recipes.running.figures import _figure, _save
+from orthonet.recipes.running.figures import figure_of, save_figure
 
 # Benchmarks whose page shows what they print, by the name of their JSON file.
 PRINTED = {
@@ -163,7 +163,7 @@ def linear_figure(path: Path, result: Mapping[str, Any]) -> Path:
     rows = result["rows"]
     names = list(dict.fromkeys((row["library"], row["preset"]) for row in rows))
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure = _figure(7.2, 4.2)
+    figure = figure_of(7.2, 4.2)
     axes = figure.subplots()
     for case, marker, color in zip(cases, "osD^vP", _shades(len(cases)), strict=True):
         found = {(r["library"], r["preset"]): r["ratio"] for r in rows if r["case"] == case}
@@ -175,7 +175,7 @@ def linear_figure(path: Path, result: Mapping[str, Any]) -> Path:
     axes.minorticks_off()
     axes.grid(axis="x", alpha=0.3)
     axes.legend(title="features, batch", frameon=False, loc="upper right", fontsize=8)
-    return _save(figure, path, axes)
+    return save_figure(figure, path, axes)
 
 
 def _shades(count: int) -> list[str]:

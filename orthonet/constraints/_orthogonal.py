@@ -58,7 +58,7 @@ def orthogonal(
         True
     """
     _checks.one_of("orthogonal", (None, 1, -1, "+1", "-1", "free"), det=det)
-    tensor = getattr(module, tensor_name, None)
+    tensor = getattr(module, tensor_name, None) if isinstance(tensor_name, str) else None
     if isinstance(tensor, Tensor) and tensor.is_complex() and det is None and use_trivialization:
         return constrain(module, tensor_name, Unitary(), init=init, flatten=flatten, triv=triv)
     options: dict[str, Any] = {"cross": True} if det == "free" else {}

@@ -198,8 +198,8 @@ def channel_shuffle(x: Tensor, groups: int, dim: int = 1) -> Tensor:
         ValueError: `groups` does not divide the number of channels, or `dim` out of range.
 
     Examples:
-        >>> channel_shuffle(torch.tensor([[1, 2, 3, 4]]), 2)
-        tensor([[1, 3, 2, 4]])
+        >>> channel_shuffle(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), 2)
+        tensor([[1., 3., 2., 4.]])
     """
     positive_int("channel_shuffle", groups=groups)
     dim = _channel_dim("channel_shuffle", x, dim, groups)

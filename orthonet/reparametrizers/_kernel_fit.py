@@ -15,7 +15,7 @@ from orthonet.reparametrizers.kernel_geometry import KernelFactors, KernelGeomet
 
 __all__ = ["fit_factors"]
 
-_FAR = 0.3  # a kernel of the family, or nearly one, comes nearer than this
+_FAR = 0.3  # a kernel of the family, or nearly one, comes nearer than this, whatever its scale
 
 
 def _split(a: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -253,18 +253,25 @@ class _Problem:
         return F.pad(tall, (0, width - tall.shape[-1]))
 
 
-def _near(kernel: KernelGeometry, target: Tensor) -> tuple[KernelFactors | None, float]:
-    """Near factors of a far kernel, in float32 but for the last step, and their distance.
+def _near(kernel: KernelGeometry, target: Tensor) -> tuple[KernelFactors | None, bool]:
+    """Near factors of a far kernel, in float32 but for the last step, and whether they are far.
 
-    None and 0 for one that is not far, which deserves float64 from the start.
+    None for one that is not far, which deserves float64 from the start.
     """
     scale = target.abs().amax().clamp_min(torch.finfo(target.dtype).tiny)
     single = (target / scale).float()
     start = _Problem(kernel, single).initial()
-    if _distance(kernel, start, single * scale) <= _FAR:
-        return None, 0.0
+    if not _is_far(kernel, start, single):
+        return None, False
     near = improve_far(kernel, target, start)
-    return near, _distance(kernel, near, target)
+    return near, _is_far(kernel, near, target)
+
+
+def _is_far(kernel: KernelGeometry, factors: KernelFactors, target: Tensor) -> bool:
+    """Whether the factors are far from every multiple of the target, by the sine of the angle."""
+    composed = kernel.compose(factors).view(target.shape)
+    cosine = float(torch.cosine_similarity(composed.flatten(), target.flatten(), dim=0))
+    return cosine < (1.0 - _FAR**2) ** 0.5
 
 
 def _distance(kernel: KernelGeometry, factors: KernelFactors, target: Tensor) -> float:
@@ -302,9 +309,9 @@ def _fit(
     problem = _Problem(kernel, target)
     near = None
     if ascends(kernel) and sweeps:
-        near, distance = _near(kernel, target)
-        if near is not None and distance > _FAR:
-            return near, distance
+        near, far = _near(kernel, target)
+        if near is not None and far:
+            return near, _distance(kernel, near, target)
     exact = problem.exact()
     best, least = problem.improve(exact or near or problem.initial(), sweeps)
     if exact is not None and least > max(enough, 1e-6):

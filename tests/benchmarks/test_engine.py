@@ -15,6 +15,7 @@ def quick():
     return engine.run(engine.QUICK)
 
 
+@pytest.mark.slow
 def test_every_candidate_is_timed_over_the_plain_network(quick):
     settings = engine.QUICK
     for compiled, measured in ((False, settings.eager), (True, settings.compiled)):
@@ -39,6 +40,7 @@ def test_every_candidate_is_timed_over_the_plain_network(quick):
     assert f"{settings.compiled[0].name}, compiled" in text
 
 
+@pytest.mark.slow
 def test_matrix_maps_are_not_asked_for_convolutions(quick):
     cnn = engine.QUICK.eager[1]
     assert cnn.convolutions

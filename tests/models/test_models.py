@@ -173,7 +173,17 @@ def test_a_constant_that_is_none_is_refused():
         models.mlp_digits(lipschitz=0.0)
 
 
-@pytest.mark.parametrize("layer", available("conv"))
+# One of each kind by default: tests/layers/test_zoo.py has the laws of all of them.
+_KINDS = ("ortho", "aol", "cpl", "lot", "soc")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        pytest.param(name, marks=() if name in _KINDS else pytest.mark.slow)
+        for name in available("conv")
+    ],
+)
 def test_the_network_of_the_zoo_with_each_layer(layer):
     """Jacobian within the certificate, the certificate within K, gradients everywhere."""
     torch.manual_seed(0)

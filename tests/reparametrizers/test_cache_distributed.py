@@ -147,6 +147,7 @@ def run(rank: int, path: str) -> None:
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow  # by default test_share.py runs two processes, with the engine
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="gloo is not built in")
 def test_two_processes(tmp_path: Path):
     multiprocessing.spawn(run, args=(str(tmp_path / "store"),), nprocs=2)
