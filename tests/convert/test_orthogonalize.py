@@ -289,7 +289,8 @@ def test_a_residual_block_trains_and_its_layers_stay_orthogonal():
 def test_models_of_torchvision_are_projected(name):
     torchvision = pytest.importorskip("torchvision")
     model = getattr(torchvision.models, name)().eval()
-    new, report = converted(model, fallback="aol")
+    with pytest.warns(UserWarning, match="random initialization"):
+        new, report = converted(model, fallback="aol")
     assert all(row.moved is not None for row in report.changed)
     x = torch.randn(1, 3, 224, 224)
     assert bool(new(x).isfinite().all())
