@@ -31,6 +31,7 @@ from orthonet.certify.ops import (  # noqa: F401 (each registers its records)
     normalization,
     pooling,
     reductions,
+    sampling,
     selection,
     shapes,
     sorting,
