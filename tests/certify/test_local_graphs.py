@@ -126,7 +126,7 @@ def check_random_nets(seeds):
 
 
 def test_no_point_of_a_ball_refutes_random_networks():
-    assert check_random_nets(range(12)) >= 3
+    assert check_random_nets([*range(12), 255]) >= 3  # 255: windows that share entries
 
 
 @pytest.mark.slow

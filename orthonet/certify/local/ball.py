@@ -223,7 +223,7 @@ class Ball:
             lost = add_up(mul_up(2.0, gamma(len(act.basis) + 4)), act.basis_error)
             off = add_up(off, mul_up(lost, frobenius_up(value)))
         whole = self.walker.bound_of(parent).value * (1.0 + 2.0**-40)  # also in the basis
-        found = self._split(moves, value, off, act, dim, whole)
+        found = self._split(moves, value, off, act, dim, whole, whole)
         return self._turned(found, act, dim, back=True)
 
     def _largest(self, state: State, windows: Tensor) -> Moves:
@@ -244,13 +244,15 @@ class Ball:
             largest = largest.with_units(self.unknown.count)
             other = other.with_units(self.unknown.count)
             gap = self._sum(other, largest, -1.0)
-            rise = self._split(gap, here - best, 2.0 * off, relu, None, 2.0 * whole)
+            # Windows share entries, so that all gaps together may move farther than the image.
+            rise = self._split(gap, here - best, 2.0 * off, relu, None, 2.0 * whole, math.inf)
             largest = self._sum(rise, largest.with_units(self.unknown.count), 1.0)
             best = torch.maximum(best, here)
         # An entry moves no farther than one of its window; what its row says may be worse.
         reach = self.rows(source, whole)
         most = torch.stack([at(reach, tap, 0) for tap in range(windows.shape[1])]).amax(0)
-        return self._replaced(largest.with_units(self.unknown.count), most, whole)
+        together = self.walker.bound_of(state).value
+        return self._replaced(largest.with_units(self.unknown.count), most, together)
 
     def _replaced(self, moves: Moves, most: Tensor, whole: float) -> Moves:
         """Units of which less is known by their rows than by `most` become units of their own."""
@@ -282,14 +284,15 @@ class Ball:
         off: float,
         act: Activation,
         dim: int | None,
-        whole: float,
+        each: float,
+        together: float,
     ) -> Moves:
         """Split the slopes of units into what is known of them and an unknown rest.
 
-        All units together move at most `whole` times as far as the input.
+        Each unit moves at most `each`, all of them `together` times as far as the input.
         """
         moves = moves.with_units(self.unknown.count)
-        reach = self.rows(moves, whole)
+        reach = self.rows(moves, each)
         far = (self.radius * reach + off) * _OUTWARD
         low, high = _slopes(act, value, off, far, dim, self.chords)
         mean, half = (low + high) / 2, (high - low) / 2 * _OUTWARD
@@ -301,7 +304,7 @@ class Ball:
         sizes = self.unknown.sizes(moves.linear, moves.noise)
         linear, noise = (m.flatten(1)[:, index] for m in (moves.linear, moves.noise))
         self.unknown.add(
-            reach.flatten()[index], whole, (linear, noise, moves.error.flatten()[index])
+            reach.flatten()[index], together, (linear, noise, moves.error.flatten()[index])
         )
         noise = torch.cat([moves.noise * mean, _one_hot(half, index)])
         error = (moves.error + 2 * UNIT_ROUNDOFF * sizes) * mean.abs() * _OUTWARD
