@@ -52,6 +52,7 @@ def run(notebook: Notebook) -> Notebook:
     import matplotlib
 
     matplotlib.use("Agg")
+    _figures()  # those that a run before left behind when it failed
     notebook = json.loads(json.dumps(notebook))
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for number, cell in enumerate(code_cells(notebook), 1):
