@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 
 from orthonet.certify.graph.marks import mark_of
 from orthonet.certify.graph.replay import replay
-from orthonet.certify.local.unknown import Unknown, frobenius_up
+from orthonet.certify.local.unknown import Unknown
+from orthonet.certify.mlp.chain import frobenius_up
 from orthonet.certify.mlp.slopes import Activation, Kinks
 from orthonet.certify.ops.activations import activation_of
 from orthonet.certify.rounding.forward import Errors

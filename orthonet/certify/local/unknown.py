@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from orthonet.certify.mlp.chain import frobenius_up
 from orthonet.linalg.bounds.enclosure import spectral_norm_bound
 from orthonet.linalg.bounds.rounding import (
     UNIT_ROUNDOFF,
@@ -25,11 +26,10 @@ from orthonet.linalg.bounds.rounding import (
     mul_up,
     power_of_two_scale,
     sqrt_up,
-    squared_norm_up,
     up,
 )
 
-__all__ = ["Unknown", "frobenius_up"]
+__all__ = ["Unknown"]
 
 _POWERS = (0.0, 0.5, 1.0)  # of L in the scales
 _FACTORED = 0.5  # the one whose norm is worth a factorization; the others gain 1 % more
@@ -37,12 +37,6 @@ _TINY = 1e-150
 _SIDE = 3072  # of Gram matrices that are proved
 _STEPS = 10  # of a power iteration
 _MARGIN = 1.01  # of what it finds
-
-
-def frobenius_up(matrix: Tensor) -> float:
-    """Not less than the root of the sum of squares."""
-    scale = power_of_two_scale(matrix)
-    return mul_up(sqrt_up(squared_norm_up(matrix / scale)), scale) if scale else 0.0
 
 
 def _proved_norm(matrix: Tensor) -> float:
