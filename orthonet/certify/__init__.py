@@ -27,6 +27,7 @@ from orthonet.certify.ops import (  # noqa: F401 (each registers its records)
     arithmetic,
     contraction,
     convolution,
+    fourier,
     modules,
     normalization,
     pooling,

@@ -26,6 +26,7 @@ from orthonet.certify import certify
 from orthonet.certify.graph.decompose import decompose
 from orthonet.certify.graph.fold import fold, moving
 from orthonet.certify.graph.marks import mark_of, marked_copy
+from orthonet.certify.graph.pairs import write_pairs
 from orthonet.certify.graph.program import BATCH, Program, op_name
 from orthonet.certify.norms import effort as with_effort
 from orthonet.certify.rules import RECORDS
@@ -323,7 +324,10 @@ def _traced(model: nn.Module, x: Tensor) -> Walker | None:
         if mark is not None and mark[1] >= 0:
             program.entries.setdefault(mark[0], {})[mark[1]] = node
     program.moving = moving(graph.nodes, inputs)
-    decompose(graph, [n for n in nodes if n in program.moving and n.op == "call_function"])
+    write_pairs(graph, [n for n in nodes if n in program.moving and n.op == "call_function"])
+    program.moving = moving(graph.nodes, inputs)
+    calls = [n for n in graph.nodes if n in program.moving and n.op == "call_function"]
+    decompose(graph, calls)
     outputs = list(graph.nodes)[-1].args[0]
     program.outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
     program.moving = moving(graph.nodes, inputs)

@@ -91,6 +91,7 @@ _ROWWISE = {
     "masked_fill",
     "where",
     "index_select",
+    "view_as_real",
     "wrap_with_autocast",
     "_assert_tensor_metadata",
 }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+from torch.overrides import TorchFunctionMode
 
 from orthonet import _checks
 from orthonet._torch import tensors_in
@@ -107,14 +108,32 @@ def check_same_function(model: nn.Module, program: Program) -> None:
     )
 
 
+_WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
+def _doubled(model: nn.Module) -> nn.Module:
+    """A copy with parameters and buffers of twice the bits, complex ones included."""
+    return copy.deepcopy(model)._apply(lambda t: t.to(_WIDE.get(t.dtype, t.dtype)))
+
+
+class _Doubled(TorchFunctionMode):
+    """New tensors get twice the bits, too: `torch.zeros(..., dtype=torch.cfloat)`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in _WIDE:
+            kwargs["dtype"] = _WIDE[kwargs["dtype"]]
+        return func(*args, **kwargs)
+
+
 def _close_in_float64(model: nn.Module, program: Program) -> bool:
     """The same comparison where roundings are too small to hide or to make a difference."""
     if program.autocast is not None or program.samples[0].dtype != torch.float32:
         return False
-    twin, inputs = copy.deepcopy(model).double(), [x.double() for x in program.samples]
+    twin, inputs = _doubled(model), [x.double() for x in program.samples]
     found = []
     for gradients in (False, True):
-        with torch.set_grad_enabled(gradients):
+        with torch.set_grad_enabled(gradients), _Doubled():
             try:
                 leaves = [x.clone().requires_grad_(gradients).clone() for x in inputs]
                 found.append([t.detach() for t in tensors_in(twin(*leaves))])
@@ -138,10 +157,12 @@ def check_samples_apart(model: nn.Module, program: Program) -> None:
     for size, gradients in ((1, False), (1, True), (2, False)):
         close = _close([t[:size] for t in whole], _outputs(model, program, size, gradients))
         if not close and program.samples[0].dtype == torch.float32:
-            twin = twin or copy.deepcopy(model).double()
-            wide = replace(program, samples=tuple(x.double() for x in program.samples))
-            large = _outputs(twin, wide, len(program.samples[0]))
-            few = _outputs(twin, wide, size, gradients)
+            twin = twin or _doubled(model)
+            samples, given = ([x.double() for x in xs] for xs in (program.samples, program.given))
+            wide = replace(program, samples=tuple(samples), given=tuple(given))
+            with _Doubled():
+                large = _outputs(twin, wide, len(program.samples[0]))
+                few = _outputs(twin, wide, size, gradients)
             close = _close([t[:size] for t in large], few, floor=_CANCELED)
         _checks.require(
             close,

@@ -16,7 +16,7 @@ from orthonet._torch import composite_of, core_decompositions, is_overload, over
 from orthonet.certify.graph.regions import DECOMPOSED, REGION_OFF
 from orthonet.certify.rules import function_rule
 
-__all__ = ["decompose", "inline_regions", "skip_whole_slices"]
+__all__ = ["decompose", "inline_regions", "replace_node", "skip_whole_slices", "traced"]
 
 _REGION = "wrap_with_autocast"  # by name: PyTorch 2.6 loads the operation only when it is used
 
@@ -42,7 +42,7 @@ def decompose(graph: fx.Graph, nodes: list[fx.Node]) -> None:
         if not table:
             every = core_decompositions()
             table = {op: f for op, f in every.items() if function_rule(op) is None}
-        inner = _trace(node, table.get(target) or composite_of(target), table)
+        inner = traced(node, table.get(target) or composite_of(target), table)
         if inner is None or not _covered(inner):
             continue
         places = list(node.all_input_nodes)
@@ -59,7 +59,7 @@ def decompose(graph: fx.Graph, nodes: list[fx.Node]) -> None:
             for key in ("nn_module_stack", "stack_trace", REGION_OFF):
                 if key in node.meta:
                     new.meta[key] = node.meta[key]
-        _replace(node, result)
+        replace_node(node, result)
 
 
 def inline_regions(module: fx.GraphModule, autocast: torch.dtype | None = None) -> None:
@@ -81,7 +81,7 @@ def inline_regions(module: fx.GraphModule, autocast: torch.dtype | None = None) 
         for new in graph.nodes:
             if new not in before:
                 new.meta.setdefault(REGION_OFF, not enabled)
-        _replace(node, result)
+        replace_node(node, result)
 
 
 def skip_whole_slices(graph: fx.Graph) -> None:
@@ -166,9 +166,10 @@ def _covered(module: fx.GraphModule) -> bool:
     return all(target is operator.getitem or function_rule(target) is not None for target in calls)
 
 
-def _trace(
+def traced(
     node: fx.Node, function: Callable[..., Any] | None, table: dict[Any, Any]
 ) -> fx.GraphModule | None:
+    """The graph of a function of the arguments of a node; None where it cannot be traced."""
     if function is None:
         return None
     inputs = node.all_input_nodes
@@ -189,7 +190,8 @@ def _trace(
         return None
 
 
-def _replace(node: fx.Node, result: Any) -> None:
+def replace_node(node: fx.Node, result: Any) -> None:
+    """Put another node, or those of several outputs, in the place of a node."""
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(result)
     else:  # a tuple: its users are getitem

@@ -22,6 +22,7 @@ from orthonet._torch import mutates
 from orthonet.certify.graph.decompose import decompose, inline_regions, skip_whole_slices
 from orthonet.certify.graph.fold import fold, moving
 from orthonet.certify.graph.marks import Marker, mark_of, marked_copy
+from orthonet.certify.graph.pairs import write_pairs
 from orthonet.certify.graph.program import BATCH, Program
 from orthonet.certify.graph.questions import refuse_found
 from orthonet.certify.graph.regions import autocast_region
@@ -118,6 +119,9 @@ def export(
         mark = mark_of(node)
         if mark is not None and mark[1] >= 0:
             result.entries.setdefault(mark[0], {})[mark[1]] = node
+    moves = moving(graph.nodes, nodes)
+    write_pairs(graph, [n for n in _needed(result, list(graph.nodes)) if n in moves])
+    result.outputs = [_outputs(last)[i] for i in places]
     moves = moving(graph.nodes, nodes)
     decompose(graph, [n for n in _needed(result, list(graph.nodes)) if n in moves])
     result.outputs = [_outputs(last)[i] for i in places]

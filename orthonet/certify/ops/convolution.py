@@ -263,19 +263,21 @@ def _transposed(call: Call) -> Step:
 # --- padding -------------------------------------------------------------------------------------
 
 
-def _pads(target: Any, given: Callable[..., Any]) -> tuple[list[tuple[int, int]], str]:
-    """The padding of the last dims, and how it is filled."""
+def _pads(target: Any, given: Callable[..., Any], rank: int) -> tuple[list[tuple[int, int]], str]:
+    """The padding of the last dims of samples of this rank, and how it is filled."""
     name = aten_name(target)
     amounts = list(given("pad", given("padding", ())))
     mode = given("mode", "constant")
     if name.startswith(("reflection", "replication")):
         mode = "reflect" if name.startswith("reflection") else "replicate"
     pads = [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)][::-1]
+    if len(pads) == rank + 1 and pads[0] == (0, 0):  # of the batch
+        del pads[0]
     return pads, mode
 
 
 def _pad_run(a: Values, absolute: bool) -> Any:
-    pads, mode = _pads(a.target, a.get)
+    pads, mode = _pads(a.target, a.get, a["self"].ndim - 1)
     x = a["self"]
     sizes = x.shape[x.ndim - len(pads) :]
     return axes.along(x, [axes.padding(n, p, mode) for n, p in zip(sizes, pads, strict=True)])
@@ -283,7 +285,7 @@ def _pad_run(a: Values, absolute: bool) -> Any:
 
 def _pad_form(state: Any, forms: list[Form]) -> Form | None:
     (form,) = forms
-    pads, mode = _pads(state.call.target, state.call.given)
+    pads, mode = _pads(state.call.target, state.call.given, len(state.parents[0].shape))
     bare = form.kernel is None and all(pad == (0, 0) for pad in form.pads)
     if not bare or len(pads) != form.dims or min(min(p) for p in pads) < 0:
         return None
@@ -331,7 +333,7 @@ _PADS = [f"{mode}_pad{d}d.default" for mode in ("reflection", "replication") for
     samples=_pad_samples,
 )
 def _pad(call: Call) -> Step:
-    pads, mode = _pads(call.target, call.given)
+    pads, mode = _pads(call.target, call.given, len(call.operands[0].shape))
     sizes = spatial_sizes(call, len(pads), channels=0)
     value = scalar_rounding(call, call.given("value"))
     return exact(padding_gain(sizes, pads, mode), f"{mode} padding", value)

@@ -185,7 +185,9 @@ class Walker:
             self._refuse(
                 node,
                 "a value that depends on the input must be float32 or float64",
-                "Comparisons, indices and casts to fewer bits jump, complex numbers have no rules",
+                "Comparisons, indices and casts to fewer bits jump. Complex values may be "
+                "transformed by torch.fft, moved around, added, and multiplied by constants; "
+                "return abs(), .real or torch.view_as_real of them",
             )
         before = [n.meta.get("val") for n in node.all_input_nodes if n in self.states]
         if value.dtype == torch.float32 and any(
