@@ -16,12 +16,13 @@ from orthonet._torch import composite_of, core_decompositions, is_overload, over
 from orthonet.certify.graph.regions import DECOMPOSED, REGION_OFF
 from orthonet.certify.rules import function_rule
 
-__all__ = ["decompose", "inline_regions", "replace_node", "skip_whole_slices", "traced"]
+__all__ = ["FAILURES", "decompose", "inline_regions", "replace_node", "skip_whole_slices", "traced"]
 
 _REGION = "wrap_with_autocast"  # by name: PyTorch 2.6 loads the operation only when it is used
 
 _END = 2**62  # torch writes the largest integer for an open end
-_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+"""What operations raise for arguments that they cannot take."""
 
 
 def decompose(graph: fx.Graph, nodes: list[fx.Node]) -> None:
@@ -186,7 +187,7 @@ def traced(
     try:
         with modes[0] or nullcontext(), torch.no_grad():
             return make_fx(call, decomposition_table=table)(*values)
-    except _FAILURES:
+    except FAILURES:
         return None
 
 

@@ -7,7 +7,7 @@ operations, which have rules. An operation that is not listed here stays complex
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -15,13 +15,17 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from orthonet._torch import composite_of, overload_name
-from orthonet.certify.graph.decompose import replace_node, traced
+from orthonet.certify.graph.decompose import FAILURES, replace_node, traced
 from orthonet.certify.graph.regions import DECOMPOSED, REGION_OFF
 from orthonet.certify.ops.fourier import as_pairs, fourier, half_to_real, times
 
-__all__ = ["write_pairs"]
+__all__ = ["STUCK", "write_pairs"]
+
+STUCK = "orthonet_complex"
+"""Of nodes that take complex values and cannot be written in reals."""
 
 _TRANSFORMS = ("fft_", "stft", "istft")
+_COPIES = {"_to_copy", "to", "clone", "contiguous"}
 _aten = torch.ops.aten
 
 
@@ -44,11 +48,15 @@ def write_pairs(graph: fx.Graph, moving: Sequence[fx.Node]) -> None:
         reads = [n for n in node.all_input_nodes if n in found]
         if not _is_complex(node) and not any(n in pairs for n in reads):
             continue
-        write = _WRITERS.get(_name(node).partition(".")[0])
-        if write is None or any(_is_complex(n) and n not in pairs for n in reads):
+        name = _name(node).partition(".")[0]
+        if any(_is_complex(n) and n not in pairs for n in reads):
             continue
-        result = write(_Writer(graph, node, pairs, found))
+        result, write = None, _WRITERS.get(name)
+        if write is not None and (not node.kwargs or name in _COPIES):  # no writer reads others
+            with suppress(*FAILURES):  # arguments that its operation cannot take in reals
+                result = write(_Writer(graph, node, pairs, found))
         if result is None:
+            node.meta[STUCK] = True
             continue
         if _is_complex(node):
             pairs[node] = result
@@ -140,9 +148,10 @@ class _Writer:
             new = self.graph.call_function(target, args, kwargs)
         values, options = map_arg((args, kwargs), lambda n: n.meta["val"])
         fakes = (getattr(v.meta["val"], "fake_mode", None) for v in self.node.all_input_nodes)
-        mode = next((m for m in fakes if m is not None), None)
-        with mode or nullcontext(), torch.no_grad():
-            new.meta["val"] = _SHAPES.get(target, target)(*values, **options)
+        mode = next((m for m in fakes if m is not None), nullcontext())
+        run: Callable[..., Any] = _SHAPES.get(target) or target
+        with mode, torch.no_grad():
+            new.meta["val"] = run(*values, **options)
         _like(new, self.node)
         return new
 
@@ -260,6 +269,14 @@ def _modulus(w: _Writer) -> fx.Node | None:
     return w.emit(_aten.linalg_vector_norm.default, w.pair(w.args[0]), 2, [w.rank])
 
 
+@_writes("linalg_vector_norm")
+def _norm(w: _Writer) -> fx.Node | None:
+    x, order, dims, *keep = (*w.args, 2, None)[: max(3, len(w.args))]
+    if order != 2 or any(keep):
+        return None
+    return w.emit(_aten.linalg_vector_norm.default, w.pair(x), 2, [*w.dims(dims), w.rank])
+
+
 @_writes("_conj", "_conj_physical", "conj_physical", "conj")
 def _conjugate(w: _Writer) -> fx.Node | None:
     signs = w.emit(_constant_pair, 1.0, -1.0, w.dtype)
@@ -296,7 +313,7 @@ def _negative(w: _Writer) -> fx.Node | None:
 
 @_writes("add", "sub")
 def _sum(w: _Writer) -> fx.Node | None:
-    if w.node.kwargs or len(w.args) > 2:
+    if len(w.args) > 2:
         return None
     a, b = (w.pair(v) for v in w.args)
     target = _aten.add.Tensor if _name(w.node).startswith("add") else _aten.sub.Tensor
@@ -320,7 +337,7 @@ def _product(w: _Writer) -> fx.Node | None:
 @_writes("div")
 def _quotient(w: _Writer) -> fx.Node | None:
     x, c = w.args
-    if w.node.kwargs or x not in w.pairs or _is_complex(c) or isinstance(c, complex):
+    if x not in w.pairs or _is_complex(c) or isinstance(c, complex):
         return None
     if isinstance(c, fx.Node):
         if c in w.moving:
@@ -336,7 +353,7 @@ def _einsum(w: _Writer) -> fx.Node | None:
     left, arrow, out = equation.partition("->")
     names = left.split(",")
     free = [c for c in "PQRSTUVWXYZ" if c not in equation]
-    if not arrow or "." in equation or len(tensors) != 2 or w.node.kwargs or len(w.args) > 2:
+    if not arrow or "." in equation or len(tensors) != 2 or len(w.args) > 2:
         return None
     where = [i for i, t in enumerate(tensors) if t in w.pairs]
     if len(where) != 1 or tensors[1 - where[0]] in w.moving:
@@ -373,13 +390,43 @@ def _reshape(w: _Writer) -> fx.Node | None:
     return w.emit(_aten.reshape.default, w.pair(w.args[0]), [-1, *shape[1:], 2])
 
 
-@_writes("slice", "select", "index_select", "narrow", "unfold")
+@_writes("slice", "select", "index_select", "narrow")
 def _along(w: _Writer) -> fx.Node | None:
     """The second argument is a dim."""
     x, dim, *rest = (*w.args, 0)[: max(2, len(w.args))]
     if len(w.args) == 1:
         return w.pair(x)
-    return w.emit(w.node.target, w.pair(x), w.front(dim), *rest, **w.node.kwargs)
+    return w.emit(w.node.target, w.pair(x), w.front(dim), *rest)
+
+
+@_writes("index")
+def _indexed(w: _Writer) -> fx.Node | None:
+    return w.emit(w.node.target, w.pair(w.args[0]), *w.args[1:])
+
+
+@_writes("masked_fill", "where")
+def _masked(w: _Writer) -> fx.Node | None:
+    """By a constant mask."""
+    filled = _name(w.node).startswith("masked_fill")
+    mask, x, y = (w.args[1], w.args[2], w.args[0]) if filled else w.args
+    if not isinstance(mask, fx.Node) or mask in w.moving:
+        return None
+    mask = w.emit(_aten.unsqueeze.default, mask, -1)
+    return w.emit(_aten.where.self, mask, w.pair(x), w.pair(y))
+
+
+@_writes("fill")
+def _filled(w: _Writer) -> fx.Node | None:
+    zeros = w.emit(_aten.zeros_like.default, w.pair(w.args[0]))
+    return w.emit(_aten.add.Tensor, zeros, w.pair(w.args[1]))
+
+
+@_writes("expand")
+def _expanded_pairs(w: _Writer) -> fx.Node | None:
+    shape = w.node.meta["val"].shape
+    if len(shape) != w.rank:
+        return None
+    return w.emit(_aten.expand.default, w.pair(w.args[0]), [-1, *shape[1:], 2])
 
 
 @_writes("permute", "flip")
@@ -425,14 +472,14 @@ def _padded(w: _Writer) -> fx.Node | None:
 
 @_writes("cat", "stack")
 def _joined(w: _Writer) -> fx.Node | None:
-    tensors, dim = (*w.args, 0)[:2]
+    tensors, dim = w.args[0], (*w.args, 0)[1]
     rank = w.node.meta["val"].ndim
     return w.emit(w.node.target, [w.pair(t) for t in tensors], w.front(dim, rank))
 
 
 @_writes("sum", "mean")
 def _reduced(w: _Writer) -> fx.Node | None:
-    if w.node.kwargs or _name(w.node).partition(".")[2] not in ("dim_IntList", "dim"):
+    if _name(w.node).partition(".")[2] not in ("dim_IntList", "dim"):
         return None
     x, dims, *keep = w.args
     return w.emit(w.node.target, w.pair(x), w.dims(dims), *keep)

@@ -19,6 +19,7 @@ from orthonet.certify.graph.consistency import check_same_function, check_sample
 from orthonet.certify.graph.export import export
 from orthonet.certify.graph.fold import fill
 from orthonet.certify.graph.marks import ROOT, LeafCall, mark_of
+from orthonet.certify.graph.pairs import STUCK
 from orthonet.certify.graph.program import Program, op_name, path_of, source_of
 from orthonet.certify.norms import limits, matrix_norm
 from orthonet.certify.ops.advice import ADVICE
@@ -182,8 +183,9 @@ class Walker:
                 "batch_first=True, return the first output alone, or its last step, output[:, -1]",
             )
         if value.dtype not in (torch.float32, torch.float64, self.program.autocast):
+            stuck = (n for n in self.program.nodes if n.meta.get(STUCK) and value.is_complex())
             self._refuse(
-                node,
+                next(stuck, node),
                 "a value that depends on the input must be float32 or float64",
                 "Comparisons, indices and casts to fewer bits jump. Complex values may be "
                 "transformed by torch.fft, moved around, added, and multiplied by constants; "
