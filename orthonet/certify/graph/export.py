@@ -22,6 +22,7 @@ from orthonet._torch import mutates
 from orthonet.certify.graph.decompose import decompose, inline_regions, skip_whole_slices
 from orthonet.certify.graph.fold import fold, moving
 from orthonet.certify.graph.marks import Marker, mark_of, marked_copy
+from orthonet.certify.graph.masks import MaskedReads
 from orthonet.certify.graph.pairs import write_pairs
 from orthonet.certify.graph.program import BATCH, Program
 from orthonet.certify.graph.questions import refuse_found
@@ -60,6 +61,7 @@ def export(
             torch.no_grad(),
             warnings.catch_warnings(),
             _unlogged(),
+            MaskedReads(twin),
             recording(recorder),
             autocast_region(samples[0].device, autocast),
         ):

@@ -173,7 +173,8 @@ class Walker:
                 self._refuse(
                     node,
                     "a shape must not depend on values, such as those of a mask",
-                    "Index with integers: self.index = mask.nonzero()[:, 0] in __init__",
+                    "Index with a buffer of the model, or with integers: self.index = "
+                    "mask.nonzero()[:, 0] in __init__",
                 )
             self._refuse(
                 node,
@@ -187,9 +188,10 @@ class Walker:
             self._refuse(
                 next(stuck, node),
                 "a value that depends on the input must be float32 or float64",
-                "Comparisons, indices and casts to fewer bits jump. Complex values may be "
-                "transformed by torch.fft, moved around, added, and multiplied by constants; "
-                "return abs(), .real or torch.view_as_real of them",
+                "Complex values may be transformed by torch.fft, moved, added, and multiplied "
+                "by constants; return abs(), .real or torch.view_as_real of them"
+                if value.is_complex()
+                else "Comparisons, indices and casts to fewer bits jump",
             )
         before = [n.meta.get("val") for n in node.all_input_nodes if n in self.states]
         if value.dtype == torch.float32 and any(
