@@ -54,12 +54,12 @@ def update_base(
     optimizer: torch.optim.Optimizer | None = None,
     moments: Moments = "transport",
 ) -> None:
-    r"""Move the base of constrained tensors to their present values, which stay the same.
+    """Move the base of constrained tensors to their present values, which stay the same.
 
-    Doing so after every optimizer step is Riemannian gradient descent, with that optimizer as the
-    rule for the step; now and then, it keeps the coordinates where the trivialization is nearly
-    an isometry. The new base is projected onto its space, so that it never drifts, and everything
-    is written in place, so that DistributedDataParallel and optimizers keep their hold.
+    Riemannian gradient descent is this after every optimizer step, with that optimizer as the
+    rule for the step. Now and then, it keeps the coordinates where the trivialization is nearly
+    an isometry. The new base is projected onto its space, so it never drifts. Everything is
+    written in place, so DistributedDataParallel and optimizers keep their references.
 
     Args:
         module: A module.
@@ -67,11 +67,19 @@ def update_base(
         optimizer: The optimizer whose state is to follow.
         moments: What becomes of the averages that `optimizer` keeps of the coordinates' gradients:
             "transport" pushes them forward by the differential of the map to the present point and
-            expresses them in the coordinates there (averages of squares stay), "reset" forgets
-            all of them, "keep" leaves all.
+            expresses them in the coordinates there (averages of squares stay), "reset" sets
+            all of them to zero, "keep" leaves all.
 
     Raises:
-        ValueError: the tensor is not constrained, or `moments` is unknown.
+        ValueError: The tensor is not constrained, or `moments` is unknown.
+
+    Examples:
+        >>> import orthonet
+        >>> layer = orthonet.orthogonal(nn.Linear(3, 3), init="sample")
+        >>> before = layer.weight.clone()
+        >>> update_base(layer, "weight")
+        >>> layer.weight.allclose(before, atol=1e-6)
+        True
     """
     _checks.one_of("update_base", ("transport", "reset", "keep"), moments=moments)
     _checks.module("update_base", module=module)
@@ -108,13 +116,26 @@ def rebase_every(
     """Call `update_base` on `module` after every `steps` steps of `optimizer`.
 
     Args:
-        module: A module; all its constrained tensors are concerned.
+        module: A module; all its constrained tensors are rebased.
         optimizer: The optimizer of their coordinates.
-        steps: Number of steps; 1 is Riemannian descent proper.
-        moments: See `update_base`.
+        steps: Number of steps; 1 is Riemannian gradient descent.
+        moments: See [`update_base`][orthonet.constraints.update_base].
 
     Returns:
-        A handle, whose `remove()` ends it.
+        A handle; its `remove()` ends the rebasing.
+
+    Raises:
+        ValueError: `steps` is not a positive integer.
+        TypeError: `optimizer` is no optimizer of PyTorch.
+
+    Examples:
+        >>> import orthonet
+        >>> layer = orthonet.orthogonal(nn.Linear(3, 3))
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> handle = rebase_every(layer, optimizer, steps=1)
+        >>> layer(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
+        >>> handle.remove()
     """
     _checks.positive_int("rebase_every", steps=steps)
     _check_optimizer("rebase_every", optimizer)

@@ -24,16 +24,25 @@ def positive_definite(
     *,
     init: Init = None,
 ) -> M:
-    """Positive definite matrices.
+    r"""Constrain a tensor to positive definite matrices.
+
+    \(X = Q \operatorname{diag}(f(s)) Q^\top\) with an orthogonal frame Q; see
+    [`PSD`][orthonet.manifolds.PSD].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, n).
-        f: A map to the positive numbers: "softplus", "exp", "absolute", a function, or a pair of a
-            function and its inverse.
-        triv: "exponential" (or "expm"), "cayley", or a map from skew-symmetric matrices to
-            orthogonal ones, for the frames.
+        tensor_name: Its tensor.
+        f: See [`constrain`][orthonet.constraints.constrain].
+        triv: See [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, n).
+
+    Examples:
+        >>> layer = positive_definite(nn.Linear(4, 4))
+        >>> bool((torch.linalg.eigvalsh(layer.weight) > 0).all())
+        True
     """
     return constrain(module, tensor_name, PSD(), init=init, f=f, triv=triv)
 
@@ -41,14 +50,23 @@ def positive_definite(
 def positive_semidefinite(
     module: M, tensor_name: str = "weight", triv: Triv = "exponential", *, init: Init = None
 ) -> M:
-    """Positive semidefinite matrices.
+    """Constrain a tensor to positive semidefinite matrices.
+
+    The eigenvalues are absolute values: 0 is reached. See [`PSSD`][orthonet.manifolds.PSSD].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, n).
-        triv: "exponential" (or "expm"), "cayley", or a map from skew-symmetric matrices to
-            orthogonal ones, for the frames.
+        tensor_name: Its tensor.
+        triv: See [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, n).
+
+    Examples:
+        >>> layer = positive_semidefinite(nn.Linear(4, 4))
+        >>> bool((torch.linalg.eigvalsh(layer.weight) > -1e-6).all())
+        True
     """
     return constrain(module, tensor_name, PSSD(), init=init, triv=triv)
 
@@ -56,15 +74,24 @@ def positive_semidefinite(
 def positive_semidefinite_low_rank(
     module: M, tensor_name: str, rank: int, triv: Triv = "exponential", *, init: Init = None
 ) -> M:
-    """Positive semidefinite matrices of rank at most `rank`.
+    """Constrain a tensor to positive semidefinite matrices of rank at most `rank`.
+
+    See [`PSSDLowRank`][orthonet.manifolds.PSSDLowRank].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, n).
-        rank: The largest rank.
-        triv: "exponential" (or "expm"), "cayley", or a map from skew-symmetric matrices to
-            orthogonal ones, for the frames.
+        tensor_name: Its tensor.
+        rank: From 1 to n.
+        triv: See [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, n).
+
+    Examples:
+        >>> layer = positive_semidefinite_low_rank(nn.Linear(4, 4), "weight", rank=2)
+        >>> int(torch.linalg.matrix_rank(layer.weight)) <= 2
+        True
     """
     return constrain(module, tensor_name, PSSDLowRank(rank), init=init, triv=triv)
 
@@ -78,27 +105,45 @@ def positive_semidefinite_fixed_rank(
     *,
     init: Init = None,
 ) -> M:
-    """Positive semidefinite matrices of rank exactly `rank`.
+    """Constrain a tensor to positive semidefinite matrices of rank `rank`, no less.
+
+    See [`PSSDFixedRank`][orthonet.manifolds.PSSDFixedRank].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, n).
-        rank: The rank.
-        f: A map to the positive numbers: "softplus", "exp", "absolute", a function, or a pair of a
-            function and its inverse.
-        triv: "exponential" (or "expm"), "cayley", or a map from skew-symmetric matrices to
-            orthogonal ones, for the frames.
+        tensor_name: Its tensor.
+        rank: From 1 to n.
+        f: See [`constrain`][orthonet.constraints.constrain].
+        triv: See [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, n).
+
+    Examples:
+        >>> layer = positive_semidefinite_fixed_rank(nn.Linear(4, 4), "weight", rank=2)
+        >>> int(torch.linalg.matrix_rank(layer.weight))
+        2
     """
     return constrain(module, tensor_name, PSSDFixedRank(rank), init=init, f=f, triv=triv)
 
 
 def correlation(module: M, tensor_name: str = "weight", *, init: Init = None) -> M:
-    """Correlation matrices: positive semidefinite, with ones on the diagonal.
+    """Constrain a tensor to correlation matrices: positive semidefinite, with a unit diagonal.
+
+    See [`Correlation`][orthonet.manifolds.Correlation].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, n).
+        tensor_name: Its tensor.
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, n).
+
+    Examples:
+        >>> layer = correlation(nn.Linear(4, 4))
+        >>> layer.weight.diagonal().allclose(torch.ones(4))
+        True
     """
     return constrain(module, tensor_name, Correlation(), init=init)

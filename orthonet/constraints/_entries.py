@@ -29,14 +29,25 @@ __all__ = [
 def nonnegative(
     module: M, tensor_name: str = "weight", f: Scalar | None = None, *, init: Init = None
 ) -> M:
-    r"""Entries \(\ge 0\).
+    r"""Constrain a tensor to entries \(\ge 0\).
+
+    See [`Nonnegative`][orthonet.manifolds.Nonnegative].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, of any shape.
-        f: None for the absolute value, or a map to the positive numbers: "softplus", "exp", a
-            function, or a pair of a function and its inverse.
+        tensor_name: Its tensor.
+        f: None for the absolute value, which reaches 0; otherwise a map to the positive numbers,
+            see
+            [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        Any.
+
+    Examples:
+        >>> layer = nonnegative(nn.Linear(4, 3))
+        >>> bool((layer.weight >= 0).all())
+        True
     """
     return constrain(module, tensor_name, Nonnegative(), init=init, f=f)
 
@@ -50,16 +61,25 @@ def bounded(
     *,
     init: Init = None,
 ) -> M:
-    """Entries in [low, high].
+    """Constrain a tensor to entries in [low, high].
+
+    See [`Bounded`][orthonet.manifolds.Bounded].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, of any shape.
+        tensor_name: Its tensor.
         low: Smallest value.
         high: Largest value.
-        f: A map to [-1, 1]: "fold" (a triangle wave, whose slope is nowhere 0), "sin", "tanh",
-            "scaled_sigmoid", a function, or a pair of a function and its inverse.
+        f: See [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        Any.
+
+    Examples:
+        >>> layer = bounded(nn.Linear(4, 3), low=0.0, high=0.1)
+        >>> bool((layer.weight >= 0).all() and (layer.weight <= 0.1).all())
+        True
     """
     return constrain(module, tensor_name, Bounded(low, high), init=init, f=f)
 
@@ -72,26 +92,46 @@ def norm_ball(
     flatten: bool = False,
     init: Init = None,
 ) -> M:
-    """Vectors along the last dimension of norm at most `radius`.
+    """Constrain a tensor to vectors of norm at most `radius` along the last dimension.
+
+    See [`NormBall`][orthonet.manifolds.NormBall].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n).
-        radius: The radius.
+        tensor_name: Its tensor.
+        radius: Largest norm, positive.
         flatten: See [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n).
+
+    Examples:
+        >>> layer = norm_ball(nn.Linear(4, 3), radius=0.5)
+        >>> bool((layer.weight.norm(dim=-1) <= 0.5 * (1 + 1e-6)).all())
+        True
     """
     return constrain(module, tensor_name, NormBall(radius), init=init, flatten=flatten)
 
 
 def simplex(module: M, tensor_name: str = "weight", f: str = "absolute", *, init: Init = None) -> M:
-    r"""Vectors along the last dimension with entries \(\ge 0\) that sum to 1.
+    r"""Constrain a tensor to probability vectors along the last dimension.
+
+    Their entries are \(\ge 0\) and sum to 1; see [`Simplex`][orthonet.manifolds.Simplex].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n).
-        f: "absolute" or "softmax", see `Simplex.parametrization`.
+        tensor_name: Its tensor.
+        f: "absolute", which reaches 0, or "softmax".
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n).
+
+    Examples:
+        >>> layer = simplex(nn.Linear(4, 3))
+        >>> layer.weight.sum(-1).allclose(torch.ones(3))
+        True
     """
     return constrain(module, tensor_name, Simplex(), init=init, f=f)
 
@@ -99,24 +139,44 @@ def simplex(module: M, tensor_name: str = "weight", f: str = "absolute", *, init
 def stochastic(
     module: M, tensor_name: str = "weight", f: str = "absolute", *, init: Init = None
 ) -> M:
-    r"""Row-stochastic matrices: entries \(\ge 0\), each row sums to 1; as `simplex`.
+    """Constrain a tensor to row-stochastic matrices: each row is a probability vector.
+
+    This is [`simplex`][orthonet.constraints.simplex] by the name that it has for matrices.
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, k).
-        f: "absolute" or "softmax", see `Simplex.parametrization`.
+        tensor_name: Its tensor.
+        f: "absolute" or "softmax", as there.
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, k).
+
+    Examples:
+        >>> layer = stochastic(nn.Linear(4, 3), f="softmax")
+        >>> bool((layer.weight > 0).all())
+        True
     """
     return constrain(module, tensor_name, Simplex(), init=init, f=f)
 
 
 def doubly_stochastic(module: M, tensor_name: str = "weight", *, init: Init = None) -> M:
-    r"""Matrices with entries \(> 0\), rows and columns of which sum to 1.
+    r"""Constrain a tensor to doubly stochastic matrices: rows and columns sum to 1.
+
+    Their entries are \(> 0\); see [`DoublyStochastic`][orthonet.manifolds.DoublyStochastic].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, n).
+        tensor_name: Its tensor.
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, n).
+
+    Examples:
+        >>> layer = doubly_stochastic(nn.Linear(4, 4))
+        >>> layer.weight.sum(0).allclose(torch.ones(4), atol=1e-5)
+        True
     """
     return constrain(module, tensor_name, DoublyStochastic(), init=init)
 
@@ -124,13 +184,23 @@ def doubly_stochastic(module: M, tensor_name: str = "weight", *, init: Init = No
 def hyperbolic(
     module: M, tensor_name: str = "weight", radius: float = 1.0, *, init: Init = None
 ) -> M:
-    """Vectors along the last dimension on the hyperboloid of curvature -1 / radius².
+    """Constrain a tensor to points of the hyperboloid along the last dimension.
+
+    Its curvature is -1 / radius²; see [`Hyperbolic`][orthonet.manifolds.Hyperbolic].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n + 1).
-        radius: The radius.
+        tensor_name: Its tensor.
+        radius: Of the hyperboloid, positive.
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n + 1), the time-like coordinate first.
+
+    Examples:
+        >>> x = hyperbolic(nn.Embedding(5, 3)).weight
+        >>> (x[:, 0] ** 2 - x[:, 1:].square().sum(-1)).allclose(torch.ones(5), atol=1e-4)
+        True
     """
     return constrain(module, tensor_name, Hyperbolic(radius), init=init)
 
@@ -138,12 +208,22 @@ def hyperbolic(
 def poincare_ball(
     module: M, tensor_name: str = "weight", radius: float = 1.0, *, init: Init = None
 ) -> M:
-    """Vectors along the last dimension in the Poincaré ball of curvature -1 / radius².
+    """Constrain a tensor to points of the Poincaré ball along the last dimension.
+
+    Its curvature is -1 / radius²; see [`PoincareBall`][orthonet.manifolds.PoincareBall].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n).
-        radius: The radius.
+        tensor_name: Its tensor.
+        radius: Of the ball, positive.
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n).
+
+    Examples:
+        >>> x = poincare_ball(nn.Embedding(5, 3)).weight
+        >>> bool((x.norm(dim=-1) < 1).all())
+        True
     """
     return constrain(module, tensor_name, PoincareBall(radius), init=init)

@@ -11,25 +11,45 @@ __all__ = ["oblique", "skew", "sphere", "symmetric", "unit_norm"]
 def symmetric(
     module: M, tensor_name: str = "weight", lower: bool = True, *, init: Init = None
 ) -> M:
-    """Symmetric matrices.
+    """Constrain a tensor to symmetric matrices (complex: Hermitian ones).
+
+    See [`Symmetric`][orthonet.manifolds.Symmetric].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, n).
-        lower: The coordinates are the lower triangle (else the upper one).
+        tensor_name: Its tensor.
+        lower: Take the coordinates from the lower triangle, otherwise from the upper one.
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, n).
+
+    Examples:
+        >>> layer = symmetric(nn.Linear(4, 4))
+        >>> torch.equal(layer.weight, layer.weight.T)
+        True
     """
     return constrain(module, tensor_name, Symmetric(), init=init, lower=lower)
 
 
 def skew(module: M, tensor_name: str = "weight", lower: bool = True, *, init: Init = None) -> M:
-    """Skew-symmetric matrices.
+    """Constrain a tensor to skew-symmetric matrices (complex: skew-Hermitian ones).
+
+    See [`Skew`][orthonet.manifolds.Skew].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, n).
-        lower: The coordinates are the lower triangle (else the upper one).
+        tensor_name: Its tensor.
+        lower: As of [`symmetric`][orthonet.constraints.symmetric].
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, n).
+
+    Examples:
+        >>> layer = skew(nn.Linear(4, 4))
+        >>> torch.equal(layer.weight, -layer.weight.T)
+        True
     """
     return constrain(module, tensor_name, Skew(), init=init, lower=lower)
 
@@ -42,36 +62,66 @@ def sphere(
     *,
     init: Init = None,
 ) -> M:
-    """Vectors of norm `radius` along the last dimension.
+    """Constrain a tensor to vectors of norm `radius` along the last dimension.
+
+    See [`Sphere`][orthonet.manifolds.Sphere].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n).
-        radius: The radius.
+        tensor_name: Its tensor.
+        radius: Of the sphere, positive.
         embedded: Divide by the norm, instead of following great circles from a base.
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n).
+
+    Examples:
+        >>> layer = sphere(nn.Linear(4, 3))
+        >>> layer.weight.norm(dim=-1).allclose(torch.ones(3))
+        True
     """
     return constrain(module, tensor_name, Sphere(radius), init=init, embedded=embedded)
 
 
 def oblique(module: M, tensor_name: str = "weight", radius: float = 1.0, *, init: Init = None) -> M:
-    """Matrices with columns of norm `radius`.
+    """Constrain a tensor to matrices whose columns have norm `radius`.
+
+    See [`Oblique`][orthonet.manifolds.Oblique].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, k).
-        radius: The radius.
+        tensor_name: Its tensor.
+        radius: Of each column, positive.
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, k).
+
+    Examples:
+        >>> layer = oblique(nn.Linear(4, 3))
+        >>> layer.weight.norm(dim=-2).allclose(torch.ones(4))
+        True
     """
     return constrain(module, tensor_name, Oblique(radius), init=init)
 
 
 def unit_norm(module: M, tensor_name: str = "weight", *, init: Init = None) -> M:
-    """All that feeds one output has norm 1: the rows of a linear layer, the kernels of a filter.
+    """Constrain all that feeds one output to norm 1: rows of a linear layer, whole filters.
+
+    This is [`sphere`][orthonet.constraints.sphere] over all dimensions but the first.
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (outputs, ...).
+        tensor_name: Its tensor.
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (outputs, *).
+
+    Examples:
+        >>> layer = unit_norm(nn.Conv2d(2, 3, 5))
+        >>> layer.weight.flatten(1).norm(dim=1).allclose(torch.ones(3))
+        True
     """
     return constrain(module, tensor_name, Sphere(), init=init, flatten=True)

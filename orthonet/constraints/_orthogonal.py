@@ -33,15 +33,17 @@ def orthogonal(
     flatten: bool = False,
     init: Init = None,
 ) -> M:
-    """Matrices with orthonormal columns (tall), rows (wide), or both (square).
+    """Constrain a tensor to orthonormal columns (tall), rows (wide), or both (square).
 
-    A complex tensor becomes unitary, as by [`unitary`][orthonet.constraints.unitary].
+    A complex tensor becomes unitary, as by [`unitary`][orthonet.constraints.unitary]. See
+    [`Stiefel`][orthonet.manifolds.Stiefel] and [`SO`][orthonet.manifolds.SO].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, k).
-        triv: "exponential" (or "expm", "matrix_exp"), "cayley", a map from skew-symmetric matrices
-            to orthogonal ones, or "polar" (the polar factor of an unconstrained matrix).
+        tensor_name: Its tensor.
+        triv: As of [`constrain`][orthonet.constraints.constrain], or "polar": the polar factor of
+            an
+            unconstrained matrix.
         det: For square matrices: None keeps the component of O(n) in which the present weight lies,
             +1 takes the rotations, -1 the others, "free" lets training cross from one to
             the other, with a straight-through estimate of the gradient of that choice.
@@ -51,11 +53,22 @@ def orthogonal(
         flatten: See [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
 
+    Shape:
+        (*batch, n, k).
+
+    Raises:
+        ValueError: The tensor has fewer than two dimensions, or `det` is given for one that is not
+            square.
+
     Examples:
         >>> import orthonet
         >>> layer = orthonet.orthogonal(nn.Linear(64, 128), "weight")
         >>> torch.dist(layer.weight.T @ layer.weight, torch.eye(64)).item() < 1e-5
         True
+
+    References:
+        Lezcano-Casado, *Trivializations for gradient-based optimization on manifolds*, NeurIPS
+        2019.
     """
     _checks.one_of("orthogonal", (None, 1, -1, "+1", "-1", "free"), det=det)
     tensor = getattr(module, tensor_name, None) if isinstance(tensor_name, str) else None
@@ -83,15 +96,25 @@ def grassmannian(
     flatten: bool = False,
     init: Init = None,
 ) -> M:
-    """Orthonormal bases of subspaces, for functions that depend on the subspace only.
+    """Constrain a tensor to orthonormal bases of subspaces.
+
+    For functions that depend on the subspace alone: no direction rotates the basis within it. See
+    [`Grassmannian`][orthonet.manifolds.Grassmannian].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, k).
-        triv: "exponential" (or "expm"), "cayley", or a map from skew-symmetric matrices to
-            orthogonal ones.
+        tensor_name: Its tensor.
+        triv: See [`constrain`][orthonet.constraints.constrain].
         flatten: See [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, k).
+
+    Examples:
+        >>> layer = grassmannian(nn.Linear(4, 6))
+        >>> (layer.weight.T @ layer.weight).allclose(torch.eye(4), atol=1e-5)
+        True
     """
     space = Grassmannian()
     return constrain(module, tensor_name, space, init=init, flatten=flatten, triv=triv)
@@ -104,14 +127,25 @@ def unitary(
     *,
     init: Init = None,
 ) -> M:
-    """Complex matrices with orthonormal columns (rows).
+    """Constrain a complex tensor to orthonormal columns (tall), rows (wide), or both (square).
+
+    See [`Unitary`][orthonet.manifolds.Unitary].
 
     Args:
         module: Any module.
-        tensor_name: Name of the complex tensor, (*batch, n, k).
-        triv: "exponential" (or "expm"), "cayley", or a map from skew-Hermitian matrices to
-            unitary ones.
+        tensor_name: Its tensor.
+        triv: "exponential" (or "expm"), "cayley", or a map from skew-Hermitian matrices to unitary
+            ones.
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, k), complex.
+
+    Examples:
+        >>> layer = unitary(nn.Linear(4, 6, dtype=torch.complex64))
+        >>> gram = layer.weight.mH @ layer.weight
+        >>> gram.allclose(torch.eye(4, dtype=gram.dtype), atol=1e-5)
+        True
     """
     return constrain(module, tensor_name, Unitary(), init=init, triv=triv)
 
@@ -123,15 +157,26 @@ def symplectic(
     *,
     init: Init = "identity",
 ) -> M:
-    """Symplectic matrices of even size.
+    r"""Constrain a tensor to symplectic matrices of even size.
+
+    \(X^\top J X = J\); see [`Symplectic`][orthonet.manifolds.Symplectic].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, 2m, 2m).
+        tensor_name: Its tensor.
         triv: "exponential" (or "expm"), "cayley" (near the base only), or a map from Hamiltonian
             matrices to symplectic ones.
-        init: See [`constrain`][orthonet.constraints.constrain]; the default is the identity, since
-            an arbitrary matrix has no projection onto this group.
+        init: As of [`constrain`][orthonet.constraints.constrain], but the
+            default is the identity: an arbitrary matrix has no projection onto this group.
+
+    Shape:
+        (*batch, 2m, 2m).
+
+    Examples:
+        >>> x = symplectic(nn.Linear(4, 4)).weight
+        >>> j = torch.tensor([[0.0, 1.0], [-1.0, 0.0]]).kron(torch.eye(2))
+        >>> (x.T @ j @ x).allclose(j, atol=1e-5)
+        True
     """
     return constrain(module, tensor_name, Symplectic(), init=init, triv=triv)
 
@@ -146,16 +191,22 @@ def product(
     init: Init = None,
     **options: Any,
 ) -> M:
-    """One space for each block of a matrix, such as the four kernels in that of an `nn.LSTM`.
+    """Constrain the blocks of a matrix, each to a space of its own.
+
+    This serves stacked kernels, such as the four of an `nn.LSTM`; see
+    [`ProductManifold`][orthonet.manifolds.ProductManifold].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, k).
-        spaces: The spaces.
+        tensor_name: Its tensor.
+        spaces: One space a block.
         dim: Dimension along which the blocks lie, -2 or -1.
         sizes: Their sizes; None for equal ones.
         init: See [`constrain`][orthonet.constraints.constrain].
-        **options: Options of all blocks' parametrizations.
+        **options: Options of the parametrizations of all blocks.
+
+    Shape:
+        (*batch, n, k).
 
     Examples:
         >>> import orthonet

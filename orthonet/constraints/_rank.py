@@ -28,18 +28,28 @@ def almost_orthogonal(
     flatten: bool = False,
     init: Init = None,
 ) -> M:
-    r"""Matrices with singular values in \([1 - \lambda, 1 + \lambda]\).
+    r"""Constrain a tensor to matrices with singular values in \([1 - \lambda, 1 + \lambda]\).
+
+    \(X = U \operatorname{diag}(1 + \lambda f(s)) V^\top\) with \(f\) into [-1, 1]; see
+    [`AlmostOrthogonal`][orthonet.manifolds.AlmostOrthogonal].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, k).
-        lam: Half the width of the interval, in [0, 1].
-        f: A map to [-1, 1]: "fold" (a triangle wave, whose slope is nowhere 0), "sin", "tanh",
-            "scaled_sigmoid", a function, or a pair of a function and its inverse.
-        triv: "exponential" (or "expm"), "cayley", or a map from skew-symmetric matrices to
-            orthogonal ones, for the frames.
+        tensor_name: Its tensor.
+        lam: Half of the width of the interval, in [0, 1].
+        f: See [`constrain`][orthonet.constraints.constrain].
+        triv: See [`constrain`][orthonet.constraints.constrain].
         flatten: See [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, k).
+
+    Examples:
+        >>> layer = almost_orthogonal(nn.Linear(6, 4), lam=0.2)
+        >>> s = torch.linalg.svdvals(layer.weight)
+        >>> bool((s > 0.799).all() and (s < 1.201).all())
+        True
     """
     return constrain(
         module, tensor_name, AlmostOrthogonal(lam), init=init, f=f, triv=triv, flatten=flatten
@@ -54,15 +64,20 @@ def alpha_stable(
     *,
     init: Init = None,
 ) -> M:
-    r"""Hurwitz matrices: every eigenvalue has a real part below \(-\alpha\).
+    r"""Constrain a tensor to Hurwitz matrices: real parts of eigenvalues below \(-\alpha\).
+
+    Solutions of the linear system decay at least as fast as that. See
+    [`Hurwitz`][orthonet.manifolds.Hurwitz].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, n).
-        alpha: The rate of decay, at least 0.
-        f: A map to the positive numbers: "softplus", "exp", "absolute", a function, or a pair of a
-            function and its inverse.
+        tensor_name: Its tensor.
+        alpha: Rate of decay, at least 0.
+        f: See [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, n).
 
     Examples:
         >>> layer = alpha_stable(torch.nn.Linear(4, 4), alpha=2.0)
@@ -81,16 +96,25 @@ def low_rank(
     flatten: bool = False,
     init: Init = None,
 ) -> M:
-    """Matrices of rank at most `rank`.
+    """Constrain a tensor to matrices of rank at most `rank`.
+
+    See [`LowRank`][orthonet.manifolds.LowRank].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, k).
-        rank: The largest rank.
-        triv: "exponential" (or "expm"), "cayley", or a map from skew-symmetric matrices to
-            orthogonal ones, for the frames.
+        tensor_name: Its tensor.
+        rank: From 1 to min(n, k).
+        triv: See [`constrain`][orthonet.constraints.constrain].
         flatten: See [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, k).
+
+    Examples:
+        >>> layer = low_rank(nn.Linear(6, 4), "weight", rank=2)
+        >>> int(torch.linalg.matrix_rank(layer.weight)) <= 2
+        True
     """
     return constrain(module, tensor_name, LowRank(rank), init=init, triv=triv, flatten=flatten)
 
@@ -105,18 +129,26 @@ def fixed_rank(
     flatten: bool = False,
     init: Init = None,
 ) -> M:
-    """Matrices of rank exactly `rank`.
+    """Constrain a tensor to matrices of rank `rank`, no less.
+
+    See [`FixedRank`][orthonet.manifolds.FixedRank].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, k).
-        rank: The rank.
-        f: A map to the positive numbers: "softplus", "exp", "absolute", a function, or a pair of a
-            function and its inverse.
-        triv: "exponential" (or "expm"), "cayley", or a map from skew-symmetric matrices to
-            orthogonal ones, for the frames.
+        tensor_name: Its tensor.
+        rank: From 1 to min(n, k).
+        f: See [`constrain`][orthonet.constraints.constrain].
+        triv: See [`constrain`][orthonet.constraints.constrain].
         flatten: See [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, k).
+
+    Examples:
+        >>> layer = fixed_rank(nn.Linear(6, 4), "weight", rank=2)
+        >>> int(torch.linalg.matrix_rank(layer.weight))
+        2
     """
     return constrain(
         module, tensor_name, FixedRank(rank), init=init, f=f, triv=triv, flatten=flatten
@@ -131,16 +163,24 @@ def invertible(
     *,
     init: Init = None,
 ) -> M:
-    """Invertible matrices of positive determinant.
+    """Constrain a tensor to invertible matrices of positive determinant.
+
+    See [`GLp`][orthonet.manifolds.GLp].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, n).
-        f: A map to the positive numbers: "softplus", "exp", "absolute", a function, or a pair of a
-            function and its inverse.
-        triv: "exponential" (or "expm"), "cayley", or a map from skew-symmetric matrices to
-            orthogonal ones, for the frames.
+        tensor_name: Its tensor.
+        f: See [`constrain`][orthonet.constraints.constrain].
+        triv: See [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, n).
+
+    Examples:
+        >>> layer = invertible(nn.Linear(4, 4))
+        >>> bool(torch.det(layer.weight) > 0)
+        True
     """
     return constrain(module, tensor_name, GLp(), init=init, f=f, triv=triv)
 
@@ -153,16 +193,24 @@ def sln(
     *,
     init: Init = None,
 ) -> M:
-    """Matrices of determinant 1.
+    """Constrain a tensor to matrices of determinant 1.
+
+    See [`SL`][orthonet.manifolds.SL].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, n).
-        f: A map to the positive numbers: "softplus", "exp", "absolute", a function, or a pair of a
-            function and its inverse.
-        triv: "exponential" (or "expm"), "cayley", or a map from skew-symmetric matrices to
-            orthogonal ones, for the frames.
+        tensor_name: Its tensor.
+        f: See [`constrain`][orthonet.constraints.constrain].
+        triv: See [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, n).
+
+    Examples:
+        >>> layer = sln(nn.Linear(4, 4).double())
+        >>> abs(torch.det(layer.weight).item() - 1) < 1e-9
+        True
     """
     return constrain(module, tensor_name, SL(), init=init, f=f, triv=triv)
 
@@ -177,18 +225,27 @@ def spectral_ball(
     flatten: bool = False,
     init: Init = None,
 ) -> M:
-    """Matrices of spectral norm at most `radius`: linear maps with that Lipschitz constant.
+    """Constrain a tensor to matrices of spectral norm at most `radius`.
+
+    As a linear map, each of them has this Lipschitz constant. See
+    [`SpectralBall`][orthonet.manifolds.SpectralBall].
 
     Args:
         module: Any module.
-        tensor_name: Name of the tensor, (*batch, n, k).
-        radius: The radius.
-        f: A map to [-1, 1]: "fold" (a triangle wave, whose slope is nowhere 0), "sin", "tanh",
-            "scaled_sigmoid", a function, or a pair of a function and its inverse.
-        triv: "exponential" (or "expm"), "cayley", or a map from skew-symmetric matrices to
-            orthogonal ones, for the frames.
+        tensor_name: Its tensor.
+        radius: Largest norm, positive.
+        f: See [`constrain`][orthonet.constraints.constrain].
+        triv: See [`constrain`][orthonet.constraints.constrain].
         flatten: See [`constrain`][orthonet.constraints.constrain].
         init: See [`constrain`][orthonet.constraints.constrain].
+
+    Shape:
+        (*batch, n, k).
+
+    Examples:
+        >>> layer = spectral_ball(nn.Linear(6, 4), radius=0.5)
+        >>> bool(torch.linalg.matrix_norm(layer.weight, 2) <= 0.5 * (1 + 1e-5))
+        True
     """
     return constrain(
         module, tensor_name, SpectralBall(radius), init=init, f=f, triv=triv, flatten=flatten

@@ -31,7 +31,10 @@ def constrain(
     flatten: bool = False,
     **options: Any,
 ) -> M:
-    r"""Constrain `module.<tensor_name>` to a space, and return the module.
+    """Constrain `module.<tensor_name>` to a space, and return the module.
+
+    The verbs (`orthogonal`, `low_rank`, ...) are this function with a space of their own, and share
+    its arguments.
 
     Args:
         module: Any module.
@@ -47,11 +50,19 @@ def constrain(
         flatten: Treat a tensor of more than two dimensions, such as a convolution kernel, as the
             one matrix `tensor.flatten(1)`, instead of a batch of matrices in its last two
             dimensions.
-        **options: Those of `space.parametrization`.
+        **options: Options of `space.parametrization`. Two are common.
+            `triv`, of spaces with orthonormal frames: "exponential" (or "expm", "matrix_exp"),
+            "cayley", or a map from skew-symmetric matrices to orthogonal ones.
+            `f`, of spaces with positive numbers: "softplus", "exp", "absolute"; of spaces with
+            numbers in an interval: "fold" (a triangle wave, whose slope is nowhere 0), "sin",
+            "tanh",
+            "scaled_sigmoid", all into [-1, 1]; or a function, or a pair of a function and its
+            inverse.
 
     Raises:
-        ValueError: no tensor of this name, or of a shape or dtype that the space does not have.
-        NotOnManifoldError: the present value is off the space and `init` is "keep", or what
+        ValueError: The module has no tensor of this name, or the space has no points of its shape
+            and dtype.
+        NotOnManifoldError: The present value is off the space and `init` is "keep", or what
             `init` asks for is off it, or off the space of an earlier constraint. After an error the
             module is as it was.
 
@@ -150,17 +161,24 @@ def register(module: M, tensor_name: str, parametrization: nn.Module) -> M:
 
 
 def assign(module: nn.Module, tensor_name: str, value: Tensor, *, project: bool = False) -> None:
-    """Set a constrained tensor; `module.<tensor_name> = value` is the same without options.
+    """Set a constrained tensor; `module.<tensor_name> = value` does the same without options.
 
     Args:
         module: The module.
         tensor_name: Name of the constrained tensor.
-        value: The value.
+        value: The value, of the shape of the tensor.
         project: Take the nearest point where `value` is off the space, instead of raising.
 
     Raises:
-        ValueError: the tensor is not constrained, or has another shape.
+        ValueError: The tensor is not constrained, or has another shape.
         NotOnManifoldError: `value` is off the space and `project` is false; nothing has changed.
+
+    Examples:
+        >>> import orthonet
+        >>> layer = orthonet.orthogonal(nn.Linear(2, 2))
+        >>> orthonet.constraints.assign(layer, "weight", 2 * torch.eye(2), project=True)
+        >>> layer.weight.allclose(torch.eye(2))
+        True
     """
     _require_constrained(module, tensor_name)
     last = list(parametrizations_of(module, tensor_name))[-1]
