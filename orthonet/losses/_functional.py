@@ -21,7 +21,7 @@ def offset_cross_entropy(
     temperature: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Cross-entropy after taking `offset` away from the logit of the true class.
+    r"""Return the cross-entropy after `offset` is subtracted from the logit of the true class.
 
     \(\ell(s, y) = t \cdot \mathrm{CE}\big((s - u\, e_y) / t,\; y\big)
     = t \log\big(1 + \sum_{j \ne y} e^{(u - (s_y - s_j)) / t}\big)\), offset \(u\), temperature
@@ -31,18 +31,17 @@ def offset_cross_entropy(
     `radius`.
 
     Args:
-        logits: Scores of the classes.
-        target: Index of the true class.
-        offset: The margin asked for, in units of the logits; 0 is the plain cross-entropy.
-        temperature: Softness of the maximum; small values look only at the runner-up.
-        reduction: "none", "mean" or "sum".
+        logits: (batch, classes).
+        target: True classes, (batch,).
+        offset: The margin asked for, in units of the logits, >= 0; 0 is the plain cross-entropy.
+        temperature: Softness of the maximum, > 0; small values look only at the runner-up.
+        reduction: "none", "mean" or "sum" over the batch.
 
     Shape:
-        `logits`: (batch, classes), `target`: (batch,) of integers. Output: a scalar, or (batch,)
-        with `reduction="none"`.
+        Output: a scalar, or (batch,) with `reduction="none"`.
 
     Raises:
-        ValueError: An argument out of range, or shapes that do not match.
+        ValueError: An option is out of range, or the shapes do not match.
 
     Examples:
         >>> logits = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
@@ -62,7 +61,7 @@ def offset_cross_entropy(
 
 
 def kr(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
-    r"""Kantorovich-Rubinstein loss: minus the distance of the mean scores of two classes.
+    r"""Return the Kantorovich-Rubinstein loss: minus the gap of the mean scores of two classes.
 
     \(-\big(\mathbb E_{x \sim P_+} f(x) - \mathbb E_{x \sim P_-} f(x)\big)\). Its infimum over the
     1-Lipschitz functions is \(-W_1(P_+, P_-)\), the Wasserstein distance. The terms of
@@ -70,16 +69,22 @@ def kr(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
     batch contributes nothing.
 
     Args:
-        input: Scores of a binary classifier.
-        target: Labels in {0, 1} or {-1, 1}, or booleans: positive means class +.
-        reduction: "none", "mean" or "sum".
+        input: Scores of a binary classifier: (batch,) or (batch, 1), or (batch, k) of k
+            classifiers,
+            whose losses are averaged.
+        target: Labels in {0, 1} or {-1, 1}, or booleans, in the shape of `input`: positive means
+            class +.
+        reduction: As of [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
 
     Shape:
-        `input`: (batch,) or (batch, 1), or (batch, k) for k classifiers, whose losses are averaged.
-        `target`: the same. Output: a scalar, or (batch,) with `reduction="none"`.
+        Output: a scalar, or (batch,) without a reduction.
 
     Raises:
-        ValueError: An argument out of range, or shapes that do not match.
+        ValueError: The reduction is unknown, or the shapes do not match.
+
+    Examples:
+        >>> kr(torch.tensor([2.0, 4.0, 1.0]), torch.tensor([1, 1, 0]))
+        tensor(-2.)
 
     References:
         Serrurier et al., *Achieving robustness in classification using optimal transport with
@@ -99,7 +104,7 @@ def hinge_kr(
     margin: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Binary hinge-Kantorovich-Rubinstein (HKR) loss.
+    r"""Return the binary hinge-Kantorovich-Rubinstein (HKR) loss.
 
     \((1 - \alpha)\, \mathrm{KR}(f) + \alpha\, \mathbb E \max(0, m - y f(x))\) with
     \(y = \pm 1\); `alpha = 0` is [`kr`][orthonet.losses.kr], `alpha = 1` the hinge alone. For a
@@ -108,17 +113,21 @@ def hinge_kr(
     \(\alpha = \lambda / (1 + \lambda)\). deel-torchlip's `min_margin` is twice our `margin`.)
 
     Args:
-        input: Scores of a binary classifier.
-        target: Labels in {0, 1} or {-1, 1}, or booleans: positive means class +.
-        alpha: Weight of the hinge, in [0, 1].
-        margin: Radius asked for by the hinge, > 0.
-        reduction: "none", "mean" or "sum".
+        input: As of [`kr`][orthonet.losses.kr].
+        target: As there.
+        alpha: Weight of the hinge, in [0, 1]; the rest is that of the KR term.
+        margin: Certified radius that the hinge asks of a 1-Lipschitz classifier, > 0.
+        reduction: As there.
 
     Shape:
-        As [`kr`][orthonet.losses.kr].
+        As there.
 
     Raises:
-        ValueError: An argument out of range, or shapes that do not match.
+        ValueError: `alpha`, `margin` or `temperature` is out of range, or the shapes do not match.
+
+    Examples:
+        >>> hinge_kr(torch.tensor([2.0, -0.5]), torch.tensor([1, 0]), alpha=0.5)
+        tensor(-1.1250)
 
     References:
         Serrurier et al., CVPR 2021, arXiv:2006.06520.
@@ -139,7 +148,7 @@ def hinge_kr_multiclass(
     margin: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""HKR loss of q classes: one binary classifier against the rest for every class.
+    r"""Return the HKR loss of q classes: one binary classifier against the rest for every class.
 
     \((1 - \alpha)\, \frac1q \sum_k \mathrm{KR}_k(f_k) + \alpha\, \mathbb E \Big[\max(0, m - f_y) +
     \frac{1}{q - 1} \sum_{k \ne y} \max(0, m + f_k)\Big]\), where \(\mathrm{KR}_k\) sets class k
@@ -147,18 +156,22 @@ def hinge_kr_multiclass(
     a 1-Lipschitz network is then \(\sqrt 2\, m\).
 
     Args:
-        input: Scores of the classes.
-        target: Index of the true class.
-        alpha: Weight of the hinge, in [0, 1].
+        input: (batch, classes).
+        target: True classes, (batch,).
+        alpha: As of [`hinge_kr`][orthonet.losses.hinge_kr].
         margin: Distance from 0 that the hinge asks of every score, > 0.
-        reduction: "none", "mean" or "sum".
+        reduction: As there.
 
     Shape:
-        `input`: (batch, classes), `target`: (batch,) of integers. Output: a scalar, or (batch,)
-        with `reduction="none"`.
+        Output: as there.
 
     Raises:
-        ValueError: An argument out of range, or shapes that do not match.
+        ValueError: As there.
+
+    Examples:
+        >>> scores = torch.tensor([[2.0, -1.0], [0.5, 0.0]])
+        >>> hinge_kr_multiclass(scores, torch.tensor([0, 1]), alpha=1.0)
+        tensor(1.2500)
 
     References:
         Serrurier et al., CVPR 2021, arXiv:2006.06520 (the section on multiclass problems).
@@ -181,26 +194,31 @@ def soft_hinge_kr_multiclass(
     temperature: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""HKR loss of q classes in which the likeliest wrong classes weigh most.
+    r"""Return the HKR loss of q classes in which the likeliest wrong classes weigh most.
 
     \((1 - \alpha) \big[-f_y + \sum_{k \ne y} p_k f_k\big] + \alpha \big[\max(0, m - f_y) +
     \sum_{k \ne y} p_k \max(0, m + f_k)\big]\) with \(p = \mathrm{softmax}(f_{k \ne y} / t)\).
-    Every sample stands for itself, no class frequency of the batch enters; the function has no
+    Every sample stands for itself: no class frequency of the batch enters, and the function has no
     state. For \(t \to 0\) only the runner-up counts.
 
     Args:
-        input: Scores of the classes.
-        target: Index of the true class.
-        alpha: Weight of the hinge, in [0, 1].
-        margin: Distance from 0 that the hinge asks of every score, > 0.
+        input: (batch, classes).
+        target: True classes, (batch,).
+        alpha: As of [`hinge_kr_multiclass`][orthonet.losses.hinge_kr_multiclass].
+        margin: As there.
         temperature: Softness of the choice of wrong classes, > 0.
-        reduction: "none", "mean" or "sum".
+        reduction: As there.
 
     Shape:
-        As [`hinge_kr_multiclass`][orthonet.losses.hinge_kr_multiclass].
+        Output: as there.
 
     Raises:
-        ValueError: An argument out of range, or shapes that do not match.
+        ValueError: As there.
+
+    Examples:
+        >>> scores = torch.tensor([[2.0, -1.0], [0.5, 0.0]])
+        >>> soft_hinge_kr_multiclass(scores, torch.tensor([0, 1]), alpha=1.0)
+        tensor(1.2500)
 
     References:
         Serrurier et al., *On the explainable properties of 1-Lipschitz neural networks: an optimal
@@ -226,26 +244,31 @@ def lse_hinge_kr_multiclass(
     temperature: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""HKR loss of q classes against a smooth maximum of the wrong scores.
+    r"""Return the HKR loss of q classes against a smooth maximum of the wrong scores.
 
     \((1 - \alpha) (L - f_y) + \alpha \big[\max(0, m - f_y) + \max(0, m + L)\big]\) with
     \(L = t \log \sum_{k \ne y} e^{f_k / t}\), which lies between the largest wrong score and
     \(t \log(q - 1)\) above it. Where the hinge is 0 the logits have margin \(2 m\).
 
     Args:
-        input: Scores of the classes.
-        target: Index of the true class.
-        alpha: Weight of the hinge, in [0, 1].
-        margin: Distance from 0 that the hinge asks of the right score and of the maximum, > 0.
+        input: (batch, classes).
+        target: True classes, (batch,).
+        alpha: As of [`hinge_kr_multiclass`][orthonet.losses.hinge_kr_multiclass].
+        margin: Distance from 0 that the hinge asks of the true score and of the maximum, > 0.
         temperature: Softness of the maximum, > 0. `margin / math.log(q - 1)` keeps the smooth
             maximum within `margin` of the largest score.
-        reduction: "none", "mean" or "sum".
+        reduction: As there.
 
     Shape:
-        As [`hinge_kr_multiclass`][orthonet.losses.hinge_kr_multiclass].
+        Output: as there.
 
     Raises:
-        ValueError: An argument out of range, or shapes that do not match.
+        ValueError: As there.
+
+    Examples:
+        >>> scores = torch.tensor([[2.0, -1.0], [0.5, 0.0]])
+        >>> lse_hinge_kr_multiclass(scores, torch.tensor([0, 1]), alpha=1.0)
+        tensor(1.2500)
 
     References:
         deel-torchlip's `LseHKRMulticlassLoss`.
@@ -264,25 +287,29 @@ def lse_hinge_kr_multiclass(
 def tau_bce_with_logits(
     input: Tensor, target: Tensor, *, tau: float = 1.0, reduction: str = "mean"
 ) -> Tensor:
-    r"""Binary cross-entropy of \(\tau f\), divided by \(\tau\).
+    r"""Return the binary cross-entropy of \(\tau f\), divided by \(\tau\).
 
     \(\log(1 + e^{-\tau y f}) / \tau\) with \(y = \pm 1\): for \(\tau \to \infty\) the hinge
-    \(\max(0, -y f)\). A 1-Lipschitz classifier cannot scale its scores, so that \(\tau\) chooses
-    between accuracy and margin. The cross-entropy of q classes with this factor is
+    \(\max(0, -y f)\). A 1-Lipschitz classifier cannot scale its scores, so \(\tau\) trades
+    accuracy for margin. The cross-entropy of q classes with this factor is
     [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy] with `offset=0` and
     `temperature=1 / tau`.
 
     Args:
-        input: Scores of a binary classifier.
-        target: Labels in {0, 1} or {-1, 1}, or booleans: positive means class +.
+        input: As of [`kr`][orthonet.losses.kr].
+        target: As there.
         tau: The factor \(\tau\), > 0.
-        reduction: "none", "mean" or "sum".
+        reduction: As there.
 
     Shape:
-        As [`kr`][orthonet.losses.kr].
+        As there.
 
     Raises:
-        ValueError: An argument out of range, or shapes that do not match.
+        ValueError: `tau` is not positive, or the shapes do not match.
+
+    Examples:
+        >>> tau_bce_with_logits(torch.tensor([0.0, 0.0]), torch.tensor([1, 0]), tau=2.0)
+        tensor(0.3466)
 
     References:
         Béthune et al., *Pay attention to your loss*, NeurIPS 2022, arXiv:2104.05097.
@@ -297,7 +324,7 @@ def kr_labels(target: Tensor) -> Tensor:
     r"""Return the weight of each score in the Kantorovich-Rubinstein distance of a whole batch.
 
     \(n / n_+\) for the positive samples and \(-n / n_-\) for the others; 0 in place of an infinite
-    one. Compute the labels where the whole batch is, in front of a scatter to several devices: each
+    one. Compute the labels from the whole batch, before a scatter to several devices: each
     device then averages `labels * scores` over its share, with no knowledge of the others.
 
     Args:
@@ -319,13 +346,13 @@ def kr_labels(target: Tensor) -> Tensor:
 
 
 def check_tau(owner: object, tau: float, reduction: str) -> None:
-    """The arguments of the tempered binary cross-entropy."""
+    """Check the arguments of the tempered binary cross-entropy."""
     _positive(owner, tau=tau)
     _checks.one_of(owner, REDUCTIONS, reduction=reduction)
 
 
 def check_offset(owner: object, offset: float, temperature: float, reduction: str) -> None:
-    """The arguments of the offset cross-entropy."""
+    """Check the arguments of the offset cross-entropy."""
     _checks.require(
         _is_number(offset) and 0 <= offset < math.inf,
         owner,
@@ -344,7 +371,7 @@ def check_hinge_kr(
     reduction: str = "mean",
     temperature: float = 1.0,
 ) -> None:
-    """The arguments of the HKR losses."""
+    """Check the arguments of the HKR losses."""
     _checks.in_range(owner, 0.0, 1.0, alpha=alpha)
     _positive(owner, margin=margin, temperature=temperature)
     _checks.one_of(owner, REDUCTIONS, reduction=reduction)

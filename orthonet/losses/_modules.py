@@ -35,18 +35,10 @@ class _Loss(nn.Module):
 
 
 class OffsetCrossEntropyLoss(_Loss):
-    r"""Cross-entropy after taking `offset` away from the logit of the true class.
+    """Compute the cross-entropy after a margin is subtracted from the logit of the true class.
 
-    See [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
-
-    Args:
-        offset: The margin of the logits asked for; `math.sqrt(2) * radius` for a 1-Lipschitz
-            network and a certified l2 radius.
-        temperature: Softness of the maximum, > 0.
-        reduction: "none", "mean" or "sum".
-
-    Raises:
-        ValueError: An argument out of range.
+    The module of [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy], which documents
+    its arguments, shapes and errors.
 
     Examples:
         >>> OffsetCrossEntropyLoss(offset=1.5, temperature=0.25)
@@ -61,16 +53,14 @@ class OffsetCrossEntropyLoss(_Loss):
 
 
 class TauBCEWithLogitsLoss(_Loss):
-    """Binary cross-entropy of scores at a temperature 1 / tau.
+    """Compute the binary cross-entropy of scores at a temperature 1 / tau.
 
-    See [`tau_bce_with_logits`][orthonet.losses.tau_bce_with_logits].
+    The module of [`tau_bce_with_logits`][orthonet.losses.tau_bce_with_logits], which documents its
+    arguments, shapes and errors.
 
-    Args:
-        tau: Factor of the scores, > 0.
-        reduction: "none", "mean" or "sum".
-
-    Raises:
-        ValueError: An argument out of range.
+    Examples:
+        >>> TauBCEWithLogitsLoss(tau=2.0)(torch.zeros(2), torch.tensor([1, 0]))
+        tensor(0.3466)
     """
 
     _function = staticmethod(_functional.tau_bce_with_logits)
@@ -81,15 +71,13 @@ class TauBCEWithLogitsLoss(_Loss):
 
 
 class KRLoss(_Loss):
-    """Kantorovich-Rubinstein loss of a binary classifier.
+    """Compute the Kantorovich-Rubinstein loss of a binary classifier.
 
-    See [`kr`][orthonet.losses.kr].
+    The module of [`kr`][orthonet.losses.kr], which documents its arguments, shapes and errors.
 
-    Args:
-        reduction: "none", "mean" or "sum".
-
-    Raises:
-        ValueError: An unknown reduction.
+    Examples:
+        >>> KRLoss()(torch.tensor([2.0, 4.0, 1.0]), torch.tensor([1, 1, 0]))
+        tensor(-2.)
     """
 
     _function = staticmethod(_functional.kr)
@@ -100,17 +88,14 @@ class KRLoss(_Loss):
 
 
 class HKRLoss(_Loss):
-    """Hinge-Kantorovich-Rubinstein loss of a binary classifier.
+    """Compute the hinge-Kantorovich-Rubinstein loss of a binary classifier.
 
-    See [`hinge_kr`][orthonet.losses.hinge_kr].
+    The module of [`hinge_kr`][orthonet.losses.hinge_kr], which documents its arguments, shapes and
+    errors.
 
-    Args:
-        alpha: Weight of the hinge, in [0, 1]; the Kantorovich-Rubinstein term has the rest.
-        margin: Certified radius that the hinge asks of a 1-Lipschitz classifier, > 0.
-        reduction: "none", "mean" or "sum".
-
-    Raises:
-        ValueError: An argument out of range.
+    Examples:
+        >>> HKRLoss(alpha=0.5)(torch.tensor([2.0, -0.5]), torch.tensor([1, 0]))
+        tensor(-1.1250)
     """
 
     _function = staticmethod(_functional.hinge_kr)
@@ -121,11 +106,14 @@ class HKRLoss(_Loss):
 
 
 class HKRMulticlassLoss(HKRLoss):
-    """Hinge-Kantorovich-Rubinstein loss, one class against the rest for every class.
+    """Compute the HKR loss, one class against the rest for every class.
 
-    See [`hinge_kr_multiclass`][orthonet.losses.hinge_kr_multiclass]. Arguments and errors are those
-    of [`HKRLoss`][orthonet.losses.HKRLoss]; where the hinge is 0, a 1-Lipschitz network has the
-    certified radius `math.sqrt(2) * margin`.
+    The module of [`hinge_kr_multiclass`][orthonet.losses.hinge_kr_multiclass], which documents its
+    arguments, shapes and errors.
+
+    Examples:
+        >>> HKRMulticlassLoss(alpha=1.0)(torch.tensor([[2.0, -1.0]]), torch.tensor([0]))
+        tensor(0.)
     """
 
     _function = staticmethod(_functional.hinge_kr_multiclass)
@@ -143,53 +131,41 @@ class _SoftLoss(HKRLoss):
 
 
 class SoftHKRMulticlassLoss(_SoftLoss):
-    """Hinge-Kantorovich-Rubinstein loss in which the likeliest wrong classes weigh most.
+    """Compute the HKR loss in which the likeliest wrong classes weigh most.
 
-    See [`soft_hinge_kr_multiclass`][orthonet.losses.soft_hinge_kr_multiclass].
+    The module of [`soft_hinge_kr_multiclass`][orthonet.losses.soft_hinge_kr_multiclass], which
+    documents its arguments, shapes and errors.
 
-    Args:
-        alpha: Weight of the hinge, in [0, 1].
-        margin: Distance from 0 that the hinge asks of every score, > 0.
-        temperature: Softness of the choice of wrong classes, > 0.
-        reduction: "none", "mean" or "sum".
-
-    Raises:
-        ValueError: An argument out of range.
+    Examples:
+        >>> SoftHKRMulticlassLoss(alpha=1.0)(torch.tensor([[2.0, -1.0]]), torch.tensor([0]))
+        tensor(0.)
     """
 
     _function = staticmethod(_functional.soft_hinge_kr_multiclass)
 
 
 class LseHKRMulticlassLoss(_SoftLoss):
-    """Hinge-Kantorovich-Rubinstein loss against a smooth maximum of the wrong scores.
+    """Compute the HKR loss against a smooth maximum of the wrong scores.
 
-    See [`lse_hinge_kr_multiclass`][orthonet.losses.lse_hinge_kr_multiclass].
+    The module of [`lse_hinge_kr_multiclass`][orthonet.losses.lse_hinge_kr_multiclass], which
+    documents its arguments, shapes and errors.
 
-    Args:
-        alpha: Weight of the hinge, in [0, 1].
-        margin: Distance from 0 that the hinge asks of the right score and of the maximum, > 0.
-        temperature: Softness of the maximum, > 0.
-        reduction: "none", "mean" or "sum".
-
-    Raises:
-        ValueError: An argument out of range.
+    Examples:
+        >>> LseHKRMulticlassLoss(alpha=1.0)(torch.tensor([[2.0, -1.0]]), torch.tensor([0]))
+        tensor(0.)
     """
 
     _function = staticmethod(_functional.lse_hinge_kr_multiclass)
 
 
 class EMMALoss(_Loss):
-    """Cross-entropy of the worst logits inside a radius, capped by the margin.
+    """Compute the cross-entropy of the worst logits inside a radius, capped by the margin.
 
-    See [`emma`][orthonet.losses.emma].
+    The module of [`emma`][orthonet.losses.emma], which documents its arguments, shapes and errors.
 
-    Args:
-        radius: The certified l2 radius that is asked for, >= 0.
-        lipschitz: Constant K of the network.
-        reduction: "none", "mean" or "sum".
-
-    Raises:
-        ValueError: An argument out of range.
+    Examples:
+        >>> EMMALoss(radius=1.0)(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
+        tensor(0.4397)
     """
 
     _function = staticmethod(_regularized.emma)
@@ -200,18 +176,14 @@ class EMMALoss(_Loss):
 
 
 class LogitAnnealingLoss(_Loss):
-    """Offset cross-entropy that fades out samples whose margin is large enough.
+    """Compute an offset cross-entropy that fades out samples with a large margin.
 
-    See [`logit_annealing`][orthonet.losses.logit_annealing].
+    The module of [`logit_annealing`][orthonet.losses.logit_annealing], which documents its
+    arguments, shapes and errors.
 
-    Args:
-        offset: Margin of the logits asked for, >= 0.
-        temperature: Softness of the maximum, > 0.
-        beta: Strength of the annealing, >= 0.
-        reduction: "none", "mean" or "sum".
-
-    Raises:
-        ValueError: An argument out of range.
+    Examples:
+        >>> LogitAnnealingLoss()(torch.tensor([[0.0, 1.0]]), torch.tensor([1]))
+        tensor(0.0778)
     """
 
     _function = staticmethod(_regularized.logit_annealing)
@@ -228,16 +200,14 @@ class LogitAnnealingLoss(_Loss):
 
 
 class CertificateRegularizationLoss(_Loss):
-    """Cross-entropy minus a multiple of the margin of rightly classified samples.
+    """Compute the cross-entropy minus a multiple of the margin of correct samples.
 
-    See [`certificate_regularization`][orthonet.losses.certificate_regularization].
+    The module of [`certificate_regularization`][orthonet.losses.certificate_regularization], which
+    documents its arguments, shapes and errors.
 
-    Args:
-        weight: What the margin is multiplied by, >= 0.
-        reduction: "none", "mean" or "sum".
-
-    Raises:
-        ValueError: An argument out of range.
+    Examples:
+        >>> CertificateRegularizationLoss(0.5)(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
+        tensor(-0.8731)
     """
 
     _function = staticmethod(_regularized.certificate_regularization)
@@ -248,16 +218,15 @@ class CertificateRegularizationLoss(_Loss):
 
 
 class TRADESLoss(_Loss):
-    """Cross-entropy plus a multiple of the divergence to the scores of perturbed inputs.
+    """Compute the cross-entropy plus the divergence to the scores of perturbed inputs.
 
-    See [`trades`][orthonet.losses.trades].
+    The module of [`trades`][orthonet.losses.trades], which documents its arguments, shapes and
+    errors.
 
-    Args:
-        beta: Weight of the divergence, >= 0.
-        reduction: "none", "mean" or "sum".
-
-    Raises:
-        ValueError: An argument out of range.
+    Examples:
+        >>> clean, moved = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> TRADESLoss(beta=1.0)(clean, moved, torch.tensor([0]))
+        tensor(0.4547)
     """
 
     _check = staticmethod(_regularized.check_weight)
@@ -275,16 +244,14 @@ class TRADESLoss(_Loss):
 
 
 class MultiMarginLoss(_Loss):
-    """Hinge of the margin to the runner-up alone (`nn.MultiMarginLoss` sums over all classes).
+    """Compute the hinge of the margin to the runner-up.
 
-    See [`multi_margin`][orthonet.losses.multi_margin].
+    The module of [`multi_margin`][orthonet.losses.multi_margin], which documents its arguments,
+    shapes and errors.
 
-    Args:
-        margin: The margin asked for, > 0.
-        reduction: "none", "mean" or "sum".
-
-    Raises:
-        ValueError: An argument out of range.
+    Examples:
+        >>> MultiMarginLoss()(torch.tensor([[1.5, 0.0, 1.0]]), torch.tensor([0]))
+        tensor(0.5000)
     """
 
     _function = staticmethod(_regularized.multi_margin)

@@ -28,24 +28,28 @@ def emma(
     lipschitz: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Cross-entropy of the worst logits inside a radius, capped by the margin (EMMA).
+    r"""Return the cross-entropy of the worst logits inside a radius, capped by the margin (EMMA).
 
     Every wrong logit is raised by \(\min(\sqrt 2 K \epsilon, s_y - s_j)\), at least 0 and constant
-    for the gradient, so that a class is pushed up to a tie with the true one at most.
+    for the gradient, so a class is pushed up to a tie with the true one at most.
 
     Args:
-        logits: Scores of the classes.
-        target: Index of the true class.
-        radius: The l2 radius \(\epsilon\), >= 0.
-        lipschitz: Constant K of the network.
-        reduction: "none", "mean" or "sum".
+        logits: (batch, classes).
+        target: True classes, (batch,).
+        radius: The certified l2 radius \(\epsilon\) that is asked for, >= 0.
+        lipschitz: Constant \(K\) of the network, > 0.
+        reduction: As of [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
 
     Shape:
-        `logits`: (batch, classes), `target`: (batch,) of integers. Output: a scalar, or (batch,)
-        with `reduction="none"`.
+        Output: as there.
 
     Raises:
-        ValueError: An argument out of range, or shapes that do not match.
+        ValueError: As there.
+
+    Examples:
+        >>> logits = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+        >>> emma(logits, torch.tensor([0, 1]), radius=1.0)
+        tensor(0.4397)
 
     References:
         Hu, Zou, Wang, Leino & Fredrikson, *Unlocking deterministic robustness certification on
@@ -67,25 +71,29 @@ def logit_annealing(
     beta: float = 5.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Logit annealing: \(-T (1 - p_y)^\beta \log p_y\), \(p = \mathrm{softmax}((s - \xi e_y)/T)\).
+    r"""Return the logit annealing loss \(-T (1 - p_y)^\beta \log p_y\).
 
-    The factor fades out samples whose margin is large enough, so that the capacity of a
-    1-Lipschitz network goes to the others. `beta = 0` is the offset cross-entropy.
+    \(p = \mathrm{softmax}((s - \xi e_y)/T)\). The factor fades out samples whose margin is large
+    enough, so the capacity of a 1-Lipschitz network goes to the others. `beta = 0` is the offset
+    cross-entropy.
 
     Args:
-        logits: Scores of the classes.
-        target: Index of the true class.
-        offset: Margin \(\xi\) taken away from the true logit, >= 0.
-        temperature: T, > 0.
+        logits: (batch, classes).
+        target: True classes, (batch,).
+        offset: Margin \(\xi\) subtracted from the true logit, >= 0.
+        temperature: \(T\), softness of the maximum, > 0.
         beta: Strength of the annealing, >= 0.
-        reduction: "none", "mean" or "sum".
+        reduction: As of [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
 
     Shape:
-        `logits`: (batch, classes), `target`: (batch,) of integers. Output: a scalar, or (batch,)
-        with `reduction="none"`.
+        Output: as there.
 
     Raises:
-        ValueError: An argument out of range, or shapes that do not match.
+        ValueError: As there.
+
+    Examples:
+        >>> logit_annealing(torch.tensor([[0.0, 1.0]]), torch.tensor([1]))
+        tensor(0.0778)
 
     References:
         Lai, Huang, Wang & Zhang, ICML 2025 (logit annealing loss).
@@ -103,23 +111,26 @@ def logit_annealing(
 def certificate_regularization(
     logits: Tensor, target: Tensor, *, weight: float = 0.5, reduction: str = "mean"
 ) -> Tensor:
-    r"""Cross-entropy minus a multiple of the margin of rightly classified samples.
+    r"""Return the cross-entropy minus a multiple of the margin of correctly classified samples.
 
     \(\mathrm{CE}(s, y) - \gamma \max(0, s_y - \max_{j \ne y} s_j)\): the margin over
     \(\sqrt 2\) is the certified radius of a 1-Lipschitz network.
 
     Args:
-        logits: Scores of the classes.
-        target: Index of the true class.
-        weight: \(\gamma\), >= 0.
-        reduction: "none", "mean" or "sum".
+        logits: (batch, classes).
+        target: True classes, (batch,).
+        weight: Factor \(\gamma\) of the margin, >= 0.
+        reduction: As of [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
 
     Shape:
-        `logits`: (batch, classes), `target`: (batch,) of integers. Output: a scalar, or (batch,)
-        with `reduction="none"`.
+        Output: as there.
 
     Raises:
-        ValueError: An argument out of range, or shapes that do not match.
+        ValueError: As there.
+
+    Examples:
+        >>> certificate_regularization(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), weight=0.5)
+        tensor(-0.8731)
 
     References:
         Singla, Singla & Feizi, ICLR 2022 (certificate regularization).
@@ -138,24 +149,29 @@ def trades(
     beta: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""TRADES: cross-entropy plus \(\beta\, \mathrm{KL}(p \,\|\, p')\) to perturbed logits.
+    r"""Return the TRADES loss: cross-entropy plus \(\beta\, \mathrm{KL}(p \,\|\, p')\).
 
-    The perturbed logits come from an attack, or from the worst case of a certificate (the true
-    logit lowered and the others raised by the constant times the radius).
+    \(p\) and \(p'\) are the probabilities of clean and perturbed inputs. The perturbed logits come
+    from an attack, or from the worst case of a certificate (the true logit lowered and the others
+    raised by the constant times the radius).
 
     Args:
-        logits: Scores of the clean inputs.
-        perturbed: Scores of the perturbed inputs.
-        target: Index of the true class.
+        logits: Of clean inputs, (batch, classes).
+        perturbed: Of perturbed inputs, (batch, classes).
+        target: True classes, (batch,).
         beta: Weight of the divergence, >= 0.
-        reduction: "none", "mean" or "sum".
+        reduction: As of [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
 
     Shape:
-        `logits`, `perturbed`: (batch, classes), `target`: (batch,) of integers. Output: a scalar,
-        or (batch,) with `reduction="none"`.
+        Output: as there.
 
     Raises:
-        ValueError: An argument out of range, or shapes that do not match.
+        ValueError: As there.
+
+    Examples:
+        >>> clean, moved = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> trades(clean, moved, torch.tensor([0]))
+        tensor(0.4547)
 
     References:
         Zhang et al., *Theoretically principled trade-off between robustness and accuracy*, ICML
@@ -180,22 +196,27 @@ def trades(
 def multi_margin(
     logits: Tensor, target: Tensor, *, margin: float = 1.0, reduction: str = "mean"
 ) -> Tensor:
-    r"""Hinge of the margin to the runner-up: \(\max(0, m - (s_y - \max_{j \ne y} s_j))\).
+    r"""Return the hinge of the margin to the runner-up.
 
-    Zero where a 1-Lipschitz network has the certified radius \(m / \sqrt 2\).
+    \(\max(0, m - (s_y - \max_{j \ne y} s_j))\) is zero where a 1-Lipschitz network has the
+    certified radius \(m / \sqrt 2\).
+    (`nn.MultiMarginLoss` sums over all classes.)
 
     Args:
-        logits: Scores of the classes.
-        target: Index of the true class.
-        margin: m, > 0.
-        reduction: "none", "mean" or "sum".
+        logits: (batch, classes).
+        target: True classes, (batch,).
+        margin: The margin \(m\) asked for, > 0.
+        reduction: As of [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
 
     Shape:
-        `logits`: (batch, classes), `target`: (batch,) of integers. Output: a scalar, or (batch,)
-        with `reduction="none"`.
+        Output: as there.
 
     Raises:
-        ValueError: An argument out of range, or shapes that do not match.
+        ValueError: As there.
+
+    Examples:
+        >>> multi_margin(torch.tensor([[1.5, 0.0, 1.0]]), torch.tensor([0]))
+        tensor(0.5000)
 
     References:
         Crammer & Singer, *On the algorithmic implementation of multiclass kernel-based vector
@@ -207,7 +228,7 @@ def multi_margin(
 
 
 def check_emma(owner: object, radius: float, lipschitz: float, reduction: str) -> None:
-    """The arguments of EMMA."""
+    """Check the arguments of EMMA."""
     check_weight(owner, reduction, radius=radius)
     _positive(owner, lipschitz=lipschitz)
 
@@ -215,19 +236,19 @@ def check_emma(owner: object, radius: float, lipschitz: float, reduction: str) -
 def check_logit_annealing(
     owner: object, offset: float, temperature: float, beta: float, reduction: str
 ) -> None:
-    """The arguments of the logit annealing loss."""
+    """Check the arguments of the logit annealing loss."""
     check_weight(owner, reduction, offset=offset, beta=beta)
     _positive(owner, temperature=temperature)
 
 
 def check_margin(owner: object, margin: float, reduction: str) -> None:
-    """The arguments of the hinge."""
+    """Check the arguments of the hinge."""
     _positive(owner, margin=margin)
     _checks.one_of(owner, REDUCTIONS, reduction=reduction)
 
 
 def check_weight(owner: object, reduction: str, **values: float) -> None:
-    """The reduction, and numbers that may be 0."""
+    """Check the reduction, and numbers that may be 0."""
     _checks.in_range(owner, 0.0, 1e6, **values)
     _checks.one_of(owner, REDUCTIONS, reduction=reduction)
 
