@@ -43,7 +43,7 @@ from orthonet.layers.convolution.transpose import (
     OrthoConvTranspose2d,
     OrthoConvTranspose3d,
 )
-from orthonet.layers.recurrent.contractive import ContractiveRNN, ContractiveRNNCell
+from orthonet.layers.recurrent.contractive import ContractiveRNN
 from orthonet.layers.recurrent.gated import OrthoGRU, OrthoGRUCell, OrthoLSTM, OrthoLSTMCell
 from orthonet.layers.recurrent.layers import FinalState, OrthoRNN, OrthoRNNCell
 from orthonet.layers.residual import (
@@ -101,7 +101,6 @@ __all__ = [
     "CholeskyLinear",
     "ConcatResidual",
     "ContractiveRNN",
-    "ContractiveRNNCell",
     "ConvexResidual",
     "FinalState",
     "FirstChannels",

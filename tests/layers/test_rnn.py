@@ -51,7 +51,6 @@ CELLS = {
     "RNN cell": lambda: layers.OrthoRNNCell(INPUTS, HIDDEN, nonlinearity="modrelu"),
     "GRU cell": lambda: layers.OrthoGRUCell(INPUTS, HIDDEN, bias=False),
     "LSTM cell": lambda: First(layers.OrthoLSTMCell(INPUTS, HIDDEN)),
-    "contractive cell": lambda: layers.ContractiveRNNCell(INPUTS, HIDDEN, leak=0.5),
 }
 FACTORIES = {**LAYERS, **CELLS}
 

@@ -12,7 +12,7 @@ from orthonet import _checks
 from orthonet.layers.recurrent.kernels import RecurrentKernels, uniform_
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds.trivialization import Triv
-from orthonet.reparametrizers import OrthoParams
+from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
 __all__ = ["RecurrentCell"]
 
@@ -31,18 +31,18 @@ class RecurrentCell(RecurrentKernels):
     bias_ih: Any
     bias_hh: Any
 
-    def _start(
+    def __init__(
         self,
         input_size: int,
         hidden_size: int,
-        bias: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        ortho_params: OrthoParams | str,
-        triv: Triv | None,
-        init: str,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
+        triv: Triv | None = None,
+        init: str = "haar",
     ) -> None:
-        """Make everything but the values of the parameters."""
         _checks.positive_int(type(self), input_size=input_size, hidden_size=hidden_size)
         _checks.boolean(type(self), bias=bias)
         _checks.factory(type(self), device, dtype)
@@ -59,6 +59,7 @@ class RecurrentCell(RecurrentKernels):
         for name in ("bias_ih", "bias_hh"):
             value = nn.Parameter(torch.empty(rows, **factory)) if bias else None
             module.register_parameter(name, value)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the kernel anew, and the rest uniformly as the `nn` twin does."""
@@ -120,3 +121,6 @@ class RecurrentCell(RecurrentKernels):
             parameter.copy_(getattr(self, name))
         module: Any = self
         return plain.train(module.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, init={self.init}"

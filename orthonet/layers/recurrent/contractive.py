@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.functional.recurrence import ACTIVATIONS, recurrence
-from orthonet.layers._base import OneLine
 from orthonet.layers.recurrent.base import RecurrentLayer, State, at_last
 from orthonet.layers.recurrent.kernels import check_nonlinearity
 from orthonet.manifolds.trivialization import Triv
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
-__all__ = ["ContractiveRNN", "ContractiveRNNCell"]
+__all__ = ["ContractiveRNN"]
 
 _NONLINEARITIES = tuple(ACTIVATIONS)  # each of them is 1-Lipschitz
 
@@ -53,26 +52,16 @@ class ContractiveRNN(RecurrentLayer):
     [`sequence_bound`][orthonet.certify.sequence_bound]`(T, rho, alpha)` says: below
     \(\alpha / (1 - \rho)\) for \(\rho < 1\), for every T.
 
+    The other arguments are those of [`OrthoRNN`][orthonet.layers.OrthoRNN]; there is one bias. For
+    loops of your own, one step is `layer(x[None], h[None])`.
+
     Args:
-        input_size: Features of the input.
-        hidden_size: Features of the state.
-        num_layers: Layers that are stacked.
         nonlinearity: "tanh", "relu", "max_min", "abs" or "identity".
-        bias: Whether to add a learnable bias.
-        batch_first: Whether batches come as (batch, time, features).
-        dropout: Probability of dropping a feature between two layers, in training.
-        bidirectional: Whether a second kernel runs backwards in time.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; computed is in float32 at least.
         leak: \(\alpha\) in (0, 1], the share of the state that is renewed in a step.
         contraction: \(\rho\) in \([1 - \alpha, 1]\), the constant of a step in the state.
-        ortho_params: How the kernels are made orthogonal.
-        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
-            matrices, for dynamic trivialization around a base, see `update_base`.
-        init: Where Q and R start: `"haar"`, `"henaff"`, `"cayley"` or `"identity"`, see `OrthoRNN`.
 
     Shape:
-        As [`OrthoRNN`][orthonet.layers.OrthoRNN].
+        As `OrthoRNN`.
 
     Guarantee:
         A step is \(\rho\)-Lipschitz in the state and \(\alpha\)-Lipschitz in the input (l2, upper
@@ -80,7 +69,7 @@ class ContractiveRNN(RecurrentLayer):
         eval.
 
     Raises:
-        ValueError: an argument out of range; when called, shapes or dtypes that do not fit.
+        ValueError: As of `OrthoRNN`.
 
     Examples:
         >>> layer = ContractiveRNN(3, 8, leak=0.5, contraction=0.9)
@@ -117,22 +106,9 @@ class ContractiveRNN(RecurrentLayer):
         check_nonlinearity(owner, _NONLINEARITIES, nonlinearity, hidden_size)
         self.kappa = _check_rates(owner, leak, contraction)
         self.leak, self.contraction, self.nonlinearity = leak, contraction, nonlinearity
-        super().__init__(
-            "CONTRACTIVE",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            0,
-            device,
-            dtype,
-            ortho_params,
-            triv,
-            init,
-        )
+        shape = (input_size, hidden_size, num_layers)
+        run = (bias, batch_first, dropout, bidirectional, 0)
+        super().__init__("CONTRACTIVE", *shape, *run, device, dtype, ortho_params, triv, init)
 
     def _build(self, suffix: str, inputs: int, factory: dict[str, Any]) -> None:
         size = self.hidden_size
@@ -177,84 +153,3 @@ class ContractiveRNN(RecurrentLayer):
             f"{super().extra_repr()}, nonlinearity={self.nonlinearity}, leak={self.leak}, "
             f"contraction={self.contraction}, init={self.init}"
         )
-
-
-class ContractiveRNNCell(OneLine, nn.Module):
-    r"""One step of [`ContractiveRNN`][orthonet.layers.ContractiveRNN], for loops of your own.
-
-    Args:
-        input_size: Features of the input.
-        hidden_size: Features of the state.
-        bias: Whether to add a learnable bias.
-        nonlinearity: "tanh", "relu", "max_min", "abs" or "identity".
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; computed is in float32 at least.
-        leak: \(\alpha\) in (0, 1].
-        contraction: \(\rho\) in \([1 - \alpha, 1]\).
-        ortho_params: How the kernels are made orthogonal.
-        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
-            matrices, for dynamic trivialization around a base, see `update_base`.
-        init: Where Q and R start, see `OrthoRNN`.
-
-    Shape:
-        Input (batch, input_size) or (input_size,), state and output (batch, hidden_size) or
-        (hidden_size,).
-
-    Guarantee:
-        \(\rho\)-Lipschitz in the state and \(\alpha\)-Lipschitz in the input, see `ContractiveRNN`.
-
-    Raises:
-        ValueError: an argument out of range; when called, shapes or dtypes that do not fit.
-
-    Examples:
-        >>> ContractiveRNNCell(3, 8)(torch.zeros(2, 3)).shape
-        torch.Size([2, 8])
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        nonlinearity: str = "tanh",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        leak: float = 1.0,
-        contraction: float = 0.95,
-        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
-        triv: Triv | None = None,
-        init: str = "haar",
-    ) -> None:
-        super().__init__()
-        owner = type(self)
-        _checks.positive_int(owner, input_size=input_size, hidden_size=hidden_size)
-        check_nonlinearity(owner, _NONLINEARITIES, nonlinearity, hidden_size)
-        _check_rates(owner, leak, contraction)
-        self.layer = ContractiveRNN(
-            input_size,
-            hidden_size,
-            1,
-            nonlinearity,
-            bias,
-            device=device,
-            dtype=dtype,
-            leak=leak,
-            contraction=contraction,
-            ortho_params=ortho_params,
-            triv=triv,
-            init=init,
-        )
-
-    def reset_parameters(self) -> None:
-        """Draw the kernels anew, and the bias uniformly."""
-        self.layer.reset_parameters()
-
-    def update_base(self) -> None:
-        """Make every kernel the base of its own trivialization, see `OrthoRNN.update_base`."""
-        self.layer.update_base()
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Return the state after the input, from the state `hx` (zeros if None)."""
-        state = None if hx is None else hx.unsqueeze(0)
-        return self.layer(input.unsqueeze(0), state)[1].squeeze(0)

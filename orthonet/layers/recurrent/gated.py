@@ -62,20 +62,8 @@ class OrthoGRU(_GatedLayer):
     b_{hz})\), \(n = \tanh(W_{in} x + b_{in} + r \odot (Q_n h + b_{hn}))\),
     \(h' = (1 - z) \odot n + z \odot h\), with \(Q_r, Q_z, Q_n\) orthogonal.
 
-    Args:
-        input_size: Features of the input.
-        hidden_size: Features of the state.
-        num_layers: Layers that are stacked.
-        bias: Whether to add the learnable biases `bias_ih` and `bias_hh`.
-        batch_first: Whether batches come as (batch, time, features).
-        dropout: Probability of dropping a feature between two layers, in training.
-        bidirectional: Whether a second kernel runs backwards in time.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; computed is in float32 at least.
-        ortho_params: How the recurrent kernels are made orthogonal.
-        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
-            matrices, for dynamic trivialization around a base, see `update_base`.
-        init: Where they start: `"haar"`, `"henaff"`, `"cayley"` or `"identity"`, see `OrthoRNN`.
+    The arguments are those of `nn.GRU`, then `ortho_params`, `triv` and `init` of
+    [`OrthoRNN`][orthonet.layers.OrthoRNN], for the kernel of each gate.
 
     Shape:
         As `nn.GRU`.
@@ -86,7 +74,7 @@ class OrthoGRU(_GatedLayer):
         constant that is independent of the length and the inputs: `certify` refuses it.
 
     Raises:
-        ValueError: an argument out of range; when called, shapes or dtypes that do not fit.
+        ValueError: As of `OrthoRNN`.
 
     Examples:
         >>> output, last = OrthoGRU(3, 8)(torch.zeros(5, 2, 3))
@@ -116,22 +104,9 @@ class OrthoGRU(_GatedLayer):
         triv: Triv | None = None,
         init: str = "haar",
     ) -> None:
-        super().__init__(
-            "GRU",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            0,
-            device,
-            dtype,
-            ortho_params,
-            triv,
-            init,
-        )
+        shape = (input_size, hidden_size, num_layers)
+        run = (bias, batch_first, dropout, bidirectional, 0)
+        super().__init__("GRU", *shape, *run, device, dtype, ortho_params, triv, init)
 
     def _scan(
         self, suffix: str, x: Tensor, states: State, last: Tensor | None
@@ -161,32 +136,17 @@ class OrthoLSTM(_GatedLayer):
     orthogonal \(Q\). With `proj_size`, \(h' = P (\sigma(o) \odot \tanh c')\), and \(P\) and the
     now tall \(Q\) are semi-orthogonal.
 
-    Args:
-        input_size: Features of the input.
-        hidden_size: Features of the cell.
-        num_layers: Layers that are stacked.
-        bias: Whether to add the learnable biases `bias_ih` and `bias_hh`.
-        batch_first: Whether batches come as (batch, time, features).
-        dropout: Probability of dropping a feature between two layers, in training.
-        bidirectional: Whether a second kernel runs backwards in time.
-        proj_size: Features of the state, fewer than `hidden_size`; 0 for no projection.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; computed is in float32 at least.
-        ortho_params: How the recurrent kernels are made orthogonal.
-        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
-            matrices, for dynamic trivialization around a base, see `update_base`.
-        init: Where they start: `"haar"`, `"henaff"`, `"cayley"` or `"identity"`, see `OrthoRNN`.
+    The arguments are those of `nn.LSTM`, `proj_size` among them, and those of
+    [`OrthoGRU`][orthonet.layers.OrthoGRU].
 
     Shape:
         As `nn.LSTM`.
 
     Guarantee:
-        \(\max|\sigma - 1|\) of the kernel of each gate as the orthogonalizer promises, 2e-6 in
-        float32 with every preset. The gates multiply states, so the map of sequences has no
-        constant that is independent of the length and the inputs: `certify` refuses it.
+        As of `OrthoGRU`.
 
     Raises:
-        ValueError: an argument out of range; when called, shapes or dtypes that do not fit.
+        ValueError: As of `OrthoGRU`.
 
     Examples:
         >>> output, (h, c) = OrthoLSTM(3, 8, proj_size=4)(torch.zeros(5, 2, 3))
@@ -217,22 +177,9 @@ class OrthoLSTM(_GatedLayer):
         triv: Triv | None = None,
         init: str = "haar",
     ) -> None:
-        super().__init__(
-            "LSTM",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            device,
-            dtype,
-            ortho_params,
-            triv,
-            init,
-        )
+        shape = (input_size, hidden_size, num_layers)
+        run = (bias, batch_first, dropout, bidirectional, proj_size)
+        super().__init__("LSTM", *shape, *run, device, dtype, ortho_params, triv, init)
 
     def _scan(
         self, suffix: str, x: Tensor, states: State, last: Tensor | None
@@ -257,27 +204,13 @@ class OrthoLSTM(_GatedLayer):
 
 
 class OrthoGRUCell(RecurrentCell, nn.GRUCell):
-    r"""`nn.GRUCell` with an orthogonal recurrent kernel in each gate, see `OrthoGRU`.
+    """`nn.GRUCell` with an orthogonal recurrent kernel in each gate: one step of `OrthoGRU`.
 
-    Args:
-        input_size: Features of the input.
-        hidden_size: Features of the state.
-        bias: Whether to add the learnable biases `bias_ih` and `bias_hh`.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; computed is in float32 at least.
-        ortho_params: How the recurrent kernels are made orthogonal.
-        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
-            matrices, for dynamic trivialization around a base, see `update_base`.
-        init: Where they start: `"haar"`, `"henaff"`, `"cayley"` or `"identity"`, see `OrthoRNN`.
+    The arguments are those of `nn.GRUCell`, then the options of
+    [`OrthoGRU`][orthonet.layers.OrthoGRU], whose guarantee and errors hold here.
 
     Shape:
         As `nn.GRUCell`.
-
-    Guarantee:
-        \(\max|\sigma - 1|\) of the kernel of each gate as the orthogonalizer promises.
-
-    Raises:
-        ValueError: an argument out of range; when called, shapes that do not fit.
 
     Examples:
         >>> OrthoGRUCell(3, 8)(torch.zeros(2, 3)).shape
@@ -286,23 +219,8 @@ class OrthoGRUCell(RecurrentCell, nn.GRUCell):
 
     _gates = 3
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
-        triv: Triv | None = None,
-        init: str = "haar",
-    ) -> None:
-        self._start(input_size, hidden_size, bias, device, dtype, ortho_params, triv, init)
-        self.reset_parameters()
-
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Return the state after the input, from the state `hx` (zeros if None)."""
+        """Return the next state; `hx` defaults to zeros."""
         with torch.autocast(input.device.type, enabled=False):
             x, states, single = self._prepared(input, hx)
             h = torch.gru_cell(x, states[0], *self._weights(x))
@@ -312,32 +230,15 @@ class OrthoGRUCell(RecurrentCell, nn.GRUCell):
         """Return a new `nn.GRUCell` with the present weights, independent of this cell."""
         return self._plain(nn.GRUCell)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, init={self.init}"
-
 
 class OrthoLSTMCell(RecurrentCell, nn.LSTMCell):
-    r"""`nn.LSTMCell` with an orthogonal recurrent kernel in each gate, see `OrthoLSTM`.
+    """`nn.LSTMCell` with an orthogonal recurrent kernel in each gate: one step of `OrthoLSTM`.
 
-    Args:
-        input_size: Features of the input.
-        hidden_size: Features of the state.
-        bias: Whether to add the learnable biases `bias_ih` and `bias_hh`.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; computed is in float32 at least.
-        ortho_params: How the recurrent kernels are made orthogonal.
-        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
-            matrices, for dynamic trivialization around a base, see `update_base`.
-        init: Where they start: `"haar"`, `"henaff"`, `"cayley"` or `"identity"`, see `OrthoRNN`.
+    The arguments are those of `nn.LSTMCell`, then the options of
+    [`OrthoLSTM`][orthonet.layers.OrthoLSTM], whose guarantee and errors hold here.
 
     Shape:
         As `nn.LSTMCell`.
-
-    Guarantee:
-        \(\max|\sigma - 1|\) of the kernel of each gate as the orthogonalizer promises.
-
-    Raises:
-        ValueError: an argument out of range; when called, shapes that do not fit.
 
     Examples:
         >>> h, c = OrthoLSTMCell(3, 8)(torch.zeros(2, 3))
@@ -348,25 +249,10 @@ class OrthoLSTMCell(RecurrentCell, nn.LSTMCell):
     _gates = 4
     _states = 2
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
-        triv: Triv | None = None,
-        init: str = "haar",
-    ) -> None:
-        self._start(input_size, hidden_size, bias, device, dtype, ortho_params, triv, init)
-        self.reset_parameters()
-
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the states (h, c) after the input, from the states `hx` (zeros if None)."""
+        """Return the next states (h, c); `hx` defaults to zeros."""
         with torch.autocast(input.device.type, enabled=False):
             x, states, single = self._prepared(input, hx)
             h, c = torch.lstm_cell(x, states, *self._weights(x))
@@ -375,9 +261,6 @@ class OrthoLSTMCell(RecurrentCell, nn.LSTMCell):
     def to_plain(self) -> nn.LSTMCell:
         """Return a new `nn.LSTMCell` with the present weights, independent of this cell."""
         return self._plain(nn.LSTMCell)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, init={self.init}"
 
 
 @contextlib.contextmanager

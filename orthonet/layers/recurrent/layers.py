@@ -24,8 +24,8 @@ _THRESHOLD = 0.01  # the first shifts of modReLU are uniform in (-0.01, 0.01)
 class OrthoRNN(RecurrentLayer):
     r"""`nn.RNN` with orthogonal recurrent kernels: \(h_t = \phi(W_{ih} x_t + b + Q h_{t-1})\).
 
-    \(Q\) is square with \(Q^\top Q = I\), so that the state neither explodes nor vanishes through
-    it; how the gradient passes through \(\phi\) is the choice of the nonlinearity:
+    \(Q\) is square with \(Q^\top Q = I\), so the state neither explodes nor vanishes through
+    it. The nonlinearity decides how the gradient passes through \(\phi\):
 
     | `nonlinearity` | constant | gradient norm through time |
     |---|---|---|
@@ -43,9 +43,9 @@ class OrthoRNN(RecurrentLayer):
         dropout: Probability of dropping a feature between two layers, in training.
         bidirectional: Whether a second kernel runs backwards in time.
         device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; computed is in float32 at least.
+        dtype: Floating-point dtype of the parameters; the layer computes in at least float32.
         ortho_params: How the recurrent kernels are made orthogonal.
-        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
+        triv: Instead of `ortho_params`: "exponential", "cayley" or a map from skew-symmetric
             matrices, for dynamic trivialization around a base, see `update_base`.
         init: Where they start: `"haar"`; `"henaff"`, 2x2 rotations by angles uniform in
             \((-\pi, \pi)\); `"cayley"`, in \((0, \pi/2)\); `"identity"`.
@@ -61,11 +61,12 @@ class OrthoRNN(RecurrentLayer):
         float32 with every preset, in train and eval. A step is non-expansive in the state; for the
         constant of a whole sequence see
         [`sequence_bound`][orthonet.certify.sequence_bound]. A kernel is computed once a call,
-        however long the sequence. Under autocast the layer computes, and returns, the dtype of its
+        however long the sequence. Under autocast the layer computes in, and returns, the dtype of
+        its
         parameters: an error of the kernel would act once a step.
 
     Raises:
-        ValueError: an argument out of range; when called, shapes or dtypes that do not fit.
+        ValueError: An argument is out of range; when called: shapes or dtypes do not fit.
 
     Examples:
         >>> layer = OrthoRNN(3, 8, nonlinearity="abs", batch_first=True)
@@ -99,23 +100,10 @@ class OrthoRNN(RecurrentLayer):
         _checks.positive_int(type(self), hidden_size=hidden_size)
         check_nonlinearity(type(self), NONLINEARITIES, nonlinearity, hidden_size)
         self.nonlinearity = nonlinearity
+        shape = (input_size, hidden_size, num_layers)
+        run = (bias, batch_first, dropout, bidirectional, 0)
         mode = f"RNN_{nonlinearity.upper()}"
-        super().__init__(
-            mode,
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            0,
-            device,
-            dtype,
-            ortho_params,
-            triv,
-            init,
-        )
+        super().__init__(mode, *shape, *run, device, dtype, ortho_params, triv, init)
 
     def _build(self, suffix: str, inputs: int, factory: dict[str, Any]) -> None:
         super()._build(suffix, inputs, factory)
@@ -165,30 +153,19 @@ class OrthoRNN(RecurrentLayer):
 class OrthoRNNCell(RecurrentCell, nn.RNNCell):
     r"""`nn.RNNCell` with an orthogonal recurrent kernel: \(h' = \phi(W_{ih} x + b + Q h)\).
 
-    For a whole sequence [`OrthoRNN`][orthonet.layers.OrthoRNN] is faster.
-
-    Args:
-        input_size: Features of the input.
-        hidden_size: Features of the state.
-        bias: Whether to add the learnable biases `bias_ih` and `bias_hh`.
-        nonlinearity: "tanh", "relu", "modrelu", "max_min", "abs" or "identity", see `OrthoRNN`.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; computed is in float32 at least.
-        ortho_params: How the recurrent kernel is made orthogonal.
-        triv: Instead of `ortho_params`: "exponential", "cayley" or a map of skew-symmetric
-            matrices, for dynamic trivialization around a base, see `update_base`.
-        init: Where it starts: `"haar"`, `"henaff"`, `"cayley"` or `"identity"`, see `OrthoRNN`.
+    The arguments are those of `nn.RNNCell` and the options of
+    [`OrthoRNN`][orthonet.layers.OrthoRNN], which is faster for a whole sequence.
 
     Shape:
-        Input (batch, input_size) or (input_size,), state and output (batch, hidden_size) or
+        Input (batch, input_size) or (input_size,); state and output (batch, hidden_size) or
         (hidden_size,).
 
     Guarantee:
-        That of `OrthoRNN`; a step is non-expansive in the state, and in the input up to
+        As of `OrthoRNN`. A step is non-expansive in the state, and in the input up to
         \(\|W_{ih}\|_2\) (for modReLU: with shifts \(\le 0\)).
 
     Raises:
-        ValueError: an argument out of range; when called, shapes or dtypes that do not fit.
+        ValueError: As of `OrthoRNN`.
 
     Examples:
         >>> OrthoRNNCell(3, 8)(torch.zeros(2, 3)).shape
@@ -210,20 +187,21 @@ class OrthoRNNCell(RecurrentCell, nn.RNNCell):
     ) -> None:
         _checks.positive_int(type(self), hidden_size=hidden_size)
         check_nonlinearity(type(self), NONLINEARITIES, nonlinearity, hidden_size)
-        self._start(input_size, hidden_size, bias, device, dtype, ortho_params, triv, init)
         self.nonlinearity = nonlinearity
+        options: Any = {"ortho_params": ortho_params, "triv": triv, "init": init}
+        super().__init__(input_size, hidden_size, bias, device, dtype, **options)
         if nonlinearity == "modrelu":
             self.threshold = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
-        self.reset_parameters()
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the kernel anew, the rest uniformly as `nn.RNNCell`, and small shifts of modReLU."""
         super().reset_parameters()
-        if self.nonlinearity == "modrelu":
-            uniform_([self.threshold], _THRESHOLD)
+        shifts = [p for name, p in self.named_parameters(recurse=False) if name == "threshold"]
+        uniform_(shifts, _THRESHOLD)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Return the state after the input, from the state `hx` (zeros if None)."""
+        """Return the next state, from the state `hx` (zeros if None)."""
         with torch.autocast(input.device.type, enabled=False):
             x, states, single = self._prepared(input, hx)
             weight_ih, kernel, bias_ih, bias_hh = self._weights(x)
@@ -249,12 +227,9 @@ class OrthoRNNCell(RecurrentCell, nn.RNNCell):
         )
         return self._plain(nn.RNNCell, nonlinearity=self.nonlinearity)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, init={self.init}"
-
 
 class FinalState(nn.Module):
-    """A recurrent layer as a map from sequences to the last state of its last layer.
+    """Map a sequence to the last state of the last layer of a recurrent layer.
 
     For classifiers and for certificates: the constant of this map grows with the root of the number
     of steps, that of the whole output with the number itself.
