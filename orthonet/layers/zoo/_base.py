@@ -26,6 +26,7 @@ __all__ = [
     "MappedConv2d",
     "MappedLinear",
     "SameSizeConv2d",
+    "add_bias",
     "adopt_arguments",
     "check_circular",
     "check_image",
@@ -76,21 +77,44 @@ def new_bias(
     layer.register_parameter(name, value)
 
 
+def add_bias(
+    layer: nn.Module,
+    bias: bool,
+    size: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Register the bias that the user asked for, or None."""
+    _checks.boolean(type(layer), bias=bias)
+    new_bias(layer, size if bias else None, device, dtype)
+
+
 def adopt_arguments(
     layer: Any,
     in_channels: int,
     out_channels: int,
-    *,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    padding: str | int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    groups: int,
     padding_mode: str,
+    *,
     twin: type[nn.Module] = nn.Conv2d,
-    **arguments: Any,
+    **more: Any,
 ) -> None:
     """Check the arguments of `nn.Conv2d` and set its attributes on `layer`, without a weight."""
     owner = type(layer)
-    groups = arguments["groups"]
+    arguments: dict[str, Any] = {
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        **more,
+    }
     _checks.positive_int(owner, in_channels=in_channels, out_channels=out_channels, groups=groups)
     _checks.one_of(owner, PADDING_MODES, padding_mode=padding_mode)
-    _checks.conv_arguments(owner, 2, **{k: v for k, v in arguments.items() if k != "groups"})
+    _checks.conv_arguments(owner, 2, **arguments)
     _checks.require(
         in_channels % groups == 0 and out_channels % groups == 0,
         owner,
@@ -100,7 +124,7 @@ def adopt_arguments(
         out_channels=out_channels,
         groups=groups,
     )
-    arguments.update(bias=False, padding_mode=padding_mode, device="meta")
+    arguments.update(groups=groups, bias=False, padding_mode=padding_mode, device="meta")
     for name, value in vars(twin(in_channels, out_channels, **arguments)).items():
         if name not in vars(layer):
             setattr(layer, name, value)
@@ -189,12 +213,16 @@ class SameSizeConv2d(InnerWeight):
     padding_mode: str
     reduction: OrthoWeight | None
 
-    def _adopt(self, in_channels: int, out_channels: int, **arguments: Any) -> None:
-        padding = arguments["padding"]
+    def _adopt(
+        self,
+        channels: tuple[int, int],
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int],
+        padding: str | int | tuple[int, int],
+        *rest: Any,
+    ) -> None:
         same = padding == "same"  # which torch refuses together with a stride
-        adopt_arguments(
-            self, in_channels, out_channels, **{**arguments, "padding": 0 if same else padding}
-        )
+        adopt_arguments(self, *channels, kernel_size, stride, 0 if same else padding, *rest)
         self.padding = padding if same else self.padding
         self._pad = same_padding(self)
 
@@ -359,8 +387,7 @@ class MappedLinear(ConstrainedWeight, nn.Linear):
             dtype,
             inverse=self._inverse,
         )
-        _checks.boolean(type(self), bias=bias)
-        new_bias(self, out_features if bias else None, device, dtype)
+        add_bias(self, bias, out_features, device, dtype)
 
     def _map(self) -> Callable[[Tensor], Tensor]:
         """The function from the free matrix to the weight."""
@@ -398,17 +425,8 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
         lipschitz: float = 1.0,
     ) -> None:
         nn.Module.__init__(self)
-        adopt_arguments(
-            self,
-            in_channels,
-            out_channels,
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            padding_mode=padding_mode,
-        )
+        window = (kernel_size, stride, padding, dilation, groups, padding_mode)
+        adopt_arguments(self, in_channels, out_channels, *window)
         _checks.require(
             all(math.gcd(d, s) == 1 for d, s in zip(self.dilation, self.stride, strict=True)),
             type(self),
@@ -421,8 +439,7 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
         _checks.lipschitz_constant(type(self), lipschitz)
         _checks.factory(type(self), device, dtype)
         self.parametrization = self._make(lipschitz, device, dtype)
-        _checks.boolean(type(self), bias=bias)
-        new_bias(self, out_channels if bias else None, device, dtype)
+        add_bias(self, bias, out_channels, device, dtype)
 
     def _make(
         self, lipschitz: float, device: torch.device | str | None, dtype: torch.dtype | None

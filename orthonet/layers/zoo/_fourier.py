@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.layers.zoo._base import MappedLinear, delta_orthogonal, new_bias
+from orthonet.layers.zoo._base import MappedLinear, add_bias, delta_orthogonal
 from orthonet.layers.zoo._fourier_base import FourierConv2d
 from orthonet.linalg.unitary import (
     block_reflector,
@@ -45,23 +45,15 @@ class CayleyConv2d(FourierConv2d):
     r"""Orthogonal convolution by the Cayley transform of the symbol at each frequency.
 
     The kernel of k x k taps is the free parameter; the convolution that is applied covers the
-    image, since the transform of a short kernel is not short. A stride s is a space-to-depth step
-    before the convolution, with ceil(k / s) taps.
+    image, because the transform of a short kernel is not short. A stride s is a space-to-depth step
+    before the convolution, with ceil(k / s) taps. The other arguments are those of
+    [`AOLConv2d`][orthonet.layers.AOLConv2d].
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Taps of the free kernel.
-        stride: Stride, the same in both dims.
+        stride: The same in both dims.
         padding: "same", or zeros added on both sides with `padding_mode="zeros"`.
-        dilation: Spacing of the taps.
-        groups: Number of groups.
-        bias: Whether to add a learnable bias, zero at first.
         padding_mode: "circular", or "zeros": the image is padded with zeros, convolved on the torus
             of the padded size, and the outputs that `nn.Conv2d` has are kept.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; computed in float32 at least.
-        lipschitz: The constant K of the layer.
         image_size: Height and width of the input, if they are fixed; `to_plain` needs them.
 
     Shape:
@@ -72,8 +64,12 @@ class CayleyConv2d(FourierConv2d):
         (float64) relative, for every finite parameter. Zeros: at most that.
 
     Raises:
-        ValueError: strides or paddings beside these, or `lipschitz` not a positive number; when
-            called: an image size that the stride does not divide, or other than `image_size`.
+        ValueError: A stride or padding is another, or `lipschitz` not a positive number; when
+            called: the stride does not divide the image size, or it is not `image_size`.
+
+    Examples:
+        >>> CayleyConv2d(8, 8, 3, stride=2)(torch.zeros(1, 8, 6, 6)).shape
+        torch.Size([1, 8, 3, 3])
 
     References:
         Trockman & Kolter, *Orthogonalizing convolutional layers with the Cayley transform*, ICLR
@@ -94,9 +90,12 @@ class LOTConv2d(FourierConv2d):
     an iteration is stored. See [`unitary_polar`][orthonet.linalg.unitary_polar].
 
     Guarantee:
-        Circular: all singular values are `lipschitz` to \(10^{-5}\) (float32) or \(10^{-12}\)
-        (float64) relative, for parameters of full rank at every frequency, of any condition
-        number; where the rank is deficient they are at most that. Zeros: at most that.
+        As of `CayleyConv2d`, for parameters of full rank at every frequency, of any condition
+        number; where the rank is deficient the singular values are at most that.
+
+    Examples:
+        >>> LOTConv2d(8, 8, 3)(torch.zeros(1, 8, 5, 5)).shape
+        torch.Size([1, 8, 5, 5])
 
     References:
         Xu, Li & Li, *LOT: layer-wise orthogonal training on improving l2 certified robustness*,
@@ -109,18 +108,22 @@ class LOTConv2d(FourierConv2d):
 class BROConv2d(FourierConv2d):
     r"""Orthogonal convolution by a block reflector \(I - 2 V (V^* V)^{-1} V^*\) at each frequency.
 
-    Arguments, shapes and errors are those of [`CayleyConv2d`][orthonet.layers.CayleyConv2d]. The
-    reflector is square: channels of zeros are appended before, or dropped after, where the numbers
-    of channels differ.
+    The reflector is square: channels of zeros are appended before, or dropped after, where the
+    numbers
+    of channels differ. The other arguments, shapes and errors are those of
+    [`CayleyConv2d`][orthonet.layers.CayleyConv2d].
 
     Args:
         rank: Columns of V in each group; half of the channels by default.
 
     Guarantee:
-        The norm is at most `lipschitz` to \(10^{-5}\) (float32) or \(10^{-12}\) (float64) relative,
-        for every finite parameter. Circular with in_channels = out_channels: orthogonal to the
-        same tolerance where V is well conditioned at every frequency, see
+        As of [`AOLLinear`][orthonet.layers.AOLLinear]. Circular with in_channels = out_channels:
+        orthogonal to the same tolerance where V is well conditioned at every frequency, see
         [`block_reflector`][orthonet.linalg.block_reflector].
+
+    Examples:
+        >>> BROConv2d(8, 8, 3, rank=2)(torch.zeros(1, 8, 5, 5)).shape
+        torch.Size([1, 8, 5, 5])
 
     References:
         Lai, Huang, Wang & Zhang, *Enhancing certified robustness via block reflector orthogonal
@@ -147,15 +150,20 @@ class BROConv2d(FourierConv2d):
 
 
 class CayleyLinear(MappedLinear):
-    r"""`nn.Linear` with a semi-orthogonal weight by the rectangular Cayley transform.
+    """`nn.Linear` with a semi-orthogonal weight by the rectangular Cayley transform.
 
-    Arguments and errors are those of [`AOLLinear`][orthonet.layers.AOLLinear]; see
-    [`cayley_rectangular`][orthonet.linalg.cayley_rectangular]. A weight can be assigned unless its
-    upper square block has the eigenvalue -1.
+    See [`cayley_rectangular`][orthonet.linalg.cayley_rectangular]. A weight can be assigned unless
+    its
+    upper square block has the eigenvalue -1. Arguments and errors are those of
+    [`AOLLinear`][orthonet.layers.AOLLinear].
 
     Guarantee:
-        All singular values are `lipschitz` to \(10^{-5}\) (float32) or \(10^{-12}\) (float64)
-        relative, for every finite parameter.
+        All singular values are `lipschitz`, to the tolerance of `AOLLinear`.
+
+    Examples:
+        >>> layer = CayleyLinear(3, 8)
+        >>> (layer.weight.T @ layer.weight).allclose(torch.eye(3), atol=1e-5)
+        True
 
     References:
         Trockman & Kolter, ICLR 2021.
@@ -173,19 +181,22 @@ def _cropped_reflector(v: Tensor, *, rows: int, columns: int) -> Tensor:
 
 
 class BROLinear(MappedLinear):
-    r"""`nn.Linear` with a block reflector of low rank, cropped to the wanted sides.
+    """`nn.Linear` with a block reflector of low rank, cropped to the wanted sides.
 
-    Arguments and errors are those of [`AOLLinear`][orthonet.layers.AOLLinear]; the reflector has
-    the larger of both sides, and V half as many columns by default. See
-    [`block_reflector`][orthonet.linalg.block_reflector]. A weight cannot be assigned.
+    The reflector has the larger of both sides; see
+    [`block_reflector`][orthonet.linalg.block_reflector]. A weight cannot be assigned. The other
+    arguments and errors are those of [`AOLLinear`][orthonet.layers.AOLLinear].
 
     Args:
         rank: Columns of V; half of the larger side by default.
 
     Guarantee:
-        The norm is at most `lipschitz` to \(10^{-5}\) (float32) or \(10^{-12}\) (float64) relative,
-        for every finite parameter; all singular values are `lipschitz` where V is well
-        conditioned.
+        As of `AOLLinear`; all singular values are `lipschitz` where V is well conditioned.
+
+    Examples:
+        >>> layer = BROLinear(3, 8, rank=2)
+        >>> (layer.weight.T @ layer.weight).allclose(torch.eye(3), atol=1e-5)
+        True
 
     References:
         Lai et al., ICML 2025.
@@ -219,5 +230,4 @@ class BROLinear(MappedLinear):
             dtype,
             weight_shape=(out_features, in_features),
         )
-        _checks.boolean(type(self), bias=bias)
-        new_bias(self, out_features if bias else None, device, dtype)
+        add_bias(self, bias, out_features, device, dtype)

@@ -22,11 +22,11 @@ from orthonet.layers._declared import (
 )
 from orthonet.layers._spectrum import LinearMap
 from orthonet.layers.zoo._base import (
+    add_bias,
     adopt_arguments,
     check_circular,
     check_image,
     match_channels,
-    new_bias,
 )
 from orthonet.layers.zoo._export import circular_twin, image_size_of
 from orthonet.linalg.bounds.rounding import mul_up
@@ -73,56 +73,10 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         lipschitz: float = 1.0,
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
-        self._build(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-            lipschitz,
-            image_size,
-        )
-        rows = self.out_channels // groups
-        columns = self.in_channels // groups * self.stride[0] * self.stride[1]
-        if self._square:
-            rows = columns = max(rows, columns)
-        self._make((groups, rows, columns), device, dtype)
-
-    def _build(
-        self,
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-        bias,
-        padding_mode,
-        device,
-        dtype,
-        lipschitz,
-        image_size,
-    ) -> None:
         nn.Module.__init__(self)
         same = padding == "same" and stride not in (1, (1, 1))
-        adopt_arguments(
-            self,
-            in_channels,
-            out_channels,
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=0 if same else padding,
-            dilation=dilation,
-            groups=groups,
-            padding_mode=padding_mode,
-        )
+        window = (kernel_size, stride, 0 if same else padding, dilation, groups, padding_mode)
+        adopt_arguments(self, in_channels, out_channels, *window)
         owner = type(self)
         _checks.lipschitz_constant(owner, lipschitz)
         _checks.factory(owner, device, dtype)
@@ -138,8 +92,12 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         )
         self.lipschitz = float(lipschitz)
         self.image_size = image_size_of(owner, image_size)
-        _checks.boolean(type(self), bias=bias)
-        new_bias(self, out_channels if bias else None, device, dtype)
+        add_bias(self, bias, out_channels, device, dtype)
+        rows = self.out_channels // groups
+        columns = self.in_channels // groups * self.stride[0] * self.stride[1]
+        if self._square:
+            rows = columns = max(rows, columns)
+        self._make((groups, rows, columns), device, dtype)
 
     def _strided_same(self) -> None:
         """The symmetric padding that gives size / stride outputs."""
@@ -272,7 +230,6 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         return text if self.groups == 1 else f"{text}, groups={self.groups}"
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         blocks, size, text = self._symbol(input_shape)
         value = mul_up(norms.matrix(blocks), self.lipschitz, SAFE)
         inside = self.in_channels // self.groups * self.stride[0] ** 2

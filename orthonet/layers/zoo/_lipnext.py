@@ -21,7 +21,7 @@ from orthonet.layers._declared import (
 )
 from orthonet.layers._piecewise import BetaAbs
 from orthonet.layers.children import Child
-from orthonet.layers.zoo._base import check_image, match_channels, new_bias
+from orthonet.layers.zoo._base import add_bias, check_image, match_channels
 from orthonet.linalg.bounds.rounding import mul_up
 from orthonet.linalg.bounds.sizes import Chained, absolute_matrix
 from orthonet.reparametrizers import POLAR_ORTHO_PARAMS, OrthoParams, OrthoWeight
@@ -31,7 +31,7 @@ __all__ = ["LipNeXtBlock2d", "SpatialShift2d"]
 
 
 class SpatialShift2d(nn.Module):
-    r"""Shift a share of the channels by one pixel, a quarter of it in each direction.
+    """Shift a share of the channels by one pixel, a quarter of it in each direction.
 
     The first channels go to the right, the next to the left, down and up; the rest stays.
 
@@ -40,14 +40,14 @@ class SpatialShift2d(nn.Module):
         padding_mode: "circular" wraps around, a permutation; "zeros" drops one row or column.
 
     Shape:
-        (*, C, H, W); the output has the same.
+        Input and output: (*, C, H, W).
 
     Guarantee:
         Circular: a permutation, orthogonal and exact. Zeros: a selection of entries, of norm at
         most 1.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: `fraction` or `padding_mode` is another.
 
     Examples:
         >>> x = torch.arange(8.0).view(1, 4, 1, 2)
@@ -69,7 +69,6 @@ class SpatialShift2d(nn.Module):
         return f"fraction={self.fraction:g}, padding_mode={self.padding_mode!r}"
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         image_of(self, input_shape)
         if self.padding_mode == "circular":
             return Declared(1.0, REARRANGEMENT, True, 0.0)
@@ -83,18 +82,18 @@ class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
     pixel in the four directions, and \(\beta\mathrm{Abs}\) takes the modulus of the first
     \(\beta\) of the channels. Neighbors meet through \(R^\top S R\), and nothing needs a transform
     of the image. Channels of zeros are appended before the block, or dropped after it, where the
-    numbers differ; the block contains its activation.
+    numbers differ; the block contains its activation, and `bias` stands before it.
 
     Args:
         in_channels: Channels of the input.
-        out_channels: Channels of the output; those of the input if None.
-        bias: Whether to add a learnable bias before the activation, zero at first.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; computed in float32 at least.
+        out_channels: Those of the output; `in_channels` if None.
+        bias: As of [`AOLLinear`][orthonet.layers.AOLLinear].
+        device: As there.
+        dtype: As there.
         fraction: Share of the channels that are shifted.
         beta: Share of the channels whose modulus is taken.
         padding_mode: "circular" or "zeros", at the border of the shifts.
-        lipschitz: The constant K of the block.
+        lipschitz: As there.
         ortho_params: How R and M are made orthogonal.
 
     Shape:
@@ -106,7 +105,11 @@ class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
         Otherwise constant at most that.
 
     Raises:
-        ValueError: a size is not a positive integer, or another argument out of range.
+        ValueError: An argument is out of range.
+
+    Examples:
+        >>> LipNeXtBlock2d(4, 8)(torch.zeros(1, 4, 6, 6)).shape
+        torch.Size([1, 8, 6, 6])
 
     References:
         Hu, Hu & Fredrikson, *LipNeXt: scaling up Lipschitz-based certified robustness to
@@ -149,8 +152,7 @@ class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
         self.mixing = OrthoWeight((width, width), ortho_params, device, dtype)
         self.shift = SpatialShift2d(fraction, padding_mode)
         self.activation = BetaAbs(beta, dim=-3)
-        _checks.boolean(type(self), bias=bias)
-        new_bias(self, width if bias else None, device, dtype)
+        add_bias(self, bias, width, device, dtype)
 
     def reset_parameters(self) -> None:
         """Draw R and M anew and set the bias to zero; nothing happens on the meta device."""
@@ -193,7 +195,6 @@ class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
         return f"{self.in_channels}, {self.out_channels}{scale}"
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         size = image_of(self, input_shape)
         with torch.no_grad():  # as forward computes them, in its dtype
             rotation, mixing = self.rotation.compute(), self.mixing.compute()

@@ -42,12 +42,12 @@ class AOLLinear(MappedLinear):
     orthogonal, where the rescaling does nothing for a tall or square matrix.
 
     Args:
-        in_features: Size of each input.
-        out_features: Size of each output.
-        bias: Whether to add a learnable bias, zero at first.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; the weight is computed in float32 at least.
-        lipschitz: The constant K of the layer: the weight is multiplied by it.
+        in_features: As of `nn.Linear`.
+        out_features: As there.
+        bias: Whether to add a learnable bias, initialized to zero.
+        device: As there.
+        dtype: Dtype of the parameters; the layer computes the weight in at least float32.
+        lipschitz: The constant K of the layer, positive: a factor of the weight.
 
     Shape:
         Input `(*, in_features)`, output `(*, out_features)`.
@@ -57,7 +57,12 @@ class AOLLinear(MappedLinear):
         relative, in train and eval mode, for every finite parameter.
 
     Raises:
-        ValueError: a size is not a positive integer, or `lipschitz` not a positive number.
+        ValueError: A size is not a positive integer, or `lipschitz` not a positive number.
+
+    Examples:
+        >>> layer = AOLLinear(3, 8, lipschitz=2.0)
+        >>> bool(torch.linalg.matrix_norm(layer.weight, 2) <= 2.0 * (1 + 1e-5))
+        True
 
     References:
         Prach & Lampert, ECCV 2022, theorem 1, arXiv:2208.03160.
@@ -68,32 +73,35 @@ class AOLLinear(MappedLinear):
 
 
 class AOLConv2d(MappedConv2d):
-    r"""`nn.Conv2d` with an almost-orthogonal kernel.
+    """`nn.Conv2d` with an almost-orthogonal kernel.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Taps.
-        stride: Stride, without a common divisor with the dilation.
-        padding: As in torch.
-        dilation: Spacing of the taps.
-        groups: Number of groups.
-        bias: Whether to add a learnable bias, zero at first.
+        in_channels: As of `nn.Conv2d`.
+        out_channels: As there.
+        kernel_size: As there.
+        stride: Without a common divisor with the dilation.
+        padding: As there.
+        dilation: As there.
+        groups: As there.
+        bias: As of [`AOLLinear`][orthonet.layers.AOLLinear].
         padding_mode: "zeros" or "circular".
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; the kernel is computed in float32 at least.
-        lipschitz: The constant K of the layer: the kernel is multiplied by it.
+        device: As there.
+        dtype: As there.
+        lipschitz: As there.
 
     Shape:
         As `nn.Conv2d`, unbatched input included.
 
     Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64)
-        relative, for every image size, zero or circular padding, stride and dilation.
+        As of `AOLLinear`, for every image size, zero or circular padding, stride and dilation.
 
     Raises:
-        ValueError: an argument that `nn.Conv2d` refuses, another padding mode (reflected or
+        ValueError: `nn.Conv2d` refuses an argument, the padding mode is another (reflected or
             repeated borders raise the norm above 1), or `lipschitz` not a positive number.
+
+    Examples:
+        >>> AOLConv2d(3, 8, 3, padding=1)(torch.zeros(1, 3, 6, 6)).shape
+        torch.Size([1, 8, 6, 6])
 
     References:
         Prach & Lampert, ECCV 2022, theorem 2, arXiv:2208.03160.
@@ -106,14 +114,15 @@ class AOLConv2d(MappedConv2d):
 class SpectralLinear(MappedLinear):
     r"""`nn.Linear` with a weight divided by an upper bound of its spectral norm.
 
-    Arguments and errors are those of [`AOLLinear`][orthonet.layers.AOLLinear]. Six Gram
-    products bound the norm from above, to a factor of at most \(r^{1/128}\) for rank r (1.04 at
-    r = 64), and the gradient passes through the bound; power iteration, as
-    `torch.nn.utils.parametrizations.spectral_norm` has it, bounds it from below.
+    Six Gram products bound the norm from above, to a factor of at most \(r^{1/128}\) for rank r
+    (1.04 at r = 64), and the gradient passes through the bound; power iteration, as
+    `torch.nn.utils.parametrizations.spectral_norm` has it, bounds it from below. Arguments,
+    guarantee and errors are those of [`AOLLinear`][orthonet.layers.AOLLinear]; zero stays zero.
 
-    Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64).
-        Zero weights stay zero.
+    Examples:
+        >>> layer = SpectralLinear(3, 8)
+        >>> bool(torch.linalg.matrix_norm(layer.weight, 2) <= 1 + 1e-5)
+        True
 
     References:
         Miyato et al., *Spectral normalization for GANs*, ICLR 2018; Delattre et al., ICML 2023.
@@ -124,16 +133,16 @@ class SpectralLinear(MappedLinear):
 
 
 class SpectralConv2d(MappedConv2d):
-    r"""`nn.Conv2d` with a kernel divided by an upper bound of the norm of the convolution.
+    """`nn.Conv2d` with a kernel divided by an upper bound of the norm of the convolution.
 
-    Arguments and errors are those of [`AOLConv2d`][orthonet.layers.AOLConv2d]. The bound is that of
-    the whole operator on every image size (see
+    The bound is that of the whole operator on every image size (see
     [`convolution_norm_upper`][orthonet.linalg.convolution_norm_upper]), not the norm of the
-    reshaped kernel, which may be smaller by the square root of the number of taps.
+    reshaped kernel, which may be smaller by the square root of the number of taps. Arguments,
+    guarantee and errors are those of [`AOLConv2d`][orthonet.layers.AOLConv2d]; zero stays zero.
 
-    Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64),
-        for zero or circular padding, any stride and dilation. Zero kernels stay zero.
+    Examples:
+        >>> SpectralConv2d(3, 8, 3, padding=1)(torch.zeros(1, 3, 6, 6)).shape
+        torch.Size([1, 8, 6, 6])
 
     References:
         Miyato et al., ICLR 2018; Delattre et al., ICML 2023; Ehlich & Zeller, Math. Z. 1964.
@@ -146,12 +155,14 @@ class SpectralConv2d(MappedConv2d):
 class FrobeniusLinear(MappedLinear):
     r"""`nn.Linear` with a weight of Frobenius norm 1.
 
-    Arguments and errors are those of [`AOLLinear`][orthonet.layers.AOLLinear]. Exact for a single
-    output (a unit row), and loose by \(\sqrt r\) for r equal singular values.
+    It is exact for a single output (a unit row), and loose by \(\sqrt r\) for r equal singular
+    values. Arguments, guarantee and errors are those of [`AOLLinear`][orthonet.layers.AOLLinear];
+    zero stays zero.
 
-    Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64).
-        Zero weights stay zero.
+    Examples:
+        >>> layer = FrobeniusLinear(3, 8)
+        >>> layer.weight.norm().allclose(torch.ones(()))
+        True
 
     References:
         Serrurier et al., CVPR 2021 (the layer of deel-torchlip for single outputs).
@@ -165,12 +176,12 @@ class FrobeniusConv2d(MappedConv2d):
     r"""`nn.Conv2d` with a kernel divided by a bound of the Frobenius norm of its symbol.
 
     The bound is \(\big(\sum_{lag} |\sum_t \langle K_t, K_{t + lag} \rangle|\big)^{1/2}\), or
-    \(\sqrt r\,\|K\|_F\) where that is less, r the number of windows that read one pixel.
-    Arguments and errors are those of [`AOLConv2d`][orthonet.layers.AOLConv2d].
+    \(\sqrt r\,\|K\|_F\) where that is less, r the number of windows that read one pixel. Arguments,
+    guarantee and errors are those of [`AOLConv2d`][orthonet.layers.AOLConv2d]; zero stays zero.
 
-    Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64),
-        for zero or circular padding. Zero kernels stay zero.
+    Examples:
+        >>> FrobeniusConv2d(3, 1, 3)(torch.zeros(1, 3, 6, 6)).shape
+        torch.Size([1, 1, 4, 4])
 
     References:
         Serrurier et al., CVPR 2021.
@@ -202,12 +213,14 @@ def _small(shape, *, dtype=None, device=None, groups: int = 1) -> Tensor:
 class LiResLinear(MappedLinear):
     r"""Linear residual layer: \(W = (I + V) / \beta\) with \(\beta \ge \|I + V\|_2\).
 
-    Arguments and errors are those of [`AOLLinear`][orthonet.layers.AOLLinear]. I is the
-    rectangular identity; the skip connection is part of the linear map, so that the constant is
+    I is the rectangular identity. The skip connection is part of the linear map, so the constant is
     that of the sum and not the sum of the constants. Assigning a weight assigns \(I + V\).
+    Arguments, guarantee and errors are those of [`AOLLinear`][orthonet.layers.AOLLinear].
 
-    Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64).
+    Examples:
+        >>> layer = LiResLinear(3, 8)
+        >>> bool(torch.linalg.matrix_norm(layer.weight, 2) <= 1 + 1e-5)
+        True
 
     References:
         Hu, Zou, Wang, Leino & Fredrikson, *Unlocking deterministic robustness certification on
@@ -223,13 +236,13 @@ class LiResLinear(MappedLinear):
 class LiResConv2d(MappedConv2d):
     r"""The LiResNet block: identity plus convolution, as one linear map of norm at most 1.
 
-    \(W = (\delta + V) / \beta\) with a bound \(\beta\) of the norm of the sum. Arguments and
-    errors are those of [`AOLConv2d`][orthonet.layers.AOLConv2d]; with different numbers of
-    channels the identity is the rectangular one.
+    \(W = (\delta + V) / \beta\) with a bound \(\beta\) of the norm of the sum; with different
+    numbers of channels the identity is the rectangular one. Arguments, guarantee and errors are
+    those of [`AOLConv2d`][orthonet.layers.AOLConv2d].
 
-    Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64),
-        for zero or circular padding, any stride and dilation.
+    Examples:
+        >>> LiResConv2d(3, 8, 3, padding=1)(torch.zeros(1, 3, 6, 6)).shape
+        torch.Size([1, 8, 6, 6])
 
     References:
         Hu et al., NeurIPS 2023 (LiResNet).
@@ -244,15 +257,18 @@ class LiResConv2d(MappedConv2d):
 class CholeskyLinear(MappedLinear):
     r"""`nn.Linear` orthogonalized by a Cholesky factor with a ridge: \(W W^\top \preceq I\) always.
 
-    Arguments and errors are those of [`AOLLinear`][orthonet.layers.AOLLinear]; see
-    [`cholesky_contraction`][orthonet.linalg.cholesky_contraction].
+    See [`cholesky_contraction`][orthonet.linalg.cholesky_contraction]. The weight is
+    semi-orthogonal
+    for well-conditioned parameters. Arguments, guarantee and errors are those of
+    [`AOLLinear`][orthonet.layers.AOLLinear].
 
-    Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64),
-        for every finite parameter; semi-orthogonal for well-conditioned ones.
+    Examples:
+        >>> layer = CholeskyLinear(8, 3)
+        >>> (layer.weight @ layer.weight.T).allclose(torch.eye(3), atol=1e-4)
+        True
 
     References:
-        Hu, Leino, Wang & Fredrikson, ICLR 2024.
+        Hu, Leino, Wang & Fredrikson, *A recipe for improved certifiable robustness*, ICLR 2024.
     """
 
     def _map(self) -> Callable[[Tensor], Tensor]:
@@ -266,16 +282,17 @@ def _grouped(kernel: Tensor, function: Callable[[Tensor], Tensor], groups: int) 
 
 
 class CholeskyConv2d(MappedConv2d):
-    r"""1x1 convolution orthogonalized by a Cholesky factor with a ridge (CHORD).
+    """1x1 convolution orthogonalized by a Cholesky factor with a ridge (CHORD).
 
-    Arguments and errors are those of [`AOLConv2d`][orthonet.layers.AOLConv2d], with
-    `kernel_size=1` only: the method is one of matrices.
+    The method is one of matrices, so `kernel_size` must be 1. The other arguments, guarantee and
+    errors are those of [`AOLConv2d`][orthonet.layers.AOLConv2d].
 
-    Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64).
+    Examples:
+        >>> CholeskyConv2d(3, 8, 1)(torch.zeros(1, 3, 6, 6)).shape
+        torch.Size([1, 8, 6, 6])
 
     References:
-        Hu, Leino, Wang & Fredrikson, ICLR 2024.
+        See [`CholeskyLinear`][orthonet.layers.CholeskyLinear].
     """
 
     def _map(self) -> Callable[[Tensor], Tensor]:

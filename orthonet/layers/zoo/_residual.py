@@ -13,27 +13,27 @@ class CPLLinear(ResidualLinear):
     A step of gradient descent on a convex potential. \(\beta \ge \|J\|^2\) is bounded by Gram
     iteration, and the gradient passes through it; the reference implementation takes power
     iteration, which bounds from below. Features of zeros are appended before the layer, or
-    dropped after it, where the sizes differ. The layer contains its activation.
+    dropped after it, where the sizes differ. The layer contains its activation, and `bias` stands
+    inside of it.
+
+    The other arguments are those of [`AOLLinear`][orthonet.layers.AOLLinear].
 
     Args:
-        in_features: Size of each input.
-        out_features: Size of each output.
-        bias: Whether to add a learnable bias inside the activation, zero at first.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; computed in float32 at least.
         hidden_features: Rows of J; the larger of both sizes by default.
         activation: "relu", "softplus", "tanh" or "sigmoid": slopes in [0, 1].
-        lipschitz: The constant K of the layer.
 
     Shape:
-        Input `(*, in_features)`, output `(*, out_features)`.
+        As `nn.Linear`.
 
     Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64)
-        relative, in train and eval mode, for every finite parameter.
+        As of `AOLLinear`.
 
     Raises:
-        ValueError: a size is not a positive integer, or another argument out of range.
+        ValueError: An argument is out of range.
+
+    Examples:
+        >>> CPLLinear(3, 8)(torch.zeros(2, 3)).shape
+        torch.Size([2, 8])
 
     References:
         Meunier, Delattre, Araujo & Allauzen, *A dynamical system perspective for Lipschitz neural
@@ -45,36 +45,33 @@ class CPLConv2d(ResidualConv2d):
     r"""Convex potential layer with a convolution J, see [`CPLLinear`][orthonet.layers.CPLLinear].
 
     \(\beta\) bounds the squared norm of the whole convolution from above, see
-    [`convolution_norm_upper`][orthonet.linalg.convolution_norm_upper].
+    [`convolution_norm_upper`][orthonet.linalg.convolution_norm_upper]. The other arguments are
+    those
+    of [`AOLConv2d`][orthonet.layers.AOLConv2d].
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Taps, odd.
-        stride: Stride. Above 1 a semi-orthogonal matrix on blocks of stride x stride pixels stands
+        kernel_size: Odd.
+        stride: Above 1 a semi-orthogonal matrix on blocks of stride x stride pixels stands
             behind the residual, and the residual works on `in_channels`.
         padding: "same", or the number that keeps the size at stride 1.
-        dilation: Spacing of the taps.
-        groups: Number of groups.
-        bias: Whether to add a learnable bias inside the activation, zero at first.
-        padding_mode: "zeros" or "circular".
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; computed in float32 at least.
         hidden_channels: Channels of J x; the larger of both numbers by default.
-        activation: "relu", "softplus", "tanh" or "sigmoid": slopes in [0, 1].
-        lipschitz: The constant K of the layer.
+        activation: As of `CPLLinear`.
 
     Shape:
         (N, in_channels, H, W) or (in_channels, H, W) to the same with out_channels and H and W
         divided by the stride.
 
     Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64)
-        relative, for every image size and finite parameter.
+        As of `AOLLinear`, for every image size.
 
     Raises:
-        ValueError: Even kernels, other paddings, or an argument out of range; when called: a size
-            that the stride does not divide.
+        ValueError: The kernel is even, the padding another, or an argument out of range; when
+            called:
+            the stride does not divide a size.
+
+    Examples:
+        >>> CPLConv2d(3, 8, 3, stride=2)(torch.zeros(1, 3, 6, 6)).shape
+        torch.Size([1, 8, 3, 3])
 
     References:
         Meunier et al., ICML 2022; Boissin et al., ICML 2025 (the strided residual).
@@ -85,12 +82,12 @@ class SLLLinear(ResidualLinear):
     r"""SDP-based Lipschitz layer: \(y = x - 2 J^\top T^{-1} s(J x + b)\), T diagonal.
 
     \(t_i = \sum_j |J J^\top|_{ij}\, q_j / q_i\) with learnable \(q > 0\), see
-    [`gershgorin_scale`][orthonet.linalg.gershgorin_scale]. Arguments, shapes and errors are those
-    of [`CPLLinear`][orthonet.layers.CPLLinear].
+    [`gershgorin_scale`][orthonet.linalg.gershgorin_scale]. Arguments, shapes, guarantee and errors
+    are those of [`CPLLinear`][orthonet.layers.CPLLinear].
 
-    Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64)
-        relative, for every finite parameter.
+    Examples:
+        >>> SLLLinear(3, 8)(torch.zeros(2, 3)).shape
+        torch.Size([2, 8])
 
     References:
         Araujo, Havens, Delattre, Allauzen & Hu, *A unified algebraic perspective on Lipschitz
@@ -103,15 +100,13 @@ class SLLLinear(ResidualLinear):
 class SLLConv2d(ResidualConv2d):
     r"""SDP-based Lipschitz layer with a convolution J.
 
-    See [`SLLLinear`][orthonet.layers.SLLLinear].
+    The convolution of [`SLLLinear`][orthonet.layers.SLLLinear]: the modulus of \(J J^\top\) is
+    summed over all lags of the kernel's autocorrelation, with q inside the sum. Arguments, shapes,
+    guarantee and errors are those of [`CPLConv2d`][orthonet.layers.CPLConv2d].
 
-    The modulus of \(J J^\top\) is summed over all lags of the kernel's autocorrelation, with q
-    inside the sum. Arguments, shapes and errors are those of
-    [`CPLConv2d`][orthonet.layers.CPLConv2d].
-
-    Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64)
-        relative, for every image size and finite parameter.
+    Examples:
+        >>> SLLConv2d(3, 8, 3, stride=2)(torch.zeros(1, 3, 6, 6)).shape
+        torch.Size([1, 8, 3, 3])
 
     References:
         Araujo et al., ICLR 2023.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from orthonet import _checks, functional
 from orthonet.layers._base import WithoutPlainWeight
 from orthonet.layers._declared import SAFE, Declared, Norms, at_zero, float64, length_of, of_rows
-from orthonet.layers.zoo._base import new_bias
+from orthonet.layers.zoo._base import add_bias, new_bias
 from orthonet.layers.zoo._export import circular_twin
 from orthonet.layers.zoo._fourier_base import FourierConv2d, fourier_chain
 from orthonet.layers.zoo.residual_base import ACTIVATIONS, SLOPED
@@ -90,24 +90,12 @@ class SandwichLinear(WithoutPlainWeight, nn.Module):
     layer contains its activation. A chain of them with any factors K whose product is \(\gamma\) is
     an LBDN of that bound.
 
-    Args:
-        in_features: Size of each input.
-        out_features: Size of each output.
-        bias: Whether to add a learnable bias inside the activation, zero at first.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; computed in float32 at least.
-        activation: "relu", "softplus", "tanh" or "sigmoid": slopes in [0, 1].
-        lipschitz: The constant K of the layer.
+    Arguments, shapes, guarantee and errors are those of [`CPLLinear`][orthonet.layers.CPLLinear],
+    without `hidden_features`.
 
-    Shape:
-        Input `(*, in_features)`, output `(*, out_features)`.
-
-    Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64)
-        relative, in train and eval mode, for every finite parameter.
-
-    Raises:
-        ValueError: a size is not a positive integer, or another argument out of range.
+    Examples:
+        >>> SandwichLinear(3, 8, activation="tanh")(torch.zeros(2, 3)).shape
+        torch.Size([2, 8])
 
     References:
         Wang & Manchester, *Direct parameterization of Lipschitz-bounded deep networks*, ICML 2023,
@@ -141,8 +129,7 @@ class SandwichLinear(WithoutPlainWeight, nn.Module):
         self.activation = ACTIVATIONS[activation]()
         self.parametrization = _Pair(out_features, in_features, device, dtype)
         new_bias(self, out_features, device, dtype, "log_scale")
-        _checks.boolean(type(self), bias=bias)
-        new_bias(self, out_features if bias else None, device, dtype)
+        add_bias(self, bias, out_features, device, dtype)
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, Psi = I and the bias zero; nothing happens on the meta device."""
@@ -169,7 +156,7 @@ class SandwichLinear(WithoutPlainWeight, nn.Module):
 
     @torch.no_grad()
     def to_plain(self) -> nn.Sequential:
-        """Return stock layers that do the same, as an `nn.Sequential`.
+        """Return two stock linear layers around the activation that do the same.
 
         Its certificate is the product over its layers, up to 2 K: certify this layer instead.
         """
@@ -189,7 +176,6 @@ class SandwichLinear(WithoutPlainWeight, nn.Module):
         return f"{self.in_features}, {self.out_features}{scale}"
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         with torch.no_grad():
             outer, inner = (float64(self, w) for w in self.factors())
             psi = float64(self, self.log_scale).clamp(-20.0, 20.0).exp()
@@ -207,15 +193,19 @@ class SandwichConv2d(FourierConv2d):
     r"""Sandwich layer with convolutions A and B that are orthogonalized at each frequency.
 
     See [`SandwichLinear`][orthonet.layers.SandwichLinear]; \([A, B]\) comes from the Cayley
-    transform of the symbol, \(\Psi\) has one entry for each channel. Arguments, shapes and errors
-    are those of [`CayleyConv2d`][orthonet.layers.CayleyConv2d].
+    transform of the symbol, \(\Psi\) has one entry for each channel. The other arguments, shapes
+    and
+    errors are those of [`CayleyConv2d`][orthonet.layers.CayleyConv2d].
 
     Args:
-        activation: "relu", "softplus", "tanh" or "sigmoid": slopes in [0, 1].
+        activation: As of `SandwichLinear`.
 
     Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64)
-        relative, for every image size and finite parameter.
+        As of [`AOLLinear`][orthonet.layers.AOLLinear], for every image size.
+
+    Examples:
+        >>> SandwichConv2d(3, 8, 3)(torch.zeros(1, 3, 6, 6)).shape
+        torch.Size([1, 8, 6, 6])
 
     References:
         Wang & Manchester, ICML 2023, section 4.
@@ -288,7 +278,7 @@ class SandwichConv2d(FourierConv2d):
 
     @torch.no_grad()
     def to_plain(self) -> nn.Sequential:
-        """Return stock layers that do the same, as an `nn.Sequential`.
+        """Return two stock convolutions around the activation that do the same on one image size.
 
         Raises:
             ValueError: The layer was made without `image_size`.
@@ -323,7 +313,6 @@ class SandwichConv2d(FourierConv2d):
         return plain.train(self.training)
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         blocks, size, text = self._symbol(input_shape)
         width = self.out_channels // self.groups
         with torch.no_grad():

@@ -24,9 +24,9 @@ from orthonet.layers._spectrum import LinearMap
 from orthonet.layers.zoo._base import (
     CachedParts,
     SameSizeConv2d,
+    add_bias,
     check_image,
     match_channels,
-    new_bias,
 )
 from orthonet.layers.zoo._export import circular_twin, image_size_of
 from orthonet.linalg.bounds.rounding import add_up, mul_up, up
@@ -90,35 +90,31 @@ class _SkewConv2d(LinearMap, SameSizeConv2d):
 
     def _build(
         self,
-        in_channels: int,
-        out_channels: int,
+        channels: tuple[int, int],
         width: int,
-        *,
+        window: tuple[Any, ...],
         bias: bool,
         lipschitz: float,
         terms: int | None,
         reach: float,
+        image_size: int | tuple[int, int] | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
-        **arguments: Any,
     ) -> None:
-        self._adopt(in_channels, out_channels, **arguments)
+        nn.Module.__init__(self)
+        _checks.factory(type(self), device, dtype)
+        self.image_size = image_size_of(type(self), image_size)
+        self._adopt(channels, *window)
         self._set_constant(lipschitz)
         _checks.in_range(type(self), 1e-3, 10.0, reach=reach)
         if terms is not None:
             _checks.positive_int(type(self), terms=terms)
         self.terms = terms
-        width = width if self.stride != (1, 1) else max(in_channels, out_channels)
+        width = width if self.stride != (1, 1) else max(channels)
         inside = width // self.groups
-        self.parametrization = SkewKernel(
-            (self.groups * inside, inside, *self.kernel_size),
-            self.groups,
-            float(reach),
-            device,
-            dtype,
-        )
-        _checks.boolean(type(self), bias=bias)
-        new_bias(self, out_channels if bias else None, device, dtype)
+        shape = (self.groups * inside, inside, *self.kernel_size)
+        self.parametrization = SkewKernel(shape, self.groups, float(reach), device, dtype)
+        add_bias(self, bias, channels[1], device, dtype)
 
     def _number_of_terms(self, dtype: torch.dtype) -> int:
         return self.terms or _TERMS[dtype]
@@ -207,26 +203,19 @@ class SOCConv2d(_SkewConv2d):
     zero-padded convolution with a skew kernel is a skew matrix too, so zero padding stays
     orthogonal.
 
+    The other arguments are those of [`AOLConv2d`][orthonet.layers.AOLConv2d].
+
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
         kernel_size: Taps of L, odd.
         stride: Stride; the image sizes must be multiples of it.
         padding: "same", or the number that keeps the size at stride 1.
-        dilation: Spacing of the taps.
-        groups: Number of groups.
-        bias: Whether to add a learnable bias, initialized to zero.
-        padding_mode: "zeros" or "circular".
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; computed in float32 at least.
-        lipschitz: The constant K of the layer.
         terms: Terms of the series; by the dtype if None.
         reach: Largest norm of L, in radians.
-        image_size: Height and width of the input, if they are fixed; `to_plain` needs them.
+        image_size: As of [`CayleyConv2d`][orthonet.layers.CayleyConv2d].
 
     Shape:
-        (N, in_channels, H, W) or (in_channels, H, W) to the same with out_channels and H and W
-        divided by the stride.
+        (N, in_channels, H, W) or (in_channels, H, W), to out_channels and H and W divided by the
+        stride.
 
     Guarantee:
         Norm at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64) relative, for
@@ -235,8 +224,13 @@ class SOCConv2d(_SkewConv2d):
         tolerance plus 2 r, with zero or circular padding; S is the product of the strides.
 
     Raises:
-        ValueError: Even kernels, other paddings, `terms` < 1, or `reach` outside (0, 10]; when
-            called: a size that the stride does not divide.
+        ValueError: The kernel is even, the padding another, `terms` < 1, or `reach` outside (0,
+            10];
+            when called: the stride does not divide a size.
+
+    Examples:
+        >>> SOCConv2d(2, 8, 3, stride=2)(torch.zeros(1, 2, 10, 10)).shape
+        torch.Size([1, 8, 5, 5])
 
     References:
         Singla & Feizi, *Skew orthogonal convolutions*, ICML 2021, theorems 3 and 4,
@@ -262,26 +256,9 @@ class SOCConv2d(_SkewConv2d):
         reach: float = 1.5,
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
-        super().__init__()
-        _checks.factory(type(self), device, dtype)
-        self.image_size = image_size_of(type(self), image_size)
-        self._build(
-            in_channels,
-            out_channels,
-            in_channels,
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            padding_mode=padding_mode,
-            bias=bias,
-            lipschitz=lipschitz,
-            terms=terms,
-            reach=reach,
-            device=device,
-            dtype=dtype,
-        )
+        window = (kernel_size, stride, padding, dilation, groups, padding_mode)
+        options = (bias, lipschitz, terms, reach, image_size, device, dtype)
+        self._build((in_channels, out_channels), in_channels, window, *options)
         self._reduce(in_channels, out_channels, device, dtype)
 
     def linear(self, x: Tensor) -> Tensor:
@@ -307,30 +284,18 @@ class SOCConv2d(_SkewConv2d):
 
 
 class SOCConvTranspose2d(_SkewConv2d):
-    r"""Transposed skew orthogonal convolution, the adjoint of a strided SOC.
+    """Transposed skew orthogonal convolution, the adjoint of a strided SOC.
 
     A semi-orthogonal matrix maps each pixel to a block of stride x stride pixels of
     `out_channels`, and the exponential series of [`SOCConv2d`][orthonet.layers.SOCConv2d] is
     applied to the result. At stride 1 it is `SOCConv2d` with the arguments of `nn.ConvTranspose2d`.
 
+    The other arguments are those of `SOCConv2d`, in the order of `nn.ConvTranspose2d`.
+
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Taps of L, odd.
         stride: How many times larger the output is.
-        padding: "same", or the number that keeps the size at stride 1.
         output_padding: stride - 1, with which the output size is stride times the input size; None
             stands for it.
-        groups: Number of groups.
-        bias: Whether to add a learnable bias, initialized to zero.
-        dilation: Spacing of the taps.
-        padding_mode: "zeros" or "circular".
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; computed in float32 at least.
-        lipschitz: The constant K of the layer.
-        terms: Terms of the series; by the dtype if None.
-        reach: Largest norm of L, in radians.
-        image_size: Height and width of the input, if they are fixed; `to_plain` needs them.
 
     Shape:
         (N, in_channels, H, W) or (in_channels, H, W) to the same with out_channels and H and W
@@ -371,25 +336,9 @@ class SOCConvTranspose2d(_SkewConv2d):
         reach: float = 1.5,
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
-        super().__init__()
-        self.image_size = image_size_of(type(self), image_size)
-        self._build(
-            in_channels,
-            out_channels,
-            out_channels,
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            padding_mode=padding_mode,
-            bias=bias,
-            lipschitz=lipschitz,
-            terms=terms,
-            reach=reach,
-            device=device,
-            dtype=dtype,
-        )
+        window = (kernel_size, stride, padding, dilation, groups, padding_mode)
+        options = (bias, lipschitz, terms, reach, image_size, device, dtype)
+        self._build((in_channels, out_channels), out_channels, window, *options)
         wanted = tuple(s - 1 for s in self.stride)
         given = (output_padding,) * 2 if isinstance(output_padding, int) else output_padding
         _checks.require(
@@ -413,7 +362,6 @@ class SOCConvTranspose2d(_SkewConv2d):
         return size[0] * self.stride[0], size[1] * self.stride[1]
 
     def linear(self, x: Tensor) -> Tensor:
-        """Apply the linear part of the layer, with its factor K, to a batch."""
         kernel, bound = self.parametrization()
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(kernel.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet._torch import conv_output_padding
 from orthonet.layers._base import ConstrainedWeight
-from orthonet.layers.zoo._base import adopt_arguments, delta_orthogonal, new_bias
+from orthonet.layers.zoo._base import add_bias, adopt_arguments, delta_orthogonal
 from orthonet.linalg.rescaling import almost_orthogonal, normalized_spectral
 from orthonet.reparametrizers import MappedWeight
 
@@ -48,19 +48,9 @@ class _MappedConvTranspose2d(ConstrainedWeight, nn.ConvTranspose2d):
     ) -> None:
         nn.Module.__init__(self)
         _checks.one_of(type(self), ("zeros",), padding_mode=padding_mode)
-        adopt_arguments(
-            self,
-            in_channels,
-            out_channels,
-            twin=nn.ConvTranspose2d,
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=padding,
-            output_padding=output_padding,
-            dilation=dilation,
-            groups=groups,
-            padding_mode=padding_mode,
-        )
+        window = (kernel_size, stride, padding, dilation, groups, padding_mode)
+        options: Any = {"twin": nn.ConvTranspose2d, "output_padding": output_padding}
+        adopt_arguments(self, in_channels, out_channels, *window, **options)
         _checks.require(
             all(math.gcd(d, s) == 1 for d, s in zip(self.dilation, self.stride, strict=True)),
             type(self),
@@ -79,8 +69,7 @@ class _MappedConvTranspose2d(ConstrainedWeight, nn.ConvTranspose2d):
             device,
             dtype,
         )
-        _checks.boolean(type(self), bias=bias)
-        new_bias(self, out_channels if bias else None, device, dtype)
+        add_bias(self, bias, out_channels, device, dtype)
 
     def _map(self) -> Callable[[Tensor], Tensor]:
         """Return the function from the free kernel to the weight."""
@@ -104,43 +93,29 @@ class _MappedConvTranspose2d(ConstrainedWeight, nn.ConvTranspose2d):
 
 
 class AOLConvTranspose2d(_MappedConvTranspose2d):
-    r"""`nn.ConvTranspose2d` with an almost-orthogonal kernel.
+    """`nn.ConvTranspose2d` with an almost-orthogonal kernel.
 
     The adjoint of [`AOLConv2d`][orthonet.layers.AOLConv2d] from `out_channels` to `in_channels`
-    with the same kernel.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Taps.
-        stride: Stride, without a common divisor with the dilation.
-        padding: Values cut off on both sides of the output.
-        output_padding: Values kept in addition at the end of the output.
-        groups: Number of groups.
-        bias: Whether to add a learnable bias, initialized to zero.
-        dilation: Spacing of the taps.
-        padding_mode: "zeros".
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; the kernel is computed in float32 at least.
-        lipschitz: The constant K of the layer: the kernel is multiplied by it.
+    with the same kernel. The arguments are those of `nn.ConvTranspose2d` and `lipschitz`, a factor
+    of the kernel; `padding_mode` must be "zeros", and `stride` and `dilation` have no common
+    divisor.
 
     Shape:
         As `nn.ConvTranspose2d`, unbatched input included.
 
     Guarantee:
-        l2 -> l2 constant at most `lipschitz`, to \(10^{-5}\) (float32) or \(10^{-12}\) (float64)
-        relative, for every image size, stride and dilation.
+        As of `AOLConv2d`.
 
     Raises:
-        ValueError: An argument that `nn.ConvTranspose2d` refuses, a dilation with a divisor of the
-            stride, or `lipschitz` not a positive number.
+        ValueError: `nn.ConvTranspose2d` refuses an argument, the dilation shares a divisor with the
+            stride, or `lipschitz` is not a positive number.
 
     Examples:
         >>> AOLConvTranspose2d(4, 3, 2, stride=2)(torch.zeros(1, 4, 5, 5)).shape
         torch.Size([1, 3, 10, 10])
 
     References:
-        Prach & Lampert, ECCV 2022, theorem 2, arXiv:2208.03160.
+        Prach & Lampert, ECCV 2022, theorem 2.
     """
 
     def _map(self) -> Callable[[Tensor], Tensor]:
@@ -148,11 +123,14 @@ class AOLConvTranspose2d(_MappedConvTranspose2d):
 
 
 class SpectralConvTranspose2d(_MappedConvTranspose2d):
-    r"""`nn.ConvTranspose2d` with a kernel divided by an upper bound of the norm of the operator.
+    """`nn.ConvTranspose2d` with a kernel divided by an upper bound of the norm of the operator.
 
-    The adjoint of [`SpectralConv2d`][orthonet.layers.SpectralConv2d] from `out_channels` to
-    `in_channels` with the same kernel. Arguments, shapes, guarantee and errors are those of
-    [`AOLConvTranspose2d`][orthonet.layers.AOLConvTranspose2d].
+    The adjoint of [`SpectralConv2d`][orthonet.layers.SpectralConv2d]. Arguments, shapes, guarantee
+    and errors are those of [`AOLConvTranspose2d`][orthonet.layers.AOLConvTranspose2d].
+
+    Examples:
+        >>> SpectralConvTranspose2d(4, 3, 2, stride=2)(torch.zeros(1, 4, 5, 5)).shape
+        torch.Size([1, 3, 10, 10])
 
     References:
         Miyato et al., ICLR 2018; Delattre et al., ICML 2023.

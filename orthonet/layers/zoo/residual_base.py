@@ -33,9 +33,9 @@ from orthonet.layers.zoo._base import (
     CachedParts,
     InnerWeight,
     SameSizeConv2d,
+    add_bias,
     delta_orthogonal,
     match_channels,
-    new_bias,
 )
 from orthonet.linalg.bounds.rounding import add_up, mul_up
 from orthonet.linalg.bounds.sizes import Chained, absolute_convolution, absolute_matrix
@@ -135,8 +135,7 @@ class _Residual(InnerWeight):
         _checks.one_of(owner, tuple(ACTIVATIONS), activation=activation)
         self._set_constant(lipschitz)
         self.activation = ACTIVATIONS[activation]()
-        _checks.boolean(type(self), bias=bias)
-        new_bias(self, hidden if bias else None, device, dtype)
+        add_bias(self, bias, hidden, device, dtype)
 
 
 class _PlainResidual(nn.Module):
@@ -239,7 +238,6 @@ class ResidualLinear(_Residual):
         )
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         weight, scale = deployed_weights(self)
         norm = norms.matrix(weight * (scale / 2).sqrt()[:, None])
         chain = Chained().map(absolute_matrix(weight), weight.shape[1] + 1.0, length_of(self.bias))
@@ -274,16 +272,8 @@ class ResidualConv2d(_Residual, SameSizeConv2d):
         lipschitz: float = 1.0,
     ) -> None:
         super().__init__()
-        self._adopt(
-            in_channels,
-            out_channels,
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            padding_mode=padding_mode,
-        )
+        window = (kernel_size, stride, padding, dilation, groups, padding_mode)
+        self._adopt((in_channels, out_channels), *window)
         strided = self.stride != (1, 1)
         width = in_channels if strided else max(in_channels, out_channels)
         hidden = width if hidden_channels is None else hidden_channels
@@ -333,10 +323,7 @@ class ResidualConv2d(_Residual, SameSizeConv2d):
 
     @torch.no_grad()
     def to_plain(self) -> fx.GraphModule:
-        """Return a `torch.fx.GraphModule` of stock layers that does the same.
-
-        Its certificate is the product over its layers, which is loose: certify this layer instead.
-        """
+        """Return a `torch.fx.GraphModule` of stock convolutions, as `ResidualLinear.to_plain`."""
         weight, scale = self.parametrization()
         stored = self.parametrization.original
         hidden, width = weight.shape[0], weight.shape[1] * self.groups
@@ -362,7 +349,6 @@ class ResidualConv2d(_Residual, SameSizeConv2d):
         return fx.symbolic_trace(plain).train(self.training)
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         size = image_of(self, input_shape)
         weight, scale = deployed_weights(self)
         scale = scale.view(-1, 1, 1, 1)
