@@ -46,18 +46,18 @@ def max_min(x: Tensor, dim: int = 1) -> Tensor:
     of the channels.
 
     Args:
-        x: input with finite entries.
-        dim: channel dimension; its size must be even.
+        x: Finite input.
+        dim: Channel dimension, of even size.
 
     Shape:
-        Any shape; the output has the same.
+        Any; output alike.
 
     Guarantee:
         1-Lipschitz and gradient-norm preserving: every Jacobian is a permutation, at ties the
         identity. Values are exact in every dtype.
 
     Raises:
-        ValueError: odd number of channels, or `dim` out of range.
+        ValueError: The number of channels is odd, or `dim` out of range.
 
     Examples:
         >>> max_min(torch.tensor([[1.0, 4.0, 3.0, 2.0]]))
@@ -72,20 +72,19 @@ def max_min(x: Tensor, dim: int = 1) -> Tensor:
 
 
 def group_sort(x: Tensor, group_size: int = 2, dim: int = 1) -> Tensor:
-    r"""Sort each group of `group_size` consecutive channels in ascending order.
+    """Sort each group of `group_size` consecutive channels in ascending order.
 
     Args:
-        x: input with finite entries.
-        group_size: channels in a group; the number of channels itself sorts all of them
+        x: Finite input.
+        group_size: Channels in a group; the number of channels itself sorts all of them
             (*full sort*).
-        dim: channel dimension; `group_size` must divide its size.
+        dim: Channel dimension; `group_size` divides its size.
 
     Shape:
-        Any shape; the output has the same.
+        Any; output alike.
 
     Guarantee:
-        1-Lipschitz and gradient-norm preserving: every Jacobian is a permutation. Values are
-        exact in every dtype.
+        As of [`max_min`][orthonet.functional.max_min].
 
     Raises:
         ValueError: `group_size` does not divide the number of channels, or `dim` out of range.
@@ -95,8 +94,7 @@ def group_sort(x: Tensor, group_size: int = 2, dim: int = 1) -> Tensor:
         tensor([[1., 4., 2., 3.]])
 
     References:
-        Anil, Lucas, Grosse, *Sorting out Lipschitz function approximation*, ICML 2019,
-        https://arxiv.org/abs/1811.05381
+        As of `max_min`.
     """
     positive_int("group_sort", group_size=group_size)
     dim = _channel_dim("group_sort", x, dim, group_size)
@@ -109,10 +107,10 @@ def group_sort(x: Tensor, group_size: int = 2, dim: int = 1) -> Tensor:
 
 
 def absolute(x: Tensor) -> Tensor:
-    r"""Absolute value, with derivative +1 at 0.
+    """Return the absolute value, with derivative +1 at 0.
 
     Shape:
-        Any shape; the output has the same.
+        Any; output alike.
 
     Guarantee:
         1-Lipschitz and gradient-norm preserving at every point, 0 included (`torch.abs` has
@@ -139,21 +137,21 @@ def householder(
     \(\theta = \pi/2\).
 
     Args:
-        x: input.
-        theta: one angle for each pair.
-        dim: channel dimension; its size must be even.
+        x: Input.
+        theta: One angle a pair.
+        dim: Channel dimension, of even size.
 
     Shape:
-        Any shape; the output has the same.
+        `x`: any; output alike. `theta`: (channels / 2,).
 
     Guarantee:
         1-Lipschitz and gradient-norm preserving in `x`: every Jacobian is block diagonal with
         an identity or a reflection for each pair, so all singular values are 1 up to the
-        rounding of \(v\), which is computed in float32 at least. No factor \(1/\sqrt 2\) is needed:
+        rounding of \(v\), which is computed in at least float32. No factor \(1/\sqrt 2\) is needed:
         the two outputs of a pair see the same \(z\) through an orthogonal matrix.
 
     Raises:
-        ValueError: odd number of channels, `dim` out of range, or wrong shape of `theta`.
+        ValueError: The number of channels is odd, `dim` out of range, or `theta` no such vector.
 
     Examples:
         >>> householder(torch.tensor([[1.0, 4.0]]), torch.tensor([torch.pi]))

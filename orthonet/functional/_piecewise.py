@@ -22,7 +22,7 @@ __all__ = [
 
 
 def beta_abs(x: Tensor, beta: float = 0.5, dim: int = 1) -> Tensor:
-    r"""Modulus of the first \(\lfloor \beta c \rceil\) channels, the others as they are.
+    r"""Take the modulus of the first \(\lfloor \beta c \rceil\) channels, and keep the others.
 
     Args:
         x: Input.
@@ -30,7 +30,7 @@ def beta_abs(x: Tensor, beta: float = 0.5, dim: int = 1) -> Tensor:
         dim: Channel dimension.
 
     Shape:
-        Any shape; the output has the same.
+        Any; output alike.
 
     Guarantee:
         1-Lipschitz and gradient-norm preserving, exactly, 0 included.
@@ -55,20 +55,20 @@ def beta_abs(x: Tensor, beta: float = 0.5, dim: int = 1) -> Tensor:
 
 
 def soft_huber(x: Tensor, delta: float = 1.0) -> Tensor:
-    r"""Smooth modulus \(\sqrt{x^2 + \delta^2} - \delta\).
+    r"""Return the smooth modulus \(\sqrt{x^2 + \delta^2} - \delta\).
 
     Args:
         x: Input.
-        delta: Half width of the smooth part, > 0.
+        delta: Half width of the smooth part, positive.
 
     Shape:
-        Any; the output has the same.
+        Any; output alike.
 
     Guarantee:
         1-Lipschitz: the slope \(x / \sqrt{x^2 + \delta^2}\) lies in (-1, 1) and tends to 1.
 
     Raises:
-        ValueError: `delta` is not a positive number.
+        ValueError: `delta` is not positive.
 
     Examples:
         >>> soft_huber(torch.tensor([0.0, 3.0]), 4.0)
@@ -84,7 +84,7 @@ def n_activation(
     theta: Tensor,  # (2, channels)
     dim: int = 1,
 ) -> Tensor:
-    r"""N-activation: slopes +1, -1, +1, changing at two learnable places for each channel.
+    r"""Apply slopes +1, -1, +1, changing at two learnable places for each channel.
 
     With \(a \le b\) the sorted places: \(x - 2a\) below a, \(-x\) between, \(x - 2b\) above b.
 
@@ -94,13 +94,13 @@ def n_activation(
         dim: Channel dimension.
 
     Shape:
-        Any shape with the channels in `dim`; the output has the same.
+        `x`: any with the channels in `dim`; output alike. `theta`: (2, channels).
 
     Guarantee:
         1-Lipschitz and gradient-norm preserving in `x`.
 
     Raises:
-        ValueError: wrong shape of `theta`, or `dim` out of range.
+        ValueError: `theta` has another shape, or `dim` is out of range.
 
     Examples:
         >>> n_activation(torch.tensor([[-3.0, 0.5, 3.0]]), torch.tensor([[-1.0] * 3, [1.0] * 3]))
@@ -128,7 +128,7 @@ def householder_order2(
     theta: Tensor,  # (3, channels / 2)
     dim: int = 1,
 ) -> Tensor:
-    r"""Householder activation of order 2: four sectors, turned and reflected in turn.
+    r"""Turn and reflect pairs of channels in four sectors: the Householder activation of order 2.
 
     In polar coordinates the angle \(\varphi = \varphi_0 + \psi\) of each pair goes to
     \(\varphi\) for \(\psi < a\), \(2(\varphi_0 + a) - \varphi\) for \(\psi < a + b\),
@@ -139,17 +139,22 @@ def householder_order2(
     Args:
         x: Input.
         theta: \(\varphi_0\), a and b of each pair; a and b are clamped to \([0, \pi]\).
-        dim: Channel dimension; its size must be even.
+        dim: Channel dimension, of even size.
 
     Shape:
-        Any shape; the output has the same.
+        `x`: any; output alike. `theta`: (3, channels / 2).
 
     Guarantee:
         1-Lipschitz and gradient-norm preserving in `x`: every Jacobian has singular values 1 up to
-        the rounding of sine and cosine, which are computed in float32 at least.
+        the rounding of sine and cosine, which are computed in at least float32.
 
     Raises:
-        ValueError: odd number of channels, `dim` out of range, or wrong shape of `theta`.
+        ValueError: The number of channels is odd, `dim` out of range, or `theta` of another shape.
+
+    Examples:
+        >>> y = householder_order2(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0], [1.0], [0.5]]))
+        >>> round(y.norm().item(), 4)
+        5.0
 
     References:
         Singla, Singla & Feizi, *Improved deterministic l2 robustness on CIFAR-10 and CIFAR-100*,
@@ -185,14 +190,14 @@ def channel_shuffle(x: Tensor, groups: int, dim: int = 1) -> Tensor:
 
     Args:
         x: Input.
-        groups: Number of blocks; it divides the number of channels.
+        groups: Number of blocks, a divisor of the number of channels.
         dim: Channel dimension.
 
     Shape:
-        Any shape; the output has the same.
+        Any; output alike.
 
     Guarantee:
-        A permutation: orthogonal and exact.
+        A permutation, exact.
 
     Raises:
         ValueError: `groups` does not divide the number of channels, or `dim` out of range.
@@ -211,17 +216,21 @@ def spatial_shift(x: Tensor, fraction: float = 0.5, padding_mode: str = "circula
 
     Args:
         x: Images.
-        fraction: Share of the channels that are shifted, in [0, 1]; the first ones.
+        fraction: Share of the channels that are shifted, the first ones, in [0, 1].
         padding_mode: "circular" wraps around; "zeros" drops a row or column.
 
     Shape:
-        (*, C, H, W); the output has the same.
+        (*, C, H, W); output alike.
 
     Guarantee:
         Circular: a permutation. Zeros: norm at most 1.
 
     Raises:
         ValueError: an argument out of range, or an input without channels and two spatial dims.
+
+    Examples:
+        >>> spatial_shift(torch.arange(8.0).view(1, 4, 1, 2), 1.0).flatten().tolist()
+        [1.0, 0.0, 3.0, 2.0, 4.0, 5.0, 6.0, 7.0]
     """
     in_range("spatial_shift", 0.0, 1.0, fraction=fraction)
     one_of("spatial_shift", ("zeros", "circular"), padding_mode=padding_mode)

@@ -17,19 +17,21 @@ __all__ = ["Abs", "GroupSort", "HouseholderActivation", "MaxMin"]
 class MaxMin(nn.Module):
     r"""Sort pairs of channels: \((\max(x_1, x_2), \min(x_1, x_2))\) of the two halves.
 
+    The module of [`max_min`][orthonet.functional.max_min].
+
     Args:
-        dim: channel dimension; its size must be even. Use -1 for features behind any number of
+        dim: Channel dimension, of even size. Use -1 for features behind any number of
             batch dimensions, -3 for images with or without one.
 
     Shape:
-        Any shape; the output has the same.
+        Any; output alike.
 
     Guarantee:
-        1-Lipschitz and gradient-norm preserving, exactly, in train and eval; see
-        `orthonet.functional.max_min`.
+        1-Lipschitz and gradient-norm preserving, exactly, in train and eval mode: every Jacobian is
+        a permutation.
 
     Raises:
-        ValueError: odd number of channels, or `dim` out of range (when called).
+        ValueError: When called: the number of channels is odd, or `dim` out of range.
 
     Examples:
         >>> MaxMin()(torch.tensor([[1.0, 4.0, 3.0, 2.0]]))
@@ -54,26 +56,27 @@ class MaxMin(nn.Module):
 class GroupSort(nn.Module):
     """Sort each group of consecutive channels in ascending order.
 
+    The module of [`group_sort`][orthonet.functional.group_sort].
+
     Args:
-        group_size: channels in a group; the number of channels itself gives the *full sort*.
-        dim: channel dimension; `group_size` must divide its size.
+        group_size: Channels in a group; the number of channels itself gives the *full sort*.
+        dim: Channel dimension; `group_size` divides its size.
 
     Shape:
-        Any shape; the output has the same.
+        Any; output alike.
 
     Guarantee:
-        1-Lipschitz and gradient-norm preserving, exactly, in train and eval; see
-        `orthonet.functional.group_sort`.
+        As of [`MaxMin`][orthonet.layers.MaxMin].
 
     Raises:
         ValueError: `group_size` < 1; when called: it does not divide the number of channels.
 
     Examples:
-        >>> GroupSort(4)(torch.tensor([[4.0, 1.0, 2.0, 3.0]]))
-        tensor([[1., 2., 3., 4.]])
+        >>> GroupSort(2)(torch.tensor([[4.0, 1.0, 2.0, 3.0]]))
+        tensor([[1., 4., 2., 3.]])
 
     References:
-        Anil, Lucas, Grosse, ICML 2019, https://arxiv.org/abs/1811.05381
+        As of `MaxMin`.
     """
 
     def __init__(self, group_size: int = 2, dim: int = 1) -> None:
@@ -91,13 +94,15 @@ class GroupSort(nn.Module):
 
 
 class Abs(nn.Module):
-    """Absolute value, with derivative +1 at 0.
+    """Take the absolute value, with derivative +1 at 0.
+
+    The module of [`absolute`][orthonet.functional.absolute].
 
     Shape:
-        Any shape; the output has the same.
+        Any; output alike.
 
     Guarantee:
-        1-Lipschitz and gradient-norm preserving, exactly, in train and eval.
+        1-Lipschitz, gradient-norm preserving.
 
     Examples:
         >>> Abs()(torch.tensor([-2.0, 3.0]))
@@ -112,21 +117,25 @@ class HouseholderActivation(nn.Module):
     r"""Reflect pairs of channels at learnable lines (order 1).
 
     Each pair is kept on one side of a line through 0 and reflected onto it from the other. The
-    angles start at \(\pi/2\), where the layer equals `MaxMin`.
+    angles start at \(\pi/2\), where the layer equals `MaxMin`. The module of
+    [`householder`][orthonet.functional.householder].
 
     Args:
-        channels: size of the channel dimension, even.
-        dim: channel dimension.
+        channels: Size of the channel dimension, even.
+        dim: Channel dimension.
+        device: Of the angles.
+        dtype: Of the angles.
 
     Shape:
-        Any shape with `channels` in dimension `dim`; the output has the same.
+        Any with `channels` in `dim`; output alike.
 
     Guarantee:
-        1-Lipschitz and gradient-norm preserving in train and eval: the singular values of every
-        Jacobian are 1 up to rounding (4e-7 in float32); see `orthonet.functional.householder`.
+        1-Lipschitz and gradient-norm preserving in train and eval mode: the singular values of
+        every
+        Jacobian are 1 up to rounding (4e-7 in float32).
 
     Raises:
-        ValueError: `channels` is not even and positive; when called: another number of channels.
+        ValueError: `channels` is not even and positive; when called: the input has another number.
 
     Examples:
         >>> HouseholderActivation(4)(torch.tensor([[1.0, 4.0, 3.0, 2.0]])).detach()

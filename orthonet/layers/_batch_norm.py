@@ -98,11 +98,11 @@ class BatchCentering(_BatchStatistics):
         momentum: Weight of a new batch in the running mean. None for the plain average over the
             batches since training was last resumed, before which all count as one batch.
         bias: Whether to add a learnable bias to each channel.
-        device: Device of the parameters and buffers.
-        dtype: Floating-point dtype of the parameters and buffers.
+        device: Of parameters and buffers.
+        dtype: Of parameters and buffers.
 
     Shape:
-        `(N, C, *)` with any number of spatial dimensions; the output has the same.
+        `(N, C, *)` with any number of spatial dimensions; output alike.
 
     Guarantee:
         Eval: a constant shift, its Jacobian is the identity. Train: the orthogonal projection
@@ -110,8 +110,8 @@ class BatchCentering(_BatchStatistics):
         bound concerns all of them together.
 
     Raises:
-        ValueError: `num_features` < 1, `momentum` outside [0, 1]; when called: no batch dimension
-            or another number of channels.
+        ValueError: `num_features` < 1, or `momentum` outside [0, 1]; when called: the input has no
+            batch dimension, or another number of channels.
 
     Examples:
         >>> layer = BatchCentering(3).eval()
@@ -159,31 +159,20 @@ class BatchCentering(_BatchStatistics):
 
 
 class BatchLipNorm(_BatchStatistics):
-    r"""1-Lipschitz batch normalization: `nn.BatchNorm2d`, divided by its largest gain.
+    """1-Lipschitz batch normalization: `nn.BatchNorm2d`, divided by its largest gain.
 
     Channels are centered and brought to variances in a fixed proportion, that of the squared
     weights; the channel that is amplified most has gain 1. In eval mode the running statistics are
-    used and nothing is written. A checkpoint of `nn.BatchNorm2d` loads.
+    used and nothing is written. A checkpoint of `nn.BatchNorm2d` loads. The other arguments, shapes
+    and errors are those of [`BatchCentering`][orthonet.layers.BatchCentering].
 
     Args:
-        num_features: Number of channels.
-        eps: Added to the variance.
-        momentum: Weight of a new batch in the running statistics; None as in
-            [`BatchCentering`][orthonet.layers.BatchCentering].
+        eps: Added to the variance, in [1e-12, 1].
         affine: Whether to learn a weight (only its proportions matter) and a bias for each channel.
-        device: Device of the parameters and buffers.
-        dtype: Floating-point dtype of the parameters and buffers.
-
-    Shape:
-        `(N, C, *)` with any number of spatial dimensions; the output has the same.
 
     Guarantee:
         Eval: a diagonal map with constant exactly 1 (or 0 if every weight is 0), up to rounding.
         Train: the statistics are those of the batch, and no bound is given for it.
-
-    Raises:
-        ValueError: An argument out of range; when called: no batch dimension or another number of
-            channels.
 
     Examples:
         >>> BatchLipNorm(3).eval().gains().tolist()
@@ -255,7 +244,6 @@ class BatchLipNorm(_BatchStatistics):
         return f"{self.num_features}, eps={self.eps:g}, momentum={self.momentum}"
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         check_bias(
             self, self.num_features, self.running_mean, self.running_var, self.weight, self.bias
         )
@@ -275,29 +263,17 @@ class BatchScaling(_BatchStatistics):
     \(\sigma^2\) is the largest variance of a channel, plus `eps`. The factor \(1 / \sigma\) is the
     Lipschitz constant of the layer and may exceed 1. It is known at all times, so that a
     [`SharedFactors`][orthonet.layers.SharedFactors] at the end of the network can divide by it: a
-    1-Lipschitz network whose inner layers see inputs of variance near 1.
+    1-Lipschitz network whose inner layers see inputs of variance near 1. The other arguments,
+    shapes
+    and errors are those of [`BatchCentering`][orthonet.layers.BatchCentering].
 
     Args:
-        num_features: Number of channels.
-        eps: Added to the variance.
-        momentum: Weight of a new batch in the running statistics. None for the plain average over
-            the batches since training was last resumed, before which all count as one batch.
-        bias: Whether to add a learnable bias to each channel.
+        eps: As of [`BatchLipNorm`][orthonet.layers.BatchLipNorm].
         centering: Whether to subtract the mean of each channel.
         factors: The layer that divides by the factor of this one.
-        device: Device of the parameters and buffers.
-        dtype: Floating-point dtype of the parameters and buffers.
-
-    Shape:
-        `(N, C, *)` with any number of spatial dimensions; the output has the same.
 
     Guarantee:
-        Eval: constant exactly `factor()`, up to rounding. Train: the statistics are those of the
-        batch, and no bound is given for it.
-
-    Raises:
-        ValueError: An argument out of range; when called: no batch dimension or another number of
-            channels.
+        Eval: constant exactly `factor()`, up to rounding. Train: as of `BatchLipNorm`.
 
     Examples:
         >>> layer = BatchScaling(3, momentum=None)
@@ -381,7 +357,6 @@ class BatchScaling(_BatchStatistics):
         return f"{self.num_features}, eps={self.eps:g}, momentum={self.momentum}"
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the statistics that forward reads."""
         check_bias(self, self.num_features, self.running_mean, self.running_square, self.bias)
         with torch.no_grad():
             factor = float(float64(self, self.factor()))
@@ -399,7 +374,7 @@ class SharedFactors(nn.Module):
     the whole has constant 1.
 
     Shape:
-        Any; the output has the same.
+        Any; output alike.
 
     Guarantee:
         Constant exactly \(1 / \prod_i f_i\) in eval mode, with the factors \(f_i\) of the
@@ -434,7 +409,6 @@ class SharedFactors(nn.Module):
         return f"layers={len(self._scaled)}"
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the factors that forward reads."""
         with torch.no_grad():
             product = float(float64(self, self.product()))
         if not product > 0.0:

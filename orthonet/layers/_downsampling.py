@@ -25,7 +25,7 @@ class _SpaceToDepth(nn.Module):
         return functional.space_to_depth(x, self.downscale_factor, self._spatial)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """The input of which `y` is the output."""
+        """Return the input that gives `y`."""
         return functional.depth_to_space(y, self.downscale_factor, self._spatial)
 
     def extra_repr(self) -> str:
@@ -33,7 +33,17 @@ class _SpaceToDepth(nn.Module):
 
 
 class SpaceToDepth1d(_SpaceToDepth):
-    """One-dimensional twin of `SpaceToDepth2d`: r times shorter, r times the channels."""
+    """Invertible down-sampling of sequences: r times shorter, r times the channels.
+
+    See [`SpaceToDepth2d`][orthonet.layers.SpaceToDepth2d].
+
+    Shape:
+        `(*, C, L)` to `(*, C r, L / r)`.
+
+    Examples:
+        >>> SpaceToDepth1d(2)(torch.ones(1, 3, 8)).shape
+        torch.Size([1, 6, 4])
+    """
 
     _spatial = 1
 
@@ -66,27 +76,37 @@ class SpaceToDepth2d(nn.PixelUnshuffle):
         return functional.space_to_depth(input, self.downscale_factor, 2)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """The input of which `y` is the output."""
+        """Return the input that gives `y`, exactly."""
         return functional.depth_to_space(y, self.downscale_factor, 2)
 
 
 class SpaceToDepth3d(_SpaceToDepth):
-    """Three-dimensional twin of `SpaceToDepth2d`: r^3 times the channels."""
+    """Invertible down-sampling of volumes: r^3 times the channels.
+
+    See [`SpaceToDepth2d`][orthonet.layers.SpaceToDepth2d].
+
+    Shape:
+        `(*, C, D, H, W)` to `(*, C r^3, D / r, H / r, W / r)`.
+
+    Examples:
+        >>> SpaceToDepth3d(2)(torch.ones(1, 1, 4, 4, 4)).shape
+        torch.Size([1, 8, 2, 2, 2])
+    """
 
     _spatial = 3
 
 
 class PadToStride(nn.Module):
-    r"""Zeros at the end of every spatial dimension, up to a multiple of the stride.
+    r"""Append zeros to every spatial dimension, up to a multiple of the stride.
 
     In front of blocks of `stride` pixels it gives as many blocks as a convolution with this kernel,
     stride and no padding has outputs, \(\lfloor (n - k) / s \rfloor + 1\): what that convolution
     reads only in part is filled up, what it never reads is cut off.
 
     Args:
-        stride: side s of the blocks.
-        kernel_size: taps k of the convolution, at most the stride.
-        spatial: number of spatial dimensions, 1 to 3.
+        stride: Side s of the blocks.
+        kernel_size: Taps k of the convolution, at most the stride.
+        spatial: Number of spatial dimensions, 1 to 3.
 
     Shape:
         `(*, L1, ..., Ln)` to the same with sizes that the stride divides.
@@ -96,7 +116,7 @@ class PadToStride(nn.Module):
         never does.
 
     Raises:
-        ValueError: a size < 1, or `kernel_size` above the stride.
+        ValueError: A size is not positive, or `kernel_size` above the stride.
 
     Examples:
         >>> PadToStride(2)(torch.ones(1, 3, 7, 8)).shape

@@ -64,14 +64,14 @@ class OrthoLinear(_ConstrainedLinear):
     Args:
         in_features: Size of each input.
         out_features: Size of each output.
-        bias: Whether to add a learnable bias, zero at first.
+        bias: Whether to add a learnable bias; it starts at zero.
         device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; the weight is computed in float32 at least.
+        dtype: Floating-point dtype of the parameters; the weight is computed in at least float32.
         ortho_params: Which normalizer and orthogonalizer make the weight; a preset or its name.
         lipschitz: The constant K of the layer: the weight is K times a semi-orthogonal one.
 
     Shape:
-        Input `(*, in_features)`, output `(*, out_features)`.
+        Input `(*, in_features)`, output `(*, out_features)`, as `nn.Linear`.
 
     Guarantee:
         l2 -> l2 constant `lipschitz`, exact up to rounding: for 1,
@@ -79,7 +79,7 @@ class OrthoLinear(_ConstrainedLinear):
         eval mode, with every preset. Reading the weight in eval mode writes nothing.
 
     Raises:
-        ValueError: a size is not a positive integer.
+        ValueError: A size is not a positive integer, or `ortho_params` is no preset.
 
     Examples:
         >>> layer = OrthoLinear(8, 4)
@@ -118,7 +118,7 @@ class OrthoLinear(_ConstrainedLinear):
         r"""Apply the transpose of the linear part, \(W^\top y\).
 
         Shape:
-            `y`: `(*, out_features)`; result: `(*, in_features)`.
+            `(*, out_features)` to `(*, in_features)`.
         """
         self._require_features(y)
         return y @ self.weight
@@ -127,7 +127,7 @@ class OrthoLinear(_ConstrainedLinear):
         r"""Return the x that the layer maps to `y`: \(W^\top (y - b) / K^2\), for square W.
 
         Shape:
-            `y`: `(*, out_features)`; result: `(*, in_features)`.
+            As of `adjoint`.
 
         Raises:
             ValueError: The weight is not square.
@@ -208,28 +208,20 @@ class UnitNormLinear(_ConstrainedLinear):
 
     For the last layer of a classifier, where the certificate of a pair of classes uses
     \(\|w_i - w_j\| \le 2\); the constant of the whole layer is up to \(\sqrt{\min(m, n)}\)
-    and more precisely \(\|W\|_2\).
+    and more precisely \(\|W\|_2\). The other arguments, shapes and errors are those of `nn.Linear`.
 
     Args:
-        in_features: Size of each input.
-        out_features: Size of each output.
-        bias: Whether to add a learnable bias, zero at first.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters.
-        lipschitz: The norm K of every row.
-
-    Shape:
-        Input `(*, in_features)`, output `(*, out_features)`.
+        lipschitz: The norm K of every row, positive.
 
     Guarantee:
-        Every row has norm 1 to rounding; a zero row of the parameter becomes the constant unit row.
+        Every row has norm K to rounding; a zero row of the parameter becomes a constant row.
 
-    Raises:
-        ValueError: a size is not a positive integer.
+    Examples:
+        >>> UnitNormLinear(8, 4).weight.norm(dim=1).allclose(torch.ones(4))
+        True
 
     References:
-        Singla, Singla & Feizi, *Improved deterministic l2 robustness on CIFAR-10 and CIFAR-100*,
-        ICLR 2022 (last layer normalization).
+        Singla, Singla & Feizi, ICLR 2022 (last layer normalization), arXiv:2108.04062.
     """
 
     def __init__(

@@ -24,23 +24,25 @@ __all__ = [
 
 
 class FullSort(nn.Module):
-    """Sort all channels in ascending order: `GroupSort` with one group.
+    """Sort all channels in ascending order.
+
+    [`GroupSort`][orthonet.layers.GroupSort] with one group.
 
     Args:
-        dim: channel dimension.
+        dim: Channel dimension.
 
     Shape:
-        Any shape; the output has the same.
+        Any; output alike.
 
     Guarantee:
-        1-Lipschitz and gradient-norm preserving, exactly, in train and eval.
+        1-Lipschitz, gradient-norm preserving.
 
     Examples:
         >>> FullSort()(torch.tensor([[4.0, 1.0, 2.0, 3.0]]))
         tensor([[1., 2., 3., 4.]])
 
     References:
-        Anil, Lucas, Grosse, ICML 2019, https://arxiv.org/abs/1811.05381
+        Anil, Lucas, Grosse, ICML 2019.
     """
 
     def __init__(self, dim: int = 1) -> None:
@@ -62,25 +64,30 @@ class FullSort(nn.Module):
         return f"dim={self.dim}"
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         return isometric(self, input_shape, 0.0)
 
 
 class BetaAbs(nn.Module):
-    """Modulus of the first share `beta` of the channels, see `orthonet.functional.beta_abs`.
+    """Take the modulus of the first share `beta` of the channels.
+
+    The module of [`beta_abs`][orthonet.functional.beta_abs].
 
     Args:
-        beta: share of the channels, in [0, 1].
-        dim: channel dimension.
+        beta: Share of the channels, in [0, 1].
+        dim: Channel dimension.
 
     Shape:
-        Any shape; the output has the same.
+        Any; output alike.
 
     Guarantee:
-        1-Lipschitz and gradient-norm preserving, exactly, in train and eval.
+        1-Lipschitz, gradient-norm preserving.
 
     Raises:
         ValueError: `beta` outside [0, 1].
+
+    Examples:
+        >>> BetaAbs(0.5)(torch.tensor([[-1.0, -2.0]]))
+        tensor([[ 1., -2.]])
     """
 
     def __init__(self, beta: float = 0.5, dim: int = 1) -> None:
@@ -97,24 +104,29 @@ class BetaAbs(nn.Module):
         return f"beta={self.beta:g}, dim={self.dim}"
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         return isometric(self, input_shape, 0.0)
 
 
 class SoftHuber(nn.Module):
-    r"""Smooth modulus \(\sqrt{x^2 + \delta^2} - \delta\), see `orthonet.functional.soft_huber`.
+    r"""Smooth modulus \(\sqrt{x^2 + \delta^2} - \delta\).
+
+    The module of [`soft_huber`][orthonet.functional.soft_huber].
 
     Args:
-        delta: half width of the smooth part, > 0.
+        delta: Half width of the smooth part, > 0.
 
     Shape:
-        Any; the output has the same.
+        Any; output alike.
 
     Guarantee:
-        1-Lipschitz in train and eval.
+        1-Lipschitz.
 
     Raises:
-        ValueError: `delta` is not a positive number.
+        ValueError: `delta` is not positive.
+
+    Examples:
+        >>> SoftHuber(4.0)(torch.tensor([0.0, 3.0]))
+        tensor([0., 1.])
     """
 
     def __init__(self, delta: float = 1.0) -> None:
@@ -129,7 +141,6 @@ class SoftHuber(nn.Module):
         return f"delta={self.delta:g}"
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         rounding = Rounding(64.0, 2.0, 2.0 * math.prod(input_shape) ** 0.5)
         return Declared(1.0, "slope in (-1, 1)", rounding=rounding)
 
@@ -138,20 +149,27 @@ class NActivation(nn.Module):
     """Slopes +1, -1, +1 with two learnable places for each channel.
 
     The first half of the channels starts as the modulus (places -100 and 0, up to a constant
-    sign), the other half as the identity (both places 0). See `orthonet.functional.n_activation`.
+    sign), the other half as the identity (both places 0). The module of
+    [`n_activation`][orthonet.functional.n_activation].
 
     Args:
-        channels: size of the channel dimension.
-        dim: channel dimension.
+        channels: Size of the channel dimension.
+        dim: Channel dimension.
+        device: Of the places.
+        dtype: Of the places.
 
     Shape:
-        Any shape with `channels` in dimension `dim`; the output has the same.
+        Any with `channels` in `dim`; output alike.
 
     Guarantee:
-        1-Lipschitz and gradient-norm preserving in train and eval.
+        1-Lipschitz, gradient-norm preserving.
 
     Raises:
-        ValueError: `channels` is not positive; when called: another number of channels.
+        ValueError: `channels` is not positive; when called: the input has another number.
+
+    Examples:
+        >>> NActivation(2)(torch.tensor([[3.0, 3.0]])).detach()
+        tensor([[3., 3.]])
 
     References:
         Prach & Lampert, 2023, https://arxiv.org/abs/2311.06103
@@ -185,7 +203,6 @@ class NActivation(nn.Module):
         return f"{self.channels}, dim={self.dim}"
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         shifts = self.theta.abs().amax(0)
         repeats = math.prod(input_shape) // max(1, shifts.numel())
         return isometric(self, input_shape, Rounding(2.0, 1.0, 2.0 * length_of(shifts, repeats)))
@@ -194,25 +211,18 @@ class NActivation(nn.Module):
 class HouseholderActivation2(HouseholderActivation):
     r"""Turn and reflect pairs of channels in four learnable sectors (order 2).
 
-    Three angles for each pair, see `orthonet.functional.householder_order2`. They start at
-    \((-3\pi/4, 3\pi/4, \pi/2)\).
+    Three angles for each pair, see
+    [`householder_order2`][orthonet.functional.householder_order2]. They start at
+    \((-3\pi/4, 3\pi/4, \pi/2)\). Arguments, shapes, guarantee and errors are those of
+    [`HouseholderActivation`][orthonet.layers.HouseholderActivation].
 
-    Args:
-        channels: size of the channel dimension, even.
-        dim: channel dimension.
-
-    Shape:
-        Any shape with `channels` in dimension `dim`; the output has the same.
-
-    Guarantee:
-        1-Lipschitz and gradient-norm preserving in train and eval: the singular values of every
-        Jacobian are 1 up to rounding.
-
-    Raises:
-        ValueError: `channels` is not even and positive; when called: another number of channels.
+    Examples:
+        >>> y = HouseholderActivation2(4)(torch.tensor([[1.0, 4.0, 3.0, 2.0]]))
+        >>> round(y.norm().item() ** 2, 3)
+        30.0
 
     References:
-        Singla, Singla, Feizi, ICLR 2022, https://arxiv.org/abs/2108.04062
+        Singla, Singla, Feizi, ICLR 2022.
     """
 
     _angles = (3,)
@@ -227,7 +237,6 @@ class HouseholderActivation2(HouseholderActivation):
         return functional.householder_order2(x, self.theta, self.dim)
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         # For exact angles; that sines and cosines and the choice of the sector round is counted
         # with the forward pass, relative to the largest angle.
         angle = float(self.theta.detach().abs().max()) + 2.0 * math.pi
@@ -240,17 +249,21 @@ class ChannelShuffle(nn.Module):
     `nn.ChannelShuffle` with a channel dimension and an inverse.
 
     Args:
-        groups: number of blocks; it divides the number of channels.
-        dim: channel dimension.
+        groups: Number of blocks, a divisor of the number of channels.
+        dim: Channel dimension.
 
     Shape:
-        Any shape; the output has the same.
+        Any; output alike.
 
     Guarantee:
-        A permutation: orthogonal and exact, in train and eval.
+        A permutation, exact.
 
     Raises:
         ValueError: `groups` < 1; when called: it does not divide the number of channels.
+
+    Examples:
+        >>> ChannelShuffle(2)(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+        tensor([[1., 3., 2., 4.]])
     """
 
     def __init__(self, groups: int, dim: int = 1) -> None:
@@ -264,14 +277,13 @@ class ChannelShuffle(nn.Module):
         return functional.channel_shuffle(x, self.groups, self.dim)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """The input of which `y` is the output."""
+        """Return the input that gives `y`."""
         return functional.channel_shuffle(y, y.shape[self.dim] // self.groups, self.dim)
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}, dim={self.dim}"
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         if self.dim % (len(input_shape) + 1) == 0:
             refuse(self, "the channels must not be the batch", "Choose another dim")
         return Declared(1.0, REARRANGEMENT, True, 0.0)

@@ -117,7 +117,8 @@ class L2NormPool(_WindowPool):
     r"""Return the Euclidean norm of every window of every channel.
 
     Overlapping windows are divided by the square root of the number of windows that share a
-    pixel, \(\prod_d \lceil k_d / s_d \rceil\).
+    pixel, \(\prod_d \lceil k_d / s_d \rceil\). The module of
+    [`l2_norm_pool`][orthonet.functional.l2_norm_pool], which has the proof.
 
     Args:
         kernel_size: Window.
@@ -130,12 +131,11 @@ class L2NormPool(_WindowPool):
         `(N, C, *spatial)` or `(C, *spatial)`; output sizes as torch's average pooling.
 
     Guarantee:
-        Lipschitz constant exactly 1, gradient finite everywhere and 0 for a zero window; see
-        [`l2_norm_pool`][orthonet.functional.l2_norm_pool] for the proof.
+        Lipschitz constant exactly 1, gradient finite everywhere and 0 for a zero window.
 
     Raises:
-        ValueError: Sizes that are not positive, padding larger than half of the window; when
-            called: wrong number of dimensions.
+        ValueError: A size is not positive, or the padding larger than half of the window; when
+            called: the input has another number of dimensions.
 
     Examples:
         >>> L2NormPool(2)(torch.ones(1, 1, 4, 4))
@@ -152,26 +152,13 @@ class L2NormPool(_WindowPool):
 class ScaledAvgPool(_WindowPool):
     r"""Average every window and multiply by \(\sqrt{|W|}\), so that the constant is 1.
 
-    Overlapping windows are also divided by the exact norm of the operator.
-
-    Args:
-        kernel_size: Window.
-        stride: Default `kernel_size`.
-        padding: Zeros on both sides, at most half of the window.
-        dims: Number of spatial dimensions, 1 to 3. The default is the length of `kernel_size`, or
-            2 if that is an integer.
-
-    Shape:
-        `(N, C, *spatial)` or `(C, *spatial)`; output sizes as torch's average pooling.
+    Overlapping windows are also divided by the exact norm of the operator. The module of
+    [`scaled_avg_pool`][orthonet.functional.scaled_avg_pool], which has the proof. Arguments, shapes
+    and errors are those of [`L2NormPool`][orthonet.layers.L2NormPool].
 
     Guarantee:
-        Without overlap and padding all singular values are 1. Else the constant is at most 1,
-        and 1 is the supremum over the input sizes; see
-        [`scaled_avg_pool`][orthonet.functional.scaled_avg_pool] for the proof.
-
-    Raises:
-        ValueError: Sizes that are not positive, padding larger than half of the window; when
-            called: wrong number of dimensions.
+        All singular values are 1 without overlap and padding. Otherwise the constant is at most 1,
+        the supremum over the input sizes.
 
     Examples:
         >>> ScaledAvgPool(2)(torch.ones(1, 1, 4, 4))
@@ -189,7 +176,7 @@ class AdaptiveL2NormPool(_AdaptivePool):
     Args:
         output_size: Size of the output. It must divide the input size, so that the windows tile
             the input.
-        dims: Number of spatial dimensions, 1 to 3. The default is the length of `output_size`, or
+        dims: Number of spatial dimensions. The default is the length of `output_size`, or
             2 if that is an integer.
 
     Shape:
@@ -213,20 +200,11 @@ class AdaptiveL2NormPool(_AdaptivePool):
 class AdaptiveScaledAvgPool(_AdaptivePool):
     """Return the scaled average over the windows that give `output_size`.
 
-    Args:
-        output_size: Size of the output. It must divide the input size, so that the windows tile
-            the input.
-        dims: Number of spatial dimensions, 1 to 3. The default is the length of `output_size`, or
-            2 if that is an integer.
-
-    Shape:
-        `(N, C, *spatial)` or `(C, *spatial)`, to the same with `output_size`.
+    Arguments, shapes and errors are those of
+    [`AdaptiveL2NormPool`][orthonet.layers.AdaptiveL2NormPool].
 
     Guarantee:
         All singular values are 1: the rows are unit vectors with disjoint supports.
-
-    Raises:
-        ValueError: When called: `output_size` does not divide the input size.
 
     Examples:
         >>> AdaptiveScaledAvgPool(1)(torch.ones(1, 1, 3, 3))
@@ -251,7 +229,7 @@ class GlobalL2NormPool(_GlobalPool):
         Lipschitz constant exactly 1; the gradient is 0 at a zero channel.
 
     Raises:
-        ValueError: When called: wrong number of dimensions.
+        ValueError: When called: the input has another number of dimensions.
 
     Examples:
         >>> GlobalL2NormPool()(torch.ones(1, 2, 3, 3))
@@ -263,20 +241,11 @@ class GlobalL2NormPool(_GlobalPool):
 
 
 class GlobalScaledAvgPool(_GlobalPool):
-    r"""Average every channel and multiply by the square root of its number of pixels.
+    """Average every channel and multiply by the square root of its number of pixels.
 
-    Args:
-        keepdim: Keep the spatial dimensions, with size 1.
-        dims: Number of spatial dimensions, 1 to 3.
-
-    Shape:
-        `(N, C, *spatial)` or `(C, *spatial)`, to (N, C) or (C,), or with trailing ones.
-
-    Guarantee:
-        All singular values are 1: the rows are unit vectors with disjoint supports.
-
-    Raises:
-        ValueError: When called: wrong number of dimensions.
+    Arguments, shapes and errors are those of
+    [`GlobalL2NormPool`][orthonet.layers.GlobalL2NormPool], the guarantee is that of
+    [`AdaptiveScaledAvgPool`][orthonet.layers.AdaptiveScaledAvgPool].
 
     Examples:
         >>> GlobalScaledAvgPool()(torch.ones(1, 2, 3, 3))

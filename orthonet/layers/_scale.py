@@ -43,7 +43,6 @@ class Scale(nn.Module):
         return f"{self.factor:g}"
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         return Declared(abs(self.factor), "factor", True, 1.0)
 
 

@@ -52,22 +52,24 @@ class _Residual(nn.Module):
 
 
 class ConvexResidual(_Residual):
-    r"""\((1 - a)\,x + a\,f(x)\) with a learnable \(a\) in (0, 1).
+    r"""Return \((1 - a)\,x + a\,f(x)\) with a learnable \(a\) in (0, 1).
 
     One scalar for all channels, \(a = \mathrm{sigmoid}(\ell)\). A vector would not do: with
     \(a = (0, 1)\), \(f\) = swap, the point (1, 0) goes to (1, 1).
 
     Args:
-        branch: the map \(f\); its output has the shape of its input.
-        init: the initial \(a\), strictly between 0 and 1.
+        branch: The map \(f\); its output has the shape of its input.
+        init: The initial \(a\), strictly between 0 and 1.
+        device: Of the parameter.
+        dtype: Of the parameter.
 
     Shape:
-        That of the branch.
+        As the branch.
 
     Guarantee:
         If \(f\) is \(L\)-Lipschitz, the whole is \(((1-a) + aL)\)-Lipschitz, so 1-Lipschitz for
         \(L \le 1\): \(\|(1-a)(x-x') + a(f(x)-f(x'))\| \le (1-a)\|x-x'\| + aL\|x-x'\|\). Attained
-        by \(f = \mathrm{id}\). Holds in train and eval; \(a\) is computed in float32 at least.
+        by \(f = \mathrm{id}\). Holds in train and eval; \(a\) is computed in at least float32.
 
     Raises:
         ValueError: `init` outside (0, 1), `branch` not a module; when called: the branch
@@ -111,7 +113,7 @@ class ConvexResidual(_Residual):
         return ((1 - alpha) * x + alpha * self._branch(x)).to(x.dtype)
 
     def lipschitz_bound(self, branch: float) -> float:
-        """Constant of the whole for a branch of constant `branch`."""
+        """Return the constant of the whole for a branch of constant `branch`."""
         return 1 + self.alpha.item() * (branch - 1)
 
     def extra_repr(self) -> str:
@@ -122,9 +124,10 @@ class ConcatResidual(_Residual):
     r"""Pass one half of the channels, apply the branch to the other: \((x_1, f(x_2))\).
 
     Args:
-        branch: the map \(f\) on half of the channels; its output has the shape of its input.
-        dim: channel dimension; its size must be even.
-        shuffle: interleave the two halves of the result, so that stacked blocks mix them.
+        branch: The map \(f\) on half of the channels, as of
+            [`ConvexResidual`][orthonet.layers.ConvexResidual].
+        dim: Channel dimension, of even size.
+        shuffle: Interleave the two halves of the result, so that stacked blocks mix them.
 
     Shape:
         Twice the channels of the branch; the output has the shape of the input.
@@ -135,8 +138,7 @@ class ConcatResidual(_Residual):
         (gradient-norm preserving) when \(f\) is. Holds in train and eval.
 
     Raises:
-        ValueError: `branch` not a module; when called: odd number of channels, or the branch
-            changes the shape.
+        ValueError: As of `ConvexResidual`, or an odd number of channels.
 
     Examples:
         >>> ConcatResidual(nn.ReLU())(torch.tensor([[-1.0, -2.0]]))
@@ -165,7 +167,7 @@ class ConcatResidual(_Residual):
         return torch.cat(halves, dim)
 
     def lipschitz_bound(self, branch: float) -> float:
-        """Constant of the whole for a branch of constant `branch`."""
+        """Return the larger of 1 and `branch`."""
         return max(1.0, branch)
 
     def extra_repr(self) -> str:
@@ -173,21 +175,14 @@ class ConcatResidual(_Residual):
 
 
 class AdditiveResidual(_Residual):
-    r"""\((x + f(x)) / 2\): the usual sum, scaled.
+    r"""Return \((x + f(x)) / 2\): the usual sum, scaled.
 
-    Args:
-        branch: the map \(f\); its output has the shape of its input.
-
-    Shape:
-        That of the branch.
+    `branch`, shapes and errors are those of [`ConvexResidual`][orthonet.layers.ConvexResidual].
 
     Guarantee:
         If \(f\) is \(L\)-Lipschitz, the whole is \((1 + L)/2\)-Lipschitz, so 1-Lipschitz for
         \(L \le 1\): \(\frac12\|x-x' + f(x)-f(x')\| \le \frac12(1+L)\|x-x'\|\). Attained by
         \(f = \mathrm{id}\). Holds in train and eval.
-
-    Raises:
-        ValueError: `branch` not a module; when called: the branch changes the shape.
 
     Examples:
         >>> AdditiveResidual(nn.ReLU())(torch.tensor([-2.0, 4.0]))
@@ -198,7 +193,7 @@ class AdditiveResidual(_Residual):
         return ((x + self._branch(x)) / 2).to(x.dtype)
 
     def lipschitz_bound(self, branch: float) -> float:
-        """Constant of the whole for a branch of constant `branch`."""
+        r"""Return \((1 + L) / 2\) for a branch of constant L."""
         return (1 + branch) / 2
 
 
@@ -213,13 +208,9 @@ def root_mean_square(
 
 
 class L2NormResidual(_Residual):
-    r"""\(\sqrt{(x^2 + f(x)^2) / 2}\) entry by entry.
+    r"""Return \(\sqrt{(x^2 + f(x)^2) / 2}\), entry by entry, which is non-negative.
 
-    Args:
-        branch: the map \(f\); its output has the shape of its input.
-
-    Shape:
-        That of the branch. The output is non-negative.
+    `branch`, shapes and errors are those of [`ConvexResidual`][orthonet.layers.ConvexResidual].
 
     Guarantee:
         If \(f\) is \(L\)-Lipschitz, the whole is \(\sqrt{(1 + L^2)/2}\)-Lipschitz, so
@@ -227,9 +218,6 @@ class L2NormResidual(_Residual):
         distance of two outputs is at most \(\frac12(\|x-x'\|^2 + \|f(x)-f(x')\|^2)\). Attained by
         \(f = \mathrm{id}\). The gradient is finite everywhere and 0 where \(x\) and \(f(x)\)
         vanish. Holds in train and eval.
-
-    Raises:
-        ValueError: `branch` not a module; when called: the branch changes the shape.
 
     Examples:
         >>> L2NormResidual(nn.Identity())(torch.tensor([-2.0, 0.0]))
@@ -240,27 +228,22 @@ class L2NormResidual(_Residual):
         return root_mean_square(x, self._branch(x))
 
     def lipschitz_bound(self, branch: float) -> float:
-        """Constant of the whole for a branch of constant `branch`."""
+        r"""Return \(\sqrt{(1 + L^2) / 2}\) for a branch of constant L."""
         return math.sqrt((1 + branch * branch) / 2)
 
 
 class PrescaledResidual(_Residual):
-    r"""\((x + f(g\,x)) / (1 + g)\) with a learnable gain \(g > 0\) before the branch.
+    r"""Return \((x + f(g\,x)) / (1 + g)\) with a learnable gain \(g > 0\) before the branch.
+
+    The other arguments, shapes and errors are those of
+    [`ConvexResidual`][orthonet.layers.ConvexResidual].
 
     Args:
-        branch: the map \(f\); its output has the shape of its input.
-        init: the initial \(g\), positive.
-
-    Shape:
-        That of the branch.
+        init: The initial \(g\), positive.
 
     Guarantee:
         If \(f\) is \(L\)-Lipschitz, the whole is \(((1 + gL) / (1 + g))\)-Lipschitz, so 1-Lipschitz
         for \(L \le 1\); attained by \(f = \mathrm{id}\). Holds in train and eval.
-
-    Raises:
-        ValueError: `init` not positive, `branch` not a module; when called: the branch changes the
-            shape.
 
     Examples:
         >>> PrescaledResidual(nn.Identity(), init=3.0).lipschitz_bound(1.0)
@@ -295,7 +278,7 @@ class PrescaledResidual(_Residual):
         return ((x + self._branch((gain * x).to(x.dtype))) / (1 + gain)).to(x.dtype)
 
     def lipschitz_bound(self, branch: float) -> float:
-        """Constant of the whole for a branch of constant `branch`."""
+        r"""Return \((1 + g L) / (1 + g)\) for a branch of constant L."""
         gain = self.gain.item()
         return 1.0 if branch == 1.0 else (1 + gain * branch) / (1 + gain)
 
