@@ -13,26 +13,29 @@ __all__ = ["LayerCentering", "Normalize"]
 
 
 class Normalize(nn.Module):
-    r"""\((x - \mathrm{mean}) / \mathrm{std}\), channel by channel, as part of the model.
+    r"""Return \((x - \mathrm{mean}) / \mathrm{std}\), channel by channel, as part of the model.
 
     Normalizing inside the model keeps every radius in the units of the input: the constant
     \(1 / \min(\mathrm{std})\) is a factor of the certificate like that of any layer.
 
     Args:
-        mean: one number for all channels, or one for each.
-        std: one positive number for all channels, or one for each.
-        dim: channel dimension.
+        mean: One number for all channels, or one for each.
+        std: As `mean`, positive.
+        dim: Channel dimension.
+        device: Of the buffers.
+        dtype: Of the buffers.
 
     Shape:
-        Any shape; the output has the same.
+        Any; output alike.
 
     Guarantee:
         Lipschitz constant exactly `lipschitz`, read from the buffers (so that it is right after
         a change of dtype or the loading of a checkpoint).
 
     Raises:
-        ValueError: lengths that differ, or a `std` that is not positive and finite; when
-            called: another number of channels.
+        ValueError: The lengths differ, or a `std` is not positive and finite; when called: the
+            input
+            has another number of channels.
 
     Examples:
         >>> Normalize(mean=0.5, std=0.25).lipschitz
@@ -117,18 +120,18 @@ class LayerCentering(nn.Module):
     r"""Subtract the mean of each sample over the given dimensions.
 
     Args:
-        dim: dimensions of the mean. The default, the two last, centers each channel of an
+        dim: Dimensions of the mean. The default, the two last, centers each channel of an
             image; `(-3, -2, -1)` centers over channels and space, `-1` over features.
 
     Shape:
-        Any shape with these dimensions; the output has the same.
+        Any with these dimensions; output alike.
 
     Guarantee:
         The orthogonal projection \(I - \mathbf{1}\mathbf{1}^T / n\): constant exactly 1 for
         \(n > 1\) (singular values 1, and one 0 for each mean), in train and eval. It has no state.
 
     Raises:
-        ValueError: when called: the input has no such dimension.
+        ValueError: When called: the input has no such dimension.
 
     Examples:
         >>> LayerCentering(dim=-1)(torch.tensor([[1.0, 2.0, 6.0]]))

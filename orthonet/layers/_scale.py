@@ -11,13 +11,13 @@ __all__ = ["FirstChannels", "Scale"]
 
 
 class Scale(nn.Module):
-    r"""\(y = K x\): in front of or behind a 1-Lipschitz network, it makes it K-Lipschitz.
+    """Multiply by K: in front of or behind a 1-Lipschitz network, it makes it K-Lipschitz.
 
     Args:
         factor: The number K, positive; it is not learned.
 
     Shape:
-        Any; the output has the same.
+        Any; output alike.
 
     Guarantee:
         Constant exactly K, in train and eval.
@@ -26,7 +26,6 @@ class Scale(nn.Module):
         ValueError: `factor` is not a positive finite number.
 
     Examples:
-        >>> import torch
         >>> Scale(2.0)(torch.ones(2))
         tensor([2., 2.])
     """
@@ -47,7 +46,7 @@ class Scale(nn.Module):
 
 
 class FirstChannels(nn.Module):
-    r"""The first channels of the input, dim 1; the others are dropped.
+    """Keep the first channels of the input, dim 1, and drop the others.
 
     Args:
         channels: How many are kept.
@@ -59,10 +58,9 @@ class FirstChannels(nn.Module):
         Constant 1, in train and eval: a projection.
 
     Raises:
-        ValueError: `channels` is not a positive integer, or the input has fewer.
+        ValueError: `channels` is not a positive integer; when called: the input has fewer.
 
     Examples:
-        >>> import torch
         >>> FirstChannels(2)(torch.zeros(5, 4, 8, 8)).shape
         torch.Size([5, 2, 8, 8])
     """

@@ -97,7 +97,7 @@ class _OrthoConv(OrthoConvNd):
         return plain
 
     def application(self, input: Tensor) -> str:
-        """How a forward pass on `input` is computed now: by the "kernel", or by its "factors".
+        """Return "kernel" or "factors": how a forward pass on `input` is computed now.
 
         With `apply_by="auto"` the factors are applied in training, with gradients enabled, on a
         batch in float32 or float64 outside autocast, where they are expected to be faster
@@ -188,6 +188,10 @@ class OrthoConv1d(_OrthoConv, nn.Conv1d):
 
     Shape:
         Input (N, C_in, L) or (C_in, L), output as `nn.Conv1d`.
+
+    Examples:
+        >>> OrthoConv1d(4, 8, 3, padding=1)(torch.zeros(1, 4, 6)).shape
+        torch.Size([1, 8, 6])
     """
 
     _plain_class = nn.Conv1d
@@ -208,12 +212,12 @@ class OrthoConv2d(_OrthoConv, nn.Conv2d):
         padding: Zeros or wrapped values added on both sides, "same" or "valid".
         dilation: Spacing of the taps, without a common divisor with the stride.
         groups: Number of groups.
-        bias: Whether to add a learnable bias, zero at first.
+        bias: As of [`OrthoLinear`][orthonet.layers.OrthoLinear].
         padding_mode: "zeros", "circular", "reflect", "replicate", or "symmetric", which mirrors the
             values at the edge, the edge included (the `nn` twin lacks it).
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; the kernel is computed in float32 at least.
-        ortho_params: Which normalizer and orthogonalizer make the factors.
+        device: As there.
+        dtype: As there.
+        ortho_params: Which normalizer and orthogonalizer make the factors; a preset or its name.
         method: "aoc", or "rko" for a reshaped kernel
             ([`ReshapedKernel`][orthonet.reparametrizers.ReshapedKernel]), which is 1-Lipschitz for
             every configuration and rarely orthogonal.
@@ -221,9 +225,8 @@ class OrthoConv2d(_OrthoConv, nn.Conv2d):
             orthogonal kernel at stride 1 (see
             [`OrthoKernel`][orthonet.reparametrizers.OrthoKernel]).
         apply_by: "kernel", "factors" (the input is sent through the factors and no kernel is
-            formed), or "auto": by what
-            `layer.application(input)` expects to be faster.
-        lipschitz: The constant K of the layer: the kernel is K times what is said below.
+            formed), or "auto": whichever `layer.application(input)` expects to be faster.
+        lipschitz: The constant K of the layer: the kernel is K times what the guarantee says.
 
     Shape:
         As `nn.Conv2d`, unbatched input included.
@@ -249,9 +252,14 @@ class OrthoConv2d(_OrthoConv, nn.Conv2d):
         `ranks="free"` learns.
 
     Raises:
-        ValueError: a configuration that no kernel makes orthogonal, or that leaves nothing to
-            train; the message names the nearest that does. When called: sizes that do not fit the
-            padding.
+        ValueError: No kernel makes the configuration orthogonal, or none that can be trained; the
+            message names the nearest that does. When called: the sizes do not fit the padding.
+
+    Examples:
+        >>> layer = OrthoConv2d(4, 4, 3, padding=1, padding_mode="circular")
+        >>> x = torch.ones(1, 4, 6, 6)
+        >>> bool((layer(x) - layer(torch.zeros_like(x))).norm().allclose(x.norm(), rtol=1e-5))
+        True
 
     References:
         Boissin et al., *An adaptive orthogonal convolution scheme for efficient and flexible CNN
@@ -262,12 +270,14 @@ class OrthoConv2d(_OrthoConv, nn.Conv2d):
 
 
 class OrthoConv3d(_OrthoConv, nn.Conv3d):
-    """`nn.Conv3d` with an orthogonal kernel.
-
-    Arguments, guarantee and errors are those of [`OrthoConv2d`][orthonet.layers.OrthoConv2d].
+    """`nn.Conv3d` with an orthogonal kernel; see [`OrthoConv2d`][orthonet.layers.OrthoConv2d].
 
     Shape:
         Input (N, C_in, D, H, W) or (C_in, D, H, W), output as `nn.Conv3d`.
+
+    Examples:
+        >>> OrthoConv3d(4, 8, 3)(torch.zeros(1, 4, 5, 5, 5)).shape
+        torch.Size([1, 8, 3, 3, 3])
     """
 
     _plain_class = nn.Conv3d

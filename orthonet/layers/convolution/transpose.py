@@ -177,7 +177,11 @@ class OrthoConvTranspose1d(_OrthoConvTranspose, nn.ConvTranspose1d):
     [`OrthoConvTranspose2d`][orthonet.layers.OrthoConvTranspose2d].
 
     Shape:
-        Input (N, C_in, L) or (C_in, L), output as `nn.ConvTranspose1d`.
+        As `nn.ConvTranspose1d`.
+
+    Examples:
+        >>> OrthoConvTranspose1d(4, 2, 2, stride=2)(torch.zeros(1, 4, 5)).shape
+        torch.Size([1, 2, 10])
     """
 
     _plain_class = nn.ConvTranspose1d
@@ -187,26 +191,14 @@ class OrthoConvTranspose2d(_OrthoConvTranspose, nn.ConvTranspose2d):
     r"""`nn.ConvTranspose2d` with an orthogonal kernel: change the name, keep the arguments.
 
     The adjoint of [`OrthoConv2d`][orthonet.layers.OrthoConv2d] from `out_channels` to `in_channels`
-    with the same kernel.
+    with the same kernel. The other arguments are those of `nn.ConvTranspose2d`, then the options of
+    `OrthoConv2d`.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Taps, odd or even, at least the stride in every dimension.
-        stride: Stride.
         padding: Values cut off on both sides of the output.
         output_padding: Values kept in addition at the end of the output.
-        groups: Number of groups.
-        bias: Whether to add a learnable bias, zero at first.
-        dilation: Spacing of the taps, without a common divisor with the stride.
         padding_mode: "zeros", or "circular" (which the `nn` twin lacks): the output wraps around,
             and has stride times the size of the input.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; the kernel is computed in float32 at least.
-        ortho_params: Which normalizer and orthogonalizer make the factors.
-        method: "aoc" or "rko", as for `OrthoConv2d`.
-        ranks: "half" or "free", as for `OrthoConv2d`.
-        lipschitz: The constant K of the layer: the kernel is K times what is said below.
 
     Shape:
         As `nn.ConvTranspose2d`, unbatched input included.
@@ -221,8 +213,12 @@ class OrthoConvTranspose2d(_OrthoConvTranspose, nn.ConvTranspose2d):
         - zero padding, which cuts outputs off: at most 1.
 
     Raises:
-        ValueError: as `OrthoConv2d`; with circular padding also sizes that do not fit, see the
+        ValueError: As `OrthoConv2d`; with circular padding also sizes that do not fit, see the
             message.
+
+    Examples:
+        >>> OrthoConvTranspose2d(4, 2, 2, stride=2)(torch.zeros(1, 4, 5, 5)).shape
+        torch.Size([1, 2, 10, 10])
 
     References:
         As `OrthoConv2d`.
@@ -234,11 +230,14 @@ class OrthoConvTranspose2d(_OrthoConvTranspose, nn.ConvTranspose2d):
 class OrthoConvTranspose3d(_OrthoConvTranspose, nn.ConvTranspose3d):
     """`nn.ConvTranspose3d` with an orthogonal kernel.
 
-    Arguments, guarantee and errors are those of
-    [`OrthoConvTranspose2d`][orthonet.layers.OrthoConvTranspose2d].
+    See [`OrthoConvTranspose2d`][orthonet.layers.OrthoConvTranspose2d].
 
     Shape:
-        Input (N, C_in, D, H, W) or (C_in, D, H, W), output as `nn.ConvTranspose3d`.
+        As `nn.ConvTranspose3d`.
+
+    Examples:
+        >>> OrthoConvTranspose3d(4, 2, 2, stride=2)(torch.zeros(1, 4, 3, 3, 3)).shape
+        torch.Size([1, 2, 6, 6, 6])
     """
 
     _plain_class = nn.ConvTranspose3d

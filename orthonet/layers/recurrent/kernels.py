@@ -183,10 +183,10 @@ class RecurrentKernels(OneLine, nn.Module):
             weight: A matrix of the shape that the twin stores.
 
         Returns:
-            The relative distance \(\|W_{new} - W\|_F / \|W\|_F\) that the projection moved it.
+            The relative distance \(\|W_{new} - W\|_F / \|W\|_F\) of the projection.
 
         Raises:
-            ValueError: an unknown name, another shape, or a weight that is not finite.
+            ValueError: The name is unknown, or `weight` has another shape or is not finite.
         """
         _checks.one_of(self, tuple(self.recurrent), name=name)
         return self._weight_of(name).project_(self._unstacked(name, weight), self)

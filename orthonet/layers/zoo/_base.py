@@ -453,11 +453,11 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
         raise AttributeError("a subclass gives the map")
 
     def linear(self, x: Tensor) -> Tensor:
-        """Apply the linear part of the layer, in the dtype of `x`."""
+        """Apply the convolution without the bias, in the dtype of `x`."""
         return conv_forward(self, x, self.weight.to(x.dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve `input` with the present weight."""
+        """Convolve `input`, batched or not."""
         self._check_input(input, self.in_channels, -3, 2)
         if self.padding_mode == "circular":
             check_circular(self, input)

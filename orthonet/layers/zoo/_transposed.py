@@ -76,7 +76,7 @@ class _MappedConvTranspose2d(ConstrainedWeight, nn.ConvTranspose2d):
         raise AttributeError("a subclass gives the map")
 
     def linear(self, x: Tensor) -> Tensor:
-        """Apply the linear part of the layer, in the dtype of `x`."""
+        """Apply the transposed convolution without the bias, in the dtype of `x`."""
         return self._apply_weight(x, self.weight.to(x.dtype), None, self.output_padding)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
