@@ -1,7 +1,7 @@
 """Pure functions on the last two dimensions of a tensor: the mathematics of the library."""
 
 from orthonet.linalg.bounds.convolutions import NormBound, convolution_norm_bound
-from orthonet.linalg.bounds.enclosure import gram_norm_bound, spectral_norm_bound
+from orthonet.linalg.bounds.enclosure import spectral_norm_bound
 from orthonet.linalg.exponential import cayley, matrix_exponential, rotate_base, skew
 from orthonet.linalg.factorization import cholesky_qr, qr
 from orthonet.linalg.kernels.convolution import block_convolution
@@ -37,7 +37,6 @@ __all__ = [
     "convolution_norm_upper",
     "gershgorin_scale",
     "gram_iteration",
-    "gram_norm_bound",
     "haar",
     "matrix_exponential",
     "normalized_frobenius",

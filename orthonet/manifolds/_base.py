@@ -24,7 +24,7 @@ __all__ = ["Manifold", "Membership", "root"]
 
 
 def root(square: Tensor) -> Tensor:
-    """Square root for lengths: at 0 and below, it and its derivative are 0."""
+    """Return the square root for lengths: at 0 and below, it and its derivative are 0."""
     zero = square <= 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
 
@@ -46,15 +46,15 @@ class Manifold(abc.ABC):
 
     @abc.abstractmethod
     def dimension(self, shape: Sequence[int]) -> int:
-        """Dimension of the space of one matrix (vector) in a tensor of this shape."""
+        """Return the dimension of the space of one matrix (vector) in a tensor of this shape."""
 
     @abc.abstractmethod
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Pairs of a property in words and by how much each matrix violates it (NaN: fully)."""
+        """Return pairs of a property in words and how far each matrix violates it (NaN: fully)."""
 
     @abc.abstractmethod
     def project(self, x: Tensor) -> Tensor:
-        """The nearest point, in the Frobenius norm unless the class says otherwise."""
+        """Return the nearest point, in the Frobenius norm unless the class says otherwise."""
 
     @abc.abstractmethod
     def sample(
@@ -65,14 +65,14 @@ class Manifold(abc.ABC):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """A random point in every matrix of a tensor of this shape."""
+        """Return a random point in every matrix of a tensor of this shape."""
 
     @abc.abstractmethod
     def parametrization(self, shape: Sequence[int], **options: Any) -> Parametrization:
-        """The module that maps free coordinates onto the space, for tensors of this shape."""
+        """Return a module that maps free coordinates onto the space, for tensors of a shape."""
 
     def _shape_problem(self, shape: Sequence[int]) -> str | None:
-        """What is wrong with a shape, or None."""
+        """Return what is wrong with a shape, or None."""
         return None
 
     # --- membership ----------------------------------------------------------------------------
@@ -97,12 +97,12 @@ class Manifold(abc.ABC):
         return sizes
 
     def tolerance(self, x: Tensor) -> float:
-        r"""What `contains` allows: \(32\,\mathrm{eps}\,\sqrt{\max(n, k)}\)."""
+        r"""Return what `contains` allows: \(32\,\mathrm{eps}\,\sqrt{\max(n, k)}\)."""
         size = max(x.shape[-self.event_ndim :], default=1)
         return 32.0 * torch.finfo(x.dtype).eps * math.sqrt(max(size, 1))
 
     def contains(self, x: Tensor, atol: float | None = None) -> Membership:
-        """Whether all matrices of `x` lie on the space, to `atol` (default: `tolerance(x)`).
+        """Return whether all matrices of `x` lie on the space, to `atol` (default: `tolerance(x)`).
 
         The result is true or false in a condition and tells the reason and the distance. Tensors
         on the meta device are judged by shape and dtype.
@@ -153,24 +153,24 @@ class Manifold(abc.ABC):
         return tuple(range(-self.event_ndim, 0))
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        """Orthogonal projection of `v` onto the tangent space at `x`; for an open set, `v`."""
+        """Project `v` onto the tangent space at `x`; for an open set, return `v`."""
         return v
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """Inner product of the tangent vectors `u` and `v` at `x`, one number a matrix."""
+        """Return the inner product of tangent vectors `u`, `v` at `x`, one number a matrix."""
         product = (u.conj() * v).real if u.is_complex() else u * v
         return product.sum(self._event) if self.event_ndim else product
 
     def norm(self, x: Tensor, v: Tensor) -> Tensor:
-        """Length of the tangent vector `v` at `x`."""
+        """Return the length of the tangent vector `v` at `x`."""
         return root(self.inner(x, v, v))
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        """Riemannian gradient at `x` from the gradient with respect to all entries."""
+        """Return the Riemannian gradient at `x` from the gradient with respect to all entries."""
         return self.tangent(x, grad)
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
-        """A point near `x` in direction `v`, equal to the exponential to first order at least."""
+        """Return a point near `x` in direction `v`, the exponential to at least first order."""
         return self.project(x + v)
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class Manifold(abc.ABC):
         device: torch.device | str | None,
         generator: torch.Generator | None,
     ) -> Tensor:
-        """Gaussian entries in the dtype of computation, for a checked shape."""
+        """Return Gaussian entries in the dtype of computation, for a checked shape."""
         dtype = torch.get_default_dtype() if dtype is None else dtype
         sizes = self.check_shape(shape)
         return torch.randn(sizes, dtype=compute_dtype(dtype), device=device, generator=generator)

@@ -27,7 +27,7 @@ class Correlation(Manifold):
         return PSSD()._shape_problem(shape)
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """N (n - 1) / 2."""
+        """Return n (n - 1) / 2."""
         return shape[-1] * (shape[-1] - 1) // 2
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -36,7 +36,7 @@ class Correlation(Manifold):
         yield "the diagonal must be 1", (diagonal - 1.0).abs()
 
     def project(self, x: Tensor) -> Tensor:
-        """Negative eigenvalues set to 0, then the diagonal scaled to 1: near, not nearest.
+        """Set negative eigenvalues to 0, then scale the diagonal to 1: near, not nearest.
 
         The nearest one is a minimization over this space; see the example in the guide.
         """
@@ -49,7 +49,7 @@ class Correlation(Manifold):
         return off + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        """The symmetric part with zeros on the diagonal (in the interior)."""
+        """Return the symmetric part with zeros on the diagonal (in the interior)."""
         s = 0.5 * (v + v.mT)
         return s - torch.diag_embed(s.diagonal(dim1=-2, dim2=-1))
 
@@ -61,13 +61,13 @@ class Correlation(Manifold):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The Gram matrix of n uniform unit vectors of length n."""
+        """Return the Gram matrix of n uniform unit vectors of length n."""
         y = unit(self._gaussian(shape, dtype, device, generator))
         x = self.project(y @ y.mT)
         return x if dtype is None else x.to(dtype)
 
     def parametrization(self, shape: Sequence[int]) -> Parametrization:
-        r"""\(L L^\top\) with L lower triangular and rows of norm 1; singular matrices included.
+        r"""Return \(L L^\top\) with L lower triangular and rows of norm 1; some are singular.
 
         The n (n + 1) / 2 coordinates are the triangle before the rows are normalized.
         """

@@ -18,12 +18,12 @@ __all__ = ["EigenParametrization", "SingularParametrization", "high", "raised"]
 
 
 def high(x: Tensor) -> Tensor:
-    """In float64 (where the device has it), for what happens at assignment only."""
+    """Return `x` in float64 (where the device has it), for what happens at assignment only."""
     return x if x.device.type == "mps" else x.to(torch.promote_types(x.dtype, torch.float64))
 
 
 def raised(values: Tensor, eps: float) -> Tensor:
-    """Nonnegative `values`, those at rounding level or below raised to a thousandth of the largest.
+    """Raise values at rounding level or below to a thousandth of the largest.
 
     An open set has no nearest point for what lies outside of it; this one is clearly inside.
     """
@@ -50,7 +50,7 @@ class _Factorized(Parametrization):
         return (*self.batch_shape, sum(sizes) + self.rank)
 
     def split(self, coordinates: Tensor) -> list[Tensor]:
-        """Coordinates of each frame, then of the values."""
+        """Return coordinates of each frame, then of the values."""
         sizes = [part.coordinate_shape[-1] for part in self._parts()]
         return list(coordinates.split([*sizes, self.rank], -1))
 
@@ -79,7 +79,7 @@ class SingularParametrization(_Factorized):
         rank: Number of singular values.
         values: The map from the last coordinates to the singular values.
         inverse: Its inverse.
-        triv: For both frames, see `FrameTrivialization`.
+        triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
     """
 
     frames = ("left", "right")
@@ -100,7 +100,7 @@ class SingularParametrization(_Factorized):
         self.right = FrameTrivialization(Stiefel(), (*batch, k, rank), triv)
 
     def singular_values(self, coordinates: Tensor) -> Tensor:
-        """The singular values (of any sign where the space lets them be), not sorted."""
+        """Return the singular values (of any sign where the space lets them be), not sorted."""
         return self.values(self.split(coordinates)[-1])
 
     def _point(self, coordinates: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class SingularParametrization(_Factorized):
         return torch.cat([*parts, self.values_inverse(sigma[..., :r]).to(x.dtype)], -1)
 
     def log_abs_det(self, coordinates: Tensor) -> Tensor:
-        r"""In closed form, from the singular values that the coordinates hold.
+        r"""Return the log-volume in closed form, from the singular values in the coordinates.
 
         \(\sum_{i<j} \log|\sigma_i^2 - \sigma_j^2| + (n + k - 2r) \sum_i \log|\sigma_i|
         + \sum_i \log|f'(s_i)|\) and the terms of the two frames. Minus infinity where singular
@@ -144,7 +144,7 @@ class EigenParametrization(_Factorized):
         rank: Number of eigenvalues that are not zero.
         values: The map from the last coordinates to the eigenvalues.
         inverse: Its inverse.
-        triv: See `FrameTrivialization`.
+        triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
     """
 
     frames = ("frame",)
@@ -164,7 +164,7 @@ class EigenParametrization(_Factorized):
         self.frame = FrameTrivialization(Stiefel(), (*batch, n, rank), triv)
 
     def eigenvalues(self, coordinates: Tensor) -> Tensor:
-        """The eigenvalues, not sorted."""
+        """Return the eigenvalues, not sorted."""
         return self.values(self.split(coordinates)[-1])
 
     def _point(self, coordinates: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class EigenParametrization(_Factorized):
         return torch.cat([frame, self.values_inverse(values[..., largest]).to(x.dtype)], -1)
 
     def log_abs_det(self, coordinates: Tensor) -> Tensor:
-        r"""In closed form, from the eigenvalues that the coordinates hold.
+        r"""Return the log-volume in closed form, from the eigenvalues in the coordinates.
 
         \(\sum_{i<j} \log(\sqrt2\,|\lambda_i - \lambda_j|) + (n - r) \sum_i
         \log(\sqrt2\,|\lambda_i|) + \sum_i \log|f'(s_i)|\) and the term of the frame.

@@ -28,22 +28,22 @@ class Grassmannian(Stiefel):
     """
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """K (n - k), with k the smaller side."""
+        """Return k (n - k), with k the smaller side."""
         n, k = max(shape[-2:]), min(shape[-2:])
         return k * (n - k)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        r"""\((I - x x^\top) v\)."""
+        r"""Return \((I - x x^\top) v\)."""
         if x.shape[-2] < x.shape[-1]:
             return self.tangent(x.mT, v.mT).mT
         return v - x @ (x.mH @ v)
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        """The horizontal part of the gradient."""
+        """Return the horizontal part of the gradient."""
         return self.tangent(x, grad)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""The shortest horizontal vector at `x` whose exponential spans the subspace of `y`.
+        r"""Return the shortest horizontal vector at `x` that leads to the subspace of `y`.
 
         First \(y^\top x = P H\) aligns the bases. The eigenvalues of H are the cosines of the
         angles \(\theta\), and \((I - x x^\top) y P\,g(H)\) is the vector, with
@@ -59,15 +59,15 @@ class Grassmannian(Stiefel):
         return self.tangent(x, aligned - x) @ eigen_map(x.mT @ aligned, _angle_over_sine)
 
     def angles(self, x: Tensor, y: Tensor) -> Tensor:
-        """Principal angles between the subspaces, descending; accurate for small ones too."""
+        """Return the principal angles of the subspaces, descending; small ones are accurate too."""
         return torch.linalg.svdvals(self.log(x, y))[..., : min(x.shape[-2:])]
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Root of the sum of the squared principal angles."""
+        """Return the root of the sum of the squared principal angles."""
         return self.norm(x, self.log(x, y))
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """Frobenius inner product (of horizontal vectors)."""
+        """Return the Frobenius inner product (of horizontal vectors)."""
         return (u.conj() * v).real.sum((-2, -1)) if u.is_complex() else (u * v).sum((-2, -1))
 
     def parametrization(
@@ -77,16 +77,16 @@ class Grassmannian(Stiefel):
         triv: Triv = "exponential",
         dtype: torch.dtype | None = None,
     ) -> Parametrization:
-        """Dynamic trivialization with horizontal tangent vectors, of k (n - k) coordinates."""
+        """Return a trivialization with horizontal tangent vectors, of k (n - k) coordinates."""
         return FrameTrivialization(self, shape, triv, rotate=False, dtype=dtype)
 
     def equal(self, x: Tensor, y: Tensor, atol: float = 1e-6) -> bool:
-        """Whether two bases span the same subspace."""
+        """Return whether two bases span the same subspace."""
         return bool((self.distance(x, y) <= atol).all())
 
 
 def _angle_over_sine(cosine: Tensor) -> tuple[Tensor, Tensor]:
-    """Angle over sine of angles up to a right one, as a function of the cosine, and its slope."""
+    """Return angle over sine of angles up to a right one, by their cosine, and its slope."""
     cosine = cosine.clamp(0.0, 1.0)
     small = cosine > 0.999
     s = torch.where(small, 0.5 * (1.0 - cosine), torch.zeros_like(cosine))

@@ -33,7 +33,7 @@ class _Sampled(Manifold):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The projection of a tensor of standard normal entries."""
+        """Project a tensor of standard normal entries."""
         x = self.project(self._gaussian(shape, dtype, device, generator))
         return x if dtype is None else x.to(dtype)
 
@@ -45,21 +45,21 @@ class Nonnegative(_Sampled):
     event_ndim = 0
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """1 for each entry, all of which are batch dimensions."""
+        """Return 1 for each entry, all of which are batch dimensions."""
         return 1
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "no entry may be negative", (-x).clamp_min(0.0)
 
     def project(self, x: Tensor) -> Tensor:
-        """Negative entries set to 0."""
+        """Set negative entries to 0."""
         return x.clamp_min(0.0)
 
     def parametrization(self, shape: Sequence[int], *, f: Scalar | None = None) -> Parametrization:
-        """The absolute value (of slope 1 at 0), or another map, entry by entry.
+        """Return the absolute value (of slope 1 at 0), or another map, entry by entry.
 
         Args:
-            shape: Shape of the values.
+            shape: Of the values.
             f: None for the absolute value, which reaches 0; or a map to the positive numbers:
                 "softplus", "exp", a function, or a pair of a function and its inverse.
         """
@@ -93,7 +93,7 @@ class Bounded(Manifold):
         )
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """1 for each entry, all of which are batch dimensions."""
+        """Return 1 for each entry, all of which are batch dimensions."""
         return 1
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -102,7 +102,7 @@ class Bounded(Manifold):
         yield reason, outside / max(abs(self.low), abs(self.high))
 
     def project(self, x: Tensor) -> Tensor:
-        """Entries clamped to the interval."""
+        """Clamp the entries to the interval."""
         return x.clamp(self.low, self.high)
 
     def sample(
@@ -113,15 +113,15 @@ class Bounded(Manifold):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Uniform entries."""
+        """Return uniform entries."""
         x = torch.rand(self.check_shape(shape), dtype=dtype, device=device, generator=generator)
         return self.low + (self.high - self.low) * x
 
     def parametrization(self, shape: Sequence[int], *, f: Scalar = "fold") -> Parametrization:
-        """A map of the reals onto [-1, 1], scaled to the interval, entry by entry.
+        """Return a map of the reals onto [-1, 1], scaled to the interval, entry by entry.
 
         Args:
-            shape: Shape of the values.
+            shape: Of the values.
             f: "fold" (a triangle wave, of slope 1 or -1 at the ends too), "sin", "tanh",
                 "scaled_sigmoid", a function, or a pair of a function and its inverse.
         """
@@ -150,7 +150,7 @@ class NormBall(_Sampled):
     r"""Vectors along the last dimension of Euclidean norm at most `radius`.
 
     Attributes:
-        radius: The radius, positive.
+        radius: Positive.
     """
 
     radius: float = 1.0
@@ -162,7 +162,7 @@ class NormBall(_Sampled):
         )
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """N."""
+        """Return n."""
         return shape[-1]
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -170,12 +170,12 @@ class NormBall(_Sampled):
         yield f"the norm must be at most {self.radius:g}", (norm - 1.0).clamp_min(0.0)
 
     def project(self, x: Tensor) -> Tensor:
-        """Longer vectors scaled down to the radius."""
+        """Scale longer vectors down to the radius."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x * (self.radius / norm.clamp_min(self.radius))
 
     def parametrization(self, shape: Sequence[int]) -> Parametrization:
-        """The identity inside; beyond the radius, the norm is folded back.
+        """Return the identity inside; beyond the radius, the norm is folded back.
 
         Unlike the projection, it has a radial slope (1 or -1) everywhere but at its corners, so
         that no vector gets stuck on the boundary.
@@ -204,7 +204,7 @@ class SpectralBall(_Sampled):
     r"""Matrices of spectral norm at most `radius`: linear maps with that Lipschitz constant.
 
     Attributes:
-        radius: The radius, positive.
+        radius: Positive.
     """
 
     radius: float = 1.0
@@ -215,7 +215,7 @@ class SpectralBall(_Sampled):
         )
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """N k."""
+        """Return n k."""
         return shape[-2] * shape[-1]
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -223,7 +223,7 @@ class SpectralBall(_Sampled):
         yield f"the spectral norm must be at most {self.radius:g}", (sigma - 1.0).clamp_min(0.0)
 
     def project(self, x: Tensor) -> Tensor:
-        """Larger singular values cut down to the radius."""
+        """Cut larger singular values down to the radius."""
         return singular_map(x, self._cut)
 
     def _cut(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,13 +232,13 @@ class SpectralBall(_Sampled):
     def parametrization(
         self, shape: Sequence[int], *, f: Scalar = "fold", triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""\(U \operatorname{diag}(r f(s)) V^\top\), with n k coordinates.
+        r"""Return \(U \operatorname{diag}(r f(s)) V^\top\), with n k coordinates.
 
         Args:
-            shape: Shape of the values.
+            shape: Of the values.
             f: A map to [-1, 1]: "fold", "sin", "tanh", "scaled_sigmoid", a function, or a pair of
                 a function and its inverse.
-            triv: "exponential", "cayley" or an own map, for both frames.
+            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
         """
         values = _Scaled(bounded_map(self, f), 0.0, self.radius)
         return SingularParametrization(self, shape, min(shape[-2:]), values, values.inverse, triv)

@@ -26,13 +26,13 @@ __all__ = [
 
 
 def relative(distance: Tensor, x: Tensor) -> Tensor:
-    """A Frobenius distance divided by the norm of x (0 / 0 = 0)."""
+    """Return a Frobenius distance divided by the norm of x (0 / 0 = 0)."""
     norm = torch.linalg.matrix_norm(x)
     return torch.where(distance > 0, distance / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0.0)
 
 
 def square_problem(shape: Sequence[int]) -> str | None:
-    """What is wrong with a shape of square matrices."""
+    """Return what is wrong with a shape of square matrices."""
     square = shape[-1] == shape[-2]
     return None if square else f"the matrix must be square, (*batch, n, n), got {tuple(shape)}"
 
@@ -42,23 +42,23 @@ class VectorSpace(Manifold):
     """A linear subspace of the tensors: geodesics are straight lines."""
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
-        """Exponential map, x + v."""
+        """Return the exponential map, x + v."""
         return x + v
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """Logarithm, y - x."""
+        """Return the logarithm, y - x."""
         return y - x
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Length of y - x."""
+        """Return the length of y - x."""
         return self.norm(x, y - x)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        """The part of `v` in the space."""
+        """Return the part of `v` in the space."""
         return self.project(v)
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
-        """The exponential map itself."""
+        """Follow the exponential map."""
         return x + v
 
     def sample(
@@ -69,29 +69,29 @@ class VectorSpace(Manifold):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The projection of a tensor of standard normal entries."""
+        """Project a tensor of standard normal entries."""
         x = self.project(self._gaussian(shape, dtype, device, generator))
         return x if dtype is None else x.to(dtype)
 
     def parametrization(self, shape: Sequence[int], *, lower: bool = True) -> Parametrization:
-        """The coordinates are the entries themselves, each once.
+        """Return the parametrization whose coordinates are the entries, each once.
 
         Args:
-            shape: Shape of the values.
+            shape: Of the values.
             lower: The coordinates are the entries of the lower triangle (else of the upper one).
         """
         return LinearParametrization(self, shape, lower)
 
     def pack(self, x: Tensor) -> Tensor:
-        """Coordinates of x."""
+        """Return coordinates of x."""
         return x
 
     def unpack(self, coordinates: Tensor, n: int) -> Tensor:
-        """The inverse of `pack`."""
+        """Return the inverse of `pack`."""
         return coordinates
 
     def doubled(self, n: int) -> int:
-        """How many coordinates stand for two entries."""
+        """Return how many coordinates stand for two entries."""
         return 0
 
 
@@ -103,18 +103,18 @@ class Rn(VectorSpace):
     has_complex = True
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """Always 1 for each entry, which are all batch dimensions here."""
+        """Return 1 for each entry, which are all batch dimensions here."""
         return 1
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "its entries must be finite", torch.zeros_like(x.real)
 
     def project(self, x: Tensor) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor itself."""
         return x
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """Product of the entries; sum it for tensors that are one vector."""
+        """Return the product of the entries; sum it for tensors that are one vector."""
         return (u.conj() * v).real
 
 
@@ -128,26 +128,26 @@ class Symmetric(VectorSpace):
         return square_problem(shape)
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """N (n + 1) / 2 (real matrices)."""
+        """Return n (n + 1) / 2 (real matrices)."""
         return shape[-1] * (shape[-1] + 1) // 2
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "it must equal its transpose", relative(torch.linalg.matrix_norm(x - x.mH) / 2, x)
 
     def project(self, x: Tensor) -> Tensor:
-        r"""\((X + X^*) / 2\)."""
+        r"""Return \((X + X^*) / 2\)."""
         return 0.5 * (x + x.mH)
 
     def pack(self, x: Tensor) -> Tensor:
-        """Lower triangle of x."""
+        """Return the lower triangle of x."""
         return pack_symmetric(x)
 
     def unpack(self, coordinates: Tensor, n: int) -> Tensor:
-        """The inverse of `pack`."""
+        """Return the inverse of `pack`."""
         return unpack_symmetric(coordinates, n)
 
     def doubled(self, n: int) -> int:
-        """The n (n - 1) / 2 entries off the diagonal."""
+        """Return the n (n - 1) / 2 entries off the diagonal."""
         return n * (n - 1) // 2
 
 
@@ -162,7 +162,7 @@ class Skew(VectorSpace):
         return square_problem(shape)
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """N (n - 1) / 2 (real matrices)."""
+        """Return n (n - 1) / 2 (real matrices)."""
         return shape[-1] * (shape[-1] - 1) // 2
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -170,19 +170,19 @@ class Skew(VectorSpace):
         yield "it must be the negative of its transpose", relative(distance, x)
 
     def project(self, x: Tensor) -> Tensor:
-        r"""\((X - X^*) / 2\)."""
+        r"""Return \((X - X^*) / 2\)."""
         return 0.5 * (x - x.mH)
 
     def pack(self, x: Tensor) -> Tensor:
-        """Strict lower triangle of x (complex: with the diagonal)."""
+        """Return the strict lower triangle of x (complex: with the diagonal)."""
         return pack_skew(x)
 
     def unpack(self, coordinates: Tensor, n: int) -> Tensor:
-        """The inverse of `pack`."""
+        """Return the inverse of `pack`."""
         return unpack_skew(coordinates, n)
 
     def doubled(self, n: int) -> int:
-        """All n (n - 1) / 2."""
+        """Return all n (n - 1) / 2."""
         return n * (n - 1) // 2
 
 
@@ -191,7 +191,7 @@ class LinearParametrization(Parametrization):
 
     Args:
         space: The space of the values.
-        shape: Shape of the values.
+        shape: Of the values.
         lower: The coordinates are the entries of the lower triangle (else of the upper one).
     """
 
@@ -217,7 +217,7 @@ class LinearParametrization(Parametrization):
         return self.space.pack(x if self.lower or isinstance(self.space, Rn) else x.mT).clone()
 
     def log_abs_det(self, coordinates: Tensor) -> Tensor:
-        """Half of log 2 for each coordinate that stands for two entries."""
+        """Return half of log 2 for each coordinate that stands for two entries."""
         value = 0.5 * math.log(2.0) * self.space.doubled(self.shape[-1] if self.shape else 1)
         return coordinates.new_full(self.batch_shape, value)
 

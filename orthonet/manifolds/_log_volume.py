@@ -29,20 +29,20 @@ class Frames(Protocol):
         ...
 
     def split(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-        """The blocks A and C."""
+        """Return the blocks A and C."""
         ...
 
     def _point(self, coordinates: Tensor) -> Tensor: ...
 
 
 def gaps(values: Tensor) -> Tensor:
-    r"""\(\sum_{i<j} \log|v_i - v_j|\)."""
+    r"""Return \(\sum_{i<j} \log|v_i - v_j|\)."""
     i, j = torch.triu_indices(values.shape[-1], values.shape[-1], 1, device=values.device)
     return (values[..., i] - values[..., j]).abs().log().sum(-1)
 
 
 def frame_log_volume(p: Frames, coordinates: Tensor) -> Tensor:
-    r"""Log-volume of the map from the coordinates of A and C to frames, canonical metric.
+    r"""Return the log-volume of the map from coordinates to frames, canonical metric.
 
     Square, exponential: \(\sum_{a<b} \log|\operatorname{sinc}((\theta_a + \theta_b)/2)|\) over the
     eigenvalues \(i\theta\) of A. Square, Cayley: \((n - 1) \log|\det (I - A/2)^{-1}|\). Otherwise

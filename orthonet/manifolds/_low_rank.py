@@ -22,7 +22,7 @@ __all__ = ["AlmostOrthogonal", "FixedRank", "LowRank", "fill"]
 
 
 def fill(x: Tensor, init_: Callable[[Tensor], object] | None, scale: float) -> Tensor:
-    """Gaussian entries times `scale`, or what `init_` makes of them in place."""
+    """Return Gaussian entries times `scale`, or what `init_` makes of them in place."""
     if init_ is None:
         return x * scale
     with torch.no_grad():
@@ -53,7 +53,7 @@ class LowRank(Manifold):
         return f"the rank {self.rank} must be at most the smaller side of {tuple(shape[-2:])}"
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """(n + k - rank) rank."""
+        """Return (n + k - rank) rank."""
         return (shape[-2] + shape[-1] - self.rank) * self.rank
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -68,7 +68,7 @@ class LowRank(Manifold):
         return u[..., : self.rank], sigma[..., : self.rank], vh[..., : self.rank, :]
 
     def project(self, x: Tensor) -> Tensor:
-        """The truncated singular value decomposition."""
+        """Return the truncated singular value decomposition."""
         return singular_map(x, self._kept)
 
     def _ones(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ class LowRank(Manifold):
         return sigma * slope, slope
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        r"""\(P_U v + v P_V - P_U v P_V\), where x has full rank `rank`.
+        r"""Return \(P_U v + v P_V - P_U v P_V\), where x has full rank `rank`.
 
         References:
             Vandereycken, *Low-rank matrix completion by Riemannian optimization*, SIAM J. Optim. 23
@@ -100,13 +100,13 @@ class LowRank(Manifold):
         generator: torch.Generator | None = None,
         init_: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
-        r"""The projection of a Gaussian matrix of variance \(2 / (n + k)\), or of what is given.
+        r"""Project a Gaussian matrix of variance \(2 / (n + k)\), or what `init_` fills.
 
         Args:
             shape: (*batch, n, k).
             dtype: Dtype.
             device: Device.
-            generator: Source of randomness.
+            generator: Of randomness.
             init_: Fills a tensor in place, such as `torch.nn.init.xavier_uniform_`.
         """
         x = self._gaussian(shape, dtype, device, generator)
@@ -116,11 +116,11 @@ class LowRank(Manifold):
     def parametrization(
         self, shape: Sequence[int], *, triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""\(U \operatorname{diag}(s) V^\top\) with any real s.
+        r"""Return \(U \operatorname{diag}(s) V^\top\) with any real s.
 
         Args:
-            shape: Shape of the values.
-            triv: "exponential", "cayley" or an own map, for both frames.
+            shape: Of the values.
+            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
         """
         return SingularParametrization(self, shape, self.rank, _identity, _identity, triv)
 
@@ -140,7 +140,7 @@ class FixedRank(LowRank):
         yield reason, torch.where(smallest > 0, 0.0, torch.inf)
 
     def project(self, x: Tensor) -> Tensor:
-        """The truncated decomposition, singular values near 0 raised to 0.001 of the largest."""
+        """Truncate the decomposition; singular values near 0 become 0.001 of the largest."""
         u, sigma, vh = self._truncated(x)
         sigma = raised(sigma, torch.finfo(x.dtype).eps)
         return ((u * sigma[..., None, :]) @ vh).to(x.dtype)
@@ -148,13 +148,12 @@ class FixedRank(LowRank):
     def parametrization(
         self, shape: Sequence[int], *, f: Scalar = "softplus", triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""\(U \operatorname{diag}(f(s)) V^\top\).
+        r"""Return \(U \operatorname{diag}(f(s)) V^\top\).
 
         Args:
-            shape: Shape of the values.
-            f: A map to the positive numbers: "softplus", "exp", "absolute", a function, or a pair
-                of a function and its inverse.
-            triv: "exponential", "cayley" or an own map, for both frames.
+            shape: Of the values.
+            f: See [`PSD`][orthonet.manifolds.PSD].
+            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
         """
         f = positive_map(self, f)
         return SingularParametrization(self, shape, self.rank, f, f.inverse, triv)
@@ -174,7 +173,7 @@ class AlmostOrthogonal(Manifold):
         _checks.in_range(self, 0.0, 1.0, lam=self.lam)
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """N k; for `lam` 0 that of the Stiefel manifold."""
+        """Return n k; for `lam` 0 that of the Stiefel manifold."""
         if self.lam == 0.0:
             return Stiefel().dimension(shape)
         return shape[-2] * shape[-1]
@@ -185,13 +184,13 @@ class AlmostOrthogonal(Manifold):
         yield reason, ((sigma - 1.0).abs() - self.lam).clamp_min(0.0)
 
     def project(self, x: Tensor) -> Tensor:
-        """Singular values clamped to the interval."""
+        """Clamp the singular values to the interval."""
         if self.lam == 0.0:
             return polar(x)
         return singular_map(x, self._clamped)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        """All of `v`, or what is tangent to the Stiefel manifold for lam = 0."""
+        """Return all of `v`, or what is tangent to the Stiefel manifold for lam = 0."""
         return Stiefel().tangent(x, v) if self.lam == 0.0 else v
 
     def _clamped(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,7 +207,7 @@ class AlmostOrthogonal(Manifold):
         distribution: str = "haar",
         init_: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
-        """An orthonormal frame, see `Stiefel.sample`."""
+        """Return an orthonormal frame, see `Stiefel.sample`."""
         return Stiefel().sample(
             shape,
             dtype=dtype,
@@ -221,14 +220,14 @@ class AlmostOrthogonal(Manifold):
     def parametrization(
         self, shape: Sequence[int], *, f: Scalar = "fold", triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""\(U \operatorname{diag}(1 + \lambda f(s)) V^\top\).
+        r"""Return \(U \operatorname{diag}(1 + \lambda f(s)) V^\top\).
 
         Args:
-            shape: Shape of the values.
+            shape: Of the values.
             f: A map to [-1, 1]: "fold" (a triangle wave, of slope 1 or -1 at the boundary too),
                 "sin", "tanh", "scaled_sigmoid" (these have slope 0 there), a function, or a pair
                 of a function and its inverse.
-            triv: "exponential", "cayley" or an own map, for both frames.
+            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
         """
         f, lam = bounded_map(self, f), self.lam
         values, inverse = _Interval(f, lam), _IntervalInverse(f, lam)

@@ -118,7 +118,7 @@ class _Pull:
             self.cost = (w.reshape(-1, *[1] * (lengths.ndim - 1)) * lengths.square()).sum(0)
 
     def where(self, better: Tensor, new: _Pull) -> _Pull:
-        """`new` where it is better, otherwise this one."""
+        """Return `new` where it is better, otherwise this one."""
         wide = _wide(better, self.x)
         self.x, self.v = torch.where(wide, new.x, self.x), torch.where(wide, new.v, self.v)
         self.size, self.cost = (
@@ -128,13 +128,13 @@ class _Pull:
 
 
 def _wide(numbers: Tensor, x: Tensor) -> Tensor:
-    """One number for each point, shaped to be multiplied with points."""
+    """Return one number for each point, shaped to be multiplied with points."""
     return numbers.reshape(*numbers.shape, *[1] * (x.ndim - numbers.ndim))
 
 
 @torch.no_grad()
 def _barzilai_borwein(space: Manifold, now: _Pull, new: _Pull, tau: Tensor) -> Tensor:
-    """The inverse of the curvature of the cost along the step that was taken."""
+    """Return the inverse of the curvature of the cost along the step that was taken."""
     old = space.transport(now.x, new.x, now.v)
     bent = space.inner(new.x, old, old - new.v)
     found = tau * space.inner(new.x, old, old) / torch.where(bent > 0, bent, 1.0)

@@ -104,14 +104,14 @@ class Parametrization(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def _point(self, coordinates: Tensor) -> Tensor:
-        """The value, for coordinates of the dtype of computation."""
+        """Return the value, for coordinates of the dtype of computation."""
 
     @abc.abstractmethod
     def _coordinates(self, x: Tensor) -> Tensor:
-        """Coordinates of a point on the space; may move a base there."""
+        """Return coordinates of a point on the space; may move a base there."""
 
     def forward(self, coordinates: Tensor) -> Tensor:
-        """The point with these coordinates."""
+        """Return the point with these coordinates."""
         if coordinates.shape != self.coordinate_shape:
             _checks.fail(
                 self,
@@ -129,7 +129,7 @@ class Parametrization(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def right_inverse(self, x: Tensor, *, project: bool = False) -> Tensor:
-        r"""Coordinates that `forward` maps to `x`.
+        r"""Return coordinates that `forward` maps to `x`.
 
         Args:
             x: A tensor of shape `value_shape`, on the space to about \(\sqrt{\mathrm{eps}}\).
@@ -147,7 +147,7 @@ class Parametrization(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def nearest(self, x: Tensor, *, project: bool = True) -> Tensor:
-        """`x` where it lies on the space, otherwise its projection; changes no state.
+        """Return `x` where it lies on the space, otherwise its projection; changes no state.
 
         Args:
             x: A tensor of shape `value_shape`.
@@ -176,12 +176,12 @@ class Parametrization(nn.Module, abc.ABC):
         return x
 
     def sample(self, **options: Any) -> Tensor:
-        """A random point; the options are those of `space.sample`, by default `dtype`, `device`."""
+        """Return a random point; the options are those of `space.sample`."""
         options = {"dtype": self.dtype, "device": self.device, **options}
         return self.space.sample(self.shape, **options).reshape(self.value_shape)
 
     def contains(self, x: Tensor, atol: float | None = None) -> Membership:
-        """Whether `x` lies on the space, with the reason and the distance; see `Manifold`."""
+        """Return whether `x` lies on the space, and how far off; see `Manifold.contains`."""
         return self.space.contains(x.reshape(self.shape), atol)
 
     @torch.no_grad()
@@ -198,7 +198,7 @@ class Parametrization(nn.Module, abc.ABC):
         return [tensor.detach().clone() for tensor in (coordinates, *vectors)]
 
     def log_abs_det(self, coordinates: Tensor) -> Tensor:
-        r"""Log-volume of the map, \(\tfrac12 \log\det(J^\top J)\), one number a matrix.
+        r"""Return the log-volume of the map, \(\tfrac12 \log\det(J^\top J)\), one number a matrix.
 
         J is the Jacobian of the value (its entries, Frobenius metric) with respect to the
         coordinates. This is the term that a normalizing flow adds. Where a class has no closed

@@ -61,7 +61,7 @@ class ProductManifold(Manifold):
         return (shape[self.dim] // len(self.spaces),) * len(self.spaces)
 
     def block_shapes(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
-        """Shapes of the blocks of a tensor of this shape."""
+        """Return shapes of the blocks of a tensor of this shape."""
         shapes = []
         for size in self._sizes(shape):
             block = list(shape)
@@ -79,7 +79,7 @@ class ProductManifold(Manifold):
         return None
 
     def blocks(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The blocks of a tensor, as views."""
+        """Return the blocks of a tensor, as views."""
         return x.split(list(self._sizes(x.shape)), self.dim)
 
     def _map(self, method: str, *tensors: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class ProductManifold(Manifold):
         return torch.cat([getattr(space, method)(*blocks) for space, *blocks in parts], self.dim)
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """The sum over the blocks (rows that are points of their own are counted each)."""
+        """Return the sum over the blocks (rows that are points of their own are counted each)."""
         total = 0
         for space, block in zip(self.spaces, self.block_shapes(shape), strict=True):
             copies = math.prod(block[len(block) - 2 : len(block) - space.event_ndim])
@@ -100,32 +100,32 @@ class ProductManifold(Manifold):
                 yield f"in block {i}, {reason}", violation
 
     def tolerance(self, x: Tensor) -> float:
-        """The largest of the blocks."""
+        """Return the largest of the blocks."""
         pairs = zip(self.spaces, self.blocks(x), strict=True)
         return max(space.tolerance(block) for space, block in pairs)
 
     def project(self, x: Tensor) -> Tensor:
-        """Each block projected."""
+        """Project each block."""
         return self._map("project", x)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        """Each block's tangent part."""
+        """Return the tangent part of each block."""
         return self._map("tangent", x, v)
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        """Each block's Riemannian gradient."""
+        """Return the Riemannian gradient of each block."""
         return self._map("gradient", x, grad)
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
-        """Each block's retraction."""
+        """Retract each block."""
         return self._map("retract", x, v)
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """Each block's transport."""
+        """Transport each block."""
         return self._map("transport", x, y, v)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """The sum of the blocks' inner products."""
+        """Return the sum of the blocks' inner products."""
         total: Any = 0.0
         for space, *parts in zip(self.spaces, *(self.blocks(t) for t in (x, u, v)), strict=True):
             product = space.inner(*parts)
@@ -141,14 +141,14 @@ class ProductManifold(Manifold):
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> Tensor:
-        """Independent samples of the blocks, which all get the options."""
+        """Return independent samples of the blocks, which all get the options."""
         sizes = self.check_shape(shape)
         common = {"dtype": dtype, "device": device, "generator": generator, **options}
         blocks = zip(self.spaces, self.block_shapes(sizes), strict=True)
         return torch.cat([space.sample(block, **common) for space, block in blocks], self.dim)
 
     def parametrization(self, shape: Sequence[int], **options: Any) -> Parametrization:
-        """The parametrizations of the blocks, which all get the options."""
+        """Return the parametrizations of the blocks, which all get the options."""
         return ProductParametrization(self, shape, **options)
 
 
@@ -157,7 +157,7 @@ class ProductParametrization(Parametrization):
 
     Args:
         space: The product.
-        shape: Shape of the values.
+        shape: Of the values.
         **options: Options of every block's parametrization.
     """
 
@@ -177,7 +177,7 @@ class ProductParametrization(Parametrization):
         return (sum(math.prod(part.coordinate_shape) for part in self._parts()),)
 
     def split(self, coordinates: Tensor) -> list[Tensor]:
-        """Coordinates of each block, in its shape."""
+        """Return coordinates of each block, in its shape."""
         shapes = [part.coordinate_shape for part in self._parts()]
         pieces = coordinates.split([math.prod(shape) for shape in shapes])
         return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
@@ -200,6 +200,6 @@ class ProductParametrization(Parametrization):
         return [torch.cat([t.flatten() for t in each]) for each in zip(*moved, strict=True)]
 
     def log_abs_det(self, coordinates: Tensor) -> Tensor:
-        """The sum over all blocks and batch entries, a single number."""
+        """Return the sum over all blocks and batch entries, a single number."""
         pieces = zip(self._parts(), self.split(coordinates), strict=True)
         return torch.stack([part.log_abs_det(piece).sum() for part, piece in pieces]).sum()

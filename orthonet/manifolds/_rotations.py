@@ -37,7 +37,7 @@ def rotation_angles(
     device: torch.device | str | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Angles of the given distribution, or as `init_` fills them."""
+    """Return angles of the given distribution, or as `init_` fills them."""
     _checks.one_of(owner, ("haar", "uniform", *_INTERVALS), distribution=distribution)
     angles = torch.empty(tuple(shape), dtype=dtype, device=device)
     if init_ is not None:
@@ -48,7 +48,7 @@ def rotation_angles(
 
 
 def block_rotation(angles: Tensor, n: int) -> Tensor:
-    """Rotations of the planes (0, 1), (2, 3), ... by `angles` (*batch, n // 2), as n x n."""
+    """Return rotations of the planes (0, 1), (2, 3), ... by `angles` (*batch, n // 2), as n x n."""
     ones = angles.new_ones(*angles.shape[:-1], n - 2 * angles.shape[-1])
     diagonal = torch.cat([angles.cos().repeat_interleave(2, -1), ones], -1)
     x = torch.diag_embed(diagonal)
@@ -67,14 +67,14 @@ class AroundIdentity:
     triv: str | Callable[[Tensor], Tensor]
 
     def value(self, coordinates: Tensor) -> Tensor:
-        """The rotation with these coordinates, the packed skew-symmetric matrix."""
+        """Return the rotation with these coordinates, the packed skew-symmetric matrix."""
         a = unpack_skew(coordinates, self.n)
         if callable(self.triv):
             return polished(self.triv(a))
         return polished(cayley(0.5 * a)) if self.triv == "cayley" else skew_exponential(a)
 
     def coordinates(self, x: Tensor) -> Tensor:
-        """The shortest skew-symmetric matrix that is mapped to `x`, packed."""
+        """Return the shortest skew-symmetric matrix that is mapped to `x`, packed."""
         x = polar(x)
         if self.triv == "exponential":
             return pack_skew(rotation_logarithm(x))

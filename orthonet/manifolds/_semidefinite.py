@@ -38,7 +38,7 @@ class _Semidefinite(Manifold):
         return problem
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """N r - r (r - 1) / 2, with r the rank."""
+        """Return n r - r (r - 1) / 2, with r the rank."""
         n, r = shape[-1], self._rank(shape)
         return n * r - r * (r - 1) // 2
 
@@ -58,7 +58,7 @@ class _Semidefinite(Manifold):
             yield reason, torch.where(values[..., n - r] != 0, 0.0, torch.inf)
 
     def project(self, x: Tensor) -> Tensor:
-        """Eigenvalues of the symmetric part: negative ones set to 0, the largest r kept.
+        """Keep the r largest eigenvalues of the symmetric part, and set negative ones to 0.
 
         Where they must not be 0, eigenvalues near it are raised to 0.001 of the largest.
         """
@@ -76,7 +76,7 @@ class _Semidefinite(Manifold):
         return 0.5 * (result + result.mT)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        r"""The symmetric part, less what is outside of the range of x on both sides."""
+        r"""Return the symmetric part, less what is outside of the range of x on both sides."""
         s = 0.5 * (v + v.mT)
         r = self._rank(x.shape)
         if r == x.shape[-1]:
@@ -94,7 +94,7 @@ class _Semidefinite(Manifold):
         generator: torch.Generator | None = None,
         init_: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
-        r"""\(W W^\top\) with W of r columns, of variance 1 / n, or as `init_` fills it."""
+        r"""Return \(W W^\top\) with W of r columns, of variance 1 / n, or as `init_` fills it."""
         r = self._rank(self.check_shape(shape))
         w = self._gaussian(shape, dtype, device, generator)[..., :r]
         w = fill(w.contiguous(), init_, max(shape[-1], 1) ** -0.5)
@@ -118,48 +118,48 @@ class PSD(_Semidefinite):
         return True
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """Affine-invariant inner product."""
+        """Return the affine-invariant inner product."""
         return (torch.linalg.solve(x, u) * torch.linalg.solve(x, v).mT).sum((-2, -1))
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        """X sym(G) x."""
+        """Return x sym(G) x."""
         return x @ (0.5 * (grad + grad.mT)) @ x
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
-        r"""\(L\,e^{L^{-1} v L^{-\top}} L^\top\) with \(x = L L^\top\)."""
+        r"""Return \(L\,e^{L^{-1} v L^{-\top}} L^\top\) with \(x = L L^\top\)."""
         lower = _factor(x)
         return _congruent(lower, torch.linalg.matrix_exp(_whitened(lower, v)))
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""\(L \log(L^{-1} y L^{-\top})\,L^\top\) with \(x = L L^\top\)."""
+        r"""Return \(L \log(L^{-1} y L^{-\top})\,L^\top\) with \(x = L L^\top\)."""
         lower = _factor(x)
         return _congruent(lower, eigen_map(_whitened(lower, y), _logarithm))
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""\(\|\log(L^{-1} y L^{-\top})\|_F\) with \(x = L L^\top\)."""
+        r"""Return \(\|\log(L^{-1} y L^{-\top})\|_F\) with \(x = L L^\top\)."""
         values = torch.linalg.eigvalsh(_whitened(_factor(x), y))
         return root(values.log().square().sum(-1))
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        r"""Parallel transport along the geodesic: \(E v E^\top\), \(E = (y x^{-1})^{1/2}\)."""
+        r"""Transport `v` along the geodesic: \(E v E^\top\), \(E = (y x^{-1})^{1/2}\)."""
         lower = _factor(x)
         middle = eigen_map(_whitened(lower, y), _square_root)
         return _congruent(lower @ middle, _whitened(lower, v))
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
-        r"""\(x + v + \tfrac12 v x^{-1} v\): of second order, and positive definite always."""
+        r"""Return \(x + v + \tfrac12 v x^{-1} v\): of second order, always positive definite."""
         return x + v + 0.5 * (v @ torch.linalg.solve(x, v))
 
     def parametrization(
         self, shape: Sequence[int], *, f: Scalar = "softplus", triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""\(Q \operatorname{diag}(f(s))\,Q^\top\).
+        r"""Return \(Q \operatorname{diag}(f(s))\,Q^\top\).
 
         Args:
-            shape: Shape of the values.
+            shape: Of the values.
             f: A map to the positive numbers: "softplus", "exp", "absolute", a function, or a pair
                 of a function and its inverse.
-            triv: "exponential", "cayley" or an own map.
+            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
         """
         f = positive_map(self, f)
         return EigenParametrization(self, shape, self._rank(shape), f, f.inverse, triv)
@@ -172,11 +172,11 @@ class PSSD(_Semidefinite):
     def parametrization(
         self, shape: Sequence[int], *, triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""\(Q \operatorname{diag}(|s|)\,Q^\top\), with the slope 1 at s = 0.
+        r"""Return \(Q \operatorname{diag}(|s|)\,Q^\top\), with the slope 1 at s = 0.
 
         Args:
-            shape: Shape of the values.
-            triv: "exponential", "cayley" or an own map.
+            shape: Of the values.
+            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
         """
         return EigenParametrization(self, shape, self._rank(shape), absolute, absolute, triv)
 
@@ -220,7 +220,7 @@ class PSSDFixedRank(_Semidefinite):
     def parametrization(
         self, shape: Sequence[int], *, f: Scalar = "softplus", triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""\(Q \operatorname{diag}(f(s))\,Q^\top\) with Q of `rank` columns; see `PSD`."""
+        r"""Return \(Q \operatorname{diag}(f(s))\,Q^\top\) with Q of `rank` columns; see `PSD`."""
         f = positive_map(self, f)
         return EigenParametrization(self, shape, self.rank, f, f.inverse, triv)
 
@@ -254,7 +254,7 @@ def _factor(x: Tensor) -> Tensor:
 
 
 def _congruent(a: Tensor, x: Tensor) -> Tensor:
-    """A x A^T of symmetric x."""
+    """Return a x A^T of symmetric x."""
     result = a @ x @ a.mT
     return 0.5 * (result + result.mT)
 

@@ -33,7 +33,7 @@ class Simplex(Manifold):
         return None if shape[-1] >= 1 else "the vectors must have at least one entry"
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """N - 1."""
+        """Return n - 1."""
         return shape[-1] - 1
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -41,7 +41,7 @@ class Simplex(Manifold):
         yield "the entries must sum to 1", (x.sum(-1) - 1.0).abs()
 
     def project(self, x: Tensor) -> Tensor:
-        r"""The nearest point, \(\max(x - \tau, 0)\) with the \(\tau\) that makes the sum 1.
+        r"""Return the nearest point, \(\max(x - \tau, 0)\) with the \(\tau\) that makes the sum 1.
 
         References:
             Duchi, Shalev-Shwartz, Singer & Chandra, *Efficient projections onto the l1-ball*, ICML
@@ -55,7 +55,7 @@ class Simplex(Manifold):
         return result / result.sum(-1, keepdim=True)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        """`v` less its mean (in the interior)."""
+        """Return `v` less its mean (in the interior)."""
         return v - v.mean(-1, keepdim=True)
 
     def sample(
@@ -66,16 +66,16 @@ class Simplex(Manifold):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Uniform: normalized exponential variables."""
+        """Return uniform points: normalized exponential variables."""
         sizes = self.check_shape(shape)
         x = torch.empty(sizes, dtype=dtype, device=device).exponential_(generator=generator)
         return x / x.sum(-1, keepdim=True)
 
     def parametrization(self, shape: Sequence[int], *, f: str = "absolute") -> Parametrization:
-        r"""\(|s| / \sum |s|\), which reaches the boundary, or the softmax, which does not.
+        r"""Return \(|s| / \sum |s|\), which reaches the boundary, or the softmax, which does not.
 
         Args:
-            shape: Shape of the values.
+            shape: Of the values.
             f: "absolute" or "softmax".
         """
         _checks.one_of(self, ("absolute", "softmax"), f=f)
@@ -98,7 +98,7 @@ class FisherRaoSimplex(Simplex):
     """
 
     def project(self, x: Tensor) -> Tensor:
-        """The nearest point of the simplex, moved inside where an entry would be zero."""
+        """Return the nearest point of the simplex, moved inside where an entry would be zero."""
         return self._inside(super().project(x))
 
     @staticmethod
@@ -110,38 +110,38 @@ class FisherRaoSimplex(Simplex):
         return 2.0 * x.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """Fisher information of the two directions."""
+        """Return the Fisher information of the two directions."""
         return (u * v / x.clamp_min(torch.finfo(x.dtype).tiny)).sum(-1)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        """`v` less its sum times `x`: orthogonal for the metric."""
+        """Return `v` less its sum times `x`: orthogonal for the metric."""
         return v - x * v.sum(-1, keepdim=True)
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        """The natural gradient, `x` times the gradient less its mean under `x`."""
+        """Return the natural gradient, `x` times the gradient less its mean under `x`."""
         return self.tangent(x, x * grad)
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
-        """Geodesic from `x` in direction `v`, at time 1."""
+        """Return the geodesic from `x` in direction `v`, at time 1."""
         s = self._up(x)
         y = Sphere(2.0).exp(s, 2.0 * v / s)
         return self._inside(0.25 * y * y)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """The tangent vector at `x` with exp(x, v) = y."""
+        """Return the tangent vector at `x` with exp(x, v) = y."""
         s = self._up(x)
         return self.tangent(x, 0.5 * s * Sphere(2.0).log(s, self._up(y)))
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""\(2 \arccos \sum_i \sqrt{x_i y_i}\), accurate for near points."""
+        r"""Return \(2 \arccos \sum_i \sqrt{x_i y_i}\), accurate for near points."""
         return Sphere(2.0).distance(self._up(x), self._up(y))
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
-        """The exponential."""
+        """Follow the exponential."""
         return self.exp(x, v)
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """Parallel transport along the geodesic."""
+        """Transport `v` in parallel along the geodesic."""
         s, t = self._up(x), self._up(y)
         return 0.5 * t * Sphere(2.0).transport(s, t, 2.0 * v / s)
 
@@ -174,7 +174,7 @@ class DoublyStochastic(Manifold):
         return square_problem(shape) or (None if shape[-1] else "the matrix must not be empty")
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """(n - 1)²."""
+        """Return (n - 1)²."""
         return (shape[-1] - 1) ** 2
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -183,14 +183,14 @@ class DoublyStochastic(Manifold):
         yield "all columns must sum to 1", (x.sum(-2) - 1.0).abs().amax(-1)
 
     def project(self, x: Tensor) -> Tensor:
-        """Rows and columns scaled until they sum to 1 (Sinkhorn), entries <= 0 taken as 0.001 / n.
+        """Scale rows and columns until they sum to 1; entries <= 0 are taken as 0.001 / n.
 
         This is the nearest point in relative entropy to that matrix, not in the Frobenius norm.
         """
         return sinkhorn(torch.where(x > 0, x, 1e-3 / x.shape[-1]).log())
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        """`v` less its row and column means: all sums zero."""
+        """Return `v` less its row and column means: all sums zero."""
         rows, columns = v.mean(-1, keepdim=True), v.mean(-2, keepdim=True)
         return v - rows - columns + v.mean((-2, -1), keepdim=True)
 
@@ -202,11 +202,11 @@ class DoublyStochastic(Manifold):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """A matrix of exponential variables, scaled to the sums."""
+        """Return a matrix of exponential variables, scaled to the sums."""
         sizes = self.check_shape(shape)
         x = torch.empty(sizes, dtype=dtype, device=device).exponential_(generator=generator)
         return sinkhorn(x.clamp_min(1e-6).log())
 
     def parametrization(self, shape: Sequence[int]) -> Parametrization:
-        r"""Sinkhorn scaling of \(e^s\); the coordinates are n² logarithms."""
+        r"""Return the Sinkhorn scaling of \(e^s\); the coordinates are n² logarithms."""
         return MappedParametrization(self, shape, sinkhorn, _logarithm)

@@ -34,7 +34,7 @@ __all__ = ["SO", "EuclideanStiefel", "St", "Stiefel"]
 
 
 def nearest_rotation(x: Tensor, det: int) -> Tensor:
-    r"""The nearest matrix of that determinant: \(U \mathrm{diag}(1, ..., 1, \pm 1) V^\top\)."""
+    r"""Return the nearest matrix of a determinant, \(U \mathrm{diag}(1, ..., 1, \pm 1) V^\top\)."""
     q = polar(x)
     if 0 in x.shape:
         return q
@@ -49,7 +49,7 @@ def nearest_rotation(x: Tensor, det: int) -> Tensor:
 
 
 def complex_polar(x: Tensor) -> Tensor:
-    """Polar factor of complex matrices, through the real matrices of twice the size."""
+    """Return the polar factor of complex matrices, through the real matrices of twice the size."""
     if x.shape[-2] < x.shape[-1]:
         return complex_polar(x.mT).mT
     k = x.shape[-1]
@@ -77,7 +77,7 @@ class Stiefel(Manifold):
     """
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """N k - k (k + 1) / 2, with k the smaller side."""
+        """Return n k - k (k + 1) / 2, with k the smaller side."""
         n, k = max(shape[-2:]), min(shape[-2:])
         return n * k - k * (k + 1) // 2
 
@@ -86,34 +86,34 @@ class Stiefel(Manifold):
         yield "all singular values must be 1", (sigma - 1.0).abs()
 
     def project(self, x: Tensor) -> Tensor:
-        """The polar factor."""
+        """Return the polar factor."""
         return complex_polar(x) if x.is_complex() else polar(x)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        r"""\(v - x\,\mathrm{sym}(x^\top v)\)."""
+        r"""Return \(v - x\,\mathrm{sym}(x^\top v)\)."""
         x, v, wide = _tall(x, v)
         inner = x.mH @ v
         result = v - x @ (0.5 * (inner + inner.mH))
         return result.mT if wide else result
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """Canonical inner product."""
+        """Return the canonical inner product."""
         x, u, _ = _tall(x, u)
         v = v.mT if v.shape[-2] < v.shape[-1] else v
         return super().inner(x, u, v) - 0.5 * super().inner(x, x.mH @ u, x.mH @ v)
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        r"""Gradient for the canonical metric, \(G - X G^\top X\)."""
+        r"""Return the gradient for the canonical metric, \(G - X G^\top X\)."""
         x, grad, wide = _tall(x, grad)
         result = grad - x @ (grad.mH @ x)
         return result.mT if wide else result
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
-        """Geodesic of the canonical metric from `x` in direction `v`, at time 1."""
+        """Return the geodesic of the canonical metric from `x` in direction `v`, at time 1."""
         return self._along(x, v, frame_exponential)
 
     def retract(self, x: Tensor, v: Tensor, method: str = "cayley") -> Tensor:
-        """A point near `x` in direction `v`.
+        """Return a point near `x` in direction `v`.
 
         Args:
             x: Point.
@@ -145,13 +145,13 @@ class Stiefel(Manifold):
         distribution: Distribution = "haar",
         init_: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
-        r"""A random matrix.
+        r"""Return a random matrix.
 
         Args:
             shape: (*batch, n, k).
             dtype: Dtype.
             device: Device.
-            generator: Source of randomness.
+            generator: Of randomness.
             distribution: "haar" (or "uniform"): the uniform one. "torus": rotations of the planes
                 (0, 1), (2, 3), ... by angles uniform in \((-\pi, \pi)\). "henaff": the same name as
                 in recurrent networks, equal to "torus". "cayley": angles uniform in
@@ -203,10 +203,10 @@ class Stiefel(Manifold):
         cross: bool = False,
         dtype: torch.dtype | None = None,
     ) -> Parametrization:
-        """Dynamic trivialization by the exponential, the Cayley or an own map.
+        """Return a dynamic trivialization by the exponential, the Cayley or an own map.
 
         Args:
-            shape: Shape of the values.
+            shape: Of the values.
             triv: "exponential" (or "expm"), "cayley", a map from skew-symmetric matrices to
                 orthogonal ones; or "polar": the polar factor of an unconstrained matrix, which has
                 n k coordinates.
@@ -240,15 +240,15 @@ class EuclideanStiefel(Stiefel):
     """
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """Inner product of the entries."""
+        """Return the inner product of the entries."""
         return Manifold.inner(self, x, u, v)
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        """The tangent part of the gradient."""
+        """Return the tangent part of the gradient."""
         return self.tangent(x, grad)
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
-        r"""\([x, v] \exp\begin{pmatrix} A & -v^* v \\ I & A \end{pmatrix}_{:, 1:k} e^{-A}\).
+        r"""Return \([x, v] \exp\begin{pmatrix} A & -v^* v \\ I & A \end{pmatrix}_{:, 1:k} e^{-A}\).
 
         Here \(A = x^* v\).
         """
@@ -261,7 +261,7 @@ class EuclideanStiefel(Stiefel):
         return result.mT if wide else result
 
     def retract(self, x: Tensor, v: Tensor, method: str = "polar") -> Tensor:
-        """A point near `x` in direction `v`.
+        """Return a point near `x` in direction `v`.
 
         Args:
             x: Point.
@@ -299,7 +299,7 @@ class SO(Stiefel):
         yield reason, (determinant * self.det < 0).to(x.dtype) * 2.0
 
     def project(self, x: Tensor) -> Tensor:
-        """The nearest orthogonal matrix of that determinant."""
+        """Return the nearest orthogonal matrix of that determinant."""
         _checks.floating(self, x=x)
         self.check_shape(x.shape)
         return nearest_rotation(x, self.det)
@@ -313,10 +313,10 @@ class SO(Stiefel):
         dtype: torch.dtype | None = None,
         dynamic: bool = True,
     ) -> Parametrization:
-        """As that of `Stiefel`, or around the identity.
+        """Return the parametrization of `Stiefel`, or one around the identity.
 
         Args:
-            shape: Shape of the values.
+            shape: Of the values.
             triv: See `Stiefel.parametrization`.
             cross: Must be False.
             dtype: Dtype of the base.
@@ -338,15 +338,15 @@ class SO(Stiefel):
         return MappedParametrization(self, shape, maps.value, maps.coordinates, size)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""The shortest tangent vector at `x` with exp(x, v) = y: \(x \log(x^\top y)\)."""
+        r"""Return the shortest tangent vector at `x` with exp(x, v) = y: \(x \log(x^\top y)\)."""
         return x @ rotation_logarithm(x.mT @ y)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Length of the shortest geodesic: the root of the sum of the squared rotation angles."""
+        """Return the root of the sum of the squared rotation angles: the shortest geodesic."""
         return self.norm(x, self.log(x, y))
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        r"""Parallel transport along the shortest geodesic, \(x\,e^{A/2} (x^\top v)\,e^{A/2}\)."""
+        r"""Transport `v` along the shortest geodesic, \(x\,e^{A/2} (x^\top v)\,e^{A/2}\)."""
         half = torch.linalg.matrix_exp(0.5 * rotation_logarithm(x.mT @ y))
         return x @ half @ (x.mT @ v) @ half
 
@@ -371,7 +371,7 @@ class SO(Stiefel):
 
 
 def _tall(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Both as tall matrices, and whether they were wide."""
+    """Return both as tall matrices, and whether they were wide."""
     if x.shape[-2] < x.shape[-1]:
         return x.mT, v.mT, True
     return x, v, False

@@ -26,12 +26,12 @@ Scalar = str | Callable[[Tensor], Tensor] | tuple[Callable[[Tensor], Tensor], ..
 
 
 def absolute(s: Tensor) -> Tensor:
-    """|s| with the derivative +1 at 0, so that a value at the boundary is not stuck there."""
+    """Return |s|, with the derivative +1 at 0: a value at the boundary is not stuck there."""
     return torch.where(s < 0, -s, s)
 
 
 def at_least(floor: float, y: Tensor) -> Tensor:
-    """`y` >= 0 where it is at least `floor`, otherwise raised by that; every slope is kept."""
+    """Return `y` >= 0, raised by `floor` where it is less; every slope is kept."""
     return torch.where(y < floor, y + floor, y)
 
 
@@ -65,7 +65,7 @@ def _absolute_inverse(y: Tensor) -> Tensor:
 
 
 def fold(s: Tensor) -> Tensor:
-    """The triangle wave of slope 1 through 0 between -1 and 1: slope +-1 everywhere."""
+    """Return the triangle wave of slope 1 through 0 between -1 and 1: slope +-1 everywhere."""
     t = torch.remainder(s + 1.0, 4.0)
     return torch.where(t <= 2.0, t - 1.0, 3.0 - t)
 
@@ -141,7 +141,7 @@ class ScalarMap:
         return self._f(s)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """A solution s of f(s) = y.
+        """Return a solution s of f(s) = y.
 
         Raises:
             ValueError: no inverse was given and f is not increasing onto the values.
@@ -167,17 +167,17 @@ class ScalarMap:
 
 
 def positive_map(owner: object, f: Scalar) -> ScalarMap:
-    """A map from the reals to the positive reals."""
+    """Return a map from the reals to the positive reals."""
     return ScalarMap(owner, f, _POSITIVE)
 
 
 def bounded_map(owner: object, f: Scalar) -> ScalarMap:
-    """A map from the reals onto [-1, 1]."""
+    """Return a map from the reals onto [-1, 1]."""
     return ScalarMap(owner, f, _BOUNDED)
 
 
 def log_derivative(f: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
-    """Log |f'(s)|, entry by entry."""
+    """Return log |f'(s)|, entry by entry."""
     with torch.enable_grad():
         x = s if s.requires_grad else s.detach().requires_grad_()
         (slope,) = torch.autograd.grad(f(x).sum(), x, create_graph=True)

@@ -65,7 +65,7 @@ class Trivialization(Parametrization):
 
     @abc.abstractmethod
     def tangent_coordinates(self, v: Tensor) -> Tensor:
-        """Coordinates of a tangent vector at the base, the inverse of the differential there."""
+        """Return coordinates of a tangent vector at the base, by the inverse differential."""
 
     @torch.no_grad()
     def update_base(self, coordinates: Tensor, *vectors: Tensor) -> list[Tensor]:
@@ -81,7 +81,7 @@ class Trivialization(Parametrization):
         return [start.to(dtype), *(self.tangent_coordinates(v).to(dtype) for v in pushed)]
 
     def _push(self, coordinates: Tensor, vector: Tensor) -> Tensor:
-        """The differential of the map at the coordinates, applied to a vector."""
+        """Return the differential of the map at the coordinates, applied to a vector."""
         if not vector.numel():
             return self._point(coordinates)
         with torch.enable_grad(), without_autocast(coordinates):
@@ -172,7 +172,7 @@ class FrameTrivialization(Trivialization):
         return (*self.batch_shape, self._rotations + (n - k) * k)
 
     def split(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-        """A, k x k, and C, (n - k) x k."""
+        """Return A, k x k, and C, (n - k) x k."""
         n, k = self._sizes
         if n == k and self.rotate:
             return unpack_skew(coordinates, k), coordinates.new_empty(*self.batch_shape, 0, k)
@@ -231,7 +231,7 @@ class FrameTrivialization(Trivialization):
             self.reflector.copy_(complement_reflector(base))
 
     def tangent_coordinates(self, v: Tensor) -> Tensor:
-        """Coordinates of a tangent vector at the base, the inverse of the differential there."""
+        """Return coordinates of a tangent vector at the base, by the inverse differential."""
         base = self.base.to(v.dtype)
         v, base = (v.mT, base.mT) if self.transposed else (v, base)
         parts = []
@@ -244,7 +244,7 @@ class FrameTrivialization(Trivialization):
         return torch.cat(parts, -1) if parts else v.new_zeros(*v.shape[:-2], 0)
 
     def log_abs_det(self, coordinates: Tensor) -> Tensor:
-        """In closed form for square real matrices and the two named maps."""
+        """Return the log-volume, in closed form for square real matrices and the two named maps."""
         if self.base.is_complex() or type(self) is not FrameTrivialization:
             return super().log_abs_det(coordinates)
         # An entry of A moves two entries of the matrix, one of C moves one.
@@ -268,7 +268,7 @@ class SignedTrivialization(FrameTrivialization):
     Args:
         space: `Stiefel`.
         shape: (*batch, n, n).
-        triv: See `FrameTrivialization`.
+        triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
     """
 
     start = 0.1  # |s| after an assignment: some steps of a usual size away from a flip
@@ -294,13 +294,13 @@ class SignedTrivialization(FrameTrivialization):
         return coordinates
 
     def tangent_coordinates(self, v: Tensor) -> Tensor:
-        """Coordinates of a tangent vector at the base."""
+        """Return coordinates of a tangent vector at the base."""
         inner = super().tangent_coordinates(v)
         return torch.cat([inner, torch.zeros_like(v[..., 0, :1])], -1)
 
     @torch.no_grad()
     def update_base(self, coordinates: Tensor, *vectors: Tensor) -> list[Tensor]:
-        """As for every trivialization; the base takes the sign of s, and s keeps its size."""
+        """Move the base, which takes the sign of s; s keeps its size."""
         moved = super().update_base(coordinates, *vectors)
         sign = torch.where(coordinates[..., -1] < 0, -1.0, 1.0).to(coordinates.dtype)
         for new, old in zip(moved, (coordinates, *vectors), strict=True):

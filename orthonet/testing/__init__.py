@@ -5,7 +5,7 @@ For users as much as for this library; nothing here imports a test framework.
 
 from orthonet.testing import cases, laws, tolerances
 from orthonet.testing._asserts import assert_lipschitz, assert_orthogonal
-from orthonet.testing._fuzz import FuzzReport, Violation, fuzz_certificates
+from orthonet.testing._fuzz import FuzzReport, fuzz_certificates
 from orthonet.testing._operator import (
     dense_operator,
     jacobian,
@@ -22,7 +22,6 @@ __all__ = [
     "MATRIX_CASES",
     "MATRIX_SHAPES",
     "Tolerance",
-    "Violation",
     "assert_lipschitz",
     "assert_orthogonal",
     "cases",

@@ -18,12 +18,12 @@ __all__ = ["Hyperbolic"]
 
 
 def _lorentz(u: Tensor, v: Tensor) -> Tensor:
-    """Minus the product of the first entries plus that of the others."""
+    """Return minus the product of the first entries plus that of the others."""
     return (u[..., 1:] * v[..., 1:]).sum(-1) - u[..., 0] * v[..., 0]
 
 
 def _cosh_sinhc(s: Tensor) -> tuple[Tensor, Tensor]:
-    r"""\(\cosh\sqrt s\) and \(\sinh\sqrt s / \sqrt s\), smooth at 0."""
+    r"""Return \(\cosh\sqrt s\) and \(\sinh\sqrt s / \sqrt s\), smooth at 0."""
     small = s < 1e-3
     root = torch.where(small, torch.ones_like(s), s).sqrt()
     near = torch.where(small, s, torch.zeros_like(s))
@@ -59,7 +59,7 @@ class Hyperbolic(Manifold):
         return None if shape[-1] >= 1 else "the vectors must have at least one entry"
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """N for vectors of n + 1 entries."""
+        """Return n for vectors of n + 1 entries."""
         return shape[-1] - 1
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -68,7 +68,7 @@ class Hyperbolic(Manifold):
         yield reason, (x[..., 0] - expected).abs() / expected
 
     def project(self, x: Tensor) -> Tensor:
-        r"""The point above the last n entries: \(x_0 = \sqrt{r^2 + \sum x_i^2}\)."""
+        r"""Return the point above the last n entries: \(x_0 = \sqrt{r^2 + \sum x_i^2}\)."""
         return self._lift(x[..., 1:])
 
     def _lift(self, c: Tensor) -> Tensor:
@@ -77,42 +77,42 @@ class Hyperbolic(Manifold):
         return torch.cat([first, c], -1)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        """The Lorentz-orthogonal projection onto the tangent space."""
+        """Return the Lorentz-orthogonal projection onto the tangent space."""
         return v + x * (_lorentz(x, v) / self.radius**2)[..., None]
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """Lorentz product."""
+        """Return the Lorentz product."""
         return _lorentz(u, v)
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        """Riemannian gradient: the first entry changes sign, then the projection."""
+        """Return the Riemannian gradient: the first entry changes sign, then the projection."""
         return self.tangent(x, torch.cat([-grad[..., :1], grad[..., 1:]], -1))
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
-        """Geodesic from `x` in direction `v`, at time 1."""
+        """Return the geodesic from `x` in direction `v`, at time 1."""
         s = _lorentz(v, v).clamp_min(0.0)[..., None] / self.radius**2
         cosh, sinhc = _cosh_sinhc(s)
         return self.project(x * cosh + v * sinhc)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """The tangent vector at `x` with exp(x, v) = y."""
+        """Return the tangent vector at `x` with exp(x, v) = y."""
         s = -self._chord(x, y)[..., None]
         return self.tangent(x, y - x) * arc_ratio(s, 1.0 - s)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""\(2 r \operatorname{arsinh}(\|x - y\|_L / 2 r)\), accurate for near points."""
+        r"""Return \(2 r \operatorname{arsinh}(\|x - y\|_L / 2 r)\), accurate for near points."""
         return 2.0 * self.radius * torch.asinh(root(self._chord(x, y)))
 
     def _chord(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""\(\|x - y\|_L^2 / 4 r^2\)."""
+        r"""Return \(\|x - y\|_L^2 / 4 r^2\)."""
         return _lorentz(x - y, x - y).clamp_min(0.0) / (4.0 * self.radius**2)
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
-        """The exponential."""
+        """Follow the exponential."""
         return self.exp(x, v)
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """Parallel transport along the geodesic."""
+        """Transport `v` in parallel along the geodesic."""
         factor = _lorentz(y, v) / (self.radius**2 - _lorentz(x, y))
         return v + factor[..., None] * (x + y)
 
@@ -124,14 +124,14 @@ class Hyperbolic(Manifold):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The exponential at the origin of a Gaussian tangent vector of variance r²."""
+        """Return the exponential at the origin of a Gaussian tangent vector of variance r²."""
         v = self._gaussian(shape, dtype, device, generator) * self.radius
         v = torch.cat([torch.zeros_like(v[..., :1]), v[..., 1:]], -1)
         x = self.exp(self._lift(torch.zeros_like(v[..., 1:])), v)
         return x if dtype is None else x.to(dtype)
 
     def parametrization(self, shape: Sequence[int]) -> Parametrization:
-        """The last n entries as coordinates: one chart that covers the space."""
+        """Return the chart of the last n entries, which covers the space."""
         n = self.check_shape(shape)[-1] - 1
         return MappedParametrization(self, shape, self._lift, _tail, n)
 

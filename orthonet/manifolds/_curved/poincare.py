@@ -50,7 +50,7 @@ class PoincareBall(Manifold):
         return None if shape[-1] >= 1 else "the vectors must have at least one entry"
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """N."""
+        """Return n."""
         return shape[-1]
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -58,26 +58,26 @@ class PoincareBall(Manifold):
         yield f"the norm must be below {self.radius:g}", torch.where(norm < self.radius, 0.0, norm)
 
     def project(self, x: Tensor) -> Tensor:
-        """Vectors outside moved along their ray to just inside of the boundary."""
+        """Move vectors outside along their ray to just inside of the boundary."""
         largest = self.radius * (1.0 - 16.0 * torch.finfo(x.dtype).eps)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return torch.where(norm > largest, x * (largest / torch.where(norm > 0, norm, 1.0)), x)
 
     def _gap(self, x: Tensor) -> Tensor:
-        r"""\(1 - \|x\|^2 / r^2\), that is \(2 / \lambda_x\), with the last dimension kept."""
+        r"""Return \(1 - \|x\|^2 / r^2 = 2 / \lambda_x\), with the last dimension kept."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / self.radius
         return ((1.0 - norm) * (1.0 + norm)).clamp_min(torch.finfo(x.dtype).eps)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        r"""\(\lambda_x^2 \langle u, v\rangle\)."""
+        r"""Return \(\lambda_x^2 \langle u, v\rangle\)."""
         return super().inner(x, u, v) * (2.0 / self._gap(x)[..., 0]).square()
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        r"""\(G / \lambda_x^2\)."""
+        r"""Return \(G / \lambda_x^2\)."""
         return grad * (0.5 * self._gap(x)).square()
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""Möbius addition \(x \oplus y\), the translation of the ball that takes 0 to x."""
+        r"""Return the Möbius sum \(x \oplus y\), y under the translation that takes 0 to x."""
         c = 1.0 / self.radius**2
         xy = c * (x * y).sum(-1, keepdim=True)
         xx, yy = (c * (t * t).sum(-1, keepdim=True) for t in (x, y))
@@ -85,19 +85,19 @@ class PoincareBall(Manifold):
         return ((1.0 + 2.0 * xy + yy) * x + (1.0 - xx) * y) / bottom
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
-        r"""\(x \oplus r \tanh(\lambda_x \|v\| / 2r)\,v / \|v\|\)."""
+        r"""Return \(x \oplus r \tanh(\lambda_x \|v\| / 2r)\,v / \|v\|\)."""
         gap = self._gap(x)
         length = root((v * v).sum(-1, keepdim=True)) / (self.radius * gap)
         return self.project(self.add(x, self.project(v / gap * _tanh_ratio(length))))
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """The tangent vector at `x` with exp(x, v) = y."""
+        """Return the tangent vector at `x` with exp(x, v) = y."""
         w = self.project(self.add(-x, y))
         length = root((w * w).sum(-1, keepdim=True)) / self.radius
         return self._gap(x) * w * _artanh_ratio(length)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""\(2 r \operatorname{arsinh}\big(\|x - y\| / (r \sqrt{(1 - x^2)(1 - y^2)})\big)\).
+        r"""Return \(2 r \operatorname{arsinh}\big(\|x - y\| / (r \sqrt{(1 - x^2)(1 - y^2)})\big)\).
 
         Here \(x^2\) stands for \(\|x\|^2 / r^2\).
         """
@@ -105,11 +105,11 @@ class PoincareBall(Manifold):
         return 2.0 * self.radius * torch.asinh(root(square / (self._gap(x) * self._gap(y))[..., 0]))
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
-        """The exponential."""
+        """Follow the exponential."""
         return self.exp(x, v)
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        r"""Parallel transport along the geodesic.
+        r"""Transport `v` in parallel along the geodesic.
 
         That is \(\mathrm{gyr}[y, -x] v\,\lambda_x / \lambda_y\).
         """
@@ -123,7 +123,7 @@ class PoincareBall(Manifold):
         return (v + 2.0 * (left * a + right * b) / bottom) * (self._gap(y) / self._gap(x))
 
     def to_hyperboloid(self, x: Tensor) -> Tensor:
-        r"""The point \((r (1 + x^2),\, 2 x) / (1 - x^2)\) of `hyperboloid`, an isometry.
+        r"""Return the point \((r (1 + x^2),\, 2 x) / (1 - x^2)\) of `hyperboloid`, an isometry.
 
         Shape:
             `x`: `(*batch, n)`. Output: `(*batch, n + 1)`.
@@ -133,7 +133,7 @@ class PoincareBall(Manifold):
         )
 
     def from_hyperboloid(self, x: Tensor) -> Tensor:
-        r"""The inverse of `to_hyperboloid`, \(r\,(x_1, ..., x_n) / (r + x_0)\).
+        r"""Return the inverse of `to_hyperboloid`, \(r\,(x_1, ..., x_n) / (r + x_0)\).
 
         Shape:
             `x`: `(*batch, n + 1)`. Output: `(*batch, n)`.
@@ -155,19 +155,19 @@ class PoincareBall(Manifold):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The exponential at 0 of a Gaussian tangent vector of variance r²."""
+        """Return the exponential at 0 of a Gaussian tangent vector of variance r²."""
         v = 0.5 * self.radius * self._gaussian(shape, dtype, device, generator)
         x = self.exp(torch.zeros_like(v), v)
         return x if dtype is None else self.project(x.to(dtype))
 
     def parametrization(self, shape: Sequence[int]) -> Parametrization:
-        """The last n entries on the hyperboloid as coordinates: one chart that covers the space."""
+        """Return the chart of the last n entries on the hyperboloid, which covers the space."""
         n = self.check_shape(shape)[-1]
         return MappedParametrization(self, shape, self._point, self._tail, n)
 
 
 def _tanh_ratio(t: Tensor) -> Tensor:
-    """tanh(t) / t, smooth at 0, for t >= 0."""
+    """Return tanh(t) / t, smooth at 0, for t >= 0."""
     small = t < 0.03
     near, far = torch.where(small, t * t, 0.0), torch.where(small, 1.0, t)
     series = 1.0 - near / 3.0 * (
@@ -177,7 +177,7 @@ def _tanh_ratio(t: Tensor) -> Tensor:
 
 
 def _artanh_ratio(t: Tensor) -> Tensor:
-    """artanh(t) / t, smooth at 0, for 0 <= t < 1."""
+    """Return artanh(t) / t, smooth at 0, for 0 <= t < 1."""
     small = t < 0.03
     near, far = torch.where(small, t * t, 0.0), torch.where(small, 0.5, t)
     series = torch.full_like(near, 1.0 / 13.0)

@@ -23,7 +23,7 @@ __all__ = ["Oblique", "Sphere", "SphereTrivialization", "arc_ratio", "cos_sinc",
 
 
 def unit(x: Tensor) -> Tensor:
-    """X / ||x|| along the last dimension, of any scale; the first axis where x is zero."""
+    """Return x / ||x|| along the last dimension, of any scale; the first axis where x is zero."""
     largest = x.detach().abs().amax(-1, keepdim=True)
     zero = largest == 0
     axis = torch.zeros_like(x)
@@ -33,7 +33,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def cos_sinc(s: Tensor) -> tuple[Tensor, Tensor]:
-    r"""\(\cos\sqrt s\) and \(\sin\sqrt s / \sqrt s\), smooth at 0."""
+    r"""Return \(\cos\sqrt s\) and \(\sin\sqrt s / \sqrt s\), smooth at 0."""
     small = s < 1e-3
     root = torch.where(small, torch.ones_like(s), s).sqrt()
     near = torch.where(small, s, torch.zeros_like(s))
@@ -43,7 +43,7 @@ def cos_sinc(s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def arc_ratio(s: Tensor, c: Tensor) -> Tensor:
-    r"""\(\arcsin\sqrt s / \sqrt{s c}\), \(c = 1 - s\), smooth at 0; 1 for c = 0.
+    r"""Return \(\arcsin\sqrt s / \sqrt{s c}\), \(c = 1 - s\), smooth at 0; 1 for c = 0.
 
     An angle over its sine, from the square s of the sine of its half; for an s below 0 the same
     with hyperbolic functions.
@@ -64,7 +64,7 @@ class Sphere(Manifold):
     r"""Vectors of norm `radius` along the last dimension, \(\|x\| = r\).
 
     Attributes:
-        radius: The radius, positive.
+        radius: Positive.
     """
 
     radius: float = 1.0
@@ -83,7 +83,7 @@ class Sphere(Manifold):
         return None if shape[-1] >= 1 else "the vectors must have at least one entry"
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """N - 1."""
+        """Return n - 1."""
         return shape[-1] - 1
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -91,32 +91,32 @@ class Sphere(Manifold):
         yield f"the norm must be {self.radius:g}", (norm / self.radius - 1.0).abs()
 
     def project(self, x: Tensor) -> Tensor:
-        r"""\(r\,x / \|x\|\); for x = 0 the first axis."""
+        r"""Return \(r\,x / \|x\|\); for x = 0 the first axis."""
         return self.radius * unit(x)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        """The part of `v` orthogonal to `x`."""
+        """Return the part of `v` orthogonal to `x`."""
         return v - x * (x * v).sum(-1, keepdim=True) / self.radius**2
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
-        """Great circle from `x` in direction `v`."""
+        """Return the great circle from `x` in direction `v`."""
         cos, sinc = cos_sinc((v * v).sum(-1, keepdim=True) / self.radius**2)
         return self.project(x * cos + v * sinc)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """Shortest tangent vector that leads to `y`; zero where `y` is opposite to `x`."""
+        """Return the shortest tangent vector that leads to `y`; zero if that is opposite."""
         minus, plus = x - y, x + y
         halves = ((t * t).sum(-1, keepdim=True) / (4.0 * self.radius**2) for t in (minus, plus))
         return self.tangent(x, -minus) * arc_ratio(*halves)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Length of the shorter arc; accurate for near and for opposite points."""
+        """Return the length of the shorter arc; accurate for near and for opposite points."""
         minus = torch.linalg.vector_norm(x - y, dim=-1)
         plus = torch.linalg.vector_norm(x + y, dim=-1)
         return 2.0 * self.radius * torch.atan2(minus, plus)
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """Parallel transport along the shortest arc from `x` to `y` (not opposite to it)."""
+        """Transport `v` in parallel along the shortest arc from `x` to `y` (not opposite to it)."""
         factor = (y * v).sum(-1, keepdim=True) / (self.radius**2 + (x * y).sum(-1, keepdim=True))
         return v - factor * (x + y)
 
@@ -128,15 +128,15 @@ class Sphere(Manifold):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Uniform."""
+        """Return a uniform point."""
         x = self.project(self._gaussian(shape, dtype, device, generator))
         return x if dtype is None else x.to(dtype)
 
     def parametrization(self, shape: Sequence[int], *, embedded: bool = False) -> Parametrization:
-        r"""Great circles from a base (n - 1 coordinates), or \(x \mapsto r x / \|x\|\).
+        r"""Return great circles from a base (n - 1 coordinates), or \(x \mapsto r x / \|x\|\).
 
         Args:
-            shape: Shape of the values, (*batch, n).
+            shape: Of values, (*batch, n).
             embedded: Take the second map, of n coordinates.
         """
         return (ProjectedParametrization if embedded else SphereTrivialization)(self, shape)
@@ -147,7 +147,7 @@ class SphereTrivialization(Trivialization):
 
     Args:
         space: The sphere.
-        shape: Shape of the values, (*batch, n).
+        shape: Of values, (*batch, n).
     """
 
     reflector: Tensor
@@ -185,7 +185,7 @@ class SphereTrivialization(Trivialization):
         self.reflector.copy_(self._reflector(self.base / self.space.radius))
 
     def tangent_coordinates(self, v: Tensor) -> Tensor:
-        """Coordinates of a tangent vector at the base."""
+        """Return coordinates of a tangent vector at the base."""
         side = times_complement_adjoint(self.reflector.to(v.dtype)[..., None], v[..., None])
         return side[..., 0] / self.space.radius
 
@@ -195,7 +195,7 @@ class Oblique(Manifold):
     r"""Matrices with columns of norm `radius`: a product of spheres, one for each column.
 
     Attributes:
-        radius: The radius, positive.
+        radius: Positive.
     """
 
     radius: float = 1.0
@@ -212,7 +212,7 @@ class Oblique(Manifold):
         return None if shape[-2] >= 1 else "the columns must have at least one entry"
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """(n - 1) k."""
+        """Return (n - 1) k."""
         return (shape[-2] - 1) * shape[-1]
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -220,27 +220,27 @@ class Oblique(Manifold):
         yield f"the norm of each column must be {self.radius:g}", (norm / self.radius - 1.0).abs()
 
     def project(self, x: Tensor) -> Tensor:
-        """Every column divided by its norm."""
+        """Divide every column by its norm."""
         return self.sphere.project(x.mT).mT
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        """Each column of `v` without its part along that of `x`."""
+        """Return each column of `v` without its part along that of `x`."""
         return self.sphere.tangent(x.mT, v.mT).mT
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
-        """Great circles of the columns."""
+        """Return great circles of the columns."""
         return self.sphere.exp(x.mT, v.mT).mT
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """Logarithms of the columns."""
+        """Return logarithms of the columns."""
         return self.sphere.log(x.mT, y.mT).mT
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Root of the sum of the squared distances of the columns."""
+        """Return the root of the sum of the squared distances of the columns."""
         return root(self.sphere.distance(x.mT, y.mT).square().sum(-1))
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """Parallel transport of the columns."""
+        """Transport `v` in parallel, by columns."""
         return self.sphere.transport(x.mT, y.mT, v.mT).mT
 
     def sample(
@@ -251,12 +251,12 @@ class Oblique(Manifold):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Independent uniform columns."""
+        """Return independent uniform columns."""
         x = self.project(self._gaussian(shape, dtype, device, generator))
         return x if dtype is None else x.to(dtype)
 
     def parametrization(self, shape: Sequence[int]) -> Parametrization:
-        """Great circles from a base, (n - 1) k coordinates in shape (*batch, k, n - 1)."""
+        """Return great circles from a base, (n - 1) k coordinates in shape (*batch, k, n - 1)."""
         return ObliqueTrivialization(self, shape)
 
 
@@ -265,7 +265,7 @@ class ObliqueTrivialization(Parametrization):
 
     Args:
         space: The oblique manifold.
-        shape: Shape of the values, (*batch, n, k).
+        shape: Of values, (*batch, n, k).
     """
 
     def __init__(self, space: Oblique, shape: Sequence[int]) -> None:

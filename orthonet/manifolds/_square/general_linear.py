@@ -28,7 +28,7 @@ class GLp(Manifold):
         return square_problem(shape)
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """n²."""
+        """Return n²."""
         return shape[-1] ** 2
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -37,7 +37,7 @@ class GLp(Manifold):
         yield reason, torch.where(sign > 0, 0.0, torch.inf)
 
     def project(self, x: Tensor) -> Tensor:
-        """A near matrix of the same singular values, zero ones raised to 0.001 of the largest.
+        """Return a near matrix, zero singular values raised to 0.001 of the largest.
 
         A matrix of negative determinant has no nearest point in this open set; here the singular
         direction of the smallest singular value is reversed.
@@ -58,7 +58,7 @@ class GLp(Manifold):
         generator: torch.Generator | None = None,
         init_: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
-        """The projection of a Gaussian matrix of variance 1 / n, or of what `init_` fills."""
+        """Project a Gaussian matrix of variance 1 / n, or what `init_` fills."""
         x = self._gaussian(shape, dtype, device, generator)
         x = self.project(fill(x, init_, max(shape[-1], 1) ** -0.5))
         return x if dtype is None else x.to(dtype)
@@ -66,13 +66,12 @@ class GLp(Manifold):
     def parametrization(
         self, shape: Sequence[int], *, f: Scalar = "softplus", triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""\(U \operatorname{diag}(f(s)) V^\top\) with U and V of the same determinant.
+        r"""Return \(U \operatorname{diag}(f(s)) V^\top\) with U and V of the same determinant.
 
         Args:
-            shape: Shape of the values.
-            f: A map to the positive numbers: "softplus", "exp", "absolute", a function, or a pair
-                of a function and its inverse.
-            triv: "exponential", "cayley" or an own map, for both frames.
+            shape: Of the values.
+            f: See [`PSD`][orthonet.manifolds.PSD].
+            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
         """
         f = positive_map(self, f)
         return SingularParametrization(self, shape, shape[-1], f, f.inverse, triv)
@@ -83,7 +82,7 @@ class SL(GLp):
     r"""n x n matrices of determinant 1: the special linear group, of dimension n² - 1."""
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """n² - 1."""
+        """Return n² - 1."""
         return shape[-1] ** 2 - 1
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -93,7 +92,7 @@ class SL(GLp):
         yield reason, torch.linalg.slogdet(x)[1].abs() / _condition(x)
 
     def project(self, x: Tensor) -> Tensor:
-        """A matrix of positive determinant, see `GLp`, divided by the n-th root of that."""
+        """Return a matrix of positive determinant, see `GLp`, divided by the n-th root of that."""
         n, work = max(x.shape[-1], 1), x.to(compute_dtype(x.dtype))
         sign, logarithm = torch.linalg.slogdet(work)
         inside = (sign > 0) & (_condition(work) < 0.125 / torch.finfo(work.dtype).eps)
@@ -103,27 +102,27 @@ class SL(GLp):
         return (work * torch.exp(-logarithm / n)[..., None, None]).to(x.dtype)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        r"""The part of `v` orthogonal to \(x^{-\top}\), the normal."""
+        r"""Return the part of `v` orthogonal to \(x^{-\top}\), the normal."""
         normal = torch.linalg.inv(x).mT
         size = (normal * normal).sum((-2, -1), keepdim=True)
         return v - normal * ((normal * v).sum((-2, -1), keepdim=True) / size)
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
-        r"""The one-parameter subgroup through x, \(x\,e^{x^{-1} v}\), which is no geodesic."""
+        r"""Follow the one-parameter subgroup, \(x\,e^{x^{-1} v}\), which is no geodesic."""
         return x @ torch.linalg.matrix_exp(torch.linalg.solve(x, v))
 
     def parametrization(
         self, shape: Sequence[int], *, f: Scalar = "softplus", triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""\(U \operatorname{diag}(\sigma) V^\top\), \(\sigma\) divided by its geometric mean.
+        r"""Return \(U \operatorname{diag}(\sigma) V^\top\), with 1 as geometric mean of \(\sigma\).
 
         Before that, the first singular value is f(1) and the others are f(s): any ratios, each
         in one way, with n² - 1 coordinates.
 
         Args:
-            shape: Shape of the values.
+            shape: Of the values.
             f: See `GLp`; whatever it is, the determinant is 1.
-            triv: "exponential", "cayley" or an own map, for both frames.
+            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
         """
         f = positive_map(self, f)
         values, inverse = _UnitProduct(f), _UnitProductInverse(f)
@@ -131,7 +130,7 @@ class SL(GLp):
 
 
 def _condition(x: Tensor) -> Tensor:
-    """Condition number in the Frobenius norm."""
+    """Return the condition number in the Frobenius norm."""
     x = x.detach()
     return torch.linalg.matrix_norm(torch.linalg.inv_ex(x)[0]) * torch.linalg.matrix_norm(x)
 
@@ -166,7 +165,7 @@ class _SpecialParametrization(SingularParametrization):
         return (*self.batch_shape, max(sum(sizes) + self.rank - 1, 0))
 
     def split(self, coordinates: Tensor) -> list[Tensor]:
-        """Coordinates of both frames, then of the values, the first of which is fixed at 0."""
+        """Return coordinates of both frames, then of the values; the first is fixed at 0."""
         d = self.left.coordinate_shape[-1] + self.right.coordinate_shape[-1]
         frames, s = coordinates[..., :d], coordinates[..., d:]
         fixed = s.new_zeros(*s.shape[:-1], min(self.rank, 1))

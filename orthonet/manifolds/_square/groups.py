@@ -26,7 +26,7 @@ class Unitary(Stiefel):
     has_complex = True
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """2 n k - k², the real dimension."""
+        """Return 2 n k - k², the real dimension."""
         n, k = max(shape[-2:]), min(shape[-2:])
         return 2 * n * k - k * k
 
@@ -37,11 +37,11 @@ class Unitary(Stiefel):
         triv: Triv = "exponential",
         dtype: torch.dtype | None = None,
     ) -> Parametrization:
-        """Dynamic trivialization by skew-Hermitian matrices, with complex coordinates.
+        """Return a dynamic trivialization by skew-Hermitian matrices, with complex coordinates.
 
         Args:
-            shape: Shape of the values.
-            triv: "exponential", "cayley" or an own map.
+            shape: Of the values.
+            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
             dtype: A complex dtype; the default is that of `torch.get_default_dtype`.
         """
         dtype = torch.get_default_dtype().to_complex() if dtype is None else dtype
@@ -52,7 +52,7 @@ class Unitary(Stiefel):
 
 
 def _form(like: Tensor) -> Tensor:
-    """J = (0, I; -I, 0)."""
+    """Return J = (0, I; -I, 0)."""
     half = like.shape[-1] // 2
     identity = torch.eye(half, dtype=like.dtype, device=like.device)
     zero = torch.zeros_like(identity)
@@ -73,7 +73,7 @@ class Symplectic(Manifold):
         return problem
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """M (2 m + 1) for size 2m."""
+        """Return m (2 m + 1) for size 2m."""
         return shape[-1] * (shape[-1] + 1) // 2
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -83,7 +83,7 @@ class Symplectic(Manifold):
         yield "X^T J X must be J (relative to the squared norm of X)", residual / scale
 
     def project(self, x: Tensor) -> Tensor:
-        r"""The symplectic factor of the generalized polar decomposition, near for x near the group.
+        r"""Return the symplectic factor of the generalized polar decomposition.
 
         \(X \leftarrow (X + X^{-\star}) / 2\), \(X^\star = J^\top X^\top J\).
 
@@ -119,13 +119,13 @@ class Symplectic(Manifold):
         return high.to(x.dtype)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
-        r"""\(x J^{-1} \mathrm{sym}(J x^{-1} v)\): a projection that commutes with the group."""
+        r"""Project by \(x J^{-1} \mathrm{sym}(J x^{-1} v)\), which commutes with the group."""
         j = _form(x)
         s = j @ torch.linalg.solve(x, v)
         return x @ (j.mT @ (0.5 * (s + s.mT)))
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
-        r"""\(x\,e^{x^{-1} v}\)."""
+        r"""Return \(x\,e^{x^{-1} v}\)."""
         return x @ torch.linalg.matrix_exp(torch.linalg.solve(x, v))
 
     def sample(
@@ -137,13 +137,13 @@ class Symplectic(Manifold):
         generator: torch.Generator | None = None,
         distribution: str = "gaussian",
     ) -> Tensor:
-        r"""\(e^{J S}\) with S symmetric Gaussian, of spectral norm about 1; or the identity.
+        r"""Return \(e^{J S}\) with S symmetric Gaussian, of spectral norm about 1; or the identity.
 
         Args:
             shape: (*batch, 2m, 2m).
             dtype: Dtype.
             device: Device.
-            generator: Source of randomness.
+            generator: Of randomness.
             distribution: "gaussian" or "identity".
         """
         _checks.one_of(self, ("gaussian", "identity"), distribution=distribution)
@@ -155,7 +155,7 @@ class Symplectic(Manifold):
     def parametrization(
         self, shape: Sequence[int], *, triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""\(B\,\varphi(J S)\), S symmetric, by the exponential or an own map."""
+        r"""Return \(B\,\varphi(J S)\), S symmetric, by the exponential or an own map."""
         return SymplecticTrivialization(self, shape, triv)
 
 
@@ -192,7 +192,7 @@ class SymplecticTrivialization(Trivialization):
         return self.base.to(coordinates.dtype) @ factor
 
     def tangent_coordinates(self, v: Tensor) -> Tensor:
-        """Coordinates of a tangent vector at the base."""
+        """Return coordinates of a tangent vector at the base."""
         base = self.base.to(v.dtype)
         s = _form(base).mT @ torch.linalg.solve(base, v)
         return pack_symmetric(0.5 * (s + s.mT))

@@ -22,7 +22,7 @@ __all__ = ["Hurwitz", "lyapunov"]
 
 
 def lyapunov(a: Tensor) -> Tensor:
-    r"""The P with \(A^\top P + P A = -I\), positive definite where A is stable.
+    r"""Return the P with \(A^\top P + P A = -I\), positive definite where A is stable.
 
     With \(U = (A - pI)^{-1} (A + pI)\), P is the sum of \((U^\top)^k R\,U^k\) over k, where
     \(R = 2p\,(A - pI)^{-\top} (A - pI)^{-1}\). Each round doubles the number of terms. All terms
@@ -70,11 +70,11 @@ class Hurwitz(Manifold):
         return square_problem(shape)
 
     def dimension(self, shape: Sequence[int]) -> int:
-        """n²."""
+        """Return n²."""
         return shape[-1] ** 2
 
     def _abscissa(self, x: Tensor) -> Tensor:
-        r"""The largest real part of an eigenvalue, plus \(\alpha\)."""
+        r"""Return the largest real part of an eigenvalue, plus \(\alpha\)."""
         return torch.linalg.eigvals(x).real.amax(-1) + self.alpha
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -84,7 +84,7 @@ class Hurwitz(Manifold):
             yield reason, self._abscissa(x).clamp_min(0.0) / size
 
     def project(self, x: Tensor) -> Tensor:
-        r"""`x` where it is stable, otherwise less the multiple of the identity that makes it so.
+        r"""Subtract the multiple of the identity that makes `x` stable, where it is not.
 
         Then the largest real part is \(-\alpha - \|x\|_F / 100\). This is a near matrix, not the
         nearest one, which would lie on the boundary.
@@ -92,7 +92,7 @@ class Hurwitz(Manifold):
         return self.shifted(x, 1e-2)
 
     def shifted(self, x: Tensor, margin: float) -> Tensor:
-        """As `project`, with the distance `margin` in units of the norm."""
+        """Project to the distance `margin` from the boundary, in units of the norm."""
         if x.is_meta or not x.numel():
             return x.clone()
         work = high(x).detach()
@@ -113,7 +113,7 @@ class Hurwitz(Manifold):
         generator: torch.Generator | None = None,
         init_: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
-        r"""\((I + VV^\top)(K - K^\top - \tfrac12(I + WW^\top)) - \alpha I\).
+        r"""Return \((I + VV^\top)(K - K^\top - \tfrac12(I + WW^\top)) - \alpha I\).
 
         V, W and K are Gaussian of variance 1 / n, or what `init_` makes of them.
         """
@@ -127,13 +127,13 @@ class Hurwitz(Manifold):
         return x if dtype is None else x.to(dtype)
 
     def parametrization(self, shape: Sequence[int], *, f: Scalar = "softplus") -> Parametrization:
-        r"""\(A = L L^\top (S - \tfrac12 I) - \alpha I\), in n² coordinates, each A in one way.
+        r"""Return \(A = L L^\top (S - \tfrac12 I) - \alpha I\), each A once, in n² coordinates.
 
         L is lower triangular with a positive diagonal, S skew-symmetric. \((L L^\top)^{-1}\)
         solves the Lyapunov equation of \(A + \alpha I\) with the right-hand side \(-I\).
 
         Args:
-            shape: Shape of the values.
+            shape: Of the values.
             f: A map to the positive numbers, for the diagonal of L: "softplus", "exp", "absolute",
                 a function, or a pair of a function and its inverse.
         """
@@ -170,7 +170,7 @@ class _Lyapunov:
 
 
 def _inverse_factor(p: Tensor) -> Tensor:
-    r"""The lower triangular L with a positive diagonal and \(L L^\top = P^{-1}\)."""
+    r"""Return the lower triangular L with a positive diagonal and \(L L^\top = P^{-1}\)."""
     upper = torch.linalg.cholesky(p.flip(-2, -1)).flip(-2, -1)  # P = R R^T, R upper
     identity = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device).expand_as(p)
     return torch.linalg.solve_triangular(upper.mT, identity, upper=False)
