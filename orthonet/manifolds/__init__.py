@@ -1,7 +1,6 @@
 """Spaces with their geometry, and the parametrizations that constrain tensors to them."""
 
 from orthonet.manifolds._base import Manifold, Membership
-from orthonet.manifolds._correlation import Correlation
 from orthonet.manifolds._curved.hyperbolic import Hyperbolic
 from orthonet.manifolds._curved.poincare import PoincareBall
 from orthonet.manifolds._curved.sphere import Oblique, Sphere
@@ -14,6 +13,7 @@ from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds._product import ProductManifold
 from orthonet.manifolds._semidefinite import PSD, PSSD, PSSDFixedRank, PSSDLowRank
 from orthonet.manifolds._simplex import DoublyStochastic, FisherRaoSimplex, Simplex
+from orthonet.manifolds._square.correlation import Correlation
 from orthonet.manifolds._square.general_linear import SL, GLp
 from orthonet.manifolds._square.groups import Symplectic, Unitary
 from orthonet.manifolds._square.hurwitz import Hurwitz

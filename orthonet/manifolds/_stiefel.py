@@ -16,7 +16,7 @@ from orthonet.linalg.rotation import frame_cayley, frame_exponential, polished
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._linear import square_problem
 from orthonet.manifolds._parametrization import Parametrization
-from orthonet.manifolds._rotations import (
+from orthonet.manifolds._square.rotations import (
     AroundIdentity,
     Distribution,
     block_rotation,

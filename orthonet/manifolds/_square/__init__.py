@@ -1,1 +1,1 @@
-"""Open sets and groups of square matrices."""
+"""Sets and groups of square matrices."""
