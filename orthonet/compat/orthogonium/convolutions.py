@@ -70,19 +70,9 @@ class AdaptiveOrthoConv2d(layers.OrthoConv2d):
     ) -> None:
         if padding == "same" and _pair(stride) != (1, 1):
             padding = _same(kernel_size, stride, dilation)
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            ortho_params=ortho_params,
-            method=self._made_by,
-        )
+        window: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        made: Any = {"ortho_params": ortho_params, "method": self._made_by}
+        super().__init__(in_channels, out_channels, *window, **made)
 
 
 class RKOConv2d(AdaptiveOrthoConv2d):
@@ -113,20 +103,9 @@ class AdaptiveOrthoConvTranspose2d(layers.OrthoConvTranspose2d):
         padding_mode: str = "zeros",
         ortho_params: OrthoParams = DEFAULT_ORTHO_PARAMS,
     ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            output_padding,
-            groups,
-            bias,
-            dilation,
-            padding_mode,
-            ortho_params=ortho_params,
-            method=self._made_by,
-        )
+        window = (kernel_size, stride, padding, output_padding, groups, bias, dilation)
+        made: Any = {"ortho_params": ortho_params, "method": self._made_by}
+        super().__init__(in_channels, out_channels, *window, padding_mode, **made)
 
 
 class RkoConvTranspose2d(AdaptiveOrthoConvTranspose2d):
@@ -247,18 +226,8 @@ class AdaptiveSOCConvTranspose2d(layers.SOCConvTranspose2d):
             output_padding=output_padding,
         )
         taps = _skew_taps(kernel_size, stride)
-        super().__init__(
-            in_channels,
-            out_channels,
-            taps,
-            stride,
-            "same",
-            None,
-            groups,
-            bias,
-            dilation,
-            padding_mode,
-        )
+        window: Any = (taps, stride, "same", None, groups, bias, dilation, padding_mode)
+        super().__init__(in_channels, out_channels, *window)
 
 
 class SDPBasedLipschitzResBlock(layers.SLLConv2d):
@@ -318,16 +287,9 @@ class AOCLipschitzResBlock(layers.CPLConv2d):
         ortho_params: OrthoParams | None = None,
     ) -> None:
         _default_params(type(self), ortho_params)
-        super().__init__(
-            in_channels,
-            in_channels,
-            kernel_size,
-            dilation=dilation,
-            groups=groups,
-            bias=bias,
-            padding_mode=padding_mode,
-            hidden_channels=int(in_channels * inner_dim_factor),
-        )
+        window: Any = (kernel_size, 1, "same", dilation, groups, bias, padding_mode)
+        hidden = int(in_channels * inner_dim_factor)
+        super().__init__(in_channels, in_channels, *window, hidden_channels=hidden)
 
 
 def conv_orthogonal_(

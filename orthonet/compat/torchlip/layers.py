@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from orthonet import _checks, layers
-from orthonet.compat.torchlip.module import WithWeight
+from orthonet.compat.torchlip.module import LipschitzModule, WithWeight
 
 __all__ = [
     "FrobeniusConv2d",
@@ -87,11 +87,8 @@ class FrobeniusLinear(WithWeight, layers.UnitNormLinear):
         layers.UnitNormLinear.__init__(self, in_features, out_features, bias, lipschitz=k_coef_lip)
 
 
-class SpectralConv2d(WithWeight, layers.OrthoConv2d):
-    """`orthonet.layers.OrthoConv2d` with `method="rko"`: an orthogonal reshaped kernel, divided.
-
-    `orthonet.layers.OrthoConv2d` without it is orthogonal as a convolution and far tighter.
-    """
+class _SpectralConv(WithWeight):
+    """The constructor of both convolutions, in front of a layer of the library."""
 
     def __init__(
         self,
@@ -109,55 +106,21 @@ class SpectralConv2d(WithWeight, layers.OrthoConv2d):
         eps_bjorck: float | None = 1e-3,
     ) -> None:
         _orthogonal_only(type(self), eps_spectral, eps_bjorck)
-        layers.OrthoConv2d.__init__(
-            self,
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            method="rko",
-            lipschitz=k_coef_lip,
-        )
+        window: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        made: Any = {"method": "rko", "lipschitz": k_coef_lip}
+        # that of the layer, which stands behind LipschitzModule in the order of the base classes
+        super(LipschitzModule, self).__init__(in_channels, out_channels, *window, **made)
 
 
-class SpectralConv1d(WithWeight, layers.OrthoConv1d):
+class SpectralConv2d(_SpectralConv, layers.OrthoConv2d):
+    """`orthonet.layers.OrthoConv2d` with `method="rko"`: an orthogonal reshaped kernel, divided.
+
+    `orthonet.layers.OrthoConv2d` without it is orthogonal as a convolution and far tighter.
+    """
+
+
+class SpectralConv1d(_SpectralConv, layers.OrthoConv1d):
     """`orthonet.layers.OrthoConv1d` with `method="rko"`, as `SpectralConv2d`."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int],
-        stride: int | tuple[int] = 1,
-        padding: str | int | tuple[int] = 0,
-        dilation: int | tuple[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        k_coef_lip: float = 1.0,
-        eps_spectral: float = 1e-3,
-        eps_bjorck: float | None = 1e-3,
-    ) -> None:
-        _orthogonal_only(type(self), eps_spectral, eps_bjorck)
-        layers.OrthoConv1d.__init__(
-            self,
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            method="rko",
-            lipschitz=k_coef_lip,
-        )
 
 
 class SpectralConvTranspose2d(WithWeight, layers.OrthoConvTranspose2d):
@@ -182,22 +145,10 @@ class SpectralConvTranspose2d(WithWeight, layers.OrthoConvTranspose2d):
         eps_bjorck: float | None = 1e-3,
     ) -> None:
         _orthogonal_only(type(self), eps_spectral, eps_bjorck)
+        window = (kernel_size, stride, padding, output_padding or 0, groups, bias, dilation)
+        options: Any = {"method": "rko", "lipschitz": k_coef_lip}
         layers.OrthoConvTranspose2d.__init__(
-            self,
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            output_padding or 0,
-            groups,
-            bias,
-            dilation,
-            padding_mode,
-            device,
-            dtype,
-            method="rko",
-            lipschitz=k_coef_lip,
+            self, in_channels, out_channels, *window, padding_mode, device, dtype, **options
         )
 
 
@@ -217,16 +168,7 @@ class FrobeniusConv2d(WithWeight, layers.FrobeniusConv2d):
         padding_mode: str = "zeros",
         k_coef_lip: float = 1.0,
     ) -> None:
+        window: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         layers.FrobeniusConv2d.__init__(
-            self,
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            lipschitz=k_coef_lip,
+            self, in_channels, out_channels, *window, lipschitz=k_coef_lip
         )
