@@ -40,19 +40,18 @@ def symmetric_pad(input: Tensor, pad: Sequence[int]) -> Tensor:
     `"reflect"` leaves the edge values out.
 
     Args:
-        input: Any tensor, batched or not.
-        pad: Values to repeat before and behind the last dimension, then before and behind the one
-            in front of it, and so on, as for `torch.nn.functional.pad`; from 0 to the size.
+        input: As of [`circular_pad`][orthonet.functional.circular_pad].
+        pad: As there.
 
     Shape:
-        `input`: `(*, *sizes)`. Output: the same with the padded sizes.
+        As there.
 
     Guarantee:
         The norm is exactly \(\sqrt 2\) for every dimension that is padded, where its size is at
         least the sum of both paddings: no value is repeated more than once then.
 
     Raises:
-        ValueError: `pad` has odd length, or an entry is negative or larger than the size.
+        ValueError: As there.
 
     Examples:
         >>> symmetric_pad(torch.tensor([[0.0, 1.0, 2.0]]), (2, 1))

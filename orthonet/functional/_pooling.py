@@ -31,13 +31,19 @@ _TO_DEPTH = {
 
 
 def safe_sqrt(square: Tensor) -> Tensor:
-    """Square root of non-negative numbers, with derivative 0 (not infinite) at 0.
+    """Return the square root of non-negative numbers, with derivative 0 (not infinite) at 0.
 
     It makes norms differentiable in the sense of subgradients: the gradient of
     `safe_sqrt((x * x).sum())` is the unit vector along `x`, and 0 at 0.
 
     Shape:
-        Any shape; the output has the same.
+        Any; output alike.
+
+    Examples:
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> safe_sqrt((x * x).sum()).backward()
+        >>> x.grad
+        tensor([0., 0.])
     """
     positive = square > 0
     return torch.where(positive, square, 1).sqrt() * positive
@@ -92,7 +98,7 @@ def l2_norm_pool(
     stride: Sequence[int] | None = None,
     padding: Sequence[int] | None = None,
 ) -> Tensor:
-    r"""Euclidean norm of every window of every channel.
+    r"""Return the Euclidean norm of every window of every channel.
 
     \(y_W = c^{-1} \|x_W\|_2\) with \(c^2 = \prod_d \lceil k_d / s_d \rceil\), the number of windows
     that share a pixel: 1 unless the windows overlap. From
@@ -101,20 +107,20 @@ def l2_norm_pool(
     reached: the factor is the best one that holds for every input size.
 
     Args:
-        x: input.
-        kernel_size: window, one entry for each of the 1 to 3 spatial dimensions.
-        stride: default `kernel_size`.
-        padding: zeros on both sides, at most half of the window; default 0.
+        x: Input.
+        kernel_size: Window, one entry for each of the 1 to 3 spatial dimensions.
+        stride: Default `kernel_size`.
+        padding: Zeros on both sides, at most half of the window; by default none.
 
     Shape:
         `(N, C, *spatial)` or `(C, *spatial)`, to the same with the sizes of `F.avg_pool2d`.
 
     Guarantee:
         Lipschitz constant exactly 1; the gradient is finite everywhere and 0 for a zero window.
-        Squares are accumulated in float32 at least.
+        Squares are accumulated in at least float32.
 
     Raises:
-        ValueError: sizes that are not positive or not of one length, wrong number of dimensions.
+        ValueError: The sizes are not positive or not of one length, or `x` has other dimensions.
 
     Examples:
         >>> l2_norm_pool(torch.tensor([[[3.0, 4.0, 0.0, 0.0]]]), (2,))
@@ -135,30 +141,19 @@ def scaled_avg_pool(
     stride: Sequence[int] | None = None,
     padding: Sequence[int] | None = None,
 ) -> Tensor:
-    r"""Average pooling, scaled so that its Lipschitz constant is 1.
+    r"""Average every window, scaled so that the Lipschitz constant is 1.
 
     \(y_W = c^{-1} |W|^{-1/2} \sum_{i \in W} x_i\). The rows \(1_W / \sqrt{|W|}\) have unit norm and
     are orthogonal when the windows do not overlap (\(c = 1\)). In one dimension the Gram matrix
     of the rows is Toeplitz with the non-negative entries \(\max(0, k - |j|s)/k\), so its norm
     tends to their sum from below as the input grows:
     \(c^2 = \prod_d (1 + 2q_d - s_d q_d (q_d + 1) / k_d)\) with
-    \(q_d = \lceil k_d / s_d \rceil - 1\).
-
-    Args:
-        x: input.
-        kernel_size: window, one entry for each of the 1 to 3 spatial dimensions.
-        stride: default `kernel_size`.
-        padding: zeros on both sides, at most half of the window; default 0.
-
-    Shape:
-        `(N, C, *spatial)` or `(C, *spatial)`, to the same with the sizes of `F.avg_pool2d`.
+    \(q_d = \lceil k_d / s_d \rceil - 1\). Arguments, shapes and errors are those of
+    [`l2_norm_pool`][orthonet.functional.l2_norm_pool].
 
     Guarantee:
-        Without overlap and padding all singular values are 1. Else the constant is at most 1,
+        Without overlap and padding all singular values are 1. Otherwise the constant is at most 1,
         and 1 is the supremum over the input sizes.
-
-    Raises:
-        ValueError: sizes that are not positive or not of one length, wrong number of dimensions.
 
     Examples:
         >>> scaled_avg_pool(torch.ones(1, 1, 4, 4), (2, 2))
@@ -176,12 +171,17 @@ def scaled_avg_pool(
 
 
 def global_l2_norm_pool(x: Tensor, spatial: int, keepdim: bool = False) -> Tensor:
-    """Euclidean norm of every channel over its `spatial` last dimensions.
+    """Return the Euclidean norm of every channel over its `spatial` last dimensions.
+
+    Args:
+        x: Input.
+        spatial: Number of dimensions, from 1 to 3.
+        keepdim: Keep them, with size 1.
 
     Guarantee:
         Lipschitz constant exactly 1 (each norm is 1-Lipschitz and the channels are disjoint);
         the gradient, and any further one, is 0 at a zero channel. Squares are accumulated in
-        float32 at least.
+        at least float32.
 
     Examples:
         >>> global_l2_norm_pool(torch.ones(1, 3, 4, 4), spatial=2)
@@ -194,14 +194,16 @@ def global_l2_norm_pool(x: Tensor, spatial: int, keepdim: bool = False) -> Tenso
 
 
 def global_scaled_avg_pool(x: Tensor, spatial: int, keepdim: bool = False) -> Tensor:
-    r"""Sum of every channel over its `spatial` last dimensions, divided by \(\sqrt{|W|}\).
+    r"""Sum every channel over its `spatial` last dimensions, and divide by \(\sqrt{|W|}\).
+
+    Arguments are those of [`global_l2_norm_pool`][orthonet.functional.global_l2_norm_pool].
 
     Guarantee:
-        All singular values are 1: the rows are unit vectors with disjoint supports.
+        All singular values are 1: rows are unit vectors with disjoint supports.
 
     Examples:
-        >>> global_scaled_avg_pool(torch.ones(1, 3, 4, 4), spatial=2)
-        tensor([[4., 4., 4.]])
+        >>> global_scaled_avg_pool(torch.full((1, 1, 2, 2), 3.0), spatial=2)
+        tensor([[6.]])
     """
     _has_spatial("global_scaled_avg_pool", x, spatial)
     scale = math.sqrt(math.prod(x.shape[-spatial:]))
@@ -215,9 +217,9 @@ def space_to_depth(x: Tensor, downscale_factor: int, spatial: int) -> Tensor:
     in row-major order; with two spatial dimensions it is `F.pixel_unshuffle`.
 
     Args:
-        x: input whose spatial sizes are multiples of the factor.
-        downscale_factor: side `r` of a block.
-        spatial: number `n` of spatial dimensions, 1 to 3.
+        x: Input whose spatial sizes are multiples of the factor.
+        downscale_factor: Side `r` of a block.
+        spatial: Number `n` of spatial dimensions, 1 to 3.
 
     Shape:
         `(*, C, L1, ..., Ln)` to `(*, C r^n, L1 / r, ..., Ln / r)`.
@@ -226,7 +228,12 @@ def space_to_depth(x: Tensor, downscale_factor: int, spatial: int) -> Tensor:
         A permutation: orthogonal, exact, inverted by `depth_to_space`.
 
     Raises:
-        ValueError: a spatial size is not a multiple of the factor.
+        ValueError: A spatial size is not a multiple of the factor.
+
+    Examples:
+        >>> space_to_depth(torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), 2, spatial=1)
+        tensor([[[1., 3.],
+                 [2., 4.]]])
     """
     _check_blocks("space_to_depth", x, downscale_factor, spatial)
     sizes = x.shape[-spatial:]
@@ -243,10 +250,15 @@ def space_to_depth(x: Tensor, downscale_factor: int, spatial: int) -> Tensor:
 
 
 def depth_to_space(y: Tensor, upscale_factor: int, spatial: int) -> Tensor:
-    """Inverse of `space_to_depth`; with two spatial dimensions it is `F.pixel_shuffle`.
+    """Invert `space_to_depth`; with two spatial dimensions this is `F.pixel_shuffle`.
 
     Raises:
-        ValueError: the number of channels is not a multiple of `upscale_factor ** spatial`.
+        ValueError: The number of channels is not a multiple of `upscale_factor ** spatial`.
+
+    Examples:
+        >>> x = torch.arange(8.0).view(1, 2, 4)
+        >>> torch.equal(depth_to_space(space_to_depth(x, 2, spatial=1), 2, spatial=1), x)
+        True
     """
     _check_blocks("depth_to_space", y, upscale_factor, spatial)
     channels = y.shape[-spatial - 1]

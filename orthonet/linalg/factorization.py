@@ -36,7 +36,7 @@ def qr(w: Tensor) -> Tensor:
     The diagonal of \(R\) is non-negative. A zero on it counts as positive, so rank is never lost.
 
     Shape:
-        `w`: (*batch, m, n). Output: the same.
+        (*batch, m, n), kept.
 
     Guarantee:
         \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) (float32), \(10^{-12}\) (float64) for every finite
@@ -70,7 +70,7 @@ def cholesky_qr(w: Tensor, *, shifted: bool = False) -> Tensor:
             ill-conditioned matrices (condition above about 1e3 in float32).
 
     Shape:
-        `w`: (*batch, m, n). Output: the same. All factorizations are of size min(m, n).
+        (*batch, m, n), kept. All factorizations are of size min(m, n).
 
     Guarantee:
         As for `qr`.

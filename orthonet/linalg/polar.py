@@ -47,7 +47,7 @@ def bjorck(w: Tensor, *, beta: float = 0.5, niters: int = 12) -> Tensor:
         niters: Number of steps.
 
     Shape:
-        `w`: (*batch, m, n). Output: the same.
+        (*batch, m, n), kept.
 
     Guarantee:
         None on orthogonality. Autograd differentiates every step and stores every iterate.
@@ -71,7 +71,7 @@ def polar_svd(w: Tensor) -> Tensor:
     [`polar`][orthonet.linalg.polar].
 
     Shape:
-        `w`: (*batch, m, n). Output: the same.
+        (*batch, m, n), kept.
 
     Raises:
         ValueError: `w` has a NaN or infinite entry.
@@ -112,7 +112,7 @@ def polar(
         niters: Björck steps before the further measures; 12 if only `beta` is given.
 
     Shape:
-        `w`: (*batch, m, n). Output: the same.
+        (*batch, m, n), kept.
 
     Guarantee:
         \(\max |\sigma - 1| \le 2\cdot 10^{-6}\) in float32 and \(10^{-12}\) in float64 for every
@@ -231,6 +231,6 @@ def save_centered(ctx: Any, scale: Tensor | float, *tensors: Tensor) -> None:
 
 
 def saved_centered(ctx: Any) -> tuple[tuple[Tensor, ...], Tensor | float]:
-    """What `save_centered` has kept."""
+    """Return what `save_centered` has kept."""
     tensors = ctx.saved_tensors
     return (tensors[:-1], tensors[-1]) if ctx.scale is None else (tensors, ctx.scale)

@@ -65,8 +65,8 @@ def gershgorin_scale(
     the moduli over all lags: \(T - K K^\top\) is diagonally dominant after scaling by q.
 
     Args:
-        kernel: Matrix or kernel.
-        groups: Groups of the convolution.
+        kernel: A matrix or kernel.
+        groups: See `nn.Conv2d`.
         weights: Positive numbers q, one for each row; ones if None.
 
     Shape:
@@ -96,7 +96,7 @@ def almost_orthogonal(kernel: Tensor, *, groups: int = 1) -> Tensor:
 
     Args:
         kernel: Matrix or kernel, of any scale.
-        groups: Groups of the convolution.
+        groups: See `nn.Conv2d`.
 
     Shape:
         (c_out, c_in / groups, *taps), up to three tap dims. Output: the same.
@@ -120,7 +120,7 @@ def almost_orthogonal(kernel: Tensor, *, groups: int = 1) -> Tensor:
 
 
 def overlap(kernel_size: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """How many windows of a strided convolution read one and the same pixel, at most."""
+    """Count the windows of a strided convolution that read one pixel, at most."""
     return math.prod([-(-k // s) for k, s in zip(kernel_size, stride, strict=True)])
 
 
@@ -134,7 +134,7 @@ def normalized_frobenius(kernel: Tensor, *, groups: int = 1, reads: int | None =
 
     Args:
         kernel: Matrix or kernel, of any scale.
-        groups: Groups of the convolution.
+        groups: See `nn.Conv2d`.
         reads: How many windows read one pixel, see `overlap`; None if it is not known.
 
     Shape:
@@ -142,8 +142,7 @@ def normalized_frobenius(kernel: Tensor, *, groups: int = 1, reads: int | None =
         zero.
 
     Guarantee:
-        \(\|W\|_2 \le 1\) up to rounding, on every grid, for zero or circular padding and any
-        stride.
+        As of `almost_orthogonal`.
     """
     work = _unit_scale(kernel.to(compute_dtype(kernel.dtype))).unflatten(0, (groups, -1))
     dims = kernel.ndim - 2
@@ -174,7 +173,7 @@ def convolution_norm_upper(kernel: Tensor, *, groups: int = 1, niters: int = 6) 
 
     Args:
         kernel: Matrix or kernel.
-        groups: Groups of the convolution.
+        groups: See `nn.Conv2d`.
         niters: Gram products.
 
     Shape:

@@ -26,7 +26,7 @@ def polish(q: Tensor) -> Tensor:
     singular value that was at most \(\sqrt 3\) ends above 1.
 
     Shape:
-        (*batch, m, n), real or complex. Output: the same.
+        (*batch, m, n), real or complex, kept.
     """
     if q.shape[-2] >= q.shape[-1]:
         return 1.5 * q - 0.5 * (q @ (q.mH @ q))
@@ -45,7 +45,7 @@ def cayley_rectangular(w: Tensor) -> Tensor:
     keeps \(I + A\) well conditioned; one `polish` follows.
 
     Shape:
-        (*batch, m, n). Output: the same.
+        (*batch, m, n), kept.
 
     Guarantee:
         \(\max |\sigma - 1| \le 10^{-5}\) (complex64, float32), \(10^{-12}\) (double) for every
@@ -81,7 +81,7 @@ def cayley_parameter(q: Tensor) -> Tensor:
     It is exact for semi-unitary q whose leading square block has no eigenvalue near -1.
 
     Shape:
-        (*batch, m, n). Output: the same.
+        (*batch, m, n), kept.
     """
     m, n = q.shape[-2:]
     if m < n:
@@ -140,7 +140,7 @@ def cholesky_contraction(w: Tensor) -> Tensor:
     `polish` follows. Tall matrices are treated by transposition.
 
     Shape:
-        (*batch, m, n). Output: the same.
+        (*batch, m, n), kept.
 
     Guarantee:
         Norm at most 1 to \(10^{-5}\) (float32) or \(10^{-12}\) (float64) for every finite input;
@@ -171,7 +171,7 @@ def unitary_polar(w: Tensor) -> Tensor:
     cannot be differentiated again.
 
     Shape:
-        (*batch, m, n). Output: the same.
+        (*batch, m, n), kept.
 
     Guarantee:
         \(\max |\sigma - 1| \le 10^{-5}\) in single precision, \(10^{-12}\) in double, for every

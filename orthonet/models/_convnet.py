@@ -33,7 +33,7 @@ def convnet(
     lipschitz: float = 1.0,
     ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
 ) -> nn.Sequential:
-    """Orthogonal convolutions, some with a stride, then orthogonal linear layers.
+    """Build orthogonal convolutions, some with a stride, then orthogonal linear layers.
 
     Zero padding of `(kernel_size - stride) // 2` (rounded up) on each side, so that a stride s
     divides the size by s. It keeps the constant at 1 or less; where the digits end before the
@@ -122,14 +122,14 @@ def convnet(
 
 @register
 def convnet_digits(**arguments: Any) -> nn.Sequential:
-    """[`convnet`][orthonet.models.convnet] for the 8x8 digits of scikit-learn; same keywords."""
+    """Build a [`convnet`][orthonet.models.convnet] for scikit-learn's 8x8 digits; same keywords."""
     small = {"channels": (16, 32), "kernel_sizes": (3, 2), "strides": (1, 2), "hidden": (128,)}
     return convnet((1, 8, 8), 10, **{**small, **arguments})
 
 
 @register
 def convnet_mnist(**arguments: Any) -> nn.Sequential:
-    """[`convnet`][orthonet.models.convnet] for the 28x28 digits of MNIST; same keywords."""
+    """Build a [`convnet`][orthonet.models.convnet] for the 28x28 digits of MNIST; same keywords."""
     return convnet((1, 28, 28), 10, **arguments)
 
 
@@ -146,7 +146,7 @@ def convnet_images(
     hidden: Sequence[int] = (),
     **arguments: Any,
 ) -> nn.Sequential:
-    """[`convnet`][orthonet.models.convnet] for images of any size.
+    """Build a [`convnet`][orthonet.models.convnet] for images of any size.
 
     A first convolution with the stride `patch`, then stages that halve the image and double the
     channels, until its shorter side is `smallest` pixels or less; in front of each halving stand
@@ -154,22 +154,22 @@ def convnet_images(
     channels.
 
     Args:
-        in_shape: Channels, height and width of an input.
-        num_classes: Number of logits.
+        in_shape: As of `convnet`.
+        num_classes: As of `convnet`.
         width: Channels of the first convolution, even.
         widest: Channels at most.
         depth: 3x3 convolutions of a stage.
         patch: Kernel size and stride of the first convolution; 1 stands for a 3x3 convolution
             without a stride. By default the power of 2 that leaves 64 pixels or less.
         smallest: Where the stages end, in pixels of the shorter side.
-        hidden: Widths of the hidden linear layers.
+        hidden: As of `convnet`.
         arguments: `activation`, `head`, `lipschitz` and `ortho_params` of `convnet`.
 
     Guarantee:
         That of `convnet`.
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: As of `convnet`.
 
     Examples:
         >>> net = convnet_images((3, 40, 30), 5, width=8, smallest=10)

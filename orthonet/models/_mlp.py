@@ -27,26 +27,25 @@ def mlp(
     lipschitz: float = 1.0,
     ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
 ) -> nn.Sequential:
-    """Flatten, then orthogonal linear layers with a gradient-norm preserving activation.
+    """Build orthogonal linear layers with a gradient-norm preserving activation.
 
     Args:
         in_features: Number of entries of an input.
-        num_classes: Number of logits.
+        num_classes: As of [`convnet`][orthonet.models.convnet].
         hidden: Widths of the hidden layers; even, unless the activation is "abs".
-        activation: "max_min", "group_sort" or "abs".
-        head: "ortho" (the logits together are 1-Lipschitz) or "unit_norm" (each of them is).
-        lipschitz: Constant K of the network: its logits are K times those of a 1-Lipschitz one.
-        ortho_params: How the weights are made orthogonal.
+        activation: As there.
+        head: As there.
+        lipschitz: As there.
+        ortho_params: As there.
 
     Shape:
         Input (batch, *) with `in_features` entries after the batch, output (batch, num_classes).
 
     Guarantee:
-        l2 constant at most K up to rounding with `head="ortho"`; every single logit with
-        `head="unit_norm"`. The certificate says how much the rounding is.
+        As of `convnet`.
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: An argument is out of range.
 
     Examples:
         >>> mlp(64, 10, hidden=(32,))(torch.zeros(5, 1, 8, 8)).shape
@@ -62,5 +61,5 @@ def mlp(
 
 @register
 def mlp_digits(**arguments: Any) -> nn.Sequential:
-    """[`mlp`][orthonet.models.mlp] for the 8x8 digits of scikit-learn; same keywords."""
+    """Build an [`mlp`][orthonet.models.mlp] for the 8x8 digits of scikit-learn; same keywords."""
     return mlp(64, 10, **{"hidden": (128, 128), **arguments})

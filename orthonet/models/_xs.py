@@ -48,23 +48,23 @@ def convnet_xs(
 
     Args:
         in_shape: Channels, height and width of an input, a square with a power of 2 as side.
-        num_classes: Number of logits.
+        num_classes: As of [`convnet`][orthonet.models.convnet].
         layer: A name of [`available("conv")`][orthonet.layers.available], for the 3x3 and 1x1
             convolutions; "lipnext", which has no kernel, is used at 3x3 only and "cholesky" at 1x1
             only. `OrthoConv2d` has the places that they leave.
         width: Channels of the first block, even.
         depth: Convolutions of a block.
-        lipschitz: Constant K of the network.
-        ortho_params: How orthogonal layers are made so.
+        lipschitz: See `convnet`.
+        ortho_params: See `convnet`.
 
     Shape:
-        Input (batch, *in_shape), output (batch, num_classes).
+        As of `convnet`.
 
     Guarantee:
-        l2 constant at most K up to rounding.
+        As of `convnet`.
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: An argument is out of range.
 
     Examples:
         >>> convnet_xs((1, 8, 8), 3, width=4, depth=1)(torch.zeros(2, 1, 8, 8)).shape

@@ -49,20 +49,20 @@ def convnet_zoo(
     Args:
         in_shape: Channels, height and width of an input; even sizes, from 16 pixels
             on divisible by 4.
-        num_classes: Number of logits.
+        num_classes: As of [`convnet`][orthonet.models.convnet].
         layer: A name of [`available("conv")`][orthonet.layers.available]. Its linear layer is used
             where it has one, else `OrthoLinear`; "cholesky" has kernels of one tap.
         width: Channels of the convolutions, even.
         depth: Number of convolutions.
         hidden: Width of the hidden linear layer, even.
-        lipschitz: Constant K of the network.
-        ortho_params: How orthogonal layers are made so.
+        lipschitz: See `convnet`.
+        ortho_params: See `convnet`.
 
     Shape:
-        Input (batch, *in_shape), output (batch, num_classes).
+        As of `convnet`.
 
     Guarantee:
-        l2 constant at most K up to rounding.
+        As of `convnet`.
 
     Raises:
         ValueError: An argument out of range, or an image whose size cannot be divided.

@@ -27,15 +27,15 @@ def assert_orthogonal(
     """Check that an affine map is semi-orthogonal: all singular values of its matrix are 1.
 
     Args:
-        fn: a function or module that maps `(N, *input_shape)` to `(N, ...)`.
-        input_shape: shape of one sample, without the batch dimension.
-        atol: largest accepted |sigma - 1|; default by dtype, `tolerances.ROUNDING`.
-        dtype: dtype of the inputs; default that of the module.
-        train: evaluate a module in train mode instead of eval mode.
+        fn: A function or module that maps `(N, *input_shape)` to `(N, ...)`.
+        input_shape: Shape of one sample, without the batch dimension.
+        atol: Largest accepted |sigma - 1|; default by dtype, `tolerances.ROUNDING`.
+        dtype: Of the inputs; default that of the module.
+        train: Evaluate a module in train mode instead of eval mode.
 
     Raises:
-        AssertionError: with the extreme singular values.
-        ValueError: the map is not affine.
+        AssertionError: A singular value is another; the message has the extreme ones.
+        ValueError: The map is not affine.
 
     Examples:
         >>> assert_orthogonal(torch.nn.PixelUnshuffle(2), (1, 4, 4))
@@ -70,18 +70,19 @@ def assert_lipschitz(
     `orthonet.certify.certify` for a bound, `orthonet.certify.lipschitz_estimate` for a search.
 
     Args:
-        fn: a function or module that maps `(N, *input_shape)` to `(N, ...)`, sample by sample.
-        input_shape: shape of one sample, without the batch dimension.
-        constant: the promised constant.
-        atol: accepted excess, relative to `constant`; default by dtype, `tolerances.ROUNDING`.
-        attained: also check that the largest ratio comes as near to `constant` from below.
-        dtype: dtype of the inputs; default that of the module.
-        samples: random points at each of four scales.
-        seed: seed of the random points.
-        train: evaluate a module in train mode instead of eval mode.
+        fn: A function or module, sample by sample, as of
+            [`assert_orthogonal`][orthonet.testing.assert_orthogonal].
+        input_shape: As there.
+        constant: The promised constant.
+        atol: Accepted excess, relative to `constant`; default by dtype, `tolerances.ROUNDING`.
+        attained: Also check that the largest ratio comes as near to `constant` from below.
+        dtype: As there.
+        samples: Random points at each of four scales.
+        seed: Of the points.
+        train: As there.
 
     Raises:
-        AssertionError: with the ratio that was found.
+        AssertionError: A larger ratio was found; the message has it.
 
     Examples:
         >>> assert_lipschitz(torch.nn.ReLU(), (5,))

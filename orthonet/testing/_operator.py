@@ -60,19 +60,19 @@ def dense_operator(
     batch: int = 256,
     train: bool = False,
 ) -> Tensor:
-    r"""The matrix of the linear map \(x \mapsto f(x) - f(0)\).
+    r"""Return the matrix of the linear map \(x \mapsto f(x) - f(0)\).
 
     Column j is the image of the j-th unit vector. An affine map is recognized as such by one
     more evaluation; for another one use `jacobian`.
 
     Args:
-        fn: a function or module that maps `(N, *input_shape)` to `(N, ...)`.
-        input_shape: shape of one sample, without the batch dimension.
-        dtype: dtype of the unit vectors; default that of the module. The module itself is not
+        fn: A module or function of `(N, *input_shape)`, to `(N, ...)`.
+        input_shape: Shape of a sample, without the batch dimension.
+        dtype: Of the unit vectors; default that of the module. The module itself is not
             converted.
-        batch: unit vectors that are sent through `fn` at once.
-        train: evaluate a module in train mode instead of eval mode. Modes and buffers are
-            restored afterwards either way.
+        batch: Unit vectors that are sent through `fn` at once.
+        train: Evaluate a module in train mode. Modes and buffers are restored afterwards either
+            way.
 
     Returns:
         The matrix, of shape (output numel, input numel).
@@ -127,16 +127,15 @@ def jacobian(
     *,
     train: bool = False,
 ) -> Tensor:
-    """The Jacobian matrix at one sample `x`, given without its batch dimension.
+    """Return the Jacobian matrix at one sample `x`, given without its batch dimension.
 
     Args:
-        fn: a function or module that maps `(N, *input_shape)` to `(N, ...)`.
-        x: the point.
-        train: evaluate a module in train mode instead of eval mode; modes and buffers are
-            restored afterwards either way.
+        fn: As of [`dense_operator`][orthonet.testing.dense_operator].
+        x: The point.
+        train: As there.
 
     Returns:
-        The matrix, of shape (output numel, input numel).
+        As there.
 
     Examples:
         >>> jacobian(torch.square, torch.tensor([1.0, 2.0]))
@@ -158,14 +157,9 @@ def singular_values(
     batch: int = 256,
     train: bool = False,
 ) -> Tensor:
-    """Singular values of `dense_operator`, in descending order, computed in float64.
+    """Return the singular values of `dense_operator`, in descending order, computed in float64.
 
-    Args:
-        fn: a function or module that maps `(N, *input_shape)` to `(N, ...)`.
-        input_shape: shape of one sample, without the batch dimension.
-        dtype: dtype of the unit vectors; default that of the module.
-        batch: unit vectors that are sent through `fn` at once.
-        train: evaluate a module in train mode instead of eval mode.
+    Arguments are those of [`dense_operator`][orthonet.testing.dense_operator].
 
     Returns:
         The min(output numel, input numel) singular values; NaN if an entry is not finite.
@@ -183,9 +177,9 @@ def singular_values(
 def orthogonality_error(
     w: Tensor,  # (*batch, m, n)
 ) -> float:
-    r"""Largest \(|\sigma - 1|\) over the singular values of a batch of matrices, in float64.
+    r"""Return the largest \(|\sigma - 1|\) of a batch of matrices, in float64.
 
-    0 for semi-orthogonal matrices and infinite if an entry is not finite.
+    It is 0 for semi-orthogonal matrices, and infinite if an entry is not finite.
 
     Examples:
         >>> orthogonality_error(torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
