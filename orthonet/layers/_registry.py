@@ -84,13 +84,13 @@ def register_method(entry: Method) -> Method:
 
 
 def available(kind: str | None = None) -> list[str]:
-    """The names of the methods, sorted.
+    """Return the names of the methods, sorted.
 
     Args:
         kind: "linear" or "conv" for those that have such a layer; None for all.
 
     Raises:
-        ValueError: another `kind`.
+        ValueError: `kind` is another.
 
     Examples:
         >>> "bro" in available("conv")
@@ -101,22 +101,26 @@ def available(kind: str | None = None) -> list[str]:
 
 
 def method(name: str) -> Method:
-    """The entry of a method.
+    """Return the entry of a method.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: The name is unknown.
+
+    Examples:
+        >>> method("aol").linear.__name__
+        'AOLLinear'
     """
     _checks.one_of("method", available(), name=name)
     return _METHODS[name]
 
 
 def make_linear(name: str, in_features: int, out_features: int, *args: Any, **kwargs: Any) -> Any:
-    """A linear layer of the method `name`.
+    """Build a linear layer of the method `name`.
 
     Args:
         name: One of `available("linear")`.
-        in_features: Size of each input.
-        out_features: Size of each output.
+        in_features: As of `nn.Linear`.
+        out_features: As there.
         args: Further arguments of `nn.Linear`.
         kwargs: Further keywords of `nn.Linear` and of the method, e.g. `lipschitz`.
 
@@ -138,7 +142,7 @@ def make_linear(name: str, in_features: int, out_features: int, *args: Any, **kw
 def make_conv(
     name: str, in_channels: int, out_channels: int, kernel_size: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """A convolution of the method `name`.
+    """Build a convolution of the method `name`.
 
     With `padding="same"` and `padding_mode="circular"` every method takes the same arguments;
     `"cholesky"` needs `kernel_size=1`, and [`Method.stride`][orthonet.layers.Method] tells which
@@ -147,14 +151,14 @@ def make_conv(
 
     Args:
         name: One of `available("conv")`.
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Taps.
+        in_channels: As of `nn.Conv2d`.
+        out_channels: As there.
+        kernel_size: As there.
         args: Further arguments of `nn.Conv2d`.
         kwargs: Further keywords of `nn.Conv2d` and of the method, e.g. `lipschitz`.
 
     Returns:
-        The new layer, an `nn.Module`.
+        The new layer.
 
     Raises:
         ValueError: A name without a convolution, or an argument that the layer refuses.
@@ -170,7 +174,7 @@ def make_conv(
 
 
 def table() -> str:
-    """The registry as a table in Markdown; the documentation is made from it."""
+    """Return the registry as a table in Markdown; the documentation is made from it."""
     rows = [
         "| name | method | linear | convolution | promise | stride | source |",
         "|---|---|---|---|---|---|---|",

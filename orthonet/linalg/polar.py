@@ -71,7 +71,7 @@ def polar_svd(w: Tensor) -> Tensor:
     [`polar`][orthonet.linalg.polar].
 
     Shape:
-        (*batch, m, n), kept.
+        As of [`polar_svd`][orthonet.linalg.polar_svd].
 
     Raises:
         ValueError: `w` has a NaN or infinite entry.
@@ -112,7 +112,7 @@ def polar(
         niters: Björck steps before the further measures; 12 if only `beta` is given.
 
     Shape:
-        (*batch, m, n), kept.
+        As of [`polar_svd`][orthonet.linalg.polar_svd].
 
     Guarantee:
         \(\max |\sigma - 1| \le 2\cdot 10^{-6}\) in float32 and \(10^{-12}\) in float64 for every

@@ -81,7 +81,7 @@ def cayley_parameter(q: Tensor) -> Tensor:
     It is exact for semi-unitary q whose leading square block has no eigenvalue near -1.
 
     Shape:
-        (*batch, m, n), kept.
+        As of [`cayley_rectangular`][orthonet.linalg.cayley_rectangular].
     """
     m, n = q.shape[-2:]
     if m < n:
@@ -140,7 +140,7 @@ def cholesky_contraction(w: Tensor) -> Tensor:
     `polish` follows. Tall matrices are treated by transposition.
 
     Shape:
-        (*batch, m, n), kept.
+        As of [`cayley_rectangular`][orthonet.linalg.cayley_rectangular].
 
     Guarantee:
         Norm at most 1 to \(10^{-5}\) (float32) or \(10^{-12}\) (float64) for every finite input;
@@ -171,7 +171,7 @@ def unitary_polar(w: Tensor) -> Tensor:
     cannot be differentiated again.
 
     Shape:
-        (*batch, m, n), kept.
+        As of [`cayley_rectangular`][orthonet.linalg.cayley_rectangular].
 
     Guarantee:
         \(\max |\sigma - 1| \le 10^{-5}\) in single precision, \(10^{-12}\) in double, for every

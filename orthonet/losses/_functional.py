@@ -32,7 +32,7 @@ def offset_cross_entropy(
 
     Args:
         logits: (batch, classes).
-        target: True classes, (batch,).
+        target: Classes, (batch,).
         offset: The margin asked for, in units of the logits, >= 0; 0 is the plain cross-entropy.
         temperature: Softness of the maximum, > 0; small values look only at the runner-up.
         reduction: "none", "mean" or "sum" over the batch.
@@ -74,7 +74,7 @@ def kr(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
             whose losses are averaged.
         target: Labels in {0, 1} or {-1, 1}, or booleans, in the shape of `input`: positive means
             class +.
-        reduction: As of [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
+        reduction: See [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
 
     Shape:
         Output: a scalar, or (batch,) without a reduction.
@@ -113,7 +113,7 @@ def hinge_kr(
     \(\alpha = \lambda / (1 + \lambda)\). deel-torchlip's `min_margin` is twice our `margin`.)
 
     Args:
-        input: As of [`kr`][orthonet.losses.kr].
+        input: See [`kr`][orthonet.losses.kr].
         target: As there.
         alpha: Weight of the hinge, in [0, 1]; the rest is that of the KR term.
         margin: Certified radius that the hinge asks of a 1-Lipschitz classifier, > 0.
@@ -157,8 +157,8 @@ def hinge_kr_multiclass(
 
     Args:
         input: (batch, classes).
-        target: True classes, (batch,).
-        alpha: As of [`hinge_kr`][orthonet.losses.hinge_kr].
+        target: Classes, (batch,).
+        alpha: See [`hinge_kr`][orthonet.losses.hinge_kr].
         margin: Distance from 0 that the hinge asks of every score, > 0.
         reduction: As there.
 
@@ -203,8 +203,8 @@ def soft_hinge_kr_multiclass(
 
     Args:
         input: (batch, classes).
-        target: True classes, (batch,).
-        alpha: As of [`hinge_kr_multiclass`][orthonet.losses.hinge_kr_multiclass].
+        target: Classes, (batch,).
+        alpha: See [`hinge_kr_multiclass`][orthonet.losses.hinge_kr_multiclass].
         margin: As there.
         temperature: Softness of the choice of wrong classes, > 0.
         reduction: As there.
@@ -252,8 +252,8 @@ def lse_hinge_kr_multiclass(
 
     Args:
         input: (batch, classes).
-        target: True classes, (batch,).
-        alpha: As of [`hinge_kr_multiclass`][orthonet.losses.hinge_kr_multiclass].
+        target: Classes, (batch,).
+        alpha: See [`hinge_kr_multiclass`][orthonet.losses.hinge_kr_multiclass].
         margin: Distance from 0 that the hinge asks of the true score and of the maximum, > 0.
         temperature: Softness of the maximum, > 0. `margin / math.log(q - 1)` keeps the smooth
             maximum within `margin` of the largest score.
@@ -296,7 +296,7 @@ def tau_bce_with_logits(
     `temperature=1 / tau`.
 
     Args:
-        input: As of [`kr`][orthonet.losses.kr].
+        input: See [`kr`][orthonet.losses.kr].
         target: As there.
         tau: The factor \(\tau\), > 0.
         reduction: As there.

@@ -37,8 +37,7 @@ class _Loss(nn.Module):
 class OffsetCrossEntropyLoss(_Loss):
     """Compute the cross-entropy after a margin is subtracted from the logit of the true class.
 
-    The module of [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy], which documents
-    its arguments, shapes and errors.
+    See [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy] for the options.
 
     Examples:
         >>> OffsetCrossEntropyLoss(offset=1.5, temperature=0.25)
@@ -55,8 +54,7 @@ class OffsetCrossEntropyLoss(_Loss):
 class TauBCEWithLogitsLoss(_Loss):
     """Compute the binary cross-entropy of scores at a temperature 1 / tau.
 
-    The module of [`tau_bce_with_logits`][orthonet.losses.tau_bce_with_logits], which documents its
-    arguments, shapes and errors.
+    See [`tau_bce_with_logits`][orthonet.losses.tau_bce_with_logits] for the options.
 
     Examples:
         >>> TauBCEWithLogitsLoss(tau=2.0)(torch.zeros(2), torch.tensor([1, 0]))
@@ -73,7 +71,7 @@ class TauBCEWithLogitsLoss(_Loss):
 class KRLoss(_Loss):
     """Compute the Kantorovich-Rubinstein loss of a binary classifier.
 
-    The module of [`kr`][orthonet.losses.kr], which documents its arguments, shapes and errors.
+    See [`kr`][orthonet.losses.kr] for the options.
 
     Examples:
         >>> KRLoss()(torch.tensor([2.0, 4.0, 1.0]), torch.tensor([1, 1, 0]))
@@ -90,8 +88,7 @@ class KRLoss(_Loss):
 class HKRLoss(_Loss):
     """Compute the hinge-Kantorovich-Rubinstein loss of a binary classifier.
 
-    The module of [`hinge_kr`][orthonet.losses.hinge_kr], which documents its arguments, shapes and
-    errors.
+    See [`hinge_kr`][orthonet.losses.hinge_kr] for the options.
 
     Examples:
         >>> HKRLoss(alpha=0.5)(torch.tensor([2.0, -0.5]), torch.tensor([1, 0]))
@@ -108,8 +105,7 @@ class HKRLoss(_Loss):
 class HKRMulticlassLoss(HKRLoss):
     """Compute the HKR loss, one class against the rest for every class.
 
-    The module of [`hinge_kr_multiclass`][orthonet.losses.hinge_kr_multiclass], which documents its
-    arguments, shapes and errors.
+    See [`hinge_kr_multiclass`][orthonet.losses.hinge_kr_multiclass] for the options.
 
     Examples:
         >>> HKRMulticlassLoss(alpha=1.0)(torch.tensor([[2.0, -1.0]]), torch.tensor([0]))
@@ -133,8 +129,7 @@ class _SoftLoss(HKRLoss):
 class SoftHKRMulticlassLoss(_SoftLoss):
     """Compute the HKR loss in which the likeliest wrong classes weigh most.
 
-    The module of [`soft_hinge_kr_multiclass`][orthonet.losses.soft_hinge_kr_multiclass], which
-    documents its arguments, shapes and errors.
+    See [`soft_hinge_kr_multiclass`][orthonet.losses.soft_hinge_kr_multiclass] for the options.
 
     Examples:
         >>> SoftHKRMulticlassLoss(alpha=1.0)(torch.tensor([[2.0, -1.0]]), torch.tensor([0]))
@@ -147,8 +142,7 @@ class SoftHKRMulticlassLoss(_SoftLoss):
 class LseHKRMulticlassLoss(_SoftLoss):
     """Compute the HKR loss against a smooth maximum of the wrong scores.
 
-    The module of [`lse_hinge_kr_multiclass`][orthonet.losses.lse_hinge_kr_multiclass], which
-    documents its arguments, shapes and errors.
+    See [`lse_hinge_kr_multiclass`][orthonet.losses.lse_hinge_kr_multiclass] for the options.
 
     Examples:
         >>> LseHKRMulticlassLoss(alpha=1.0)(torch.tensor([[2.0, -1.0]]), torch.tensor([0]))
@@ -161,7 +155,7 @@ class LseHKRMulticlassLoss(_SoftLoss):
 class EMMALoss(_Loss):
     """Compute the cross-entropy of the worst logits inside a radius, capped by the margin.
 
-    The module of [`emma`][orthonet.losses.emma], which documents its arguments, shapes and errors.
+    See [`emma`][orthonet.losses.emma] for the options.
 
     Examples:
         >>> EMMALoss(radius=1.0)(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
@@ -178,8 +172,7 @@ class EMMALoss(_Loss):
 class LogitAnnealingLoss(_Loss):
     """Compute an offset cross-entropy that fades out samples with a large margin.
 
-    The module of [`logit_annealing`][orthonet.losses.logit_annealing], which documents its
-    arguments, shapes and errors.
+    See [`logit_annealing`][orthonet.losses.logit_annealing] for the options.
 
     Examples:
         >>> LogitAnnealingLoss()(torch.tensor([[0.0, 1.0]]), torch.tensor([1]))
@@ -202,8 +195,7 @@ class LogitAnnealingLoss(_Loss):
 class CertificateRegularizationLoss(_Loss):
     """Compute the cross-entropy minus a multiple of the margin of correct samples.
 
-    The module of [`certificate_regularization`][orthonet.losses.certificate_regularization], which
-    documents its arguments, shapes and errors.
+    See [`certificate_regularization`][orthonet.losses.certificate_regularization] for the options.
 
     Examples:
         >>> CertificateRegularizationLoss(0.5)(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
@@ -220,8 +212,7 @@ class CertificateRegularizationLoss(_Loss):
 class TRADESLoss(_Loss):
     """Compute the cross-entropy plus the divergence to the scores of perturbed inputs.
 
-    The module of [`trades`][orthonet.losses.trades], which documents its arguments, shapes and
-    errors.
+    See [`trades`][orthonet.losses.trades] for the options.
 
     Examples:
         >>> clean, moved = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
@@ -246,8 +237,7 @@ class TRADESLoss(_Loss):
 class MultiMarginLoss(_Loss):
     """Compute the hinge of the margin to the runner-up.
 
-    The module of [`multi_margin`][orthonet.losses.multi_margin], which documents its arguments,
-    shapes and errors.
+    See [`multi_margin`][orthonet.losses.multi_margin] for the options.
 
     Examples:
         >>> MultiMarginLoss()(torch.tensor([[1.5, 0.0, 1.0]]), torch.tensor([0]))

@@ -35,10 +35,10 @@ def emma(
 
     Args:
         logits: (batch, classes).
-        target: True classes, (batch,).
+        target: Classes, (batch,).
         radius: The certified l2 radius \(\epsilon\) that is asked for, >= 0.
         lipschitz: Constant \(K\) of the network, > 0.
-        reduction: As of [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
+        reduction: See [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
 
     Shape:
         Output: as there.
@@ -79,11 +79,11 @@ def logit_annealing(
 
     Args:
         logits: (batch, classes).
-        target: True classes, (batch,).
+        target: Classes, (batch,).
         offset: Margin \(\xi\) subtracted from the true logit, >= 0.
         temperature: \(T\), softness of the maximum, > 0.
         beta: Strength of the annealing, >= 0.
-        reduction: As of [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
+        reduction: See [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
 
     Shape:
         Output: as there.
@@ -118,9 +118,9 @@ def certificate_regularization(
 
     Args:
         logits: (batch, classes).
-        target: True classes, (batch,).
+        target: Classes, (batch,).
         weight: Factor \(\gamma\) of the margin, >= 0.
-        reduction: As of [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
+        reduction: See [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
 
     Shape:
         Output: as there.
@@ -158,9 +158,9 @@ def trades(
     Args:
         logits: Of clean inputs, (batch, classes).
         perturbed: Of perturbed inputs, (batch, classes).
-        target: True classes, (batch,).
+        target: Classes, (batch,).
         beta: Weight of the divergence, >= 0.
-        reduction: As of [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
+        reduction: See [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
 
     Shape:
         Output: as there.
@@ -204,9 +204,9 @@ def multi_margin(
 
     Args:
         logits: (batch, classes).
-        target: True classes, (batch,).
+        target: Classes, (batch,).
         margin: The margin \(m\) asked for, > 0.
-        reduction: As of [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
+        reduction: See [`offset_cross_entropy`][orthonet.losses.offset_cross_entropy].
 
     Shape:
         Output: as there.

@@ -59,7 +59,7 @@ class Nonnegative(_Sampled):
         """Return the absolute value (of slope 1 at 0), or another map, entry by entry.
 
         Args:
-            shape: Of the values.
+            shape: Of values.
             f: None for the absolute value, which reaches 0; or a map to the positive numbers:
                 "softplus", "exp", a function, or a pair of a function and its inverse.
         """
@@ -121,7 +121,7 @@ class Bounded(Manifold):
         """Return a map of the reals onto [-1, 1], scaled to the interval, entry by entry.
 
         Args:
-            shape: Of the values.
+            shape: Of values.
             f: "fold" (a triangle wave, of slope 1 or -1 at the ends too), "sin", "tanh",
                 "scaled_sigmoid", a function, or a pair of a function and its inverse.
         """
@@ -235,7 +235,7 @@ class SpectralBall(_Sampled):
         r"""Return \(U \operatorname{diag}(r f(s)) V^\top\), with n k coordinates.
 
         Args:
-            shape: Of the values.
+            shape: Of values.
             f: A map to [-1, 1]: "fold", "sin", "tanh", "scaled_sigmoid", a function, or a pair of
                 a function and its inverse.
             triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].

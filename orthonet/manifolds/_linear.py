@@ -77,7 +77,7 @@ class VectorSpace(Manifold):
         """Return the parametrization whose coordinates are the entries, each once.
 
         Args:
-            shape: Of the values.
+            shape: Of values.
             lower: The coordinates are the entries of the lower triangle (else of the upper one).
         """
         return LinearParametrization(self, shape, lower)
@@ -191,7 +191,7 @@ class LinearParametrization(Parametrization):
 
     Args:
         space: The space of the values.
-        shape: Of the values.
+        shape: Of values.
         lower: The coordinates are the entries of the lower triangle (else of the upper one).
     """
 

@@ -119,7 +119,7 @@ class LowRank(Manifold):
         r"""Return \(U \operatorname{diag}(s) V^\top\) with any real s.
 
         Args:
-            shape: Of the values.
+            shape: Of values.
             triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
         """
         return SingularParametrization(self, shape, self.rank, _identity, _identity, triv)
@@ -151,7 +151,7 @@ class FixedRank(LowRank):
         r"""Return \(U \operatorname{diag}(f(s)) V^\top\).
 
         Args:
-            shape: Of the values.
+            shape: Of values.
             f: See [`PSD`][orthonet.manifolds.PSD].
             triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
         """
@@ -223,7 +223,7 @@ class AlmostOrthogonal(Manifold):
         r"""Return \(U \operatorname{diag}(1 + \lambda f(s)) V^\top\).
 
         Args:
-            shape: Of the values.
+            shape: Of values.
             f: A map to [-1, 1]: "fold" (a triangle wave, of slope 1 or -1 at the boundary too),
                 "sin", "tanh", "scaled_sigmoid" (these have slope 0 there), a function, or a pair
                 of a function and its inverse.

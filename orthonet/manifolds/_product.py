@@ -157,7 +157,7 @@ class ProductParametrization(Parametrization):
 
     Args:
         space: The product.
-        shape: Of the values.
+        shape: Of values.
         **options: Options of every block's parametrization.
     """
 

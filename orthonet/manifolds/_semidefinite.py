@@ -156,7 +156,7 @@ class PSD(_Semidefinite):
         r"""Return \(Q \operatorname{diag}(f(s))\,Q^\top\).
 
         Args:
-            shape: Of the values.
+            shape: Of values.
             f: A map to the positive numbers: "softplus", "exp", "absolute", a function, or a pair
                 of a function and its inverse.
             triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
@@ -175,7 +175,7 @@ class PSSD(_Semidefinite):
         r"""Return \(Q \operatorname{diag}(|s|)\,Q^\top\), with the slope 1 at s = 0.
 
         Args:
-            shape: Of the values.
+            shape: Of values.
             triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
         """
         return EigenParametrization(self, shape, self._rank(shape), absolute, absolute, triv)

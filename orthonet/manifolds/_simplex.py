@@ -75,7 +75,7 @@ class Simplex(Manifold):
         r"""Return \(|s| / \sum |s|\), which reaches the boundary, or the softmax, which does not.
 
         Args:
-            shape: Of the values.
+            shape: Of values.
             f: "absolute" or "softmax".
         """
         _checks.one_of(self, ("absolute", "softmax"), f=f)

@@ -206,7 +206,7 @@ class Stiefel(Manifold):
         """Return a dynamic trivialization by the exponential, the Cayley or an own map.
 
         Args:
-            shape: Of the values.
+            shape: Of values.
             triv: "exponential" (or "expm"), "cayley", a map from skew-symmetric matrices to
                 orthogonal ones; or "polar": the polar factor of an unconstrained matrix, which has
                 n k coordinates.
@@ -316,7 +316,7 @@ class SO(Stiefel):
         """Return the parametrization of `Stiefel`, or one around the identity.
 
         Args:
-            shape: Of the values.
+            shape: Of values.
             triv: See `Stiefel.parametrization`.
             cross: Must be False.
             dtype: Dtype of the base.

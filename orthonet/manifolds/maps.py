@@ -40,7 +40,7 @@ class MappedParametrization(Parametrization):
 
     Args:
         space: The space.
-        shape: Of the values.
+        shape: Of values.
         function: From coordinates to values.
         inverse: From values to coordinates.
         coordinate_size: Size of the last dimension of the coordinates, if they are packed matrices.

@@ -36,15 +36,11 @@ def _stabilize(optimizer: torch.optim.Optimizer) -> None:
 
 
 class RiemannianSGD(optim.RiemannianSGD):
-    """Gradient descent with momentum; see [`RiemannianSGD`][orthonet.optim.RiemannianSGD].
+    """Gradient descent with momentum, on the manifold that each `ManifoldParameter` knows.
+
+    The options are those of [`RiemannianSGD`][orthonet.optim.RiemannianSGD], and one more.
 
     Args:
-        params: Parameters, those of class `ManifoldParameter` on their manifolds.
-        lr: Learning rate.
-        momentum: Factor of the momentum.
-        dampening: Dampening of the gradient in the momentum.
-        weight_decay: Factor of the penalty.
-        nesterov: Whether to look ahead.
         stabilize: Project every so many steps; points do not drift here.
     """
 
@@ -64,7 +60,7 @@ class RiemannianSGD(optim.RiemannianSGD):
             group.setdefault("stabilize", stabilize)
 
     def space_of(self, p: Tensor, group: dict[str, Any]) -> manifolds.Manifold:
-        """Return the space of the parameter's manifold."""
+        """Return the space that a parameter is on."""
         return _space(p, group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -75,16 +71,12 @@ class RiemannianSGD(optim.RiemannianSGD):
 
 
 class RiemannianAdam(optim.RiemannianAdam):
-    """Adam; the second moment of a curved point is its squared gradient norm, as in geoopt.
+    """Adam, on the manifold that each `ManifoldParameter` knows.
 
-    Args:
-        params: Parameters, those of class `ManifoldParameter` on their manifolds.
-        lr: Learning rate: about the length of a step of a curved point.
-        betas: Decay of the two moments.
-        eps: Added to the root of the second moment.
-        weight_decay: Factor of the penalty.
-        amsgrad: Divide by the largest second moment so far.
-        stabilize: Project every so many steps; points do not drift here.
+    The second moment of a curved point is its squared gradient norm, as in geoopt, so `lr` is about
+    the length of its step. The options are those of
+    [`RiemannianAdam`][orthonet.optim.RiemannianAdam]
+    and `stabilize` as of `RiemannianSGD` here.
     """
 
     def __init__(
@@ -104,7 +96,7 @@ class RiemannianAdam(optim.RiemannianAdam):
             group.setdefault("stabilize", stabilize)
 
     def space_of(self, p: Tensor, group: dict[str, Any]) -> manifolds.Manifold:
-        """Return the space of the parameter's manifold."""
+        """Return the space of the manifold of a parameter."""
         return _space(p, group)
 
     def _square(self, space: manifolds.Manifold, p: Tensor, g: Tensor) -> Tensor:

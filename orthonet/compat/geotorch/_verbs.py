@@ -41,26 +41,26 @@ def _register(module: M, tensor_name: str, cls: type, *args: Any) -> M:
 
 
 def symmetric(module: M, tensor_name: str = "weight", lower: bool = True) -> M:
-    """Symmetric matrices: a triangle of the present weight is reflected."""
+    """Constrain to symmetric matrices: a triangle of the present weight is reflected."""
     value = spaces.Symmetric(lower)(getattr(module, tensor_name).detach())
     return constraints.symmetric(module, tensor_name, lower, init=value)
 
 
 def skew(module: M, tensor_name: str = "weight", lower: bool = True) -> M:
-    """Skew-symmetric matrices."""
+    """Constrain to skew-symmetric matrices."""
     return _register(module, tensor_name, spaces.Skew, lower)
 
 
 def sphere(
     module: M, tensor_name: str = "weight", radius: float = 1.0, embedded: bool = False
 ) -> M:
-    """Vectors of norm `radius` along the last dimension."""
+    """Constrain to vectors of norm `radius` along the last dimension."""
     cls = spaces.SphereEmbedded if embedded else spaces.Sphere
     return _register(module, tensor_name, cls, radius)
 
 
 def orthogonal(module: M, tensor_name: str = "weight", triv: Triv = "expm") -> M:
-    """Matrices with orthonormal columns (rows where they are wide)."""
+    """Constrain to matrices with orthonormal columns (rows where they are wide)."""
     return _register(module, tensor_name, spaces.Stiefel, triv)
 
 
@@ -71,67 +71,67 @@ def almost_orthogonal(
     f: Scalar = "sin",
     triv: Triv = "expm",
 ) -> M:
-    """Matrices with singular values in [1 - lam, 1 + lam]."""
+    """Constrain to matrices with singular values in [1 - lam, 1 + lam]."""
     return _register(module, tensor_name, spaces.AlmostOrthogonal, lam, f, triv)
 
 
 def grassmannian(module: M, tensor_name: str = "weight", triv: Triv = "expm") -> M:
-    """Orthonormal bases of subspaces."""
+    """Constrain to orthonormal bases of subspaces."""
     return _register(module, tensor_name, spaces.Grassmannian, triv)
 
 
 def low_rank(module: M, tensor_name: str, rank: int, triv: Triv = "expm") -> M:
-    """Matrices of rank at most `rank`."""
+    """Constrain to matrices of rank at most `rank`."""
     return _register(module, tensor_name, spaces.LowRank, rank, triv)
 
 
 def fixed_rank(
     module: M, tensor_name: str, rank: int, f: Scalar = "softplus", triv: Triv = "expm"
 ) -> M:
-    """Matrices of rank `rank`."""
+    """Constrain to matrices of rank `rank`."""
     return _register(module, tensor_name, spaces.FixedRank, rank, f, triv)
 
 
 def invertible(
     module: M, tensor_name: str = "weight", f: Scalar = "softplus", triv: Triv = "expm"
 ) -> M:
-    """Matrices of positive determinant."""
+    """Constrain to matrices of positive determinant."""
     return _register(module, tensor_name, spaces.GLp, f, triv)
 
 
 def sln(module: M, tensor_name: str = "weight", f: Scalar = "softplus", triv: Triv = "expm") -> M:
-    """Matrices of determinant 1."""
+    """Constrain to matrices of determinant 1."""
     return _register(module, tensor_name, spaces.SL, f, triv)
 
 
 def positive_definite(
     module: M, tensor_name: str = "weight", f: Scalar = "softplus", triv: Triv = "expm"
 ) -> M:
-    """Positive definite matrices."""
+    """Constrain to positive definite matrices."""
     return _register(module, tensor_name, spaces.PSD, f, triv)
 
 
 def positive_semidefinite(module: M, tensor_name: str = "weight", triv: Triv = "expm") -> M:
-    """Positive semidefinite matrices."""
+    """Constrain to positive semidefinite matrices."""
     return _register(module, tensor_name, spaces.PSSD, triv)
 
 
 def positive_semidefinite_low_rank(
     module: M, tensor_name: str, rank: int, triv: Triv = "expm"
 ) -> M:
-    """Positive semidefinite matrices of rank at most `rank`."""
+    """Constrain to positive semidefinite matrices of rank at most `rank`."""
     return _register(module, tensor_name, spaces.PSSDLowRank, rank, triv)
 
 
 def positive_semidefinite_fixed_rank(
     module: M, tensor_name: str, rank: int, f: Scalar = "softplus", triv: Triv = "expm"
 ) -> M:
-    """Positive semidefinite matrices of rank `rank`."""
+    """Constrain to positive semidefinite matrices of rank `rank`."""
     return _register(module, tensor_name, spaces.PSSDFixedRank, rank, f, triv)
 
 
 def alpha_stable(module: M, tensor_name: str = "weight", alpha: float = 1e-3) -> M:
-    """Matrices whose eigenvalues have real parts below -alpha."""
+    """Constrain to matrices whose eigenvalues have real parts below -alpha."""
     return _register(module, tensor_name, spaces.Hurwitz, alpha)
 
 

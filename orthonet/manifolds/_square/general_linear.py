@@ -69,7 +69,7 @@ class GLp(Manifold):
         r"""Return \(U \operatorname{diag}(f(s)) V^\top\) with U and V of the same determinant.
 
         Args:
-            shape: Of the values.
+            shape: Of values.
             f: See [`PSD`][orthonet.manifolds.PSD].
             triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
         """
@@ -120,7 +120,7 @@ class SL(GLp):
         in one way, with n² - 1 coordinates.
 
         Args:
-            shape: Of the values.
+            shape: Of values.
             f: See `GLp`; whatever it is, the determinant is 1.
             triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
         """

@@ -40,7 +40,7 @@ class Unitary(Stiefel):
         """Return a dynamic trivialization by skew-Hermitian matrices, with complex coordinates.
 
         Args:
-            shape: Of the values.
+            shape: Of values.
             triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
             dtype: A complex dtype; the default is that of `torch.get_default_dtype`.
         """

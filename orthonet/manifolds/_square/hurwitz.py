@@ -133,7 +133,7 @@ class Hurwitz(Manifold):
         solves the Lyapunov equation of \(A + \alpha I\) with the right-hand side \(-I\).
 
         Args:
-            shape: Of the values.
+            shape: Of values.
             f: A map to the positive numbers, for the diagonal of L: "softplus", "exp", "absolute",
                 a function, or a pair of a function and its inverse.
         """
