@@ -73,9 +73,8 @@ def parameter_groups(
         _checks.in_range("parameter_groups", 0.0, float("inf"), **{name: value})
     raw = {
         id(parameter)
-        for name, module in model.named_modules()
+        for module in model.modules()
         if isinstance(module, (Weight, ParametrizationList))
-        or name.rpartition(".")[2] == "parametrization"
         for parameter in module.parameters()
     }
     found: dict[str, list[nn.Parameter]] = {"plain": [], "constrained": [], "vectors": []}

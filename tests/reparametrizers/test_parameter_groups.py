@@ -7,6 +7,7 @@ from torch import nn
 import orthonet
 from orthonet.constraints import orthogonal
 from orthonet.layers import MaxMin, OrthoConv2d, OrthoGRU, OrthoLinear
+from orthonet.reparametrizers import Weight
 from tests.works_with.rows import ROWS
 
 
@@ -51,6 +52,9 @@ def test_no_raw_matrix_of_any_layer_is_decayed(row):
     allowed = {"rnn.weight_ih_l0"}
     assert groups.get("plain", set()) <= allowed
     assert groups["constrained"]
+    # one question, one answer: what holds a constrained weight is a `Weight`
+    held = [m for name, m in layer.named_modules() if name.endswith("parametrization")]
+    assert all(isinstance(m, Weight) for m in held)
 
 
 def test_decay_leaves_the_weight_and_grows_the_gradient():
