@@ -146,6 +146,37 @@ def exports() -> dict[str, int]:
     return {name: len(names) for name, names in packages.items() if names is not None}
 
 
+def _words(folder: str, ending: str) -> Iterator[tuple[Path, set[str]]]:
+    """The words of the files of a folder of the repository."""
+    for file in sorted((ROOT.parent / folder).rglob(f"*{ending}")):
+        yield file, set(re.findall(r"\w+", file.read_text()))
+
+
+def unnamed() -> set[tuple[str, str]]:
+    """(package, name) of what is published and named by nothing but its own room.
+
+    Tests, pages, examples and other rooms count; API pages and the history do not, nor do doors
+    for users of other libraries, whose names are those libraries' own.
+    """
+    places = [("tests", ".py"), ("benchmarks", ".py"), ("examples", ".ipynb"), ("examples", ".py")]
+    readers = [pair for place in places for pair in _words(*place)]
+    readers += [(f, w) for f, w in _words("docs", ".md") if f.parent.name != "api"]
+    outside = set().union(*(words for _, words in readers))
+    for page in ("README.md", "CONTRIBUTING.md"):
+        outside |= set(re.findall(r"\w+", (ROOT.parent / page).read_text()))
+    inside: dict[str, set[str]] = {}
+    for file, words in _words("orthonet", ".py"):
+        if file.name != "__init__.py":
+            inside.setdefault(room_of(name_of(file)), set()).update(words)
+    found = set()
+    for name, file in modules().items():
+        room = room_of(name)
+        if file.name == "__init__.py" and room not in ("compat", "__init__"):
+            seen = outside.union(*(words for other, words in inside.items() if other != room))
+            found |= {(name, n) for n in facts(file).published or () if n not in seen}
+    return found
+
+
 def untold(names: dict[str, set[str]], file: Path) -> list[tuple[str, str]]:
     """The names that a file imports from modules of other rooms that do not publish them."""
     mine = room_of(name_of(file))
@@ -316,6 +347,10 @@ def figures() -> dict[str, object]:
         "imports of another room's private module": len(private_reaches(arrows)),
         "folders of more than 20 entries": crowded,
         "names published by packages": sum(exports().values()),
+        "of which under the names of other libraries": sum(
+            n for package, n in exports().items() if room_of(package) == "compat"
+        ),
+        "published names that nothing else names": len(unnamed()),
         "type: ignore": sum(len(IGNORES.findall(text)) for text in texts),
         "fmt: skip": sum(text.count("# fmt: " + "skip") for text in texts),
         "docstring lines that repeat an earlier one": repeated(),

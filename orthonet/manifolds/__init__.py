@@ -18,7 +18,7 @@ from orthonet.manifolds._square.general_linear import SL, GLp
 from orthonet.manifolds._square.groups import Symplectic, Unitary
 from orthonet.manifolds._square.hurwitz import Hurwitz
 from orthonet.manifolds._stiefel import SO, EuclideanStiefel, St, Stiefel
-from orthonet.manifolds.maps import MappedParametrization, ProjectedParametrization
+from orthonet.manifolds.maps import ProjectedParametrization
 from orthonet.manifolds.trivialization import FrameTrivialization, Trivialization
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
     "LinearParametrization",
     "LowRank",
     "Manifold",
-    "MappedParametrization",
     "Membership",
     "Nonnegative",
     "NormBall",

@@ -18,7 +18,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {}
 
 
 def register(builder: Builder) -> Builder:
-    """Make `builder` known to [`create`][orthonet.models.create] by its own name.
+    """Decorator: make `builder` known to [`create`][orthonet.models.create] by its own name.
 
     Args:
         builder: A function that returns a new model.
@@ -66,5 +66,5 @@ def create(name: str, **arguments: Any) -> nn.Module:
 
 
 def list_models() -> list[str]:
-    """Return the names that [`create`][orthonet.models.create] knows, sorted."""
+    """The names that [`create`][orthonet.models.create] knows, sorted."""
     return sorted(_MODELS)
