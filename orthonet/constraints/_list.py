@@ -46,7 +46,7 @@ class ConstrainedList(CachedParametrizationList):
         self._memory = _Memory()
 
     def forward(self) -> Tensor:
-        """The value of the tensor."""
+        """Return the value of the tensor."""
         if torch.compiler.is_compiling():
             return super().forward()
         memory = self._memory

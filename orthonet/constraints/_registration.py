@@ -188,7 +188,7 @@ def assign(module: nn.Module, tensor_name: str, value: Tensor, *, project: bool 
 
 
 def parametrizations_of(module: nn.Module, tensor_name: str) -> Iterator[nn.Module]:
-    """The parametrizations of a constrained tensor, in the order of their application."""
+    """Return the parametrizations of a constrained tensor, in the order of their application."""
     yield from module.parametrizations[tensor_name].children()  # type: ignore[index]
 
 

@@ -12,7 +12,7 @@ __all__ = ["absolute", "group_sort", "householder", "max_min"]
 
 
 def _channel_dim(owner: str, x: Tensor, dim: int, group_size: int) -> int:
-    """`dim` as a non-negative number, after the check that the groups divide its size."""
+    """Return `dim` as a non-negative number, after the check that the groups divide its size."""
     real_input(owner, x)
     require(
         -x.ndim <= dim < x.ndim,
@@ -33,7 +33,7 @@ def _channel_dim(owner: str, x: Tensor, dim: int, group_size: int) -> int:
 
 
 def _sort_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(larger, smaller), bit for bit, with a permutation as Jacobian, ties included."""
+    """Return (larger, smaller), bit for bit, with a permutation as Jacobian, ties included."""
     swap = (a < b).to(a.dtype)
     return torch.lerp(a, b, swap), torch.lerp(b, a, swap)
 

@@ -106,7 +106,7 @@ def circular_pad(input: Tensor, pad: Sequence[int]) -> Tensor:
 
 
 def _spans(shape: torch.Size, pads: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
-    """(dim, before, size, behind) of every padded dim, last first."""
+    """Return (dim, before, size, behind) of every padded dim, last first."""
     spans = []
     for i, (low, high) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
         dim = len(shape) - 1 - i
@@ -140,7 +140,7 @@ def _wrap(x: Tensor, pads: tuple[int, ...]) -> Tensor:
 
 
 def _unwrap(y: Tensor, pads: tuple[int, ...]) -> Tensor:
-    """The adjoint of `_wrap`: what was repeated is added up."""
+    """Return the adjoint of `_wrap`: what was repeated is added up."""
     spans = [(d, a, n - a - b, b) for d, a, n, b in _spans(y.shape, pads)]
     for dim, low, size, high in reversed(spans):
         inside = y.narrow(dim, low, size)

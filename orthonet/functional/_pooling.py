@@ -55,7 +55,7 @@ def _window(
     stride: Sequence[int] | None,
     padding: Sequence[int] | None,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The three tuples of a pooling window, checked and of one length."""
+    """Return the three tuples of a pooling window, checked and of one length."""
     good = isinstance(kernel_size, (tuple, list, torch.Size))
     require(
         good and len(kernel_size) in _AVG_POOL,

@@ -123,7 +123,7 @@ def recurrence_loop(
     nonlinearity: str = "tanh",
     threshold: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[`recurrence`][orthonet.functional.recurrence] step by step, differentiated by PyTorch."""
+    """Run the recurrence step by step, for PyTorch to differentiate."""
     kernel, h, states = weight_hh.mT, h0, []
     for u in F.linear(x, weight_ih, bias).unbind(0):
         z = torch.addmm(u, h, kernel)
@@ -185,7 +185,7 @@ def _run(
     nonlinearity: str,
     threshold: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The states of all steps (time, batch, hidden), and what else backward needs."""
+    """Return the states of all steps (time, batch, hidden), and what else backward needs."""
     time, batch, inputs = x.shape
     hidden = weight_hh.shape[0]
     states = h0.new_empty(time, batch, hidden)

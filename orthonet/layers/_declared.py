@@ -59,11 +59,11 @@ class Norms(Protocol):
     """Proved norms: of a matrix or a batch of them, and of a convolution."""
 
     def matrix(self, matrix: Tensor) -> float:
-        """Not less than the largest spectral norm."""
+        """Bound the largest spectral norm from above."""
         ...
 
     def convolution(self, kernel: Tensor, input_size: tuple[int, ...], **geometry: Any) -> float:
-        """Not less than the norm of the convolution of an input of this size."""
+        """Bound the norm of the convolution of an input of this size from above."""
         ...
 
 
@@ -73,7 +73,7 @@ def refuse(module: nn.Module, requirement: str, advice: str) -> NoReturn:
 
 
 def float64(module: nn.Module, tensor: Tensor) -> Tensor:
-    """The finite values of a weight in float64 or complex128, on the CPU."""
+    """Return the finite values of a weight in float64 or complex128, on the CPU."""
     high = torch.complex128 if tensor.is_complex() else torch.float64
     tensor = tensor.detach().to("cpu", high)
     if not bool(tensor.isfinite().all()):
@@ -82,14 +82,14 @@ def float64(module: nn.Module, tensor: Tensor) -> Tensor:
 
 
 def image_of(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, int]:
-    """The size of an image of the batch."""
+    """Return the size of an image of the batch."""
     if len(input_shape) != 3:
         refuse(module, "the input must have a batch dimension", "Use x.unsqueeze(0)")
     return input_shape[1], input_shape[2]
 
 
 def length_of(bias: Tensor | None, repeats: int = 1) -> float:
-    """The norm of a bias that is added at so many places."""
+    """Return the norm of a bias that is added at so many places."""
     return 0.0 if bias is None else float(bias.detach().double().norm()) * repeats**0.5 * SAFE
 
 
@@ -107,7 +107,7 @@ def check_bias(module: nn.Module, channels: int, *tensors: Tensor | None) -> Non
 
 
 def at_zero(module: Any, entries: int) -> float:
-    """The norm of so many values of the activation at zero."""
+    """Return the norm of so many values of the activation at zero."""
     value = float(module.activation(torch.zeros(1, dtype=torch.float64)).abs())
     return value * entries**0.5 * SAFE
 
@@ -115,12 +115,12 @@ def at_zero(module: Any, entries: int) -> float:
 def isometric(
     module: Any, input_shape: tuple[int, ...], rounding: float | Rounding | None
 ) -> Declared:
-    """The bound of an activation made of pieces of isometries of the channels."""
+    """Return the bound of an activation made of pieces of isometries of the channels."""
     if module.dim % (len(input_shape) + 1) == 0:
         refuse(module, "the channels must not be the batch", "Choose another dim")
     return Declared(1.0, "pieces of isometries", rounding=rounding)
 
 
 def of_rows(rounding: Rounding, input_shape: tuple[int, ...]) -> Rounding:
-    """With the offset of one row for all rows of a sample."""
+    """Count the offset of one row for all rows of a sample."""
     return rounding._replace(offset=rounding.offset * math.prod(input_shape[:-1]) ** 0.5 * SAFE)

@@ -191,7 +191,7 @@ class NActivation(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Half of the channels as the modulus, half as the identity."""
+        """Make half of the channels the modulus, half the identity."""
         with torch.no_grad():
             self.theta.zero_()
             self.theta[0, : self.channels // 2] = -100.0

@@ -22,7 +22,7 @@ Size = int | Sequence[int]
 
 
 def _dims_of(owner: object, dims: int | None, *sizes: Size | None) -> int:
-    """The number of spatial dimensions: `dims`, or the length of a size, or 2."""
+    """Return the number of spatial dimensions: `dims`, or the length of a size, or 2."""
     if dims is None:
         lengths = [len(size) for size in sizes if isinstance(size, Sequence)]
         dims = lengths[0] if lengths else 2
@@ -31,7 +31,7 @@ def _dims_of(owner: object, dims: int | None, *sizes: Size | None) -> int:
 
 
 def _sizes(owner: object, dims: int, name: str, value: Size) -> tuple[int, ...]:
-    """`value` as one integer for each spatial dimension."""
+    """Return `value` as one integer for each spatial dimension."""
     sizes = tuple(value) if isinstance(value, Sequence) else (value,) * dims
     if len(sizes) != dims:
         requirement = f"{name} must be an integer or {dims} of them"

@@ -208,7 +208,7 @@ def _lipnext_conv(
     dtype: Any = None,
     **options: Any,
 ) -> _lipnext.LipNeXtBlock2d:
-    """A LipNeXt block behind the arguments of `nn.Conv2d`."""
+    """Return a LipNeXt block behind the arguments of `nn.Conv2d`."""
     good = (
         kernel_size in (3, (3, 3))
         and stride in (1, (1, 1))

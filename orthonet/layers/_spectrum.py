@@ -80,12 +80,12 @@ class LinearMap:
 
 
 def _like(layer: Any) -> Tensor:
-    """A tensor on the device of a layer, in float64 or the precision of its maps."""
+    """Return a tensor on the device of a layer, in float64 or the precision of its maps."""
     return next(p for p in layer.parameters() if p.is_floating_point())
 
 
 def _images(layer: LinearMap, impulses: Tensor) -> Tensor:
-    """What the linear part makes of a batch, in float64."""
+    """Return what the linear part makes of a batch, in float64."""
     return torch.cat([layer.linear(part).double() for part in impulses.split(256)])
 
 
@@ -99,7 +99,7 @@ def _dense(layer: LinearMap, shape: tuple[int, ...]) -> Tensor:
 def _periodic(
     layer: LinearMap, channels: int, sizes: tuple[int, ...], stride: tuple[int, ...]
 ) -> Tensor:
-    """The singular values of a map that commutes with shifts by the stride.
+    """Return the singular values of a map that commutes with shifts by the stride.
 
     The images of the impulses inside one stride determine it. Pixels of one stride count as
     channels, in front of the map or, for a transposed one, behind it.

@@ -14,7 +14,7 @@ __all__ = ["Child", "as_defined", "is_as_its_class"]
 
 
 def as_defined(module: nn.Module, inside: bool = True) -> bool:
-    """Whether a module computes what its class defines, and with `inside` all modules in it do.
+    """Return whether a module, with `inside` all in it too, computes what its class defines.
 
     Hooks and an own `forward` of an instance change the map; a layer with `declared_bound` relies
     on children of some classes, and a recurrent layer of `torch.nn` on a list of its weights.
@@ -31,7 +31,7 @@ def as_defined(module: nn.Module, inside: bool = True) -> bool:
 
 
 def is_as_its_class(module: nn.Module) -> bool:
-    """Whether calling the module runs what its class says, no hook or method of its own."""
+    """Return whether calling the module runs what its class says, no hook or method of its own."""
     cls = type(module)
     return not is_hooked(module) and not any(
         callable(getattr(cls, name, None)) for name in vars(module)
@@ -39,7 +39,7 @@ def is_as_its_class(module: nn.Module) -> bool:
 
 
 def _has_its_flat_weights(module: nn.RNNBase) -> bool:
-    """Whether it computes with its own parameters, in order: a parametrization leaves its list."""
+    """Return whether it computes with its own parameters, in the order of its list."""
     ends = ("", "_reverse") if module.bidirectional else ("",)
     kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]
     names = [
@@ -68,6 +68,6 @@ class Child(NamedTuple):
     settings: Mapping[str, Any] = MappingProxyType({})
 
     def holds(self, module: nn.Module | None) -> bool:
-        """Whether a child is one of them."""
+        """Return whether a child is one of them."""
         settings = self.settings.items()
         return type(module) in self.classes and all(getattr(module, n, v) == v for n, v in settings)

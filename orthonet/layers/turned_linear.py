@@ -21,7 +21,7 @@ __all__ = ["turned_linear"]
 
 
 def turned_linear(layer: Any, x: Tensor) -> Tensor | None:
-    """The output of `layer`, or None where the ordinary way is the only or the faster one."""
+    """Return the output of `layer`, or None where the ordinary way is the faster one."""
     weight = layer.parametrization
     if (
         layer.in_features != layer.out_features

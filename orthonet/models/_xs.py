@@ -37,7 +37,7 @@ def convnet_xs(
     lipschitz: float = 1.0,
     ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
 ) -> nn.Sequential:
-    r"""Blocks of convolutions that halve the image until one pixel is left.
+    r"""Build blocks of convolutions that halve the image until one pixel is left.
 
     Zeros are appended up to `width` channels and mixed by a 1x1 convolution. Each block is `depth`
     times a 3x3 convolution and MaxMin, then keeps half of the channels and moves 2x2 pixels into

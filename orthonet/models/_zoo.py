@@ -39,7 +39,7 @@ def convnet_zoo(
     lipschitz: float = 1.0,
     ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
 ) -> nn.Sequential:
-    r"""The network of the comparison of methods: the same for each, but for its layer.
+    r"""Build the network of the comparison of methods: the same for each, but for its layer.
 
     Pixels are rearranged to a quarter of the size (half where the image has less than 16 pixels
     a side), then come `depth` circular convolutions of 3x3 taps, an orthogonal projection to

@@ -110,7 +110,7 @@ def _observed_constant(
     seed: int,
     train: bool,
 ) -> float:
-    """Largest secant of random pairs near and far, and norm of Jacobians at random points."""
+    """Return the largest secant of random pairs, or norm of a Jacobian at random points."""
     kwargs = factory_kwargs(fn, dtype)
     generator = torch.Generator().manual_seed(seed)
 

@@ -116,7 +116,7 @@ class _Graph(nn.Module):
         return tuple(found[place] for place in self.outputs)
 
     def joined(self, x: Tensor) -> Tensor:
-        """All outputs in one row for each sample."""
+        """Return all outputs in one row for each sample."""
         return torch.cat([y.flatten(1) for y in self(x)], 1)
 
     def text(self) -> str:
@@ -137,7 +137,7 @@ class _Several(nn.Module):
 
 
 def _samplers() -> list[tuple[str, Any]]:
-    """The records that draw arguments, with a readable name."""
+    """Return the records that draw arguments, with a readable name."""
     found: dict[int, tuple[str, Any]] = {}
     for name, record in RECORDS.items():
         if record.samples is not None:
@@ -177,7 +177,7 @@ def _draw_graph(seed: int, shape: tuple[int, ...], records: list[tuple[str, Any]
 
 
 def _suits(y: Any, x: Tensor) -> bool:
-    """Whether a result can be read by further operations."""
+    """Return whether a result can be read by further operations."""
     if not isinstance(y, Tensor) or y.dtype != x.dtype or y.ndim < 2 or len(y) != len(x):
         return False
     return 0 < y[0].numel() <= _LARGEST and bool(y.isfinite().all())
@@ -278,7 +278,7 @@ def _try(drawn: list[_Graph], report: FuzzReport, direct: bool) -> None:
 
 
 def _certified(drawn: list[_Graph], direct: bool) -> tuple[list[float], bool]:
-    """The bounds of all outputs, and whether the whole is said to be exact."""
+    """Return the bounds of all outputs, and whether the whole is said to be exact."""
     model = (_Several(drawn) if len(drawn) > 1 else drawn[0]).eval()
     effort = ("default", "fast", "tight")[drawn[0].seed % 3]
     x = torch.zeros(1, *drawn[0].shape, dtype=torch.float64)
@@ -358,7 +358,7 @@ def _attack(graph: _Graph, claimed: float, exact: bool, report: FuzzReport) -> N
 
 
 def _largest_slope(graph: _Graph) -> tuple[float, str, float]:
-    """The largest slope, less what the rounding of float64 may add to it, and that."""
+    """Return the largest slope, less what the rounding of float64 may add to it, and that."""
     generator = torch.Generator().manual_seed(graph.seed + 1)
     size = (_POINTS * 4, *graph.shape)
     points = torch.randn(size, dtype=torch.float64, generator=generator)
@@ -382,7 +382,7 @@ def _largest_slope(graph: _Graph) -> tuple[float, str, float]:
 
 
 def _noise(graph: _Graph, points: Tensor) -> float:
-    """What the rounding of float64 may add to an output, in units of the largest value."""
+    """Return what the rounding of float64 may add to an output, in units of the largest value."""
     with torch.no_grad():
         values = graph.values(points)
     largest = max(float(v.abs().max()) for v in values if v.numel())
@@ -394,7 +394,7 @@ def _noise(graph: _Graph, points: Tensor) -> float:
 
 
 def _jacobian_norm(graph: _Graph, point: Tensor) -> float:
-    """The norm of the Jacobian: one copy of the point for each of its rows."""
+    """Return the norm of the Jacobian: one copy of the point for each of its rows."""
     with torch.no_grad():
         rows = graph.joined(point[None]).shape[1]
     x = point.expand(rows, *point.shape).clone().requires_grad_(True)
@@ -411,7 +411,7 @@ def _jacobian_norm(graph: _Graph, point: Tensor) -> float:
 
 @torch.no_grad()
 def _steepest(graph: _Graph, left: Tensor, right: Tensor, noise: float) -> float:
-    """The largest secant while the segments are halved where the output changes more."""
+    """Return the largest secant while the segments are halved where the output changes more."""
     a, b = graph.joined(left), graph.joined(right)
     best = 0.0
     for _ in range(_HALVINGS):

@@ -24,7 +24,7 @@ MATRIX_SHAPES: dict[str, tuple[int, ...]] = {
 
 
 def _with_spectrum(spectrum: Callable[[int], Tensor]) -> Callable[..., Tensor]:
-    """A case with random singular vectors and the given singular values."""
+    """Return a case with random singular vectors and the given singular values."""
 
     def make(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         gaussian = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -86,7 +86,7 @@ def hard_matrix(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Tensor:
-    """A matrix, or a batch of them, that some orthogonalizer finds hard.
+    """Return a matrix, or a batch of them, that some orthogonalizer finds hard.
 
     `zero`, `identity`, `gaussian`, `orthogonal`, `rank_deficient` (half of the singular values
     are 0), `repeated` (1 and 0.5, each many times), `kappa_1e3`, `kappa_1e6`, `kappa_1e8`

@@ -37,7 +37,7 @@ class _Hyperbolic(Manifold):
         return self.projx(torch.zeros_like(x))
 
     def dist0(self, x: Tensor, *, keepdim: bool = False) -> Tensor:
-        """Distance from the origin."""
+        """Return the distance from the origin."""
         return self.dist(self._zero(x), x, keepdim=keepdim)
 
     def expmap0(self, u: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class PoincareBall(_Hyperbolic):
         return -self.c
 
     def lambda_x(self, x: Tensor, *, keepdim: bool = False) -> Tensor:
-        """The conformal factor."""
+        """Return the conformal factor."""
         factor = 2.0 / (1.0 - self.c * (x * x).sum(-1, keepdim=True))
         return factor if keepdim else factor[..., 0]
 
@@ -124,5 +124,5 @@ class Lorentz(_Hyperbolic):
         self.k = k
 
     def norm(self, u: Tensor, *rest: Tensor, keepdim: bool = False) -> Tensor:
-        """Length of the tangent vector `u`; geoopt leaves the point out here."""
+        """Return the length of the tangent vector `u`; geoopt leaves the point out here."""
         return super().norm(u, rest[0] if rest else u, keepdim=keepdim)

@@ -56,7 +56,7 @@ class Manifold(nn.Module):
         return hash((self.space, self.ndim))
 
     def extra_repr(self) -> str:
-        """The space."""
+        """Return the space."""
         return repr(self.space)
 
     # --- maps ----------------------------------------------------------------------------------
@@ -112,23 +112,23 @@ class Manifold(nn.Module):
     def inner(
         self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
     ) -> Tensor:
-        """Inner product of tangent vectors at `x`; of `u` with itself without `v`."""
+        """Return the inner product of tangent vectors at `x`; of `u` with itself without `v`."""
         return self._kept(self.space.inner(x, u, u if v is None else v), keepdim)
 
     def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
-        """Inner product for each point, shaped to be multiplied with it."""
+        """Return the inner product for each point, shaped to be multiplied with it."""
         return self.inner(x, u, v, keepdim=True)
 
     def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
-        """Length of the tangent vector `u` at `x`."""
+        """Return the length of the tangent vector `u` at `x`."""
         return self._kept(self.space.norm(x, u), keepdim)
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
-        """Length of the shortest geodesic."""
+        """Return the length of the shortest geodesic."""
         return self._kept(self._geodesic("distance")(x, y), keepdim)
 
     def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
-        """Its square."""
+        """Return the squared distance."""
         return self.dist(x, y, keepdim=keepdim).square()
 
     def _kept(self, value: Tensor, keepdim: bool) -> Tensor:
@@ -163,7 +163,7 @@ class Manifold(nn.Module):
         return torch.zeros(shape, dtype=dtype, device=device)
 
     def check_point(self, x: Tensor, *, explain: bool = False) -> Any:
-        """Whether a point can have this shape."""
+        """Return whether a point can have this shape."""
         reason = None
         try:
             self.space.check_shape(x.shape)
@@ -174,7 +174,7 @@ class Manifold(nn.Module):
     def check_point_on_manifold(
         self, x: Tensor, *, explain: bool = False, atol: float = 1e-5, rtol: float = 1e-5
     ) -> Any:
-        """Whether `x` is on the manifold to `atol + rtol`."""
+        """Return whether `x` is on the manifold to `atol + rtol`."""
         found = self.space.contains(x, atol + rtol)
         reason = None if found else f"{found.reason}, got distance={found.distance:.3g}"
         return (bool(found), reason) if explain else bool(found)
@@ -189,7 +189,7 @@ class Manifold(nn.Module):
         atol: float = 1e-5,
         rtol: float = 1e-5,
     ) -> Any:
-        """Whether `u` is tangent at `x`."""
+        """Return whether `u` is tangent at `x`."""
         ok = ok_point or self.check_point_on_manifold(x, atol=atol, rtol=rtol)
         ok = bool(ok and torch.allclose(self.proju(x, u), u, atol=atol, rtol=rtol))
         reason = None if ok else "the vector must be tangent at a point of the manifold"
@@ -212,12 +212,12 @@ class Manifold(nn.Module):
 
 
 def sizes_of(size: tuple[Any, ...]) -> tuple[int, ...]:
-    """`random(2, 3)` and `random((2, 3))` are the same."""
+    """Read `random(2, 3)` and `random((2, 3))` alike."""
     return tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else tuple(size)
 
 
 def ismanifold(instance: object, cls: type) -> bool:
-    """Whether `instance` is a manifold of class `cls`."""
+    """Return whether `instance` is a manifold of class `cls`."""
     return isinstance(instance, Manifold) and isinstance(instance, cls)
 
 
@@ -239,16 +239,16 @@ class Euclidean(Manifold):
         return product.sum(dims, keepdim=keepdim) if self.ndim else product
 
     def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
-        """Products of entries."""
+        """Return the products of the entries."""
         return u * (u if v is None else v)
 
     def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
-        """Length over the trailing dimensions."""
+        """Return the length over the trailing dimensions."""
         dims = tuple(range(-self.ndim, 0))
         return torch.linalg.vector_norm(u, dim=dims, keepdim=keepdim) if self.ndim else u.abs()
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
-        """Length of the difference."""
+        """Return the length of the difference."""
         return self.norm(x, x - y, keepdim=keepdim)
 
     def random_normal(
@@ -505,7 +505,7 @@ class ManifoldParameter(ManifoldTensor, nn.Parameter):
 
 
 def located(x: Tensor, manifold: Manifold) -> ManifoldTensor:
-    """A tensor as one that knows its manifold."""
+    """Return a tensor as one that knows its manifold."""
     return _rebuild(ManifoldTensor, x, manifold, False)
 
 

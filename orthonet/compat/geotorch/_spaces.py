@@ -94,16 +94,16 @@ class _Sized(Parametrization):
         return self.inner.update_base(coordinates, *vectors)
 
     def log_abs_det(self, coordinates: Tensor) -> Tensor:
-        """Log-volume of the map; see `Parametrization.log_abs_det`."""
+        """Return the log-volume of the map; see `Parametrization.log_abs_det`."""
         return self.inner.log_abs_det(coordinates)
 
     def right_inverse(self, X: Tensor, check_in_manifold: bool = True) -> Tensor:
-        """Coordinates of `X`; what is off the space is projected without `check_in_manifold`."""
+        """Return coordinates of `X`, projected first without `check_in_manifold`."""
         inside = not X.is_meta and tuple(X.shape) == self.value_shape and self.in_manifold(X)
         return super().right_inverse(X, project=inside or not check_in_manifold)
 
     def in_manifold(self, X: Tensor, eps: float | None = None) -> bool:
-        """Whether `X` lies on the space to `eps`, and has its shape."""
+        """Return whether `X` lies on the space to `eps`, and has its shape."""
         shapes = [self.value_shape]
         if self.either_way:
             shapes.append((*self.value_shape[:-2], *self.value_shape[:-3:-1]))
@@ -131,13 +131,13 @@ class Symmetric(nn.Module):
         self.lower = lower
 
     def forward(self, X: Tensor) -> Tensor:
-        """The triangle and its reflection."""
+        """Return the triangle and its reflection."""
         manifolds.Symmetric().check_shape(X.shape)
         return X.tril() + X.tril(-1).mT if self.lower else X.triu() + X.triu(1).mT
 
     @staticmethod
     def in_manifold(X: Tensor, eps: float = 1e-6) -> bool:
-        """Whether `X` is symmetric to `eps`."""
+        """Return whether `X` is symmetric to `eps`."""
         return bool(manifolds.Symmetric().contains(X, eps))
 
 
@@ -157,7 +157,7 @@ class Skew(_Sized):
         super().__init__(manifolds.Skew(), size, lower=lower)
 
     def sample(self, init_: Init = _xavier, lower: bool = True) -> Tensor:
-        """W - W^T of a triangle W that `init_` fills."""
+        """Return W - W^T of a triangle W that `init_` fills."""
         with torch.no_grad():
             x = self._empty(self.shape)
             init_(x)
@@ -188,7 +188,7 @@ class _Frames(_Sized):
     triv: Triv
 
     def sample(self, distribution: str = "uniform", init_: Init | None = None) -> Tensor:
-        """A random orthogonal matrix: "uniform", or "torus" with angles that `init_` fills."""
+        """Return a random orthogonal matrix, uniform or "torus" with angles that `init_` fills."""
         _checks.one_of(self, ("uniform", "torus"), distribution=distribution)
         if distribution == "uniform":
             return uniform_init_(self._empty(self.value_shape))
@@ -222,7 +222,7 @@ class SO(_Frames):
         self.triv, self.lower = triv, lower
 
     def in_manifold(self, X: Tensor, in_so: bool = False, eps: float = 1e-4) -> bool:
-        """Whether `X` is orthogonal to `eps`, with `in_so` of determinant 1."""
+        """Return whether `X` is orthogonal to `eps`, with `in_so` of determinant 1."""
         return super().in_manifold(X, eps) and (not in_so or bool((torch.linalg.det(X) > 0).all()))
 
 
@@ -252,7 +252,7 @@ class _Ranked(_Sized):
     either_way = True
 
     def sample(self, init_: Init = _xavier, eps: float = 5e-6, factorized: bool = False) -> Any:
-        """The projection of what `init_` fills; `factorized` gives U, S and V."""
+        """Return the projection of what `init_` fills; `factorized` gives U, S and V."""
         with torch.no_grad():
             x = self._empty(self.shape)
             init_(x)
@@ -273,7 +273,7 @@ class LowRank(_Ranked):
         self.rank = rank
 
     def sample(self, init_: Init = _xavier, factorized: bool = False) -> Any:
-        """The projection of what `init_` fills; `factorized` gives U, S and V."""
+        """Return the projection of what `init_` fills; `factorized` gives U, S and V."""
         return super().sample(init_, 0.0, factorized)
 
 
@@ -286,7 +286,7 @@ class FixedRank(_Ranked):
         self.rank = rank
 
     def in_manifold(self, X: Tensor, eps: float | None = None) -> bool:
-        """Whether `X` has the size, and `rank` singular values above `eps`."""
+        """Return whether `X` has the size, and `rank` singular values above `eps`."""
         least = self.eps if eps is None else eps
         inside = super().in_manifold(X, eps)
         return inside and bool((torch.linalg.svdvals(X)[..., self.rank - 1] > least).all())
@@ -316,7 +316,7 @@ class _Semidefinite(_Sized):
     eps = 1e-6
 
     def sample(self, init_: Init = _xavier, factorized: bool = False) -> Any:
-        """W W^T of a matrix that `init_` fills; `factorized` gives eigenvalues and -vectors."""
+        """Return W W^T of a matrix that `init_` fills; `factorized`: eigenvectors and -values."""
         with torch.no_grad():
             w = self._empty(self.shape)
             init_(w)
@@ -380,7 +380,7 @@ class Hurwitz(_Sized):
         self.alpha = alpha
 
     def sample(self, init_: Init = _xavier) -> Tensor:
-        """A random stable matrix, from matrices that `init_` fills."""
+        """Return a random stable matrix, from matrices that `init_` fills."""
         return super().sample(init_=init_)
 
 
@@ -391,13 +391,13 @@ class ProductManifold(nn.ModuleList):
         super().__init__(manifolds)
 
     def forward(self, Xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The value of each."""
+        """Return the value of each."""
         return tuple(part(x) for part, x in zip(self, Xs, strict=True))
 
     def right_inverse(
         self, Xs: Sequence[Tensor], check_in_manifold: bool = True
     ) -> tuple[Tensor, ...]:
-        """The coordinates of each."""
+        """Return the coordinates of each."""
         return tuple(
             part.right_inverse(x, check_in_manifold)  # type: ignore[operator]
             for part, x in zip(self, Xs, strict=True)

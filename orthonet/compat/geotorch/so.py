@@ -16,12 +16,12 @@ __all__ = ["cayley_map", "torus_init_", "uniform_init_"]
 
 
 def cayley_map(X: Tensor) -> Tensor:
-    r"""\((I + X/2)(I - X/2)^{-1}\)."""
+    r"""Return \((I + X/2)(I - X/2)^{-1}\)."""
     return linalg.cayley(0.5 * X)
 
 
 def _target(tensor: Tensor) -> Tensor:
-    """The tensor, or for a computed one (a constrained weight) a new one like it."""
+    """Return the tensor, or for a computed one (a constrained weight) a new one like it."""
     return tensor if tensor.grad_fn is None else torch.empty_like(tensor.detach())
 
 

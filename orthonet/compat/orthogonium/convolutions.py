@@ -41,7 +41,7 @@ def _pair(value: Size) -> tuple[int, int]:
 
 
 def _same(kernel_size: Size, stride: Size, dilation: Size) -> tuple[int, int]:
-    """The padding with which a strided convolution has size / stride outputs."""
+    """Return the padding with which a strided convolution has size / stride outputs."""
     sizes = zip(_pair(kernel_size), _pair(stride), _pair(dilation), strict=True)
     height, width = (max(0, d * (k - 1) + 2 - s) // 2 for k, s, d in sizes)
     return height, width
@@ -144,7 +144,7 @@ class AOLConvTranspose2D(layers.AOLConvTranspose2d):
 
 
 def _skew_taps(kernel_size: int, stride: int) -> int:
-    """The taps of the skew kernel that, composed with the stride, has about `kernel_size`."""
+    """Return the taps of a skew kernel that has about `kernel_size` with the stride."""
     taps = kernel_size - (stride - 1)
     return taps if taps % 2 else taps + 1 if taps <= 2 else taps - 1
 
@@ -360,7 +360,7 @@ def get_conv_sv(
 
 
 def _circular_norm(kernel: Tensor, size: list[int]) -> Tensor:
-    """The norm of the convolution on a torus, of which taps beyond its size wrap around."""
+    """Return the norm of the convolution on a torus, of which taps beyond its size wrap around."""
     pads = [a for k, n in zip(kernel.shape[:1:-1], size[::-1], strict=True) for a in (0, -k % n)]
     wrapped = F.pad(kernel, pads)
     wrapped = wrapped.unflatten(3, (-1, size[1])).unflatten(2, (-1, size[0])).sum((2, 4))
@@ -369,7 +369,7 @@ def _circular_norm(kernel: Tensor, size: list[int]) -> Tensor:
 
 
 def _with_stride(kernel: Tensor, stride: tuple[int, int]) -> Tensor:
-    """The kernel as it acts, without a stride, on blocks of stride x stride pixels."""
+    """Return the kernel as it acts, without a stride, on blocks of stride x stride pixels."""
     high, wide = (-k % s for k, s in zip(kernel.shape[2:], stride, strict=True))
     blocks = F.pad(kernel, (0, wide, 0, high))
     blocks = blocks.unflatten(3, (-1, stride[1])).unflatten(2, (-1, stride[0]))

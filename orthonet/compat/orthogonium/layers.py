@@ -145,7 +145,7 @@ class PrescaledAdditiveResidual(layers.PrescaledResidual):
 
 
 def _extremes(values: Tensor) -> tuple[float, float, float]:
-    """The smallest and the largest of singular values, and the stable rank per singular value."""
+    """Return the smallest and largest singular value, and the stable rank over the rank."""
     largest = float(values.max())
     share = float(values.square().mean()) / largest**2 if largest else 0.0
     return float(values.min()), largest, share

@@ -50,7 +50,7 @@ def full_sort(input: Tensor) -> Tensor:
 
 
 def lipschitz_prelu(input: Tensor, weight: Tensor, k_coef_lip: float = 1.0) -> Tensor:
-    """`F.prelu` with slopes clamped to [-k, k]."""
+    """Return `F.prelu` with slopes clamped to [-k, k]."""
     return F.prelu(input, weight.clamp(-k_coef_lip, k_coef_lip))
 
 

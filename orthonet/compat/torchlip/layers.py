@@ -22,7 +22,7 @@ Size = int | tuple[int, int]
 
 
 def _orthogonal(owner: object, eps_spectral: float, eps_bjorck: float | None) -> bool:
-    """Whether the layer is orthogonalized; the tolerances are better than asked for."""
+    """Return whether the layer is orthogonalized; the tolerances are better than asked for."""
     _checks.in_range(owner, 0.0, 1.0, eps_spectral=eps_spectral)
     if eps_bjorck is not None:
         _checks.in_range(owner, 0.0, 1.0, eps_bjorck=eps_bjorck)

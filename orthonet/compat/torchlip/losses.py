@@ -44,7 +44,7 @@ def _no_true_values(owner: object, true_values: Any) -> None:
 
 
 def _share(owner: object, alpha: float) -> float:
-    """The weight of the hinge; one above 1 is the old ratio of hinge and distance."""
+    """Return the weight of the hinge; one above 1 is the old ratio of hinge and distance."""
     _checks.require(
         isinstance(alpha, (int, float)) and 0 <= alpha < math.inf,
         owner,

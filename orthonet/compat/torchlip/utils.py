@@ -148,7 +148,7 @@ def _lengths(difference: Tensor, disjoint: bool) -> Tensor:
 
 
 def _slopes(model: nn.Module, x: Tensor, noise: Tensor, disjoint: bool) -> Tensor:
-    """The lengths of the changes of outputs over those of inputs, (N,)."""
+    """Return the lengths of the changes of outputs over those of inputs, (N,)."""
     change = model(x + noise) - model(x)
     return _lengths(change, disjoint) / torch.linalg.vector_norm(noise.flatten(1), dim=1)
 

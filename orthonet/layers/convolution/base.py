@@ -125,7 +125,7 @@ class OrthoConvNd(ConstrainedWeight):
             self.register_parameter("bias", None)
 
     def _tap_stride(self) -> tuple[int, ...]:
-        """The stride counted in taps: windows overlap in taps that lie s / gcd(s, d) apart."""
+        """Return the stride in taps: windows overlap in taps that lie s / gcd(s, d) apart."""
         pairs = zip(self.stride, self.dilation, strict=True)
         return tuple(s // math.gcd(s, d) for s, d in pairs)
 
@@ -174,11 +174,11 @@ class OrthoConvNd(ConstrainedWeight):
         return self._apply_weight(x, self.weight.to(x.dtype), None)
 
     def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The map of the layer with a given weight and bias."""
+        """Return the map of the layer with a given weight and bias."""
         return conv_forward(self, input, weight, bias)
 
     def _input_size(self, output_size: tuple[int, ...]) -> tuple[int, ...]:
-        """The smallest spatial input size that the layer maps to `output_size`."""
+        """Return the smallest spatial input size that the layer maps to `output_size`."""
         pads = conv_paddings(self)
         dims = len(self.kernel_size)
         return tuple(

@@ -123,7 +123,7 @@ class _OrthoConv(OrthoConvNd):
         return "factors" if self.parametrization.prefers_factors(pixels) else "kernel"
 
     def _padded(self, input: Tensor) -> Tensor:
-        """A batch of inputs with all padding done."""
+        """Return a batch of inputs with all padding done."""
         pads = conv_paddings(self)
         batch = input if input.ndim > len(self.kernel_size) + 1 else input.unsqueeze(0)
         if not any(pads):

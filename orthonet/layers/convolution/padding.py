@@ -14,7 +14,7 @@ __all__ = ["SymmetricPad", "pad_input", "padding_norm", "required_sizes"]
 
 
 def padding_norm(padding_mode: str, pads: Sequence[int]) -> float:
-    r"""Norm of reflecting or replicating padding, for all sizes that `required_sizes` allows.
+    r"""Return the norm of a padding, for all sizes that `required_sizes` allows.
 
     Every padded value copies one input value, so the operator P has a single 1 in each row:
     \(P^\top P\) is diagonal, holds how often each value appears, and \(\|P\|_2\) is the square root
@@ -42,7 +42,7 @@ def padding_norm(padding_mode: str, pads: Sequence[int]) -> float:
 
 
 def required_sizes(padding_mode: str, pads: Sequence[int]) -> tuple[int, ...]:
-    """Smallest input size of each dimension, first to last, for which `padding_norm` holds."""
+    """Return the smallest input size of each dimension for which `padding_norm` holds."""
     ends = list(zip(pads[::2], pads[1::2], strict=True))[::-1]
     if padding_mode == "reflect":
         return tuple(p + q + 2 if p and q else p + q + 1 for p, q in ends)

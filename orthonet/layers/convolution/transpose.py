@@ -85,7 +85,7 @@ class _OrthoConvTranspose(OrthoConvNd):
         padding: tuple[int, ...]  # never a string here
 
     def _geometry(self) -> list[tuple[int, int, int, int, int]]:
-        """(kernel, stride, dilation, padding, output padding) of each dim."""
+        """Return (kernel, stride, dilation, padding, output padding) of each dim."""
         fields = (
             self.kernel_size,
             self.stride,
@@ -96,7 +96,7 @@ class _OrthoConvTranspose(OrthoConvNd):
         return list(zip(*fields, strict=True))
 
     def _wrapping(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Values to wrap around on each side of the input, and the padding that then crops."""
+        """Return how much to wrap around on each side, and the padding that then crops."""
         wrap = tuple(
             max(-(-(d * (k - 1) - p) // s), (p - 1) // s + 1, 0)
             for k, s, d, p, _ in self._geometry()

@@ -118,7 +118,7 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
         uniform_(list(self.parameters(recurse=False)), 1 / math.sqrt(self.hidden_size))
 
     def flatten_parameters(self) -> None:
-        """Nothing: the recurrent kernels are computed, so no block of memory can hold them all."""
+        """Do nothing: the recurrent kernels are computed, and no block of memory holds them."""
 
     def __setstate__(self, d: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, d)
@@ -126,7 +126,7 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
 
     @torch.no_grad()
     def _plain(self, plain_class: type[nn.RNNBase], **options: Any) -> Any:
-        """A stock layer with the present weights."""
+        """Return a stock layer with the present weights."""
         first = next(self.parameters())
         with warnings.catch_warnings():  # the layer said it when it was made
             warnings.simplefilter("ignore", UserWarning)
@@ -277,7 +277,7 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
 
 
 def _reversed(x: Tensor, last: Tensor | None) -> Tensor:
-    """Each sequence backwards; what follows its end stays where it is. Its own inverse."""
+    """Return each sequence backwards; what follows its end stays where it is. Its own inverse."""
     if last is None:
         return x.flip(0)
     step = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
@@ -286,7 +286,7 @@ def _reversed(x: Tensor, last: Tensor | None) -> Tensor:
 
 
 def at_last(states: Tensor, last: Tensor | None) -> Tensor:
-    """The state (batch, size) of every sequence at its last step, of (time, batch, size)."""
+    """Return the state (batch, size) of every sequence at its last step, of (time, batch, size)."""
     if last is None:
         return states[-1]
     return states[last, torch.arange(states.shape[1], device=states.device)]

@@ -68,7 +68,7 @@ class RecurrentCell(RecurrentKernels):
         uniform_(list(module.parameters(recurse=False)), 1 / math.sqrt(self.hidden_size))
 
     def _weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Both kernels and both biases in the dtype of `x`."""
+        """Return both kernels and both biases in the dtype of `x`."""
         biases = [None if b is None else b.to(x.dtype) for b in (self.bias_ih, self.bias_hh)]
         return self.weight_ih.to(x.dtype), self._kernel("weight_hh"), biases[0], biases[1]
 
@@ -107,7 +107,7 @@ class RecurrentCell(RecurrentKernels):
 
     @torch.no_grad()
     def _plain(self, plain_class: type[nn.Module], **options: Any) -> Any:
-        """A stock cell with the present weights."""
+        """Return a stock cell with the present weights."""
         make: Any = plain_class
         plain = make(
             self.input_size,

@@ -21,7 +21,7 @@ _NONLINEARITIES = tuple(ACTIVATIONS)  # each of them is 1-Lipschitz
 
 
 def _check_rates(owner: object, leak: float, contraction: float) -> float:
-    """The factor kappa of the recurrent kernel."""
+    """Return the factor kappa of the recurrent kernel."""
     _checks.in_range(owner, 1e-6, 1.0, leak=leak)
     _checks.in_range(owner, 1.0 - leak, 1.0, contraction=contraction)
     return max(0.0, (contraction - (1.0 - leak)) / leak)
@@ -124,7 +124,7 @@ class ContractiveRNN(RecurrentLayer):
         self._all_weights.append(names)
 
     def step_weights(self, suffix: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        r"""The matrices \(U\), \(\kappa Q\) and, if there is a leak, \((1 - \alpha) R\)."""
+        r"""Return the matrices \(U\), \(\kappa Q\) and, if there is a leak, \((1 - \alpha) R\)."""
         kernel = self.kappa * self._kernel(f"weight_hh{suffix}")
         linear = None
         if self.leak < 1.0:

@@ -20,7 +20,7 @@ __all__ = ["OrthoGRU", "OrthoGRUCell", "OrthoLSTM", "OrthoLSTMCell"]
 
 
 def _differentiated_by_torch() -> bool:
-    """Whether PyTorch's own sequence kernels cannot be used."""
+    """Return whether PyTorch's own sequence kernels cannot be used."""
     return is_traced() or in_forward_mode()
 
 

@@ -149,7 +149,7 @@ class RecurrentKernels(OneLine, nn.Module):
         return cast(Weight, self.recurrent[name])
 
     def _kernel(self, name: str) -> Tensor:
-        """The matrix, gates one below the other, in the dtype of the computation."""
+        """Return the matrix, gates one below the other, in the dtype of the computation."""
         weight = self.recurrent[name]()
         weight = weight.to(compute_dtype(weight.dtype))
         return weight if weight.ndim == 2 else weight.flatten(0, 1)
@@ -271,7 +271,7 @@ def uniform_(parameters: Sequence[Tensor], bound: float) -> None:
 def check_nonlinearity(
     owner: object, choices: Sequence[str], nonlinearity: str, hidden_size: int
 ) -> None:
-    """One of the choices, and an even size where channels are paired."""
+    """Refuse other choices, and an odd size where channels are paired."""
     _checks.one_of(owner, choices, nonlinearity=nonlinearity)
     _checks.require(
         nonlinearity != "max_min" or hidden_size % 2 == 0,

@@ -46,7 +46,7 @@ def delta_orthogonal(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """A random semi-orthogonal matrix, in the central tap of a kernel if `shape` has taps."""
+    """Return a random semi-orthogonal matrix, in the central tap if `shape` has taps."""
     rows, columns, *taps = shape
     matrix = haar((groups, rows // groups, columns), dtype=dtype or torch.float32, device=device)
     kernel = torch.zeros(tuple(shape), dtype=matrix.dtype, device=matrix.device)
@@ -70,7 +70,7 @@ def new_bias(
     dtype: torch.dtype | None,
     name: str = "bias",
 ) -> None:
-    """A parameter of zeros, or None."""
+    """Return a parameter of zeros, or None."""
     value = None
     if size is not None:
         value = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
@@ -160,7 +160,7 @@ class CachedParts(Weight):
 
     @abc.abstractmethod
     def _shapes(self) -> tuple[torch.Size, ...]:
-        """Their shapes."""
+        """Return the shapes of the tensors."""
 
     @property
     def shape(self) -> torch.Size:
@@ -168,7 +168,7 @@ class CachedParts(Weight):
         return torch.Size((sum(shape.numel() for shape in self._shapes()),))
 
     def evaluate(self) -> Tensor:
-        """All of them in one vector."""
+        """Return all of them in one vector."""
         return torch.cat([part.reshape(-1) for part in self.compute()])
 
     def forward(self) -> tuple[Tensor, ...]:
@@ -241,7 +241,7 @@ class SameSizeConv2d(InnerWeight):
             self.reduction = OrthoWeight(shape, device=device, dtype=dtype)
 
     def _reduction(self) -> Tensor:
-        """The matrix as the kernel of a strided convolution, in float32 at least."""
+        """Return the matrix as the kernel of a strided convolution, in float32 at least."""
         reduction: Any = self.reduction
         matrix = reduction()
         matrix = matrix.to(compute_dtype(matrix.dtype))
@@ -251,7 +251,7 @@ class SameSizeConv2d(InnerWeight):
         return nn.functional.conv2d(y, self._reduction(), stride=self.stride, groups=self.groups)
 
     def _plain_reduction(self, like: Tensor) -> nn.Conv2d | None:
-        """The stride as a stock module."""
+        """Return the stride as a stock module."""
         if self.reduction is None:
             return None
         kernel = self._reduction()
@@ -263,7 +263,7 @@ class SameSizeConv2d(InnerWeight):
         return plain
 
     def _reduction_norm(self, norms: Norms) -> tuple[float, float, float]:
-        """A proved norm of the matrix, the norm of its modulus, and the products in a sum."""
+        """Return a proved norm of the matrix, that of its modulus, the products in a sum."""
         if self.reduction is None:
             return 1.0, 1.0, 0.0
         with torch.no_grad():
@@ -390,7 +390,7 @@ class MappedLinear(ConstrainedWeight, nn.Linear):
         add_bias(self, bias, out_features, device, dtype)
 
     def _map(self) -> Callable[[Tensor], Tensor]:
-        """The function from the free matrix to the weight."""
+        """Return the function from the free matrix to the weight."""
         raise AttributeError("a subclass gives the map")
 
     def forward(self, input: Tensor) -> Tensor:
@@ -449,7 +449,7 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
         return MappedWeight(shape, self._map(), initial, lipschitz, device, dtype)
 
     def _map(self) -> Callable[[Tensor], Tensor]:
-        """The function from the free kernel to the weight."""
+        """Return the function from the free kernel to the weight."""
         raise AttributeError("a subclass gives the map")
 
     def linear(self, x: Tensor) -> Tensor:

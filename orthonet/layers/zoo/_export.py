@@ -14,7 +14,7 @@ __all__ = ["circular_twin", "image_size_of"]
 
 
 def image_size_of(owner: object, image_size: Any) -> tuple[int, int] | None:
-    """`image_size` as (height, width); an integer stands for a square."""
+    """Return `image_size` as (height, width); an integer stands for a square."""
     if image_size is None:
         return None
     sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -40,7 +40,7 @@ def circular_twin(
     stride: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> nn.Conv2d:
-    """An `nn.Conv2d` whose kernel covers the torus and that equals `linear` plus `bias` on it.
+    """Return an `nn.Conv2d` that covers the torus and equals `linear` plus `bias` on it.
 
     The kernel is read off the images of unit impulses, one for each input channel of a group and
     each position inside a stride.

@@ -28,7 +28,7 @@ def _gaussian(shape, *, dtype=None, device=None) -> Tensor:
 
 
 def _rank_of(owner: type, rank: int | None, size: int) -> int:
-    """The number of columns of V, half of the rows by default."""
+    """Return the number of columns of V, half of the rows by default."""
     value = max(1, size // 2) if rank is None else rank
     _checks.positive_int(owner, rank=value)
     _checks.require(

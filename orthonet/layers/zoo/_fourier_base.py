@@ -100,7 +100,7 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         self._make((groups, rows, columns), device, dtype)
 
     def _strided_same(self) -> None:
-        """The symmetric padding that gives size / stride outputs."""
+        """Return the symmetric padding that gives size / stride outputs."""
         pads = []
         for k, s in zip(self.kernel_size, self.stride, strict=True):
             pads.append(max(0, k - s + 1) // 2)
@@ -126,7 +126,7 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
             nn.init.zeros_(self.bias)
 
     def blocks(self, size: tuple[int, int]) -> Tensor:
-        """The matrix at each frequency of a torus of this size (in strides), without the factor K.
+        """Return the matrix at each frequency of a torus (size in strides), without the factor K.
 
         Shape:
             Complex, (groups, frequencies of `torch.fft.rfft2`, rows, columns).
@@ -134,7 +134,7 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         return self.parametrization(size)
 
     def _torus(self, size: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Size of the torus in pixels, and of the output."""
+        """Return the size of the torus in pixels, and of the output."""
         s = self.stride[0]
         if self.padding_mode == "circular":
             return (size[-2], size[-1]), (size[-2] // s, size[-1] // s)
@@ -147,7 +147,7 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         return (torus[0], torus[1]), (output[0], output[1])
 
     def linear(self, x: Tensor) -> Tensor:
-        """The linear part of the layer, with its factor K."""
+        """Return the linear part of the layer, with its factor K."""
         dtype = compute_dtype(self.parametrization.original.dtype)
         torus, output = self._torus(tuple(x.shape))
         image = x.to(dtype)
@@ -168,7 +168,7 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         return y if self.lipschitz == 1.0 else y * self.lipschitz
 
     def _on_torus(self, image: Tensor) -> Tensor:
-        """The layer on an image that fills the torus, at stride 1 and without the factor K."""
+        """Apply the layer to an image that fills the torus, at stride 1, without the factor K."""
         blocks = self.blocks((image.shape[-2], image.shape[-1]))
         image = image.unflatten(-3, (self.groups, -1))
         image = match_channels(image, blocks.shape[-1]).flatten(-4, -3)
@@ -241,7 +241,7 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         return Declared(value, text, rounding=rounding)
 
     def _symbol(self, input_shape: tuple[int, ...]) -> tuple[Tensor, tuple[int, int], str]:
-        """The symbol on the torus that the layer works on, as the transforms of forward apply it.
+        """Return the symbol on the torus, as the transforms of forward apply it.
 
         The inverse transform takes the Hermitian part of the first and of the last column of
         frequencies; elsewhere each block is applied as it is.
@@ -260,7 +260,7 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         return grid.flatten(1, 2), size, text
 
     def _finished(self, chain: Chained | None, bias: float = 0.0) -> Rounding | None:
-        """The factor K and the bias."""
+        """Return the factor K and the bias."""
         return None if chain is None else chain.map(self.lipschitz, 1.0, bias).rounding()
 
 

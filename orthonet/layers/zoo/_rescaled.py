@@ -193,7 +193,7 @@ class FrobeniusConv2d(MappedConv2d):
 
 
 def _residual_kernel(kernel: Tensor, *, groups: int = 1) -> Tensor:
-    """The identity plus the kernel, divided by a bound of its norm."""
+    """Return the identity plus the kernel, divided by a bound of its norm."""
     rows, columns, *taps = kernel.shape
     eye = torch.eye(rows // groups, columns, dtype=kernel.dtype, device=kernel.device)
     center = [amount for k in reversed(taps) for amount in ((k - 1) // 2, k - 1 - (k - 1) // 2)]
@@ -204,7 +204,7 @@ def _residual_kernel(kernel: Tensor, *, groups: int = 1) -> Tensor:
 
 
 def _small(shape, *, dtype=None, device=None, groups: int = 1) -> Tensor:
-    """A random kernel of norm about 0.1, so that the residual layer starts near the identity."""
+    """Return a random kernel of norm about 0.1: the layer starts near the identity."""
     return 0.1 * normalized_spectral(
         torch.randn(tuple(shape), dtype=dtype, device=device), groups=groups
     )
@@ -276,7 +276,7 @@ class CholeskyLinear(MappedLinear):
 
 
 def _grouped(kernel: Tensor, function: Callable[[Tensor], Tensor], groups: int) -> Tensor:
-    """A function of matrices, applied to the flattened kernel of each group."""
+    """Return a function of matrices, applied to the flattened kernel of each group."""
     matrices = kernel.unflatten(0, (groups, -1)).flatten(2)
     return function(matrices).reshape(kernel.shape)
 

@@ -49,7 +49,7 @@ class _Pair(Weight):
         return self.original.shape
 
     def evaluate(self) -> Tensor:
-        """A and B, transposed and one below the other, in float32 at least."""
+        """Return A and B, transposed and one below the other, in float32 at least."""
         stored = self.original
         with torch.autocast(stored.device.type, enabled=False):
             return cayley_rectangular(stored.to(compute_dtype(stored.dtype)))
@@ -70,7 +70,7 @@ class _Pair(Weight):
 
 
 def _clamped(log_scale: Tensor) -> Tensor:
-    """The logarithm of Psi, kept within float range."""
+    """Return the logarithm of Psi, kept within float range."""
     return log_scale.clamp(-20.0, 20.0)
 
 
@@ -139,7 +139,7 @@ class SandwichLinear(WithoutPlainWeight, nn.Module):
                 nn.init.zeros_(tensor)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        r"""The matrices \(K \sqrt 2 A^\top \Psi\) and \(\sqrt 2 \Psi^{-1} B\)."""
+        r"""Return the matrices \(K \sqrt 2 A^\top \Psi\) and \(\sqrt 2 \Psi^{-1} B\)."""
         a, b = self.parametrization()
         log_psi = _clamped(self.log_scale.to(a.dtype))
         outer = math.sqrt(2) * self.lipschitz * (a.mT * log_psi.exp())
@@ -253,7 +253,7 @@ class SandwichConv2d(FourierConv2d):
         return (sign * _clamped(self.log_scale.to(like.dtype))).exp().view(-1, 1, 1) * math.sqrt(2)
 
     def _factors(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The symbols of A* and of B."""
+        """Return the symbols of A* and of B."""
         split = self.out_channels // self.groups
         blocks = self.blocks(size)
         return blocks[:, :, :split], blocks[:, :, split:]

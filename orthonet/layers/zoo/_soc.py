@@ -125,7 +125,7 @@ class _SkewConv2d(LinearMap, SameSizeConv2d):
         return self.lipschitz / (1.0 + bound**terms / math.factorial(terms))
 
     def _series(self, x: Tensor, kernel: Tensor, bound: Tensor) -> Tensor:
-        """The scaled series, applied to an image of the channels of the kernel."""
+        """Return the scaled series, applied to an image of the channels of the kernel."""
         total = term = x
         for i in range(1, self._number_of_terms(kernel.dtype)):
             term = self._convolve(term, kernel) / i
@@ -133,7 +133,7 @@ class _SkewConv2d(LinearMap, SameSizeConv2d):
         return total * self.factor(bound)
 
     def _matched(self, x: Tensor, channels: int) -> Tensor:
-        """Zeros behind the channels of each group, or less of them."""
+        """Append zeros to the channels of each group, or drop the last ones."""
         inside = channels // self.groups
         return match_channels(x.unflatten(-3, (self.groups, -1)), inside).flatten(-4, -3)
 
@@ -150,7 +150,7 @@ class _SkewConv2d(LinearMap, SameSizeConv2d):
         return f"{super().extra_repr()}, terms={self.terms}"
 
     def _torus(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The size of the image that the series is applied to."""
+        """Return the size of the image that the series is applied to."""
         return size
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:

@@ -383,7 +383,7 @@ def step_of_descent(factor: float, norm: float) -> float:
 
 
 def deployed_weights(module: Any) -> tuple[Tensor, Tensor]:
-    """The two tensors of the parametrization as forward computes them, in float64."""
+    """Return the two tensors of the parametrization as forward computes them, in float64."""
     with torch.no_grad():
         first, second = module.parametrization()
     return float64(module, first), float64(module, second)
