@@ -63,7 +63,7 @@ class Grassmannian(Stiefel):
         return torch.linalg.svdvals(self.log(x, y))[..., : min(x.shape[-2:])]
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the root of the sum of the squared principal angles."""
+        """Root of the sum of the squared principal angles."""
         return self.norm(x, self.log(x, y))
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
