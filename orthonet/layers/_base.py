@@ -16,7 +16,7 @@ from orthonet.reparametrizers import Weight
 from orthonet.reparametrizers.plain_values import warn_projected
 from orthonet.reparametrizers.recorded import RecordedWeight, keep_if_refused
 
-__all__ = ["OneLine", "ConstrainedWeight", "WithoutPlainWeight"]
+__all__ = ["OneLine", "ConstrainedWeight", "ReadsPlain", "WithoutPlainWeight"]
 
 
 # Mixins stand before a class of `nn`: a type checker takes them for modules, Python does not.
@@ -43,7 +43,21 @@ class OneLine(Module):
         return f"{type(self).__name__}({', '.join(filter(None, parts))})"
 
 
-class ConstrainedWeight(LinearMap, OneLine):
+class ReadsPlain(OneLine):
+    """Mixin before an `nn` class: the layer looks for its plain twin in a checkpoint first."""
+
+    def _read_plain(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> bool:
+        """Make entries of this layer of those of its plain twin; False if there is no way."""
+        raise AttributeError("a subclass says how it reads a plain checkpoint")
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
+    ) -> None:
+        if self._read_plain(state_dict, prefix, rest[-1]):
+            super()._load_from_state_dict(state_dict, prefix, *rest, **options)
+
+
+class ConstrainedWeight(LinearMap, ReadsPlain):
     """Mixin before an `nn` class: `weight` becomes a property computed by a sub-module.
 
     The sub-module `parametrization`, a [`Weight`][orthonet.reparametrizers.Weight], owns the raw
@@ -139,16 +153,7 @@ class ConstrainedWeight(LinearMap, OneLine):
         plain.train(self.training)
         return plain
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _read_plain(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> bool:
         """Also accept the `weight` of a plain `nn` layer: it is projected, with a warning.
 
         And the names that layers of a constant other than 1 had before theirs were those of 1.
@@ -170,9 +175,7 @@ class ConstrainedWeight(LinearMap, OneLine):
                 relative_distance=moved,
                 shape=tuple(weight.shape),
             )
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        return True
 
 
 def _check_weight(owner: object, weight: Any) -> None:
@@ -188,19 +191,10 @@ def _check_weight(owner: object, weight: Any) -> None:
     )
 
 
-class WithoutPlainWeight(OneLine):
+class WithoutPlainWeight(ReadsPlain):
     """Mixin before `nn.Module`: a layer that no plain weight can be projected onto says so."""
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _read_plain(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> bool:
         """Refuse the `weight` of a plain `nn` layer by one sentence."""
         known = {name for name, _ in self.named_parameters()}
         if f"{prefix}weight" in state_dict and "weight" not in known:
@@ -217,8 +211,6 @@ class WithoutPlainWeight(OneLine):
             for name in list(state_dict):
                 if name.startswith(prefix):
                     state_dict.pop(name)
-            return
+            return False
         keep_if_refused(self, state_dict, prefix, error_msgs)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        return True

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.layers._base import OneLine
+from orthonet.layers._base import ReadsPlain
 from orthonet.linalg import polar_svd
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds import Stiefel
@@ -105,7 +105,7 @@ class TrivializedWeight(RecordedWeight):
         self.original.copy_(coordinates)
 
 
-class RecurrentKernels(OneLine, nn.Module):
+class RecurrentKernels(ReadsPlain, nn.Module):
     """Mixin before an `nn` class: some named matrices are computed by sub-modules.
 
     `recurrent[name]` owns the raw parameter of the matrix `name`, for example `weight_hh_l0`.
@@ -231,16 +231,7 @@ class RecurrentKernels(OneLine, nn.Module):
         for name in self.recurrent:
             self._weight_of(name).update_base()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _read_plain(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> bool:
         """Also accept the kernels of the `nn` twin: they are projected, with a warning."""
         keep_if_refused(self, state_dict, prefix, error_msgs)
         moved, dtype = 0.0, torch.float32
@@ -256,9 +247,7 @@ class RecurrentKernels(OneLine, nn.Module):
             dtype,
             largest_relative_distance=moved,
         )
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        return True
 
 
 def uniform_(parameters: Sequence[Tensor], bound: float) -> None:
