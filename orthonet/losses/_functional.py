@@ -54,7 +54,7 @@ def offset_cross_entropy(
     """
     owner = "offset_cross_entropy"
     check_offset(owner, offset, temperature, reduction)
-    _check_classes(owner, logits, target)
+    check_classes(owner, logits, target)
     wanted = F.one_hot(target.long(), logits.shape[1]).to(logits.dtype)
     scaled = (logits - offset * wanted) / temperature
     return temperature * F.cross_entropy(scaled, target.long(), reduction=reduction)
@@ -93,7 +93,7 @@ def kr(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
     """
     _checks.one_of("kr", REDUCTIONS, reduction=reduction)
     _check_binary("kr", input, target)
-    return _reduce(_per_sample(_kr_terms(input, target > 0)), reduction)
+    return reduced(_per_sample(_kr_terms(input, target > 0)), reduction)
 
 
 def hinge_kr(
@@ -137,7 +137,7 @@ def hinge_kr(
     positive = target > 0
     hinge = F.relu(margin - torch.where(positive, input, -input))
     terms = (1 - alpha) * _kr_terms(input, positive) + alpha * hinge
-    return _reduce(_per_sample(terms), reduction)
+    return reduced(_per_sample(terms), reduction)
 
 
 def hinge_kr_multiclass(
@@ -178,11 +178,11 @@ def hinge_kr_multiclass(
     """
     owner = "hinge_kr_multiclass"
     check_hinge_kr(owner, alpha, margin, reduction)
-    _check_classes(owner, input, target)
+    check_classes(owner, input, target)
     true = F.one_hot(target.long(), input.shape[1]).bool()
     hinge = F.relu(margin - torch.where(true, input, -input))
     hinge = torch.where(true, hinge, hinge / (input.shape[1] - 1)).sum(1)
-    return _reduce((1 - alpha) * _kr_terms(input, true).mean(1) + alpha * hinge, reduction)
+    return reduced((1 - alpha) * _kr_terms(input, true).mean(1) + alpha * hinge, reduction)
 
 
 def soft_hinge_kr_multiclass(
@@ -226,13 +226,13 @@ def soft_hinge_kr_multiclass(
     """
     owner = "soft_hinge_kr_multiclass"
     check_hinge_kr(owner, alpha, margin, reduction, temperature)
-    _check_classes(owner, input, target)
+    check_classes(owner, input, target)
     true = F.one_hot(target.long(), input.shape[1]).bool()
     wrong = torch.softmax((input / temperature).masked_fill(true, -math.inf), 1)
     weight = torch.where(true, torch.ones_like(wrong), wrong)
     signed = torch.where(true, input, -input)
     terms = alpha * F.relu(margin - signed) - (1 - alpha) * signed
-    return _reduce((weight * terms).sum(1), reduction)
+    return reduced((weight * terms).sum(1), reduction)
 
 
 def lse_hinge_kr_multiclass(
@@ -275,13 +275,13 @@ def lse_hinge_kr_multiclass(
     """
     owner = "lse_hinge_kr_multiclass"
     check_hinge_kr(owner, alpha, margin, reduction, temperature)
-    _check_classes(owner, input, target)
+    check_classes(owner, input, target)
     index = target.long()[:, None]
     right = input.gather(1, index).squeeze(1)
     others = (input / temperature).scatter(1, index, -math.inf)
     largest = temperature * torch.logsumexp(others, 1)
     hinge = F.relu(margin - right) + F.relu(margin + largest)
-    return _reduce((1 - alpha) * (largest - right) + alpha * hinge, reduction)
+    return reduced((1 - alpha) * (largest - right) + alpha * hinge, reduction)
 
 
 def tau_bce_with_logits(
@@ -317,7 +317,7 @@ def tau_bce_with_logits(
     check_tau("tau_bce_with_logits", tau, reduction)
     _check_binary("tau_bce_with_logits", input, target)
     signed = torch.where(target > 0, input, -input)
-    return _reduce(_per_sample(-F.logsigmoid(tau * signed) / tau), reduction)
+    return reduced(_per_sample(-F.logsigmoid(tau * signed) / tau), reduction)
 
 
 def kr_labels(target: Tensor) -> Tensor:
@@ -347,7 +347,7 @@ def kr_labels(target: Tensor) -> Tensor:
 
 def check_tau(owner: object, tau: float, reduction: str) -> None:
     """Check the arguments of the tempered binary cross-entropy."""
-    _positive(owner, tau=tau)
+    check_positive(owner, tau=tau)
     _checks.one_of(owner, REDUCTIONS, reduction=reduction)
 
 
@@ -360,7 +360,7 @@ def check_offset(owner: object, offset: float, temperature: float, reduction: st
         "Pass math.sqrt(2) * radius for a certified radius",
         offset=offset,
     )
-    _positive(owner, temperature=temperature)
+    check_positive(owner, temperature=temperature)
     _checks.one_of(owner, REDUCTIONS, reduction=reduction)
 
 
@@ -373,11 +373,11 @@ def check_hinge_kr(
 ) -> None:
     """Check the arguments of the HKR losses."""
     _checks.in_range(owner, 0.0, 1.0, alpha=alpha)
-    _positive(owner, margin=margin, temperature=temperature)
+    check_positive(owner, margin=margin, temperature=temperature)
     _checks.one_of(owner, REDUCTIONS, reduction=reduction)
 
 
-def _positive(owner: object, /, **values: float) -> None:
+def check_positive(owner: object, /, **values: float) -> None:
     for name, value in values.items():
         good = _is_number(value) and 0 < value < math.inf
         advice = f"Pass a positive {name}"
@@ -388,7 +388,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_classes(owner: str, logits: Tensor, target: Tensor) -> None:
+def check_classes(owner: str, logits: Tensor, target: Tensor) -> None:
     _checks.floating(owner, logits=logits)
     _checks.tensor(owner, target=target)
     _checks.require(
@@ -442,5 +442,5 @@ def _per_sample(terms: Tensor) -> Tensor:
     return terms.flatten(1).mean(1) if terms.dim() > 1 else terms
 
 
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
+def reduced(loss: Tensor, reduction: str) -> Tensor:
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()

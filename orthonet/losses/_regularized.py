@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.losses._functional import REDUCTIONS, _check_classes, _positive, _reduce
+from orthonet.losses._functional import REDUCTIONS, check_classes, check_positive, reduced
 
 __all__ = [
     "certificate_regularization",
@@ -56,7 +56,7 @@ def emma(
         ImageNet*, NeurIPS 2023 (efficient margin maximization).
     """
     check_emma("emma", radius, lipschitz, reduction)
-    _check_classes("emma", logits, target)
+    check_classes("emma", logits, target)
     true = logits.gather(1, target.long()[:, None])
     raised = (true - logits).detach().clamp(0.0, math.sqrt(2) * lipschitz * radius)
     return F.cross_entropy(logits + raised, target.long(), reduction=reduction)
@@ -99,13 +99,13 @@ def logit_annealing(
         Lai, Huang, Wang & Zhang, ICML 2025 (logit annealing loss).
     """
     check_logit_annealing("logit_annealing", offset, temperature, beta, reduction)
-    _check_classes("logit_annealing", logits, target)
+    check_classes("logit_annealing", logits, target)
     wanted = F.one_hot(target.long(), logits.shape[1]).to(logits.dtype)
     log_p = F.log_softmax((logits - offset * wanted) / temperature, 1)
     log_p = log_p.gather(1, target.long()[:, None]).squeeze(1)
     # 1 - p, kept away from 0 where a power below 1 has an infinite slope
     rest = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).eps)
-    return _reduce(-temperature * rest**beta * log_p, reduction)
+    return reduced(-temperature * rest**beta * log_p, reduction)
 
 
 def certificate_regularization(
@@ -136,9 +136,9 @@ def certificate_regularization(
         Singla, Singla & Feizi, ICLR 2022 (certificate regularization).
     """
     check_weight("certificate_regularization", reduction, weight=weight)
-    _check_classes("certificate_regularization", logits, target)
+    check_classes("certificate_regularization", logits, target)
     loss = F.cross_entropy(logits, target.long(), reduction="none")
-    return _reduce(loss - weight * F.relu(_margin(logits, target)), reduction)
+    return reduced(loss - weight * F.relu(_margin(logits, target)), reduction)
 
 
 def trades(
@@ -178,7 +178,7 @@ def trades(
         2019.
     """
     check_weight("trades", reduction, beta=beta)
-    _check_classes("trades", logits, target)
+    check_classes("trades", logits, target)
     _checks.require(
         perturbed.shape == logits.shape,
         "trades",
@@ -190,7 +190,7 @@ def trades(
     clean = F.cross_entropy(logits, target.long(), reduction="none")
     log_p, log_q = F.log_softmax(logits, 1), F.log_softmax(perturbed, 1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(1)
-    return _reduce(clean + beta * divergence, reduction)
+    return reduced(clean + beta * divergence, reduction)
 
 
 def multi_margin(
@@ -223,14 +223,14 @@ def multi_margin(
         machines*, JMLR 2001.
     """
     check_margin("multi_margin", margin, reduction)
-    _check_classes("multi_margin", logits, target)
-    return _reduce(F.relu(margin - _margin(logits, target)), reduction)
+    check_classes("multi_margin", logits, target)
+    return reduced(F.relu(margin - _margin(logits, target)), reduction)
 
 
 def check_emma(owner: object, radius: float, lipschitz: float, reduction: str) -> None:
     """Check the arguments of EMMA."""
     check_weight(owner, reduction, radius=radius)
-    _positive(owner, lipschitz=lipschitz)
+    check_positive(owner, lipschitz=lipschitz)
 
 
 def check_logit_annealing(
@@ -238,12 +238,12 @@ def check_logit_annealing(
 ) -> None:
     """Check the arguments of the logit annealing loss."""
     check_weight(owner, reduction, offset=offset, beta=beta)
-    _positive(owner, temperature=temperature)
+    check_positive(owner, temperature=temperature)
 
 
 def check_margin(owner: object, margin: float, reduction: str) -> None:
     """Check the arguments of the hinge."""
-    _positive(owner, margin=margin)
+    check_positive(owner, margin=margin)
     _checks.one_of(owner, REDUCTIONS, reduction=reduction)
 
 
