@@ -25,6 +25,11 @@ class Grassmannian(Stiefel):
     Two bases X and X R of one subspace are the same point: a function of it must not depend on R.
     Tangent vectors are the horizontal ones, \(X^\top v = 0\); the metric is
     \(\operatorname{tr} u^\top v\).
+
+    Examples:
+        >>> x, flipped = torch.eye(3)[:, :2], torch.eye(3)[:, [1, 0]]
+        >>> Grassmannian().equal(x, flipped)
+        True
     """
 
     def dimension(self, shape: Sequence[int]) -> int:

@@ -40,7 +40,12 @@ class _Sampled(Manifold):
 
 @dataclass(frozen=True)
 class Nonnegative(_Sampled):
-    r"""Tensors with entries \(\ge 0\). Every entry is a point of its own."""
+    r"""Tensors with entries \(\ge 0\). Every entry is a point of its own.
+
+    Examples:
+        >>> Nonnegative().project(torch.tensor([-1.0, 2.0]))
+        tensor([0., 2.])
+    """
 
     event_ndim = 0
 
@@ -76,6 +81,10 @@ class Bounded(Manifold):
     Attributes:
         low: Smallest value.
         high: Largest value.
+
+    Examples:
+        >>> Bounded(0.0, 1.0).project(torch.tensor([-1.0, 0.5, 2.0]))
+        tensor([0.0000, 0.5000, 1.0000])
     """
 
     low: float = -1.0
@@ -147,10 +156,14 @@ class _Scaled:
 
 @dataclass(frozen=True)
 class NormBall(_Sampled):
-    r"""Vectors along the last dimension of Euclidean norm at most `radius`.
+    """Vectors along the last dimension of Euclidean norm at most `radius`.
 
     Attributes:
         radius: Positive.
+
+    Examples:
+        >>> NormBall(1.0).project(torch.tensor([3.0, 4.0]))
+        tensor([0.6000, 0.8000])
     """
 
     radius: float = 1.0
@@ -201,10 +214,14 @@ class _Folded:
 
 @dataclass(frozen=True)
 class SpectralBall(_Sampled):
-    r"""Matrices of spectral norm at most `radius`: linear maps with that Lipschitz constant.
+    """Matrices of spectral norm at most `radius`: linear maps with that Lipschitz constant.
 
     Attributes:
         radius: Positive.
+
+    Examples:
+        >>> SpectralBall(1.0).project(torch.diag(torch.tensor([3.0, 0.5]))).diagonal()
+        tensor([1.0000, 0.5000])
     """
 
     radius: float = 1.0

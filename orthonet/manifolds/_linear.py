@@ -97,7 +97,12 @@ class VectorSpace(Manifold):
 
 @dataclass(frozen=True)
 class Rn(VectorSpace):
-    r"""All tensors: no constraint. Each one counts as a single point whatever its shape."""
+    """All tensors: no constraint. Each one counts as a single point whatever its shape.
+
+    Examples:
+        >>> Rn().distance(torch.tensor([1.0, 5.0]), torch.zeros(2))
+        tensor([1., 5.])
+    """
 
     event_ndim = 0
     has_complex = True
@@ -120,7 +125,13 @@ class Rn(VectorSpace):
 
 @dataclass(frozen=True)
 class Symmetric(VectorSpace):
-    r"""Symmetric (complex: Hermitian) matrices, \(X = X^*\), of dimension n (n + 1) / 2."""
+    r"""Symmetric (complex: Hermitian) matrices, \(X = X^*\), of dimension n (n + 1) / 2.
+
+    Examples:
+        >>> Symmetric().project(torch.tensor([[0.0, 2.0], [0.0, 0.0]]))
+        tensor([[0., 1.],
+                [1., 0.]])
+    """
 
     has_complex = True
 
@@ -156,7 +167,13 @@ Sym = Symmetric
 
 @dataclass(frozen=True)
 class Skew(VectorSpace):
-    r"""Skew-symmetric (complex: skew-Hermitian) matrices, the Lie algebra of SO(n) (of U(n))."""
+    """Skew-symmetric (complex: skew-Hermitian) matrices, the Lie algebra of SO(n) (of U(n)).
+
+    Examples:
+        >>> Skew().project(torch.tensor([[5.0, 2.0], [0.0, 5.0]]))
+        tensor([[ 0.,  1.],
+                [-1.,  0.]])
+    """
 
     def _shape_problem(self, shape: Sequence[int]) -> str | None:
         return square_problem(shape)

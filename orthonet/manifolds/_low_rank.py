@@ -36,10 +36,14 @@ def _identity(s: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LowRank(Manifold):
-    r"""n x k matrices of rank at most `rank` (a variety, smooth where the rank is that).
+    """n x k matrices of rank at most `rank` (a variety, smooth where the rank is that).
 
     Attributes:
         rank: Largest rank.
+
+    Examples:
+        >>> LowRank(1).project(torch.diag(torch.tensor([3.0, 2.0]))).diagonal()
+        tensor([3., 0.])
     """
 
     rank: int
@@ -131,6 +135,10 @@ class FixedRank(LowRank):
 
     Attributes:
         rank: The rank.
+
+    Examples:
+        >>> FixedRank(2).dimension((5, 4))
+        14
     """
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -165,6 +173,10 @@ class AlmostOrthogonal(Manifold):
 
     Attributes:
         lam: \(\lambda\), in [0, 1].
+
+    Examples:
+        >>> AlmostOrthogonal(0.1).project(torch.diag(torch.tensor([2.0, 0.5]))).diagonal()
+        tensor([1.1000, 0.9000])
     """
 
     lam: float

@@ -19,7 +19,7 @@ __all__ = ["ProductManifold", "ProductParametrization"]
 
 @dataclass(frozen=True)
 class ProductManifold(Manifold):
-    r"""Blocks of a matrix, side by side along one of its two dimensions, each on its space.
+    """Blocks of a matrix, side by side along one of its two dimensions, each on its space.
 
     The recurrent kernel of an `nn.LSTM`, (4h, h), is four blocks along `dim=-2`.
 
@@ -27,6 +27,12 @@ class ProductManifold(Manifold):
         spaces: One space a block.
         dim: -2 (blocks of rows) or -1 (blocks of columns).
         sizes: Sizes of the blocks along `dim`; None for equal ones.
+
+    Examples:
+        >>> from orthonet.manifolds import Stiefel
+        >>> space = ProductManifold((Stiefel(), Stiefel()))
+        >>> space.dimension((6, 3))
+        6
     """
 
     spaces: tuple[Manifold, ...]

@@ -109,6 +109,11 @@ class PSD(_Semidefinite):
     \(\langle u, v\rangle_x = \operatorname{tr}(x^{-1} u\,x^{-1} v)\). Any two points are joined by
     one geodesic.
 
+    Examples:
+        >>> x, y = torch.diag(torch.tensor([1.0, 4.0])), torch.eye(2)
+        >>> round(PSD().distance(x, y).item(), 4)  # log 4
+        1.3863
+
     References:
         Bhatia, *Positive Definite Matrices*, 2007, chapter 6; Moakher, SIAM J. Matrix Anal. Appl.
         26 (2005).
@@ -167,7 +172,12 @@ class PSD(_Semidefinite):
 
 @dataclass(frozen=True)
 class PSSD(_Semidefinite):
-    """Positive semidefinite matrices: a closed convex cone."""
+    """Positive semidefinite matrices: a closed convex cone.
+
+    Examples:
+        >>> PSSD().project(torch.diag(torch.tensor([2.0, -3.0]))).diagonal()
+        tensor([2., 0.])
+    """
 
     def parametrization(
         self, shape: Sequence[int], *, triv: Triv = "exponential"
@@ -187,6 +197,10 @@ class PSSDLowRank(PSSD):
 
     Attributes:
         rank: Largest rank.
+
+    Examples:
+        >>> PSSDLowRank(1).project(torch.diag(torch.tensor([3.0, 2.0]))).diagonal()
+        tensor([3., 0.])
     """
 
     rank: int
@@ -204,6 +218,10 @@ class PSSDFixedRank(_Semidefinite):
 
     Attributes:
         rank: The rank.
+
+    Examples:
+        >>> PSSDFixedRank(2).dimension((5, 5))
+        9
     """
 
     rank: int

@@ -25,6 +25,10 @@ class Simplex(Manifold):
     r"""Vectors along the last dimension with entries \(\ge 0\) that sum to 1.
 
     A matrix of them is row-stochastic.
+
+    Examples:
+        >>> Simplex().project(torch.tensor([1.0, 0.0, 1.0]))
+        tensor([0.5000, 0.0000, 0.5000])
     """
 
     event_ndim = 1
@@ -91,6 +95,11 @@ class FisherRaoSimplex(Simplex):
     \(x \mapsto 2 \sqrt x\) is an isometry onto a part of the sphere of radius 2, which gives all
     formulas; a geodesic that would leave the simplex is reflected at its boundary. `project`
     keeps every entry above the rounding unit, since the metric is infinite at zero.
+
+    Examples:
+        >>> x, y = torch.tensor([0.9, 0.1]), torch.tensor([0.1, 0.9])
+        >>> round(FisherRaoSimplex().distance(x, y).item(), 4)
+        1.8546
 
     References:
         Amari & Nagaoka, *Methods of information geometry*, 2000; Åström, Petra, Schmitzer &
@@ -168,6 +177,11 @@ class DoublyStochastic(Manifold):
     r"""n x n matrices with entries \(\ge 0\), rows and columns of which sum to 1.
 
     The interior is what the parametrization reaches; permutation matrices are its limits.
+
+    Examples:
+        >>> x = DoublyStochastic().project(torch.tensor([[3.0, 1.0], [1.0, 3.0]]))
+        >>> x.sum(0).allclose(torch.ones(2), atol=1e-5)
+        True
     """
 
     def _shape_problem(self, shape: Sequence[int]) -> str | None:

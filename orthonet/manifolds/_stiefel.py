@@ -74,6 +74,11 @@ class Stiefel(Manifold):
     \(\langle u, v\rangle = \operatorname{tr} u^\top (I - \tfrac12 X X^\top) v\), in which the
     coordinates of the parametrization are orthonormal; on square matrices it is half of the
     Frobenius metric.
+
+    Examples:
+        >>> x = Stiefel().sample((5, 2), dtype=torch.float64)
+        >>> bool(Stiefel().contains(x)), bool(Stiefel().contains(2 * x))
+        (True, False)
     """
 
     def dimension(self, shape: Sequence[int]) -> int:
@@ -234,6 +239,12 @@ St = Stiefel
 class EuclideanStiefel(Stiefel):
     r"""`Stiefel` with the metric of the embedding, \(\operatorname{tr} u^* v\).
 
+    Examples:
+        >>> x = torch.eye(3)[:, :1]
+        >>> v = torch.tensor([[0.0], [3.0], [4.0]])
+        >>> EuclideanStiefel().norm(x, v)
+        tensor(5.)
+
     References:
         Edelman, Arias & Smith, *The geometry of algorithms with orthogonality constraints*, SIAM J.
         Matrix Anal. Appl. 20 (1998), section 2.2.
@@ -282,6 +293,11 @@ class SO(Stiefel):
 
     Attributes:
         det: The determinant. With -1 it is the other component of O(n), no group.
+
+    Examples:
+        >>> x = SO().sample((3, 3), dtype=torch.float64)
+        >>> round(torch.det(x).item(), 9), SO().dimension((3, 3))
+        (1.0, 3)
     """
 
     det: int = 1

@@ -42,6 +42,10 @@ class Hyperbolic(Manifold):
     Attributes:
         radius: r, positive.
 
+    Examples:
+        >>> Hyperbolic().project(torch.tensor([0.0, 3.0, 4.0])).square()
+        tensor([26.,  9., 16.])
+
     References:
         Nickel & Kiela, *Learning continuous hierarchies in the Lorentz model of hyperbolic
         geometry*, ICML 2018.

@@ -28,6 +28,11 @@ class PoincareBall(Manifold):
     Attributes:
         radius: The radius, positive. In the notation of curvature -c it is \(1/\sqrt c\).
 
+    Examples:
+        >>> ball = PoincareBall()
+        >>> round(ball.distance(torch.zeros(2), torch.tensor([0.5, 0.0])).item(), 4)  # 2 artanh 0.5
+        1.0986
+
     References:
         Ganea, Bécigneul & Hofmann, *Hyperbolic neural networks*, NeurIPS 2018; Ungar, *A gyrovector
         space approach to hyperbolic geometry*, 2009.

@@ -65,6 +65,11 @@ class Sphere(Manifold):
 
     Attributes:
         radius: Positive.
+
+    Examples:
+        >>> x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+        >>> round(Sphere().distance(x, y).item(), 4)
+        1.5708
     """
 
     radius: float = 1.0
@@ -192,10 +197,15 @@ class SphereTrivialization(Trivialization):
 
 @dataclass(frozen=True)
 class Oblique(Manifold):
-    r"""Matrices with columns of norm `radius`: a product of spheres, one for each column.
+    """Matrices with columns of norm `radius`: a product of spheres, one for each column.
 
     Attributes:
         radius: Positive.
+
+    Examples:
+        >>> Oblique().project(torch.tensor([[3.0, 0.0], [4.0, 2.0]]))
+        tensor([[0.6000, 0.0000],
+                [0.8000, 1.0000]])
     """
 
     radius: float = 1.0

@@ -21,7 +21,13 @@ __all__ = ["Correlation"]
 
 @dataclass(frozen=True)
 class Correlation(Manifold):
-    r"""Positive semidefinite matrices with ones on the diagonal."""
+    """Positive semidefinite matrices with ones on the diagonal.
+
+    Examples:
+        >>> x = Correlation().sample((4, 4))
+        >>> x.diagonal().allclose(torch.ones(4))
+        True
+    """
 
     def _shape_problem(self, shape: Sequence[int]) -> str | None:
         return PSSD()._shape_problem(shape)

@@ -22,7 +22,12 @@ __all__ = ["SL", "GLp"]
 
 @dataclass(frozen=True)
 class GLp(Manifold):
-    r"""Invertible n x n matrices of positive determinant: an open set, of dimension n²."""
+    """Invertible n x n matrices of positive determinant: an open set, of dimension n².
+
+    Examples:
+        >>> bool(torch.det(GLp().project(-torch.eye(3))) > 0)
+        True
+    """
 
     def _shape_problem(self, shape: Sequence[int]) -> str | None:
         return square_problem(shape)
@@ -79,7 +84,13 @@ class GLp(Manifold):
 
 @dataclass(frozen=True)
 class SL(GLp):
-    r"""n x n matrices of determinant 1: the special linear group, of dimension n² - 1."""
+    """n x n matrices of determinant 1: the special linear group, of dimension n² - 1.
+
+    Examples:
+        >>> x = SL().sample((3, 3), dtype=torch.float64)
+        >>> round(torch.det(x).item(), 9)
+        1.0
+    """
 
     def dimension(self, shape: Sequence[int]) -> int:
         """Return n² - 1."""

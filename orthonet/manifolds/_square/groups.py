@@ -21,7 +21,12 @@ __all__ = ["Symplectic", "SymplecticTrivialization", "Unitary"]
 
 @dataclass(frozen=True)
 class Unitary(Stiefel):
-    r"""Complex matrices with orthonormal columns, \(X^* X = I\): the complex `Stiefel`."""
+    r"""Complex matrices with orthonormal columns, \(X^* X = I\): the complex `Stiefel`.
+
+    Examples:
+        >>> Unitary().dimension((2, 2))
+        4
+    """
 
     has_complex = True
 
@@ -64,6 +69,11 @@ class Symplectic(Manifold):
     r"""2m x 2m matrices with \(X^\top J X = J\), where J has the blocks 0, I, -I, 0.
 
     An unbounded group of determinant 1: condition numbers grow with the distance from the identity.
+
+    Examples:
+        >>> x = Symplectic().sample((4, 4), dtype=torch.float64)
+        >>> round(torch.det(x).item(), 6)
+        1.0
     """
 
     def _shape_problem(self, shape: Sequence[int]) -> str | None:

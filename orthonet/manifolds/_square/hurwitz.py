@@ -56,6 +56,11 @@ class Hurwitz(Manifold):
     Attributes:
         alpha: The rate of decay, at least 0.
 
+    Examples:
+        >>> x = Hurwitz(0.5).project(torch.eye(2))
+        >>> bool((torch.linalg.eigvals(x).real < -0.5).all())
+        True
+
     References:
         Gillis & Sharma, *On computing the distance to stability for matrices using linear
         dissipative Hamiltonian systems*, Automatica 85 (2017).
