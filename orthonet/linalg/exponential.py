@@ -20,7 +20,13 @@ __all__ = ["cayley", "matrix_exponential", "rotate_base", "skew"]
 
 
 def skew(a: Tensor) -> Tensor:
-    r"""Return the skew part \((A - A^\top) / 2\) of square matrices (*batch, n, n)."""
+    r"""Return the skew part \((A - A^\top) / 2\) of square matrices (*batch, n, n).
+
+    Examples:
+        >>> skew(torch.tensor([[5.0, 2.0], [0.0, 5.0]]))
+        tensor([[ 0.,  1.],
+                [-1.,  0.]])
+    """
     _require_square("skew", a)
     return 0.5 * (a - a.mT)
 
@@ -33,6 +39,11 @@ def cayley(a: Tensor) -> Tensor:
 
     Shape:
         `a`: (*batch, n, n). Output: the same.
+
+    Examples:
+        >>> cayley(torch.tensor([[0.0, -2.0], [2.0, 0.0]])).round(decimals=4)
+        tensor([[-0.6000, -0.8000],
+                [ 0.8000, -0.6000]])
     """
     _require_square("cayley", a)
     work = a.to(compute_dtype(a.dtype))
@@ -59,6 +70,11 @@ def matrix_exponential(a: Tensor, *, degree: int = 12) -> Tensor:
 
     Guarantee:
         Relative error of a few units roundoff times \(\max(1, \|A\|)\) for skew-symmetric input.
+
+    Examples:
+        >>> half_turn = matrix_exponential(torch.tensor([[0.0, -torch.pi], [torch.pi, 0.0]]))
+        >>> half_turn.allclose(-torch.eye(2), atol=1e-5)
+        True
 
     References:
         Al-Mohy & Higham, *A new scaling and squaring algorithm for the matrix exponential*, SIAM J.
@@ -183,6 +199,11 @@ def rotate_base(w: Tensor, base: Tensor, *, degree: int = 12) -> Tensor:
     Guarantee:
         One polar step follows, so \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) (float32), \(10^{-12}\)
         (float64), for norms of \(A\) up to about 100.
+
+    Examples:
+        >>> q = rotate_base(torch.randn(3, 3), torch.eye(3))
+        >>> (q.T @ q).allclose(torch.eye(3), atol=1e-5)
+        True
 
     References:
         Lezcano-Casado, *Trivializations for gradient-based optimization on manifolds*, NeurIPS

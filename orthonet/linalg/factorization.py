@@ -47,6 +47,11 @@ def qr(w: Tensor) -> Tensor:
     Raises:
         ValueError: `w` has a NaN or infinite entry.
 
+    Examples:
+        >>> qr(torch.tensor([[3.0], [4.0]]))
+        tensor([[0.6000],
+                [0.8000]])
+
     References:
         Walter & Lehmann, *Algorithmic differentiation of linear algebra functions*, 2010, for the
         gradient.
@@ -77,6 +82,11 @@ def cholesky_qr(w: Tensor, *, shifted: bool = False) -> Tensor:
 
     Raises:
         ValueError: `w` has a NaN or infinite entry.
+
+    Examples:
+        >>> w = torch.tensor([[3.0, 1.0], [4.0, 2.0]])
+        >>> cholesky_qr(w).allclose(qr(w), atol=1e-5)
+        True
 
     References:
         Fukaya, Kannan, Nakatsukasa, Yamamoto & Yanagisawa, *Shifted Cholesky QR for computing the

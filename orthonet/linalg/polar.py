@@ -52,6 +52,10 @@ def bjorck(w: Tensor, *, beta: float = 0.5, niters: int = 12) -> Tensor:
     Guarantee:
         None on orthogonality. Autograd differentiates every step and stores every iterate.
 
+    Examples:
+        >>> bjorck(torch.tensor([[0.5]]), niters=1)  # 0.5 (3 - 0.25) / 2
+        tensor([[0.6875]])
+
     References:
         Björck & Bowie, *An iterative algorithm for computing the best estimate of an orthogonal
         matrix*, SIAM J. Numer. Anal. 8 (1971), eq. 2.4 with one term.
@@ -75,6 +79,11 @@ def polar_svd(w: Tensor) -> Tensor:
 
     Raises:
         ValueError: `w` has a NaN or infinite entry.
+
+    Examples:
+        >>> u = polar_svd(torch.zeros(3, 2))
+        >>> (u.T @ u).allclose(torch.eye(2))
+        True
     """
     return polar_from_svd(w, "polar_svd")
 
@@ -123,6 +132,11 @@ def polar(
 
     Raises:
         ValueError: `beta` or `niters` is out of range, or `w` has a NaN or infinite entry.
+
+    Examples:
+        >>> w = torch.tensor([[0.0, -2.0], [3.0, 0.0]])
+        >>> polar(w).allclose(w.sign(), atol=1e-5)
+        True
 
     References:
         Higham (2008), chapter 8; Chen & Chow, *A stable scaling of Newton-Schulz for improving the

@@ -34,6 +34,11 @@ def haar(
     Shape:
         Output: `shape`.
 
+    Examples:
+        >>> q = haar((3, 2))
+        >>> (q.T @ q).allclose(torch.eye(2), atol=1e-5)
+        True
+
     References:
         Mezzadri, *How to generate random matrices from the classical compact groups*, Notices of
         the AMS 54 (2007).

@@ -34,6 +34,12 @@ def power_iteration(w: Tensor, u: Tensor, *, niters: int = 3) -> tuple[Tensor, T
 
     Guarantee:
         An estimate: at most \(\|W\|_2\) up to rounding, by an unknown amount.
+
+    Examples:
+        >>> w = torch.diag(torch.tensor([2.0, 1.0]))
+        >>> sigma, _, _ = power_iteration(w, torch.ones(2), niters=9)
+        >>> round(sigma.item(), 3)
+        2.0
     """
     _checks.positive_int("power_iteration", niters=niters)
     u, v = leading_vectors(w, u, niters)
@@ -94,6 +100,10 @@ def gram_iteration(w: Tensor, *, niters: int = 6) -> Tensor:
     Guarantee:
         Upper bound in exact arithmetic, at most \(r^{2^{-K-1}}\) times the norm for rank r; in
         floating point up to relative rounding of a few eps. Differentiable.
+
+    Examples:
+        >>> gram_iteration(torch.diag(torch.tensor([2.0, 1.0])), niters=6).round(decimals=4)
+        tensor(2.)
 
     References:
         Delattre, Barthélemy, Araujo & Allauzen, *Efficient bound of Lipschitz constant for

@@ -51,6 +51,11 @@ def cayley_rectangular(w: Tensor) -> Tensor:
         \(\max |\sigma - 1| \le 10^{-5}\) (complex64, float32), \(10^{-12}\) (double) for every
         finite input.
 
+    Examples:
+        >>> q = cayley_rectangular(torch.randn(4, 2))
+        >>> (q.T @ q).allclose(torch.eye(2), atol=1e-5)
+        True
+
     References:
         Trockman & Kolter, *Orthogonalizing convolutional layers with the Cayley transform*, ICLR
         2021, section 4 and appendix on semi-orthogonal layers.
@@ -113,6 +118,10 @@ def block_reflector(v: Tensor) -> Tensor:
         have a condition number of at most 10; a singular value may be smaller in a direction that V
         nearly loses. V = 0 gives the identity.
 
+    Examples:
+        >>> block_reflector(torch.tensor([[3.0], [0.0]])).diagonal().round(decimals=4)
+        tensor([-1.,  1.])
+
     References:
         Lai, Huang, Wang & Zhang, *Enhancing certified robustness via block reflector orthogonal
         layers and logit annealing loss*, ICML 2025, section 4.
@@ -146,6 +155,11 @@ def cholesky_contraction(w: Tensor) -> Tensor:
         Norm at most 1 to \(10^{-5}\) (float32) or \(10^{-12}\) (float64) for every finite input;
         orthogonal to the same tolerance for well-conditioned ones. Zero rows stay zero.
 
+    Examples:
+        >>> q = cholesky_contraction(torch.randn(2, 8))
+        >>> bool(torch.linalg.matrix_norm(q, 2) <= 1 + 1e-5)
+        True
+
     References:
         Hu, Leino, Wang & Fredrikson, *A recipe for improved certifiable robustness*, ICLR 2024
         (Cholesky-orthogonalized residual dense layers).
@@ -177,6 +191,10 @@ def unitary_polar(w: Tensor) -> Tensor:
         \(\max |\sigma - 1| \le 10^{-5}\) in single precision, \(10^{-12}\) in double, for every
         finite input. Gradients are finite: singular values below 8 eps of the largest are replaced
         by that value.
+
+    Examples:
+        >>> unitary_polar(3j * torch.eye(2)).allclose(1j * torch.eye(2), atol=1e-5)
+        True
 
     References:
         Xu, Li & Li, *LOT: layer-wise orthogonal training on improving l2 certified robustness*,

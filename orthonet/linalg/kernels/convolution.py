@@ -31,6 +31,11 @@ def block_convolution(outer: Tensor, inner: Tensor, *, spatial_dims: int) -> Ten
         `outer`: `(*batch, a, b, *k)`, `inner`: `(*batch, b, c, *l)`. Output:
         `(*batch, a, c, *(k + l - 1))`.
 
+    Examples:
+        >>> one, two = torch.ones(1, 1, 2), torch.tensor([[[1.0, 3.0]]])
+        >>> block_convolution(one, two, spatial_dims=1)
+        tensor([[[1., 4., 3.]]])
+
     References:
         Li, Haque, Anil, Lucas, Grosse & Jacobsen, *Preventing gradient attenuation in Lipschitz
         constrained convolutional networks*, NeurIPS 2019, definition of the block convolution.
