@@ -31,12 +31,18 @@ def root(square: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Manifold(abc.ABC):
-    r"""Base class of the spaces.
+    """Base class of the spaces.
 
     Every method works on the last `event_ndim` dimensions and treats the others as a batch.
     Metric, exponential, logarithm and distance are those of the embedding in the space of all
     tensors, unless a class says otherwise. `exp`, `log` and `distance` exist where a
     closed form does.
+
+    Examples:
+        >>> from orthonet.manifolds import SO
+        >>> x, y = SO().sample((2, 3, 3), dtype=torch.float64)
+        >>> SO().exp(x, SO().log(x, y)).allclose(y)
+        True
     """
 
     event_ndim: ClassVar[int] = 2

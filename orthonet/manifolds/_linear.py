@@ -210,6 +210,12 @@ class LinearParametrization(Parametrization):
         space: The space of the values.
         shape: Of values.
         lower: The coordinates are the entries of the lower triangle (else of the upper one).
+
+    Examples:
+        >>> from orthonet.manifolds import Symmetric
+        >>> LinearParametrization(Symmetric(), (2, 2))(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([[2., 3.],
+                [3., 1.]])
     """
 
     space: VectorSpace

@@ -32,6 +32,12 @@ class Membership:
             none of its own.
         allowed: The largest violation that counts as rounding.
         reason: Which property is violated most (or holds least exactly), in words.
+
+    Examples:
+        >>> from orthonet.manifolds import Sphere
+        >>> found = Sphere().contains(torch.tensor([2.0, 0.0]))
+        >>> bool(found), found.reason, found.distance
+        (False, 'the norm must be 1', 1.0)
     """
 
     distance: float

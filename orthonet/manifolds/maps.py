@@ -13,7 +13,7 @@ __all__ = ["MappedParametrization", "ProjectedParametrization"]
 
 
 class ProjectedParametrization(Parametrization):
-    r"""The projection onto the space; the coordinates are any tensor of its shape.
+    """The projection onto the space; the coordinates are any tensor of its shape.
 
     As many coordinates as entries, with a gradient orthogonal to the directions that the projection
     forgets. This is the form that can follow another parametrization on the same tensor.
@@ -21,6 +21,12 @@ class ProjectedParametrization(Parametrization):
     Args:
         space: The space.
         shape: Shape of coordinates and values.
+
+    Examples:
+        >>> from orthonet.manifolds import Skew
+        >>> ProjectedParametrization(Skew(), (2, 2))(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+        tensor([[ 0.,  1.],
+                [-1.,  0.]])
     """
 
     @property

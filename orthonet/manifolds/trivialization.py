@@ -112,6 +112,12 @@ class FrameTrivialization(Trivialization):
         \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) (float32), \(10^{-12}\) (float64), for own
         maps too as long as they are orthogonal to 1e-3, for their rounding is removed.
 
+    Examples:
+        >>> from orthonet.manifolds import Stiefel
+        >>> frame = FrameTrivialization(Stiefel(), (4, 2))
+        >>> frame.coordinate_shape, frame(torch.randn(5)).shape
+        ((5,), torch.Size([4, 2]))
+
     References:
         Lezcano-Casado, *Trivializations for gradient-based optimization on manifolds*, NeurIPS
         2019; Edelman, Arias & Smith (1998); Wen & Yin, *A feasible method for optimization with
