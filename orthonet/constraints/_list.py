@@ -60,7 +60,7 @@ class ConstrainedList(CachedParametrizationList):
         """Set the tensor to `value`.
 
         Raises:
-            ValueError: another shape.
+            ValueError: `value` has another shape.
             NotOnManifoldError: `value` does not satisfy the constraints; nothing has been changed.
         """
         memory = self._memory
@@ -84,7 +84,7 @@ class ConstrainedList(CachedParametrizationList):
         """Set the tensor to the nearest value, as the last space projects; return the distance.
 
         Raises:
-            ValueError: the space has no projection of `value`, or another shape.
+            ValueError: The space has no projection of `value`, or it has another shape.
         """
         last = self[len(self) - 1]
         self.right_inverse(last.nearest(value) if isinstance(last, Parametrization) else value)

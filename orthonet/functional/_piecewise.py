@@ -226,7 +226,7 @@ def spatial_shift(x: Tensor, fraction: float = 0.5, padding_mode: str = "circula
         Circular: a permutation. Zeros: norm at most 1.
 
     Raises:
-        ValueError: an argument out of range, or an input without channels and two spatial dims.
+        ValueError: An argument is out of range, or `x` has fewer than three dimensions.
 
     Examples:
         >>> spatial_shift(torch.arange(8.0).view(1, 4, 1, 2), 1.0).flatten().tolist()

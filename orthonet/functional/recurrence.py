@@ -31,8 +31,8 @@ def mod_relu(
     r"""Shift the modulus of every entry: \(\operatorname{sign}(x)\,\max(|x| + b, 0)\).
 
     Args:
-        x: input, with the features in the last dimension.
-        bias: one shift for each feature.
+        x: Input, with the features in the last dimension.
+        bias: One shift for each feature.
 
     Shape:
         Any shape ending in the size of `bias`; the output has the same.
@@ -82,21 +82,21 @@ def recurrence(
     plain loop, which PyTorch differentiates itself.
 
     Args:
-        x: the sequence, time first.
+        x: The sequence, time first.
         h0: state before the first step.
-        weight_ih: input kernel.
-        weight_hh: recurrent kernel.
-        bias: added in every step.
+        weight_ih: Input kernel.
+        weight_hh: Recurrent kernel.
+        bias: Added in every step.
         nonlinearity: "tanh", "relu", "modrelu", "max_min" (pairs channel i of the first half with
             channel i of the second), "abs" or "identity".
-        threshold: the shift of "modrelu", see [`mod_relu`][orthonet.functional.mod_relu]; needed
+        threshold: The shift of "modrelu", see [`mod_relu`][orthonet.functional.mod_relu]; needed
             there and refused elsewhere.
 
     Returns:
         The states of all steps (time, batch, hidden) and the last one (batch, hidden).
 
     Raises:
-        ValueError: an unknown nonlinearity, a missing or superfluous threshold, an odd number of
+        ValueError: An unknown nonlinearity, a missing or superfluous threshold, an odd number of
             hidden features for "max_min", no time step, or shapes that do not fit.
 
     Examples:

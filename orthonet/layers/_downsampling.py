@@ -52,7 +52,7 @@ class SpaceToDepth2d(nn.PixelUnshuffle):
     """Invertible down-sampling: `torch.nn.PixelUnshuffle` with its `inverse`.
 
     Args:
-        downscale_factor: side r of the blocks of pixels that become channels.
+        downscale_factor: Side r of the blocks of pixels that become channels.
 
     Shape:
         `(*, C, H, W)` to `(*, C r^2, H / r, W / r)`.
@@ -61,7 +61,7 @@ class SpaceToDepth2d(nn.PixelUnshuffle):
         A permutation: orthogonal and exact, in train and eval; `inverse(forward(x))` is `x`.
 
     Raises:
-        ValueError: a factor < 1; when called: it does not divide H and W.
+        ValueError: The factor is not positive; when called: it does not divide H and W.
 
     Examples:
         >>> SpaceToDepth2d(2)(torch.ones(1, 3, 8, 8)).shape

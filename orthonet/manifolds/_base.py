@@ -87,7 +87,7 @@ class Manifold(abc.ABC):
         """Return the shape as a tuple.
 
         Raises:
-            ValueError: no tensor of this shape lies on the space.
+            ValueError: No tensor of this shape lies on the space.
         """
         good = isinstance(shape, (tuple, list)) and all(
             isinstance(n, (int, torch.SymInt)) and n >= 0 for n in shape
@@ -139,7 +139,7 @@ class Manifold(abc.ABC):
         """Raise unless `contains(x, atol)`.
 
         Raises:
-            NotOnManifoldError: with the reason and the distance, never with the tensor itself.
+            NotOnManifoldError: The message has the reason and the distance, never the tensor.
         """
         found = self.contains(x, atol)
         _checks.require(

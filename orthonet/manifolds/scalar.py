@@ -144,7 +144,7 @@ class ScalarMap:
         """Return a solution s of f(s) = y.
 
         Raises:
-            ValueError: no inverse was given and f is not increasing onto the values.
+            ValueError: No inverse was given and f is not increasing onto the values.
         """
         if self._inverse is not None:
             return self._inverse(y)

@@ -94,16 +94,16 @@ def hard_matrix(
     1e15). Computed in float64 and rounded once.
 
     Args:
-        name: one of `MATRIX_CASES`.
+        name: One of `MATRIX_CASES`.
         shape: (*batch, m, n).
-        dtype: dtype of the result.
-        seed: seed of its own generator; the global one is not touched.
+        dtype: Of the result.
+        seed: Of its own generator; the global one is not touched.
 
     Returns:
         The tensor, on the CPU.
 
     Raises:
-        ValueError: unknown name, or a shape without two non-empty last dimensions.
+        ValueError: The name is unknown, or a shape without two non-empty last dimensions.
 
     Examples:
         >>> hard_matrix("identity", (2, 3))

@@ -195,13 +195,13 @@ def assert_compiles(
     """`torch.compile(fullgraph=True)` gives the same values, in eval and with a backward.
 
     Args:
-        factory: makes a layer.
-        input_shape: shape of one sample.
-        backend: of `torch.compile`; the default traces forward and backward without generating
+        factory: Makes a layer.
+        input_shape: Shape of one sample.
+        backend: Of `torch.compile`; the default traces forward and backward without generating
             code, which takes a second instead of many. `"inductor"` also tests the generated code.
 
     Raises:
-        AssertionError: other values, or no gradient.
+        AssertionError: The values are others, or there is no gradient.
         RuntimeError: from torch.compile, at a graph break.
     """
     layer = factory()

@@ -25,8 +25,8 @@ class Tolerance(NamedTuple):
     """An error that tests allow, beside the largest one that was observed.
 
     Attributes:
-        allowed: largest error that passes.
-        observed: largest error seen when the table was made.
+        allowed: Largest error that passes.
+        observed: Largest error seen when the table was made.
     """
 
     allowed: float
@@ -55,10 +55,10 @@ def rounding(dtype: torch.dtype, operations: int, size: float = 1.0) -> float:
     smaller than `size`.
 
     Args:
-        dtype: the dtype that the sums are accumulated in.
-        operations: additions on the way to one entry: the lengths of the sums that follow one
+        dtype: The dtype that the sums are accumulated in.
+        operations: Additions on the way to one entry: the lengths of the sums that follow one
             another, added up; both ways, where two ways of computing an entry are compared.
-        size: the largest magnitude of the partial sums.
+        size: The largest magnitude of the partial sums.
 
     Returns:
         The bound, absolute.
@@ -86,8 +86,8 @@ def orthogonality_rounding(dtype: torch.dtype, operations: int) -> float:
     \(2 \sqrt{p n}\, u / \sqrt 6\), a fifth of the bound.
 
     Args:
-        dtype: the dtype that the products are accumulated in.
-        operations: additions on the way to one entry, as in `rounding`; where the singular
+        dtype: The dtype that the products are accumulated in.
+        operations: Additions on the way to one entry, as in `rounding`; where the singular
             values are measured in the same `dtype`, count one product more.
 
     Examples:

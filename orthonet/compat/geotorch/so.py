@@ -60,7 +60,7 @@ def torus_init_(
         `tensor`: (*batch, n, n).
 
     Raises:
-        ValueError: the matrices are not square.
+        ValueError: The matrices are not square.
     """
     shape = tuple(tensor.shape)
     _checks.require(

@@ -197,7 +197,7 @@ class RecurrentLayer(RecurrentKernels, nn.RNNBase):
             The outputs of all steps, in the form of `input`, and the last state, in that of `hx`.
 
         Raises:
-            ValueError: shapes or dtypes that do not fit.
+            ValueError: The shapes or dtypes do not fit.
         """
         packed = isinstance(input, PackedSequence)
         if packed:

@@ -98,7 +98,7 @@ class Symplectic(Manifold):
         \(X \leftarrow (X + X^{-\star}) / 2\), \(X^\star = J^\top X^\top J\).
 
         Raises:
-            ValueError: the iteration does not converge: x is too far from the group.
+            ValueError: The iteration does not converge: x is too far from the group.
 
         References:
             Higham, Mackey, Mackey & Tisseur, *Functions preserving matrix groups and iterations for
