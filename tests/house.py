@@ -60,9 +60,17 @@ def facts(file: Path) -> Facts:
             imports += [(source, alias.name) for alias in node.names]
     published = None
     for node in tree.body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if getattr(target, "id", "") == "__all__" and isinstance(node.value, ast.List):
-            published = [element.value for element in node.value.elts]
+        if not isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        if getattr(target, "id", "") != "__all__":
+            continue
+        if isinstance(node.value, ast.List):
+            names = [e.value for e in node.value.elts if isinstance(e, ast.Constant)]
+            published = [str(name) for name in names]
+        elif isinstance(node, ast.AugAssign) and isinstance(node.value, ast.Attribute):
+            part = file.parent / f"{ast.unparse(node.value.value)}.py"  # `__all__ += part.__all__`
+            published = [*(published or []), *(facts(part).published or [])]
     return Facts(imports, published)
 
 

@@ -7,131 +7,20 @@ lists every name and what differs.
 """
 
 from orthonet.compat._missing import missing
-from orthonet.compat.orthogonium.convolutions import (
-    AdaptiveOrthoConv2d,
-    AdaptiveOrthoConvTranspose2d,
-    AdaptiveSOCConv2d,
-    AdaptiveSOCConvTranspose2d,
-    AOCLipschitzResBlock,
-    AOLConv2D,
-    AOLConvTranspose2D,
-    BcopRkoConv2d,
-    BcopRkoConvTranspose2d,
-    FastBlockConv2d,
-    FastBlockConvTranspose2D,
-    RKOConv2d,
-    RkoConvTranspose2d,
-    SDPBasedLipschitzDense,
-    SDPBasedLipschitzResBlock,
-    SLLxAOCLipschitzResBlock,
-    conv_orthogonal_,
-    get_conv_sv,
-)
-from orthonet.compat.orthogonium.layers import (
-    Abs,
-    AdditiveResidual,
-    BatchCentering2D,
-    ChannelShuffle,
-    ConcatResidual,
-    HouseHolder,
-    HouseHolder_Order_2,
-    L2NormResidual,
-    LayerCentering2D,
-    MaxMin,
-    OrthoLinear,
-    PrescaledAdditiveResidual,
-    SoftHuber,
-    UnitNormLinear,
-)
-from orthonet.compat.orthogonium.losses import (
-    VRA,
-    Cosine_VRA_Loss,
-    CosineLoss,
-    LossXent,
-    SoftHKRMulticlassLoss,
-    check_last_linear_layer_type,
-)
-from orthonet.compat.orthogonium.model_factory import (
-    ClassParam,
-    PatchBasedExapandedCNN,
-)
-from orthonet.compat.orthogonium.reparametrizers import (
-    BJORCK_PASS_THROUGH_ORTHO_PARAMS,
-    CHOLESKY_ORTHO_PARAMS,
-    CHOLESKY_STABLE_ORTHO_PARAMS,
-    DEFAULT_ORTHO_PARAMS,
-    DEFAULT_TEST_ORTHO_PARAMS,
-    EXP_ORTHO_PARAMS,
-    QR_ORTHO_PARAMS,
-    BatchedBjorckOrthogonalization,
-    BatchedCholeskyOrthogonalization,
-    BatchedExponentialOrthogonalization,
-    BatchedIdentity,
-    BatchedPowerIteration,
-    BatchedQROrthogonalization,
-    L2Normalize,
-    OrthoParams,
-)
+from orthonet.compat.orthogonium import convolutions, layers, losses, model_factory, reparametrizers
+from orthonet.compat.orthogonium.convolutions import *
+from orthonet.compat.orthogonium.layers import *
+from orthonet.compat.orthogonium.losses import *
+from orthonet.compat.orthogonium.model_factory import *
+from orthonet.compat.orthogonium.reparametrizers import *
 
-__all__ = [
-    "AOCLipschitzResBlock",
-    "AOLConv2D",
-    "AOLConvTranspose2D",
-    "Abs",
-    "AdaptiveOrthoConv2d",
-    "AdaptiveOrthoConvTranspose2d",
-    "AdaptiveSOCConv2d",
-    "AdaptiveSOCConvTranspose2d",
-    "AdditiveResidual",
-    "BJORCK_PASS_THROUGH_ORTHO_PARAMS",
-    "BatchCentering2D",
-    "BatchedBjorckOrthogonalization",
-    "BatchedCholeskyOrthogonalization",
-    "BatchedExponentialOrthogonalization",
-    "BatchedIdentity",
-    "BatchedPowerIteration",
-    "BatchedQROrthogonalization",
-    "BcopRkoConv2d",
-    "BcopRkoConvTranspose2d",
-    "CHOLESKY_ORTHO_PARAMS",
-    "CHOLESKY_STABLE_ORTHO_PARAMS",
-    "ChannelShuffle",
-    "ClassParam",
-    "ConcatResidual",
-    "CosineLoss",
-    "Cosine_VRA_Loss",
-    "DEFAULT_ORTHO_PARAMS",
-    "DEFAULT_TEST_ORTHO_PARAMS",
-    "EXP_ORTHO_PARAMS",
-    "FastBlockConv2d",
-    "FastBlockConvTranspose2D",
-    "HouseHolder",
-    "HouseHolder_Order_2",
-    "L2NormResidual",
-    "L2Normalize",
-    "LayerCentering2D",
-    "LossXent",
-    "MaxMin",
-    "OrthoLinear",
-    "OrthoParams",
-    "PatchBasedExapandedCNN",
-    "PrescaledAdditiveResidual",
-    "QR_ORTHO_PARAMS",
-    "RKOConv2d",
-    "RkoConvTranspose2d",
-    "SDPBasedLipschitzDense",
-    "SDPBasedLipschitzResBlock",
-    "SLLxAOCLipschitzResBlock",
-    "SoftHKRMulticlassLoss",
-    "SoftHuber",
-    "UnitNormLinear",
-    "VRA",
-    "check_last_linear_layer_type",
-    "conv_orthogonal_",
-    "get_conv_sv",
-]
+__all__: list[str] = []
+__all__ += convolutions.__all__
+__all__ += layers.__all__
+__all__ += losses.__all__
+__all__ += model_factory.__all__
+__all__ += reparametrizers.__all__
 
-# What has no counterpart, and what to use instead.
 _ABSENT = {
     "AOLReparametrizer": "use AOLConv2D, or orthonet.linalg.almost_orthogonal for the map",
     "MultiStepAOLReparametrizer": "use orthonet.layers.SpectralConv2d, which iterates the norm",

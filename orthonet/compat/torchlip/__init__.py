@@ -6,158 +6,37 @@ Write `from orthonet.compat import torchlip` instead of `from deel import torchl
 
 from orthonet.compat._missing import missing
 from orthonet.compat._soft_hkr import SoftHKRMulticlassLoss
-from orthonet.compat.torchlip.activations import (
-    FullSort,
-    GroupSort,
-    GroupSort2,
-    HouseHolder,
-    InvertibleDownSampling,
-    InvertibleUpSampling,
-    LipResidual,
-    LPReLU,
-    MaxMin,
-    ScaledAdaptativeL2NormPool2d,
-    ScaledAdaptiveAvgPool2d,
-    ScaledAvgPool2d,
-    ScaledL2NormPool2d,
+from orthonet.compat.torchlip import (
+    activations,
+    functional,
+    init,
+    layers,
+    losses,
+    module,
+    normalization,
+    normalizers,
+    utils,
 )
-from orthonet.compat.torchlip.functional import (
-    apply_reduction,
-    full_sort,
-    group_sort,
-    group_sort_2,
-    hinge_margin_loss,
-    hinge_multiclass_loss,
-    hkr_loss,
-    hkr_multiclass_loss,
-    kr_loss,
-    kr_loss_multi_gpu,
-    kr_loss_standard,
-    lipschitz_prelu,
-    max_min,
-    neg_kr_loss,
-    process_labels_for_multi_gpu,
-)
-from orthonet.compat.torchlip.init import (
-    bjorck_,
-    spectral_,
-)
-from orthonet.compat.torchlip.layers import (
-    FrobeniusConv2d,
-    FrobeniusLinear,
-    SpectralConv1d,
-    SpectralConv2d,
-    SpectralConvTranspose2d,
-    SpectralLinear,
-)
-from orthonet.compat.torchlip.losses import (
-    CategoricalHingeLoss,
-    HingeMarginLoss,
-    HingeMulticlassLoss,
-    HKRLoss,
-    HKRMulticlassLoss,
-    KRLoss,
-    KRMulticlassLoss,
-    LseHKRMulticlassLoss,
-    NegKRLoss,
-    TauBCEWithLogitsLoss,
-    TauCrossEntropyLoss,
-)
-from orthonet.compat.torchlip.module import (
-    LipschitzModule,
-    Sequential,
-    vanilla_model,
-)
-from orthonet.compat.torchlip.normalization import (
-    BatchCentering,
-    BatchCentering2d,
-    BatchLipNorm,
-    LayerCentering,
-    LayerCentering2d,
-    ScaleBiasLayer,
-    SharedLipFactory,
-)
-from orthonet.compat.torchlip.normalizers import (
-    bjorck_normalization,
-    spectral_normalization,
-)
-from orthonet.compat.torchlip.utils import (
-    bjorck_norm,
-    evaluate_lip_const,
-    frobenius_norm,
-    remove_bjorck_norm,
-    remove_frobenius_norm,
-    sqrt_with_gradeps,
-)
+from orthonet.compat.torchlip.activations import *
+from orthonet.compat.torchlip.functional import *
+from orthonet.compat.torchlip.init import *
+from orthonet.compat.torchlip.layers import *
+from orthonet.compat.torchlip.losses import *
+from orthonet.compat.torchlip.module import *
+from orthonet.compat.torchlip.normalization import *
+from orthonet.compat.torchlip.normalizers import *
+from orthonet.compat.torchlip.utils import *
 
-__all__ = [
-    "BatchCentering",
-    "BatchCentering2d",
-    "BatchLipNorm",
-    "CategoricalHingeLoss",
-    "FrobeniusConv2d",
-    "FrobeniusLinear",
-    "FullSort",
-    "GroupSort",
-    "GroupSort2",
-    "HKRLoss",
-    "HKRMulticlassLoss",
-    "HingeMarginLoss",
-    "HingeMulticlassLoss",
-    "HouseHolder",
-    "InvertibleDownSampling",
-    "InvertibleUpSampling",
-    "KRLoss",
-    "KRMulticlassLoss",
-    "LPReLU",
-    "LayerCentering",
-    "LayerCentering2d",
-    "LipResidual",
-    "LipschitzModule",
-    "LseHKRMulticlassLoss",
-    "MaxMin",
-    "NegKRLoss",
-    "ScaleBiasLayer",
-    "ScaledAdaptativeL2NormPool2d",
-    "ScaledAdaptiveAvgPool2d",
-    "ScaledAvgPool2d",
-    "ScaledL2NormPool2d",
-    "Sequential",
-    "SharedLipFactory",
-    "SoftHKRMulticlassLoss",
-    "SpectralConv1d",
-    "SpectralConv2d",
-    "SpectralConvTranspose2d",
-    "SpectralLinear",
-    "TauBCEWithLogitsLoss",
-    "TauCrossEntropyLoss",
-    "apply_reduction",
-    "bjorck_",
-    "bjorck_norm",
-    "bjorck_normalization",
-    "evaluate_lip_const",
-    "frobenius_norm",
-    "full_sort",
-    "group_sort",
-    "group_sort_2",
-    "hinge_margin_loss",
-    "hinge_multiclass_loss",
-    "hkr_loss",
-    "hkr_multiclass_loss",
-    "kr_loss",
-    "kr_loss_multi_gpu",
-    "kr_loss_standard",
-    "lipschitz_prelu",
-    "max_min",
-    "neg_kr_loss",
-    "process_labels_for_multi_gpu",
-    "remove_bjorck_norm",
-    "remove_frobenius_norm",
-    "spectral_",
-    "spectral_normalization",
-    "sqrt_with_gradeps",
-    "vanilla_model",
-]
+__all__ = ["SoftHKRMulticlassLoss"]
+__all__ += activations.__all__
+__all__ += functional.__all__
+__all__ += init.__all__
+__all__ += layers.__all__
+__all__ += losses.__all__
+__all__ += module.__all__
+__all__ += normalization.__all__
+__all__ += normalizers.__all__
+__all__ += utils.__all__
 
 _ABSENT = {
     "ScaledLipschitzModule": "use LipschitzModule, or BatchLipNorm(factory=...)",

@@ -13,7 +13,6 @@ from orthonet import _checks, convert
 __all__ = [
     "LipschitzModule",
     "Sequential",
-    "WithWeight",
     "vanilla_model",
 ]
 
