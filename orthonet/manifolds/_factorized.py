@@ -33,12 +33,36 @@ def raised(values: Tensor, eps: float) -> Tensor:
 
 
 class _Factorized(Parametrization):
-    """What the two factorizations share: coordinates of frames and of values, side by side."""
+    """What the two factorizations share: coordinates of frames and of values, side by side.
+
+    Args:
+        space: The space.
+        shape: (*batch, n, k).
+        rank: Number of values that are not zero.
+        values: The map from the last coordinates to the values.
+        inverse: Its inverse.
+        triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
+    """
 
     frames: tuple[str, ...]
     rank: int
     values: Callable[[Tensor], Tensor]
     values_inverse: Callable[[Tensor], Tensor]
+
+    def __init__(
+        self,
+        space: Manifold,
+        shape: Sequence[int],
+        rank: int,
+        values: Callable[[Tensor], Tensor],
+        inverse: Callable[[Tensor], Tensor],
+        triv: Triv = "exponential",
+    ) -> None:
+        super().__init__(space, shape)
+        self.rank, self.values, self.values_inverse = rank, values, inverse
+        *batch, n, k = self.shape
+        for name, side in zip(self.frames, (n, k), strict=False):
+            self.add_module(name, FrameTrivialization(Stiefel(), (*batch, side, rank), triv))
 
     def _parts(self) -> list[FrameTrivialization]:
         return [getattr(self, name) for name in self.frames]
@@ -72,32 +96,11 @@ class SingularParametrization(_Factorized):
 
     Nothing is decomposed in forward, so repeated and zero singular values are ordinary points.
     Coordinates: as many as the dimension, if all singular values are free.
-
-    Args:
-        space: The space.
-        shape: (*batch, n, k).
-        rank: Number of singular values.
-        values: The map from the last coordinates to the singular values.
-        inverse: Its inverse.
-        triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
     """
 
     frames = ("left", "right")
-
-    def __init__(
-        self,
-        space: Manifold,
-        shape: Sequence[int],
-        rank: int,
-        values: Callable[[Tensor], Tensor],
-        inverse: Callable[[Tensor], Tensor],
-        triv: Triv = "exponential",
-    ) -> None:
-        super().__init__(space, shape)
-        self.rank, self.values, self.values_inverse = rank, values, inverse
-        *batch, n, k = self.shape
-        self.left = FrameTrivialization(Stiefel(), (*batch, n, rank), triv)
-        self.right = FrameTrivialization(Stiefel(), (*batch, k, rank), triv)
+    left: FrameTrivialization
+    right: FrameTrivialization
 
     def singular_values(self, coordinates: Tensor) -> Tensor:
         """Return the singular values (of any sign where the space lets them be), not sorted."""
@@ -136,32 +139,10 @@ class SingularParametrization(_Factorized):
 
 
 class EigenParametrization(_Factorized):
-    r"""\(X = Q \operatorname{diag}(\lambda) Q^\top\) with a trivialized frame Q.
-
-    Args:
-        space: The space.
-        shape: (*batch, n, n).
-        rank: Number of eigenvalues that are not zero.
-        values: The map from the last coordinates to the eigenvalues.
-        inverse: Its inverse.
-        triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
-    """
+    r"""\(X = Q \operatorname{diag}(\lambda) Q^\top\) with a trivialized frame Q."""
 
     frames = ("frame",)
-
-    def __init__(
-        self,
-        space: Manifold,
-        shape: Sequence[int],
-        rank: int,
-        values: Callable[[Tensor], Tensor],
-        inverse: Callable[[Tensor], Tensor],
-        triv: Triv = "exponential",
-    ) -> None:
-        super().__init__(space, shape)
-        self.rank, self.values, self.values_inverse = rank, values, inverse
-        *batch, n, _ = self.shape
-        self.frame = FrameTrivialization(Stiefel(), (*batch, n, rank), triv)
+    frame: FrameTrivialization
 
     def eigenvalues(self, coordinates: Tensor) -> Tensor:
         """Return the eigenvalues, not sorted."""

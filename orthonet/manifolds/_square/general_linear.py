@@ -14,7 +14,7 @@ from orthonet.manifolds._factorized import SingularParametrization, high, raised
 from orthonet.manifolds._linear import square_problem
 from orthonet.manifolds._low_rank import fill
 from orthonet.manifolds._parametrization import Parametrization
-from orthonet.manifolds.scalar import Scalar, at_least, positive_map
+from orthonet.manifolds.scalar import Scalar, ScalarMap, at_least, positive_map
 from orthonet.manifolds.trivialization import Triv
 
 __all__ = ["SL", "GLp"]
@@ -158,11 +158,11 @@ class _UnitProduct:
 
 @dataclass(frozen=True)
 class _UnitProductInverse:
-    f: object
+    f: ScalarMap
 
     def __call__(self, sigma: Tensor) -> Tensor:
-        first = self.f(sigma.new_ones(()))  # type: ignore[operator]
-        s = self.f.inverse(sigma / sigma[..., :1] * first)  # type: ignore[attr-defined]
+        first = self.f(sigma.new_ones(()))
+        s = self.f.inverse(sigma / sigma[..., :1] * first)
         return torch.cat([torch.zeros_like(s[..., :1]), s[..., 1:]], -1)
 
 
