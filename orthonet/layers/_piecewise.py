@@ -277,7 +277,7 @@ class ChannelShuffle(nn.Module):
         return functional.channel_shuffle(x, self.groups, self.dim)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return the input that gives `y`."""
+        """Return the input of the shuffle that gives `y`."""
         return functional.channel_shuffle(y, y.shape[self.dim] // self.groups, self.dim)
 
     def extra_repr(self) -> str:

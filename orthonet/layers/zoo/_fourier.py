@@ -122,8 +122,8 @@ class BROConv2d(FourierConv2d):
         [`block_reflector`][orthonet.linalg.block_reflector].
 
     Examples:
-        >>> BROConv2d(8, 8, 3, rank=2)(torch.zeros(1, 8, 5, 5)).shape
-        torch.Size([1, 8, 5, 5])
+        >>> BROConv2d(8, 6, 3, rank=2)(torch.zeros(1, 8, 5, 5)).shape
+        torch.Size([1, 6, 5, 5])
 
     References:
         Lai, Huang, Wang & Zhang, *Enhancing certified robustness via block reflector orthogonal

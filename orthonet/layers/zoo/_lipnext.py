@@ -108,8 +108,8 @@ class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
         ValueError: An argument is out of range.
 
     Examples:
-        >>> LipNeXtBlock2d(4, 8)(torch.zeros(1, 4, 6, 6)).shape
-        torch.Size([1, 8, 6, 6])
+        >>> LipNeXtBlock2d(4, 8)(torch.zeros(1, 4, 3, 5)).shape
+        torch.Size([1, 8, 3, 5])
 
     References:
         Hu, Hu & Fredrikson, *LipNeXt: scaling up Lipschitz-based certified robustness to

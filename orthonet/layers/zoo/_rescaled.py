@@ -141,8 +141,8 @@ class SpectralConv2d(MappedConv2d):
     guarantee and errors are those of [`AOLConv2d`][orthonet.layers.AOLConv2d]; zero stays zero.
 
     Examples:
-        >>> SpectralConv2d(3, 8, 3, padding=1)(torch.zeros(1, 3, 6, 6)).shape
-        torch.Size([1, 8, 6, 6])
+        >>> SpectralConv2d(3, 8, 3)(torch.zeros(1, 3, 6, 7)).shape
+        torch.Size([1, 8, 4, 5])
 
     References:
         Miyato et al., ICLR 2018; Delattre et al., ICML 2023; Ehlich & Zeller, Math. Z. 1964.
@@ -241,8 +241,8 @@ class LiResConv2d(MappedConv2d):
     those of [`AOLConv2d`][orthonet.layers.AOLConv2d].
 
     Examples:
-        >>> LiResConv2d(3, 8, 3, padding=1)(torch.zeros(1, 3, 6, 6)).shape
-        torch.Size([1, 8, 6, 6])
+        >>> LiResConv2d(4, 4, 3, padding=1)(torch.zeros(4, 5, 7)).shape
+        torch.Size([4, 5, 7])
 
     References:
         Hu et al., NeurIPS 2023 (LiResNet).
@@ -288,8 +288,8 @@ class CholeskyConv2d(MappedConv2d):
     errors are those of [`AOLConv2d`][orthonet.layers.AOLConv2d].
 
     Examples:
-        >>> CholeskyConv2d(3, 8, 1)(torch.zeros(1, 3, 6, 6)).shape
-        torch.Size([1, 8, 6, 6])
+        >>> CholeskyConv2d(3, 8, 1)(torch.zeros(5, 3, 2, 2)).shape
+        torch.Size([5, 8, 2, 2])
 
     References:
         See [`CholeskyLinear`][orthonet.layers.CholeskyLinear].

@@ -86,8 +86,8 @@ class SLLLinear(ResidualLinear):
     are those of [`CPLLinear`][orthonet.layers.CPLLinear].
 
     Examples:
-        >>> SLLLinear(3, 8)(torch.zeros(2, 3)).shape
-        torch.Size([2, 8])
+        >>> SLLLinear(3, 8)(torch.zeros(3)).shape
+        torch.Size([8])
 
     References:
         Araujo, Havens, Delattre, Allauzen & Hu, *A unified algebraic perspective on Lipschitz
@@ -105,8 +105,8 @@ class SLLConv2d(ResidualConv2d):
     guarantee and errors are those of [`CPLConv2d`][orthonet.layers.CPLConv2d].
 
     Examples:
-        >>> SLLConv2d(3, 8, 3, stride=2)(torch.zeros(1, 3, 6, 6)).shape
-        torch.Size([1, 8, 3, 3])
+        >>> SLLConv2d(3, 8, 3)(torch.zeros(3, 6, 5)).shape
+        torch.Size([8, 6, 5])
 
     References:
         Araujo et al., ICLR 2023.

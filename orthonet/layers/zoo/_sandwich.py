@@ -204,8 +204,8 @@ class SandwichConv2d(FourierConv2d):
         As of [`AOLLinear`][orthonet.layers.AOLLinear], for every image size.
 
     Examples:
-        >>> SandwichConv2d(3, 8, 3)(torch.zeros(1, 3, 6, 6)).shape
-        torch.Size([1, 8, 6, 6])
+        >>> SandwichConv2d(3, 2, 3)(torch.zeros(1, 3, 9, 9)).shape
+        torch.Size([1, 2, 9, 9])
 
     References:
         Wang & Manchester, ICML 2023, section 4.

@@ -271,7 +271,7 @@ class SOCConv2d(_SkewConv2d):
             return self._reduced(y)
 
     def to_plain(self) -> nn.Conv2d:
-        """Return a stock `nn.Conv2d` whose kernel covers the image, independent of this layer.
+        """Return a stock `nn.Conv2d` that covers the image, independent of this layer.
 
         Raises:
             ValueError: The layer was made without `image_size`, or pads with zeros: the series

@@ -129,8 +129,8 @@ class SpectralConvTranspose2d(_MappedConvTranspose2d):
     and errors are those of [`AOLConvTranspose2d`][orthonet.layers.AOLConvTranspose2d].
 
     Examples:
-        >>> SpectralConvTranspose2d(4, 3, 2, stride=2)(torch.zeros(1, 4, 5, 5)).shape
-        torch.Size([1, 3, 10, 10])
+        >>> SpectralConvTranspose2d(4, 3, 3, stride=3)(torch.zeros(1, 4, 5, 5)).shape
+        torch.Size([1, 3, 15, 15])
 
     References:
         Miyato et al., ICLR 2018; Delattre et al., ICML 2023.
