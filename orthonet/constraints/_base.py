@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from orthonet import _checks
+from orthonet.constraints._registration import entry_of
 from orthonet.manifolds import Parametrization
 
 __all__ = ["rebase_every", "update_base"]
@@ -28,7 +29,7 @@ def _lists(module: nn.Module, tensor_name: str | None) -> Iterator[parametrize.P
             "Constrain it first, e.g. orthonet.orthogonal(module, tensor_name)",
             tensor_name=tensor_name,
         )
-        yield module.parametrizations[tensor_name]  # type: ignore[index]
+        yield entry_of(module, tensor_name)
         return
     for part in module.modules():
         if isinstance(part, parametrize.ParametrizationList):

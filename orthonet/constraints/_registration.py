@@ -16,7 +16,7 @@ from orthonet.manifolds import Manifold, Parametrization
 from orthonet.manifolds.maps import ProjectedParametrization
 from orthonet.reparametrizers import Weight
 
-__all__ = ["Init", "M", "assign", "constrain", "parametrizations_of", "register"]
+__all__ = ["Init", "M", "assign", "constrain", "entry_of", "parametrizations_of", "register"]
 
 M = TypeVar("M", bound=nn.Module)
 Init = Literal["keep", "project", "sample"] | str | Tensor | None
@@ -146,14 +146,14 @@ def _chain(
     except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, NotOnManifoldError) and init in (None, "keep", "project"):
             return  # off an earlier space; the projection of the present value is in place already
-        del module.parametrizations[tensor_name][-1]  # type: ignore[index, operator]
+        del entry_of(module, tensor_name)[-1]
         raise
 
 
 def register(module: M, tensor_name: str, parametrization: nn.Module) -> M:
     """Register a parametrization by `orthonet.reparametrizers.register`, with our list."""
     reparametrizers.register(module, tensor_name, parametrization)
-    entry: Any = module.parametrizations[tensor_name]  # type: ignore[index]
+    entry = entry_of(module, tensor_name)
     if not isinstance(entry, ConstrainedList):
         entry.__class__ = ConstrainedList
         entry.remember()
@@ -187,9 +187,15 @@ def assign(module: nn.Module, tensor_name: str, value: Tensor, *, project: bool 
     setattr(module, tensor_name, value)
 
 
+def entry_of(module: nn.Module, tensor_name: str) -> Any:
+    """Return the list of the parametrizations of a constrained tensor."""
+    lists: Any = module.parametrizations
+    return lists[tensor_name]
+
+
 def parametrizations_of(module: nn.Module, tensor_name: str) -> Iterator[nn.Module]:
     """Return the parametrizations of a constrained tensor, in the order of their application."""
-    yield from module.parametrizations[tensor_name].children()  # type: ignore[index]
+    yield from entry_of(module, tensor_name).children()
 
 
 def _require_constrained(module: nn.Module, tensor_name: str) -> None:

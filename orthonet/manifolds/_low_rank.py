@@ -15,7 +15,7 @@ from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._factorized import SingularParametrization, high, raised
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds._stiefel import Stiefel
-from orthonet.manifolds.scalar import Scalar, bounded_map, positive_map
+from orthonet.manifolds.scalar import Scalar, ScalarMap, bounded_map, positive_map
 from orthonet.manifolds.trivialization import Triv
 
 __all__ = ["AlmostOrthogonal", "FixedRank", "LowRank", "fill"]
@@ -257,9 +257,9 @@ class _Interval:
 
 @dataclass(frozen=True)
 class _IntervalInverse:
-    f: object
+    f: ScalarMap
     lam: float
 
     def __call__(self, sigma: Tensor) -> Tensor:
         scale = self.lam if self.lam > 0.0 else 1.0
-        return self.f.inverse(((sigma - 1.0) / scale).clamp(-1.0, 1.0))  # type: ignore[attr-defined]
+        return self.f.inverse(((sigma - 1.0) / scale).clamp(-1.0, 1.0))
