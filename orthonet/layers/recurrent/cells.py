@@ -59,7 +59,11 @@ class RecurrentCell(RecurrentKernels):
         for name in ("bias_ih", "bias_hh"):
             value = nn.Parameter(torch.empty(rows, **factory)) if bias else None
             module.register_parameter(name, value)
+        self._add_parameters(factory)
         self.reset_parameters()
+
+    def _add_parameters(self, factory: dict[str, Any]) -> None:
+        """Register what a cell has beyond kernels and biases, before all of it is drawn."""
 
     def reset_parameters(self) -> None:
         """Draw the kernel anew, and the rest uniformly as the `nn` twin does."""

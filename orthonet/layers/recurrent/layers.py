@@ -190,15 +190,16 @@ class OrthoRNNCell(RecurrentCell, nn.RNNCell):
         self.nonlinearity = nonlinearity
         options: Any = {"ortho_params": ortho_params, "triv": triv, "init": init}
         super().__init__(input_size, hidden_size, bias, device, dtype, **options)
-        if nonlinearity == "modrelu":
-            self.threshold = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
-            self.reset_parameters()
+
+    def _add_parameters(self, factory: dict[str, Any]) -> None:
+        if self.nonlinearity == "modrelu":
+            self.threshold = nn.Parameter(torch.empty(self.hidden_size, **factory))
 
     def reset_parameters(self) -> None:
         """Draw the kernel anew, the rest uniformly as `nn.RNNCell`, and small shifts of modReLU."""
         super().reset_parameters()
-        shifts = [p for name, p in self.named_parameters(recurse=False) if name == "threshold"]
-        uniform_(shifts, _THRESHOLD)
+        if self.nonlinearity == "modrelu":
+            uniform_([self.threshold], _THRESHOLD)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the next state, from the state `hx` (zeros if None)."""
