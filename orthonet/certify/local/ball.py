@@ -320,7 +320,9 @@ class Ball:
             if record is None or record.slopes is None:
                 return None
             record.check(state.call)
-            given, slopes = state.call.given("dim", 1), partial(record.slopes, state.call)
+            given, slopes = state.call.given("dim"), partial(record.slopes, state.call)
+            if given is None:  # entry by entry
+                return slopes(math.prod(shape)), None
         dim = given - 1 if given > 0 else len(shape) + given
         if mark is None or not 0 <= dim < len(shape):
             return slopes(math.prod(shape)), None  # type: ignore[return-value]
