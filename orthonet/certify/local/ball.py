@@ -5,14 +5,17 @@ are run on the rows of J; at an activation every unit has a slope in an interval
 from how far its input can move: the mean of the interval is kept, and the rest becomes an unknown
 factor. With slopes of chords that start at x the rows of J bound $|h_i(a) - h_i(x)| / \|a - x\|$,
 which is all that a radius needs; with the slopes of all chords in the ball, the Lipschitz
-constants of the units. Any other operation is known by its gain alone.
+constants of the units. Products, softmax and normalizations are those of `nonlinear`; any other
+operation is known by its gain alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,11 +25,11 @@ from torch import Tensor, fx, nn
 from orthonet.certify.graph.marks import mark_of
 from orthonet.certify.graph.replay import replay
 from orthonet.certify.local.moves import Moves, Rows
+from orthonet.certify.local.nonlinear import TOGETHER, PointErrors, in_ball
 from orthonet.certify.local.unknown import Unknown
 from orthonet.certify.mlp.chain import frobenius_up
 from orthonet.certify.mlp.slopes import Activation, Kinks
 from orthonet.certify.ops.activations import activation_of
-from orthonet.certify.rounding.forward import Errors
 from orthonet.certify.rules import record_of
 from orthonet.certify.walk.islands import action_of, linear_action
 from orthonet.certify.walk.state import State
@@ -58,7 +61,7 @@ class Point:
         with torch.no_grad():
             self.values = replay(walker.program, self.inputs)
             none = torch.zeros(1, dtype=torch.float64)
-            self.errors = Errors(walker, self.values, none, torch.float64, None)
+            self.errors = PointErrors(walker, self.values, none, torch.float64, None)
 
     def off(self, state: State) -> float:
         """What the value of an entry at the sample may be off."""
@@ -101,6 +104,7 @@ class Ball:
         self.unknown = Unknown(point.size, dtype, proved)
         self.space = Rows(self.unknown)
         self.moves: dict[fx.Node, Moves] = {}
+        self.parts: dict[fx.Node, tuple[dict[fx.Node, Moves], Any]] = {}
         self.joint, self.choices = joint, 0
         walker = self.walker
         with torch.no_grad():
@@ -149,15 +153,28 @@ class Ball:
 
     def _visit(self, state: State) -> None:
         value = self.values[state.node]
+        known = all(p.node in self.moves for p in state.parents)
         if not isinstance(value, Tensor):
+            if known and action_of(state) is not None:
+                self._cut(state)
             return  # the parts are seen where they are read
         self.space.check(value.numel())
-        known = all(p.node in self.moves for p in state.parents)
+        if state.parents and state.parents[0].node in self.parts:
+            self.moves[state.node] = self._part(state)
+            return
         if known and action_of(state) is not None:
             found = self._affine(state)
             if found is not None:
                 self.moves[state.node] = found
                 return
+        bounded = known and state.call.op in TOGETHER and self._has_gain(state)
+        self.choices += bounded
+        found = None
+        if known and mark_of(state.node) is None and not (bounded and self.joint):
+            found = in_ball(self, state)
+        if found is not None:
+            self.moves[state.node] = found
+            return
         single = known and len(state.parents) == 1
         record = record_of(state.node.target) if single and mark_of(state.node) is None else None
         activation = self._activation(state) if single else None
@@ -189,6 +206,21 @@ class Ball:
             error = error + self.unknown.gamma(count) * (sizes + error) + lost
         found = self.space.later(state, parents, error * _OUTWARD, sizes * _OUTWARD)
         return found if self.left[state.node] < 2 else self.space.kept(found)
+
+    def _cut(self, state: State) -> None:
+        """Follow an affine operation that returns several tensors."""
+        parents = {p.node: self.moves[p.node] for p in state.parents}
+        both = {n: torch.stack([m.error, m.sizes]) for n, m in parents.items()}
+        with contextlib.suppress(ValueError):
+            self.parts[state.node] = parents, linear_action(state, both, 2, True)
+
+    def _part(self, state: State) -> Moves:
+        """One of the tensors that an operation returned, which are pieces of its input."""
+        cut = state.parents[0]
+        parents, both = self.parts[cut.node]
+        error, sizes = linear_action(state, {cut.node: both}, 2, True)
+        whole = self.space.later(cut, parents, error, sizes)
+        return replace(whole, path=(*whole.path, state))
 
     def _activated(self, state: State, act: Activation, dim: int | None) -> Moves:
         """Bring an activation into its basis, and back."""
@@ -279,6 +311,10 @@ class Ball:
         sizes = moves.sizes * mean.abs() + half * reach
         own = half.flatten()[index] * (1.0 + 4 * self.unknown.unit)
         return Moves(rows, error * _OUTWARD, sizes * _OUTWARD, index=index, own=own)
+
+    def _has_gain(self, state: State) -> bool:
+        """Whether an operation has a constant."""
+        return all(math.isfinite(gain.value) for gain in self.walker.step_of(state).gains)
 
     def _opaque(self, state: State) -> Moves:
         """Let every entry move as far as the gain of the operation allows."""

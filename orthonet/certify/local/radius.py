@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orthonet.certify._bound import Bound
 from orthonet.certify._radius import certified_radius
 from orthonet.certify.graph.replay import replay
 from orthonet.certify.local.ball import Ball, Point
@@ -19,7 +18,7 @@ from orthonet.certify.walk.walker import Walker
 from orthonet.errors import UncertifiableError
 from orthonet.linalg.bounds.rounding import mul_up, up
 
-__all__ = ["enlarged", "local_constants"]
+__all__ = ["Ends", "enlarged", "local_constants", "local_reaches"]
 
 _WORTH = 1.02  # a gain below this factor is not searched for
 _HOPE = 1.2  # nor one where no bound of the kind can gain more than this
@@ -207,21 +206,37 @@ def _balls(
         yield joint, Ball(point, radius, chords=chords, proved=proved, dtype=dtype, joint=joint)
 
 
-def local_constants(walker: Walker, batch: Sequence[Tensor], radius: float) -> tuple[Bound, ...]:
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """A graph and the samples around which it is bounded."""
+
+    walker: Walker
+    batch: tuple[Tensor, ...]
+
+
+def local_constants(walker: Walker, batch: Sequence[Tensor], radius: float) -> list[float]:
     """Return bounds of the constants in the balls around all samples, at most the global one."""
-    samples = (tuple(t[i : i + 1] for t in batch) for i in range(len(batch[0])))
-    return tuple(_constant(walker, sample, radius) for sample in samples)
+    return _norms(walker, batch, radius, False)
 
 
-def _constant(walker: Walker, inputs: Sequence[Tensor], radius: float) -> Bound:
-    """The same of one sample."""
+def local_reaches(walker: Walker, batch: Sequence[Tensor], radius: float) -> list[float]:
+    """Return bounds of the slopes of secants that start at the samples, likewise."""
+    return _norms(walker, batch, radius, True)
+
+
+def _norms(walker: Walker, batch: Sequence[Tensor], radius: float, chords: bool) -> list[float]:
+    """The norms of the rows of all outputs, for each sample."""
     states = [s for s in walker.outputs if s is not None]
-    try:
-        found = min(
-            math.hypot(*(ball.norm(s) if s.node in ball.moves else math.inf for s in states))
-            for _, ball in _balls(Point(walker, inputs), radius, chords=False)
-        )
-    except _FAILED:
-        return walker.bound
-    found *= 1.0 + 2.0**-50 * (len(states) + 2)
-    return Bound(found) if found < walker.bound.value else walker.bound
+    found = []
+    for i in range(len(batch[0])):
+        best = walker.bound.value
+        try:
+            point = Point(walker, tuple(t[i : i + 1] for t in batch))
+            balls = _balls(point, radius, chords=chords)
+            for _, ball in balls:
+                norms = (ball.norm(s) if s.node in ball.moves else math.inf for s in states)
+                best = min(best, math.hypot(*norms) * (1.0 + 2.0**-50 * (len(states) + 2)))
+        except _FAILED:
+            pass
+        found.append(best)
+    return found
