@@ -281,13 +281,11 @@ class LipschitzCertificate:
         In a ball of radius r around a sample every unit moves in an interval only, and a chord of
         its activation that starts there has a slope in an interval. With the constants
         $K_{yj}(r)$ that follow, $\min(r, \min_j (f_y - f_j) / K_{yj}(r))$ is a radius.
-        Convolutions, residual sums, batch norm, pooling and activations of entries or pairs are
-        followed unit by unit; other operations count with their gain. Networks that are trained
-        without constraints gain a factor of 2 or more; orthogonal networks gain nothing.
-
-        Each sample takes a few passes over the graph with one row for each entry of the input and
-        each unit whose slope is not known. A sample whose rows do not fit into a gigabyte keeps
-        its radius.
+        Affine operations, pooling, normalizations and activations of entries or pairs are followed
+        unit by unit; others count with their gain. Networks that are trained without constraints
+        gain a factor of 2 or more; orthogonal networks gain nothing. A pass over the graph has one
+        row for each entry of the input and each unit whose slope is not known. A sample whose rows
+        do not fit into a gigabyte keeps its radius, as does one whose gradient allows no gain.
 
         Args:
             model: The certified model in eval mode.
@@ -332,9 +330,8 @@ class LipschitzCertificate:
     ) -> tuple[LocalBound, ...]:
         r"""Return a bound of the Lipschitz constant in the ball around each sample.
 
-        Where a unit moves in an interval only, its activation has slopes in an interval: the
-        bound of the Jacobian that follows, or `constant` where that is smaller. These are the
-        `constants` of `certify(model, x, radius=r)`, which needs no global constant.
+        The `constants` of `certify(model, x, radius=r)`, which needs no global constant, or
+        `constant` where that is smaller.
 
         Args:
             x: A batch of inputs, or one batch for each argument of the model.

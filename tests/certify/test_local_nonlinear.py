@@ -28,9 +28,7 @@ class Attention(nn.Module):
         if self.kind == "written out":
             y = (q @ k.transpose(-1, -2) / 3**0.5).softmax(-1) @ v
         else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, is_causal=self.kind == "causal", scale=0.7
-            )
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.kind == "causal", scale=0.7)
         return y.transpose(1, 2).reshape(x.shape[0], _TOKENS, _WIDTH)
 
 
@@ -62,8 +60,12 @@ PIECES = {
     "group norm": lambda: nn.GroupNorm(2, _TOKENS),
     "swish": lambda: Function(lambda x: x * x.sigmoid()),
     "gates": lambda: Function(_gated),
-    "squeeze": lambda: Function(lambda x, y: x * y.mean(1, keepdim=True).sigmoid(), nn.Linear(6, 6)),
-    "rms by hand": lambda: Function(lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.01)),
+    "squeeze": lambda: Function(
+        lambda x, y: x * y.mean(1, keepdim=True).sigmoid(), nn.Linear(6, 6)
+    ),
+    "rms by hand": lambda: Function(
+        lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.01)
+    ),
     "quotient": lambda: Function(_divided),
     "cube": lambda: Function(lambda x: x + 0.1 * x**3),
     "exp": lambda: Function(lambda x: (0.5 * x).exp()),
@@ -113,8 +115,10 @@ def _check(net, x, radius):
     point = balls.Point(near._ends.walker, (x,))
     for dtype in (torch.float32, torch.float64) if constant.value < 1e6 else ():
         ball = balls.Ball(point, radius, dtype=dtype)
-        assert bool(((at - center).abs() <= ball.rows(ball.moves[node]) * far[:, None] + lost).all())
-    return constant.value / float(norms.max())
+        assert bool(
+            ((at - center).abs() <= ball.rows(ball.moves[node]) * far[:, None] + lost).all()
+        )
+    return constant.value / max(float(norms.max()), 1e-300)  # a dead ReLU makes it zero
 
 
 def _check_nets(seeds):
@@ -131,8 +135,8 @@ def _check_nets(seeds):
 
 
 def test_no_point_of_a_ball_refutes_products_and_normalizations():
-    ratios, _ = _check_nets(range(10))
-    assert sum(r < 1.5 for r in ratios) >= 4
+    ratios, _ = _check_nets(range(4))
+    assert sum(r < 1.5 for r in ratios) >= 2
 
 
 @pytest.mark.slow

@@ -123,6 +123,10 @@ class Ball:
                     if not self.left[node]:  # its rows are read no more
                         self.moves.pop(node, None)
 
+    def off(self, state: State) -> float:
+        """What the value of an entry at the sample may be off."""
+        return self.point.off(state)
+
     def rows(self, moves: Moves, most: float = math.inf) -> Tensor:
         """Bounds of the rows of a node, each at most `most`."""
         return self.space.measured(moves)[1].clamp(max=most)
@@ -202,7 +206,11 @@ class Ball:
         action: Any = action_of(state)
         if not action.moves:
             count = (action.forward or action.terms)(state) + 8
-            lost = count * self.unknown.lost * (1.0 + sum(float(m.sizes.sum()) for m in parents.values()))
+            lost = (
+                count
+                * self.unknown.lost
+                * (1.0 + sum(float(m.sizes.sum()) for m in parents.values()))
+            )
             error = error + self.unknown.gamma(count) * (sizes + error) + lost
         found = self.space.later(state, parents, error * _OUTWARD, sizes * _OUTWARD)
         return found if self.left[state.node] < 2 else self.space.kept(found)
@@ -227,12 +235,12 @@ class Ball:
         parent = state.parents[0]
         moves = self._turned(self.moves[parent.node], act, dim)
         value = _turn(self.values[parent.node], act.basis, dim)[0]
-        off = self.point.off(parent)
+        off = self.off(parent)
         if act.basis is not None:
             lost = add_up(mul_up(2.0, gamma(len(act.basis) + 4)), act.basis_error)
             off = add_up(off, mul_up(lost, frobenius_up(value)))
         whole = self.walker.bound_of(parent).value * (1.0 + 2.0**-40)  # also in the basis
-        found = self._split(moves, value, off, act, dim, whole, whole)
+        found = self.split(moves, value, off, act, dim, whole, whole)
         return self._turned(found, act, dim, back=True)
 
     def _largest(self, state: State, windows: Tensor) -> Moves:
@@ -240,7 +248,7 @@ class Ball:
         parent = state.parents[0]
         source, reach = self.space.measured(self.moves[parent.node])
         value = self.values[parent.node][0]
-        whole, off = self.walker.bound_of(parent).value, self.point.off(parent)
+        whole, off = self.walker.bound_of(parent).value, self.off(parent)
         places = math.prod(value.shape[1:])
 
         def at(x: Tensor, tap: int, lead: int) -> Tensor:
@@ -253,7 +261,7 @@ class Ball:
             other, here = source.each(lambda x, lead, t=tap: at(x, t, lead)), at(value, tap, 0)
             gap = self.space.sum(other, largest, -1.0)
             # Windows share entries, so that all gaps together may move farther than the image.
-            rise = self._split(gap, here - best, 2.0 * off, relu, None, 2.0 * whole, math.inf)
+            rise = self.split(gap, here - best, 2.0 * off, relu, None, 2.0 * whole, math.inf)
             largest = self.space.sum(rise, largest, 1.0)
             best = torch.maximum(best, here)
         # An entry moves no farther than one of its window; what its row says may be worse.
@@ -275,7 +283,7 @@ class Ball:
         sizes = torch.where(loose, most, moves.sizes)
         return Moves(rows, moves.error * kept, sizes, index=index, own=ones)
 
-    def _split(
+    def split(
         self,
         moves: Moves,
         value: Tensor,
@@ -301,9 +309,7 @@ class Ball:
         self.space.check(value.numel(), len(index))
         columns = self.space.padded(moves.known).flatten(1).index_select(1, index)
         off_by = moves.error.flatten()[index]
-        self.unknown.add(
-            reach.flatten()[index], together, half.flatten()[index], (columns, off_by)
-        )
+        self.unknown.add(reach.flatten()[index], together, half.flatten()[index], (columns, off_by))
         rows = moves.known.mul_(mean.to(self.unknown.dtype))
         # The mean was rounded, and so is its product with each row.
         error = (moves.error + 4 * self.unknown.unit * moves.sizes) * mean.abs()

@@ -112,7 +112,9 @@ class Rows:
         """Some of the rows."""
         size, dtype = last - first, self.unknown.dtype
         if moves.rows is None:
-            env: dict[fx.Node, Any] = {n: self.piece(m, first, last) for n, m in moves.sources.items()}
+            env: dict[fx.Node, Any] = {
+                n: self.piece(m, first, last) for n, m in moves.sources.items()
+            }
             for state in moves.path:
                 found = linear_action(state, env, size, dtype=dtype)
                 env[state.node] = found.to(dtype) if isinstance(found, Tensor) else found

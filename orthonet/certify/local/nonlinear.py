@@ -20,12 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from orthonet.certify.local.moves import Moves
+from orthonet.certify.local.moves import Moves, Rows
+from orthonet.certify.local.unknown import Unknown
 from orthonet.certify.mlp.chain import frobenius_up
 from orthonet.certify.mlp.slopes import Activation
 from orthonet.certify.ops.normalization import groups_of
@@ -34,9 +35,6 @@ from orthonet.certify.rounding.forward import Errors
 from orthonet.certify.rules import Operand
 from orthonet.certify.walk.state import State
 from orthonet.linalg.bounds.rounding import UNIT_ROUNDOFF, gamma
-
-if TYPE_CHECKING:
-    from orthonet.certify.local.ball import Ball
 
 __all__ = ["IN_BALLS", "TOGETHER", "PointErrors", "in_ball"]
 
@@ -50,6 +48,34 @@ IN_BALLS = frozenset({*_PRODUCTS, *_CURVES, "div", "scaled_dot_product_attention
 TOGETHER = frozenset({"softmax", *_NORMALIZATIONS})
 """Operations of several entries that have a global constant, too."""
 _MASKED = -1e30
+
+
+class Ball(Protocol):
+    """What these rules need of a `Ball`."""
+
+    unknown: Unknown
+    space: Rows
+    values: dict[fx.Node, Any]
+    moves: dict[fx.Node, Moves]
+    radius: float
+    chords: bool
+
+    def off(self, state: State) -> float:
+        """What the value of an entry at the sample may be off."""
+        ...
+
+    def split(
+        self,
+        moves: Moves,
+        value: Tensor,
+        off: float,
+        act: Activation,
+        dim: int | None,
+        each: float,
+        together: float,
+    ) -> Moves:
+        """Split the slopes of units into what is known of them and an unknown rest."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -68,11 +94,9 @@ def in_ball(ball: Ball, state: State) -> Moves | None:
     sources = [x._state for x in operands]
     if not all(s.node in ball.moves for s in sources):
         return None
-    values = [
-        _Value(ball.values[s.node][0], ball.point.off(s), ball.moves[s.node]) for s in sources
-    ]
+    values = [_Value(ball.values[s.node][0], ball.off(s), ball.moves[s.node]) for s in sources]
     if call.op in _PRODUCTS and len(operands) == 2:
-        return _product(ball, *values, torch.mul if call.op == "mul" else torch.matmul)
+        return _product(ball, values[0], values[1], torch.mul if call.op == "mul" else torch.matmul)
     if call.op == "div" and isinstance(call["other"], Operand):
         divisor = values[-1]
         inverse = _curve(ball, divisor, "reciprocal", 1, interval_of(operands[-1]))
@@ -101,7 +125,9 @@ def _still(ball: Ball, value: Tensor) -> _Value:
     return _Value(value, 0.0, Moves(rows, zero, zero))
 
 
-def _rest(ball: Ball, rows: Tensor, error: Tensor, sizes: Tensor, rest: Tensor, whole: float) -> Moves:
+def _rest(
+    ball: Ball, rows: Tensor, error: Tensor, sizes: Tensor, rest: Tensor, whole: float
+) -> Moves:
     """Known rows, and a rest of each entry that is a unit of its own."""
     if not bool(rest.isfinite().all()):
         raise OverflowError("a unit moves without a bound")
@@ -117,15 +143,15 @@ def _rest(ball: Ball, rows: Tensor, error: Tensor, sizes: Tensor, rest: Tensor, 
 # --- products ------------------------------------------------------------------------------------
 
 
-def _product(ball: Ball, a: _Value, b: _Value, f: Callable[[Tensor, Tensor], Tensor]) -> Moves | None:
+def _product(
+    ball: Ball, a: _Value, b: _Value, f: Callable[[Tensor, Tensor], Tensor]
+) -> Moves | None:
     if a.at.ndim != b.at.ndim or (f is torch.matmul and a.at.ndim < 2):
         return None
     return _bilinear(ball, a, b, f).moves
 
 
-def _bilinear(
-    ball: Ball, a: _Value, b: _Value, f: Callable[[Tensor, Tensor], Tensor]
-) -> _Value:
+def _bilinear(ball: Ball, a: _Value, b: _Value, f: Callable[[Tensor, Tensor], Tensor]) -> _Value:
     space, dtype = ball.space, ball.unknown.dtype
     (first, reach_a), (second, reach_b) = space.measured(a.moves), space.measured(b.moves)
     at = f(a.at, b.at)
@@ -139,10 +165,14 @@ def _bilinear(
     sizes = f(first.sizes, b.at.abs()) + f(a.at.abs(), second.sizes)
     # A row, its factor, the product, and the sums of both parts are rounded.
     error = error + ball.unknown.gamma(terms + 12) * (sizes + error)
-    error = error + ball.unknown.lost * (terms + 4) * (1.0 + float(a.at.abs().sum() + b.at.abs().sum()))
+    error = error + ball.unknown.lost * (terms + 4) * (
+        1.0 + float(a.at.abs().sum() + b.at.abs().sum())
+    )
     times = 1.0 if ball.chords else 2.0
     rest = times * ball.radius * f(reach_a, reach_b)
-    rest = rest + f(reach_a, torch.full_like(b.at, b.off)) + f(torch.full_like(a.at, a.off), reach_b)
+    rest = (
+        rest + f(reach_a, torch.full_like(b.at, b.off)) + f(torch.full_like(a.at, a.off), reach_b)
+    )
     moves = _rest(ball, rows, error, sizes, rest * (1.0 + gamma(terms + 8)), math.inf)
     sizes_of = (frobenius_up(a.at), frobenius_up(b.at))
     return _Value(at, _off_product(sizes_of, (a.off, b.off), terms), moves)
@@ -157,22 +187,23 @@ def _off_product(sizes: tuple[float, float], offs: tuple[float, float], terms: i
 # --- functions of one entry ----------------------------------------------------------------------
 
 
-def _curve(
-    ball: Ball, x: _Value, name: str, power: float, known: tuple[float, float]
-) -> _Value:
+def _curve(ball: Ball, x: _Value, name: str, power: float, known: tuple[float, float]) -> _Value:
     def narrow(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return _curve_slopes(name, power, low.clamp_min(known[0]), high.clamp_max(known[1]))
 
     def chords(a: Tensor, b: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         if name == "square" or (name == "pow" and power == 2):  # the slope is the sum of the ends
             ends = a + low, b + high
-            slack = [4 * UNIT_ROUNDOFF * (a.abs() + low.abs()), 4 * UNIT_ROUNDOFF * (b.abs() + high.abs())]
+            slack = [
+                4 * UNIT_ROUNDOFF * (a.abs() + low.abs()),
+                4 * UNIT_ROUNDOFF * (b.abs() + high.abs()),
+            ]
             return ends[0] - slack[0], ends[1] + slack[1]
         return narrow(low, high)
 
     ends = torch.full((), -math.inf).double(), torch.full((), math.inf).double()
     act = Activation(_FUNCTIONS.get(name, lambda v: v**power), *ends, narrow=narrow, chords=chords)
-    moves = ball._split(x.moves, x.at, x.off, act, None, math.inf, math.inf)
+    moves = ball.split(x.moves, x.at, x.off, act, None, math.inf, math.inf)
     at = act.function(x.at)
     return _Value(at, _off_curve(x.at, x.off, name, power, known, at), moves)
 
@@ -238,9 +269,7 @@ def _inside(good: bool, name: str) -> None:
 
 def _softmax(ball: Ball, x: _Value, dim: int) -> _Value:
     moves, reach = ball.space.measured(x.moves, copy=True)
-    at, reach, error, sizes = (
-        t.movedim(dim, -1) for t in (x.at, reach, moves.error, moves.sizes)
-    )
+    at, reach, error, sizes = (t.movedim(dim, -1) for t in (x.at, reach, moves.error, moves.sizes))
     rows = moves.known.movedim(dim + 1, -1)
     p = at.softmax(-1)
     far = (ball.radius * reach + x.off) * _SAFE + 4 * UNIT_ROUNDOFF * at.abs()
@@ -249,7 +278,9 @@ def _softmax(ball: Ball, x: _Value, dim: int) -> _Value:
     keep = 1.0 - torch.eye(at.shape[-1], dtype=torch.float64)
 
     def share(others: Tensor, own: Tensor) -> Tensor:
-        return 1.0 / (1.0 + (keep * (others[..., None, :] - own[..., None]).exp().clamp(max=1e300)).sum(-1))
+        return 1.0 / (
+            1.0 + (keep * (others[..., None, :] - own[..., None]).exp().clamp(max=1e300)).sum(-1)
+        )
 
     least, most = share(high, low) * (1.0 - _NEAR), share(low, high) * (1.0 + _NEAR)
     most = most.clamp(max=1.0)
@@ -269,7 +300,11 @@ def _softmax(ball: Ball, x: _Value, dim: int) -> _Value:
     rows.sub_(mean).mul_(weight)
     error = p * (error + (p * error).sum(-1, keepdim=True))
     sizes = p * (sizes + (p * sizes).sum(-1, keepdim=True))
-    error = error + ball.unknown.gamma(at.shape[-1] + 12) * (sizes + error) + ball.unknown.lost * at.numel()
+    error = (
+        error
+        + ball.unknown.gamma(at.shape[-1] + 12) * (sizes + error)
+        + ball.unknown.lost * at.numel()
+    )
     off = (0.5 * x.off + gamma(at.shape[-1] + 128) * frobenius_up(p)) * _SAFE
     rest, error, sizes, p, rows = (
         t.movedim(-1, dim + (t is rows)) for t in (rest, error, sizes, p, rows)
@@ -332,7 +367,9 @@ def _normalized(ball: Ball, state: State, x: _Value) -> Moves | None:
     both = torch.stack([moves.error, moves.sizes]).reshape(2, count, n)
     error, sizes = turned(both, True).reshape(2, *shape) * weight
     error = error + ball.unknown.gamma(2 * n + 32) * (sizes + error)
-    error = error + ball.unknown.lost * n * (1.0 + float(weight.max())) * (1.0 + float(1.0 / rho.min()))
+    error = error + ball.unknown.lost * n * (1.0 + float(weight.max())) * (
+        1.0 + float(1.0 / rho.min())
+    )
     largest = float(weight.max()) if weight.numel() else 0.0
     whole = frobenius_up(rest) * largest
     rest = rest[:, None].expand(count, n).reshape(shape) * weight
@@ -363,7 +400,11 @@ def _attention(ball: Ball, state: State, values: list[_Value]) -> Moves | None:
 def _plain_attention(state: State) -> tuple[float, bool] | None:
     """The scale of the scores and whether later keys are masked; None for what is not followed."""
     call = state.call
-    if call.given("attn_mask") is not None or call.given("dropout_p", 0.0) or call.given("enable_gqa", False):
+    if (
+        call.given("attn_mask") is not None
+        or call.given("dropout_p", 0.0)
+        or call.given("enable_gqa", False)
+    ):
         return None
     scale = call.given("scale")
     scale = 1.0 / math.sqrt(call["query"].shape[-1]) if scale is None else float(scale)
@@ -372,7 +413,9 @@ def _plain_attention(state: State) -> tuple[float, bool] | None:
 
 def _scaled(ball: Ball, x: _Value, scale: float) -> _Value:
     moves = ball.space.dense(x.moves)
-    error = (moves.error + 4 * ball.unknown.unit * moves.sizes) * abs(scale) * _SAFE + ball.unknown.lost
+    error = (moves.error + 4 * ball.unknown.unit * moves.sizes) * abs(
+        scale
+    ) * _SAFE + ball.unknown.lost
     found = Moves(moves.known * scale, error, moves.sizes * (abs(scale) * _SAFE))
     off = (x.off + 4 * UNIT_ROUNDOFF * frobenius_up(x.at)) * abs(scale) * _SAFE
     return _Value(x.at * scale, off, found)
@@ -407,7 +450,11 @@ class PointErrors(Errors):
         if call.op == "div" and isinstance(call["other"], Operand):
             inverse = ats[-1].reciprocal()
             off = _off_curve(ats[-1], offs[-1], "reciprocal", 1, interval_of(operands[-1]), inverse)
-            first = (sizes[0], offs[0]) if len(ats) == 2 else (frobenius_up(call.fixed("self").expand(at[None].shape)), 0.0)
+            first = (
+                (sizes[0], offs[0])
+                if len(ats) == 2
+                else (frobenius_up(call.fixed("self").expand(at[None].shape)), 0.0)
+            )
             return _off_product((first[0], frobenius_up(inverse)), (first[1], off), 4)
         if call.op == "scaled_dot_product_attention" and len(operands) == 3:
             plain = _plain_attention(state)

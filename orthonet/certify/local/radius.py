@@ -23,6 +23,8 @@ __all__ = ["Ends", "enlarged", "local_constants", "local_reaches"]
 _WORTH = 1.02  # a gain below this factor is not searched for
 _HOPE = 1.2  # nor one where no bound of the kind can gain more than this
 _NEAR = 1.25  # a quotient this near to its radius needs no further search
+_NEARER = 1.05  # the same where balls cost little
+_FEW = 2048  # rows of a ball that costs little
 _SLOPE = 1.0  # of the logarithm of the quotient, until two balls have told
 _FAILED = (TooLargeError, OverflowError, UncertifiableError)
 
@@ -131,10 +133,11 @@ class _Search:
         lost = task.rounding(task.inputs, within=radius)
         joints: Sequence[bool] | None = None
         before: tuple[float, float] | None = None
-        for step in range(self.steps):
+        for _ in range(self.steps):
             found = -math.inf
             for joint, ball in _balls(point, radius, False, dtype, joints):
                 node = self.walker.program.outputs[0]
+                near = _NEARER if ball.space.total < _FEW else _NEAR
                 here = task.within(ball.differences(node, task.top, task.most), lost)
                 if here > found:
                     found, best = here, joint
@@ -148,7 +151,7 @@ class _Search:
             before = math.log(radius), math.log(found)
             # Where the line through the quotient, of this slope in both logarithms, is the radius.
             radius *= math.exp(gap / (1.0 + self.slope))
-            if abs(gap) < math.log(_NEAR):
+            if abs(gap) < math.log(near):
                 break
         radius = max(radius, task.start)
         if radius < _WORTH * task.start:
@@ -163,9 +166,7 @@ class _Search:
         return max(task.start, result)
 
 
-def _ceilings(
-    walker: Walker, batch: Sequence[Tensor], logits: Tensor, pairs: Tensor
-) -> Tensor:
+def _ceilings(walker: Walker, batch: Sequence[Tensor], logits: Tensor, pairs: Tensor) -> Tensor:
     """About the largest radii (N,) that any bound of slopes can prove: nothing rests on them.
 
     The slope at the sample itself of the margin that decides on the global radius.

@@ -10,7 +10,8 @@ counts, with bounds $L_j$ of the rows of $J_k$ and any scales $S > 0$: one spect
 rows of all later layers. Scales are 1, L, and the root of L over what is not known of the slope,
 which leaves units out that are known almost. Of all rows together, with any weights $w_k > 0$,
 
-$$ \|J\|_2 \le \big\|[w_0 C, w_1 \kappa_1 N_1 S_1, \dots]\big\|_2 \sqrt{1/w_0^2 + 1/w_1^2 + \dots}, $$
+$$ \|J\|_2 \le \big\|[w_0 C, w_1 \kappa_1 N_1 S_1, \dots]\big\|_2
+   \sqrt{1/w_0^2 + 1/w_1^2 + \dots}, $$
 
 because $J$ is the product of this matrix and of one whose blocks have norm $1 / w_k$ at most.
 """
@@ -155,7 +156,9 @@ class Unknown:
         if not self.proved:
             return total, sizes
         # Sums of one range at a time, of squares with a weight; then in float64.
-        slack = (1.0 + 2.0 * self.gamma(longest + 12) + 8.0 * UNIT_ROUNDOFF * (rows + 16)) * _OUTWARD
+        slack = (
+            1.0 + 2.0 * self.gamma(longest + 12) + 8.0 * UNIT_ROUNDOFF * (rows + 16)
+        ) * _OUTWARD
         return total * slack, sizes * slack
 
     def norm(self, rows: Tensor, scale: Tensor, error: Tensor) -> float:
@@ -188,13 +191,12 @@ class Unknown:
             raise OverflowError("a unit moves without a bound")
         total = 0.0
         for part, size in zip(parts, norms, strict=True):
-            # Parts of norm a are weighted with 1 / sqrt(a), in powers of two, which are exact.
+            # With weights 1 / sqrt(a) of parts of norm a, the bound is the sum of a at most.
             if not size and not bool(part.any()):
                 continue
             share = max(size / largest, 1e-12) if largest else 1.0
-            factor = 2.0 ** round(-0.5 * math.log2(share))
-            if factor != 1.0:
-                part *= factor
+            factor = share**-0.5
+            part *= factor
             total += factor**-2
         if not self.proved:
             return estimated_norm(matrix) * math.sqrt(total)
@@ -202,7 +204,7 @@ class Unknown:
         seen = (matrix[: self.size] != 0).to(self.dtype)
         place = torch.arange(len(seen), dtype=self.dtype) @ seen / seen.sum(0).clamp_min(1.0)
         found = proved_norm(matrix, place)
-        # An entry is a product of three factors that were rounded themselves.
+        # An entry is a product of four factors that were rounded themselves.
         length = float(_lengths(matrix).norm()) * _OUTWARD
         off = mul_up(self.gamma(16 + 2 * matrix.shape[1]), length)
         lost = self.lost * matrix.numel() * 1e6  # each factor may be as small as that

@@ -174,7 +174,7 @@ def _normalization(call: Call) -> Step:
     call.operand  # noqa: B018 (refuses a second one)
     eps = call["eps"]
     if not isinstance(eps, (int, float)) or eps <= 0.0:
-        call.refuse("a normalization must have a positive eps", "Use the default eps=1e-5")
+        call.refuse("a normalization must have a positive eps", "Pass a fixed eps, such as 1e-5")
     if call.op == "instance_norm" and not call["use_input_stats"]:
         step = _stored(call)
         offset = _shift(call)

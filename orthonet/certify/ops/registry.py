@@ -76,7 +76,8 @@ EVERYTHING: Interval = (-math.inf, math.inf)
 class Values(dict[str, Any]):
     """The arguments of an operation by name while the linear part of an island is run.
 
-    Operands are tensors of one dtype, float64 if none is given; other tensors are wrapped as `Constant`.
+    Operands are tensors of one dtype, float64 if none is given; other tensors are wrapped as
+    `Constant`.
     """
 
     def __init__(self, target: Any, args: list[Any], kwargs: dict[str, Any], named: Any) -> None:
