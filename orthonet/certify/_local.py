@@ -9,8 +9,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from orthonet import _checks
 from orthonet.certify.local.radius import Ends, local_constants, local_reaches
 from orthonet.certify.walk.walker import Walker
+from orthonet.errors import UncertifiableError
 
 __all__ = ["LocalBound", "LocalCertificate"]
 
@@ -61,7 +63,10 @@ class LocalCertificate:
 
     constants: tuple[LocalBound, ...]
     radius: float
-    _ends: Ends = field(repr=False)
+    _ends: Ends | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_ends": None}  # the graph stays behind
 
     @property
     def constant(self) -> LocalBound:
@@ -73,7 +78,17 @@ class LocalCertificate:
 
         The output moves by at most this times the distance from the sample. Two points of a ball
         may differ more: for them `constants` counts.
+
+        Raises:
+            UncertifiableError: The certificate was pickled, and has lost the graph.
         """
+        if self._ends is None:
+            _checks.fail(
+                "LocalCertificate",
+                "the graph of the model must be there",
+                "Call certify again: a certificate that was pickled has none",
+                UncertifiableError,
+            )
         found = local_reaches(self._ends.walker, self._ends.batch, self.radius)
         return tuple(
             LocalBound(min(v, c.value), self.radius, "secant")

@@ -1,5 +1,6 @@
 """Products, softmax and normalizations in balls: no point of a ball refutes their bounds."""
 
+import pickle
 import random
 
 import pytest
@@ -155,6 +156,10 @@ def test_bounds_of_a_ball_are_no_constants_of_the_model():
     assert all(b.kind == "secant" for b in near.secants())
     assert near.constant.value == max(b.value for b in near.constants)
     assert near.constants == certify(net, x).local_bound(x, 0.1)
+    copy = pickle.loads(pickle.dumps(near))
+    assert copy.constants == near.constants
+    with pytest.raises(UncertifiableError, match="graph"):
+        copy.secants()
     for found in (near.constant, near.secants()[0]):
         with pytest.raises((TypeError, AttributeError)):
             Bound(1.0) * found

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from orthonet.certify.graph.marks import mark_of
 from orthonet.certify.graph.replay import replay
 from orthonet.certify.local.moves import Moves, Rows
-from orthonet.certify.local.nonlinear import TOGETHER, PointErrors, in_ball
+from orthonet.certify.local.nonlinear import ALL, PointErrors, in_ball
 from orthonet.certify.local.unknown import Unknown
 from orthonet.certify.mlp.chain import frobenius_up
 from orthonet.certify.mlp.slopes import Activation, Kinks
@@ -171,7 +171,7 @@ class Ball:
             if found is not None:
                 self.moves[state.node] = found
                 return
-        bounded = known and state.call.op in TOGETHER and self._has_gain(state)
+        bounded = known and state.call.op in ALL and self._has_gain(state)
         self.choices += bounded
         found = None
         if known and mark_of(state.node) is None and not (bounded and self.joint):

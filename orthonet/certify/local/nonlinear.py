@@ -36,7 +36,7 @@ from orthonet.certify.rules import Operand
 from orthonet.certify.walk.state import State
 from orthonet.linalg.bounds.rounding import UNIT_ROUNDOFF, gamma
 
-__all__ = ["IN_BALLS", "TOGETHER", "PointErrors", "in_ball"]
+__all__ = ["ALL", "IN_BALLS", "PointErrors", "in_ball"]
 
 _SAFE = 1.0 + 2.0**-40
 _NEAR = 1e-12  # relative, of elementary functions and their arguments
@@ -45,8 +45,8 @@ _NORMALIZATIONS = ("layer_norm", "rms_norm", "group_norm", "instance_norm")
 _CURVES = ("exp", "reciprocal", "sqrt", "rsqrt", "log", "pow", "square")
 IN_BALLS = frozenset({*_PRODUCTS, *_CURVES, "div", "scaled_dot_product_attention"})
 """The operations without a global constant that have one in a ball."""
-TOGETHER = frozenset({"softmax", *_NORMALIZATIONS})
-"""Operations of several entries that have a global constant, too."""
+ALL = IN_BALLS | {"softmax", *_NORMALIZATIONS}
+"""These, and others that are better known in a ball."""
 _MASKED = -1e30
 
 

@@ -24,6 +24,7 @@ _WORTH = 1.02  # a gain below this factor is not searched for
 _HOPE = 1.2  # nor one where no bound of the kind can gain more than this
 _NEAR = 1.25  # a quotient this near to its radius needs no further search
 _NEARER = 1.05  # the same where balls cost little
+_TOGETHER = 16  # samples whose gradients are taken at once
 _FEW = 2048  # rows of a ball that costs little
 _SLOPE = 1.0  # of the logarithm of the quotient, until two balls have told
 _FAILED = (TooLargeError, OverflowError, UncertifiableError)
@@ -176,17 +177,27 @@ def _ceilings(walker: Walker, batch: Sequence[Tensor], logits: Tensor, pairs: Te
     margins = logits.gather(1, top[:, None]) - logits
     quotients = margins / pairs[top].clamp_min(1e-300)
     rival = quotients.scatter(1, top[:, None], math.inf).argmin(1)
-    inputs = [x.detach().cpu().double().requires_grad_() for x in batch]
+    found = []
+    for part in torch.arange(len(logits)).split(_TOGETHER):
+        inputs = [x[part.to(x.device)].detach().cpu().double().requires_grad_() for x in batch]
+        pair = torch.stack([top[part], rival[part]], 1)
+        try:
+            length = _slopes(walker, inputs, pair)
+        except RuntimeError:  # an operation that has no derivative, or writes to its input
+            length = torch.zeros(len(part), dtype=torch.float64)
+        margin = margins[part].gather(1, pair[:, 1:])[:, 0]
+        found.append(torch.where(length > 0, margin / length.clamp_min(1e-300), math.inf))
+    return torch.cat(found)
+
+
+def _slopes(walker: Walker, inputs: list[Tensor], pair: Tensor) -> Tensor:
+    """The length of the gradient of the difference of two logits of each sample."""
     with torch.enable_grad():
         output = replay(walker.program, inputs)[walker.program.outputs[0]]
-        if not output.requires_grad:
-            return torch.full((len(logits),), math.inf, dtype=torch.float64)
-        margin = (output.gather(1, top[:, None]) - output.gather(1, rival[:, None])).sum()
-        slopes = torch.autograd.grad(margin, inputs, allow_unused=True)
-    squares = sum(s.flatten(1).square().sum(1) for s in slopes if s is not None)
-    length = torch.as_tensor(squares, dtype=torch.float64).sqrt()
-    found = margins.gather(1, rival[:, None])[:, 0] / length.clamp_min(1e-300)
-    return torch.where(found.isfinite(), found, math.inf)
+        ends = output.gather(1, pair)
+        parts = torch.autograd.grad((ends[:, 0] - ends[:, 1]).sum(), inputs, allow_unused=True)
+    squares = [p.flatten(1).square().sum(1) for p in parts if p is not None]
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def _balls(

@@ -167,7 +167,7 @@ class Unknown:
         `error` bounds what each entry may be off.
         """
         if not rows.numel():
-            return 0.0
+            return frobenius_up(error * scale)
         parts, norms, matrix = [], [], rows * scale.to(self.dtype)
         squares = _lengths(matrix).square()
         start = self.size
