@@ -116,7 +116,11 @@ class Rows:
                 n: self.piece(m, first, last) for n, m in moves.sources.items()
             }
             for state in moves.path:
-                found = linear_action(state, env, size, dtype=dtype)
+                try:
+                    found = linear_action(state, env, size, dtype=dtype)
+                except RuntimeError:  # an operation with matrices of its own, in float64
+                    wide = {n: v.double() if isinstance(v, Tensor) else v for n, v in env.items()}
+                    found = linear_action(state, wide, size)
                 env[state.node] = found.to(dtype) if isinstance(found, Tensor) else found
             return env[moves.path[-1].node]
         kept = len(moves.rows)
