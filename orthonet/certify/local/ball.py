@@ -308,8 +308,10 @@ class Ball:
         index = loose.flatten().nonzero()[:, 0]
         self.space.check(value.numel(), len(index))
         columns = self.space.padded(moves.known).flatten(1).index_select(1, index)
-        off_by = moves.error.flatten()[index]
-        self.unknown.add(reach.flatten()[index], together, half.flatten()[index], (columns, off_by))
+        reached, unknown, off_by, loose_by = (
+            t.flatten()[index] for t in (reach, half, moves.error, moves.loose)
+        )
+        self.unknown.add(reached, together, unknown, (columns, off_by), loose_by)
         rows = moves.known.mul_(mean.to(self.unknown.dtype))
         # The mean was rounded, and so is its product with each row.
         error = (moves.error + 4 * self.unknown.unit * moves.sizes) * mean.abs()

@@ -38,6 +38,7 @@ class Moves:
         own: What these units do to their entries.
         sources: The nodes from which affine operations lead here.
         path: These operations, in order.
+        loose: Bounds of the rows without their known dependence on the input, once measured.
     """
 
     rows: Tensor | None
@@ -47,6 +48,7 @@ class Moves:
     own: Tensor | None = None
     sources: Mapping[fx.Node, Moves] = field(default_factory=dict)
     path: tuple[State, ...] = ()
+    loose: Tensor | None = None
 
     @property
     def known(self) -> Tensor:
@@ -177,11 +179,11 @@ class Rows:
                     rows[first:last] = part  # type: ignore[index]
                 yield first, part.flatten(1)
 
-        found, sizes = self.unknown.measure(parts(), shape.numel())
+        found, rest, sizes = self.unknown.measure(parts(), shape.numel())
         if keep:
             rows[moves.length :] = 0.0  # type: ignore[index]
-        reach = (found.reshape(shape) + moves.error) * _OUTWARD
-        return Moves(rows, moves.error, sizes.reshape(shape)), reach
+        reach, loose = ((t.reshape(shape) + moves.error) * _OUTWARD for t in (found, rest))
+        return Moves(rows, moves.error, sizes.reshape(shape), loose=loose), reach
 
     def sum(self, first: Moves, second: Moves, sign: float) -> Moves:
         """The sum or the difference of two nodes."""

@@ -36,6 +36,7 @@ _SMALL = 2**27  # products of a factorization that is small
 _NEAR = 1e-9  # of the largest L of a block: no L is taken to be smaller
 _KNOWN = 1e-3  # of the largest unknown part of a slope, likewise
 _TINY = 1e-150
+_ANGLES = 2**26  # products for the angles between rows
 _OUTWARD = 1.0 + 2.0**-40  # covers the float64 roundings of the bookkeeping
 
 
@@ -49,6 +50,8 @@ class _Block:
         weights: The squares of the scales, in the dtype of the rows.
         shares: L / max L.
         top: The largest L.
+        known: What is known of these rows, (inputs, units), and the length of the rest of each;
+            None for units of which nothing is known.
     """
 
     reach: Tensor
@@ -56,6 +59,7 @@ class _Block:
     weights: Tensor
     shares: Tensor
     top: float
+    known: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -114,14 +118,21 @@ class Unknown:
                 first = last
         return found
 
-    def measure(self, parts: Iterable[tuple[int, Tensor]], entries: int) -> tuple[Tensor, Tensor]:
-        """Bounds (entries,) of the rows of J, and of the sums of the moduli in each row.
+    def measure(
+        self, parts: Iterable[tuple[int, Tensor]], entries: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Bounds (entries,) of the rows of J, of their unknown parts, and of sums of their moduli.
+
+        For a row c + u with the unknown part u, |c + u|^2 = |c|^2 + 2 c u + |u|^2, and c u is less
+        than the product of the lengths where units move across c.
 
         Args:
             parts: The first row of each of the `ranges`, and (rows, entries).
             entries: How many entries the node has.
         """
         total, sizes = (torch.zeros(entries, dtype=torch.float64) for _ in range(2))
+        rest, across = (torch.zeros(entries, dtype=torch.float64) for _ in range(2))
+        linear: list[Tensor] = []
         start, longest, rows, queue = 0, 0, 0, iter(parts)
         part = next(queue, None)
         for block in (None, *self.blocks):
@@ -129,16 +140,20 @@ class Unknown:
             if part is None:
                 break
             squares = torch.zeros(1 if block is None else len(block.scales), entries).double()
-            sums = torch.zeros(entries, dtype=torch.float64)
+            sums, crossed = (torch.zeros(entries, dtype=torch.float64) for _ in range(2))
+            angles = None if block is None else self._angles(block, linear, entries)
             while part is not None and part[0] < end:
                 first, x = part
                 longest, rows = max(longest, len(x)), rows + len(x)
                 here = slice(first - start, first - start + len(x))
                 if block is None:
                     squares += x.square().sum(0)
+                    linear.append(x)
                 else:
                     squares += block.weights[:, here] @ x.square()
                     sums += block.shares[here] @ x.abs()
+                    if angles is not None:
+                        crossed += (angles[here] * x.abs()).sum(0)
                 part = next(queue, None)
             start = end
             lengths = squares.sqrt()
@@ -147,19 +162,45 @@ class Unknown:
                 sums = sums + self._tiny(rows)
             if block is None:
                 total, sizes = total + lengths[0], sizes + lengths[0]
+                if not self._small(entries, max((len(b.reach) for b in self.blocks), default=0)):
+                    linear.clear()
                 continue
             sizes = sizes + sums * block.top
             best = sums * block.top
             for (_, kappa), row in zip(block.scales, lengths, strict=True):
                 best = torch.minimum(best, row * kappa)
-            total = total + best
+            rest = rest + best
+            cross = best * total
+            if angles is not None:
+                cross = torch.minimum(cross, crossed + self._tiny(rows) * (1.0 + total))
+            across = across + cross
+        total = (total.square() + 2.0 * across + rest.square()).sqrt()
         if not self.proved:
-            return total, sizes
+            return total, rest, sizes
         # Sums of one range at a time, of squares with a weight; then in float64.
         slack = (
             1.0 + 2.0 * self.gamma(longest + 12) + 8.0 * UNIT_ROUNDOFF * (rows + 16)
         ) * _OUTWARD
-        return total * slack, sizes * slack
+        return total * slack, rest * slack, sizes * slack
+
+    def _small(self, entries: int, units: int) -> bool:
+        """Whether the angles between rows cost little."""
+        return entries * self.size * units < _ANGLES
+
+    def _angles(self, block: _Block, linear: list[Tensor], entries: int) -> Tensor | None:
+        """Bounds of the products of the rows of units with what is known of rows."""
+        if block.known is None or not linear or not self._small(entries, len(block.reach)):
+            return None
+        known, loose = block.known
+        rows = torch.cat(linear)
+        share = 2.0 * self.gamma(self.size + 8)  # of sums over the input
+        length, each = (
+            torch.linalg.vector_norm(t, dim=0).double() * (1.0 + share) + self._tiny(self.size)
+            for t in (rows, known)
+        )
+        found = (known.mT @ rows).double().abs() + share * each[:, None] * length
+        found = found + loose[:, None] * length + self._tiny(self.size)
+        return torch.minimum(found, block.reach[:, None] * length).to(self.dtype)
 
     def norm(self, rows: Tensor, scale: Tensor, error: Tensor) -> float:
         """A bound of the norm of diag(scale) J, for rows (n, entries).
@@ -219,12 +260,13 @@ class Unknown:
         whole: float,
         half: Tensor | None = None,
         rows: tuple[Tensor, Tensor] | None = None,
+        rest: Tensor | None = None,
     ) -> None:
         """Open a block of units with the bounds `reach` of each and `whole` of all together.
 
         `half` is what is not known of their slopes; it only guides. With the rows (n, units) that
         lead to them and what each entry may be off, their norm over a scale is bounded by that of
-        a matrix, too.
+        a matrix, too. `rest` bounds what is not known of these rows.
         """
         if not bool(reach.isfinite().all()):
             raise OverflowError("a unit moves without a bound")
@@ -243,9 +285,11 @@ class Unknown:
                 found = min(found, self.norm(rows[0], 1.0 / scale, rows[1]) * _OUTWARD)
             scales.append((scale, found))
         weights = torch.stack([scale.square() for scale, _ in scales]) if scales else shares[None]
-        self.blocks.append(
-            _Block(reach, scales, weights.to(self.dtype), shares.to(self.dtype), top)
-        )
+        known = None
+        if rows is not None and rest is not None and self._small(1, len(reach)):
+            known = rows[0][: self.size], rest
+        found = _Block(reach, scales, weights.to(self.dtype), shares.to(self.dtype), top, known)
+        self.blocks.append(found)
 
     def _tiny(self, rows: int) -> float:
         """What underflow takes from the root of a sum of squares."""
