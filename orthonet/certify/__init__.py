@@ -8,6 +8,7 @@ from orthonet.certify._accuracy import certified_accuracy, certified_curve
 from orthonet.certify._bound import Bound, Row
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
+from orthonet.certify._local import LocalBound, LocalCertificate
 from orthonet.certify._radius import RadiusCurve
 from orthonet.certify._sequence import recurrent_bound, sequence_bound
 from orthonet.certify.attacks.apgd import apgd_ensemble_l2, apgd_l2
@@ -52,6 +53,8 @@ __all__ = [
     "Summary",
     "LayerRow",
     "LipschitzCertificate",
+    "LocalBound",
+    "LocalCertificate",
     "Row",
     "Bound",
     "register_rule",

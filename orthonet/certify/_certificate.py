@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.certify._bound import Bound, Row
+from orthonet.certify._local import LocalBound, local_certificate
 from orthonet.certify._radius import (
     FAR,
     RadiusCurve,
@@ -29,7 +30,7 @@ from orthonet.certify._radius import (
 from orthonet.certify._rows import batch_of, dtype_name, short_html, short_text, text_table
 from orthonet.certify.graph.identity import data_hashes, hashes
 from orthonet.certify.graph.regions import autocast_region
-from orthonet.certify.local.radius import enlarged, local_constants
+from orthonet.certify.local.radius import enlarged
 from orthonet.certify.proof import load, save
 from orthonet.certify.report.figures import Plot, constants_plot
 from orthonet.certify.report.guesses import elsewhere
@@ -280,13 +281,11 @@ class LipschitzCertificate:
         In a ball of radius r around a sample every unit moves in an interval only, and a chord of
         its activation that starts there has a slope in an interval. With the constants
         $K_{yj}(r)$ that follow, $\min(r, \min_j (f_y - f_j) / K_{yj}(r))$ is a radius.
-        Convolutions, residual sums, batch norm, pooling and activations of entries or pairs are
-        followed unit by unit; other operations count with their gain. Networks that are trained
-        without constraints gain a factor of 2 or more; orthogonal networks gain nothing.
-
-        Each sample takes a few passes over the graph with one row for each entry of the input and
-        each unit whose slope is not known. A sample whose rows do not fit into a gigabyte keeps
-        its radius.
+        Affine operations, pooling, normalizations and activations of entries or pairs are followed
+        unit by unit; others count with their gain. Networks that are trained without constraints
+        gain a factor of 2 or more; orthogonal networks gain nothing. A pass over the graph has one
+        row for each entry of the input and each unit whose slope is not known. A sample whose rows
+        do not fit into a gigabyte keeps its radius, as does one whose gradient allows no gain.
 
         Args:
             model: The certified model in eval mode.
@@ -328,11 +327,11 @@ class LipschitzCertificate:
 
     def local_bound(
         self, x: Tensor | Sequence[Tensor], radius: float, *, norm: str = "l2"
-    ) -> tuple[Bound, ...]:
+    ) -> tuple[LocalBound, ...]:
         r"""Return a bound of the Lipschitz constant in the ball around each sample.
 
-        Where a unit moves in an interval only, its activation has slopes in an interval: the
-        bound of the Jacobian that follows, or `constant` where that is smaller.
+        The `constants` of `certify(model, x, radius=r)`, which needs no global constant, or
+        `constant` where that is smaller.
 
         Args:
             x: A batch of inputs, or one batch for each argument of the model.
@@ -359,7 +358,7 @@ class LipschitzCertificate:
         batch = batch_of(x)
         self._check_inputs(batch, 0.0)
         size = reach(1.0, radius, norm, self._entries())
-        return local_constants(walker, batch, size)
+        return local_certificate(walker, batch, size).constants
 
     def _read(self, logits: Any, x: Any, inputs: Any, model: Any) -> tuple[Tensor, Any]:
         """The logits, and the inputs where they are known."""

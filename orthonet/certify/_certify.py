@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import LipschitzCertificate
+from orthonet.certify._local import LocalCertificate, is_radius, local_certificate
 from orthonet.certify._progress import Progress, report, reporting
 from orthonet.certify._radius import pairwise_constants
 from orthonet.certify.graph.identity import data_hashes, hashes
 from orthonet.certify.graph.outside import digest
 from orthonet.certify.graph.regions import HALF
+from orthonet.certify.local.nonlinear import IN_BALLS
 from orthonet.certify.norms import EFFORTS, Effort, limits
 from orthonet.certify.norms import effort as with_effort
 from orthonet.certify.rounding.modes import check_subnormal, exclusive
@@ -28,6 +30,32 @@ from orthonet.errors import UncertifiableError
 __all__ = ["certify"]
 
 
+@overload
+def certify(
+    model: nn.Module,
+    example_input: Tensor | Sequence[Tensor],
+    *,
+    effort: Effort = ...,
+    lower: bool = ...,
+    autocast: torch.dtype | None = ...,
+    progress: Progress | None = ...,
+    radius: None = ...,
+) -> LipschitzCertificate: ...
+
+
+@overload
+def certify(
+    model: nn.Module,
+    example_input: Tensor | Sequence[Tensor],
+    *,
+    effort: Effort = ...,
+    lower: bool = ...,
+    autocast: torch.dtype | None = ...,
+    progress: Progress | None = ...,
+    radius: float,
+) -> LocalCertificate: ...
+
+
 def certify(
     model: nn.Module,
     example_input: Tensor | Sequence[Tensor],
@@ -36,7 +64,8 @@ def certify(
     lower: bool = True,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
-) -> LipschitzCertificate:
+    radius: float | None = None,
+) -> LipschitzCertificate | LocalCertificate:
     r"""Prove an upper bound of the l2 Lipschitz constant of a model, for each sample.
 
     `torch.export` exports the model with a free batch size, and the graph is walked from input to
@@ -64,6 +93,10 @@ def certify(
 
         progress: Called as `progress(done, total, what)` after each step of the proof. The logger
             `"orthonet.certify"` also gets a line every few seconds at level INFO.
+        radius: Bound the model in the l2 balls of this radius around the samples of
+            `example_input` only. This returns a `LocalCertificate`, and also works for models
+            without a global constant: products of activations, gates, softmax attention,
+            normalizations with a small eps. Nothing is searched from below.
 
     Shape:
         example_input: (N, *), the batch first
@@ -97,10 +130,20 @@ def certify(
         "Leave it out: the logger 'orthonet.certify' tells the same at level INFO",
         progress=progress,
     )
+    _checks.require(
+        radius is None or is_radius(radius),
+        "certify",
+        "radius must be finite and non-negative",
+        "Leave it out for the whole space",
+        radius=radius,
+    )
     check_subnormal("certify")
     _check_region(examples[0].device)
     _check_model(model)
     with exclusive(), torch.no_grad(), with_effort(effort), reporting(progress):
+        if radius is not None:
+            walker = propagate(model, examples, autocast=autocast, in_balls=IN_BALLS)
+            return local_certificate(walker, examples, float(radius))
         walker = propagate(model, examples, autocast=autocast)
         identity = hashes(model), data_hashes(model)
         pairs = _pairs(walker)

@@ -235,8 +235,9 @@ class Call:
             self.refuse(
                 "this operation is certified for one tensor that depends on the input, in the "
                 "first place, and constants",
-                "A product or quotient of two such tensors has no Lipschitz constant; register "
-                "your own rule for the module around it with @register_rule",
+                "A product or quotient of two such tensors has no global Lipschitz constant; "
+                "certify(model, x, radius=r) bounds it in balls around samples; or register your "
+                "own rule for the module around it with @register_rule",
             )
         return first
 

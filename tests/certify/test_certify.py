@@ -247,7 +247,7 @@ REFUSED = {
     "normalize": (lambda x: F.normalize(x), "div|normalize|norm"),
     "attention": (
         lambda x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None]),
-        "Dot-product attention has no Lipschitz constant",
+        "Dot-product attention has no global Lipschitz constant",
     ),
     "input matrix": (lambda x: x @ x.T, "batch"),
     "item": (lambda x: x * x.sum().item(), "batch"),
@@ -295,12 +295,15 @@ def test_refusals(name):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), "attention has no Lip"),
+        (
+            lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+            "attention has no global Lip",
+        ),
         (
             lambda: Lambda(
                 lambda x, f: f(x, x, x)[0], nn.MultiheadAttention(8, 2, batch_first=True)
             ),
-            "attention has no Lip",
+            "attention has no global Lip",
         ),
         (lambda: nn.Sequential(nn.LazyLinear(3)), "weights must be initialized"),
         (lambda: nn.LayerNorm(8, eps=0.0), "must have a positive eps"),

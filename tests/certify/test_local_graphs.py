@@ -12,6 +12,7 @@ from torch import nn
 import orthonet
 from orthonet.certify import certify
 from orthonet.certify.local import ball as balls
+from orthonet.certify.local import moves
 from orthonet.certify.mlp.slopes import Kinks
 from orthonet.certify.ops.pooling import pooling_windows
 from orthonet.certify.rules import Call, Operand
@@ -97,8 +98,9 @@ def check_ball(net, x, radius, certificate):
         points = x + radius * length.reshape(-1, *[1] * (x.ndim - 1)) * d
         at, center = twin(points), twin(x)
         far = (points - x).flatten(1).norm(dim=1)
-        for joint in (False, True):
-            found = balls.Ball(certificate._walker, (x,), radius, joint=joint)
+        point = balls.Point(certificate._walker, (x,))
+        for joint, dtype in ((False, torch.float64), (True, torch.float64), (False, torch.float32)):
+            found = balls.Ball(point, radius, joint=joint, dtype=dtype)
             node = certificate._walker.program.outputs[0]
             most = found.differences(node, 0, torch.full((at.shape[1],), math.inf).double())
             change = ((at[:, :1] - at) - (center[:, :1] - center)).abs()
@@ -226,9 +228,9 @@ def test_what_does_not_fit_into_memory_keeps_the_global_bound(monkeypatch):
     x = torch.randn(2, 9)
     certificate = certify(net, x)
     assert bool((certificate.local_radius(net, x) > certificate.radius(net, x)).any())
-    monkeypatch.setattr(balls, "_ENTRIES", 100)
+    monkeypatch.setattr(moves, "_ENTRIES", 100)
     assert torch.equal(certificate.local_radius(net, x), certificate.radius(net, x))
-    assert certificate.local_bound(x, 0.1) == (certificate.constant,) * 2
+    assert all(b.value == certificate.lipschitz for b in certificate.local_bound(x, 0.1))
 
 
 def test_bad_arguments_are_refused():

@@ -5,15 +5,17 @@ are run on the rows of J; at an activation every unit has a slope in an interval
 from how far its input can move: the mean of the interval is kept, and the rest becomes an unknown
 factor. With slopes of chords that start at x the rows of J bound $|h_i(a) - h_i(x)| / \|a - x\|$,
 which is all that a radius needs; with the slopes of all chords in the ball, the Lipschitz
-constants of the units. Any other operation is known by its gain alone.
+constants of the units. Products, softmax and normalizations are those of `nonlinear`; any other
+operation is known by its gain alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,135 +24,132 @@ from torch import Tensor, fx, nn
 
 from orthonet.certify.graph.marks import mark_of
 from orthonet.certify.graph.replay import replay
+from orthonet.certify.local.moves import Moves, Rows
+from orthonet.certify.local.nonlinear import ALL, PointErrors, in_ball
 from orthonet.certify.local.unknown import Unknown
 from orthonet.certify.mlp.chain import frobenius_up
 from orthonet.certify.mlp.slopes import Activation, Kinks
 from orthonet.certify.ops.activations import activation_of
-from orthonet.certify.rounding.forward import Errors
 from orthonet.certify.rules import record_of
-from orthonet.certify.walk.islands import action_of, linear_action, roundings_of
+from orthonet.certify.walk.islands import action_of, linear_action
 from orthonet.certify.walk.state import State
 from orthonet.certify.walk.walker import Walker
 from orthonet.linalg.bounds.rounding import UNIT_ROUNDOFF, add_up, gamma, mul_up
 
-__all__ = ["Ball", "Moves", "TooLargeError"]
+__all__ = ["Ball", "Point"]
 
-_ENTRIES = 2**27  # of the rows of one node: a gigabyte
-_CHUNK = 2**24  # entries of a node in a batch of directions that is run at once
 _OUTWARD = 1.0 + 2.0**-45  # covers the roundings of a few entrywise operations and a short sum
 _RELU = Kinks((0.0,), (0.0, 1.0))
 _ENDS = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
 
 
-class TooLargeError(Exception):
-    """The rows of a node would not fit into memory."""
+class Point:
+    """The values of all nodes of a graph at one sample, and what they may be off.
 
+    Args:
+        walker: The graph of the model, with its global bounds.
+        inputs: One sample of each input, (1, *shape).
 
-@dataclass(frozen=True)
-class Moves:
-    """The rows of a node: its dependence on the input and on the units with unknown slopes.
-
-    Attributes:
-        linear: (inputs, *shape).
-        noise: (units so far, *shape).
-        error: What the rows may be off, each with the reach of its unit, (*shape).
+    Raises:
+        UncertifiableError: The rounding of an operation is not known.
     """
 
-    linear: Tensor
-    noise: Tensor
-    error: Tensor
+    def __init__(self, walker: Walker, inputs: Sequence[Tensor]) -> None:
+        self.walker = walker
+        self.inputs = [x.detach().cpu().double() for x in inputs]
+        self.size = sum(x.numel() for x in self.inputs)
+        with torch.no_grad():
+            self.values = replay(walker.program, self.inputs)
+            none = torch.zeros(1, dtype=torch.float64)
+            self.errors = PointErrors(walker, self.values, none, torch.float64, None)
 
-    def with_units(self, count: int) -> Moves:
-        """The same among more units."""
-        if len(self.noise) == count:
-            return self
-        more = self.noise.new_zeros(count - len(self.noise), *self.noise.shape[1:])
-        return replace(self, noise=torch.cat([self.noise, more]))
+    def off(self, state: State) -> float:
+        """What the value of an entry at the sample may be off."""
+        return mul_up(float(self.errors.of(state)), 1.0 + 2.0**-40)
 
 
 class Ball:
     """The rows of all nodes of a graph in the ball around one sample.
 
     Args:
-        walker: The graph of the model, with its global bounds.
-        inputs: One sample of each input, (1, *shape).
+        point: The sample.
         radius: The radius of the ball, in the l2 norm of all inputs together.
         chords: Take the slopes of chords that start at the sample: the rows bound how far units
             move from it, and are no Lipschitz constants.
         proved: Bound norms and roundings; without, estimate norms and leave roundings out.
         joint: Take activations of several entries together and largest entries of windows by
             their gain: better in large balls, where few of their slopes are known.
+        dtype: Of the rows, float32 or float64.
 
     Attributes:
         choices: How many operations `joint` makes a difference to.
 
     Raises:
-        UncertifiableError: The rounding of an operation is not known.
         TooLargeError: The rows would not fit into memory.
+        OverflowError: A unit moves without a bound.
     """
 
     def __init__(
         self,
-        walker: Walker,
-        inputs: Sequence[Tensor],
+        point: Point,
         radius: float,
         *,
         chords: bool = True,
         proved: bool = True,
         joint: bool = False,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
-        self.walker, self.radius, self.chords = walker, radius, chords
-        self.unknown = Unknown(proved)
+        self.point, self.walker, self.radius, self.chords = point, point.walker, radius, chords
+        self.values = point.values
+        self.unknown = Unknown(point.size, dtype, proved)
+        self.space = Rows(self.unknown)
         self.moves: dict[fx.Node, Moves] = {}
+        self.parts: dict[fx.Node, tuple[dict[fx.Node, Moves], Any]] = {}
         self.joint, self.choices = joint, 0
-        inputs = [x.detach().cpu().double() for x in inputs]
-        self.size = sum(x.numel() for x in inputs)
+        walker = self.walker
         with torch.no_grad():
-            self.values = replay(walker.program, inputs)
-            none = torch.zeros(1, dtype=torch.float64)
-            self.errors = Errors(walker, self.values, none, torch.float64, None)
             first = 0
             for node in walker.program.inputs:
                 shape = self.values[node].shape[1:]
-                rows = torch.zeros(self.size, shape.numel(), dtype=torch.float64)
-                rows[first : first + shape.numel()] = torch.eye(shape.numel(), dtype=torch.float64)
+                self.moves[node] = self.space.inputs(first, shape)
                 first += shape.numel()
-                zero = torch.zeros(shape, dtype=torch.float64)
-                self.moves[node] = Moves(rows.reshape(-1, *shape), zero[None][:0], zero)
-            left = Counter(p.node for s in walker.states.values() for p in {*s.parents})
-            left.update(walker.program.outputs)
+            self.left = Counter(p.node for s in walker.states.values() for p in {*s.parents})
+            self.left.update(walker.program.outputs)
             for state in walker.states.values():
                 if state.node not in self.moves:
                     self._visit(state)
                 for node in {p.node for p in state.parents}:
-                    left[node] -= 1
-                    if not left[node]:  # its rows are read no more
+                    self.left[node] -= 1
+                    if not self.left[node]:  # its rows are read no more
                         self.moves.pop(node, None)
+
+    def off(self, state: State) -> float:
+        """What the value of an entry at the sample may be off."""
+        return self.point.off(state)
 
     def rows(self, moves: Moves, most: float = math.inf) -> Tensor:
         """Bounds of the rows of a node, each at most `most`."""
-        found = self.unknown.rows(moves.linear, moves.noise) + moves.error
-        return (found * _OUTWARD).clamp(max=most)
+        return self.space.measured(moves)[1].clamp(max=most)
 
     def differences(self, node: fx.Node, top: int, most: Tensor) -> Tensor:
         """Bounds of the rows of entry `top` less every entry of a vector, each at most `most`."""
-        moves = self.moves[node]
-        sizes = self.unknown.sizes(moves.linear, moves.noise)
-        error = moves.error[top] + moves.error + 2 * UNIT_ROUNDOFF * (sizes[top] + sizes)
-        linear, noise = (m[:, top, None] - m for m in (moves.linear, moves.noise))
-        return torch.minimum(self.rows(Moves(linear, noise, error)), most)
+        with torch.no_grad():
+            moves = self.space.dense(self.moves[node])
+            sizes = self.space.measured(moves)[0].sizes
+            error = moves.error[top] + moves.error
+            error = error + 2 * self.unknown.unit * (sizes[top] + sizes) + self.unknown.lost
+            rows = moves.known[:, top, None] - moves.known
+            return torch.minimum(self.rows(Moves(rows, error * _OUTWARD, sizes)), most)
 
     def norm(self, state: State) -> float:
         """A bound of the norm of all rows of a node together."""
-        moves, whole = self.moves[state.node], self.walker.bound_of(state).value
+        whole = self.walker.bound_of(state).value
+        moves = self.space.dense(self.moves[state.node])
         rows = self.rows(moves, whole).flatten()
         if not len(rows):
             return 0.0
-        found = self.unknown.spectral(
-            moves.linear.flatten(1),
-            moves.noise.flatten(1),
-            torch.ones_like(rows),
-            moves.error.flatten(),
+        found = self.unknown.norm(
+            moves.known.flatten(1), torch.ones_like(rows), moves.error.flatten()
         )
         return min(whole, found, frobenius_up(rows))
 
@@ -158,14 +157,27 @@ class Ball:
 
     def _visit(self, state: State) -> None:
         value = self.values[state.node]
-        if not isinstance(value, Tensor):
-            return  # the parts are seen where they are read
-        if value.numel() * (self.size + self.unknown.count) > _ENTRIES:
-            raise TooLargeError
         known = all(p.node in self.moves for p in state.parents)
-        action = action_of(state) if known else None
-        if action is not None:
-            self.moves[state.node] = self._affine(state)
+        if not isinstance(value, Tensor):
+            if known and action_of(state) is not None:
+                self._cut(state)
+            return  # the parts are seen where they are read
+        self.space.check(value.numel())
+        if state.parents and state.parents[0].node in self.parts:
+            self.moves[state.node] = self._part(state)
+            return
+        if known and action_of(state) is not None:
+            found = self._affine(state)
+            if found is not None:
+                self.moves[state.node] = found
+                return
+        bounded = known and state.call.op in ALL and self._has_gain(state)
+        self.choices += bounded
+        found = None
+        if known and mark_of(state.node) is None and not (bounded and self.joint):
+            found = in_ball(self, state)
+        if found is not None:
+            self.moves[state.node] = found
             return
         single = known and len(state.parents) == 1
         record = record_of(state.node.target) if single and mark_of(state.node) is None else None
@@ -183,102 +195,95 @@ class Ball:
             found = self._opaque(state)
         self.moves[state.node] = found
 
-    def _affine(self, state: State) -> Moves:
-        """Run the linear part of an operation on the rows of its operands."""
-        count = self.unknown.count
-        parents = {p.node: self.moves[p.node].with_units(count) for p in state.parents}
-        rows = {n: torch.cat([m.linear, m.noise]) for n, m in parents.items()}
-        size = self.size + count
-        step = max(
-            1,
-            _CHUNK // max(1, math.prod(state.shape), *(m.error.numel() for m in parents.values())),
-        )
-        image = torch.cat(
-            [
-                linear_action(
-                    state, {n: r[i : i + step] for n, r in rows.items()}, min(step, size - i)
-                )
-                for i in range(0, size, step)
-            ]
-        )
-        if not self.unknown.proved:
-            error = torch.zeros(image.shape[1:], dtype=torch.float64)
-            return Moves(image[: self.size], image[self.size :], error)
-        both = {
-            n: torch.stack([m.error, self.unknown.sizes(m.linear, m.noise)])
-            for n, m in parents.items()
-        }
-        error, sizes = linear_action(state, both, 2, True)
-        rounding = gamma(roundings_of([state]) + 4)
-        moving = not action_of(state).moves  # type: ignore[union-attr]
-        error = (error + (rounding * (sizes + error) if moving else 0.0)) * _OUTWARD
-        return Moves(image[: self.size], image[self.size :], error)
+    def _affine(self, state: State) -> Moves | None:
+        """Follow the linear part of an operation; its rows are run where they are needed."""
+        parents = {p.node: self.moves[p.node] for p in state.parents}
+        both = {n: torch.stack([m.error, m.sizes]) for n, m in parents.items()}
+        try:
+            error, sizes = linear_action(state, both, 2, True)
+        except ValueError:
+            return None
+        action: Any = action_of(state)
+        if not action.moves:
+            count = (action.forward or action.terms)(state) + 8
+            lost = (
+                count
+                * self.unknown.lost
+                * (1.0 + sum(float(m.sizes.sum()) for m in parents.values()))
+            )
+            error = error + self.unknown.gamma(count) * (sizes + error) + lost
+        found = self.space.later(state, parents, error * _OUTWARD, sizes * _OUTWARD)
+        return found if self.left[state.node] < 2 else self.space.kept(found)
+
+    def _cut(self, state: State) -> None:
+        """Follow an affine operation that returns several tensors."""
+        parents = {p.node: self.moves[p.node] for p in state.parents}
+        both = {n: torch.stack([m.error, m.sizes]) for n, m in parents.items()}
+        with contextlib.suppress(ValueError):
+            self.parts[state.node] = parents, linear_action(state, both, 2, True)
+
+    def _part(self, state: State) -> Moves:
+        """One of the tensors that an operation returned, which are pieces of its input."""
+        cut = state.parents[0]
+        parents, both = self.parts[cut.node]
+        error, sizes = linear_action(state, {cut.node: both}, 2, True)
+        whole = self.space.later(cut, parents, error, sizes)
+        return replace(whole, path=(*whole.path, state))
 
     def _activated(self, state: State, act: Activation, dim: int | None) -> Moves:
         """Bring an activation into its basis, and back."""
         parent = state.parents[0]
         moves = self._turned(self.moves[parent.node], act, dim)
         value = _turn(self.values[parent.node], act.basis, dim)[0]
-        off = self._off(parent)
+        off = self.off(parent)
         if act.basis is not None:
             lost = add_up(mul_up(2.0, gamma(len(act.basis) + 4)), act.basis_error)
             off = add_up(off, mul_up(lost, frobenius_up(value)))
         whole = self.walker.bound_of(parent).value * (1.0 + 2.0**-40)  # also in the basis
-        found = self._split(moves, value, off, act, dim, whole, whole)
+        found = self.split(moves, value, off, act, dim, whole, whole)
         return self._turned(found, act, dim, back=True)
 
     def _largest(self, state: State, windows: Tensor) -> Moves:
         """Follow the largest entry of windows: m becomes m + relu(x - m), one place at a time."""
         parent = state.parents[0]
-        source, value = self.moves[parent.node], self.values[parent.node][0]
-        whole, off = self.walker.bound_of(parent).value, self._off(parent)
+        source, reach = self.space.measured(self.moves[parent.node])
+        value = self.values[parent.node][0]
+        whole, off = self.walker.bound_of(parent).value, self.off(parent)
         places = math.prod(value.shape[1:])
 
         def at(x: Tensor, tap: int, lead: int) -> Tensor:
             rest = x.reshape(*x.shape[:lead], len(value), places)
             return rest[..., windows[:, tap]].reshape(*x.shape[:lead], *state.shape)
 
-        largest, best = _each(source, lambda x, lead: at(x, 0, lead)), at(value, 0, 0)
+        largest, best = source.each(lambda x, lead: at(x, 0, lead)), at(value, 0, 0)
         relu = Activation(torch.relu, *_ENDS, narrow=_RELU, chords=_RELU.chords)
         for tap in range(1, windows.shape[1]):
-            other, here = _each(source, lambda x, lead, t=tap: at(x, t, lead)), at(value, tap, 0)
-            largest = largest.with_units(self.unknown.count)
-            other = other.with_units(self.unknown.count)
-            gap = self._sum(other, largest, -1.0)
+            other, here = source.each(lambda x, lead, t=tap: at(x, t, lead)), at(value, tap, 0)
+            gap = self.space.sum(other, largest, -1.0)
             # Windows share entries, so that all gaps together may move farther than the image.
-            rise = self._split(gap, here - best, 2.0 * off, relu, None, 2.0 * whole, math.inf)
-            largest = self._sum(rise, largest.with_units(self.unknown.count), 1.0)
+            rise = self.split(gap, here - best, 2.0 * off, relu, None, 2.0 * whole, math.inf)
+            largest = self.space.sum(rise, largest, 1.0)
             best = torch.maximum(best, here)
         # An entry moves no farther than one of its window; what its row says may be worse.
-        reach = self.rows(source, whole)
+        reach = reach.clamp(max=whole)
         most = torch.stack([at(reach, tap, 0) for tap in range(windows.shape[1])]).amax(0)
-        together = self.walker.bound_of(state).value
-        return self._replaced(largest.with_units(self.unknown.count), most, together)
+        return self._replaced(largest, most, self.walker.bound_of(state).value)
 
     def _replaced(self, moves: Moves, most: Tensor, whole: float) -> Moves:
         """Units of which less is known by their rows than by `most` become units of their own."""
-        loose = most < 0.99 * self.rows(moves)
+        moves, reach = self.space.measured(moves)
+        loose = most < 0.99 * reach
         index = loose.flatten().nonzero()[:, 0]
         if not len(index):
             return moves
-        self.unknown.add(most.flatten()[index], whole)
         kept = (~loose).to(most.dtype)
-        noise = torch.cat([moves.noise * kept, _one_hot(torch.ones_like(most), index)])
-        return Moves(moves.linear * kept, noise, moves.error * kept)
+        rows = self.space.padded(moves.known) * kept.to(moves.known.dtype)
+        self.unknown.add(most.flatten()[index], whole)
+        ones = torch.ones(len(index), dtype=torch.float64)
+        sizes = torch.where(loose, most, moves.sizes)
+        return Moves(rows, moves.error * kept, sizes, index=index, own=ones)
 
-    def _sum(self, first: Moves, second: Moves, sign: float) -> Moves:
-        """The sum or the difference of two nodes with as many units."""
-        sizes = (self.unknown.sizes(m.linear, m.noise) for m in (first, second))
-        error = first.error + second.error + 2 * UNIT_ROUNDOFF * sum(sizes)
-        linear = torch.add(first.linear, second.linear, alpha=sign)
-        noise = torch.add(first.noise, second.noise, alpha=sign)
-        return Moves(linear, noise, error * _OUTWARD)
-
-    def _off(self, state: State) -> float:
-        """What the value of an entry at the sample may be off."""
-        return mul_up(float(self.errors.of(state)), 1.0 + 2.0**-40)
-
-    def _split(
+    def split(
         self,
         moves: Moves,
         value: Tensor,
@@ -292,24 +297,32 @@ class Ball:
 
         Each unit moves at most `each`, all of them `together` times as far as the input.
         """
-        moves = moves.with_units(self.unknown.count)
-        reach = self.rows(moves, each)
+        moves, reach = self.space.measured(moves, copy=True)
+        reach = reach.clamp(max=each)
         far = (self.radius * reach + off) * _OUTWARD
         low, high = _slopes(act, value, off, far, dim, self.chords)
-        mean, half = (low + high) / 2, (high - low) / 2 * _OUTWARD
         loose = low != high
-        half = torch.where(loose, half + 2 * UNIT_ROUNDOFF * mean.abs(), 0.0)
+        mean = ((low + high) / 2).to(self.unknown.dtype).double()
+        half = torch.maximum(high - mean, mean - low)
+        half = torch.where(loose, half * _OUTWARD + 4 * UNIT_ROUNDOFF * mean.abs(), 0.0)
         index = loose.flatten().nonzero()[:, 0]
-        if value.numel() * (self.size + self.unknown.count + len(index)) > _ENTRIES:
-            raise TooLargeError
-        sizes = self.unknown.sizes(moves.linear, moves.noise)
-        linear, noise = (m.flatten(1)[:, index] for m in (moves.linear, moves.noise))
-        self.unknown.add(
-            reach.flatten()[index], together, (linear, noise, moves.error.flatten()[index])
+        self.space.check(value.numel(), len(index))
+        columns = self.space.padded(moves.known).flatten(1).index_select(1, index)
+        reached, unknown, off_by, loose_by = (
+            t.flatten()[index] for t in (reach, half, moves.error, moves.loose)
         )
-        noise = torch.cat([moves.noise * mean, _one_hot(half, index)])
-        error = (moves.error + 2 * UNIT_ROUNDOFF * sizes) * mean.abs() * _OUTWARD
-        return Moves(moves.linear * mean, noise, error)
+        self.unknown.add(reached, together, unknown, (columns, off_by), loose_by)
+        rows = moves.known.mul_(mean.to(self.unknown.dtype))
+        # The mean was rounded, and so is its product with each row.
+        error = (moves.error + 4 * self.unknown.unit * moves.sizes) * mean.abs()
+        error = error + self.unknown.lost
+        sizes = moves.sizes * mean.abs() + half * reach
+        own = half.flatten()[index] * (1.0 + 4 * self.unknown.unit)
+        return Moves(rows, error * _OUTWARD, sizes * _OUTWARD, index=index, own=own)
+
+    def _has_gain(self, state: State) -> bool:
+        """Whether an operation has a constant."""
+        return all(math.isfinite(gain.value) for gain in self.walker.step_of(state).gains)
 
     def _opaque(self, state: State) -> Moves:
         """Let every entry move as far as the gain of the operation allows."""
@@ -323,13 +336,14 @@ class Ball:
         total = math.hypot(*terms) if step.combine == "hypot" else math.fsum(terms)
         whole = min(whole, total * (1.0 + 2.0**-50 * (len(terms) + 2)))
         shape = self.values[state.node].shape[1:]
-        reach = torch.full(shape, whole, dtype=torch.float64)
-        before = self.unknown.count
+        return self._own(torch.full(shape, whole, dtype=torch.float64), whole)
+
+    def _own(self, reach: Tensor, whole: float) -> Moves:
+        """Units of their own, of which no more is known than how far they move."""
+        rows = torch.zeros(self.space.total, *reach.shape, dtype=self.unknown.dtype)
         self.unknown.add(reach.flatten(), whole)
-        zero = torch.zeros(shape, dtype=torch.float64)
-        noise = zero.new_zeros(before, *shape)
-        ones = _one_hot(torch.ones_like(zero), torch.arange(zero.numel()))
-        return Moves(zero.new_zeros(self.size, *shape), torch.cat([noise, ones]), zero)
+        index, ones = torch.arange(reach.numel()), torch.ones(reach.numel(), dtype=torch.float64)
+        return Moves(rows, torch.zeros_like(reach), reach.clone(), index=index, own=ones)
 
     # activations ------------------------------------------------------------------------------
 
@@ -350,7 +364,9 @@ class Ball:
             if record is None or record.slopes is None:
                 return None
             record.check(state.call)
-            given, slopes = state.call.given("dim", 1), partial(record.slopes, state.call)
+            given, slopes = state.call.given("dim"), partial(record.slopes, state.call)
+            if given is None:  # entry by entry
+                return slopes(math.prod(shape)), None
         dim = given - 1 if given > 0 else len(shape) + given
         if mark is None or not 0 <= dim < len(shape):
             return slopes(math.prod(shape)), None  # type: ignore[return-value]
@@ -365,17 +381,13 @@ class Ball:
         if basis is None:
             return moves
         basis = basis.mT if back else basis
-        sizes = self.unknown.sizes(moves.linear, moves.noise)
-        both = _turn(torch.stack([moves.error, sizes]), basis.abs(), dim)
-        lost = mul_up(act.basis_error, frobenius_up(sizes))
-        error = both[0] + gamma(len(basis) + 4) * (both[1] + both[0]) + lost
-        linear, noise = (_turn(m, basis, dim) for m in (moves.linear, moves.noise))
-        return Moves(linear, noise, error * _OUTWARD)
-
-
-def _each(moves: Moves, change: Callable[[Tensor, int], Tensor]) -> Moves:
-    """The same change of all rows and of their error; given how many dims come first."""
-    return Moves(change(moves.linear, 1), change(moves.noise, 1), change(moves.error, 0))
+        moves = self.space.dense(moves)
+        both = _turn(torch.stack([moves.error, moves.sizes]), basis.abs(), dim)
+        error = both[0] + self.unknown.lost
+        error = error + self.unknown.gamma(len(basis) + 8) * (both[1] + both[0])
+        error = error + mul_up(act.basis_error, frobenius_up(moves.sizes))
+        rows = _turn(moves.known, basis.to(self.unknown.dtype), dim)
+        return Moves(rows, error * _OUTWARD, both[1] * _OUTWARD)
 
 
 def _turn(x: Tensor, basis: Tensor | None, dim: int | None) -> Tensor:
@@ -402,10 +414,3 @@ def _slopes(
     if dim is None:
         return low.reshape(value.shape), high.reshape(value.shape)
     return low.movedim(-1, dim), high.movedim(-1, dim)
-
-
-def _one_hot(values: Tensor, index: Tensor) -> Tensor:
-    """A row for each entry of `index`, which holds its value alone."""
-    rows = values.new_zeros(len(index), values.numel())
-    rows[torch.arange(len(index)), index] = values.flatten()[index]
-    return rows.reshape(-1, *values.shape)

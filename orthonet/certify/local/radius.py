@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from orthonet.certify._bound import Bound
 from orthonet.certify._radius import certified_radius
-from orthonet.certify.local.ball import Ball, TooLargeError
+from orthonet.certify.graph.replay import replay
+from orthonet.certify.local.ball import Ball, Point
+from orthonet.certify.local.moves import TooLargeError
+from orthonet.certify.rounding.modes import check_products
 from orthonet.certify.walk.walker import Walker
 from orthonet.errors import UncertifiableError
 from orthonet.linalg.bounds.rounding import mul_up, up
 
-__all__ = ["enlarged", "local_constants"]
+__all__ = ["Ends", "enlarged", "local_constants", "local_reaches"]
 
 _WORTH = 1.02  # a gain below this factor is not searched for
-_FIRST = 1.5  # of the radius that is known, the first one that is tried
+_HOPE = 1.2  # nor one where no bound of the kind can gain more than this
+_NEAR = 1.25  # a quotient this near to its radius needs no further search
+_NEARER = 1.05  # the same where balls cost little
+_TOGETHER = 16  # samples whose gradients are taken at once
+_FEW = 2048  # rows of a ball that costs little
+_SLOPE = 1.0  # of the logarithm of the quotient, until two balls have told
+_FAILED = (TooLargeError, OverflowError, UncertifiableError)
 
 
 def enlarged(
@@ -47,111 +55,200 @@ def enlarged(
     if pairs is None:
         value = mul_up(up(math.sqrt(2.0)), constant)
         pairs = torch.full((logits.shape[1],) * 2, value, dtype=torch.float64)
-    found = []
-    for i, start in enumerate(radii.tolist()):
+    ceilings = _ceilings(walker, batch, logits, pairs)
+    search, found = _Search(walker, steps), []
+    for i, (start, ceiling) in enumerate(zip(radii.tolist(), ceilings.tolist(), strict=True)):
         sample, row = tuple(t[i : i + 1] for t in batch), logits[i : i + 1]
         top = int(row.argmax())
 
-        def within(constants: Tensor, radius: float, x: Any = sample, row: Tensor = row) -> float:
+        def within(
+            constants: Tensor,
+            lost: Tensor,
+            row: Tensor = row,
+            top: int = top,
+        ) -> float:
             table = pairs.clone()
-            table[int(row.argmax())] = constants
-            return float(certified_radius(row, constant, table, rounding(x, within=radius)))
+            table[top] = constants
+            return float(certified_radius(row, constant, table, lost))
 
-        found.append(_grown(walker, sample, top, start, pairs[top], within, steps))
+        task = _Task(sample, top, start, ceiling, pairs[top], rounding, within)
+        found.append(search.radius(task))
     return torch.tensor(found, dtype=torch.float64)
 
 
-def _grown(
-    walker: Walker,
-    inputs: Sequence[Tensor],
-    top: int,
-    start: float,
-    most: Tensor,
-    within: Callable[[Tensor, float], float],
-    steps: int,
-) -> float:
-    """Return a radius of one sample that is at least `start`, which is proved already.
+@dataclass(frozen=True)
+class _Task:
+    """A sample whose radius is searched for.
 
-    For balls of growing radius r, `within(constants, r)` is the distance that margins allow with
-    these constants of their differences, at most `most`; the smaller of it and r is a radius. The
-    search works with estimates of norms; the ball that it ends at is proved.
+    Attributes:
+        inputs: The sample.
+        top: Its class.
+        start: The radius that is proved already.
+        ceiling: About the largest one that could be.
+        most: The global constants of the differences of logits.
+        rounding: Bounds of the rounding of a forward pass, `rounding(x, within=r)`.
+        within: The distance that margins allow with constants of their differences.
     """
-    node = walker.program.outputs[0]
 
-    def quotient(radius: float, proved: bool = False) -> float:
-        constants = most
-        for ball in _balls(walker, inputs, radius, proved):
-            constants = ball.differences(node, top, constants)
-        return within(constants, radius)
+    inputs: Sequence[Tensor]
+    top: int
+    start: float
+    ceiling: float
+    most: Tensor
+    rounding: Callable[..., Tensor]
+    within: Callable[[Tensor, Tensor], float]
 
-    if not 0.0 < start < math.inf:
-        return start
-    try:
-        # The quotient falls with the radius: a radius below its own quotient is a certified one,
-        # and so is, for a radius above it, that quotient.
-        low, high, radius, before = start, math.inf, _FIRST * start, None
-        for _ in range(steps):
-            found = quotient(radius)
-            low = max(low, min(radius, found))
-            high = min(high, max(radius, found))
-            if high < _WORTH * low or found < _WORTH * start:
+
+class _Search:
+    """Finds radii of samples one after the other; what it learned is where the next one starts.
+
+    For balls of radius r, the distance q that margins allow falls with r, and the smaller one of
+    both is a radius. The search for q = r works with estimates in single precision; the ball that
+    it ends at is proved.
+    """
+
+    def __init__(self, walker: Walker, steps: int) -> None:
+        self.walker, self.steps = walker, steps
+        self.share, self.slope, self.seen = 0.5, _SLOPE, 0
+        self.dtype = torch.float32
+        try:
+            check_products("LipschitzCertificate", {torch.device("cpu")}, {torch.float32})
+        except UncertifiableError:
+            self.dtype = torch.float64
+
+    def radius(self, task: _Task) -> float:
+        """Return a radius that is at least the one that is proved already."""
+        if not 0.0 < task.start < math.inf or task.ceiling < _HOPE * task.start:
+            return task.start
+        for dtype in dict.fromkeys((self.dtype, torch.float64)):
+            try:
+                return self._found(task, dtype)
+            except _FAILED:
+                continue
+        return task.start
+
+    def _found(self, task: _Task, dtype: torch.dtype) -> float:
+        point = Point(self.walker, task.inputs)
+        span = math.log(min(task.ceiling, 1e6 * task.start) / task.start)
+        radius = task.start * math.exp(self.share * span)
+        lost = task.rounding(task.inputs, within=radius)
+        joints: Sequence[bool] | None = None
+        before: tuple[float, float] | None = None
+        for _ in range(self.steps):
+            found = -math.inf
+            for joint, ball in _balls(point, radius, False, dtype, joints):
+                node = self.walker.program.outputs[0]
+                near = _NEARER if ball.space.total < _FEW else _NEAR
+                here = task.within(ball.differences(node, task.top, task.most), lost)
+                if here > found:
+                    found, best = here, joint
+            joints = (best,)
+            if found < _WORTH * task.start:
+                return task.start
+            gap = math.log(found / radius)
+            if before is not None and abs(before[0] - math.log(radius)) > 0.05:
+                slope = (before[1] - math.log(found)) / (math.log(radius) - before[0])
+                self.slope = min(max(slope, 0.2), 4.0)
+            before = math.log(radius), math.log(found)
+            # Where the line through the quotient, of this slope in both logarithms, is the radius.
+            radius *= math.exp(gap / (1.0 + self.slope))
+            if abs(gap) < math.log(near):
                 break
-            before, radius = (radius, found), _next(low, high, before, (radius, found))
-        if low < _WORTH * start:
-            return start
-        return max(start, min(low, quotient(low, True)))
-    except (TooLargeError, OverflowError, UncertifiableError):
-        return start
+        radius = max(radius, task.start)
+        if radius < _WORTH * task.start:
+            return task.start
+        (_, ball), *_ = _balls(point, radius, True, dtype, joints)
+        constants = ball.differences(self.walker.program.outputs[0], task.top, task.most)
+        result = min(radius, task.within(constants, task.rounding(task.inputs, within=radius)))
+        if span > 0.0 and result > task.start:
+            self.seen += 1
+            share = math.log(result / task.start) / span
+            self.share += (share - self.share) / self.seen
+        return max(task.start, result)
 
 
-def _next(
-    low: float, high: float, before: tuple[float, float] | None, last: tuple[float, float]
-) -> float:
-    """Where the quotient is expected to be the radius: by a secant of both logarithms."""
-    middle = math.sqrt(low * high) if math.isfinite(high) else 4.0 * low
-    if before is None or not math.isfinite(high):
-        return middle
-    gaps = [
-        math.log(found / radius) if found > 0 else -math.inf for radius, found in (before, last)
-    ]
-    if not all(map(math.isfinite, gaps)) or gaps[0] == gaps[1]:
-        return middle
-    step = math.log(last[0] / before[0]) * gaps[1] / (gaps[0] - gaps[1])
-    radius = last[0] * math.exp(step)
-    return radius if low < radius < high else middle
+def _ceilings(walker: Walker, batch: Sequence[Tensor], logits: Tensor, pairs: Tensor) -> Tensor:
+    """About the largest radii (N,) that any bound of slopes can prove: nothing rests on them.
+
+    The slope at the sample itself of the margin that decides on the global radius.
+    """
+    logits = logits.detach().cpu().double()
+    top = logits.argmax(1)
+    margins = logits.gather(1, top[:, None]) - logits
+    quotients = margins / pairs[top].clamp_min(1e-300)
+    rival = quotients.scatter(1, top[:, None], math.inf).argmin(1)
+    found = []
+    for part in torch.arange(len(logits)).split(_TOGETHER):
+        inputs = [x[part.to(x.device)].detach().cpu().double().requires_grad_() for x in batch]
+        pair = torch.stack([top[part], rival[part]], 1)
+        try:
+            length = _slopes(walker, inputs, pair)
+        except RuntimeError:  # an operation that has no derivative, or writes to its input
+            length = torch.zeros(len(part), dtype=torch.float64)
+        margin = margins[part].gather(1, pair[:, 1:])[:, 0]
+        found.append(torch.where(length > 0, margin / length.clamp_min(1e-300), math.inf))
+    return torch.cat(found)
+
+
+def _slopes(walker: Walker, inputs: list[Tensor], pair: Tensor) -> Tensor:
+    """The length of the gradient of the difference of two logits of each sample."""
+    with torch.enable_grad():
+        output = replay(walker.program, inputs)[walker.program.outputs[0]]
+        ends = output.gather(1, pair)
+        parts = torch.autograd.grad((ends[:, 0] - ends[:, 1]).sum(), inputs, allow_unused=True)
+    squares = [p.flatten(1).square().sum(1) for p in parts if p is not None]
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def _balls(
-    walker: Walker,
-    inputs: Sequence[Tensor],
+    point: Point,
     radius: float,
     proved: bool = True,
+    dtype: torch.dtype = torch.float64,
+    joints: Sequence[bool] | None = None,
     chords: bool = True,
-) -> Iterator[Ball]:
+) -> Iterator[tuple[bool, Ball]]:
     """The ball, and where there is a choice the same one with joint activations."""
-    ball = Ball(walker, inputs, radius, chords=chords, proved=proved)
-    choices = ball.choices
-    yield ball
-    del ball
-    if choices:
-        yield Ball(walker, inputs, radius, chords=chords, proved=proved, joint=True)
+    if joints is None:
+        ball = Ball(point, radius, chords=chords, proved=proved, dtype=dtype)
+        joints = (True,) if ball.choices else ()
+        yield False, ball
+        del ball
+    for joint in joints:
+        yield joint, Ball(point, radius, chords=chords, proved=proved, dtype=dtype, joint=joint)
 
 
-def local_constants(walker: Walker, batch: Sequence[Tensor], radius: float) -> tuple[Bound, ...]:
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """A graph and the samples around which it is bounded."""
+
+    walker: Walker
+    batch: tuple[Tensor, ...]
+
+
+def local_constants(walker: Walker, batch: Sequence[Tensor], radius: float) -> list[float]:
     """Return bounds of the constants in the balls around all samples, at most the global one."""
-    samples = (tuple(t[i : i + 1] for t in batch) for i in range(len(batch[0])))
-    return tuple(_constant(walker, sample, radius) for sample in samples)
+    return _norms(walker, batch, radius, False)
 
 
-def _constant(walker: Walker, inputs: Sequence[Tensor], radius: float) -> Bound:
-    """The same of one sample."""
+def local_reaches(walker: Walker, batch: Sequence[Tensor], radius: float) -> list[float]:
+    """Return bounds of the slopes of secants that start at the samples, likewise."""
+    return _norms(walker, batch, radius, True)
+
+
+def _norms(walker: Walker, batch: Sequence[Tensor], radius: float, chords: bool) -> list[float]:
+    """The norms of the rows of all outputs, for each sample."""
     states = [s for s in walker.outputs if s is not None]
-    try:
-        found = min(
-            math.hypot(*(ball.norm(s) if s.node in ball.moves else math.inf for s in states))
-            for ball in _balls(walker, inputs, radius, chords=False)
-        )
-    except (TooLargeError, OverflowError, UncertifiableError):
-        return walker.bound
-    found *= 1.0 + 2.0**-50 * (len(states) + 2)
-    return Bound(found) if found < walker.bound.value else walker.bound
+    found = []
+    for i in range(len(batch[0])):
+        best = walker.bound.value
+        try:
+            point = Point(walker, tuple(t[i : i + 1] for t in batch))
+            balls = _balls(point, radius, chords=chords)
+            for _, ball in balls:
+                norms = (ball.norm(s) if s.node in ball.moves else math.inf for s in states)
+                best = min(best, math.hypot(*norms) * (1.0 + 2.0**-50 * (len(states) + 2)))
+        except _FAILED:
+            pass
+        found.append(best)
+    return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["ADVICE"]
+__all__ = ["ADVICE", "IN_A_BALL"]
+
+IN_A_BALL = "certify(model, x, radius=r) bounds it in balls around samples"
 
 ADVICE = {
-    "scaled_dot_product_attention": "Dot-product attention has no Lipschitz constant: use "
-    "attention by distances, or certify on a bounded domain",
-    "pow": "Powers have no global Lipschitz constant",
+    "scaled_dot_product_attention": "Dot-product attention has no global Lipschitz constant: use "
+    f"attention by distances; {IN_A_BALL}",
+    "pow": f"Powers have no global Lipschitz constant; {IN_A_BALL}",
     "where": "A choice by value may jump: write it with relu, abs, maximum or minimum",
     "normalize": "Normalization jumps at zero: use LayerNorm with an eps, or a fixed scale",
     "einsum": "Use torch.nn.Linear or torch.matmul with a constant matrix",
@@ -17,5 +19,5 @@ ADVICE = {
     "wrap_with_autocast": "Take torch.autocast out of forward and pass certify(..., "
     "autocast=torch.bfloat16): the weights are rounded where it is on",
     "bmm": "The product of two tensors that depend on the input, as in attention, has no "
-    "Lipschitz constant",
+    f"global Lipschitz constant; {IN_A_BALL}",
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from orthonet.certify._bound import Bound
-from orthonet.certify.ops.advice import ADVICE
+from orthonet.certify.ops.advice import ADVICE, IN_A_BALL
 from orthonet.certify.ops.registry import (
     EVERYTHING,
     SMOOTH,
@@ -226,8 +226,8 @@ def _modulus(call: Call, operand: Operand) -> float:
 
 _BOUNDED = (
     "A product or quotient of two tensors that depend on the input has a Lipschitz "
-    "constant only where both are bounded, as behind tanh or clamp; a rule of your own may "
-    "be registered for the module around it with @register_rule"
+    f"constant only where both are bounded, as behind tanh or clamp; {IN_A_BALL}; a rule of your "
+    "own may be registered for the module around it with @register_rule"
 )
 
 
@@ -344,7 +344,7 @@ def _bounded_slope(call: Call, value: float, what: str) -> Step:
             ADVICE.get(
                 call.op,
                 "It has no global Lipschitz constant: bound its input "
-                "by relu, sigmoid, tanh or clamp",
+                f"by relu, sigmoid, tanh or clamp; {IN_A_BALL}",
             ),
         )
     return upper(mul_up(value, amplification(call, call.operand)), "largest slope on an interval")

@@ -14,13 +14,19 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+_TOGETHER = 2**15  # entries of one matrix for two axes
+
+
 __all__ = ["Grid", "adaptive", "along", "average", "interpolation", "padding", "taps", "windows"]
 
 
 def along(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     """Apply one matrix to each of the last dims."""
+    if len(matrices) == 2 and math.prod(m.numel() for m in matrices) <= _TOGETHER:
+        joint = torch.kron(*matrices).mT.to(x.dtype)  # one product moves no dims
+        return (x.flatten(-2) @ joint).unflatten(-1, [len(m) for m in matrices])
     for dim, matrix in zip(range(-len(matrices), 0), matrices, strict=True):
-        x = (x.movedim(dim, -1) @ matrix.mT).movedim(-1, dim)
+        x = (x.movedim(dim, -1) @ matrix.mT.to(x.dtype)).movedim(-1, dim)
     return x
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from orthonet.certify._bound import Bound
 from orthonet.certify.norms import matrix_norm
+from orthonet.certify.ops.advice import IN_A_BALL
 from orthonet.certify.ops.registry import (
     Linear,
     Values,
@@ -158,8 +159,8 @@ def _product(call: Call) -> Step:
     if len(call.operands) != 1:
         call.refuse(
             "this operation is certified for one tensor that depends on the input and constants",
-            "A product of two such tensors has no Lipschitz constant; register your own rule for "
-            "the module around it with @register_rule",
+            f"A product of two such tensors has no global Lipschitz constant; {IN_A_BALL}; or "
+            "register your own rule for the module around it with @register_rule",
         )
     left = isinstance(second, Operand)
     weight = call.as_constant(first if left else second, "input" if left else "other")

@@ -72,12 +72,20 @@ def _geometry(call: Call) -> dict[str, Any]:
 
 
 def _run(a: Values, absolute: bool) -> Any:
-    """The convolution in float64, without its bias."""
+    """The convolution without its bias."""
     named = {**a, "weight": f64(a["weight"], absolute), "bias": None}
     return a.target(**named)
 
 
-_LINEAR = Linear(_run, wide, heavy=True, when=first_moves)
+def _taps(state: Any) -> int:
+    """How many products an output sums: those of one filter, at most."""
+    call = state.call
+    weight = call.fixed("weight")
+    transposed = "transpose" in str(call.target) or call.given("transposed", False)
+    return weight.numel() // max(1, weight.shape[1 if transposed else 0]) + 16
+
+
+_LINEAR = Linear(_run, wide, heavy=True, when=first_moves, forward=_taps)
 
 
 def _absolute(call: Call) -> float:

@@ -10,6 +10,7 @@ from torch import nn
 
 from orthonet import _checks, layers
 from orthonet.certify._bound import Bound
+from orthonet.certify.ops.advice import IN_A_BALL
 from orthonet.certify.ops.registry import op
 from orthonet.certify.rules import Call, Rounding, Step, exact, of_squares, register_rule, upper
 from orthonet.errors import UncertifiableError
@@ -61,7 +62,7 @@ def _pair(call: Call) -> Step:
 def _attention(module: nn.Module, input_shape: Shape) -> Step:
     refuse_module(
         module,
-        "dot-product attention has no Lipschitz constant: its scores are products of activations",
-        "Mix tokens by a constant matrix or a convolution instead, or bound the inputs and "
-        "register a rule for this class with @register_rule",
+        "dot-product attention has no global Lipschitz constant: its scores are products",
+        "Mix tokens by a constant matrix or a convolution instead; written with "
+        f"F.scaled_dot_product_attention in a module of yours, {IN_A_BALL}",
     )

@@ -27,7 +27,7 @@ from orthonet.certify.rules import Call, Rounding, Step, exact, upper
 from orthonet.certify.walk.forms import Form, scaled
 from orthonet.linalg.bounds.rounding import div_up, down, mul_up, up
 
-__all__: list[str] = []
+__all__ = ["groups_of"]
 
 _SAFE = 1.0 + 2.0**-40  # for the float64 roundings of this bookkeeping itself
 
@@ -174,7 +174,7 @@ def _normalization(call: Call) -> Step:
     call.operand  # noqa: B018 (refuses a second one)
     eps = call["eps"]
     if not isinstance(eps, (int, float)) or eps <= 0.0:
-        call.refuse("a normalization must have a positive eps", "Use the default eps=1e-5")
+        call.refuse("a normalization must have a positive eps", "Pass a fixed eps, such as 1e-5")
     if call.op == "instance_norm" and not call["use_input_stats"]:
         step = _stored(call)
         offset = _shift(call)
@@ -193,7 +193,7 @@ def _error(
     `error` is that of its input; it grows by the slope that the normalization has there.
     None if the operation is none, or takes statistics that were stored.
     """
-    groups = _groups(call, values)
+    groups = groups_of(call, values)
     if groups is None:
         return None
     centered = call.op != "rms_norm"
@@ -223,7 +223,7 @@ def _error(
     return (gain * (own + slope * error) + rounded) * _SAFE
 
 
-def _groups(call: Call, values: Tensor) -> Tensor | None:
+def groups_of(call: Call, values: Tensor) -> Tensor | None:
     """The entries that are normalized together, (N, groups, n)."""
     if call.op in ("layer_norm", "rms_norm"):
         n = math.prod(call["normalized_shape"])

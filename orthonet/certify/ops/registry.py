@@ -76,7 +76,8 @@ EVERYTHING: Interval = (-math.inf, math.inf)
 class Values(dict[str, Any]):
     """The arguments of an operation by name while the linear part of an island is run.
 
-    Operands are float64 tensors; other tensors are wrapped as `Constant`.
+    Operands are tensors of one dtype, float64 if none is given; other tensors are wrapped as
+    `Constant`.
     """
 
     def __init__(self, target: Any, args: list[Any], kwargs: dict[str, Any], named: Any) -> None:
@@ -100,6 +101,8 @@ class Linear:
         moves: It only moves, copies or leaves out entries.
         when: Whether the operation is affine for the operands of a call.
         scales: The constants that an entry is multiplied by, 1 / what it is divided by included.
+        forward: What `terms` is where the operation is run itself, and not its adjoint; None for
+            the same.
     """
 
     run: Callable[[Values, bool], Any]
@@ -108,6 +111,7 @@ class Linear:
     moves: bool = False
     when: Callable[[Call], bool] = field(default=lambda call: len(call.operands) == 1)
     scales: Callable[[Call], list[Any]] | None = None
+    forward: Callable[[Any], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -260,17 +264,18 @@ def place(draw: random.Random, shape: tuple[int, ...]) -> int:
 
 
 class Constant(NamedTuple):
-    """A tensor that does not depend on the input, among the arguments of an operation."""
+    """A tensor that does not depend on the input, and the dtype that it is used in."""
 
     value: Tensor
+    dtype: torch.dtype = torch.float64
 
 
 def f64(value: Any, absolute: bool) -> Any:
-    """A constant in float64, or its absolute value; an operand as it is."""
+    """A constant in the dtype of the run, or its absolute value; an operand as it is."""
     if isinstance(value, Constant):
-        value = value.value.detach()
+        value, dtype = value.value.detach(), value.dtype
         value = value.to_dense() if value.layout is not torch.strided else value
-        value = value.to("cpu", torch.float64)
+        value = value.to("cpu", dtype)
         return value.abs() if absolute else value
     return abs(value) if absolute and isinstance(value, (int, float)) else value
 
@@ -278,7 +283,7 @@ def f64(value: Any, absolute: bool) -> Any:
 def zeros(value: Any) -> Any:
     """The linear part of a term: an operand as it is, zeros for a constant."""
     if isinstance(value, Constant):
-        return torch.zeros(value.value.shape, dtype=torch.float64)
+        return torch.zeros(value.value.shape, dtype=value.dtype)
     return value if isinstance(value, Tensor) else torch.zeros((), dtype=torch.float64)
 
 

@@ -83,9 +83,15 @@ def linear_part(states: list[State], source: State, x: Tensor, absolute: bool = 
 
 
 def linear_action(
-    state: State, env: Mapping[fx.Node, Any], size: int, absolute: bool = False
+    state: State,
+    env: Mapping[fx.Node, Any],
+    size: int,
+    absolute: bool = False,
+    dtype: torch.dtype = torch.float64,
 ) -> Any:
     """The linear part of one operation at batches of its operands, `size` samples each.
+
+    `dtype` is that of the operands.
 
     Raises:
         ValueError: A constant among the arguments depends on the batch size.
@@ -98,11 +104,11 @@ def linear_action(
         found = state.constants[n]
         if isinstance(found, BatchDependent):
             if found.rows:
-                return Constant(found.value[:1].expand(size, *found.value.shape[1:]))
+                return Constant(found.value[:1].expand(size, *found.value.shape[1:]), dtype)
             if isinstance(found.value, int) and found.value == BATCH:
                 return size
             raise ValueError("a constant that depends on the batch size")
-        return Constant(found) if isinstance(found, Tensor) else found
+        return Constant(found, dtype) if isinstance(found, Tensor) else found
 
     args, kwargs = map_arg((list(node.args), dict(node.kwargs)), value)
     action = _action_inside(state)

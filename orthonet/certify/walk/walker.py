@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import time
@@ -57,15 +58,19 @@ def propagate(
     examples: tuple[Tensor, ...],
     prefix: str = "",
     autocast: torch.dtype | None = None,
+    in_balls: frozenset[str] = frozenset(),
 ) -> Walker:
-    """Bound the l2 -> l2 constant of `model`, sample by sample, in the shapes of `examples`."""
+    """Bound the l2 -> l2 constant of `model`, sample by sample, in the shapes of `examples`.
+
+    Operations named in `in_balls` may have no constant: it is infinite then.
+    """
     with exclusive():
         run_once(model, examples, autocast)
         program = export(model, examples, autocast)
         if autocast is not None:
             round_constants(program)
         check_same_function(model, program)
-    walker = Walker(model, program, prefix)
+    walker = Walker(model, program, prefix, in_balls)
     walker.walk()  # names the operation that mixes samples, where it knows it
     with exclusive():
         check_samples_apart(model, program)
@@ -82,8 +87,15 @@ def _compared() -> None:
 class Walker:
     """Visits the nodes of a program in order; bounds are computed where they are needed."""
 
-    def __init__(self, model: nn.Module, program: Program, prefix: str = "") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        program: Program,
+        prefix: str = "",
+        in_balls: frozenset[str] = frozenset(),
+    ) -> None:
         self.model, self.program, self.prefix = model, program, prefix
+        self.in_balls = in_balls
         self.states: dict[fx.Node, State] = {}
         self.extra: list[Row] = []
         self.nested = 0.0  # seconds that were spent in bounds of earlier nodes
@@ -293,6 +305,12 @@ class Walker:
         if node.target is operator.getitem or mark_of(node) is not None:
             return Step((_IDENTITY,), REARRANGEMENT, roundings=0.0)
         rule = function_rule(node.target)
+        if state.call.op in self.in_balls:
+            with contextlib.suppress(UncertifiableError):
+                if rule is not None:
+                    return as_step(rule(state.call), state.call)
+            gains = tuple(Bound(math.inf) for _ in state.call.operands)
+            return Step(gains, "has a constant in balls only")
         if rule is None:
             advice = ADVICE.get(state.call.op, f"There is none for {state.call.op!r}")
             self._refuse(

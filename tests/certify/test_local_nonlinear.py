@@ -1,0 +1,193 @@
+"""Products, softmax and normalizations in balls: no point of a ball refutes their bounds."""
+
+import pickle
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from orthonet.certify import Bound, LocalBound, LocalCertificate, certify
+from orthonet.certify.local import ball as balls
+from orthonet.errors import UncertifiableError
+
+_TOKENS, _WIDTH = 4, 6
+
+
+class Attention(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.project = nn.Linear(_WIDTH, 3 * _WIDTH)
+
+    def forward(self, x):
+        q, k, v = (
+            t.view(x.shape[0], _TOKENS, 2, _WIDTH // 2).transpose(1, 2)
+            for t in self.project(x).chunk(3, -1)
+        )
+        if self.kind == "written out":
+            y = (q @ k.transpose(-1, -2) / 3**0.5).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.kind == "causal", scale=0.7)
+        return y.transpose(1, 2).reshape(x.shape[0], _TOKENS, _WIDTH)
+
+
+class Function(nn.Module):
+    def __init__(self, function, inside=None):
+        super().__init__()
+        self.function, self.inside = function, inside
+
+    def forward(self, x):
+        return self.function(x) if self.inside is None else self.function(x, self.inside(x))
+
+
+def _gated(x):
+    a, b = x.chunk(2, -1)
+    return torch.cat([a.sigmoid() * b, a * F.relu(b)], -1)
+
+
+def _divided(x):
+    return x / (1.0 + x.square().mean(-1, keepdim=True))
+
+
+PIECES = {
+    "written out": lambda: Attention("written out"),
+    "fused": lambda: Attention("fused"),
+    "causal": lambda: Attention("causal"),
+    "layer norm": lambda: nn.LayerNorm(_WIDTH, eps=1e-3),
+    "layer norm of all": lambda: nn.LayerNorm((_TOKENS, _WIDTH), elementwise_affine=False),
+    "rms norm": lambda: nn.RMSNorm(_WIDTH, eps=1e-2),
+    "group norm": lambda: nn.GroupNorm(2, _TOKENS),
+    "swish": lambda: Function(lambda x: x * x.sigmoid()),
+    "gates": lambda: Function(_gated),
+    "squeeze": lambda: Function(
+        lambda x, y: x * y.mean(1, keepdim=True).sigmoid(), nn.Linear(6, 6)
+    ),
+    "rms by hand": lambda: Function(
+        lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.01)
+    ),
+    "quotient": lambda: Function(_divided),
+    "cube": lambda: Function(lambda x: x + 0.1 * x**3),
+    "exp": lambda: Function(lambda x: (0.5 * x).exp()),
+    "logarithm": lambda: Function(lambda x: (x.square() + 0.3).log()),
+    "root": lambda: Function(lambda x: (x.abs() + 0.3).sqrt()),
+    "inverse": lambda: Function(lambda x: 1.0 / (x.abs() + 0.3)),
+    "softmax": lambda: nn.Softmax(-1),
+    "bilinear": lambda: Function(lambda x, y: x @ y.transpose(1, 2) @ x / 4, nn.Linear(6, 6)),
+}
+
+
+def _net(draw):
+    names = [draw.choice(list(PIECES)) for _ in range(draw.choice([1, 1, 2, 3]))]
+    layers = []
+    for name in names:
+        piece = PIECES[name]()
+        layers += [nn.Linear(_WIDTH, _WIDTH), piece]
+        if draw.random() < 0.3:
+            layers.append(nn.ReLU())
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(_TOKENS * _WIDTH, 3)).double().eval()
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is not None:
+                module.weight.normal_()
+    return names, net.requires_grad_(False)
+
+
+def _check(net, x, radius):
+    """Secants from the center, secants between points, Jacobians at points."""
+    near = certify(net, x, radius=radius, effort="fast")
+    (constant,), (secant,) = near.constants, near.secants()
+    d = torch.randn(30, *x.shape[1:], dtype=torch.float64)
+    d = d / d.flatten(1).norm(dim=1).reshape(-1, 1, 1)
+    points = x + radius * torch.cat([torch.rand(15), torch.ones(15)]).double().reshape(-1, 1, 1) * d
+    at, center = net(points), net(x)
+    lost = 1e-12 * (1 + at.abs().max())  # the float64 forward of both points, values of size 1
+    far = (points - x).flatten(1).norm(dim=1)
+    assert bool(((at - center).norm(dim=1) <= secant.value * far + lost).all())
+    apart = (points[1:] - points[:-1]).flatten(1).norm(dim=1)
+    assert bool(((at[1:] - at[:-1]).norm(dim=1) <= constant.value * apart + lost).all())
+    points.requires_grad_()
+    outputs = net(points).sum(0)  # samples are independent of each other
+    rows = [torch.autograd.grad(y, points, retain_graph=True)[0].flatten(1) for y in outputs]
+    norms = torch.linalg.matrix_norm(torch.stack(rows, 1), 2)
+    assert float(norms.max()) <= constant.value * (1 + 1e-9)  # observed 1e-15 of the SVD
+    node = near._ends.walker.program.outputs[0]
+    point = balls.Point(near._ends.walker, (x,))
+    for dtype in (torch.float32, torch.float64) if constant.value < 1e6 else ():
+        ball = balls.Ball(point, radius, dtype=dtype)
+        assert bool(
+            ((at - center).abs() <= ball.rows(ball.moves[node]) * far[:, None] + lost).all()
+        )
+    return constant.value / max(float(norms.max()), 1e-300)  # a dead ReLU makes it zero
+
+
+def _check_nets(seeds):
+    ratios, seen = [], set()
+    for seed in seeds:
+        draw = random.Random(seed)
+        torch.manual_seed(seed)
+        names, net = _net(draw)
+        x = draw.choice([0.3, 1.0, 3.0]) * torch.randn(1, _TOKENS, _WIDTH, dtype=torch.float64)
+        ratio = _check(net, x, draw.choice([0.0, 1e-4, 0.01, 0.1, 1.0]))
+        ratios.append(ratio)
+        seen.update(names if ratio < 1.5 else ())
+    return ratios, seen
+
+
+def test_no_point_of_a_ball_refutes_products_and_normalizations():
+    ratios, _ = _check_nets(range(4))
+    assert sum(r < 1.5 for r in ratios) >= 2
+
+
+@pytest.mark.slow
+def test_no_point_of_a_ball_refutes_a_thousand_networks_of_products():
+    ratios, seen = _check_nets(range(100, 1100))
+    assert seen == set(PIECES)
+    assert sum(r < 1.5 for r in ratios) >= 400
+
+
+def test_bounds_of_a_ball_are_no_constants_of_the_model():
+    x = torch.zeros(2, 4)
+    net = nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 2)).eval()
+    near = certify(net, x, radius=0.1)
+    assert isinstance(near, LocalCertificate) and len(near.constants) == 2
+    assert all(type(b) is LocalBound and b.kind == "constant" for b in near.constants)
+    assert all(b.kind == "secant" for b in near.secants())
+    assert near.constant.value == max(b.value for b in near.constants)
+    assert near.constants == certify(net, x).local_bound(x, 0.1)
+    copy = pickle.loads(pickle.dumps(near))
+    assert copy.constants == near.constants
+    with pytest.raises(UncertifiableError, match="graph"):
+        copy.secants()
+    for found in (near.constant, near.secants()[0]):
+        with pytest.raises((TypeError, AttributeError)):
+            Bound(1.0) * found
+        with pytest.raises((TypeError, AttributeError)):
+            found * Bound(1.0)
+
+
+def test_a_domain_that_is_left_has_no_bound_and_a_smaller_ball_has_one():
+    net = Function(lambda x: 1.0 / x).eval()
+    x = torch.full((1, 3), 0.5, dtype=torch.float64)
+    assert certify(net, x, radius=0.6).constant.value == float("inf")
+    (found,) = certify(net, x, radius=0.25).constants
+    assert 4.0 <= found.value <= 1 / 0.25**2 * (1 + 1e-9)
+    (alone,) = certify(net, x, radius=0.0).constants
+    assert 4.0 <= alone.value <= 4.0 * (1 + 1e-8)
+
+
+def test_refusals_name_the_way_that_works():
+    x = torch.randn(1, _TOKENS, _WIDTH)
+    for kind in ("written out", "fused"):
+        with pytest.raises(UncertifiableError, match="certify\\(model, x, radius="):
+            certify(Attention(kind).eval(), x)
+        assert certify(Attention(kind).eval(), x, radius=0.01).constant.value < float("inf")
+    with pytest.raises(UncertifiableError, match="certify\\(model, x, radius="):
+        certify(Function(lambda x: x * x.sigmoid()).eval(), x)
+
+
+@pytest.mark.parametrize("radius", [-1.0, float("nan"), float("inf"), True, "1"])
+def test_a_radius_that_is_none_is_refused(radius):
+    with pytest.raises(ValueError, match="radius"):
+        certify(nn.Linear(3, 3).eval(), torch.zeros(1, 3), radius=radius)
