@@ -10,11 +10,12 @@ from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
 from orthonet.certify._radius import RadiusCurve
 from orthonet.certify._sequence import recurrent_bound, sequence_bound
-from orthonet.certify.attacks.apgd import apgd_ensemble_l2, apgd_l2
+from orthonet.certify.attacks.apgd import apgd, apgd_ensemble_l2, apgd_l2
 from orthonet.certify.attacks.pgd import (
     AttackReport,
     attack_certificate,
     lipschitz_estimate,
+    pgd,
     pgd_l2,
 )
 from orthonet.certify.metrics import empirical_accuracy
@@ -42,6 +43,7 @@ from orthonet.certify.report.figures import Plot
 from orthonet.certify.report.page import report_html
 from orthonet.certify.report.summary import LayerRow, Summary, summary
 from orthonet.certify.rules import Call, Operand, Step, register_rule
+from orthonet.certify.walk.monotone import prove_monotone
 
 __all__ = [
     "certify",
@@ -54,6 +56,7 @@ __all__ = [
     "LipschitzCertificate",
     "Row",
     "Bound",
+    "prove_monotone",
     "register_rule",
     "Call",
     "Operand",
@@ -71,7 +74,9 @@ __all__ = [
     "report_html",
     "sequence_bound",
     "recurrent_bound",
+    "pgd",
     "pgd_l2",
+    "apgd",
     "apgd_l2",
     "apgd_ensemble_l2",
     "attack_certificate",

@@ -23,6 +23,7 @@ from orthonet.certify.mlp.slopes import (
     sech2,
     sorting,
 )
+from orthonet.certify.ops.entries import ENTRYWISE, LARGEST
 from orthonet.certify.ops.registry import (
     SMOOTH,
     Interval,
@@ -125,7 +126,13 @@ def curve(
             values = arguments(draw) if arguments else {}
             return None if values is None else lambda x, y: run(x, y, values)
 
-        both = {"slopes": slopes, "samples": samples, "interval": interval, **fields}
+        both = {
+            "slopes": slopes,
+            "samples": samples,
+            "interval": interval,
+            "entries": ENTRYWISE,
+            **fields,
+        }
         op(*overloads, reads=reads, **both)(gain)
         if module is not None:
             _MODULES[module] = _Entry(build, reads)
@@ -490,6 +497,7 @@ def _clamp_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     "clamp_max.Tensor",
     reads=("min", "max"),
     interval=_clamped,
+    entries=LARGEST,
     samples=_clamp_samples,
 )
 def _clamp(call: Call) -> Step:
@@ -526,6 +534,7 @@ def _extreme_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     "fmin.default",
     reads=("other",),
     interval=_larger,
+    entries=LARGEST,
     samples=_extreme_samples,
 )
 def _extreme(call: Call) -> Step:

@@ -7,7 +7,7 @@ absolute values of all constants it bounds the rounding of the first run, entry 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -83,9 +83,15 @@ def linear_part(states: list[State], source: State, x: Tensor, absolute: bool = 
 
 
 def linear_action(
-    state: State, env: Mapping[fx.Node, Any], size: int, absolute: bool = False
+    state: State,
+    env: Mapping[fx.Node, Any],
+    size: int,
+    absolute: bool = False,
+    constants: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
     """The linear part of one operation at batches of its operands, `size` samples each.
+
+    Its floating-point constants are replaced by what `constants` makes of them.
 
     Raises:
         ValueError: A constant among the arguments depends on the batch size.
@@ -102,7 +108,10 @@ def linear_action(
             if isinstance(found.value, int) and found.value == BATCH:
                 return size
             raise ValueError("a constant that depends on the batch size")
-        return Constant(found) if isinstance(found, Tensor) else found
+        if isinstance(found, Tensor):
+            changed = constants is not None and found.is_floating_point()
+            return Constant(constants(found.detach().cpu()) if changed else found)
+        return found
 
     args, kwargs = map_arg((list(node.args), dict(node.kwargs)), value)
     action = _action_inside(state)
