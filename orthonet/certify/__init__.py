@@ -20,6 +20,7 @@ from orthonet.certify.attacks.pgd import (
 )
 from orthonet.certify.metrics import empirical_accuracy
 from orthonet.certify.mlp.chain import Affine
+from orthonet.certify.mlp.exact import ExactConstant, exact_constant
 from orthonet.certify.mlp.local import local_bound, local_radius
 from orthonet.certify.mlp.perceptron import MLPBound, mlp_bound
 from orthonet.certify.mlp.slopes import Activation
@@ -65,6 +66,8 @@ __all__ = [
     "local_bound",
     "local_radius",
     "MLPBound",
+    "exact_constant",
+    "ExactConstant",
     "Affine",
     "Activation",
     "certified_accuracy",

@@ -17,6 +17,7 @@ from orthonet.certify.mlp.slopes import (
     Activation,
     Kinks,
     Narrow,
+    Pieces,
     bell,
     reflections,
     rising,
@@ -572,5 +573,10 @@ def activation_of(module: nn.Module, width: int) -> Activation | None:
 
 
 def _activation(function: Any, lower: Tensor, upper: Tensor, narrow: Narrow | None) -> Activation:
-    chords = narrow.chords if isinstance(narrow, Kinks) else None
-    return Activation(function, lower, upper, narrow=narrow, chords=chords)
+    if not isinstance(narrow, Kinks):
+        return Activation(function, lower, upper, narrow=narrow)
+    slopes = [torch.as_tensor(s, dtype=torch.float64).expand_as(lower) for s in narrow.slopes]
+    start = torch.full_like(lower, narrow.knots[0])
+    pieces = Pieces(None, None, narrow.knots, torch.stack(slopes), function(start))
+    chords = narrow.chords
+    return Activation(function, lower, upper, narrow=narrow, chords=chords, pieces=pieces)
