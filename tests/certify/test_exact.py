@@ -61,10 +61,19 @@ def every_region(model, lines):
 
 
 @pytest.mark.parametrize(
-    "activation", [nn.ReLU, layers.MaxMin, lambda: nn.LeakyReLU(-0.5), layers.Abs]
+    ("activation", "seeds"),
+    [
+        (nn.ReLU, 1),
+        (layers.MaxMin, 1),
+        pytest.param(nn.ReLU, 10, marks=pytest.mark.slow),
+        pytest.param(layers.MaxMin, 10, marks=pytest.mark.slow),
+        pytest.param(lambda: nn.LeakyReLU(-0.5), 10, marks=pytest.mark.slow),
+        pytest.param(layers.Abs, 10, marks=pytest.mark.slow),
+    ],
 )
-def test_one_hidden_layer_has_the_largest_norm_of_a_region(activation):
-    for seed, bias in ((0, True), (1, True), (2, False)):
+def test_one_hidden_layer_has_the_largest_norm_of_a_region(activation, seeds):
+    for seed in range(seeds):
+        bias = seed % 2 == 0
         model = network(seed, (2, 6, 3), activation, bias)
         weight, offset = model[0].weight, model[0].bias
         offset = torch.zeros(6).double() if offset is None else offset
@@ -83,9 +92,19 @@ def test_one_hidden_layer_has_the_largest_norm_of_a_region(activation):
             assert float(at) >= found.lower
 
 
-def test_deep_networks_lie_between_points_and_the_other_bounds():
-    for seed, activation in enumerate((nn.ReLU, layers.MaxMin, nn.Hardtanh)):
-        model = network(seed, (2, 6, 6, 2), activation)
+@pytest.mark.parametrize(
+    ("activation", "width"),
+    [
+        (nn.ReLU, 4),
+        (layers.MaxMin, 4),
+        pytest.param(nn.ReLU, 10, marks=pytest.mark.slow),
+        pytest.param(lambda: layers.GroupSort(2), 8, marks=pytest.mark.slow),
+        pytest.param(nn.Hardtanh, 6, marks=pytest.mark.slow),
+    ],
+)
+def test_deep_networks_lie_between_points_and_the_other_bounds(activation, width):
+    for seed in range(1 if width < 6 else 2):
+        model = network(seed, (2, width, width, 2), activation)
         generator = torch.Generator().manual_seed(seed)
         points = torch.randn(20_000, 2, dtype=torch.float64, generator=generator)
         points = points * 10.0 ** (4 * torch.rand(20_000, 1, generator=generator).double() - 2)

@@ -21,6 +21,7 @@ from orthonet.linalg.bounds.rounding import mul_up, sqrt_up
 __all__ = ["Mixed", "mixed_bound"]
 
 _DUAL = {"l1": "linf", "l2": "l2", "linf": "l1"}
+_TEXTS = {"linf": "largest of the", "l1": "sum of the", "l2": "l2 norm of the"}
 _MOST_CLASSES, _FEW_CLASSES = 4096, 16
 
 
@@ -141,13 +142,12 @@ def _priced(costs: Costs, state: State, matrix: Tensor, error: float) -> Tensor:
 def _rows(
     walker: Walker, moves: Moves, costs: Costs, outputs: list[State], bound: Bound, way: str
 ) -> tuple[Row, ...]:
+    shape = tuple(walker.program.inputs[0].meta["val"].shape[1:])
     if way == "equivalence":
-        rows = walker.rows()
-        shape = tuple(walker.program.inputs[0].meta["val"].shape[1:])
         ratio = bound.value / walker.bound.value if walker.bound.value else 1.0
         text = f"l2 constant times {ratio:.6g}, by equivalence of norms"
         last = Row("(model)", "norms", shape, ratio, bound.value, text, "upper", 0.0)
-        return (*rows, last)
+        return (*walker.rows(), last)
     rows = []
     for state in moves.states:
         call, value = state.call, moves.values[state]
@@ -170,4 +170,9 @@ def _rows(
         rows.append(
             Row(call.path, call.op, call.operands[0].shape, size, largest, method, kind, 0.0)
         )
-    return tuple(rows)
+    if way == "moves" and bound.ends[1] == "linf":
+        return tuple(rows)
+    which = bound.ends[1] if way == "moves" else _DUAL[bound.ends[0]]
+    text = f"{_TEXTS[which]} {'moves of the outputs' if way == 'moves' else 'costs of the inputs'}"
+    whole = Row("(model)", "norms", shape, bound.value, bound.value, text, bound.kind, 0.0)
+    return (*rows, whole)
