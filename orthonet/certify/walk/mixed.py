@@ -151,8 +151,8 @@ def _rows(
     rows = []
     for state in moves.states:
         call, value = state.call, moves.values[state]
-        silent = mark_of(state.node) is not None and state.step is not None
-        silent = silent and state.step.method == REARRANGEMENT
+        step, mark = state.step, mark_of(state.node)
+        silent = mark is not None and step is not None and step.method == REARRANGEMENT
         if state.node in walker.program.inputs or silent or not isinstance(value, Tensor):
             continue
         if only_moves(state) or state.call.op == "getitem":
