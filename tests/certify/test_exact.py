@@ -137,6 +137,9 @@ def test_patterns_without_a_point_do_not_count():
     found = exact_constant(dead)
     assert found.upper.value < 1e-9
     assert found.exact or found.upper.value > 0
+    ends = exact_constant([Affine(first), relu])  # one of both units is off everywhere
+    assert ends.exact
+    assert ends.upper.value == pytest.approx(1.0, rel=1e-9)
     # a unit that is constant on its knot must not take a region away
     flat = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
     still = [Affine(flat), relu, Affine(flat), relu, Affine(flat)]

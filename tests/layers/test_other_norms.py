@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -66,6 +67,7 @@ def test_layers_keep_their_constant_through_training(dtype):
             sizes = torch.linalg.vector_norm(weight, NORM[to], 0)
         assert found.lipschitz == pytest.approx(float(sizes.max()), rel=1e-12)
         before = layer.weight.detach().clone()
+        assert torch.equal(pickle.loads(pickle.dumps(layer)).weight, before)
         layer.weight = before
         torch.testing.assert_close(layer.weight, before, rtol=1e-6, atol=0.0)
         assert ("norm=" in str(layer) or "to=" in str(layer)) == ((norm, to) not in same)

@@ -119,7 +119,7 @@ def exact_constant(
         norm=norm,
         to=to,
     )
-    affine, activations = read_layers(model, "exact_constant")
+    affine, activations = read_layers(model, "exact_constant", whole=True)
     pieces = []
     for activation in activations:
         found = activation.pieces
@@ -410,7 +410,8 @@ class _Search:
             self._split(node)
         self.open = max([self.open, *(node.bound for _, _, node in self.heap)])
         upper = max(self.open, self.lower)
-        if self.heap and network.norm == network.to == "l2":  # the budget did not do
+        open_ = upper > self.lower * (1.0 + _EXACT)
+        if open_ and network.depth and network.norm == network.to == "l2":
             upper = min(upper, mlp_bound(network.layers).constant.value)
         good = upper <= self.lower * (1.0 + _EXACT) or upper == 0.0
         bound = Bound(upper, norm_text(network.norm, network.to), "exact" if good else "upper")

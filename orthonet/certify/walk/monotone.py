@@ -63,7 +63,7 @@ def prove_monotone(model: layers.Monotone, example_input: Tensor) -> Tensor:
         slopes = torch.minimum(slopes, cost.reshape(-1))
     if not costs:  # the function is constant
         slopes = torch.zeros_like(slopes)
-    rise = model.directions.detach().cpu().double().abs()
+    rise = model.rise.detach().cpu().double().abs()
     return torch.tensor(
         [
             r - s if r == s or s == 0.0 else down(r - s)

@@ -19,9 +19,15 @@ Norm = Literal["l1", "l2", "linf"]
 _NORMS = ("l1", "l2", "linf")
 
 
-def _few(shape: Sequence[int], dim: int, dtype: torch.dtype | None, device: object) -> Tensor:
+def _few(
+    shape: Sequence[int],
+    *,
+    dim: int,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Half of each vector on one entry, half on all: dense ones would average the signal away."""
-    noise = torch.randn(tuple(shape), dtype=dtype, device=device)  # type: ignore[arg-type]
+    noise = torch.randn(tuple(shape), dtype=dtype, device=device)
     noise = noise / (2.0 * noise.abs().sum(dim, keepdim=True))
     place = torch.arange(shape[1 + dim], device=noise.device) % shape[dim]
     place = place[torch.randperm(len(place), device=noise.device)].unsqueeze(dim)
@@ -63,13 +69,12 @@ class LinfLinear(MappedLinear):
 
     References:
         Anil, Lucas & Grosse, *Sorting out Lipschitz function approximation*, ICML 2019, section 4,
-        arXiv:1811.05381; Zhang, Jiang, He & Wang, *Boosting the certified robustness of l-infinity
-        distance nets*, ICLR 2022, arXiv:2110.06850, for layers of another kind.
+        arXiv:1811.05381; Zhang, Cai, Lu, He & Wang, *Towards certifying l-infinity robustness using
+        neural networks with l-inf-dist neurons*, ICML 2021, arXiv:2102.05363, for layers of another
+        kind.
     """
 
-    _initial = staticmethod(
-        lambda shape, *, dtype=None, device=None: _few(shape, -1, dtype, device)
-    )
+    _initial = staticmethod(partial(_few, dim=-1))
 
     def __init__(
         self,
@@ -121,9 +126,7 @@ class L1Linear(MappedLinear):
         True
     """
 
-    _initial = staticmethod(
-        lambda shape, *, dtype=None, device=None: _few(shape, -2, dtype, device)
-    )
+    _initial = staticmethod(partial(_few, dim=-2))
 
     def __init__(
         self,
@@ -153,8 +156,8 @@ class Monotone(nn.Module):
 
     If no slope of f along an input is above \(\lambda\) in modulus, which is a constant of at most
     \(\lambda\) from l1 to l-infinity, then all outputs rise along the inputs with \(d_i = 1\) and
-    fall along those with \(d_i = -1\). Every monotone function of constant \(\lambda\) in
-    \([0, 2 \lambda]\) is such a sum: nothing is lost.
+    fall along those with \(d_i = -1\). Every function whose slopes along the chosen
+    inputs lie between 0 and \(2 \lambda\) is such a sum, so monotone functions are not lost.
 
     Args:
         function: f, from (N, features) to (N,) or (N, outputs), e.g. a `LinfLinear` with
@@ -186,7 +189,7 @@ class Monotone(nn.Module):
         arXiv:2307.07512.
     """
 
-    directions: Tensor
+    rise: Tensor
 
     def __init__(
         self, function: nn.Module, directions: Sequence[int], lipschitz: float = 1.0
@@ -204,8 +207,9 @@ class Monotone(nn.Module):
         self.function = function
         self.lipschitz = _checks.lipschitz_constant(type(self), lipschitz)
         like = next((p for p in function.parameters()), torch.zeros(()))
-        slopes = self.lipschitz * torch.tensor([float(d) for d in directions], dtype=like.dtype)
-        self.register_buffer("directions", slopes.to(like.device), persistent=False)
+        self.directions = tuple(int(d) for d in directions)
+        rise = self.lipschitz * torch.tensor(self.directions, dtype=like.dtype, device=like.device)
+        self.register_buffer("rise", rise, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the function plus the linear rise."""
@@ -217,8 +221,8 @@ class Monotone(nn.Module):
             x=x,
         )
         y = self.function(x)
-        rise = x @ self.directions.to(x.dtype)
+        rise = x @ self.rise.to(x.dtype)
         return y + (rise if y.ndim == 1 else rise[:, None])
 
     def extra_repr(self) -> str:
-        return f"lipschitz={self.lipschitz:g}"
+        return f"directions={self.directions}, lipschitz={self.lipschitz:g}"
