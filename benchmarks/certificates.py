@@ -1,10 +1,12 @@
 """Certificates: how tight, how fast, and what dominates.
 
     python -m benchmarks.certificates
+    python -m benchmarks.certificates --exact
 
 Single convolutions against the truth by Lanczos iteration (from below), the median over many
 small convolutions and affine islands, a trained perceptron between its product of norms and the
-steepest secant, and whole networks with the rows that cost most.
+steepest secant, and whole networks with the rows that cost most. With `--exact`: small trained
+networks, whose constant is found by branch and bound, next to every bound of it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks import _harness as harness
 from orthonet import layers
-from orthonet.certify import certify, mlp_bound
+from orthonet.certify import certify, exact_constant, mlp_bound
 from orthonet.linalg import convolution_norm_bound
 
 PACKAGES = ("orthonet", "torchvision")
@@ -294,6 +296,81 @@ def networks(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+# exact constants ------------------------------------------------------------------------------
+
+SMALL: list[tuple[str, tuple[int, ...], Callable[[], nn.Module]]] = [
+    ("ReLU 2-16-2", (2, 16, 2), nn.ReLU),
+    ("ReLU 2-16-16-2", (2, 16, 16, 2), nn.ReLU),
+    ("MaxMin 2-16-16-2", (2, 16, 16, 2), layers.MaxMin),
+    ("ReLU 4-12-2", (4, 12, 2), nn.ReLU),
+    ("MaxMin 4-8-8-2", (4, 8, 8, 2), layers.MaxMin),
+]
+
+
+def small_network(sizes: tuple[int, ...], activation: Callable[[], nn.Module]) -> nn.Module:
+    """A network that was fitted to the angle and the length of its first two inputs."""
+    torch.manual_seed(0)
+    parts: list[nn.Module] = []
+    for a, b in itertools.pairwise(sizes):
+        parts += [nn.Linear(a, b), activation()]
+    model = nn.Sequential(*parts[:-1])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(400):
+        x = torch.randn(256, sizes[0])
+        length = x[:, :2].norm(dim=1)
+        goal = torch.stack([(2.0 * length).sin(), x[:, 0] * x[:, 1] / (1.0 + length)], 1)
+        optimizer.zero_grad()
+        (model(x) - goal).square().mean().backward()
+        optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+def exact(quick: bool = False) -> list[dict[str, Any]]:
+    """Bounds over the exact constant of small trained networks."""
+    rows = []
+    for name, sizes, activation in SMALL[: 1 if quick else None]:
+        model = small_network(sizes, activation)
+        x = torch.zeros(1, sizes[0])
+        for norm in ("l2", "linf", "l1"):
+            start = time.process_time()
+            found = exact_constant(model, norm=norm, budget=200 if quick else 4000)
+            row: dict[str, Any] = {
+                "network": name,
+                "norm": norm,
+                "lower": found.lower,
+                "upper": found.upper.value,
+                "exact": found.exact,
+                "splits": found.nodes,
+                "seconds": time.process_time() - start,
+            }
+            efforts = EFFORTS if norm == "l2" else ("default",)
+            row["certify"] = {
+                e: certify(model, x, norm=norm, effort=e, lower=False).constant.value
+                for e in efforts
+            }
+            if norm == "l2":
+                row["product"] = mlp_bound(model, effort="fast").product
+            rows.append(row)
+    return rows
+
+
+def exact_summary(rows: list[dict[str, Any]]) -> str:
+    """The table of exact constants, in Markdown."""
+    lines = []
+    for row in rows:
+        truth = row["upper"] if row["exact"] else row["lower"]
+        value = f"{truth:.5g}" if row["exact"] else f"{row['lower']:.4g} to {row['upper']:.4g}"
+        cells = [f"{row['product'] / truth:.3g}" if "product" in row else ""]
+        cells += [
+            f"{row['certify'][e] / truth:.3g}" if e in row["certify"] else "" for e in EFFORTS
+        ]
+        lines.append(
+            [row["network"], row["norm"], value, *cells, row["splits"], f"{row['seconds']:.2g}"]
+        )
+    head = ["network", "norm", "constant", "product of norms", *EFFORTS, "splits", "CPU s"]
+    return harness.table(head, lines)
+
+
 # output ---------------------------------------------------------------------------------------
 
 
@@ -368,7 +445,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few and small maps and networks")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="directory of the JSON")
+    parser.add_argument("--exact", action="store_true", help="small networks alone")
     options = parser.parse_args()
+    if options.exact:
+        rows = exact(options.quick)
+        print(exact_summary(rows))
+        kept = {"exact": rows, "environment": harness.environment(packages=PACKAGES)}
+        harness.write("exact_constants", kept, options.out)
+        return
     result = run(options.quick)
     print(summary(result))
     harness.write("certificates", result, options.out)

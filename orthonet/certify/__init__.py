@@ -11,15 +11,17 @@ from orthonet.certify._certify import certify
 from orthonet.certify._local import LocalBound, LocalCertificate
 from orthonet.certify._radius import RadiusCurve
 from orthonet.certify._sequence import recurrent_bound, sequence_bound
-from orthonet.certify.attacks.apgd import apgd_ensemble_l2, apgd_l2
+from orthonet.certify.attacks.apgd import apgd, apgd_ensemble_l2, apgd_l2
 from orthonet.certify.attacks.pgd import (
     AttackReport,
     attack_certificate,
     lipschitz_estimate,
+    pgd,
     pgd_l2,
 )
 from orthonet.certify.metrics import empirical_accuracy
 from orthonet.certify.mlp.chain import Affine
+from orthonet.certify.mlp.exact import ExactConstant, exact_constant
 from orthonet.certify.mlp.local import local_bound, local_radius
 from orthonet.certify.mlp.perceptron import MLPBound, mlp_bound
 from orthonet.certify.mlp.slopes import Activation
@@ -43,6 +45,7 @@ from orthonet.certify.report.figures import Plot
 from orthonet.certify.report.page import report_html
 from orthonet.certify.report.summary import LayerRow, Summary, summary
 from orthonet.certify.rules import Call, Operand, Step, register_rule
+from orthonet.certify.walk.monotone import prove_monotone
 
 __all__ = [
     "certify",
@@ -57,6 +60,7 @@ __all__ = [
     "LocalCertificate",
     "Row",
     "Bound",
+    "prove_monotone",
     "register_rule",
     "Call",
     "Operand",
@@ -65,6 +69,8 @@ __all__ = [
     "local_bound",
     "local_radius",
     "MLPBound",
+    "exact_constant",
+    "ExactConstant",
     "Affine",
     "Activation",
     "certified_accuracy",
@@ -74,7 +80,9 @@ __all__ = [
     "report_html",
     "sequence_bound",
     "recurrent_bound",
+    "pgd",
     "pgd_l2",
+    "apgd",
     "apgd_l2",
     "apgd_ensemble_l2",
     "attack_certificate",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
-from orthonet.certify._radius import NORMS, RadiusCurve, check_radii
+from orthonet.certify._radius import NORMS, Norm, RadiusCurve, check_radii
 from orthonet.certify.graph.export import FAILURES
 from orthonet.certify.graph.regions import autocast_region
 
@@ -31,7 +31,7 @@ def certified_accuracy(
     radii: Sequence[float],
     certificate: LipschitzCertificate | None = None,
     *,
-    norm: str = "l2",
+    norm: Norm = "l2",
     exact: bool = False,
 ) -> list[float]:
     """Return the certified accuracy of a model on a data set, at each radius.
@@ -40,7 +40,7 @@ def certified_accuracy(
         model: The model, in eval mode.
         loader: Batches (inputs, labels); they are moved to the device of the model.
         radii: Radii in units of the input; 0 gives the clean accuracy.
-        certificate: The certificate of this model; without one, `certify` makes it.
+        certificate: The certificate of this model; without one, `certify` makes it in `norm`.
         norm: The norm of the radii: `"l2"`, `"linf"` or `"l1"`.
         exact: Ignore the rounding of the forward pass, see `LipschitzCertificate.radius`.
 
@@ -68,7 +68,7 @@ def certified_curve(
     loader: Iterable[Sequence[Tensor]],
     certificate: LipschitzCertificate | None = None,
     *,
-    norm: str = "l2",
+    norm: Norm = "l2",
     exact: bool = False,
 ) -> RadiusCurve:
     """Return the certified accuracy as a function of the radius, and the area under it.
@@ -76,7 +76,7 @@ def certified_curve(
     Args:
         model: The model, in eval mode.
         loader: Batches (inputs, labels); they are moved to the device of the model.
-        certificate: The certificate of this model; without one, `certify` makes it.
+        certificate: The certificate of this model; without one, `certify` makes it in `norm`.
         norm: The norm of the radii: `"l2"`, `"linf"` or `"l1"`.
         exact: Ignore the rounding of the forward pass, see `LipschitzCertificate.radius`.
 
@@ -93,7 +93,7 @@ def _curve(
     model: nn.Module,
     loader: Iterable[Sequence[Tensor]],
     certificate: LipschitzCertificate | None,
-    norm: str,
+    norm: Norm,
     exact: bool,
 ) -> RadiusCurve:
     check_model(owner, model)
@@ -107,7 +107,7 @@ def _curve(
     for batch in loader:
         inputs, labels = pair(owner, batch)
         inputs = inputs if tensor is None else inputs.to(tensor.device)
-        certificate = certify(model, inputs[:1]) if certificate is None else certificate
+        certificate = certify(model, inputs[:1], norm=norm) if certificate is None else certificate
         logits = outputs_of(owner, model, inputs, certificate)
         given = None if exact else inputs
         curves.append(certificate.curve(logits, labels, norm=norm, inputs=given))

@@ -9,7 +9,7 @@ from orthonet import _checks
 from orthonet.errors import UncertifiableError
 from orthonet.linalg.bounds.rounding import add_up, hypot_up, mul_up
 
-__all__ = ["Bound", "Kind", "Row"]
+__all__ = ["Bound", "Kind", "Row", "norm_text"]
 
 Kind = Literal["exact", "upper", "estimate"]
 
@@ -24,14 +24,15 @@ class Bound:
 
     Args:
         value: The number, non-negative; infinity is a (useless) upper bound.
-        norm: The norms of input and output.
+        norm: The norms of input and output: `"l2"`, or `"l1->linf"` where they differ.
         kind: `"exact"`: the constant, attained up to rounding (and rounded upward).
             `"upper"`: proved from above. `"estimate"`: found from below. It proves nothing and
                 cannot enter any arithmetic.
 
     Raises:
         ValueError: `value` is negative or NaN, or `kind` is unknown.
-        UncertifiableError: An estimate, or a bound in another norm, enters a composition.
+        UncertifiableError: An estimate, a bound in another norm, or one between different norms
+            enters a composition.
 
     Examples:
         >>> Bound(2.0) * Bound(3.0, kind="exact")
@@ -58,8 +59,19 @@ class Bound:
 
     @classmethod
     def hypot(cls, *bounds: Bound) -> Bound:
-        """Return the root of the sum of squares, for maps whose outputs are concatenated."""
-        return cls(hypot_up(*_values(bounds)), bounds[0].norm)
+        """Return the bound of maps whose outputs are concatenated.
+
+        In l2 it is the root of the sum of squares, in l-infinity the largest, in l1 the sum.
+        """
+        values = _values(bounds)
+        combine = {"linf": max, "l1": lambda *v: add_up(*v)}.get(bounds[0].norm, hypot_up)
+        return cls(combine(*values), bounds[0].norm)
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """The norm of the input and the norm of the output."""
+        norm, _, to = self.norm.partition("->")
+        return norm, to or norm
 
     def __mul__(self, other: Bound) -> Bound:
         return Bound(mul_up(*_values((self, other))), self.norm)
@@ -91,7 +103,20 @@ def _values(bounds: tuple[Bound, ...]) -> list[float]:
             bound=bound,
             other=bounds[0],
         )
+        _checks.require(
+            "->" not in bound.norm,
+            "Bound",
+            "composed bounds must be from one norm to the same one",
+            "Certify the whole model between these norms",
+            UncertifiableError,
+            bound=bound,
+        )
     return [bound.value for bound in bounds]
+
+
+def norm_text(norm: str, to: str) -> str:
+    """The norms of input and output as `Bound.norm` holds them."""
+    return norm if norm == to else f"{norm}->{to}"
 
 
 @dataclass(frozen=True)

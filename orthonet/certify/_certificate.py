@@ -25,9 +25,19 @@ from orthonet.certify._radius import (
     certified_radius,
     convert_radius,
     correct_within,
+    longer,
     reach,
 )
-from orthonet.certify._rows import batch_of, dtype_name, short_html, short_text, text_table
+from orthonet.certify._rows import (
+    batch_of,
+    check_dtypes,
+    check_inputs,
+    dtype_name,
+    require_l2,
+    short_html,
+    short_text,
+    text_table,
+)
 from orthonet.certify.graph.identity import data_hashes, hashes
 from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.local.radius import enlarged
@@ -44,19 +54,20 @@ __all__ = ["LipschitzCertificate"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LipschitzCertificate:
-    r"""A proved upper bound of the l2 -> l2 Lipschitz constant of a model, for each sample.
+    r"""A proved upper bound of the Lipschitz constant of a model, for each sample.
 
     It holds for the function that the model computes in exact arithmetic with its deployed weights.
     `rounding` bounds the rounding of a forward pass, and `radius` subtracts it if it gets the
     inputs.
 
     Attributes:
-        constant: The bound, in units of the output per unit of the input. Several inputs count
-            as one long vector, and so do several outputs.
+        constant: The bound, in units of the output per unit of the input, between the norms
+            `norm` and `to`. Several inputs count as one long vector, and so do several outputs.
         rows: One `Row` for each operation, or for several affine ones.
         input_shape: The shape of one sample; for several inputs, all shapes.
         pairs: For an affine last layer, the upper bounds of the Lipschitz constants of all
-            differences of two outputs, (classes, classes); never above sqrt(2) times the constant.
+            differences of two outputs, (classes, classes); never above sqrt(2) times the constant
+            to l2, 2 times that to l-infinity, and the constant to l1.
         lower: A bound from below, of kind `"estimate"`, by a secant of the function; None without a
             search. `constant.value / lower.value` bounds how loose the bound is.
         outputs: The bound of each output alone.
@@ -99,6 +110,16 @@ class LipschitzCertificate:
         A proved upper bound; the Lipschitz constant itself where `constant.kind` is `"exact"`.
         """
         return self.constant.value
+
+    @property
+    def norm(self) -> str:
+        """The norm of the input: `"l2"`, `"linf"` or `"l1"`."""
+        return self.constant.ends[0]
+
+    @property
+    def to(self) -> str:
+        """The norm of the output."""
+        return self.constant.ends[1]
 
     def plot(self, ax: Any = None) -> Plot:
         """Return a figure of the constants of the operations.
@@ -173,6 +194,7 @@ class LipschitzCertificate:
             "Path(path).write_text(orthonet.certify.report_html(certificate))",
             path=path,
         )
+        require_l2("save", self.constant)
         save(self, self._walker, path)
 
     @classmethod
@@ -195,7 +217,7 @@ class LipschitzCertificate:
         logits: Tensor | nn.Module | None = None,
         x: Tensor | Sequence[Tensor] | None = None,
         *,
-        norm: str = "l2",
+        norm: str | None = None,
         labels: Tensor | None = None,
         target: Tensor | None = None,
         inputs: Tensor | Sequence[Tensor] | None = None,
@@ -210,10 +232,12 @@ class LipschitzCertificate:
         pass.
 
         $r = \min_{j \ne y} (f_y - f_j) / K_{yj}$, y the predicted class, with the constant
-        $K_{yj}$ of $f_y - f_j$: from `pairs`, or $\sqrt 2$ times `constant`. A tie has radius 0.
+        $K_{yj}$ of $f_y - f_j$: from `pairs`, or a multiple of `constant`: $\sqrt 2$ if the norm of
+        the output is l2, 2 for l-infinity, 1 for l1. A tie has radius 0.
         One output is a binary classifier by its sign, with radius $|f| / L$. As $\|\delta\|_2 \le
         \|\delta\|_1$ and $\|\delta\|_2 \le \sqrt n\,\|\delta\|_\infty$ for n entries of the input,
-        this is a radius in l1, and divided by $\sqrt n$ one in l-infinity.
+        a radius in l2 is one in l1, and divided by $\sqrt n$ one in l-infinity. A certificate of
+        `certify(..., norm="linf")` gives larger ones there, as a rule.
 
         With the inputs, each margin loses $2 \sqrt 2 e$, where e is the `rounding` anywhere within
         that distance of the sample. Without them, logits lose the rounding of their dtype at the
@@ -224,7 +248,7 @@ class LipschitzCertificate:
             logits: The certified model in eval mode; or what it returned, in any floating dtype.
                 They are evaluated in float64 with outward rounding.
             x: With a model, a batch for it, or one batch for each of its arguments.
-            norm: `"l2"`, `"linf"` or `"l1"`.
+            norm: `"l2"`, `"linf"` or `"l1"`; None for that of the certificate.
             labels: The true classes, (N,); with them, a wrong prediction has radius 0.
             target: One class a sample, (N,): only a change to this class counts.
             inputs: With logits, the inputs of the model: subtracts the rounding of its forward.
@@ -253,19 +277,23 @@ class LipschitzCertificate:
             labels=labels,
             target=target,
             outputs=self._classes(),
+            to=self.to,
         )
         found = find(dtype=self._output_dtype(), roundings=self.roundings)
         if inputs is not None:
-            self._check_dtypes(logits, inputs, dtype)
+            samples = self._walker.program.samples if self._walker is not None else ()
+            check_dtypes(logits, inputs, dtype, self._output_dtype(), samples)
             whole = find(torch.zeros(len(logits), dtype=torch.float64))
             proved = torch.zeros_like(whole)
             # Where exact arithmetic never changes the class, floats may do so far away.
             for far in FAR if bool(whole.isinf().any()) else (0.0,):
                 near = whole.clamp(max=far) if far else whole
-                within = torch.minimum(find(self.rounding(inputs, within=near, dtype=dtype)), near)
+                reached = near * longer(self.norm, "l2", self._entries()) * (1.0 + 2.0**-50)
+                error = self.rounding(inputs, within=reached, dtype=dtype)
+                within = torch.minimum(find(error), near)
                 proved = torch.maximum(proved, within)
             found = torch.minimum(proved, found).clamp_min(0.0)
-        return convert_radius(found, norm, self._entries())
+        return convert_radius(found, norm or self.norm, self._entries(), self.norm)
 
     def local_radius(
         self,
@@ -315,6 +343,7 @@ class LipschitzCertificate:
             True
         """
         _checks.positive_int("LipschitzCertificate", steps=steps)
+        require_l2("local_radius", self.constant)
         walker = self._graph()
         logits, batch = self._read(model, x, None, None)
         radii = self.radius(logits, inputs=batch, labels=labels)
@@ -354,9 +383,10 @@ class LipschitzCertificate:
             >>> local.value < certificate.constant.value
             True
         """
+        require_l2("local_bound", self.constant)
         walker = self._graph()
         batch = batch_of(x)
-        self._check_inputs(batch, 0.0)
+        check_inputs(self.input_shape, batch, 0.0)
         size = reach(1.0, radius, norm, self._entries())
         return local_certificate(walker, batch, size).constants
 
@@ -391,7 +421,7 @@ class LipschitzCertificate:
             "Call model.eval() first",
         )
         batch = batch_of(x)
-        self._check_inputs(batch, 0.0)
+        check_inputs(self.input_shape, batch, 0.0)
         tensor = next(iter((*model.parameters(), *model.buffers())), batch[0])
         batch = tuple(t.to(tensor.device) for t in batch)
         with torch.no_grad(), autocast_region(tensor.device, self.autocast):
@@ -444,12 +474,13 @@ class LipschitzCertificate:
         """The dtype with the fewest bits that an output has."""
         return max(self.output_dtypes, key=lambda d: torch.finfo(d).eps, default=None)
 
-    def band(self, radius: float, *, norm: str = "l2") -> float:
-        r"""Bound how far the output can move, for regression: $\|f(x') - f(x)\|_2 \le K r$.
+    def band(self, radius: float, *, norm: str | None = None) -> float:
+        r"""Bound how far the output can move, for regression: $\|f(x') - f(x)\|_q \le K r$.
 
         Args:
             radius: The size of the perturbation of the input.
-            norm: The norm of the perturbation: `"l2"`, `"linf"` or `"l1"`.
+            norm: The norm of the perturbation: `"l2"`, `"linf"` or `"l1"`; None for that of the
+                certificate. The band is in the norm of its outputs, `to`.
 
         Returns:
             A proved upper bound, rounded upward, in units of the output.
@@ -457,14 +488,14 @@ class LipschitzCertificate:
         Raises:
             ValueError: `radius` is negative or not finite.
         """
-        return reach(self.constant.value, radius, norm, self._entries())
+        return reach(self.constant.value, radius, norm or self.norm, self._entries(), self.norm)
 
     def curve(
         self,
         logits: Tensor,
         labels: Tensor,
         *,
-        norm: str = "l2",
+        norm: str | None = None,
         inputs: Tensor | Sequence[Tensor] | None = None,
     ) -> RadiusCurve:
         """Return the certified accuracy as a function of the radius, and the area under it.
@@ -477,7 +508,7 @@ class LipschitzCertificate:
         """
         correct = correct_within(logits, labels, self.radius(logits), [0.0])[0]
         found = self.radius(logits, norm=norm, labels=labels, inputs=inputs)
-        return RadiusCurve(found.sort(descending=True).values, correct, norm)
+        return RadiusCurve(found.sort(descending=True).values, correct, norm or self.norm)
 
     def _entries(self) -> int:
         """How many numbers an input has, all inputs together."""
@@ -531,7 +562,7 @@ class LipschitzCertificate:
             dtype=dtype,
         )
         batch = batch_of(inputs)
-        self._check_inputs(batch, within)
+        check_inputs(self.input_shape, batch, within)
         program = walker.program
         check_subnormal("LipschitzCertificate")
         dtypes = {dtype} if dtype else {program.dtype_of(node) for node in program.nodes}
@@ -548,42 +579,6 @@ class LipschitzCertificate:
                 UncertifiableError,
             )
         return self._walker
-
-    def _check_dtypes(self, logits: Tensor, inputs: Any, dtype: torch.dtype | None) -> None:
-        """Refuse a forward pass in another dtype than the one whose rounding is counted."""
-        samples = self._walker.program.samples if self._walker is not None else ()
-        batch = batch_of(inputs)
-        wanted = dtype or self._output_dtype()
-        coarse = wanted is not None and torch.finfo(logits.dtype).eps > torch.finfo(wanted).eps
-        other = dtype is None and any(
-            x.dtype != s.dtype for x, s in zip(batch, samples, strict=False)
-        )
-        _checks.require(
-            not coarse and not other,
-            "LipschitzCertificate",
-            f"inputs and logits must be of the dtypes that were certified: "
-            f"{[dtype_name(s.dtype) for s in samples]} and {wanted and dtype_name(wanted)}",
-            "Call certify with an example of the dtype that is deployed, or pass dtype=",
-            inputs=[dtype_name(x.dtype) for x in batch],
-            logits=dtype_name(logits.dtype),
-        )
-
-    def _check_inputs(self, batch: tuple[Any, ...], within: Tensor | float) -> None:
-        nested = bool(self.input_shape) and isinstance(self.input_shape[0], tuple)
-        shapes = self.input_shape if nested else (self.input_shape,)
-        samples = [len(x) if isinstance(x, Tensor) and x.ndim else -1 for x in batch]
-        if isinstance(within, Tensor) and within.ndim:
-            samples.append(len(within))
-        _checks.require(
-            all(isinstance(x, Tensor) for x in batch)
-            and tuple(tuple(x.shape[1:]) for x in batch) == tuple(shapes)
-            and len(set(samples)) == 1,
-            "LipschitzCertificate",
-            f"inputs must be batches of {shapes}, one sample for each row of the logits",
-            "Pass what the model was given",
-            inputs=batch[0] if len(batch) == 1 else batch,
-            samples=samples,
-        )
 
     def certified_accuracy(
         self, logits: Tensor, labels: Tensor, radii: Sequence[float]

@@ -14,7 +14,7 @@ from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._local import LocalCertificate, is_radius, local_certificate
 from orthonet.certify._progress import Progress, report, reporting
-from orthonet.certify._radius import pairwise_constants
+from orthonet.certify._radius import NORMS, Norm, pairwise_constants
 from orthonet.certify.graph.identity import data_hashes, hashes
 from orthonet.certify.graph.outside import digest
 from orthonet.certify.graph.regions import HALF
@@ -23,7 +23,8 @@ from orthonet.certify.norms import EFFORTS, Effort, limits
 from orthonet.certify.norms import effort as with_effort
 from orthonet.certify.rounding.modes import check_subnormal, exclusive
 from orthonet.certify.rules import Operand
-from orthonet.certify.walk.below import lower_bound
+from orthonet.certify.walk.below import lower_bound, lower_mixed
+from orthonet.certify.walk.mixed import Mixed, mixed_bound
 from orthonet.certify.walk.walker import Walker, propagate
 from orthonet.errors import UncertifiableError
 
@@ -35,6 +36,8 @@ def certify(
     model: nn.Module,
     example_input: Tensor | Sequence[Tensor],
     *,
+    norm: Norm = ...,
+    to: Norm | None = ...,
     effort: Effort = ...,
     lower: bool = ...,
     autocast: torch.dtype | None = ...,
@@ -60,13 +63,15 @@ def certify(
     model: nn.Module,
     example_input: Tensor | Sequence[Tensor],
     *,
+    norm: Norm = "l2",
+    to: Norm | None = None,
     effort: Effort = "default",
     lower: bool = True,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
     radius: float | None = None,
 ) -> LipschitzCertificate | LocalCertificate:
-    r"""Prove an upper bound of the l2 Lipschitz constant of a model, for each sample.
+    r"""Prove an upper bound of the Lipschitz constant of a model, for each sample.
 
     `torch.export` exports the model with a free batch size, and the graph is walked from input to
     output. Whatever does not depend on the input (parametrized weights, batch norm in eval mode) is
@@ -75,10 +80,21 @@ def certify(
     Consecutive affine operations are joined into one matrix or one convolution. Norms are proved
     (`spectral_norm_bound`, `convolution_norm_bound`), and all arithmetic rounds outward.
 
+    In l1 and l-infinity, every entry of every node has a bound of its own. Affine operations act on
+    these bounds by the moduli of their matrix, several in a row by those of their product: for one
+    of them this is the operator norm, the largest sum of a column or a row. Concatenations,
+    residual sums and poolings then need no rule. The result is the least of three bounds: of the
+    moves of entries from input to output, of the costs of moves from output to input, and of the
+    l2 constant by equivalence of norms. The last row of the table says which one it is.
+
     Args:
         model: Any module in eval mode that maps tensors to tensors.
         example_input: A batch of inputs, or one batch for each argument of the model. The bound
             depends on shape and dtype only; the search from below starts from the values.
+        norm: The norm of the input: `"l2"`, `"linf"` or `"l1"`.
+        to: The norm of the output; None for the same one. Between different norms, the exact norm
+            of a matrix is known from l1 (the largest norm of a column) and to l-infinity (the
+            largest dual norm of a row). The others are bounded by equivalence.
         effort: `"fast"`: coarse bounds of large convolutions, islands up to side 128, no search
             from below. `"default"`: islands up to side 1024. `"tight"`: up to 4096, the best of
             several bounds, a longer search. Chains of affine maps and activations anywhere in the
@@ -88,9 +104,8 @@ def certify(
             ends when the gap is below 1e-4, and is short if every operation has the constant 1.
         autocast: Certify the model as it runs under `torch.autocast` to this dtype, `bfloat16` or
             `float16`: with the weights of each operation rounded where PyTorch rounds them. The
-                model runs once under autocast to find where. `radius(logits, inputs=...)` then
-                subtracts the rounding of that forward pass, each operation in its dtype.
-
+            model runs once under autocast to find where. `radius(logits, inputs=...)` then
+            subtracts the rounding of that forward pass, each operation in its dtype.
         progress: Called as `progress(done, total, what)` after each step of the proof. The logger
             `"orthonet.certify"` also gets a line every few seconds at level INFO.
         radius: Bound the model in the l2 balls of this radius around the samples of
@@ -102,8 +117,8 @@ def certify(
         example_input: (N, *), the batch first
 
     Guarantee:
-        $\|f(x) - f(x')\|_2 \le L \|x - x'\|_2$ for all single samples, in exact arithmetic with
-        the deployed weights, if the rules that users registered are right.
+        $\|f(x) - f(x')\|_q \le L \|x - x'\|_p$ for all single samples, in exact arithmetic with
+        the deployed weights, if the rules that users registered are right; p is `norm`, q is `to`.
 
     Raises:
         UncertifiableError: The model is in train mode, holds NaN or half-precision weights, mixes
@@ -115,12 +130,22 @@ def certify(
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval()
         >>> [row.op for row in certify(model, torch.ones(1, 2)).rows]
         ['linear', 'relu']
+        >>> layer = nn.Linear(2, 1).requires_grad_(False).eval()
+        >>> _ = layer.weight.copy_(torch.tensor([[3.0, -4.0]]))
+        >>> for norm in ("l2", "linf", "l1"):
+        ...     print(round(certify(layer, torch.ones(1, 2), norm=norm).lipschitz, 9))
+        5.0
+        7.0
+        4.0
     """
     _check_is_module(model)
     single = not isinstance(example_input, (tuple, list))
     examples: Any = (example_input,) if single else tuple(example_input)
     _check_examples(examples, example_input)
     _checks.one_of("certify", tuple(EFFORTS), effort=effort)
+    _checks.one_of("certify", NORMS, norm=norm)
+    _checks.one_of("certify", (None, *NORMS), to=to)
+    to = norm if to is None else to
     _checks.one_of("certify", (None, *HALF), autocast=autocast)
     _checks.boolean("certify", lower=lower)
     _checks.require(
@@ -137,6 +162,15 @@ def certify(
         "Leave it out for the whole space",
         radius=radius,
     )
+    _checks.require(
+        radius is None or (norm, to) == ("l2", "l2"),
+        "certify",
+        "norm and to must be 'l2' where a radius is given",
+        "Bounds in balls are in l2: leave norm and to out, or leave radius out",
+        norm=norm,
+        to=to,
+        radius=radius,
+    )
     check_subnormal("certify")
     _check_region(examples[0].device)
     _check_model(model)
@@ -148,29 +182,35 @@ def certify(
         identity = hashes(model), data_hashes(model)
         pairs = _pairs(walker)
         report(len(walker.states), len(walker.states), "search from below")
-        below = lower_bound(walker, examples) if lower else None
+        if (norm, to) == ("l2", "l2"):
+            each = tuple(
+                Bound(0.0, kind="exact") if s is None else walker.bound_of(s)
+                for s in walker.outputs
+            )
+            found = Mixed(walker.bound, each, pairs, walker.rows())
+            below = lower_bound(walker, examples) if lower else None
+        else:
+            found = mixed_bound(walker, norm, to, pairs)
+            below = lower_mixed(walker, examples, norm, to, found.bound.value) if lower else None
         _checks.require(
-            below is None or below.value <= walker.bound.value * (1.0 + 1e-9),
+            below is None or below.value <= found.bound.value * (1.0 + 1e-9),
             "certify",
             "the bound must not be below what a search has reached",
             "A rule is wrong. If all of them are ours, please report the model",
             UncertifiableError,
-            bound=walker.bound.value,
+            bound=found.bound.value,
             reached=None if below is None else below.value,
-        )
-        each = tuple(
-            Bound(0.0, kind="exact") if s is None else walker.bound_of(s) for s in walker.outputs
         )
     shapes = tuple(tuple(x.shape[1:]) for x in examples)
     shape = shapes[0] if len(shapes) == 1 else shapes
     nodes = walker.program.outputs
     return LipschitzCertificate(
-        walker.bound,
-        walker.rows(),
+        found.bound,
+        found.rows,
         shape,
-        pairs,
+        found.pairs,
         below,
-        each,
+        found.outputs,
         autocast,
         walker,
         tuple(tuple(n.meta["val"].shape[1:]) for n in nodes),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from orthonet.linalg.bounds.rounding import (
 __all__ = [
     "FAR",
     "NORMS",
+    "Norm",
+    "SEPARATION",
+    "longer",
     "RadiusCurve",
     "certified_radius",
     "check_radii",
@@ -36,7 +40,10 @@ __all__ = [
 FAR = tuple(2.0**k for k in (120, 60, 40, 30, 25, 20, 15, 10, 5, 0, -10, -20))
 """Radii that are tried where the margin has a constant of 0."""
 
+Norm = Literal["l2", "linf", "l1"]
 NORMS = ("l2", "linf", "l1")
+SEPARATION = {"l2": up(math.sqrt(2.0)), "linf": 2.0, "l1": 1.0}
+"""How far the difference of two entries moves at most where a vector moves by 1 in a norm."""
 
 _MOST_CLASSES = 4096
 
@@ -84,8 +91,11 @@ def certified_radius(
     outputs: Collection[int] = (),
     dtype: torch.dtype | None = None,
     roundings: float = 0.0,
+    to: str = "l2",
 ) -> Tensor:
-    """L2 radii (N,) in float64, rounded downward; see `LipschitzCertificate.radius`.
+    """Radii (N,) in float64, rounded downward; see `LipschitzCertificate.radius`.
+
+    The constants are to the norm `to` of the logits; the radii are in the norm of the input.
 
     `rounding` bounds the l2 error of all logits of a sample. Without it each logit is off by the
     rounding of its own dtype, or of `dtype`, that of the model, where this one holds all of them.
@@ -118,7 +128,7 @@ def certified_radius(
         return torch.where((logits > 0) == (_classes(labels, len(logits), None) > 0), radii, 0.0)
     classes = logits.shape[1]
     if pairs is None:
-        value = mul_up(up(math.sqrt(2.0)), constant)
+        value = mul_up(SEPARATION[to], constant)
         pairs = torch.full((classes, classes), value, dtype=torch.float64)
     _checks.require(
         pairs.shape[0] == classes,
@@ -190,18 +200,28 @@ def _classes(labels: Tensor, count: int, classes: int | None, name: str = "label
     return labels if classes is None else labels.long()
 
 
-def convert_radius(radii: Tensor, norm: str, entries: int) -> Tensor:
-    """L2 radii as radii in another norm: |d|_2 <= |d|_1 and |d|_2 <= sqrt(n) |d|_inf."""
+def longer(norm: str, own: str, entries: int) -> float:
+    """How much longer a vector may be in the norm `own` than in `norm`, rounded upward."""
+    powers = {"l1": 1.0, "l2": 0.5, "linf": 0.0}
+    power = powers[own] - powers[norm]
+    if power <= 0.0 or entries <= 1:
+        return 1.0
+    return float(entries) if power == 1.0 else sqrt_up(entries)
+
+
+def convert_radius(radii: Tensor, norm: str, entries: int, own: str = "l2") -> Tensor:
+    """Radii in the norm `own` as radii in another one: |d|_2 <= |d|_1, |d|_2 <= sqrt(n) |d|_inf."""
     _checks.one_of("LipschitzCertificate", NORMS, norm=norm)
-    if norm != "linf" or entries <= 1:
+    ratio = longer(norm, own, entries)
+    if ratio == 1.0:
         return radii
-    quotient = radii / sqrt_up(entries)
+    quotient = radii / ratio
     below = quotient.nextafter(torch.zeros((), dtype=torch.float64))
     return torch.where(radii.isinf(), radii, below)
 
 
-def reach(constant: float, radius: float, norm: str, entries: int) -> float:
-    """How far outputs move at most in a ball, rounded upward."""
+def reach(constant: float, radius: float, norm: str, entries: int, own: str = "l2") -> float:
+    """How far outputs move at most in a ball, rounded upward; the constant is from `own`."""
     _checks.one_of("LipschitzCertificate", NORMS, norm=norm)
     good = isinstance(radius, (int, float)) and 0.0 <= radius < math.inf
     _checks.require(
@@ -211,7 +231,7 @@ def reach(constant: float, radius: float, norm: str, entries: int) -> float:
         "Pass the size of the perturbation",
         radius=radius,
     )
-    return mul_up(constant, radius, sqrt_up(entries) if norm == "linf" else 1.0)
+    return mul_up(constant, radius, longer(norm, own, entries))
 
 
 @dataclass(frozen=True, eq=False)

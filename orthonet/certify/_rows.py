@@ -1,4 +1,4 @@
-"""The rows of a certificate as text and HTML."""
+"""The rows of a certificate as text and HTML, and the checks of what it is given."""
 
 from __future__ import annotations
 
@@ -7,10 +7,22 @@ from html import escape
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from orthonet.certify._bound import Row
+from orthonet import _checks
+from orthonet.certify._bound import Bound, Row
+from orthonet.errors import UncertifiableError
 
-__all__ = ["batch_of", "dtype_name", "short_html", "short_text", "text_table"]
+__all__ = [
+    "batch_of",
+    "check_dtypes",
+    "check_inputs",
+    "dtype_name",
+    "require_l2",
+    "short_html",
+    "short_text",
+    "text_table",
+]
 
 _SHORT = 12  # rows of a short table
 
@@ -80,3 +92,59 @@ def batch_of(inputs: Any) -> tuple[Any, ...]:
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype without that of its module."""
     return str(dtype).removeprefix("torch.")
+
+
+def check_dtypes(
+    logits: Tensor,
+    inputs: Any,
+    dtype: torch.dtype | None,
+    output: torch.dtype | None,
+    samples: Sequence[Tensor],
+) -> None:
+    """Refuse a forward pass in another dtype than the one whose rounding is counted."""
+    batch = batch_of(inputs)
+    wanted = dtype or output
+    coarse = wanted is not None and torch.finfo(logits.dtype).eps > torch.finfo(wanted).eps
+    other = dtype is None and any(x.dtype != s.dtype for x, s in zip(batch, samples, strict=False))
+    _checks.require(
+        not coarse and not other,
+        "LipschitzCertificate",
+        f"inputs and logits must be of the dtypes that were certified: "
+        f"{[dtype_name(s.dtype) for s in samples]} and {wanted and dtype_name(wanted)}",
+        "Call certify with an example of the dtype that is deployed, or pass dtype=",
+        inputs=[dtype_name(x.dtype) for x in batch],
+        logits=dtype_name(logits.dtype),
+    )
+
+
+def check_inputs(
+    input_shape: tuple[Any, ...], batch: tuple[Any, ...], within: Tensor | float
+) -> None:
+    """Refuse inputs of other shapes than those that were certified."""
+    nested = bool(input_shape) and isinstance(input_shape[0], tuple)
+    shapes = input_shape if nested else (input_shape,)
+    samples = [len(x) if isinstance(x, Tensor) and x.ndim else -1 for x in batch]
+    if isinstance(within, Tensor) and within.ndim:
+        samples.append(len(within))
+    _checks.require(
+        all(isinstance(x, Tensor) for x in batch)
+        and tuple(tuple(x.shape[1:]) for x in batch) == tuple(shapes)
+        and len(set(samples)) == 1,
+        "LipschitzCertificate",
+        f"inputs must be batches of {shapes}, one sample for each row of the logits",
+        "Pass what the model was given",
+        inputs=batch[0] if len(batch) == 1 else batch,
+        samples=samples,
+    )
+
+
+def require_l2(what: str, constant: Bound) -> None:
+    """Refuse what has no proof in another norm."""
+    _checks.require(
+        constant.norm == "l2",
+        "LipschitzCertificate",
+        f"{what} needs a certificate in l2",
+        "Call certify without norm= and to=; its radii convert to other norms",
+        UncertifiableError,
+        norm=constant.norm,
+    )

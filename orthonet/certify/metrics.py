@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.certify._radius import check_radii
-from orthonet.certify.attacks.pgd import _predicted, pgd_l2
+from orthonet.certify._radius import Norm, check_radii
+from orthonet.certify.attacks.pgd import _predicted, pgd
 
 __all__ = ["empirical_accuracy", "survivors"]
 
@@ -20,13 +20,14 @@ def empirical_accuracy(
     y: Tensor,
     radii: Sequence[float],
     *,
+    norm: Norm = "l2",
     steps: int = 40,
     restarts: int = 2,
     bounds: tuple[float, float] | None = (0.0, 1.0),
     batch_size: int = 250,
     generator: torch.Generator | None = None,
 ) -> list[float]:
-    """Return the share of samples that stay correct under `pgd_l2` of each radius.
+    """Return the share of samples that stay correct under `pgd` of each radius.
 
     A sample that is misclassified at one radius counts as misclassified at all larger radii, whose
     balls contain the same point. The result bounds the true robust accuracy from above. It is never
@@ -38,17 +39,18 @@ def empirical_accuracy(
         x: The samples, inside `bounds`.
         y: The classes, (N,).
         radii: Radii >= 0, in any order.
-        steps: See `pgd_l2`.
-        restarts: See `pgd_l2`.
-        bounds: See `pgd_l2`.
+        norm: The norm of the radii.
+        steps: See `pgd`.
+        restarts: See `pgd`.
+        bounds: See `pgd`.
         batch_size: Samples that are attacked at once.
-        generator: See `pgd_l2`.
+        generator: See `pgd`.
 
     Returns:
         The shares, in the order of `radii`.
 
     Raises:
-        ValueError: `pgd_l2` refuses the arguments, or there is no sample.
+        ValueError: `pgd` refuses the arguments, or there is no sample.
 
     Examples:
         >>> model = nn.Linear(2, 2).requires_grad_(False).eval()
@@ -80,6 +82,7 @@ def empirical_accuracy(
                 restarts=restarts,
                 bounds=bounds,
                 generator=generator,
+                norm=norm,
             )
         found[radius] = int(alive.sum()) / len(x)
     return [found[radius] for radius in radii]
@@ -98,16 +101,18 @@ def survivors(
     restarts: int,
     bounds: tuple[float, float] | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
+    norm: Norm = "l2",
 ) -> Tensor:
     """Which of the samples marked by `alive` stay right: `attacker` is attacked, `judge` judges."""
     alive = alive.clone()
     dtype = next((p.dtype for p in judge.parameters()), x.dtype)
     for part in alive.nonzero().squeeze(1).split(batch_size) if alive.any() else ():
-        points = pgd_l2(
+        points = pgd(
             attacker,
             x[part],
             y[part],
             radius,
+            norm=norm,
             steps=steps,
             restarts=restarts,
             bounds=bounds,

@@ -61,6 +61,7 @@ from orthonet.layers.zoo._fourier import (
     LOTConv2d,
 )
 from orthonet.layers.zoo._lipnext import LipNeXtBlock2d, SpatialShift2d
+from orthonet.layers.zoo._norms import L1Linear, LinfLinear, Monotone
 from orthonet.layers.zoo._rescaled import (
     AOLConv2d,
     AOLLinear,
@@ -112,15 +113,18 @@ __all__ = [
     "GroupSort",
     "HouseholderActivation",
     "HouseholderActivation2",
+    "L1Linear",
     "L2NormPool",
     "L2NormResidual",
     "LOTConv2d",
     "LayerCentering",
     "LiResConv2d",
     "LiResLinear",
+    "LinfLinear",
     "LipNeXtBlock2d",
     "MaxMin",
     "Method",
+    "Monotone",
     "NActivation",
     "Normalize",
     "OrthoConv1d",

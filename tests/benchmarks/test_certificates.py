@@ -24,6 +24,18 @@ def test_bounds_are_tight_and_printed():
 
 
 @pytest.mark.slow
+def test_exact_constants_are_below_the_bounds():
+    rows = certificates.exact(quick=True)
+    assert [row["norm"] for row in rows] == ["l2", "linf", "l1"]
+    for row in rows:
+        assert row["exact"]
+        assert 0 < row["lower"] <= row["upper"]
+        assert min(row["certify"].values()) >= row["upper"] * (1 - 1e-9)
+    assert rows[0]["product"] >= rows[0]["certify"]["tight"]
+    assert "ReLU 2-16-2" in certificates.exact_summary(rows)
+
+
+@pytest.mark.slow
 def test_peers_are_measured_or_named(monkeypatch):
     names = (
         "orthonet fast",

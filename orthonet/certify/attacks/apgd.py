@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.certify.attacks.pgd import _Ball, _ball, _gain, _predicted, _rivals, check_labels
-from orthonet.certify.attacks.secants import _TINY, _rows, _unit
+from orthonet.certify._radius import Norm
+from orthonet.certify.attacks.ball import Ball, ball_of
+from orthonet.certify.attacks.pgd import _gain, _predicted, _rivals, check_labels
+from orthonet.certify.attacks.secants import _TINY, _rows
 
-__all__ = ["apgd_ensemble_l2", "apgd_l2"]
-
+__all__ = ["apgd", "apgd_ensemble_l2", "apgd_l2"]
 
 LOSSES = ("dlr", "ce")
 
@@ -37,6 +38,9 @@ def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits, y, reduction="none")
 
 
+_OBJECTIVES = {"dlr": _dlr, "ce": _cross_entropy}
+
+
 def _toward(rank: int) -> _Loss:
     """The targeted ratio: the margin of the class that was the `rank`-th rival at the start."""
     rivals: list[Tensor] = []
@@ -54,19 +58,20 @@ def _toward(rank: int) -> _Loss:
     return loss
 
 
-def apgd_l2(
+def apgd(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     radius: float | Tensor,
     *,
+    norm: Norm = "l2",
     steps: int = 60,
     restarts: int = 1,
     loss: Literal["dlr", "ce"] = "dlr",
     bounds: tuple[float, float] | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Attack with Auto-PGD within an l2 ball around each sample.
+    r"""Attack with Auto-PGD within a ball around each sample.
 
     The attack ascends with momentum, starting with steps of one diameter. If the objective of a
     sample rose in less than three quarters of the steps since the last check, or its best value did
@@ -79,6 +84,7 @@ def apgd_l2(
         x: The samples, inside `bounds`.
         y: The classes to leave, (N,); of a binary classifier with one output 0 or 1.
         radius: The radius, or one for each sample.
+        norm: The norm of the ball: `"l2"`, `"linf"` or `"l1"`.
         steps: Steps of each start.
         restarts: Number of starts; the first at the sample, the others at random.
         loss: The objective, `"dlr"` or `"ce"`.
@@ -100,15 +106,50 @@ def apgd_l2(
         F. Croce, M. Hein, Reliable evaluation of adversarial robustness with an ensemble of
         diverse parameter-free attacks, ICML 2020, algorithm 1 and equation 6.
     """
+    _checks.one_of("apgd", LOSSES, loss=loss)
+    ball = ball_of("apgd", model, x, y, radius, bounds, steps, restarts, norm)
+    return _ascend(model, ball, _OBJECTIVES[loss], steps, restarts, generator)
+
+
+def apgd_l2(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    radius: float | Tensor,
+    *,
+    steps: int = 60,
+    restarts: int = 1,
+    loss: Literal["dlr", "ce"] = "dlr",
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Attack as [`apgd`][orthonet.certify.apgd] does, within an l2 ball around each sample.
+
+    Args:
+        model: See `apgd`, also for the other arguments.
+        x: The samples, inside `bounds`.
+        y: The classes to leave, (N,).
+        radius: The radius, or one for each sample.
+        steps: Steps of each start.
+        restarts: Number of starts.
+        loss: The objective, `"dlr"` or `"ce"`.
+        bounds: The box of valid inputs, or None.
+        generator: Source of the random starts.
+
+    Shape:
+        x: (N, *), returned with the same shape and dtype
+
+    Raises:
+        ValueError: As for `apgd`.
+    """
     _checks.one_of("apgd_l2", LOSSES, loss=loss)
-    ball = _ball("apgd_l2", model, x, y, radius, bounds, steps, restarts)
-    objective = _dlr if loss == "dlr" else _cross_entropy
-    return _ascend(model, ball, objective, steps, restarts, generator)
+    ball = ball_of("apgd_l2", model, x, y, radius, bounds, steps, restarts)
+    return _ascend(model, ball, _OBJECTIVES[loss], steps, restarts, generator)
 
 
 def _ascend(
     model: nn.Module,
-    ball: _Ball,
+    ball: Ball,
     loss: _Loss,
     steps: int,
     restarts: int,
@@ -121,10 +162,10 @@ def _ascend(
         point = ball.point(delta).requires_grad_()
         with torch.enable_grad():
             logits = model(point)
-            check_labels("apgd_l2", y, logits)
+            check_labels("apgd", y, logits)
             value = loss(logits, y)
             (gradient,) = torch.autograd.grad(value.sum(), point)
-        return value.detach(), _gain(logits.detach(), y), _unit(gradient)
+        return value.detach(), _gain(logits.detach(), y), ball.ascent(gradient, delta)
 
     found, found_gain = torch.zeros_like(x), None
     for restart in range(restarts):
@@ -201,7 +242,7 @@ def apgd_ensemble_l2(
     """
     owner = "apgd_ensemble_l2"
     _checks.positive_int(owner, targets=targets)
-    ball = _ball(owner, model, x, y, radius, bounds, steps, 1)
+    ball = ball_of(owner, model, x, y, radius, bounds, steps, 1)
     with torch.no_grad():
         clean = model(ball.x)
     classes = 1 if clean.ndim == 1 else clean.shape[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,11 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import LipschitzCertificate
-from orthonet.certify.attacks.secants import _TINY, _lengths, _noise, _rows, _unit, steepest_secant
+from orthonet.certify._radius import Norm
+from orthonet.certify.attacks.ball import ball_of, check_attack
+from orthonet.certify.attacks.secants import _rows, lengths_in, steepest_secant
 
-__all__ = ["AttackReport", "attack_certificate", "lipschitz_estimate", "pgd_l2"]
+__all__ = ["AttackReport", "attack_certificate", "lipschitz_estimate", "pgd", "pgd_l2"]
 
 
 def _predicted(logits: Tensor) -> Tensor:
@@ -39,37 +40,6 @@ def _gain(logits: Tensor, y: Tensor, rival: Tensor | None = None) -> Tensor:
     return logits.gather(1, rival[:, None])[:, 0] - true
 
 
-def _check_attack(owner: str, model: nn.Module, x: Tensor, y: Tensor) -> None:
-    _checks.module(owner, model=model)
-    _checks.require(
-        not model.training,
-        owner,
-        "the model must be in eval mode",
-        "Call model.eval() first",
-        training=model.training,
-    )
-    _checks.floating(owner, x=x)
-    _checks.tensor(owner, y=y)
-    _checks.require(
-        len(x) == len(y.reshape(-1)),
-        owner,
-        "there must be one label for each sample",
-        "Pass class indices",
-        x=x,
-        y=y,
-    )
-    if y.is_floating_point() and len(x):
-        with torch.no_grad():
-            logits = model(x[:1])
-        _checks.require(
-            logits.ndim == 1 or logits.shape[1] == 1,
-            owner,
-            "labels must be integers",
-            "Pass class indices, e.g. labels.long()",
-            y=y,
-        )
-
-
 def check_labels(owner: str, y: Tensor, logits: Tensor) -> None:
     """Every label must be the index of a logit; of one logit its sign counts."""
     classes = logits.shape[1] if logits.ndim > 1 else 1
@@ -84,116 +54,19 @@ def check_labels(owner: str, y: Tensor, logits: Tensor) -> None:
     )
 
 
-def check_bounds(owner: str, bounds: Any) -> None:
-    """The box of valid inputs must be a pair, or None."""
-    good = bounds is None or (
-        isinstance(bounds, (tuple, list))
-        and len(bounds) == 2
-        and all(isinstance(end, (int, float)) for end in bounds)
-        and bounds[0] < bounds[1]
-    )
-    _checks.require(
-        good,
-        owner,
-        "bounds must be a pair (low, high), or None",
-        "Pass e.g. bounds=(0.0, 1.0) for images in [0, 1]",
-        bounds=bounds,
-    )
-
-
-class _Ball(NamedTuple):
-    """The samples, their labels, the l2 balls around them, and the box of valid inputs."""
-
-    x: Tensor
-    y: Tensor
-    radius: Tensor  # in float64
-    low: float
-    high: float
-
-    @property
-    def rows(self) -> Tensor:
-        """The radii, as they multiply perturbations."""
-        return _rows(self.radius.to(self.x.dtype), self.x)
-
-    def point(self, delta: Tensor) -> Tensor:
-        """The valid input at a perturbation."""
-        return (self.x + delta).clamp(self.low, self.high)
-
-    def project(self, delta: Tensor) -> Tensor:
-        """The perturbation, cut off at the box and shortened to the ball."""
-        delta = self.point(delta) - self.x
-        shrink = self.rows / _rows(_lengths(delta).clamp_min(_TINY), self.x)
-        return delta * shrink.clamp(max=1.0)
-
-    def start(self, generator: torch.Generator | None) -> Tensor:
-        """A random perturbation on the sphere, as far as the box allows."""
-        return self.project(_unit(_noise(self.x, generator)) * self.rows)
-
-    def inside(self, delta: Tensor) -> Tensor:
-        """The point, shortened until the rounded one lies within the radius in float64."""
-        x = self.x
-        result, done = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        for factor in (1.0, 1.0 - 1e-7, 1.0 - 1e-6, 1.0 - 1e-5, 1.0 - 1e-4, 0.99, 0.9, 0.5):
-            point = self.point(factor * delta)
-            good = (_lengths(point.double() - x.double()) <= self.radius) & ~done
-            result = torch.where(_rows(good, x), point, result)
-            done |= good
-        return result
-
-
-def _ball(
-    owner: str,
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    radius: float | Tensor,
-    bounds: tuple[float, float] | None,
-    steps: int,
-    restarts: int,
-) -> _Ball:
-    """What an attack works on, checked."""
-    _check_attack(owner, model, x, y)
-    _checks.positive_int(owner, steps=steps, restarts=restarts)
-    _checks.require(
-        isinstance(radius, (int, float, Tensor)),
-        owner,
-        "radius must be a number, or a tensor with one for each sample",
-        "Pass e.g. radius=0.1",
-        radius=radius,
-    )
-    check_bounds(owner, bounds)
-    x, y = x.detach(), y.detach().reshape(-1).to(x.device)
-    size = torch.as_tensor(radius, dtype=torch.float64, device=x.device).expand(len(x))
-    _checks.require(
-        bool((size.isfinite() & (size >= 0)).all()),
-        owner,
-        "every radius must be finite and non-negative",
-        "Leave out the samples that need no attack",
-        radius=radius,
-    )
-    low, high = bounds if bounds is not None else (-torch.inf, torch.inf)
-    _checks.require(
-        bool(((x >= low) & (x <= high)).all()),
-        owner,
-        "x must lie inside the box of valid inputs",
-        "Pass raw pixels and normalize inside the model, or use bounds=None",
-        bounds=bounds,
-    )
-    return _Ball(x, y, size, low, high)
-
-
-def pgd_l2(
+def pgd(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     radius: float | Tensor,
     *,
+    norm: Norm = "l2",
     steps: int = 40,
     restarts: int = 2,
     bounds: tuple[float, float] | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Attack by projected gradient ascent on the margin, within an l2 ball around each sample.
+    r"""Attack by projected gradient ascent on the margin, within a ball around each sample.
 
     The objective is the largest rival logit minus the one of `y`. The first start is the sample
     itself; restart k begins at a random point and pursues the k-th rival. The function returns the
@@ -204,6 +77,8 @@ def pgd_l2(
         x: The samples, inside `bounds`.
         y: The classes to leave, (N,); of a binary classifier with one output 0 or 1.
         radius: The radius, or one for each sample.
+        norm: The norm of the ball: `"l2"`, `"linf"` or `"l1"`. Steps go along the gradient, along
+            its signs, or along those of the 5 % of entries with the largest derivatives.
         steps: Steps of each start.
         restarts: Number of starts.
         bounds: The box of valid inputs, or None.
@@ -221,14 +96,30 @@ def pgd_l2(
             not finite.
 
     References:
-        A. Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018.
+        A. Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018;
+        F. Croce, M. Hein, Mind the box: l1-APGD for sparse adversarial attacks, ICML 2021.
     """
-    ball = _ball("pgd_l2", model, x, y, radius, bounds, steps, restarts)
+    return _climb("pgd", model, x, y, radius, norm, steps, restarts, bounds, generator)
+
+
+def _climb(
+    owner: str,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    radius: float | Tensor,
+    norm: Norm,
+    steps: int,
+    restarts: int,
+    bounds: tuple[float, float] | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    ball = ball_of(owner, model, x, y, radius, bounds, steps, restarts, norm)
     x, y = ball.x, ball.y
     best = torch.zeros_like(x)
     with torch.no_grad():
         clean = model(x)
-        check_labels("pgd_l2", y, clean)
+        check_labels(owner, y, clean)
         best_gain = _gain(clean, y)
     for restart in range(restarts):
         delta, rival = torch.zeros_like(x), None
@@ -248,8 +139,40 @@ def pgd_l2(
             best = torch.where(_rows(better, x), delta, best)
             # From half the diameter down, so that the last steps settle on the sphere.
             length = 2.0 * (1.0 - step / (steps + 1)) ** 2
-            delta = ball.project(delta + length * ball.rows * _unit(gradient))
+            delta = ball.project(delta + length * ball.rows * ball.ascent(gradient, delta))
     return ball.inside(best)
+
+
+def pgd_l2(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    radius: float | Tensor,
+    *,
+    steps: int = 40,
+    restarts: int = 2,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Attack as [`pgd`][orthonet.certify.pgd] does, within an l2 ball around each sample.
+
+    Args:
+        model: See `pgd`, also for the other arguments.
+        x: The samples, inside `bounds`.
+        y: The classes to leave, (N,).
+        radius: The radius, or one for each sample.
+        steps: Steps of each start.
+        restarts: Number of starts.
+        bounds: The box of valid inputs, or None.
+        generator: Source of the random starts.
+
+    Shape:
+        x: (N, *), returned with the same shape and dtype
+
+    Raises:
+        ValueError: As for `pgd`.
+    """
+    return _climb("pgd_l2", model, x, y, radius, "l2", steps, restarts, bounds, generator)
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,7 +208,7 @@ Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 def _allowed(
-    points: Tensor, x: Tensor, radii: Tensor, bounds: tuple[float, float] | None
+    points: Tensor, x: Tensor, radii: Tensor, bounds: tuple[float, float] | None, norm: str
 ) -> Tensor:
     """The points of an attack of another library, where they lie in the ball and in the box."""
     _checks.require(
@@ -299,7 +222,7 @@ def _allowed(
     points = points.detach().to(x)
     low, high = bounds if bounds is not None else (-torch.inf, torch.inf)
     inside = ((points >= low) & (points <= high)).flatten(1).all(1)
-    inside &= _lengths(points.double() - x.detach().double()) <= radii
+    inside &= lengths_in(points.double() - x.detach().double(), norm) <= radii
     return torch.where(_rows(inside, x), points, x.detach())
 
 
@@ -317,15 +240,17 @@ def attack_certificate(
 ) -> AttackReport:
     """Try to change the predicted class of each sample inside its certified radius.
 
+    The ball is that of the norm of the certificate.
+
     Args:
         model: The certified model, in eval mode.
         certificate: The result of `certify` for this model.
         x: The samples, inside `bounds`.
         y: The true classes, (N,), for the two accuracies.
-        steps: See `pgd_l2`.
-        restarts: See `pgd_l2`.
-        bounds: See `pgd_l2`.
-        generator: See `pgd_l2`.
+        steps: See `pgd`.
+        restarts: See `pgd`.
+        bounds: See `pgd`.
+        generator: See `pgd`.
         attack: Another attack, called as `attack(model, x, classes, radii)`: `apgd_ensemble_l2`,
             or one of another library. Points outside the radius or the box count as unmoved.
             `steps` and `restarts` do not apply to it.
@@ -341,25 +266,26 @@ def attack_certificate(
         "Pass what orthonet.certify(model, x) returned second",
         certificate=certificate,
     )
-    _check_attack("attack_certificate", model, x, y)
+    check_attack("attack_certificate", model, x, y)
     with torch.no_grad():
         logits = model(x)
     before = _predicted(logits)
-    radii = certificate.radius(logits)
+    norm, radii = certificate.norm, certificate.radius(logits)
     radii = torch.where(radii.isfinite(), radii, 0.0).to(x.device)
     if attack is None:
-        points = pgd_l2(
+        points = pgd(
             model,
             x,
             before,
             radii,
+            norm=norm,  # type: ignore[arg-type]
             steps=steps,
             restarts=restarts,
             bounds=bounds,
             generator=generator,
         )
     else:
-        points = _allowed(attack(model, x, before, radii), x, radii, bounds)
+        points = _allowed(attack(model, x, before, radii), x, radii, bounds, norm)
     with torch.no_grad():
         after = _predicted(model(points))
     labels = y.detach().reshape(-1).to(x.device)
@@ -369,7 +295,7 @@ def attack_certificate(
         attacked=int((radii > 0).sum()),
         broken=int((changed & (radii > 0)).sum()),
         radii=radii,
-        distances=_lengths(points.double() - x.detach().double()),
+        distances=lengths_in(points.double() - x.detach().double(), norm),
         changed=changed,
         clean_accuracy=int((before == labels).sum()) / total,
         attacked_accuracy=int((after == labels).sum()) / total,
@@ -406,7 +332,7 @@ def lipschitz_estimate(
         None from above: `kind="estimate"`, which no certificate accepts.
     """
     _checks.tensor("lipschitz_estimate", x=x)
-    _check_attack("lipschitz_estimate", model, x, torch.zeros(len(x), dtype=torch.long))
+    check_attack("lipschitz_estimate", model, x, torch.zeros(len(x), dtype=torch.long))
     _checks.positive_int("lipschitz_estimate", steps=steps)
     found = steepest_secant(model, x, steps=steps, step_size=step_size, generator=generator)
     return Bound(0.0 if found is None else found[0], kind="estimate")

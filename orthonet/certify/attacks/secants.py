@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["steepest_secant"]
+__all__ = ["lengths_in", "steepest", "steepest_mixed", "steepest_secant"]
 
 _TINY = 1e-30
 _LENGTHS = 4  # of moves
@@ -95,3 +95,75 @@ def steepest_secant(
             break
     i = int(reached.argmax())
     return max(0.0, float(reached[i])), best[0][i : i + 1], best[1][i : i + 1] * length
+
+
+# --- other norms ---------------------------------------------------------------------------------
+
+
+def lengths_in(x: Tensor, norm: str) -> Tensor:
+    """The norm of each row."""
+    order = {"l1": 1.0, "l2": 2.0, "linf": torch.inf}[norm]
+    return torch.linalg.vector_norm(x.flatten(1) if x.ndim > 1 else x[:, None], order, dim=1)
+
+
+def steepest(gradient: Tensor, norm: str) -> Tensor:
+    """The vectors of norm 1 along which a function of this gradient rises fastest, row by row."""
+    if norm == "l2":
+        return _unit(gradient)
+    if norm == "linf":
+        return gradient.sign()
+    flat = gradient.flatten(1)
+    place = flat.abs().argmax(1, keepdim=True)
+    rises = flat.gather(1, place).sign()
+    return torch.zeros_like(flat).scatter_(1, place, rises).reshape(gradient.shape)
+
+
+def steepest_mixed(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    norm: str,
+    to: str,
+    steps: int,
+    generator: torch.Generator | None,
+    goal: float,
+) -> tuple[Tensor, Tensor] | None:
+    """Points a and differences b - a of the steepest secant between two norms that was found.
+
+    Directions turn as in the power method of Boyd; every third step moves the points, too.
+    """
+    point, direction = x.detach(), steepest(_noise(x, generator), norm)
+    scale = max(1.0, float(_lengths(point).square().mean().sqrt()))
+    length = scale * torch.finfo(x.dtype).eps ** 0.33
+    reached = torch.full((len(x),), -1.0, dtype=torch.float64)
+    best = (point, direction)
+    for step in range(steps):
+        moved = step % 3 == 2
+        trial = point + 0.3 * scale * _unit(_noise(x, generator)) if moved else point
+        b = (trial + length * direction).detach().requires_grad_()
+        with torch.no_grad():
+            fa = function(trial)
+        with torch.enable_grad():
+            rise = lengths_in(function(b) - fa, to)
+            if not rise.requires_grad:
+                return None
+            (gradient,) = torch.autograd.grad(
+                rise.sum(), b, allow_unused=True, materialize_grads=True
+            )
+        run = lengths_in(b.detach() - trial, norm).clamp_min(_TINY)
+        ratio = (rise.detach() / run).nan_to_num(0.0, 0.0, 0.0)
+        better = ratio > reached
+        best = tuple(
+            torch.where(_rows(better, x), n, o)
+            for n, o in zip((trial, direction), best, strict=True)
+        )
+        keep = _rows(better | torch.full_like(better, not moved), x)
+        point = torch.where(keep, trial, point)
+        turned = steepest(gradient, norm)
+        lost = (lengths_in(turned, norm) == 0) | torch.full_like(better, step % 7 == 6)
+        turned = torch.where(_rows(lost, x), steepest(_noise(x, generator), norm), turned)
+        direction = torch.where(keep, turned, direction)
+        reached = torch.maximum(reached, ratio)
+        if float(reached.max()) >= goal * (1.0 - 1e-6):
+            break
+    i = int(reached.argmax())
+    return best[0][i : i + 1], best[1][i : i + 1] * length

@@ -178,12 +178,12 @@ Layer = nn.Module | Affine | Activation
 
 
 def read_layers(
-    model: Layer | Iterable[Layer], owner: str
+    model: Layer | Iterable[Layer], owner: str, *, whole: bool = False
 ) -> tuple[list[Affine], list[Activation]]:
     """Alternating affine maps and activations, beginning and ending with an affine map.
 
     Neighboring affine maps are composed; identities are put between neighboring activations. An
-    activation at the end is bounded by its largest slopes.
+    activation at the end is bounded by its largest slopes; with `whole` an identity follows it.
     """
     _checks.require(
         isinstance(model, (nn.Module, Affine, Activation)) or hasattr(model, "__iter__"),
@@ -218,7 +218,9 @@ def read_layers(
         "there must be at least one linear layer",
         "Pass the layers of a multilayer perceptron",
     )
-    if len(affine) == len(activations):
+    if len(affine) == len(activations) and whole:
+        affine.append(_diagonal(torch.ones_like(activations[-1].lower)))
+    elif len(affine) == len(activations):
         # |phi(u) - phi(v)| <= max slope |u - v| entry by entry, in the basis; Q keeps norms.
         last = activations.pop()
         size = last.largest

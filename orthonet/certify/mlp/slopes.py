@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ __all__ = [
     "Chords",
     "Kinks",
     "Narrow",
+    "Pieces",
     "bell",
     "reflections",
     "rising",
@@ -26,6 +27,25 @@ __all__ = [
 
 Narrow = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Chords = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    r"""A piecewise linear activation, $\phi(u) = R\,\psi(P u)$ with $\psi$ entry by entry.
+
+    Attributes:
+        before: P, (n, n), of few binary digits; None for the identity.
+        after: R, likewise.
+        knots: Where the pieces of each entry meet.
+        slopes: One row for each piece, (pieces, n).
+        value: The value of each entry at the first knot, (n,).
+    """
+
+    before: Tensor | None
+    after: Tensor | None
+    knots: tuple[float, ...]
+    slopes: Tensor
+    value: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +69,7 @@ class Activation:
         chords: The slopes of chords that start in one interval and end in another one around it,
             (start_low, start_high, low, high) -> (lower, upper), or None where `narrow` has to do.
         value_error: Relative error of `function` as it is computed.
+        pieces: The activation as a piecewise linear one, or None.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -60,6 +81,7 @@ class Activation:
     narrow: Narrow | None = None
     chords: Chords | None = None
     value_error: float = 16 * UNIT_ROUNDOFF
+    pieces: Pieces | None = None
 
     @property
     def largest(self) -> Tensor:
@@ -195,7 +217,19 @@ def sorting(module: layers.MaxMin | layers.GroupSort, width: int) -> Activation 
         narrow if size == 2 else None,
         chords if size == 2 else None,
         0.0,
+        _sums(place, kept, modulus.slopes) if size == 2 else None,
     )
+
+
+def _sums(place: Tensor, kept: Tensor, slopes: Sequence[float | Tensor]) -> Pieces:
+    """Sorting of pairs: their sums stay, and of the differences the modulus is taken."""
+    width = len(kept)
+    sums = torch.zeros(width, width, dtype=torch.float64)
+    rows = torch.arange(width).reshape(-1, 2)
+    sums[rows[:, :1], place] = 1.0
+    sums[rows[:, 1:], place] = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    sides = torch.stack([torch.where(kept, 1.0, float(slope)).double() for slope in slopes])
+    return Pieces(sums, sums.mT / 2.0, (0.0,), sides, torch.zeros(width, dtype=torch.float64))
 
 
 def _on_last_dim(module: layers.MaxMin | layers.GroupSort) -> Callable[[Tensor], Tensor]:

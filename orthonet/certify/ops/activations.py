@@ -17,12 +17,14 @@ from orthonet.certify.mlp.slopes import (
     Activation,
     Kinks,
     Narrow,
+    Pieces,
     bell,
     reflections,
     rising,
     sech2,
     sorting,
 )
+from orthonet.certify.ops.entries import ENTRYWISE, LARGEST
 from orthonet.certify.ops.registry import (
     SMOOTH,
     Interval,
@@ -125,7 +127,13 @@ def curve(
             values = arguments(draw) if arguments else {}
             return None if values is None else lambda x, y: run(x, y, values)
 
-        both = {"slopes": slopes, "samples": samples, "interval": interval, **fields}
+        both = {
+            "slopes": slopes,
+            "samples": samples,
+            "interval": interval,
+            "entries": ENTRYWISE,
+            **fields,
+        }
         op(*overloads, reads=reads, **both)(gain)
         if module is not None:
             _MODULES[module] = _Entry(build, reads)
@@ -490,6 +498,7 @@ def _clamp_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     "clamp_max.Tensor",
     reads=("min", "max"),
     interval=_clamped,
+    entries=LARGEST,
     samples=_clamp_samples,
 )
 def _clamp(call: Call) -> Step:
@@ -526,6 +535,7 @@ def _extreme_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     "fmin.default",
     reads=("other",),
     interval=_larger,
+    entries=LARGEST,
     samples=_extreme_samples,
 )
 def _extreme(call: Call) -> Step:
@@ -563,5 +573,10 @@ def activation_of(module: nn.Module, width: int) -> Activation | None:
 
 
 def _activation(function: Any, lower: Tensor, upper: Tensor, narrow: Narrow | None) -> Activation:
-    chords = narrow.chords if isinstance(narrow, Kinks) else None
-    return Activation(function, lower, upper, narrow=narrow, chords=chords)
+    if not isinstance(narrow, Kinks):
+        return Activation(function, lower, upper, narrow=narrow)
+    slopes = [torch.as_tensor(s, dtype=torch.float64).expand_as(lower) for s in narrow.slopes]
+    start = torch.full_like(lower, narrow.knots[0])
+    pieces = Pieces(None, None, narrow.knots, torch.stack(slopes), function(start))
+    chords = narrow.chords
+    return Activation(function, lower, upper, narrow=narrow, chords=chords, pieces=pieces)

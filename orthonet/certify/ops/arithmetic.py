@@ -11,6 +11,7 @@ from torch import Tensor
 
 from orthonet.certify._bound import Bound
 from orthonet.certify.ops.advice import ADVICE, IN_A_BALL
+from orthonet.certify.ops.entries import ENTRYWISE, LARGEST, PAIRS
 from orthonet.certify.ops.registry import (
     EVERYTHING,
     SMOOTH,
@@ -153,7 +154,14 @@ def _lerp_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: torch.lerp(x, y, weight)
 
 
-@op("lerp.Scalar", "lerp.Tensor", reads=("end", "weight"), offset=added, samples=_lerp_samples)
+@op(
+    "lerp.Scalar",
+    "lerp.Tensor",
+    reads=("end", "weight"),
+    offset=added,
+    entries=ENTRYWISE,
+    samples=_lerp_samples,
+)
 def _lerp(call: Call) -> Step:
     weight = call.fixed("weight")
     gains = []
@@ -165,7 +173,12 @@ def _lerp(call: Call) -> Step:
     return Step(tuple(gains), "weighted mean", roundings=4.0)
 
 
-@op("hypot.default", reads=("other",), samples=lambda draw, shape: lambda x, y: torch.hypot(x, y))
+@op(
+    "hypot.default",
+    reads=("other",),
+    entries=PAIRS,
+    samples=lambda draw, shape: lambda x, y: torch.hypot(x, y),
+)
 def _hypot(call: Call) -> Step:
     if len(call.operands) == 1:
         return exact(amplification(call), "the length of a pair", SMOOTH)
@@ -175,6 +188,7 @@ def _hypot(call: Call) -> Step:
 @op(
     "logaddexp.default",
     reads=("other",),
+    entries=LARGEST,
     samples=lambda draw, shape: lambda x, y: torch.logaddexp(x, y),
 )
 def _logaddexp(call: Call) -> Step:
@@ -252,6 +266,7 @@ def _mul_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     interval=_product_range,
     kernel=_scale_form,
     linear=Linear(_scale_linear, lambda state: 3),
+    entries=ENTRYWISE,
     samples=_mul_samples,
 )
 def _mul(call: Call) -> Step:
@@ -301,6 +316,7 @@ def _div_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     interval=_product_range,
     kernel=_scale_form,
     linear=Linear(_scale_linear, lambda state: 3, when=first_moves, scales=_inverse),
+    entries=ENTRYWISE,
     samples=_div_samples,
 )
 def _div(call: Call) -> Step:
@@ -368,6 +384,7 @@ def _exp_range(call: Call) -> Interval:
     "exp.default",
     "expm1.default",
     interval=_exp_range,
+    entries=ENTRYWISE,
     samples=lambda draw, shape: lambda x, y: (-x.relu()).exp(),
 )
 def _exp(call: Call) -> Step:
@@ -377,6 +394,7 @@ def _exp(call: Call) -> Step:
 @op(
     "reciprocal.default",
     interval=lambda call: _reciprocal_range(call),
+    entries=ENTRYWISE,
     samples=lambda draw, shape: lambda x, y: 1.0 / (1.0 + x.relu()),
 )
 def _reciprocal(call: Call) -> Step:
@@ -399,6 +417,7 @@ def _root_range(call: Call) -> Interval:
 @op(
     "sqrt.default",
     interval=_root_range,
+    entries=ENTRYWISE,
     samples=lambda draw, shape: lambda x, y: (x.abs() + 0.25).sqrt(),
 )
 def _sqrt(call: Call) -> Step:
@@ -410,6 +429,7 @@ def _sqrt(call: Call) -> Step:
 @op(
     "rsqrt.default",
     interval=_root_range,
+    entries=ENTRYWISE,
     samples=lambda draw, shape: lambda x, y: (x.abs() + 0.25).rsqrt(),
 )
 def _rsqrt(call: Call) -> Step:
@@ -418,7 +438,12 @@ def _rsqrt(call: Call) -> Step:
     return _bounded_slope(call, slope, "bounded away from zero")
 
 
-@op("log.default", "log1p.default", samples=lambda draw, shape: lambda x, y: (x.abs() + 0.25).log())
+@op(
+    "log.default",
+    "log1p.default",
+    entries=ENTRYWISE,
+    samples=lambda draw, shape: lambda x, y: (x.abs() + 0.25).log(),
+)
 def _log(call: Call) -> Step:
     low = interval_of(call.operand)[0]
     low = down(low + 1.0) if call.op == "log1p" else low
@@ -441,6 +466,7 @@ def _power_range(call: Call) -> Interval:
     "square.default",
     reads=("exponent",),
     interval=_power_range,
+    entries=ENTRYWISE,
     samples=lambda draw, shape: (
         lambda x, y, p=draw.choice([1, 2, 3, 1.0, 2.0]): x.clamp(-2, 1.5) ** p
     ),

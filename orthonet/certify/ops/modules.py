@@ -11,6 +11,7 @@ from torch import nn
 from orthonet import _checks, layers
 from orthonet.certify._bound import Bound
 from orthonet.certify.ops.advice import IN_A_BALL
+from orthonet.certify.ops.entries import MEAN
 from orthonet.certify.ops.registry import op
 from orthonet.certify.rules import Call, Rounding, Step, exact, of_squares, register_rule, upper
 from orthonet.errors import UncertifiableError
@@ -47,7 +48,12 @@ def _adaptive_pool(module: layers.AdaptiveL2NormPool, input_shape: Shape) -> Ste
     return upper(up(1.0 + 2.0**-48), "by construction", of_squares(size, size, size))
 
 
-@op(root_mean_square, reads=("y",), samples=lambda draw, shape: root_mean_square)
+@op(
+    root_mean_square,
+    reads=("y",),
+    entries=MEAN,
+    samples=lambda draw, shape: root_mean_square,
+)
 def _pair(call: Call) -> Step:
     """The norm of a pair is 1-Lipschitz, so its root mean square is with both gains halved."""
     if len(call.operands) != 2:

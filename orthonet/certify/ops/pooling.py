@@ -15,6 +15,7 @@ from orthonet._torch import NEAREST_EXACT_2D, operation_name
 from orthonet.certify.norms import matrix_norm
 from orthonet.certify.ops import axes
 from orthonet.certify.ops.convolution import spatial_sizes
+from orthonet.certify.ops.entries import window_entries
 from orthonet.certify.ops.registry import Linear, Values, as_input, aten_name, each, op, wide
 from orthonet.certify.rules import (
     COPY,
@@ -96,6 +97,7 @@ def pooling_windows(call: Call) -> Tensor:
     interval=as_input,
     samples=_pool_samples,
     windows=pooling_windows,
+    entries=window_entries(pooling_windows),
 )
 def _max_pool(call: Call) -> Step:
     dims = int(call.op[8])
@@ -115,6 +117,7 @@ def _max_pool(call: Call) -> Step:
     *(f"adaptive_max_pool{d}d.default" for d in (1, 2, 3)),
     reads=("output_size",),
     interval=as_input,
+    entries=window_entries(),
 )
 def _adaptive_max_pool(call: Call) -> Step:
     dims = _dims_of(call.target)
@@ -261,6 +264,7 @@ def _lp_module(module: Any, input_shape: tuple[int, ...]) -> Step:
     F.lp_pool3d,
     reads=("norm_type", "kernel_size", "stride", "ceil_mode"),
     interval=lambda call: (0.0, math.inf),
+    entries=window_entries(lost=2.0**-500),
 )
 def _lp_pool(call: Call) -> Step:
     size = math.prod(call.operand.shape)
@@ -293,6 +297,7 @@ def _square_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     reads=("kernel_size", "spatial", "stride", "padding", "ceil_mode", "eps"),
     free=("keepdim",),
     interval=lambda call: (0.0, math.inf),
+    entries=window_entries(lost=2.0**-500),
     samples=_square_samples,
 )
 def _square_pool(call: Call) -> Step:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from orthonet.certify.norms import matrix_norm
 from orthonet.certify.ops.advice import ADVICE
+from orthonet.certify.ops.entries import ORDERED, RUNNING, SOFTMAX, lengths
 from orthonet.certify.ops.registry import (
     SMOOTH,
     Linear,
@@ -90,6 +91,11 @@ def _norm_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     return lambda x, y: torch.linalg.vector_norm(x, order, dims, keepdim=True)
 
 
+def _order(call: Call) -> float:
+    order = call.given("ord", call.given("p", 2))
+    return 2.0 if order is None else float(order)
+
+
 @op(
     "norm.Scalar",
     "norm.ScalarOpt_dim",
@@ -98,6 +104,7 @@ def _norm_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     reads=("p", "ord", "dim", "keepdim"),
     free=("dtype",),
     interval=lambda call: (0.0, math.inf),
+    entries=lengths(_order),
     samples=_norm_samples,
 )
 def _norm(call: Call) -> Step:
@@ -136,6 +143,7 @@ def _std_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     "std.correction",
     reads=("dim", "unbiased", "correction", "keepdim"),
     interval=lambda call: (0.0, math.inf),
+    entries=lengths(lambda call: 2.0, scaled=True),
     samples=_std_samples,
 )
 def _std(call: Call) -> Step:
@@ -185,6 +193,7 @@ def _along(call: Call, name: str = "dim") -> Step:
     "min.default",
     reads=("dim", "keepdim"),
     interval=as_input,
+    entries=ORDERED,
     samples=_extreme_samples,
 )
 def _extreme(call: Call) -> Step:
@@ -199,6 +208,7 @@ def _extreme(call: Call) -> Step:
     reads=("dim",),
     free=("stable", "descending"),
     interval=as_input,
+    entries=ORDERED,
     samples=lambda draw, shape: lambda x, y, d=place(draw, shape): x.sort(d).values,
 )
 def _sort(call: Call) -> Step:
@@ -217,6 +227,7 @@ def _topk_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     reads=("k", "dim", "sorted"),
     free=("largest",),
     interval=as_input,
+    entries=ORDERED,
     samples=_topk_samples,
 )
 def _topk(call: Call) -> Step:
@@ -244,6 +255,7 @@ def _rank_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     "kthvalue.default",
     reads=("k", "dim", "keepdim"),
     interval=as_input,
+    entries=ORDERED,
     samples=_rank_samples,
 )
 def _rank(call: Call) -> Step:
@@ -256,6 +268,7 @@ def _rank(call: Call) -> Step:
     "cummin.default",
     reads=("dim",),
     interval=as_input,
+    entries=RUNNING,
     samples=lambda draw, shape: (
         lambda x, y, d=place(draw, shape), f=draw.choice([torch.cummax, torch.cummin]): (
             f(x, d).values
@@ -275,6 +288,7 @@ def _running(call: Call) -> Step:
 @op(
     "logsumexp.default",
     reads=("dim", "keepdim"),
+    entries=ORDERED,
     samples=lambda draw, shape: (
         lambda x, y, d=place(draw, shape): torch.logsumexp(x, d, keepdim=True)
     ),
@@ -298,6 +312,7 @@ def _softmax_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     reads=("dim",),
     free=("dtype", "half_to_float"),
     samples=_softmax_samples,
+    entries=SOFTMAX,
     interval=lambda call: (0.0, 1.0) if call.op == "softmax" else (-math.inf, 0.0),
 )
 def _softmax(call: Call) -> Step:

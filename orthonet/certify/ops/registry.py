@@ -18,6 +18,7 @@ from torch import Tensor
 
 from orthonet._torch import operation_name
 from orthonet.certify._bound import Bound
+from orthonet.certify.ops.entries import Entries
 from orthonet.certify.rules import (
     RECORDS,
     BatchDependent,
@@ -132,6 +133,8 @@ class Op:
         error: The rounding of a map whose constant does not bound it, at given inputs; called with
             the call, the inputs, how far they may be off, their error, and the function gamma.
         interval: The least and the largest entry of the output.
+        entries: How far single entries move, for bounds in l1 and l-infinity; an affine operation
+            or one with slopes needs none.
         windows: For the largest entries of windows, the places of the entries of each window among
             those of a channel, (outputs, taps); a place may be there twice.
         cuts: It returns pieces of its input.
@@ -151,6 +154,7 @@ class Op:
     error: Callable[..., Tensor | None] | None = None
     interval: Callable[[Call], Interval] | None = None
     windows: Callable[[Call], Tensor] | None = None
+    entries: Entries | None = None
     cuts: bool = False
     samples: Sampler | None = None
 

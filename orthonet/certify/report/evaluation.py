@@ -21,8 +21,9 @@ from orthonet.certify._accuracy import (
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
 from orthonet.certify._progress import Progress, report, reporting
-from orthonet.certify._radius import RadiusCurve, check_radii
-from orthonet.certify.attacks.pgd import _predicted, check_bounds
+from orthonet.certify._radius import NORMS, Norm, RadiusCurve, check_radii
+from orthonet.certify.attacks.ball import check_bounds
+from orthonet.certify.attacks.pgd import _predicted
 from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.metrics import survivors
 from orthonet.certify.report.figures import Plot, accuracy_plot
@@ -158,6 +159,7 @@ def evaluate(
     radii: Sequence[float],
     certificate: LipschitzCertificate | None = None,
     *,
+    norm: Norm | None = None,
     attack: bool = True,
     steps: int = 40,
     restarts: int = 1,
@@ -169,13 +171,15 @@ def evaluate(
     """Certify a classifier, and find its clean, certified and attacked accuracy at each radius.
 
     One pass over the data: the certificate is made from its first sample, all radii are proved for
-    the deployed forward pass, and [`pgd_l2`][orthonet.certify.pgd_l2] attacks what is still right.
+    the deployed forward pass, and [`pgd`][orthonet.certify.pgd] attacks what is still right.
 
     Args:
         model: The classifier, in eval mode.
         loader: Batches (inputs, labels); they are moved to the device of the model.
-        radii: Radii in l2, in units of the input.
+        radii: Radii in units of the input, in the norm of the certificate.
         certificate: The certificate of this model; without one, `certify` makes it.
+        norm: The norm of the radii, `"l2"`, `"linf"` or `"l1"`: of the certificate that is made, or
+            of the one that is given.
         attack: Whether to attack; without, the last column is missing, and it takes a fraction of
             the time.
         steps: Gradient steps of an attack.
@@ -212,6 +216,7 @@ def evaluate(
     _checks.boolean("evaluate", attack=attack, exact=exact)
     _checks.positive_int("evaluate", steps=steps, restarts=restarts)
     check_bounds("evaluate", bounds)
+    _checks.one_of("evaluate", (None, *NORMS), norm=norm)
     if certificate is not None:
         check_certificate("evaluate", certificate)
     wanted = tuple(float(radius) for radius in radii)
@@ -226,11 +231,11 @@ def evaluate(
         x, y = pair("evaluate", batch)
         x = x if tensor is None else x.to(tensor.device)
         if certificate is None:
-            certificate = certify(model, x[:1], progress=progress)
+            certificate = certify(model, x[:1], norm=norm or "l2", progress=progress)
         with reporting(progress):
             report(done, total, "batches")
         logits = outputs_of("evaluate", model, x, certificate)
-        radius = certificate.radius(logits, labels=y, inputs=None if exact else x)
+        radius = certificate.radius(logits, norm=norm, labels=y, inputs=None if exact else x)
         found.append(radius)
         y = y.detach().reshape(-1).to(x.device)
         if logits.ndim == 1 or logits.shape[1] == 1:
@@ -251,6 +256,7 @@ def evaluate(
                     restarts=restarts,
                     bounds=bounds,
                     generator=generator,
+                    norm=norm or certificate.norm,  # type: ignore[arg-type]
                 )
             alive[size] += int(left.sum())
             broken += int(((radius.to(left.device) > size) & ~left).sum())
@@ -259,6 +265,8 @@ def evaluate(
         _checks.fail(
             "evaluate", "the loader must not be empty", "Pass at least one batch", samples=count
         )
-    curve = RadiusCurve(torch.cat(found).sort(descending=True).values, right)
+    curve = RadiusCurve(
+        torch.cat(found).sort(descending=True).values, right, norm or certificate.norm
+    )
     at = {r: (alive[r] if r > 0 else right) / count for r in wanted} if attack else {}
     return Evaluation(certificate, curve, wanted, at, broken)

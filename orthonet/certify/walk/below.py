@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from orthonet.certify._bound import Bound
-from orthonet.certify.attacks.secants import steepest_secant
+from orthonet.certify._bound import Bound, norm_text
+from orthonet.certify._radius import longer
+from orthonet.certify.attacks.secants import lengths_in, steepest_mixed, steepest_secant
 from orthonet.certify.graph.replay import Replay
 from orthonet.certify.norms import limits
 from orthonet.certify.rounding.forward import forward_error
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from orthonet.certify.walk.walker import Walker
 
-__all__ = ["lower_bound"]
+__all__ = ["lower_bound", "lower_mixed"]
 
 _LENGTHS = (1.0, 16.0, 256.0, 4096.0)
 _UNPROVED = 1e-6
@@ -46,15 +47,7 @@ def lower_bound(walker: Walker, examples: Sequence[Tensor]) -> Bound | None:
         return None
     function = Replay(walker.program).eval()
     generator = torch.Generator().manual_seed(0)
-    points = torch.cat(
-        [
-            x.detach().cpu().double().reshape(len(x), -1)
-            if len(x)
-            else torch.zeros(1, math.prod(x.shape[1:]), dtype=torch.float64)
-            for x in examples
-        ],
-        1,
-    )
+    points = _flat(examples)
     isometric = all(
         abs(row.constant - 1.0) <= _ENOUGH and row.method != "largest slope"
         for row in walker.rows()
@@ -78,18 +71,64 @@ def lower_bound(walker: Walker, examples: Sequence[Tensor]) -> Bound | None:
     points = torch.cat([a, *(a + factor * difference for factor in lengths)])
     with torch.no_grad():
         values = function(points)
-    rises = torch.linalg.vector_norm(values[1:] - values[:1], dim=1)
+    return Bound(_proved(walker, function, points, values, "l2", "l2"), kind="estimate")
+
+
+def lower_mixed(
+    walker: Walker, examples: Sequence[Tensor], norm: str, to: str, goal: float
+) -> Bound | None:
+    """The same between other norms."""
+    if not limits().search:
+        return None
+    function = Replay(walker.program).eval()
+    generator = torch.Generator().manual_seed(0)
+    points = _flat(examples)
+    steps, starts = _extent(function, points[:1])
+    copies = points[torch.arange(starts) % len(points)]
+    noise = torch.randn(copies.shape, generator=generator, dtype=torch.float64)
+    noise[: len(points)] = 0.0
+    found = steepest_mixed(function, copies + noise, norm, to, steps, generator, goal)
+    if found is None:
+        return Bound(0.0, norm_text(norm, to), "estimate")
+    a, difference = found
+    points = torch.cat([a, *(a + factor * difference for factor in _LENGTHS)])
+    with torch.no_grad():
+        values = function(points)
+    return Bound(
+        _proved(walker, function, points, values, norm, to), norm_text(norm, to), "estimate"
+    )
+
+
+def _flat(examples: Sequence[Tensor]) -> Tensor:
+    """The examples as one row for each sample; zeros where there is none."""
+    return torch.cat(
+        [
+            x.detach().cpu().double().reshape(len(x), -1)
+            if len(x)
+            else torch.zeros(1, math.prod(x.shape[1:]), dtype=torch.float64)
+            for x in examples
+        ],
+        1,
+    )
+
+
+def _proved(
+    walker: Walker, function: Replay, points: Tensor, values: Tensor, norm: str, to: str
+) -> float:
+    """The steepest secant from the first point to another one, less what rounding can add."""
+    rises = lengths_in(values[1:] - values[:1], to)
     try:
         errors = forward_error(walker, function.split(points), 0.0, torch.float64)
+        errors = errors * longer("l2", to, values.shape[1])
     except UncertifiableError:
         errors = _UNPROVED / 2 * torch.cat([torch.zeros(1).double(), 2.0 * rises])
+    runs = lengths_in(points[1:] - points[:1], norm)
     best = 0.0
-    for i in range(len(lengths)):
-        rise = float(rises[i]) * (1.0 - 1e-12)
-        run = float(torch.linalg.vector_norm(points[i + 1] - a[0])) * (1.0 + 1e-12)
+    for i in range(len(rises)):
+        rise, run = float(rises[i]) * (1.0 - 1e-12), float(runs[i]) * (1.0 + 1e-12)
         ratio = (rise - float(errors[0] + errors[i + 1])) / run if run else 0.0
         best = max(best, ratio if ratio == ratio else 0.0)
-    return Bound(best, kind="estimate")
+    return best
 
 
 def _extent(function: Replay, point: Tensor) -> tuple[int, int]:

@@ -7,7 +7,7 @@ absolute values of all constants it bounds the rounding of the first run, entry 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -88,10 +88,12 @@ def linear_action(
     size: int,
     absolute: bool = False,
     dtype: torch.dtype = torch.float64,
+    constants: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
     """The linear part of one operation at batches of its operands, `size` samples each.
 
-    `dtype` is that of the operands.
+    `dtype` is that of the operands. Floating-point constants are replaced by what `constants`
+    makes of them.
 
     Raises:
         ValueError: A constant among the arguments depends on the batch size.
@@ -108,7 +110,10 @@ def linear_action(
             if isinstance(found.value, int) and found.value == BATCH:
                 return size
             raise ValueError("a constant that depends on the batch size")
-        return Constant(found, dtype) if isinstance(found, Tensor) else found
+        if isinstance(found, Tensor):
+            changed = constants is not None and found.is_floating_point()
+            return Constant(constants(found.detach().cpu()) if changed else found, dtype)
+        return found
 
     args, kwargs = map_arg((list(node.args), dict(node.kwargs)), value)
     action = _action_inside(state)
