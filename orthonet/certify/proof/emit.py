@@ -17,6 +17,7 @@ from orthonet.certify.graph.program import called
 from orthonet.certify.ops import registry
 from orthonet.certify.proof.norms import square_gain
 from orthonet.certify.rules import BatchDependent, Operand
+from orthonet.certify.walk.pieces import sorted_pair
 from orthonet.linalg.bounds.rounding import up
 
 if TYPE_CHECKING:
@@ -228,6 +229,19 @@ def padding_of(state: State) -> list[list[int]] | None:
     return [[0, 0]] * (rank - len(pads)) + pads
 
 
+def _sorted_halves(writer: Nodes, parts: list[State], dim: int) -> State | None:
+    """The tensor whose halves along a dim are sorted in pairs, the larger values first."""
+    pair = sorted_pair(*parts) if len(parts) == 2 else None
+    found = [] if pair is None else [writer.walker.pieces.of(s) for s in pair]
+    if None in found or len({(c.whole, c.dim) for c in found}) != 1 or found[0].dim != dim:
+        return None
+    whole = found[0].whole
+    size = 0 if whole is None else whole.shape[dim - 1]
+    halves = {(0, size // 2): 1.0}, {(size // 2, size): 1.0}
+    both = [c.parts for c in found]
+    return whole if size and size % 2 == 0 and all(h in both for h in halves) else None
+
+
 @emits("cat", "stack")
 def _join(writer: Nodes, state: State) -> int | None:
     parts = state.call.args[0]
@@ -236,6 +250,18 @@ def _join(writer: Nodes, state: State) -> int | None:
     dim = state.call.get(1, "dim", 0) % (len(state.shape) + 1) - 1
     if dim < 0:
         return None
+    whole = _sorted_halves(writer, [p._state for p in parts], dim + 1)
+    if whole is not None and state.call.op != "stack":
+        return writer.add(
+            "sort",
+            [writer.index(whole)],
+            state,
+            dim=dim,
+            size=2,
+            halves=True,
+            descending=True,
+            gain=1.0,
+        )
     places = [writer.index(p._state) for p in parts]
     if state.call.op == "stack":
         shape = list(state.shape)

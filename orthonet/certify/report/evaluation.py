@@ -26,6 +26,7 @@ from orthonet.certify.attacks.pgd import _predicted, check_bounds
 from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.metrics import survivors
 from orthonet.certify.report.figures import Plot, accuracy_plot
+from orthonet.certify.report.files import replacing
 from orthonet.certify.report.page import accuracy_table, report_html
 
 __all__ = ["Evaluation", "evaluate"]
@@ -124,6 +125,7 @@ class Evaluation:
 
         Raises:
             ValueError: The name does not end in `.html`.
+            OSError: The disk is full, or the folder is missing; an older file stays.
         """
         _checks.require(
             Path(path).suffix in (".html", ".htm"),
@@ -133,7 +135,8 @@ class Evaluation:
             "evaluation.certificate.save('certificate.json')",
             path=str(path),
         )
-        Path(path).write_text(self.html(title), "utf-8")
+        with replacing(Path(path)) as file:
+            file.write(self.html(title).encode())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON can hold them."""

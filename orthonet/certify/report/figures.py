@@ -12,6 +12,7 @@ from typing import Any
 from orthonet import _checks
 from orthonet.certify._bound import Bound, Row
 from orthonet.certify._radius import RadiusCurve
+from orthonet.certify.report.files import replacing
 
 __all__ = [
     "STYLE",
@@ -70,6 +71,7 @@ class Plot:
 
         Raises:
             ValueError: The name ends otherwise: other formats need another program.
+            OSError: The disk is full, or the folder is missing; an older file stays.
         """
         _checks.require(
             Path(path).suffix == ".svg",
@@ -78,7 +80,8 @@ class Plot:
             "Save it so, or pass plot(ax=axes) and save the figure of matplotlib",
             path=str(path),
         )
-        Path(path).write_text(self.svg + "\n", "utf-8")
+        with replacing(Path(path)) as file:
+            file.write(f"{self.svg}\n".encode())
 
 
 def _plot(svg: str, title: str) -> Plot:
