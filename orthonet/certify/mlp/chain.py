@@ -217,6 +217,7 @@ def read_layers(
         owner,
         "there must be at least one linear layer",
         "Pass the layers of a multilayer perceptron",
+        layers=model,
     )
     if len(affine) == len(activations):
         # |phi(u) - phi(v)| <= max slope |u - v| entry by entry, in the basis; Q keeps norms.

@@ -103,8 +103,18 @@ def save(certificate: Proved, walker: Walker | None, path: str | Path) -> None:
 
 def load(path: str | Path) -> dict[str, Any]:
     """The fields of a certificate that `save` wrote; its constants are those of the file."""
+    _checks.require(
+        isinstance(path, (str, Path)) and Path(path).is_file(),
+        "LipschitzCertificate",
+        "path must be that of a file",
+        "Pass the JSON file that certificate.save wrote",
+        path=path,
+    )
     path = Path(path)
-    content = json.loads(path.read_text("utf-8"))
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:  # neither JSON nor text
+        content = None
     _checks.require(
         isinstance(content, dict) and content.get("format") == FORMAT,
         "LipschitzCertificate",

@@ -128,12 +128,12 @@ class Evaluation:
             OSError: The disk is full, or the folder is missing; an older file stays.
         """
         _checks.require(
-            Path(path).suffix in (".html", ".htm"),
+            isinstance(path, (str, Path)) and Path(path).suffix in (".html", ".htm"),
             "Evaluation",
             "path must end in .html",
             "Call save('report.html'); the proof for a checker is written by "
             "evaluation.certificate.save('certificate.json')",
-            path=str(path),
+            path=path,
         )
         with replacing(Path(path)) as file:
             file.write(self.html(title).encode())
@@ -215,6 +215,13 @@ def evaluate(
     _checks.boolean("evaluate", attack=attack, exact=exact)
     _checks.positive_int("evaluate", steps=steps, restarts=restarts)
     check_bounds("evaluate", bounds)
+    _checks.require(
+        generator is None or isinstance(generator, torch.Generator),
+        "evaluate",
+        "generator must be a torch.Generator, or None",
+        "Pass torch.Generator().manual_seed(0)",
+        generator=generator,
+    )
     if certificate is not None:
         check_certificate("evaluate", certificate)
     wanted = tuple(float(radius) for radius in radii)

@@ -74,11 +74,11 @@ class Plot:
             OSError: The disk is full, or the folder is missing; an older file stays.
         """
         _checks.require(
-            Path(path).suffix == ".svg",
+            isinstance(path, (str, Path)) and Path(path).suffix == ".svg",
             "Plot",
             "path must end in .svg",
             "Save it so, or pass plot(ax=axes) and save the figure of matplotlib",
-            path=str(path),
+            path=path,
         )
         with replacing(Path(path)) as file:
             file.write(f"{self.svg}\n".encode())
@@ -160,6 +160,7 @@ def constants_plot(rows: Sequence[Row], constant: Bound, axes: Any = None) -> Pl
     Bars are as long as the constants, or, where these differ by more than a factor of 20, as their
     logarithms above that of the smallest. They are drawn into `axes` of matplotlib, too.
     """
+    _check_axes(axes)
     far = sorted(range(len(rows)), key=lambda i: -_distance(rows[i].constant))[:_MOST]
     shown = [rows[i] for i in sorted(far)]
     if axes is not None:
@@ -207,12 +208,23 @@ def constants_plot(rows: Sequence[Row], constant: Bound, axes: Any = None) -> Pl
     return _plot(svg, title)
 
 
+def _check_axes(axes: Any) -> None:
+    _checks.require(
+        axes is None or hasattr(axes, "barh"),
+        "plot",
+        "ax must be axes of matplotlib, or None",
+        "Call plot().save('figure.svg') to write a file, or pass ax=plt.gca()",
+        ax=axes,
+    )
+
+
 def _distance(constant: float) -> float:
     return abs(math.log(constant)) if 0.0 < constant < math.inf else math.inf
 
 
 def accuracy_plot(curve: RadiusCurve, attacked: Mapping[float, float], axes: Any = None) -> Plot:
     """The figure of the accuracies by itself; drawn into `axes` of matplotlib, too."""
+    _check_axes(axes)
     if axes is not None:
         steps = _steps(
             curve, max([*curve.radii[curve.radii.isfinite()].tolist(), *attacked, 1e-12])

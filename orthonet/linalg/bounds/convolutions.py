@@ -222,12 +222,15 @@ def convolution_norm_bound(
 def _axes(kernel, input_size, stride, padding, dilation, circular: bool) -> list[_Axis]:
     dims = kernel.ndim - 2
     _checks.require(
-        1 <= dims <= 3 and len(input_size) == dims and kernel.numel() > 0,
+        isinstance(input_size, (tuple, list))
+        and 1 <= dims <= 3
+        and len(input_size) == dims
+        and kernel.numel() > 0,
         _OWNER,
         "kernel must be (out, in / groups, *kernel_size) with one spatial dim per input size",
         "Pass the spatial sizes only, without batch and channels",
         kernel=kernel,
-        input_size=tuple(input_size),
+        input_size=input_size,
     )
 
     def each(value):
