@@ -1,7 +1,7 @@
 """Which choices keep the accuracy of an ordinary CNN when its layers become orthogonal.
 
 python -m benchmarks.accuracy [--dataset digits|mnist5k|fashion] [--seeds N] [--epochs N]
-    [--rate R] [--images N] [--quick]
+    [--rate R] [--images N] [--rows I ...] [--quick]
 
 One network as everybody writes it (two convolutions with batch norm, ReLU and max pooling, two
 linear layers) is trained by Adam on each row of choices: clean test accuracy, certified accuracy at
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--rate", type=float, default=RATE, help="the learning rate at first")
     parser.add_argument("--images", type=int, default=0, help="to train on, a third to test on")
+    parser.add_argument("--rows", type=int, nargs="+", default=range(len(ROWS)), help="from 0")
     parser.add_argument("--quick", action="store_true", help="one seed, two epochs")
     given = parser.parse_args()
     seeds, epochs = (1, 2) if given.quick else (given.seeds, given.epochs)
@@ -152,7 +153,7 @@ def main() -> None:
     print(
         f"| choices | clean, % | certified at {RADIUS}, % | constant | s |\n|---|---|---|---|---|"
     )
-    for name in ROWS:
+    for name in [list(ROWS)[place] for place in given.rows]:
         start = time.process_time()
         clean, proved, constants = zip(*row(name, data, seeds, epochs, given.rate), strict=True)
         seconds = (time.process_time() - start) / seeds

@@ -46,8 +46,6 @@ def _graph(owner: nn.Module, forward: Callable[..., Any]) -> fx.GraphModule:
     root.__class__ = type("Root", (nn.Module,), {"forward": forward})
     graph = _Leaves().trace(root)
     root.__class__ = nn.Module
-    for node in graph.nodes:
-        node.type = None  # TorchScript reads it, and takes a tensor where there is none
     return as_graph(root.train(owner.training), graph, type(owner).__name__)
 
 
@@ -180,6 +178,18 @@ def _pad_to_stride(m: Any) -> fx.GraphModule:
             n = x.size(-dim)
             pads += [0, ((n - k) // s + 1) * s - n]
         return F.pad(x, pads)
+
+    return _graph(m, forward)
+
+
+def _symmetric_pad(m: Any) -> fx.GraphModule:
+    def forward(self: nn.Module, x: Any) -> Any:
+        for i, (low, high) in enumerate(zip(m.pad[::2], m.pad[1::2], strict=True)):
+            dim = -1 - i
+            first = x.narrow(dim, 0, low).flip(dim)
+            last = x.narrow(dim, x.size(dim) - high, high).flip(dim)
+            x = torch.cat((first, x, last), dim)
+        return x
 
     return _graph(m, forward)
 
@@ -397,6 +407,7 @@ _TWINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     layers.NActivation: _n_activation,
     layers.ChannelShuffle: _channel_shuffle,
     layers.PadToStride: _pad_to_stride,
+    layers.SymmetricPad: _symmetric_pad,
     layers.SpaceToDepth1d: _space_to_depth,
     layers.SpaceToDepth2d: lambda m: nn.PixelUnshuffle(m.downscale_factor),
     layers.SpaceToDepth3d: _space_to_depth,
