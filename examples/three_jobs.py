@@ -60,7 +60,6 @@ def jobs(out: Path, epochs: int) -> None:
     print(found)
     found.save(out / "report.html")
     found.certificate.save(out / "certificate.json")
-    orthonet.summary(model)
     torch.save(orthonet.to_plain(model), out / "plain.pt")
 
 
