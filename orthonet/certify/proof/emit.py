@@ -229,17 +229,21 @@ def padding_of(state: State) -> list[list[int]] | None:
     return [[0, 0]] * (rank - len(pads)) + pads
 
 
-def _sorted_halves(writer: Nodes, parts: list[State], dim: int) -> State | None:
-    """The tensor whose halves along a dim are sorted in pairs, the larger values first."""
-    pair = sorted_pair(*parts) if len(parts) == 2 else None
-    found = [] if pair is None else [writer.walker.pieces.of(s) for s in pair]
-    if None in found or len({(c.whole, c.dim) for c in found}) != 1 or found[0].dim != dim:
+def _sorted_halves(writer: Nodes, parts: list[State], dim: int) -> tuple[State, bool] | None:
+    """The tensor whose halves along a dim are sorted in pairs, and if the larger come first."""
+    if len(parts) != 2:
         return None
-    whole = found[0].whole
-    size = 0 if whole is None else whole.shape[dim - 1]
-    halves = {(0, size // 2): 1.0}, {(size // 2, size): 1.0}
-    both = [c.parts for c in found]
-    return whole if size and size % 2 == 0 and all(h in both for h in halves) else None
+    down = parts[0].call.op == "maximum"
+    pair = sorted_pair(*(parts if down else parts[::-1]))
+    found = [] if pair is None else [writer.walker.pieces.of(s) for s in pair]
+    known = [c for c in found if c is not None and c.whole is not None and c.dim == dim]
+    if len(known) != 2 or known[0].whole is not known[1].whole:
+        return None
+    whole = known[0].whole
+    size = whole.shape[dim - 1]
+    both = [c.parts for c in known]
+    halves = [{(0, size // 2): 1.0}, {(size // 2, size): 1.0}]
+    return (whole, down) if size % 2 == 0 and all(h in both for h in halves) else None
 
 
 @emits("cat", "stack")
@@ -250,18 +254,10 @@ def _join(writer: Nodes, state: State) -> int | None:
     dim = state.call.get(1, "dim", 0) % (len(state.shape) + 1) - 1
     if dim < 0:
         return None
-    whole = _sorted_halves(writer, [p._state for p in parts], dim + 1)
-    if whole is not None and state.call.op != "stack":
-        return writer.add(
-            "sort",
-            [writer.index(whole)],
-            state,
-            dim=dim,
-            size=2,
-            halves=True,
-            descending=True,
-            gain=1.0,
-        )
+    found = _sorted_halves(writer, [p._state for p in parts], dim + 1)
+    if found is not None and found[0].shape == state.shape:
+        entries = {"dim": dim, "size": 2, "halves": True, "descending": found[1], "gain": 1.0}
+        return writer.add("sort", [writer.index(found[0])], state, **entries)
     places = [writer.index(p._state) for p in parts]
     if state.call.op == "stack":
         shape = list(state.shape)
