@@ -83,13 +83,14 @@ class Evaluation:
         return f"{self.samples} samples; {self.certificate.summary()}"
 
     def table(self) -> str:
-        """The accuracies as a text table: clean, certified and under attack, at each radius."""
+        """The accuracies at each radius as a text table, and the average certified radius."""
         names = ("radius", "clean", "certified", *(("attacked",) if self.attacked else ()))
         lines = [self._title(), "".join(f"{name:>11}" for name in names)]
         for radius in self.radii:
             values = [self.clean, self.curve.at(radius)]
             values += [self.attacked[radius]] if self.attacked else []
             lines.append(f"{radius:>11g}" + "".join(f"{value:>11.2%}" for value in values))
+        lines.append(f"average certified radius {self.curve.area:.4g} ({self.curve.norm})")
         if self.broken:
             lines.append(f"{self.broken} CERTIFIED SAMPLES FELL: the certificate is wrong")
         return "\n".join(lines)
