@@ -5,6 +5,7 @@ The format, key by key, is described in docs/guide/checking.md.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -111,10 +112,9 @@ def load(path: str | Path) -> dict[str, Any]:
         path=path,
     )
     path = Path(path)
-    try:
+    content: Any = None
+    with contextlib.suppress(ValueError):  # neither JSON nor text
         content = json.loads(path.read_bytes())
-    except ValueError:  # neither JSON nor text
-        content = None
     _checks.require(
         isinstance(content, dict) and content.get("format") == FORMAT,
         "LipschitzCertificate",
