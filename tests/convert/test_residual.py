@@ -250,8 +250,9 @@ def test_models_of_torchvision_have_constant_one(name, kind):
 def test_vggs_of_torchvision_have_constant_one(name):
     """At 224x224 pixels, with one layer for the classifier, whose matrices take minutes each."""
     torchvision = pytest.importorskip("torchvision")
-    model = getattr(torchvision.models, name)(weights=None, init_weights=False).eval()
+    model = getattr(torchvision.models, name)(weights=None, init_weights=False)
     model.classifier = nn.Linear(25088, 10)
+    model.eval()
     options = {"norm": "centering", "pool": "l2", "activation": "max_min", "weights": "reset"}
     new = orthogonalize(model, residual="convex", **options).requires_grad_(False)
     certificate = certify(new, torch.randn(1, 3, 224, 224), effort="fast", lower=False)

@@ -111,7 +111,8 @@ def test_efforts_take_the_autocorrelation_where_a_torus_is_large():
     assert fast.method == "autocorrelation of the kernel"
     assert fast.value <= 1 + 1e-4  # sums of 13 lags of float32; observed 2e-6, a grid gives 1.04
     large = convolution_norm_bound(kernel, (160, 160), padding=1)
-    assert large == fast
+    assert large.method == fast.method
+    assert large.value <= fast.value  # spectral norms of the lags; fast may take Frobenius norms
     small = convolution_norm_bound(kernel, (12, 12), padding=1)
     assert small.method == "torus embedding"
     noisy = convolution_norm_bound(torch.randn(4, 4, 3, 3), (64, 64), padding=1, effort="fast")
