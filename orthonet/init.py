@@ -47,6 +47,13 @@ def orthogonal_(
     """
     _checks.floating("orthogonal_", tensor=tensor)
     _checks.require(
+        isinstance(gain, (int, float)) and math.isfinite(gain),
+        "orthogonal_",
+        "gain must be a finite number",
+        "Pass what torch.nn.init.calculate_gain returns",
+        gain=gain,
+    )
+    _checks.require(
         tensor.ndim >= 2,
         "orthogonal_",
         "tensor must have at least two dimensions",
@@ -136,6 +143,8 @@ def conv_orthogonal_(
         dilation=dilation,
     )
     sizes = tensor.shape[2:]
+    for s, d in zip(strides, dilations, strict=True):
+        _checks.positive_int(owner, stride=s, dilation=d)
     steps = [s // math.gcd(s, d) for s, d in zip(strides, dilations, strict=True)]
     block = [min(k, s) for k, s in zip(sizes, steps, strict=True)]
     out, inner, area = tensor.shape[0] // groups, tensor.shape[1], math.prod(block)

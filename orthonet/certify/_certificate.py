@@ -176,15 +176,15 @@ class LipschitzCertificate:
     def save(self, path: str | Path) -> None:
         """Write the proof for an independent checker, `orthonet-check`.
 
-        `path` gets the graph, the gain of each operation and its witness as JSON. The file with the
-        suffix `.safetensors` next to it gets the constants. The bound of the file follows from its
-        gains; for networks of orthogonal layers it is about 1e-6 above `constant`.
+        `path` gets the graph and the gain of each operation as JSON, a `.safetensors` file next to
+        it the constants. The bound of the file is about 1e-6 above `constant` for orthogonal nets.
 
         Args:
             path: The file to write, e.g. `"certificate.json"`.
 
         Raises:
             UncertifiableError: The certificate was pickled or loaded, and has lost the graph.
+            OSError: The disk is full, or the folder is missing; files of an earlier save stay.
         """
         _checks.require(
             isinstance(path, (str, Path)) and Path(path).suffix not in (".html", ".htm"),

@@ -427,6 +427,13 @@ def register_rule(*targets: Any, nested: bool = False) -> Callable[[Rule], Rule]
         ... def shrink(module, input_shape):
         ...     return Bound(1.0), "the gradient of a convex function with Hessian at most 1"
     """
+    _checks.require(
+        bool(targets),
+        "register_rule",
+        "there must be a target that the rule is for",
+        "Write @register_rule(MyLayer)",
+        targets=targets,
+    )
     for target in targets:
         _checks.require(
             isinstance(target, str) or (callable(target) and not isinstance(target, nn.Module)),

@@ -217,5 +217,5 @@ def product(
         >>> torch.dist(block.T @ block, torch.eye(5)).item() < 1e-5
         True
     """
-    space = ProductManifold(tuple(spaces), dim, None if sizes is None else tuple(sizes))
+    space = ProductManifold(spaces, dim, None if sizes is None else tuple(sizes))
     return constrain(module, tensor_name, space, init=init, **options)

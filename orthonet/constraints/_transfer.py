@@ -41,6 +41,9 @@ def transfer_parametrizations_and_params(
         >>> bool(torch.equal(a.weight, b.weight))
         True
     """
+    _checks.module(
+        "transfer_parametrizations_and_params", from_module=from_module, to_module=to_module
+    )
     lists: Any = from_module.parametrizations if parametrize.is_parametrized(from_module) else {}
     names = list(lists) if tensor_name is None else [tensor_name]
     for name in names:

@@ -21,10 +21,9 @@ def certified(
     """The constant in eval mode, the three operations that raise it most, and why there is none."""
     from orthonet.certify import certify  # most conversions do without
 
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)  # weights are computed once
     try:
-        certificate = certify(
-            copy.deepcopy(model).eval(), example_input, effort="fast", lower=False, progress=tell
-        )
+        certificate = certify(frozen, example_input, effort="fast", lower=False, progress=tell)
     except UncertifiableError as error:
         return None, (), str(error)
     return certificate.constant.value, causes(certificate.rows), ""

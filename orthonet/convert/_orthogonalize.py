@@ -160,6 +160,7 @@ def orthogonalize(
         model=type(model),
     )
     _checks.one_of(owner, ("project", "reset"), weights=weights)
+    _checks.boolean(owner, return_report=return_report)
     _checks.one_of(owner, ("space_to_depth", "average", None), downsample=downsample)
     _checks.one_of(owner, ("centering", "lip", None), norm=norm)
     _checks.one_of(owner, ("max_min", "abs", None), activation=activation)

@@ -6,7 +6,7 @@ import copy
 from collections import OrderedDict
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from orthonet import _checks
 from orthonet.convert._residual import RewrittenForward
@@ -79,6 +79,10 @@ def _stock(module: nn.Module, known: dict[int, tuple[nn.Module, nn.Module]]) -> 
     known[id(module)] = module, twin  # kept alive, so that no other module has its id
     for name, child in twin.named_children():
         _set(twin, name, _stock(child, known))
+    if isinstance(twin, fx.GraphModule):
+        for node in twin.graph.nodes:
+            node.type = None  # TorchScript does not know the names of types in a traced code
+        twin.recompile()
     if isinstance(twin, RewrittenForward) or type(twin).__module__.startswith("orthonet."):
         twin = _as_graph(twin)
     known[id(module)] = module, twin

@@ -46,8 +46,6 @@ def _graph(owner: nn.Module, forward: Callable[..., Any]) -> fx.GraphModule:
     root.__class__ = type("Root", (nn.Module,), {"forward": forward})
     graph = _Leaves().trace(root)
     root.__class__ = nn.Module
-    for node in graph.nodes:
-        node.type = None  # TorchScript reads it, and takes a tensor where there is none
     return as_graph(root.train(owner.training), graph, type(owner).__name__)
 
 
@@ -71,19 +69,24 @@ def _share(size: Any, share: float) -> Any:
 def _sorted_groups(owner: Any, size: int, dim: int) -> fx.GraphModule:
     inside = dim + 1 if dim >= 0 else dim
     outside = dim if dim >= 0 else dim - 1
-    return _graph(
-        owner,
-        lambda self, x: x.unflatten(dim, (-1, size)).sort(dim=inside)[0].flatten(outside, inside),
-    )
+
+    def pairs(self: nn.Module, x: Any) -> Any:  # ten times faster than a sort of two entries
+        groups = x.unflatten(dim, (-1, 2))
+        a, b = groups.select(inside, 0), groups.select(inside, 1)
+        both = torch.stack((torch.minimum(a, b), torch.maximum(a, b)), inside)
+        return both.flatten(outside, inside)
+
+    def groups(self: nn.Module, x: Any) -> Any:
+        return x.unflatten(dim, (-1, size)).sort(dim=inside)[0].flatten(outside, inside)
+
+    return _graph(owner, pairs if size == 2 else groups)
 
 
 def _max_min(m: Any) -> fx.GraphModule:
-    dim = m.dim
-    first, second = (dim, dim + 1) if dim >= 0 else (dim - 1, dim)
-
     def forward(self: nn.Module, x: Any) -> Any:
-        pairs = x.unflatten(dim, (2, -1)).sort(dim=first, descending=True)[0]
-        return pairs.flatten(first, second)
+        halves = x.chunk(2, m.dim)
+        a, b = halves[0], halves[1]
+        return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), m.dim)
 
     return _graph(m, forward)
 
@@ -175,6 +178,18 @@ def _pad_to_stride(m: Any) -> fx.GraphModule:
             n = x.size(-dim)
             pads += [0, ((n - k) // s + 1) * s - n]
         return F.pad(x, pads)
+
+    return _graph(m, forward)
+
+
+def _symmetric_pad(m: Any) -> fx.GraphModule:
+    def forward(self: nn.Module, x: Any) -> Any:
+        for i, (low, high) in enumerate(zip(m.pad[::2], m.pad[1::2], strict=True)):
+            dim = -1 - i
+            first = x.narrow(dim, 0, low).flip(dim)
+            last = x.narrow(dim, x.size(dim) - high, high).flip(dim)
+            x = torch.cat((first, x, last), dim)
+        return x
 
     return _graph(m, forward)
 
@@ -392,6 +407,7 @@ _TWINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     layers.NActivation: _n_activation,
     layers.ChannelShuffle: _channel_shuffle,
     layers.PadToStride: _pad_to_stride,
+    layers.SymmetricPad: _symmetric_pad,
     layers.SpaceToDepth1d: _space_to_depth,
     layers.SpaceToDepth2d: lambda m: nn.PixelUnshuffle(m.downscale_factor),
     layers.SpaceToDepth3d: _space_to_depth,

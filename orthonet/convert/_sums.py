@@ -84,7 +84,8 @@ class BranchGain(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require(0 < init < math.inf, self, "init must be positive", "Use init=1.0", init=init)
+        good = isinstance(init, (int, float)) and 0 < init < math.inf
+        require(good, self, "init must be positive", "Use init=1.0", init=init)
         self.init = init
         self.log_gain = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.reset_parameters()

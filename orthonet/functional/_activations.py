@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orthonet._checks import positive_int, real_input, require
+from orthonet._checks import integer, positive_int, real_input, require
 
 __all__ = ["absolute", "group_sort", "householder", "max_min"]
 
@@ -14,6 +14,7 @@ __all__ = ["absolute", "group_sort", "householder", "max_min"]
 def _channel_dim(owner: str, x: Tensor, dim: int, group_size: int) -> int:
     """Return `dim` as a non-negative number, after the check that the groups divide its size."""
     real_input(owner, x)
+    integer(owner, dim=dim)
     require(
         -x.ndim <= dim < x.ndim,
         owner,

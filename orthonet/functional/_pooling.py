@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from orthonet._checks import non_negative_int, positive_int, require, tensor
+from orthonet._checks import non_negative_int, positive_int, real_input, require, tensor
 
 __all__ = [
     "depth_to_space",
@@ -82,12 +82,24 @@ def _window(
 
 
 def _has_spatial(owner: str, x: Tensor, spatial: int) -> None:
-    tensor(owner, x=x)
+    real_input(owner, x)
     require(
         x.ndim in (spatial + 1, spatial + 2),
         owner,
         f"the input must have {spatial} spatial dimensions, (N, C, ...) or (C, ...)",
         "Reshape it, or use the twin for another number of dimensions",
+        shape=tuple(x.shape),
+    )
+
+
+def _fits(owner: str, x: Tensor, kernel_size: Sequence[int], padding: Sequence[int]) -> None:
+    sizes = x.shape[-len(kernel_size) :]
+    require(
+        all(n + 2 * p >= k for n, p, k in zip(sizes, padding, kernel_size, strict=True)),
+        owner,
+        "the window must fit into the padded input",
+        "Take a smaller kernel_size, or an adaptive pool",
+        kernel_size=tuple(kernel_size),
         shape=tuple(x.shape),
     )
 
@@ -128,6 +140,7 @@ def l2_norm_pool(
     """
     kernel_size, stride, padding = _window("l2_norm_pool", kernel_size, stride, padding)
     _has_spatial("l2_norm_pool", x, len(kernel_size))
+    _fits("l2_norm_pool", x, kernel_size, padding)
     shared = math.prod([-(-k // s) for k, s in zip(kernel_size, stride, strict=True)])
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = _AVG_POOL[len(kernel_size)](wide * wide, kernel_size, stride, padding)
@@ -162,6 +175,7 @@ def scaled_avg_pool(
     """
     kernel_size, stride, padding = _window("scaled_avg_pool", kernel_size, stride, padding)
     _has_spatial("scaled_avg_pool", x, len(kernel_size))
+    _fits("scaled_avg_pool", x, kernel_size, padding)
     square = 1.0
     for k, s in zip(kernel_size, stride, strict=True):
         q = -(-k // s) - 1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthonet._checks import boolean, in_range, positive_int, require
+from orthonet._checks import boolean, in_range, positive_int, real_input, require
 from orthonet.layers._declared import (
     Declared,
     Norms,
@@ -51,6 +51,7 @@ class _BatchStatistics(nn.Module):
 
     def _check(self, x: Tensor) -> tuple[int, ...]:
         """Refuse an input without these channels; return the shape of a channel's number."""
+        real_input(self, x)
         require(
             x.ndim >= 2 and x.shape[1] == self.num_features,
             self,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orthonet import functional
-from orthonet._checks import in_range, positive_int
+from orthonet._checks import in_range, positive_int, require
 
 __all__ = ["PadToStride", "SpaceToDepth1d", "SpaceToDepth2d", "SpaceToDepth3d"]
 
@@ -132,6 +132,13 @@ class PadToStride(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         s, k = self.stride, self.kernel_size
+        require(
+            x.ndim > self.spatial,
+            self,
+            f"the input must have {self.spatial} spatial dimensions behind its channels",
+            "Reshape it to (N, C, ...) or (C, ...)",
+            shape=tuple(x.shape),
+        )
         missing = [((n - k) // s + 1) * s - n for n in x.shape[-self.spatial :]]
         return F.pad(x, [a for m in reversed(missing) for a in (0, m)])
 

@@ -239,3 +239,8 @@ class UnitNormLinear(_ConstrainedLinear):
         _checks.factory(type(self), device, dtype)
         rows = _UnitRows((out_features, in_features), device, dtype)
         super().__init__(in_features, out_features, bias, device, dtype, rows, lipschitz)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to the last dimension of `input`."""
+        self._check_input(input, self.in_features, -1)
+        return super().forward(input)

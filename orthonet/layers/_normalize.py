@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from orthonet._checks import integer, require
+from orthonet._checks import integer, real_input, require
 
 __all__ = ["LayerCentering", "Normalize"]
 
@@ -146,6 +146,7 @@ class LayerCentering(nn.Module):
         require(len(self.dim) > 0, self, "dim must not be empty", "Use dim=-1", dim=dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        real_input(self, x)
         require(
             all(-x.ndim <= dim < x.ndim for dim in self.dim),
             self,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from orthonet import functional
-from orthonet._checks import fail, non_negative_int, one_of, positive_int, require
+from orthonet._checks import boolean, fail, non_negative_int, one_of, positive_int, require
 
 __all__ = [
     "AdaptiveL2NormPool",
@@ -106,6 +106,7 @@ class _GlobalPool(nn.Module):
 
     def __init__(self, keepdim: bool = False, *, dims: int = 2) -> None:
         super().__init__()
+        boolean(self, keepdim=keepdim)
         self.dims = _dims_of(self, dims)
         self.keepdim = keepdim
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from orthonet._checks import require
+from orthonet._checks import boolean, integer, require
 from orthonet.functional import safe_sqrt
 
 __all__ = [
@@ -147,6 +147,8 @@ class ConcatResidual(_Residual):
 
     def __init__(self, branch: nn.Module, dim: int = 1, shuffle: bool = False) -> None:
         super().__init__(branch)
+        integer(self, dim=dim)
+        boolean(self, shuffle=shuffle)
         self.dim = dim
         self.shuffle = shuffle
 

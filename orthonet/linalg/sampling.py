@@ -45,6 +45,13 @@ def haar(
     """
     sizes = _checks.weight_shape("haar", shape, "shape")
     _checks.factory("haar", device, dtype)
+    _checks.require(
+        generator is None or isinstance(generator, torch.Generator),
+        "haar",
+        "generator must be a torch.Generator, or None",
+        "Pass torch.Generator().manual_seed(0)",
+        generator=generator,
+    )
     dtype = torch.get_default_dtype() if dtype is None else dtype
     gaussian = torch.randn(sizes, dtype=compute_dtype(dtype), device=device, generator=generator)
     return qr(gaussian).to(dtype)

@@ -41,6 +41,7 @@ def power_iteration(w: Tensor, u: Tensor, *, niters: int = 3) -> tuple[Tensor, T
         >>> round(sigma.item(), 3)
         2.0
     """
+    _checks.floating("power_iteration", w=w, u=u)
     _checks.positive_int("power_iteration", niters=niters)
     u, v = leading_vectors(w, u, niters)
     sigma = (u.unsqueeze(-2) @ w @ v.unsqueeze(-1)).squeeze(-1).squeeze(-1)

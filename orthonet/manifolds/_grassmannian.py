@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orthonet import _checks
 from orthonet.linalg import polar
 from orthonet.linalg.spectral_map import eigen_map
 from orthonet.manifolds._curved.sphere import arc_ratio
@@ -69,6 +70,14 @@ class Grassmannian(Stiefel):
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Root of the sum of the squared principal angles."""
+        _checks.require(
+            x.shape[-2:] == y.shape[-2:],
+            self,
+            "both points must have the same shape",
+            "Subspaces of different dimensions have no distance here",
+            x=x,
+            y=y,
+        )
         return self.norm(x, self.log(x, y))
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,16 @@ from orthonet.manifolds.scalar import Scalar, absolute, bounded_map, fold, posit
 from orthonet.manifolds.trivialization import Triv
 
 __all__ = ["Bounded", "Nonnegative", "NormBall", "SpectralBall"]
+
+
+def _check_radius(owner: object, radius: Any) -> None:
+    _checks.require(
+        isinstance(radius, (int, float)) and radius > 0.0,
+        owner,
+        "radius must be positive",
+        "Use 1.0",
+        radius=radius,
+    )
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,11 @@ class Bounded(Manifold):
 
     def __post_init__(self) -> None:
         _checks.require(
-            math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high,
+            all(
+                isinstance(end, (int, float)) and math.isfinite(end)
+                for end in (self.low, self.high)
+            )
+            and self.low < self.high,
             self,
             "low must be less than high, both finite",
             "Nonnegative() has no upper end",
@@ -170,9 +185,7 @@ class NormBall(_Sampled):
     event_ndim = 1
 
     def __post_init__(self) -> None:
-        _checks.require(
-            self.radius > 0.0, self, "radius must be positive", "Use 1.0", radius=self.radius
-        )
+        _check_radius(self, self.radius)
 
     def dimension(self, shape: Sequence[int]) -> int:
         """Return n."""
@@ -227,9 +240,7 @@ class SpectralBall(_Sampled):
     radius: float = 1.0
 
     def __post_init__(self) -> None:
-        _checks.require(
-            self.radius > 0.0, self, "radius must be positive", "Use 1.0", radius=self.radius
-        )
+        _check_radius(self, self.radius)
 
     def dimension(self, shape: Sequence[int]) -> int:
         """Return n k."""

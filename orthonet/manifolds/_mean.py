@@ -68,6 +68,7 @@ def frechet_mean(
         "Use one whose geodesics have a closed form, such as PSD()",
         space=space,
     )
+    _checks.floating("frechet_mean", points=points)
     _checks.require(
         points.ndim > space.event_ndim and points.shape[0] > 0,
         "frechet_mean",

@@ -16,7 +16,7 @@ from orthonet.linalg.distributed import assign, exchange, put_, rank_and_size, w
 from orthonet.optim._batches import Block, blocks
 from orthonet.optim._stiefel_steps import residual, retract
 
-__all__ = ["StiefelOptimizer", "require_matrices", "require_orthogonal"]
+__all__ = ["StiefelOptimizer", "groups_or_tensors", "require_matrices", "require_orthogonal"]
 
 State = dict[str, Tensor]
 Read = tuple[Block, tuple[Tensor, Tensor, State]]  # a block; its points, gradients and states
@@ -62,15 +62,19 @@ def require_orthogonal(owner: object, params: Sequence[Tensor]) -> None:
         )
 
 
-def _groups_or_tensors(owner: object, params: Any) -> list[Any]:
+def groups_or_tensors(owner: object, params: Any) -> list[Any]:
     """The parameters as a list: tensors, groups, or pairs of a name and a tensor."""
     entries = [] if isinstance(params, (str, dict, Tensor)) else params
     found = list(entries) if hasattr(entries, "__iter__") else []
     _checks.require(
-        bool(found) and all(isinstance(p, (Tensor, dict, tuple)) for p in found),
+        bool(found)
+        and all(
+            "params" in p if isinstance(p, dict) else isinstance(p, (Tensor, tuple)) for p in found
+        ),
         owner,
         "params must be an iterable of tensors or of groups, and not empty",
-        "Pass model.parameters(), or orthonet.convert.manifold_groups(model)",
+        "Pass model.parameters(), or orthonet.convert.manifold_groups(model); a group is a dict "
+        "with the key 'params'",
         params=params,
     )
     return found
@@ -88,7 +92,7 @@ class StiefelOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], process_group: Any) -> None:
         self.process_group = process_group
-        params = _groups_or_tensors(self, params)
+        params = groups_or_tensors(self, params)
         super().__init__(params, {**defaults, "stiefel": True})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds import Manifold, Rn
+from orthonet.optim._base import groups_or_tensors
 
 __all__ = ["RiemannianAdam", "RiemannianOptimizer", "RiemannianSGD", "check_point"]
 
@@ -54,6 +55,9 @@ class RiemannianOptimizer(Optimizer):
 
     Every group has a `space`, by default `Rn()`; its parameters are points of it.
     """
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        super().__init__(groups_or_tensors(self, params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, points of its `space`.

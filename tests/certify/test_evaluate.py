@@ -44,9 +44,10 @@ def test_table_lists_each_radius():
     lines = str(orthonet.evaluate(classifier(), LOADER, RADII)).splitlines()
     assert lines[1].split() == ["radius", "clean", "certified", "attacked"]
     assert lines[2].split() == ["0.5", "75.00%", "25.00%", "25.00%"]
-    assert len(lines) == 2 + len(RADII)
+    assert len(lines) == 2 + len(RADII) + 1  # with the average radius
     bare = orthonet.evaluate(classifier(), LOADER, RADII, attack=False)
     assert bare.table().splitlines()[1].split() == ["radius", "clean", "certified"]
+    assert bare.table().endswith(f"average certified radius {bare.curve.area:.4g} (l2)")
     assert bare.to_dict()["at_radii"][2] == {"radius": 0.1, "certified": 0.75, "attacked": None}
 
 

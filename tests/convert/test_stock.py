@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from orthonet import layers
+from orthonet import certify, layers
 from orthonet.convert import ConvexSum, orthogonalize, to_plain
 from orthonet.convert._stock import _TWINS
 from orthonet.testing import tolerances
@@ -67,7 +67,8 @@ MODULES = [
         layers.Normalize([0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]), layers.LayerCentering(),
         layers.ChannelShuffle(2), layers.SpatialShift2d(), layers.FirstChannels(2),
         layers.SpatialShift2d(1.0, "zeros"), layers.CPLConv2d(4, 4, 3),
-        layers.LipNeXtBlock2d(4, 4), layers.BetaAbs(0.625),
+        layers.LipNeXtBlock2d(4, 4), layers.BetaAbs(0.625), layers.SymmetricPad((1, 2, 0, 3)),
+        layers.OrthoConv2d(4, 4, 3, padding=1, padding_mode="symmetric"),
     )),
     *((m, shape) for dims, shape in SHAPES.items() for m in each(dims)),
 ]  # fmt: skip
@@ -113,6 +114,29 @@ def test_every_module_has_a_stock_twin_that_computes_the_same(train):
         *{k for k in _TWINS if "Sum" in k.__name__},
         *{k for k in _TWINS if "Gain" in k.__name__},
     }  # the next test
+
+
+def test_layers_that_contain_their_activation_are_scripted():
+    """The graphs that these layers export themselves name types that TorchScript does not know."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 6)
+    layer = nn.Sequential(layers.CPLConv2d(4, 4, 3), layers.LipNeXtBlock2d(4, 4)).eval()
+    plain = to_plain(layer)
+    torch.testing.assert_close(scripted(plain)(x), plain(x), atol=1e-6, rtol=1e-6)
+
+
+def test_pairs_are_exported_without_a_sort_and_certified_as_tightly():
+    torch.manual_seed(0)
+    for act in (layers.MaxMin(), layers.MaxMin(-3), layers.GroupSort()):
+        model = nn.Sequential(
+            layers.OrthoConv2d(4, 4, 1), act, nn.Flatten(), layers.OrthoLinear(36, 3)
+        ).eval()
+        x = torch.randn(2, 4, 3, 3)
+        plain = to_plain(model)
+        assert "sort" not in plain[1].code
+        assert torch.equal(plain[1](x), act(x))
+        live, exported = (certify(m, x, lower=False).constant.value for m in (model, plain))
+        assert exported == pytest.approx(live, rel=1e-9)  # a product of the same norms: 1e-12
 
 
 @pytest.mark.parametrize("everything", [False, SLOW])

@@ -1,5 +1,6 @@
 """Bounds of convolutions against the norm of the dense operator."""
 
+import itertools
 import math
 import random
 import statistics
@@ -8,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from orthonet.linalg.bounds.convolutions import convolution_norm_bound
+from orthonet.layers import OrthoConv1d, OrthoConv2d
+from orthonet.linalg.bounds.autocorrelation import autocorrelation_bound
+from orthonet.linalg.bounds.convolutions import _axes, convolution_norm_bound
 from tests.references import convolution_by_unit_vectors
 
 
@@ -62,6 +65,58 @@ def test_bound_exceeds_the_dense_norm(circular):
         assert fourier * (1 - 1e-9) <= gram <= 1.02 * fourier  # rank 8 at most: 1.005
     if not circular:  # observed 1.053 on maps of 3 to 9 pixels, where the torus is much larger
         assert statistics.median(ratios["fourier"]) <= 1.1
+
+
+def test_autocorrelation_bounds_what_is_near_an_isometry():
+    """Kernels from orthogonal ones to noisy ones: a sound bound, tight near isometries, or none."""
+    ratios, refused = [], 0
+    for dims in (1, 2):
+        for stride, dilation, groups, circular in itertools.product(
+            (1, 2), (1, 2), (1, 2), (False, True)
+        ):
+            layer = (OrthoConv1d, OrthoConv2d)[dims - 1](
+                4, 2 + 4 * random.randint(0, 1), 3, stride, groups=groups, dtype=torch.float64
+            )
+            for noise, scale in ((0.0, 1.0), (1e-6, 3.0), (0.1, 1e-3)):
+                weight = layer.weight.detach()
+                kernel = scale * (weight + noise * torch.randn_like(weight))
+                geometry = {"stride": stride, "padding": 1, "dilation": dilation, "groups": groups}
+                geometry["padding_mode"] = "circular" if circular else "zeros"
+                size = (8,) * dims
+                axes = _axes(kernel, size, stride, 1, dilation, circular)
+                grouped = kernel.unflatten(0, (groups, -1))
+                found = autocorrelation_bound(grouped, axes, 10.0)
+                if math.isinf(found):
+                    refused += 1
+                    assert dilation > 1  # behind strides, or a circle that is read repeatedly
+                    continue
+                dense = convolution_by_unit_vectors(kernel, size, **geometry)
+                truth = float(torch.linalg.matrix_norm(dense, 2))
+                # 1e-12 is what the SVD of the truth may be off; observed 1 - 1e-15
+                assert found >= truth * (1 - 1e-12), (kernel.shape, geometry)
+                if noise < 0.1:  # 30 spectral norms of noise at the most; observed 1 + 2e-5
+                    ratios.append(found / truth)
+                    assert found <= truth * (1 + 100 * noise + 1e-9)
+                    near = autocorrelation_bound(grouped, axes, 1e-3)
+                    assert truth * (1 - 1e-12) <= near <= found * (1 + 1e-9)
+                else:
+                    assert autocorrelation_bound(grouped, axes, 1e-3) == math.inf
+    assert len(ratios) >= 40
+    assert refused
+
+
+def test_efforts_take_the_autocorrelation_where_a_torus_is_large():
+    kernel = OrthoConv2d(32, 32, 3).weight.detach()
+    fast = convolution_norm_bound(kernel, (64, 64), padding=1, effort="fast")
+    assert fast.method == "autocorrelation of the kernel"
+    assert fast.value <= 1 + 1e-4  # sums of 13 lags of float32; observed 2e-6, a grid gives 1.04
+    large = convolution_norm_bound(kernel, (160, 160), padding=1)
+    assert large.method == fast.method
+    assert large.value <= fast.value  # spectral norms of the lags; fast may take Frobenius norms
+    small = convolution_norm_bound(kernel, (12, 12), padding=1)
+    assert small.method == "torus embedding"
+    noisy = convolution_norm_bound(torch.randn(4, 4, 3, 3), (64, 64), padding=1, effort="fast")
+    assert noisy.method == "coarse grid of frequencies"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """What goes wrong around a run: files, disks, devices, a second run, Ctrl-C. No traceback."""
 
-import dataclasses
 import json
 import os
 import resource
@@ -9,11 +8,12 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
-from orthonet import cli, recipes
+from orthonet import certify, cli, evaluate, recipes
 from orthonet.recipes import FlowConfig, digits, fit, train_flow
 from orthonet.recipes.images.train import build
 from orthonet.recipes.running import registry
@@ -44,6 +44,27 @@ def test_a_full_disk_is_one_sentence_and_the_old_file_stays(small_disk, tmp_path
             write_atomically(path, write)
         assert path.read_bytes() == b"old"
         assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_an_earlier_certificate_and_report_whole(request, tmp_path):
+    model, x = torch.nn.Linear(40, 40).eval(), torch.zeros(2, 40)
+    with torch.no_grad():
+        certificate = certify(model, x, lower=False)
+        found = evaluate(model, [(x, torch.zeros(2).long())], [0.1], certificate, attack=False)
+    plot = replace(found.plot(), svg=found.plot().svg + " " * 2000)
+    names = ("certificate.json", "report.html", "figure.svg")
+    saves = (certificate.save, found.save, plot.save)
+    for name, save in zip(names, saves, strict=True):
+        save(tmp_path / name)
+    old = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(old) == 4  # with the constants
+    request.getfixturevalue("small_disk")
+    for name, save in zip(names, saves, strict=True):
+        with pytest.raises(OSError, match=r"the file must fit on its disk.*Free some"):
+            save(tmp_path / name)
+        with pytest.raises(FileNotFoundError, match="the folder of the file must exist"):
+            save(tmp_path / "no" / name)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == old
 
 
 def test_an_error_of_the_block_is_left_as_it_is(tmp_path):
@@ -92,12 +113,12 @@ def test_a_state_that_is_none_is_refused(tmp_path, capsys):
 def test_resume_compares_only_what_training_depends_on(tmp_path):
     config = digits(**SMALL)
     _, history = fit(config, few(), folder=tmp_path)
-    after = dataclasses.replace(config, attack_steps=3, radii=(0.2,), data_root="x", device="cpu:0")
+    after = replace(config, attack_steps=3, radii=(0.2,), data_root="x", device="cpu:0")
     assert fit(after, few(), folder=tmp_path, resume=True)[1] == history
     for changes in ({"lr": 0.5}, {"seed": 1}, {"ortho_params": "qr"}, {"epochs": 9}):
         name = next(iter(changes))
         with pytest.raises(ValueError, match=rf"of the same training, got path=.*, {name}="):
-            fit(dataclasses.replace(config, **changes), few(), folder=tmp_path, resume=True)
+            fit(replace(config, **changes), few(), folder=tmp_path, resume=True)
     data = few()
     fewer = recipes.Split(recipes.Images(*(t[:70] for t in data.train)), data.test)
     with pytest.raises(ValueError, match=r"images=.*70 \(there 80\)"):

@@ -332,6 +332,13 @@ def lipschitz_estimate(
         None from above: `kind="estimate"`, which no certificate accepts.
     """
     _checks.tensor("lipschitz_estimate", x=x)
+    _checks.require(
+        x.ndim > 0 and len(x) > 0,
+        "lipschitz_estimate",
+        "x must hold at least one sample",
+        "Pass a batch of points to start from",
+        x=x,
+    )
     check_attack("lipschitz_estimate", model, x, torch.zeros(len(x), dtype=torch.long))
     _checks.positive_int("lipschitz_estimate", steps=steps)
     found = steepest_secant(model, x, steps=steps, step_size=step_size, generator=generator)

@@ -235,8 +235,8 @@ class _Guards(logging.Handler):
 def _guards(model: nn.Module, marker: Marker, samples: Any, shapes: Any) -> list[str]:
     """Trace again, to find the lines that read more of the batch size than that it is one."""
     log, handler = logging.getLogger("torch.fx.experimental.symbolic_shapes"), _Guards()
-    level, propagate = log.level, log.propagate
-    log.addHandler(handler)
+    level, propagate, others = log.level, log.propagate, log.handlers
+    log.handlers = [handler]  # torch's own would print all of it
     log.setLevel(logging.INFO)
     log.propagate = False
     try:
@@ -250,7 +250,7 @@ def _guards(model: nn.Module, marker: Marker, samples: Any, shapes: Any) -> list
             warnings.simplefilter("ignore")
             torch.export.export(model, samples, dynamic_shapes=shapes, strict=False)
     finally:
-        log.removeHandler(handler)
+        log.handlers = others
         log.setLevel(level)
         log.propagate = propagate
     return handler.seen[:3]

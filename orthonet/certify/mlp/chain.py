@@ -217,6 +217,7 @@ def read_layers(
         owner,
         "there must be at least one linear layer",
         "Pass the layers of a multilayer perceptron",
+        layers=model,
     )
     if len(affine) == len(activations) and whole:
         affine.append(_diagonal(torch.ones_like(activations[-1].lower)))

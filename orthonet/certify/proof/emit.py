@@ -17,6 +17,7 @@ from orthonet.certify.graph.program import called
 from orthonet.certify.ops import registry
 from orthonet.certify.proof.norms import square_gain
 from orthonet.certify.rules import BatchDependent, Operand
+from orthonet.certify.walk.pieces import sorted_pair
 from orthonet.linalg.bounds.rounding import up
 
 if TYPE_CHECKING:
@@ -228,6 +229,23 @@ def padding_of(state: State) -> list[list[int]] | None:
     return [[0, 0]] * (rank - len(pads)) + pads
 
 
+def _sorted_halves(writer: Nodes, parts: list[State], dim: int) -> tuple[State, bool] | None:
+    """The tensor whose halves along a dim are sorted in pairs, and if the larger come first."""
+    if len(parts) != 2:
+        return None
+    down = parts[0].call.op == "maximum"
+    pair = sorted_pair(*(parts if down else parts[::-1]))
+    found = [] if pair is None else [writer.walker.pieces.of(s) for s in pair]
+    known = [c for c in found if c is not None and c.whole is not None and c.dim == dim]
+    if len(known) != 2 or known[0].whole is not known[1].whole:
+        return None
+    whole = known[0].whole
+    size = whole.shape[dim - 1]
+    both = [c.parts for c in known]
+    halves = [{(0, size // 2): 1.0}, {(size // 2, size): 1.0}]
+    return (whole, down) if size % 2 == 0 and all(h in both for h in halves) else None
+
+
 @emits("cat", "stack")
 def _join(writer: Nodes, state: State) -> int | None:
     parts = state.call.args[0]
@@ -236,6 +254,10 @@ def _join(writer: Nodes, state: State) -> int | None:
     dim = state.call.get(1, "dim", 0) % (len(state.shape) + 1) - 1
     if dim < 0:
         return None
+    found = _sorted_halves(writer, [p._state for p in parts], dim + 1)
+    if found is not None and found[0].shape == state.shape:
+        entries = {"dim": dim, "size": 2, "halves": True, "descending": found[1], "gain": 1.0}
+        return writer.add("sort", [writer.index(found[0])], state, **entries)
     places = [writer.index(p._state) for p in parts]
     if state.call.op == "stack":
         shape = list(state.shape)

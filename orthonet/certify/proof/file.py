@@ -5,6 +5,7 @@ The format, key by key, is described in docs/guide/checking.md.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -12,7 +13,7 @@ import platform
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from orthonet.certify.graph.program import Program
 from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.proof.graph import Writer
 from orthonet.certify.proof.nodes import Constant
+from orthonet.certify.report.files import replacing
 from orthonet.certify.walk.walker import Walker
 from orthonet.errors import UncertifiableError
 from orthonet.linalg.bounds.rounding import hypot_up, mul_up, up
@@ -95,14 +97,24 @@ def save(certificate: Proved, walker: Walker | None, path: str | Path) -> None:
         **({"samples": samples} if samples is not None else {}),
         "prover": _prover(certificate),
     }
-    _write_safetensors(weights, writer.constants.items())
-    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    with replacing(path) as file, replacing(weights) as tensors:  # whole, both, before they move
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+        _write_safetensors(tensors, writer.constants.items())
 
 
 def load(path: str | Path) -> dict[str, Any]:
     """The fields of a certificate that `save` wrote; its constants are those of the file."""
+    _checks.require(
+        isinstance(path, (str, Path)) and Path(path).is_file(),
+        "LipschitzCertificate",
+        "path must be that of a file",
+        "Pass the JSON file that certificate.save wrote",
+        path=path,
+    )
     path = Path(path)
-    content = json.loads(path.read_text("utf-8"))
+    content: Any = None
+    with contextlib.suppress(ValueError):  # neither JSON nor text
+        content = json.loads(path.read_bytes())
     _checks.require(
         isinstance(content, dict) and content.get("format") == FORMAT,
         "LipschitzCertificate",
@@ -218,7 +230,7 @@ def _pairs(certificate: Proved, writer: Writer) -> str | None:
     return writer.aside(pairs.fill_diagonal_(0.0), "pairs")
 
 
-def _write_safetensors(path: Path, constants: Iterable[tuple[str, Constant]]) -> None:
+def _write_safetensors(file: BinaryIO, constants: Iterable[tuple[str, Constant]]) -> None:
     header, end, parts = {}, 0, []
     for name, constant in constants:
         begin, end = end, end + len(constant.data)
@@ -227,7 +239,7 @@ def _write_safetensors(path: Path, constants: Iterable[tuple[str, Constant]]) ->
         parts.append(constant.data)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *parts]))
+    file.writelines([len(text).to_bytes(8, "little"), text, *parts])
 
 
 def _read_tensor(path: Path, name: str, wanted: dict[str, Any]) -> Tensor:

@@ -27,6 +27,7 @@ from orthonet.certify.attacks.pgd import _predicted
 from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.metrics import survivors
 from orthonet.certify.report.figures import Plot, accuracy_plot
+from orthonet.certify.report.files import replacing
 from orthonet.certify.report.page import accuracy_table, report_html
 
 __all__ = ["Evaluation", "evaluate"]
@@ -83,13 +84,14 @@ class Evaluation:
         return f"{self.samples} samples; {self.certificate.summary()}"
 
     def table(self) -> str:
-        """The accuracies as a text table: clean, certified and under attack, at each radius."""
+        """The accuracies at each radius as a text table, and the average certified radius."""
         names = ("radius", "clean", "certified", *(("attacked",) if self.attacked else ()))
         lines = [self._title(), "".join(f"{name:>11}" for name in names)]
         for radius in self.radii:
             values = [self.clean, self.curve.at(radius)]
             values += [self.attacked[radius]] if self.attacked else []
             lines.append(f"{radius:>11g}" + "".join(f"{value:>11.2%}" for value in values))
+        lines.append(f"average certified radius {self.curve.area:.4g} ({self.curve.norm})")
         if self.broken:
             lines.append(f"{self.broken} CERTIFIED SAMPLES FELL: the certificate is wrong")
         return "\n".join(lines)
@@ -125,16 +127,18 @@ class Evaluation:
 
         Raises:
             ValueError: The name does not end in `.html`.
+            OSError: The disk is full, or the folder is missing; an older file stays.
         """
         _checks.require(
-            Path(path).suffix in (".html", ".htm"),
+            isinstance(path, (str, Path)) and Path(path).suffix in (".html", ".htm"),
             "Evaluation",
             "path must end in .html",
             "Call save('report.html'); the proof for a checker is written by "
             "evaluation.certificate.save('certificate.json')",
-            path=str(path),
+            path=path,
         )
-        Path(path).write_text(self.html(title), "utf-8")
+        with replacing(Path(path)) as file:
+            file.write(self.html(title).encode())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON can hold them."""
@@ -217,6 +221,13 @@ def evaluate(
     _checks.positive_int("evaluate", steps=steps, restarts=restarts)
     check_bounds("evaluate", bounds)
     _checks.one_of("evaluate", (None, *NORMS), norm=norm)
+    _checks.require(
+        generator is None or isinstance(generator, torch.Generator),
+        "evaluate",
+        "generator must be a torch.Generator, or None",
+        "Pass torch.Generator().manual_seed(0)",
+        generator=generator,
+    )
     if certificate is not None:
         check_certificate("evaluate", certificate)
     wanted = tuple(float(radius) for radius in radii)

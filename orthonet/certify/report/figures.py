@@ -12,6 +12,7 @@ from typing import Any
 from orthonet import _checks
 from orthonet.certify._bound import Bound, Row
 from orthonet.certify._radius import RadiusCurve
+from orthonet.certify.report.files import replacing
 
 __all__ = [
     "STYLE",
@@ -70,15 +71,17 @@ class Plot:
 
         Raises:
             ValueError: The name ends otherwise: other formats need another program.
+            OSError: The disk is full, or the folder is missing; an older file stays.
         """
         _checks.require(
-            Path(path).suffix == ".svg",
+            isinstance(path, (str, Path)) and Path(path).suffix == ".svg",
             "Plot",
             "path must end in .svg",
             "Save it so, or pass plot(ax=axes) and save the figure of matplotlib",
-            path=str(path),
+            path=path,
         )
-        Path(path).write_text(self.svg + "\n", "utf-8")
+        with replacing(Path(path)) as file:
+            file.write(f"{self.svg}\n".encode())
 
 
 def _plot(svg: str, title: str) -> Plot:
@@ -157,6 +160,7 @@ def constants_plot(rows: Sequence[Row], constant: Bound, axes: Any = None) -> Pl
     Bars are as long as the constants, or, where these differ by more than a factor of 20, as their
     logarithms above that of the smallest. They are drawn into `axes` of matplotlib, too.
     """
+    _check_axes(axes)
     far = sorted(range(len(rows)), key=lambda i: -_distance(rows[i].constant))[:_MOST]
     shown = [rows[i] for i in sorted(far)]
     if axes is not None:
@@ -204,12 +208,23 @@ def constants_plot(rows: Sequence[Row], constant: Bound, axes: Any = None) -> Pl
     return _plot(svg, title)
 
 
+def _check_axes(axes: Any) -> None:
+    _checks.require(
+        axes is None or hasattr(axes, "barh"),
+        "plot",
+        "ax must be axes of matplotlib, or None",
+        "Call plot().save('figure.svg') to write a file, or pass ax=plt.gca()",
+        ax=axes,
+    )
+
+
 def _distance(constant: float) -> float:
     return abs(math.log(constant)) if 0.0 < constant < math.inf else math.inf
 
 
 def accuracy_plot(curve: RadiusCurve, attacked: Mapping[float, float], axes: Any = None) -> Plot:
     """The figure of the accuracies by itself; drawn into `axes` of matplotlib, too."""
+    _check_axes(axes)
     if axes is not None:
         steps = _steps(
             curve, max([*curve.radii[curve.radii.isfinite()].tolist(), *attacked, 1e-12])

@@ -13,7 +13,7 @@ import torch
 from orthonet import _checks
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import LipschitzCertificate
-from orthonet.certify._radius import RadiusCurve
+from orthonet.certify._radius import RadiusCurve, check_radii
 from orthonet.certify.report.figures import STYLE, accuracy_figure, spectrum_figure
 
 __all__ = ["accuracy_table", "report_html"]
@@ -81,6 +81,28 @@ def report_html(
         "Pass what orthonet.certify(model, x) returns",
         certificate=certificate,
     )
+    _checks.require(
+        curve is None or isinstance(curve, RadiusCurve),
+        "report_html",
+        "curve must be a RadiusCurve, or None",
+        "Pass what certified_curve(model, loader) returns",
+        curve=curve,
+    )
+    _checks.require(
+        attacked is None or isinstance(attacked, Mapping),
+        "report_html",
+        "attacked must map radii to accuracies, or be None",
+        "Pass the attacked of evaluate(model, loader, radii)",
+        attacked=attacked,
+    )
+    _checks.require(
+        isinstance(title, str),
+        "report_html",
+        "title must be a string",
+        "Name the page",
+        title=title,
+    )
+    check_radii("report_html", radii)
     if estimate is not None:
         _checks.require(
             estimate.kind == "estimate",

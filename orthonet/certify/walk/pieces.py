@@ -4,11 +4,13 @@ Along one dim of a tensor r, disjoint pieces p_1, ..., p_k are cut out and proce
 change of each result is at most sum_j c_ij |dp_j|, then results that lie side by side change by at
 most ||C||_2 |dr|: not by the root of the sum of the squares of their own constants, each of which
 assumes that all of the change is in its piece.
+
+The larger and the smaller of two values change together by no more than the two values do.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ from orthonet.certify.walk.state import State, Walk
 from orthonet.linalg.bounds.enclosure import spectral_norm_bound
 from orthonet.linalg.bounds.rounding import add_up, hypot_up, mul_up
 
-__all__ = ["Pieces"]
+__all__ = ["Pieces", "sorted_pair"]
 
 
 class _Combination(NamedTuple):
@@ -56,8 +58,11 @@ class Pieces:
         return self._joint(states, dict.fromkeys(states, 1.0))
 
     def _joint(self, states: list[State], gains: dict[State, float] | None) -> Bound | None:
+        if gains is None:
+            return None
+        states, gains = _without_sorts(states, gains)
         rows = _compatible([self.of(s) for s in states])
-        if gains is None or rows is None:
+        if rows is None:
             return None
         columns = sorted({part for row in rows for part in row.parts})
         matrix = torch.tensor(
@@ -99,6 +104,32 @@ class Pieces:
             for part, value in row.parts.items():
                 parts[part] = add_up(parts.get(part, 0.0), mul_up(gains[parent], value))
         return _Combination(rows[0].whole, rows[0].dim, parts)
+
+
+def sorted_pair(high: State, low: State) -> tuple[State, State] | None:
+    """The two values, of one shape, of which these are the larger and the smaller one."""
+    pairs = [_operand_states(s) for s in (high, low)]
+    if [high.call.op, low.call.op] != ["maximum", "minimum"] or None in pairs:
+        return None
+    (first, *more), same = pairs[0] or [high], set(pairs[0] or ()) == set(pairs[1] or ())
+    if len(more) != 1 or more[0] is first or not same or len(pairs[1] or ()) != 2:
+        return None
+    return (first, more[0]) if first.shape == more[0].shape == high.shape else None
+
+
+def _without_sorts(
+    states: list[State], gains: dict[State, float]
+) -> tuple[list[State], dict[State, float]]:
+    """The values themselves in place of the larger and the smaller one of each two."""
+    for high, low in permutations(states, 2):
+        pair = sorted_pair(high, low)
+        if pair is not None and not gains.keys() & set(pair):
+            gain = max(gains[high], gains[low])
+            rest = {s: g for s, g in gains.items() if s not in (high, low)}
+            gains = {**rest, **dict.fromkeys(pair, gain)}
+            kept = [s for s in states if s not in (high, low)]
+            return _without_sorts([*kept, *pair], gains)
+    return states, gains
 
 
 def _gains(state: State, step: Any) -> dict[State, float] | None:

@@ -416,11 +416,11 @@ class Walker:
         )
         if len(states) == 1 or (len(weighty) <= 1 and still):
             return None
+        before = self.bound_of(source)  # first, so that the progress is told in order
         found = self._joined(state)
         if found is None:
             return None
         gain, method = found
-        before = self.bound_of(source)
         bound = gain if before is _IDENTITY else before * gain
         named = (s.call for s in states if not (s.step and s.step.method == REARRANGEMENT))
         ops = list(dict.fromkeys(call.op.removeprefix("_native_") for call in named))
@@ -450,7 +450,9 @@ class Walker:
         return self.matrices[state]
 
     def _product(self, state: State) -> Any:
-        step, call = self.step_of(state), state.call
+        call = state.call
+        _ = [operand.bound for operand in call.operands]  # first, as the progress is told in order
+        step = self.step_of(state)
         if len(call.operands) == 1:
             before, gain = call.operands[0].bound, step.gains[0]
             if before is _IDENTITY:

@@ -78,6 +78,8 @@ class _OrthoConv(OrthoConvNd):
         self._check_input(input, self.in_channels, -1 - dims, dims)
         if self.padding_mode != "zeros":
             self._check_size(input)
+        else:
+            self._check_window(input)
         weight = self.parametrization
         if isinstance(weight, OrthoKernel) and self.application(input) == "factors":
             output = weight.convolve(self._padded(input), self.stride, self.dilation)
@@ -146,6 +148,22 @@ class _OrthoConv(OrthoConvNd):
             self.dilation,
             self.groups,
         )
+
+    def _check_window(self, input: Tensor) -> None:
+        """Refuse an image in which the kernel has no place."""
+        pads = conv_paddings(self)
+        taps = zip(self.kernel_size, self.dilation, strict=True)
+        least = [d * (k - 1) + 1 for k, d in taps]
+        sizes = input.shape[-len(least) :]
+        for size, low, a, b in zip(sizes[::-1], least[::-1], pads[::2], pads[1::2], strict=True):
+            if size + a + b < low:
+                _checks.fail(
+                    self,
+                    "the kernel must fit into the padded input",
+                    "Enlarge the input, raise the padding, or leave out a layer that shrinks it",
+                    input=input,
+                    kernel_size=self.kernel_size,
+                )
 
     def _check_size(self, input: Tensor) -> None:
         """Refuse sizes on which the padding would repeat or mix more than it may."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from orthonet import _checks
 from orthonet.functional import circular_pad, symmetric_pad
 
 __all__ = ["SymmetricPad", "pad_input", "padding_norm", "required_sizes"]
@@ -92,6 +93,15 @@ class SymmetricPad(nn.Module):
 
     def __init__(self, pad: Sequence[int]) -> None:
         super().__init__()
+        _checks.require(
+            isinstance(pad, (tuple, list)) and len(pad) % 2 == 0,
+            self,
+            "pad must be a tuple of two integers for each dimension that is padded",
+            "Pass e.g. pad=(1, 1, 1, 1) for images",
+            pad=pad,
+        )
+        for size in pad:
+            _checks.non_negative_int(self, pad=size)
         self.pad = tuple(pad)
 
     def forward(self, x: Tensor) -> Tensor:

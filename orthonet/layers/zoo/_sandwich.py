@@ -147,6 +147,7 @@ class SandwichLinear(WithoutPlainWeight, nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to the last dimension of `input`."""
+        _checks.channels(self, input, self.in_features, -1)
         with torch.autocast(input.device.type, enabled=False):
             outer, inner = self.factors()
             bias = None if self.bias is None else self.bias.to(inner.dtype)

@@ -83,6 +83,7 @@ def stratified_split(labels: Tensor, test_size: int, seed: int = 0) -> tuple[Ten
     Raises:
         ValueError: `test_size` leaves no sample on one side.
     """
+    _checks.tensor("stratified_split", labels=labels)
     number = labels.numel()
     _checks.require(
         0 < test_size < number,

@@ -82,6 +82,9 @@ def load(dataset: str, root: str | Path = "data", *, validation: bool = False) -
         ModuleNotFoundError: The package that holds the images is missing.
     """
     _checks.one_of("load", tuple(IMAGE_SETS), dataset=dataset)
+    _checks.require(
+        isinstance(root, (str, Path)), "load", "root must be a folder", "Name it", root=root
+    )
     source = IMAGE_SETS[dataset]
     split = source.read(Path(root))
     if not validation:
