@@ -45,7 +45,8 @@ from orthonet.recipes.sequences.series import (
     SeriesResult,
     train_series,
 )
-from orthonet.recipes.zoo.bench import ZooConfig, bench_zoo
+from orthonet.recipes.zoo.bench import bench_zoo
+from orthonet.recipes.zoo.config import ZooConfig
 from orthonet.recipes.zoo.report import ZooReport
 
 __all__ = [

@@ -29,6 +29,8 @@ class TrainConfig:
         model_arguments: Keywords of the model, without `ortho_params`.
         ortho_params: Preset of the orthogonal layers.
         epochs: Passes over the training images.
+        cpu_seconds: Process time of the training; 0 trains `epochs` epochs. Otherwise the learning
+            rate follows the share that is spent, and the last epoch ends where the time does.
         batch_size: Images in a step; an incomplete last batch is kept.
         optimizer: "adam", or "sgd" with momentum 0.9.
         lr: Highest learning rate of its one-cycle schedule.
@@ -62,6 +64,7 @@ class TrainConfig:
     model_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ortho_params: str = option("default", choices=tuple(ORTHO_PARAMS))
     epochs: int = 20
+    cpu_seconds: float = 0.0
     batch_size: int = 128
     optimizer: str = option("adam", choices=("adam", "sgd"))
     lr: float = 0.05
@@ -91,6 +94,7 @@ class TrainConfig:
         _checks.in_range(self, 0.0, 180.0, rotation=self.rotation)
         _checks.in_range(self, 0.0, 1e3, shift=self.shift, radius=self.radius)
         _checks.in_range(self, 1e-6, 1e3, lr=self.lr, temperature=self.temperature)
+        _checks.in_range(self, 0.0, 1e9, cpu_seconds=self.cpu_seconds)
         _checks.non_negative_int(self, seed=self.seed, crop=self.crop, evaluated=self.evaluated)
         for radius in self.radii:
             _checks.in_range(self, 0.0, 1e3, radii=radius)
