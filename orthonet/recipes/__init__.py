@@ -21,6 +21,7 @@ from orthonet.recipes.images.evaluate import Evaluation, evaluate
 from orthonet.recipes.images.named import (
     cifar10_xs,
     cifar100_xs,
+    demo,
     digits,
     fashion,
     folder,
@@ -86,6 +87,7 @@ __all__ = [
     "cifar10_xs",
     "convert_file",
     "copying",
+    "demo",
     "digits",
     "evaluate",
     "fashion",

@@ -35,9 +35,12 @@ class TrainConfig:
         optimizer: "adam", or "sgd" with momentum 0.9.
         lr: Highest learning rate of its one-cycle schedule.
         warmup: Share of the steps in which the learning rate rises.
+        loss: "offset" (offset cross-entropy), "annealing" (the same, fading out samples whose
+            margin is large), or "emma" (cross-entropy of the worst logits inside the radius).
         radius: Radius that the loss asks for; its offset is \(\sqrt 2 K\) times this, with the
             constant K that `model_arguments` asks of the model as `lipschitz`.
-        temperature: Temperature of the offset cross-entropy.
+        temperature: Temperature of the offset cross-entropy, annealed or not.
+        noise: Standard deviation of the Gaussian noise on training images, which stay in [0, 1].
         shift: Largest random translation of a training image, in pixels.
         rotation: Largest random rotation, in degrees.
         zoom: Largest random relative change of the width and of the height.
@@ -69,8 +72,10 @@ class TrainConfig:
     optimizer: str = option("adam", choices=("adam", "sgd"))
     lr: float = 0.05
     warmup: float = 0.2
+    loss: str = option("offset", choices=("offset", "annealing", "emma"))
     radius: float = 0.92
     temperature: float = 0.1
+    noise: float = 0.0
     shift: float = 1.0
     rotation: float = 10.0
     zoom: float = 0.08
@@ -92,7 +97,7 @@ class TrainConfig:
         )
         _checks.in_range(self, 0.0, 1.0, warmup=self.warmup, zoom=self.zoom, shear=self.shear)
         _checks.in_range(self, 0.0, 180.0, rotation=self.rotation)
-        _checks.in_range(self, 0.0, 1e3, shift=self.shift, radius=self.radius)
+        _checks.in_range(self, 0.0, 1e3, shift=self.shift, radius=self.radius, noise=self.noise)
         _checks.in_range(self, 1e-6, 1e3, lr=self.lr, temperature=self.temperature)
         _checks.in_range(self, 0.0, 1e9, cpu_seconds=self.cpu_seconds)
         _checks.non_negative_int(self, seed=self.seed, crop=self.crop, evaluated=self.evaluated)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from orthonet import _checks
-from orthonet.losses import OffsetCrossEntropyLoss
+from orthonet.losses import EMMALoss, LogitAnnealingLoss, OffsetCrossEntropyLoss
 from orthonet.models import create
 from orthonet.recipes.data.digits import Images, Split, require_package
 from orthonet.recipes.data.sources import InMemory, Source
@@ -22,7 +22,7 @@ from orthonet.recipes.running.options import training_fields
 from orthonet.recipes.running.processes import rank_and_size, replica_of, totals
 from orthonet.recipes.running.resume import Resumable
 
-__all__ = ["FOLLOWED_RADIUS", "build", "fit", "optimizer_of"]
+__all__ = ["FOLLOWED_RADIUS", "build", "fit", "loss_of", "optimizer_of"]
 
 FOLLOWED_RADIUS = 0.5
 _POSITIONS = 2000  # of the learning rate in a training of limited time
@@ -80,7 +80,7 @@ def fit(
     source = InMemory(config, data) if isinstance(data, Split) else data
     steps = config.epochs * math.ceil(source.number / config.batch_size)
     steps = steps if not config.cpu_seconds else _POSITIONS
-    loss_fn = OffsetCrossEntropyLoss(config.offset, config.temperature)
+    loss_fn = loss_of(config)
     optimizer = optimizer_of(config, model)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -158,6 +158,14 @@ def fit(
     if bar is not None:
         bar.close()
     return model.eval(), history
+
+
+def loss_of(config: TrainConfig) -> nn.Module:
+    """Return the loss that the configuration names."""
+    if config.loss == "emma":
+        return EMMALoss(config.radius, config.lipschitz)
+    kind = LogitAnnealingLoss if config.loss == "annealing" else OffsetCrossEntropyLoss
+    return kind(config.offset, config.temperature)
 
 
 class _Clock:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from orthonet.recipes.zoo.report import ZooReport
 
 __all__ = ["bench_zoo", "chosen", "planned_run", "run_method"]
 
-_VALIDATION = 2000  # images, evenly spaced, that a choice is judged on
+_VALIDATION = 1000  # images, evenly spaced, that a choice is judged on
 _WANTED = Wanted("bench_zoo", "the runs of a comparison", "Remove it or choose another folder")
 
 
@@ -43,7 +45,7 @@ def bench_zoo(
 
     Methods are matched in the number of parameters, and in CPU time where there is a budget. Where
     several learning rates or loss radii are allowed, each method takes the pair whose mean
-    certified accuracy over the radii is highest on 2000 validation images, after training with a
+    certified accuracy over the radii is highest on 1000 validation images, after training with a
     share of the budget; the test images are not looked at.
 
     Into the folder `out` go `zoo.json`, rewritten after each choice and each run, and `zoo.png`.
@@ -73,6 +75,7 @@ def bench_zoo(
     )
     folder = Path(out)
     file, data = folder / "zoo.json", load(config.dataset, config.data_root)
+    validation = functools.cache(functools.partial(_validation, config))
     report = _earlier(file, config)
     skipped = tuple(filter(None, map(missing, config.methods)))
     names = [name for name in config.methods if not missing(name)]
@@ -90,7 +93,7 @@ def bench_zoo(
             tell(sentence, 0)
         for name, seed in todo:
             if name not in report.choices:
-                choice = chosen(config, name)
+                choice = chosen(config, name, validation)
                 report = keep(dataclasses.replace(report, choices={**report.choices, name: choice}))
             run = run_method(config, name, seed, data, report.choices[name])
             report = keep(dataclasses.replace(report, runs=(*report.runs, run)))
@@ -99,8 +102,19 @@ def bench_zoo(
     return dataclasses.replace(report, files=(file, picture))
 
 
-def chosen(config: ZooConfig, name: str) -> dict[str, Any]:
+def _validation(config: ZooConfig) -> Split:
+    """The training images without the validation images, and some of these."""
+    data = load(config.dataset, config.data_root, validation=True)
+    return data._replace(test=spaced(data.test, _VALIDATION))
+
+
+def chosen(config: ZooConfig, name: str, data: Callable[[], Split]) -> dict[str, Any]:
     """Choose learning rate and loss radius of a method on validation images.
+
+    Args:
+        config: What to run.
+        name: The method.
+        data: Returns the images to train on, and those to judge on.
 
     Returns:
         The choice, and what each candidate reached: a list of learning rate, loss radius and mean
@@ -109,11 +123,10 @@ def chosen(config: ZooConfig, name: str) -> dict[str, Any]:
     candidates = config.candidates(name)
     tried: list[tuple[float, float, float | None]] = []
     if len(candidates) > 1:
-        data = load(config.dataset, config.data_root, validation=True)
         width = width_for(name, config.parameters, IMAGE_SETS[config.dataset].shape)
         for lr, radius in candidates:
             planned = run_config(config, name, 0, width, lr, radius, config.tuning)
-            tried.append((lr, radius, _score(planned, name, data)))
+            tried.append((lr, radius, _score(planned, name, data())))
     finite = [entry for entry in tried if entry[2] is not None]
     best = max(finite, key=lambda entry: entry[2] or 0.0)[:2] if finite else candidates[0]
     return {"lr": best[0], "radius": best[1], "tried": tried}
@@ -124,8 +137,7 @@ def _score(config: TrainConfig, name: str, data: Split) -> float | None:
     model = _trained(config, name, data)
     if isinstance(model, str):
         return None
-    held_out = spaced(data.test, _VALIDATION)
-    found = judge(deployed(name, model[0]), held_out, config.radii, attacked=-1)
+    found = judge(deployed(name, model[0]), data.test, config.radii, attacked=-1)
     return statistics.fmean(found.certified)
 
 
