@@ -98,8 +98,8 @@ def protocol(report: ZooReport) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in run["versions"].items())
     return (
         f"{number} {noun} a method, about {config['parameters']} parameters and {budget} each, "
-        f"batches of {config['batch_size']}, {asked}temperature {config['temperature']:g}; l2 radii "
-        f"{radii}; {attack(report)}. {versions}."
+        f"batches of {config['batch_size']}, {asked}temperature {config['temperature']:g}; l2 "
+        f"radii {radii}; {attack(report)}. {versions}."
     )
 
 

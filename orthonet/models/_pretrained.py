@@ -34,7 +34,22 @@ class Pretrained(NamedTuple):
     sha256: str
 
 
-PRETRAINED: dict[str, Pretrained] = {}
+_SERIES = {"width": 32}
+PRETRAINED = {
+    "fashion": Pretrained(
+        "convnet_zoo", {"in_shape": (1, 28, 28), "layer": "cholesky", "width": 28}, ""
+    ),
+    "italy_power_demand": Pretrained(
+        "convnet_series",
+        {"in_shape": (1, 24), "num_classes": 2, **_SERIES},
+        "e51eb2fec611003d81da87b3bdf4d41a353fd86b942b636745fb99bfd3e82513",
+    ),
+    "japanese_vowels": Pretrained(
+        "convnet_series",
+        {"in_shape": (12, 29), "num_classes": 9, **_SERIES},
+        "4ba7b99b35a3fcc6db292e50b86193db472ddd18978d0010f4f23f5f788f3ea0",
+    ),
+}
 
 
 def certificate_path(name: str) -> Path:

@@ -34,6 +34,7 @@ MODELS = {
         (3, 14, 9),
     ),
     "convnet_zoo": ({"width": 8, "hidden": 16}, (1, 8, 8)),
+    "convnet_series": ({"in_shape": (3, 12), "num_classes": 4, "width": 6}, (3, 12)),
     "convnet_xs": ({"in_shape": (2, 4, 4), "width": 4, "depth": 1}, (2, 4, 4)),
 }
 CASES = [(name, arguments, shape) for name, (arguments, shape) in MODELS.items()]
