@@ -1,6 +1,6 @@
 """What helps on Fashion-MNIST? One change at a time, judged on validation images.
 
-    python -m benchmarks.learning [--seconds 8] [--seeds 3] [--data FOLDER]
+    python -m benchmarks.learning [--seconds 8] [--seeds 3] [--only NAME ...] [--data FOLDER]
 
 Each run trains the network of `orthonet train fashion` with one setting changed, for the same CPU
 seconds, on 50,000 training images, and is certified on 1000 of the 10,000 validation images. The
@@ -60,19 +60,20 @@ def measure(config: TrainConfig, data: Split) -> dict[str, Any]:
     }
 
 
-def run(result: dict[str, Any], seconds: float, seeds: int, root: str, out: Path) -> dict[str, Any]:
+def run(result: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Every variant with every seed that the result does not hold yet."""
-    data = load("fashion", root, validation=True)
+    data = load("fashion", options.data, validation=True)
     data = data._replace(test=spaced(data.test, VALIDATION))
-    for seed in range(seeds):
-        for name, changes in VARIANTS.items():
+    for seed in range(options.seeds):
+        for name in options.only:
             rows = result["rows"]
             if any(row["variant"] == name and row["seed"] == seed for row in rows):
                 continue
-            config = fashion(**{"seed": seed, "cpu_seconds": seconds, **changes})
+            changes = {"seed": seed, "cpu_seconds": options.seconds, **VARIANTS[name]}
+            config = fashion(**changes)
             rows.append({"variant": name, **measure(config, data)})
             result["radii"] = list(config.radii)
-            harness.write("learning", result, out)
+            harness.write("learning", result, options.out)
             print(name, seed, f"{statistics.fmean(rows[-1]['certified']):.4f}", flush=True)
     return result
 
@@ -124,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=8.0, help="CPU seconds of a training")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
+    parser.add_argument("--only", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS))
     parser.add_argument("--data", default="data", help="folder of Fashion-MNIST")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="directory of the JSON")
     options = parser.parse_args()
@@ -134,7 +136,7 @@ def main() -> None:
         raise SystemExit(f"{file} holds runs of {result['seconds']} s: choose another --out")
     result |= {"seconds": options.seconds, "environment": harness.environment()}
     result["config"] = dataclasses.asdict(fashion())
-    print(summary(run(result, options.seconds, options.seeds, options.data, options.out)))
+    print(summary(run(result, options)))
 
 
 if __name__ == "__main__":

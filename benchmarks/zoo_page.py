@@ -1,11 +1,11 @@
-"""Write the comparison of the zoo, docs/zoo-benchmark.md and its pictures, from its JSON.
+"""Write docs/zoo-benchmark.md, its pictures and the table of docs/api/models.md, from their JSON.
 
 python -m benchmarks.zoo_page [--check] [--costs]
 
 The JSON is that of `orthonet bench zoo --dataset NAME --out FOLDER`, FOLDER/zoo.json, kept as
 benchmarks/results/zoo_NAME.json. `--costs` measures the cost of a step again, of all methods in
 turn, counts what it launches, and writes both into the JSON: the times of a comparison come from
-different hours of a machine.
+different hours of a machine. `benchmarks.learning` and `benchmarks.checkpoints` make the other two.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from torch import Tensor
 from benchmarks import _counts as counts
 from benchmarks import _harness as harness
 from benchmarks import _nets as nets
+from benchmarks import learning
 from benchmarks.page import DOCS, fill
+from orthonet.models import certificate_path
 from orthonet.recipes import ZooConfig, ZooReport, load
 from orthonet.recipes.data.sets import IMAGE_SETS
 from orthonet.recipes.running.files import write_json
@@ -30,7 +33,7 @@ from orthonet.recipes.zoo.figures import zoo_figure
 from orthonet.recipes.zoo.networks import network, width_for
 from orthonet.recipes.zoo.report import HEADER
 
-PAGE = DOCS / "zoo-benchmark.md"
+PAGES = (DOCS / "zoo-benchmark.md", DOCS / "api" / "models.md")
 # What the comparison was asked to reach on digits: accuracy, certified at 0.141, 0.5 and 1, in %.
 TARGETS = {
     "ortho": (92.2, 88.3, 61.4, 8.9),
@@ -64,7 +67,36 @@ def tables(found: dict[str, ZooReport]) -> dict[str, str]:
             texts[f"Launches on {name}"] = launches(report)
     if "digits" in found:
         texts["Targets on digits"] = targets(found["digits"])
+    texts["What helps"] = learning.summary(_kept("learning"))
+    texts["Pretrained networks"] = pretrained(_kept("checkpoints"))
     return texts
+
+
+def _kept(name: str) -> dict[str, Any]:
+    return json.loads((harness.RESULTS / f"{name}.json").read_text())
+
+
+def pretrained(result: dict[str, Any]) -> str:
+    """What the networks of the package reach on their whole test sets, in float32."""
+    cells = []
+    for name, row in sorted(result.items()):
+        radii = " / ".join(_radius(radius) for radius in row["radii"])
+        certified = " / ".join(f"{100 * share:.1f}" for share in row["certified"])
+        size = certificate_path(name).with_suffix(".safetensors").stat().st_size
+        accuracy, constant = f"{100 * row['accuracy']:.1f}", f"{row['constant']:.7f}"
+        cells.append(
+            [
+                f"`{name}`",
+                str(row["samples"]),
+                accuracy,
+                radii,
+                certified,
+                constant,
+                f"{size >> 10}",
+            ]
+        )
+    header = ("name", "test samples", "accuracy", "l2 radii", "certified", "constant", "kB")
+    return harness.table(header, cells)
 
 
 def targets(report: ZooReport) -> str:
@@ -189,13 +221,15 @@ def main() -> None:
             report = found[name] = with_costs(found[name])
             content = {**report.to_dict(), "protocol": ZooConfig(**report.config).protocol()}
             write_json(harness.RESULTS / f"zoo_{name}.json", content)
-    old = PAGE.read_text()
-    new = fill(old, tables(found))
-    if check and new != old:
-        raise SystemExit(f"{PAGE} is out of date: run `python -m benchmarks.zoo_page`")
+    for page in PAGES:
+        old = page.read_text()
+        new = fill(old, tables(found))
+        if check and new != old:
+            raise SystemExit(f"{page} is out of date: run `python -m benchmarks.zoo_page`")
+        if not check:
+            page.write_text(new)
     if check:
         return
-    PAGE.write_text(new)
     for name, report in found.items():
         zoo_figure(DOCS / "assets" / f"zoo_{name}.png", report)
 

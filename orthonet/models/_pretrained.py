@@ -37,7 +37,9 @@ class Pretrained(NamedTuple):
 _SERIES = {"width": 32}
 PRETRAINED = {
     "fashion": Pretrained(
-        "convnet_zoo", {"in_shape": (1, 28, 28), "layer": "cholesky", "width": 28}, ""
+        "convnet_zoo",
+        {"in_shape": (1, 28, 28), "layer": "cholesky", "width": 28},
+        "f092bbcb606ec0ca9a32e91a36a1685708dfa056218c1085ce7b00b32eacd6b6",
     ),
     "italy_power_demand": Pretrained(
         "convnet_series",

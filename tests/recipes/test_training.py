@@ -187,7 +187,7 @@ def test_a_training_of_limited_time_ends_with_it(few, tmp_path, monkeypatch):
     assert [row["steps"] for row in history] == [2, 4, 6]
     assert [row["cpu_seconds"] for row in history] == [1.0, 2.0, 3.0]
     rates = [row["lr"] for row in history]
-    # A cosine from lr / 25 up to lr in the first half, and down to 0: at 0, 1/3 and 2/3 of the time.
+    # A cosine from lr / 25 up to lr in the first half, then down to 0, at 0, 1/3 and 2/3 of it.
     # The schedule has 2000 positions; observed 6e-4 off.
     assert rates == pytest.approx([0.0016, 0.0016 + 0.75 * 0.0384, 0.75 * 0.04], rel=5e-3)
     state = torch.load(tmp_path / "state.pt", weights_only=True)
