@@ -51,15 +51,16 @@ def test_a_changed_file_is_refused(tmp_path, monkeypatch):
         shutil.copy(ROOT / f"orthonet/models/checkpoints/{name}{suffix}", tmp_path)
     create(name, pretrained=True)
     file = tmp_path / f"{name}.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1  # of the pairs, which no weight is
-    file.write_bytes(data)
+    whole = file.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for entry in json.loads(whole[8:start]).values():
+        changed = bytearray(whole)
+        changed[start + entry["data_offsets"][0]] ^= 1
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match="constants must be those of the certificate"):
+            create(name, pretrained=True)
+    file.write_bytes(whole)
     create(name, pretrained=True)
-    where = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["c1"]["data_offsets"][0]
-    data[8 + int.from_bytes(data[:8], "little") + where] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(ValueError, match="constants must be those of the certificate"):
-        create(name, pretrained=True)
     path = tmp_path / f"{name}.json"
     path.write_text(path.read_text().replace("conv1.weight", "conv2.weight"))
     with pytest.raises(ValueError, match="must be the published one"):
