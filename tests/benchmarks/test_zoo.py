@@ -40,7 +40,7 @@ def test_no_kept_run_was_broken(name):
 
 def test_a_difference_counts_against_the_spread_of_seeds():
     def row(variant, seed, certified):
-        shares = {"accuracy": 0.8, "certified": [certified], "steps": 10}
+        shares = {"accuracy": 0.8, "certified": [certified], "cpu_seconds": 1.0}
         return {"variant": variant, "seed": seed, **shares}
 
     rows = [row("the recipe", 0, 0.5), row("the recipe", 1, 0.52), row("other", 0, 0.6)]

@@ -254,8 +254,8 @@ def _read_tensor(path: Path, name: str, wanted: dict[str, Any]) -> Tensor:
     """The tensor of a name, from the file of constants, if it is the wanted one."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    found = json.loads(data[8 : 8 + length]).get(name)
-    same = found is not None and all(found[key] == wanted[key] for key in ("dtype", "shape"))
+    found = json.loads(data[8 : 8 + length]).get(name, {})
+    same = all(found.get(key) == wanted[key] for key in ("dtype", "shape"))
     if same and found["dtype"] in _DTYPES:
         begin, end = (8 + length + n for n in found["data_offsets"])
         if hashlib.sha256(data[begin:end]).hexdigest() == wanted["sha256"]:

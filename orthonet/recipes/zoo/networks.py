@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ class _Pointwise(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer: Any = layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the matrix to the channels of each pixel."""
@@ -173,17 +174,17 @@ def deployed(name: str, model: nn.Module) -> nn.Module:
 
 def _plain(layer: nn.Module) -> nn.Module:
     """Copy a peer's layer with its weight of now."""
-    inner = layer.layer if isinstance(layer, _Pointwise) else layer
+    inner: Any = layer.layer if isinstance(layer, _Pointwise) else layer
+    plain: Any
     if isinstance(layer, nn.Conv2d):
-        plain: nn.Module = _circular(layer.in_channels, layer.out_channels)
+        plain = _circular(layer.in_channels, layer.out_channels)
     elif isinstance(layer, _Pointwise):
         plain = nn.Conv2d(inner.in_features, inner.out_features, 1)
     elif isinstance(layer, nn.Linear):
         plain = nn.Linear(layer.in_features, layer.out_features)
     else:
         return layer  # without a weight
-    weight = inner.weight.detach().clone()
-    plain.weight.data = weight.view(plain.weight.shape)
+    plain.weight.data = inner.weight.detach().clone().view(plain.weight.shape)
     plain.bias.data = inner.bias.detach().clone()
     return plain
 
