@@ -153,7 +153,7 @@ def network(name: str, shape: tuple[int, ...], width: int, seed: int = 0) -> nn.
 
 
 def deployed(name: str, model: nn.Module) -> nn.Module:
-    """Return the trained network as it is certified and attacked: a copy in eval mode, float64.
+    """Return a copy of a trained network as it is judged: on the CPU, in eval mode, in float64.
 
     The layers of peers become `nn.Conv2d` and `nn.Linear` with the weight that they have in eval
     mode; ours stay as they are.
@@ -169,7 +169,7 @@ def deployed(name: str, model: nn.Module) -> nn.Module:
         copied: nn.Module = nn.Sequential(OrderedDict(parts))
     else:
         copied = copy.deepcopy(model)
-    return copied.double().eval().requires_grad_(False)
+    return copied.to("cpu", torch.float64).eval().requires_grad_(False)
 
 
 def _plain(layer: nn.Module) -> nn.Module:
