@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
-RECIPE ?= mnist5k
+RECIPE ?= demo
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .NOTPARALLEL:
 .PHONY: demo test test-slow test-processors style lint format docs bench clean
 
-demo: $(VENV)/.demo          ## train, certify and attack a network on real digits
+demo: $(VENV)/.demo          ## train, certify and attack a network on Fashion-MNIST, or on digits without it
 	$(BIN)/orthonet train $(RECIPE)
 
 test: style                  ## style, the tests, and the documentation with warnings as errors

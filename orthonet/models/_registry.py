@@ -10,6 +10,7 @@ import torch  # noqa: F401 (for the example)
 from torch import nn
 
 from orthonet import _checks
+from orthonet.models._pretrained import PRETRAINED, read_pretrained
 
 __all__ = ["create", "list_models", "register"]
 
@@ -34,24 +35,44 @@ def register(builder: Builder) -> Builder:
     return builder
 
 
-def create(name: str, **arguments: Any) -> nn.Module:
-    """Build the model `name` with the arguments of its builder.
+def create(name: str, *, pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """Build the model `name` with the arguments of its builder, or read a trained network.
 
     Args:
-        name: One of [`list_models`][orthonet.models.list_models].
-        arguments: Passed on to the builder.
+        name: One of [`list_models`][orthonet.models.list_models]; with `pretrained` one of
+            `list_models(pretrained=True)`.
+        pretrained: Whether to read a trained network that is part of the package. It is the
+            deployed copy in eval mode, of `nn.Conv2d`, `nn.Linear` and this library's activations,
+            and [`certificate_path`][orthonet.models.certificate_path] names its certificate. The
+            SHA-256 of the certificate and of each weight are checked.
+        arguments: Passed on to the builder; none with `pretrained`.
 
     Returns:
         A new model.
 
     Raises:
-        ValueError: An unknown name, or an argument that the builder refuses.
+        ValueError: An unknown name, an argument that the builder refuses, or a damaged file.
 
     Examples:
         >>> model = create("convnet_digits", hidden=(32,))
         >>> model(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
+        >>> create("fashion", pretrained=True)(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
     """
+    _checks.boolean("create", pretrained=pretrained)
+    if pretrained:
+        _checks.one_of("create", list_models(pretrained=True), name=name)
+        _checks.require(
+            not arguments,
+            "create",
+            "a pretrained network takes no arguments",
+            "Leave them out, or build an untrained one",
+            arguments=arguments,
+        )
+        known = PRETRAINED[name]
+        model: Any = create(known.builder, **known.arguments)
+        return read_pretrained(name, model)
     _checks.one_of("create", list_models(), name=name)
     try:
         inspect.signature(_MODELS[name]).bind(**arguments)
@@ -65,6 +86,15 @@ def create(name: str, **arguments: Any) -> nn.Module:
     return _MODELS[name](**arguments)
 
 
-def list_models() -> list[str]:
-    """The names that [`create`][orthonet.models.create] knows, sorted."""
-    return sorted(_MODELS)
+def list_models(*, pretrained: bool = False) -> list[str]:
+    """Return the names that [`create`][orthonet.models.create] knows, sorted.
+
+    Args:
+        pretrained: Whether to list the trained networks that are part of the package instead.
+
+    Examples:
+        >>> list_models(pretrained=True)
+        ['fashion', 'italy_power_demand', 'japanese_vowels']
+    """
+    _checks.boolean("list_models", pretrained=pretrained)
+    return sorted(PRETRAINED if pretrained else _MODELS)

@@ -21,6 +21,7 @@ from orthonet.recipes.images.evaluate import Evaluation, evaluate
 from orthonet.recipes.images.named import (
     cifar10_xs,
     cifar100_xs,
+    demo,
     digits,
     fashion,
     folder,
@@ -45,7 +46,8 @@ from orthonet.recipes.sequences.series import (
     SeriesResult,
     train_series,
 )
-from orthonet.recipes.zoo.bench import ZooConfig, bench_zoo
+from orthonet.recipes.zoo.bench import bench_zoo
+from orthonet.recipes.zoo.config import ZooConfig
 from orthonet.recipes.zoo.report import ZooReport
 
 __all__ = [
@@ -85,6 +87,7 @@ __all__ = [
     "cifar10_xs",
     "convert_file",
     "copying",
+    "demo",
     "digits",
     "evaluate",
     "fashion",

@@ -34,6 +34,7 @@ MODELS = {
         (3, 14, 9),
     ),
     "convnet_zoo": ({"width": 8, "hidden": 16}, (1, 8, 8)),
+    "convnet_series": ({"in_shape": (3, 12), "num_classes": 4, "width": 6}, (3, 12)),
     "convnet_xs": ({"in_shape": (2, 4, 4), "width": 4, "depth": 1}, (2, 4, 4)),
 }
 CASES = [(name, arguments, shape) for name, (arguments, shape) in MODELS.items()]
@@ -68,7 +69,8 @@ def test_model_trains_pickles_and_becomes_plain(name, arguments, shape):
     plain = to_plain(model)
     # The same weights in the same operations; observed difference 0.
     torch.testing.assert_close(plain(x), y, rtol=0, atol=1e-6)
-    assert {type(m) for m in plain.modules() if hasattr(m, "weight")} <= {nn.Linear, nn.Conv2d}
+    kinds = {nn.Linear, nn.Conv1d, nn.Conv2d}
+    assert {type(m) for m in plain.modules() if hasattr(m, "weight")} <= kinds
 
 
 def test_head_may_have_rows_of_unit_norm():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orthonet.recipes import Images, load, stratified_split
-from orthonet.recipes.data.augment import random_affine
+from orthonet.recipes.data.augment import random_affine, random_noise
 from orthonet.recipes.data.digits import _read, require_package
 
 SIZES = {"digits": (1437, 360, 8), "mnist5k": (4000, 1000, 28)}
@@ -100,3 +100,14 @@ def test_shift_is_in_pixels():
 def test_images_is_a_pair():
     x, y = Images(torch.zeros(1), torch.ones(1))
     assert (x.item(), y.item()) == (0, 1)
+
+
+def test_noise_has_its_deviation_and_stays_in_the_box():
+    x = torch.full((4, 1, 50, 50), 0.5)
+    assert random_noise(x, torch.Generator(), deviation=0.0) is x
+    found = random_noise(x, torch.Generator().manual_seed(0), deviation=0.1)
+    # 10,000 pixels: a standard error of 7e-4 and 1e-3
+    assert found.std().item() == pytest.approx(0.1, abs=4e-3)
+    assert found.mean().item() == pytest.approx(0.5, abs=5e-3)
+    wide = random_noise(x, torch.Generator().manual_seed(0), deviation=10.0)
+    assert 0 <= wide.min() < wide.max() <= 1

@@ -22,7 +22,7 @@ from orthonet.recipes import (
     layer_spectra,
     train,
 )
-from orthonet.recipes.images.evaluate import attack_radii
+from orthonet.recipes.images.evaluate import attack_radii, wilson
 from orthonet.recipes.images.figures import radius_figure, spectra_figure, training_figure
 from orthonet.testing import singular_values
 
@@ -41,6 +41,19 @@ class Threshold(nn.Module):
 
     def forward(self, x):
         return self.head(x.flatten(1))
+
+
+def test_the_interval_is_wilsons():
+    """Its ends are the shares p with (found - p)^2 = z^2 p (1 - p) / n, solved by hand here."""
+    for share, number in ((0.0, 40), (0.3, 40), (0.85, 1000), (1.0, 7)):
+        for end in wilson(share, number):
+            # both sides of the quadratic equation; observed 3e-17
+            assert (share - end) ** 2 == pytest.approx(
+                1.96**2 * end * (1 - end) / number, abs=1e-12
+            )
+        low, high = wilson(share, number)
+        assert 0 <= low <= share <= high <= 1
+        assert low < high
 
 
 def threshold_images() -> Images:

@@ -83,7 +83,9 @@ def test_the_batches_depend_on_seed_epoch_and_picture_alone(pictures):
 
 
 @pytest.mark.parametrize(
-    "change", [{"min_scale": 1.0}, {"flip": False}, {"shift": 2.0}, {"crop": 2}], ids=str
+    "change",
+    [{"min_scale": 1.0}, {"flip": False}, {"shift": 2.0}, {"crop": 2}, {"noise": 0.1}],
+    ids=str,
 )
 def test_every_field_of_the_augmentation_is_read(pictures, change):
     first = parts(ImageFolders(config(pictures)), 1)[0].x

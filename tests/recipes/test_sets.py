@@ -13,6 +13,7 @@ from orthonet import cli, recipes
 from orthonet.recipes import ImageFolders, load, load_cifar100, load_series
 from orthonet.recipes.data import idx, sets
 from orthonet.recipes.data.series import read_ts
+from orthonet.recipes.images import named
 from orthonet.recipes.images.run import images_of
 from tests.recipes.pictures import make_pictures
 
@@ -265,3 +266,12 @@ def test_fashion_trains_and_is_certified_on_some_of_its_images(tmp_path):
     assert len(again.evaluation.radii) == 20
     held = images_of(dataclasses.replace(config, validation=True))
     assert (len(held.train.y), len(held.test.y)) == (52, 12)  # a fifth of 64 is held out
+
+
+def test_the_demo_takes_fashion_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(named, "FASHION", idx.FASHION._replace(places=()))
+    assert recipes.demo(data_root=str(tmp_path)) == recipes.mnist5k(data_root=str(tmp_path))
+    assert recipes.demo(data_root=str(tmp_path), epochs=3).epochs == 3
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"")
+    found = recipes.demo(data_root=str(tmp_path))
+    assert found == recipes.fashion(data_root=str(tmp_path), cpu_seconds=200.0)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from orthonet import losses
 from orthonet.layers import OrthoConv2d
 from orthonet.recipes import (
     ORTHO_PARAMS,
@@ -21,7 +22,9 @@ from orthonet.recipes import (
     registered,
     save_checkpoint,
 )
+from orthonet.recipes.images.train import loss_of
 from orthonet.recipes.running.files import write_atomically
+from orthonet.recipes.running.log import Log
 
 SMALL = {"model_arguments": {"channels": (4, 8), "hidden": (16,)}, "epochs": 2}
 
@@ -85,6 +88,9 @@ def test_offset_is_that_of_the_radius():
         ({"zoom": 2.0}, "zoom"),
         ({"shear": -0.1}, "shear"),
         ({"seed": -1}, "seed"),
+        ({"noise": -0.1}, "noise"),
+        ({"cpu_seconds": -1.0}, "cpu_seconds"),
+        ({"loss": "hinge"}, "loss must be one of 'offset', 'annealing', 'emma'"),
         ({"radii": (0.5, -1.0)}, "radii"),
     ],
 )
@@ -147,12 +153,68 @@ def test_same_seed_gives_the_same_weights(few):
         {"rotation": 0.0},
         {"zoom": 0.0},
         {"shear": 0.0},
+        {"noise": 0.1},
+        {"loss": "annealing"},
+        {"loss": "emma"},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_every_field_of_the_training_is_read(few, reference, change):
     _, changed = fit(digits(**SMALL, **change), few)
     assert [row["loss"] for row in reference] != [row["loss"] for row in changed]
+
+
+def test_the_losses_are_those_that_are_named():
+    config = digits(radius=0.5, model_arguments={"lipschitz": 2.0}, temperature=0.3)
+    logits, y = torch.randn(5, 10, generator=torch.Generator().manual_seed(0)), torch.arange(5)
+    wanted = {
+        "offset": losses.offset_cross_entropy(logits, y, offset=math.sqrt(2), temperature=0.3),
+        "annealing": losses.logit_annealing(logits, y, offset=math.sqrt(2), temperature=0.3),
+        "emma": losses.emma(logits, y, radius=0.5, lipschitz=2.0),
+    }
+    for name, value in wanted.items():
+        found = loss_of(dataclasses.replace(config, loss=name))(logits, y)
+        assert torch.equal(found, value), name
+
+
+def test_a_training_of_limited_time_ends_with_it(few, tmp_path, monkeypatch):
+    """Half a second a step: the schedule follows the time, and goes on where it was left."""
+    clock = iter(range(10_000))
+    monkeypatch.setattr("orthonet.recipes.images.train.time.process_time", lambda: next(clock) / 2)
+    config = digits(**{**SMALL, "epochs": 1, "cpu_seconds": 3.0, "warmup": 0.5, "lr": 0.04})
+    _, history = fit(config, few, folder=tmp_path)
+    # 80 images are 2 steps of 64; each step reads the clock once, and so does each epoch
+    assert [row["steps"] for row in history] == [2, 4, 6]
+    assert [row["cpu_seconds"] for row in history] == [1.0, 2.0, 3.0]
+    rates = [row["lr"] for row in history]
+    # A cosine from lr / 25 up to lr in the first half, then down to 0, at 0, 1/3 and 2/3 of it.
+    # The schedule has 2000 positions; observed 6e-4 off.
+    assert rates == pytest.approx([0.0016, 0.0016 + 0.75 * 0.0384, 0.75 * 0.04], rel=5e-3)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["schedule"]["last_epoch"] == 1999
+    again = fit(config, few, folder=tmp_path, resume=True)[1]
+    assert again == history
+    other = tmp_path / "other"
+    other.mkdir()
+    made = Log.add
+    monkeypatch.setattr(Log, "add", interrupting(made, after=1))
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, few, folder=other)
+    monkeypatch.setattr(Log, "add", made)
+    assert fit(config, few, folder=other, resume=True)[1] == history
+
+
+def interrupting(add, after):
+    """`Log.add`, interrupted after some rows."""
+    rows = []
+
+    def interrupted(self, row):
+        add(self, row)
+        rows.append(row)
+        if len(rows) == after:
+            raise KeyboardInterrupt
+
+    return interrupted
 
 
 def test_a_diverging_loss_is_an_error(images):

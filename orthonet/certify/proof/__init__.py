@@ -1,5 +1,5 @@
 """The proof of a certificate as a file that an independent checker can verify."""
 
-from orthonet.certify.proof.file import load, save
+from orthonet.certify.proof.file import load, named_constants, save
 
-__all__ = ["load", "save"]
+__all__ = ["load", "named_constants", "save"]

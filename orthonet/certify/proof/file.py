@@ -29,7 +29,7 @@ from orthonet.certify.walk.walker import Walker
 from orthonet.errors import UncertifiableError
 from orthonet.linalg.bounds.rounding import hypot_up, mul_up, up
 
-__all__ = ["load", "save"]
+__all__ = ["load", "named_constants", "save"]
 
 FORMAT = "orthonet certificate 1"
 _SAMPLES = 2
@@ -146,6 +146,26 @@ def load(path: str | Path) -> dict[str, Any]:
     }
 
 
+def named_constants(path: str | Path) -> dict[str, Tensor]:
+    """Return the constants of a certificate by the names that they have in the model.
+
+    Args:
+        path: The JSON file; the SHA-256 of each constant is that of the file.
+
+    Raises:
+        ValueError: A constant is not the one of the certificate.
+    """
+    path = Path(path)
+    content = json.loads(path.read_text("utf-8"))
+    weights = path.with_name(Path(content["weights"]).name)
+    return {
+        name: _read_tensor(weights, key, entry)
+        for key, entry in content["constants"].items()
+        for name in entry["names"]
+    }
+
+
+_DTYPES = {"F32": torch.float32, "F64": torch.float64}
 _NUMBERS = ("constant", "cumulative", "seconds")
 
 
@@ -243,14 +263,15 @@ def _write_safetensors(file: BinaryIO, constants: Iterable[tuple[str, Constant]]
 
 
 def _read_tensor(path: Path, name: str, wanted: dict[str, Any]) -> Tensor:
-    """The float64 tensor of a name, from the file of constants, if it is the wanted one."""
+    """The tensor of a name, from the file of constants, if it is the wanted one."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    found = json.loads(data[8 : 8 + length]).get(name)
-    if found is not None and found["dtype"] == "F64" and found["shape"] == wanted["shape"]:
+    found = json.loads(data[8 : 8 + length]).get(name, {})
+    same = all(found.get(key) == wanted[key] for key in ("dtype", "shape"))
+    if same and found["dtype"] in _DTYPES:
         begin, end = (8 + length + n for n in found["data_offsets"])
         if hashlib.sha256(data[begin:end]).hexdigest() == wanted["sha256"]:
-            values = torch.frombuffer(bytearray(data[begin:end]), dtype=torch.float64)
+            values = torch.frombuffer(bytearray(data[begin:end]), dtype=_DTYPES[found["dtype"]])
             return values.reshape(found["shape"])
     return _checks.fail(
         "LipschitzCertificate",

@@ -1,4 +1,4 @@
-"""Random affine maps of images, reproducible from a generator."""
+"""Random changes of images, reproducible from a generator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["random_affine", "random_crop"]
+__all__ = ["random_affine", "random_crop", "random_noise"]
 
 
 def random_affine(
@@ -69,3 +69,20 @@ def random_crop(x: Tensor, generator: torch.Generator, *, crop: int, flip: bool)
         chosen = (torch.rand(number, generator=generator) < 0.5).to(x.device)
         x = torch.where(chosen.view(-1, 1, 1, 1), x.flip(-1), x)
     return x
+
+
+def random_noise(x: Tensor, generator: torch.Generator, *, deviation: float) -> Tensor:
+    """Add Gaussian noise to every pixel and keep it in [0, 1]; without a deviation do nothing.
+
+    Args:
+        x: Images.
+        generator: Source of the randomness, on the CPU.
+        deviation: Standard deviation.
+
+    Shape:
+        `x`: (batch, channels, height, width). Output: the same.
+    """
+    if not deviation:
+        return x
+    noise = torch.randn(x.shape, generator=generator).to(x)
+    return (x + deviation * noise).clamp(0.0, 1.0)

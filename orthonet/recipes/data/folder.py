@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from orthonet import _checks
-from orthonet.recipes.data.augment import random_affine, random_crop
+from orthonet.recipes.data.augment import random_affine, random_crop, random_noise
 from orthonet.recipes.data.digits import Images, Split, require_package
 from orthonet.recipes.data.sources import Part
 from orthonet.recipes.images.config import FolderConfig
@@ -168,7 +168,8 @@ class _Pictures(Dataset):
             zoom=config.zoom,
             shear=config.shear,
         )
-        return random_crop(x, generator, crop=config.crop, flip=config.flip)[0], label
+        x = random_crop(x, generator, crop=config.crop, flip=config.flip)
+        return random_noise(x, generator, deviation=config.noise)[0], label
 
 
 def load_pictures(root: Path, shape: tuple[int, ...], number: int) -> Images:

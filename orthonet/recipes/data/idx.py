@@ -16,7 +16,7 @@ from torch import Tensor
 from orthonet import _checks
 from orthonet.recipes.data.digits import Images, Split
 
-__all__ = ["FASHION", "MNIST", "IdxSet", "load_idx", "read_idx"]
+__all__ = ["FASHION", "MNIST", "IdxSet", "find_idx", "load_idx", "read_idx"]
 
 _PARTS = ("train", "t10k")
 
@@ -71,17 +71,28 @@ def load_idx(source: IdxSet, root: Path) -> Split:
         FileNotFoundError: The files are nowhere; the message names the command that brings them.
         ValueError: A file is damaged.
     """
-    folders = [root, *(root / name for name in source.inside), *map(Path, source.places)]
-    for folder in folders:
-        if _file(folder, "train-images-idx3-ubyte") is not None:
-            return Split(*(_part(folder, part) for part in _PARTS))
+    folder = find_idx(source, root)
+    if folder is not None:
+        return Split(*(_part(folder, part) for part in _PARTS))
     return _checks.fail(
         f"load({source.name!r})",
         "the files train-images-idx3-ubyte.gz and so on must be there",
         f"Name their folder with --data, or run: {source.command(root)}",
         FileNotFoundError,
-        looked_in=", ".join(map(str, (folders[0], folders[1], *source.places))),
+        looked_in=", ".join(map(str, (root, root / source.inside[0], *source.places))),
     )
+
+
+def find_idx(source: IdxSet, root: Path) -> Path | None:
+    """Return the folder that holds the files of a data set, None if there is none.
+
+    Args:
+        source: Which one.
+        root: Where to look first, see `load_idx`.
+    """
+    folders = [root, *(root / name for name in source.inside), *map(Path, source.places)]
+    found = (f for f in folders if _file(f, "train-images-idx3-ubyte") is not None)
+    return next(found, None)
 
 
 def read_idx(path: Path) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from orthonet.recipes.data.augment import random_affine, random_crop
+from orthonet.recipes.data.augment import random_affine, random_crop, random_noise
 from orthonet.recipes.data.digits import Images, Split
 from orthonet.recipes.images.config import TrainConfig
 
@@ -58,7 +58,7 @@ class InMemory:
     def batches(
         self, epoch: int, generator: torch.Generator, rank: int, size: int
     ) -> Iterator[Part]:
-        """The images in random order, moved, turned, cropped and mirrored."""
+        """The images in random order, moved, turned, cropped, mirrored and noisy."""
         config, images = self.config, self.train
         order = torch.randperm(self.number, generator=generator).to(images.y.device)
         for batch in order.split(config.batch_size):
@@ -71,6 +71,7 @@ class InMemory:
                 shear=config.shear,
             )
             x = random_crop(x, generator, crop=config.crop, flip=config.flip)
+            x = random_noise(x, generator, deviation=config.noise)
             y, whole = images.y[batch], len(batch)
             if whole < size:  # fewer images than processes: each takes all of them
                 yield Part(x, y, 1.0, whole / size)

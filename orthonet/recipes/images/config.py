@@ -29,13 +29,18 @@ class TrainConfig:
         model_arguments: Keywords of the model, without `ortho_params`.
         ortho_params: Preset of the orthogonal layers.
         epochs: Passes over the training images.
+        cpu_seconds: Process time of the training; 0 trains `epochs` epochs. Otherwise the learning
+            rate follows the share that is spent, and the last epoch ends where the time does.
         batch_size: Images in a step; an incomplete last batch is kept.
         optimizer: "adam", or "sgd" with momentum 0.9.
         lr: Highest learning rate of its one-cycle schedule.
         warmup: Share of the steps in which the learning rate rises.
+        loss: "offset" (offset cross-entropy), "annealing" (the same, fading out samples whose
+            margin is large), or "emma" (cross-entropy of the worst logits inside the radius).
         radius: Radius that the loss asks for; its offset is \(\sqrt 2 K\) times this, with the
             constant K that `model_arguments` asks of the model as `lipschitz`.
-        temperature: Temperature of the offset cross-entropy.
+        temperature: Temperature of the offset cross-entropy, annealed or not.
+        noise: Standard deviation of the Gaussian noise on training images, which stay in [0, 1].
         shift: Largest random translation of a training image, in pixels.
         rotation: Largest random rotation, in degrees.
         zoom: Largest random relative change of the width and of the height.
@@ -62,12 +67,15 @@ class TrainConfig:
     model_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ortho_params: str = option("default", choices=tuple(ORTHO_PARAMS))
     epochs: int = 20
+    cpu_seconds: float = 0.0
     batch_size: int = 128
     optimizer: str = option("adam", choices=("adam", "sgd"))
     lr: float = 0.05
     warmup: float = 0.2
+    loss: str = option("offset", choices=("offset", "annealing", "emma"))
     radius: float = 0.92
     temperature: float = 0.1
+    noise: float = 0.0
     shift: float = 1.0
     rotation: float = 10.0
     zoom: float = 0.08
@@ -89,8 +97,9 @@ class TrainConfig:
         )
         _checks.in_range(self, 0.0, 1.0, warmup=self.warmup, zoom=self.zoom, shear=self.shear)
         _checks.in_range(self, 0.0, 180.0, rotation=self.rotation)
-        _checks.in_range(self, 0.0, 1e3, shift=self.shift, radius=self.radius)
+        _checks.in_range(self, 0.0, 1e3, shift=self.shift, radius=self.radius, noise=self.noise)
         _checks.in_range(self, 1e-6, 1e3, lr=self.lr, temperature=self.temperature)
+        _checks.in_range(self, 0.0, 1e9, cpu_seconds=self.cpu_seconds)
         _checks.non_negative_int(self, seed=self.seed, crop=self.crop, evaluated=self.evaluated)
         for radius in self.radii:
             _checks.in_range(self, 0.0, 1e3, radii=radius)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from orthonet.certify.metrics import survivors
 from orthonet.convert import to_plain
 from orthonet.recipes.data.digits import Images, require_package
 
-__all__ = ["Evaluation", "attack_radii", "evaluate"]
+__all__ = ["Evaluation", "attack_radii", "evaluate", "wilson"]
 
 _BATCH = 250
 
@@ -52,16 +53,21 @@ class Evaluation:
 
     def lines(self, *, certificate: bool = True) -> list[str]:
         """Return the outcome as lines of text, with the table of the certificate or without."""
+        number = len(self.radii)
         lines = [
             *([self.table, ""] if certificate else []),
-            f"clean accuracy        {self.accuracy:7.1%}  ({len(self.radii)} images)",
+            f"clean accuracy        {self.accuracy:7.1%}  ({number} images)",
             f"Lipschitz constant    {self.constant:.7f}  (l2, proved upper bound)",
-            "l2 radius    certified   under attack",
+            "l2 radius    certified   (interval)         under attack   (interval)",
         ]
         lines += [
-            f"{radius:<9g}    {value:8.1%}    {self.attacked[radius]:8.1%}"
+            f"{radius:<9g}    {value:8.1%}   {_interval(value, number)}       "
+            f"{self.attacked[radius]:8.1%}   {_interval(self.attacked[radius], number)}"
             for radius, value in self.certified.items()
         ]
+        lines.append(
+            f"intervals: 95 %, for another draw of {number} test images; not the spread of seeds"
+        )
         verdict = "none changed class" if not self.broken else f"{self.broken} CHANGED CLASS"
         lines.append(
             f"attacked just inside their certified radius: {self.attempts} images, {verdict}"
@@ -181,6 +187,28 @@ def evaluate(
             attempts, broken = attempts + report.attacked, broken + report.broken
         bar.update()
     return dataclasses.replace(found, attacked=attacked, attempts=attempts, broken=broken)
+
+
+def wilson(share: float, number: int, deviations: float = 1.96) -> tuple[float, float]:
+    r"""Return Wilson's interval of a share of independent samples.
+
+    \((p + z^2 / 2n \pm z \sqrt{p (1 - p) / n + z^2 / 4n^2}) / (1 + z^2 / n)\); with z = 1.96 it
+    holds the true share in about 95 of 100 draws.
+
+    Args:
+        share: What was found, p.
+        number: Number of samples, n.
+        deviations: The z.
+    """
+    square = deviations**2 / number
+    middle = (share + square / 2) / (1 + square)
+    spread = deviations * math.sqrt(share * (1 - share) / number + square / (4 * number))
+    return max(0.0, middle - spread / (1 + square)), min(1.0, middle + spread / (1 + square))
+
+
+def _interval(share: float, number: int) -> str:
+    low, high = wilson(share, number)
+    return f"({100 * low:4.1f} to {100 * high:5.1f})"
 
 
 def attack_radii(radii: Sequence[float]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from orthonet import _checks
-from orthonet.losses import OffsetCrossEntropyLoss
+from orthonet.losses import EMMALoss, LogitAnnealingLoss, OffsetCrossEntropyLoss
 from orthonet.models import create
 from orthonet.recipes.data.digits import Images, Split, require_package
 from orthonet.recipes.data.sources import InMemory, Source
@@ -21,9 +22,10 @@ from orthonet.recipes.running.options import training_fields
 from orthonet.recipes.running.processes import rank_and_size, replica_of, totals
 from orthonet.recipes.running.resume import Resumable
 
-__all__ = ["FOLLOWED_RADIUS", "build", "fit", "optimizer_of"]
+__all__ = ["FOLLOWED_RADIUS", "build", "fit", "loss_of", "optimizer_of"]
 
 FOLLOWED_RADIUS = 0.5
+_POSITIONS = 2000  # of the learning rate in a training of limited time
 
 
 def build(config: TrainConfig) -> nn.Module:
@@ -42,6 +44,7 @@ def fit(
     folder: Path | None = None,
     resume: bool = False,
     tensorboard: bool = False,
+    model: nn.Module | None = None,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     r"""Train the model of `config`.
 
@@ -58,23 +61,26 @@ def fit(
         resume: Whether to go on from `state.pt`, if there is one. What follows is what an
             uninterrupted training would have done.
         tensorboard: Whether to write every row into `folder / "tensorboard"` too.
+        model: An untrained model that takes the place of the one that `config` names.
 
     Returns:
         The model in eval mode, and a row for every epoch: its number, learning rate, mean training
         loss and accuracy (on the augmented images, while the weights move), accuracy on the test
         images, and the share of test images whose margin exceeds \(\sqrt 2 \cdot 0.5 K\) (the
-        certified accuracy at radius 0.5 if the constant is the K that was asked for).
+        certified accuracy at radius 0.5 if the constant is the K that was asked for). With
+        `cpu_seconds` also the number of steps and the process time that they took so far.
 
     Raises:
-        ValueError: The images do not fit the model, the loss is not finite, or `state.pt` is that
-            of another configuration.
+        ValueError: The images do not fit the model, the loss is not finite, `state.pt` is that
+            of another configuration, or several processes share a limited time.
         ModuleNotFoundError: A progress bar or TensorBoard is asked for and its package is missing.
     """
-    model = build(config)
+    model = build(config) if model is None else model.to(config.device)
     generator = torch.Generator().manual_seed(config.seed)
     source = InMemory(config, data) if isinstance(data, Split) else data
     steps = config.epochs * math.ceil(source.number / config.batch_size)
-    loss_fn = OffsetCrossEntropyLoss(config.offset, config.temperature)
+    steps = steps if not config.cpu_seconds else _POSITIONS
+    loss_fn = loss_of(config)
     optimizer = optimizer_of(config, model)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -92,13 +98,25 @@ def fit(
         history = state.load(folder / "state.pt", fields, config.device)
     writes = folder is not None and rank == 0
     log = Log(folder if writes else None, "epoch", history, tensorboard=tensorboard)
-    bar = _progress_bar(config.epochs) if progress else None
+    clock = _Clock(config.cpu_seconds, schedule, history)
+    _checks.require(
+        not config.cpu_seconds or size == 1,
+        "fit",
+        "a training of limited time must run in one process",
+        "Leave out cpu_seconds, or start it without torchrun",
+        cpu_seconds=config.cpu_seconds,
+        processes=size,
+    )
+    bar = _progress_bar(None if config.cpu_seconds else config.epochs) if progress else None
     if bar is not None:
         bar.update(len(history))
     with log:
-        for epoch in range(len(history) + 1, config.epochs + 1):
+        epoch = len(history)
+        while not clock.ended if config.cpu_seconds else epoch < config.epochs:
+            epoch += 1
             model.train()
             rate, sums = schedule.get_last_lr()[0], (0.0, 0.0, 0.0)
+            clock.start()
             for part in source.batches(epoch, generator, rank, size):
                 logits = replica(part.x)
                 loss = loss_fn(logits, part.y)
@@ -113,10 +131,12 @@ def fit(
                 optimizer.zero_grad()
                 (loss * part.share).backward()
                 optimizer.step()
-                schedule.step()
                 right = float((logits.argmax(1) == part.y).float().mean())
                 found = (loss.item() * part.counted, right * part.counted, part.counted)
                 sums = tuple(map(sum, zip(sums, found, strict=True)))
+                clock.step()
+                if clock.ended:
+                    break
             total, right, number = totals(*sums, device=config.device)
             accuracy, followed = _follow(model, source.tests(rank, size), config)
             row = {
@@ -126,6 +146,7 @@ def fit(
                 "train_accuracy": right / number,
                 "test_accuracy": accuracy,
                 "test_margin_accuracy": followed,
+                **clock.row(),
             }
             history.append(row)
             if folder is not None and rank == 0:
@@ -137,6 +158,54 @@ def fit(
     if bar is not None:
         bar.close()
     return model.eval(), history
+
+
+def loss_of(config: TrainConfig) -> nn.Module:
+    """Return the loss that the configuration names."""
+    if config.loss == "emma":
+        return EMMALoss(config.radius, config.lipschitz)
+    kind = LogitAnnealingLoss if config.loss == "annealing" else OffsetCrossEntropyLoss
+    return kind(config.offset, config.temperature)
+
+
+class _Clock:
+    """Move the schedule after each step: by one, or to where the spent time puts it."""
+
+    def __init__(
+        self,
+        limit: float,
+        schedule: torch.optim.lr_scheduler.OneCycleLR,
+        history: list[dict[str, float]],
+    ) -> None:
+        self.limit, self.schedule = limit, schedule
+        last = history[-1] if limit and history else {}
+        self.steps, self.spent = last.get("steps", 0), last.get("cpu_seconds", 0.0)
+        self.since = 0.0
+
+    @property
+    def ended(self) -> bool:
+        """Whether a limited time is spent."""
+        return bool(self.limit) and self.spent >= self.limit
+
+    def start(self) -> None:
+        """Count the time from here on."""
+        self.since = time.process_time()
+
+    def step(self) -> None:
+        """Count a step."""
+        self.steps += 1
+        if not self.limit:
+            self.schedule.step()
+            return
+        now = time.process_time()
+        self.spent, self.since = self.spent + now - self.since, now
+        position = min(1.0, self.spent / self.limit) * (_POSITIONS - 1)
+        while self.schedule.last_epoch < int(position):
+            self.schedule.step()
+
+    def row(self) -> dict[str, float]:
+        """Return what a row of the history tells of a limited time."""
+        return {"steps": self.steps, "cpu_seconds": self.spent} if self.limit else {}
 
 
 def optimizer_of(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -165,5 +234,5 @@ def _follow(
     return right / number, followed / number
 
 
-def _progress_bar(epochs: int) -> Any:
+def _progress_bar(epochs: int | None) -> Any:
     return require_package("tqdm", "tqdm").tqdm(total=epochs, unit="epoch", desc="training")

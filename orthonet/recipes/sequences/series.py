@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.certify import certify, empirical_accuracy, sequence_bound
 from orthonet.constraints import orthogonal
-from orthonet.layers import MaxMin, OrthoConv1d, OrthoLinear, OrthoRNN
+from orthonet.layers import OrthoLinear, OrthoRNN
 from orthonet.losses import OffsetCrossEntropyLoss
+from orthonet.models import convnet_series
 from orthonet.recipes.beyond.report import optimize
 from orthonet.recipes.data.series import SeriesSplit, load_series
 from orthonet.recipes.running.figures import BLUE, GREEN, ORANGE, figure_of, save_figure
@@ -197,14 +198,7 @@ def series_model(config: SeriesConfig, name: str, shape: Sequence[int], classes:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if name == "conv":
-            return nn.Sequential(
-                OrthoConv1d(channels, hidden, 5, padding=2),
-                MaxMin(),
-                OrthoConv1d(hidden, hidden, 5, padding=2),
-                MaxMin(),
-                nn.Flatten(),
-                OrthoLinear(hidden * length, classes),
-            )
+            return convnet_series((channels, length), classes, width=hidden)
         if name == "lstm":
             lstm = nn.LSTM(inputs, hidden, batch_first=True)
             return _Frames(lstm, nn.Linear(hidden, classes), config.frame)

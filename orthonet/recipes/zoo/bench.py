@@ -3,134 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import math
 import os
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
 from orthonet import _checks
-from orthonet.layers import available
-from orthonet.models import convnet_zoo
 from orthonet.recipes.data.digits import Images, Split, require_package, spaced
 from orthonet.recipes.data.sets import IMAGE_SETS, load
-from orthonet.recipes.images.config import RADII, TrainConfig
-from orthonet.recipes.images.evaluate import evaluate
+from orthonet.recipes.images.config import TrainConfig
 from orthonet.recipes.images.train import fit
 from orthonet.recipes.running.files import versions, write_json
 from orthonet.recipes.running.folder import guarded
-from orthonet.recipes.running.options import check_choices, option
 from orthonet.recipes.running.processes import launched
 from orthonet.recipes.running.reading import Wanted, read_json
 from orthonet.recipes.running.registry import Recipe, register
+from orthonet.recipes.zoo.config import ZooConfig, run_config, zoo
 from orthonet.recipes.zoo.cost import StepCost, step_cost
 from orthonet.recipes.zoo.figures import zoo_figure
+from orthonet.recipes.zoo.judge import judge
+from orthonet.recipes.zoo.networks import deployed, missing, network, width_for
 from orthonet.recipes.zoo.report import ZooReport
 
-__all__ = [
-    "BUDGETS",
-    "LEARNING_RATES",
-    "ZooConfig",
-    "bench_zoo",
-    "planned_run",
-    "run_method",
-    "width_for",
-]
+__all__ = ["bench_zoo", "chosen", "planned_run", "run_method"]
 
+_VALIDATION = 1000  # images, evenly spaced, that a choice is judged on
 _WANTED = Wanted("bench_zoo", "the runs of a comparison", "Remove it or choose another folder")
-BUDGETS = ("parameters", "cpu")
-_DATASETS = ("digits", "mnist5k", "fashion", "mnist")
-# Highest learning rate of Adam; of 0.005, 0.02 and 0.06 the best on validation images of the
-# training set of digits. The others take the default, which was best for them.
-LEARNING_RATES: Mapping[str, float] = {
-    "aol": 0.005,
-    "liresnet": 0.005,
-    "sandwich": 0.005,
-    "sll": 0.06,
-    "spectral": 0.005,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ZooConfig:
-    r"""What `bench zoo` runs; plain values, so that JSON can hold them.
-
-    Attributes:
-        dataset: Images to train on.
-        methods: Names of the convolutions to compare, all of them if empty;
-            `orthonet.layers.available("conv")` lists them.
-        seeds: Number of seeds, 0 to `seeds - 1`, of each method.
-        budget: What is equal for all methods; "parameters" (the width of the convolutions is chosen
-            so that their number is nearest to `parameters`) or "cpu" (the same width, and as many
-            epochs as fit into `cpu_seconds` of process time, at most 4 `epochs`).
-        parameters: Trained numbers of each network, with the budget "parameters".
-        cpu_seconds: Process time of a training, with the budget "cpu".
-        width: Channels of the convolutions, with the budget "cpu".
-        epochs: Passes over the training images, with the budget "parameters".
-        batch_size: Images in a step.
-        lr: Highest learning rate; 0 takes the one of each method.
-        radius: Radius that the loss asks for.
-        temperature: Temperature of the offset cross-entropy.
-        radii: Radii of certified accuracy and attacks.
-        attack_steps: Gradient steps of an attack.
-        device: Device of the runs, such as cpu or cuda.
-        data_root: Folder of the data.
-        evaluated: Test images, evenly spaced, that are certified and attacked; 0 for all of them.
-
-    Raises:
-        ValueError: A value out of range.
-    """
-
-    dataset: str = option("digits", choices=_DATASETS)
-    methods: tuple[str, ...] = option((), choices=lambda: available("conv"))
-    seeds: int = 3
-    budget: str = option("parameters", choices=BUDGETS)
-    parameters: int = 100_000
-    cpu_seconds: float = 30.0
-    width: int = 32
-    epochs: int = 20
-    batch_size: int = 64
-    lr: float = 0.0
-    radius: float = 0.75
-    temperature: float = 0.2
-    radii: tuple[float, ...] = RADII
-    attack_steps: int = 20
-    device: str = "cpu"
-    data_root: str = option("data", flags=("--data",))
-    evaluated: int = 0
-
-    def __post_init__(self) -> None:
-        names = tuple(self.methods) or tuple(available("conv"))
-        check_choices(self)
-        _checks.positive_int(
-            self,
-            seeds=self.seeds,
-            parameters=self.parameters,
-            width=self.width,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            attack_steps=self.attack_steps,
-        )
-        _checks.non_negative_int(self, evaluated=self.evaluated)
-        _checks.in_range(self, 0.0, 1e3, lr=self.lr, radius=self.radius)
-        _checks.in_range(self, 1e-6, 1e6, temperature=self.temperature)
-        _checks.in_range(self, 1e-3, 1e9, cpu_seconds=self.cpu_seconds)
-        object.__setattr__(self, "methods", names)
-        object.__setattr__(self, "radii", tuple(sorted(self.radii)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON gives them back."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-    def protocol(self) -> dict[str, Any]:
-        """The fields that runs must share to be comparable: all but how many there are."""
-        fields = self.to_dict()
-        free = ("methods", "seeds", "device", "data_root")
-        return {name: fields[name] for name in fields if name not in free}
 
 
 @guarded
@@ -139,9 +43,14 @@ def bench_zoo(
 ) -> ZooReport:
     """Train, certify and attack the same network with each method, and compare.
 
-    Into the folder `out` go `zoo.json`, rewritten after each run, and `zoo.png`. Runs that
-    `zoo.json` already holds are not repeated, so that an interrupted comparison goes on where it
-    was, and more seeds or methods can be added later.
+    Methods are matched in the number of parameters, and in CPU time where there is a budget. Where
+    several learning rates or loss radii are allowed, each method takes the pair whose mean
+    certified accuracy over the radii is highest on 1000 validation images, after training with a
+    share of the budget; the test images are not looked at.
+
+    Into the folder `out` go `zoo.json`, rewritten after each choice and each run, and `zoo.png`.
+    What `zoo.json` already holds is not repeated, so that an interrupted comparison continues where
+    it was, and more seeds or methods can be added later.
 
     Args:
         config: What to run.
@@ -154,6 +63,7 @@ def bench_zoo(
     Raises:
         ModuleNotFoundError: A package of the extra `demo` is missing.
         ValueError: `zoo.json` holds runs under another protocol.
+        UncertifiableError: An attack changed a class inside a certified radius.
         OSError: `out` cannot be written.
     """
     _checks.require(
@@ -165,129 +75,145 @@ def bench_zoo(
     )
     folder = Path(out)
     file, data = folder / "zoo.json", load(config.dataset, config.data_root)
-    runs = _earlier(file, config)
-    wanted = [(name, seed) for seed in range(config.seeds) for name in config.methods]
-    done = {(run["method"], run["seed"]) for run in runs}
-    missing = [pair for pair in wanted if pair not in done]
-    report = ZooReport(config.to_dict(), tuple(runs))
-    with _Lines(progress, len(missing)) as tell:
-        for name, seed in missing:
-            run = run_method(config, name, seed, data)
-            runs.append(run)
-            report = ZooReport(config.to_dict(), tuple(runs))
-            write_json(file, {**report.to_dict(), "protocol": config.protocol()})
-            tell(report.line(run))
+    validation = functools.cache(functools.partial(_validation, config))
+    report = _earlier(file, config)
+    skipped = tuple(filter(None, map(missing, config.methods)))
+    names = [name for name in config.methods if not missing(name)]
+    done = {(run["method"], run["seed"]) for run in report.runs}
+    wanted = [(name, seed) for seed in range(config.seeds) for name in names]
+    todo = [pair for pair in wanted if pair not in done]
+    report = dataclasses.replace(report, skipped=skipped)
+
+    def keep(report: ZooReport) -> ZooReport:
+        write_json(file, {**report.to_dict(), "protocol": config.protocol()})
+        return report
+
+    with _Lines(progress, len(todo)) as tell:
+        for sentence in skipped:
+            tell(sentence, 0)
+        for name, seed in todo:
+            if name not in report.choices:
+                choice = chosen(config, name, validation)
+                report = keep(dataclasses.replace(report, choices={**report.choices, name: choice}))
+            run = run_method(config, name, seed, data, report.choices[name])
+            report = keep(dataclasses.replace(report, runs=(*report.runs, run)))
+            tell(report.line(run), 1)
     picture = zoo_figure(folder / "zoo.png", report)
     return dataclasses.replace(report, files=(file, picture))
 
 
-def run_method(config: ZooConfig, name: str, seed: int, data: Split) -> dict[str, Any]:
-    """One training, its certificate and its attack, as plain values."""
-    train_config, cost = planned_run(config, name, seed, data.train)
-    start = time.process_time()
+def _validation(config: ZooConfig) -> Split:
+    """The training images without the validation images, and some of these."""
+    data = load(config.dataset, config.data_root, validation=True)
+    return data._replace(test=spaced(data.test, _VALIDATION))
+
+
+def chosen(config: ZooConfig, name: str, data: Callable[[], Split]) -> dict[str, Any]:
+    """Choose learning rate and loss radius of a method on validation images.
+
+    Args:
+        config: What to run.
+        name: The method.
+        data: Returns the images to train on, and those to judge on.
+
+    Returns:
+        The choice, and what each candidate reached: a list of learning rate, loss radius and mean
+        certified accuracy, which is None where training did not stay finite.
+    """
+    candidates = config.candidates(name)
+    tried: list[tuple[float, float, float | None]] = []
+    if len(candidates) > 1:
+        width = width_for(name, config.parameters, IMAGE_SETS[config.dataset].shape)
+        for lr, radius in candidates:
+            planned = run_config(config, name, 0, width, lr, radius, config.tuning)
+            tried.append((lr, radius, _score(planned, name, data())))
+    finite = [entry for entry in tried if entry[2] is not None]
+    best = max(finite, key=lambda entry: entry[2] or 0.0)[:2] if finite else candidates[0]
+    return {"lr": best[0], "radius": best[1], "tried": tried}
+
+
+def _score(config: TrainConfig, name: str, data: Split) -> float | None:
+    """Mean certified accuracy on the held-out images of `data`; None if training fails."""
+    model = _trained(config, name, data)
+    if isinstance(model, str):
+        return None
+    found = judge(deployed(name, model[0]), data.test, config.radii, attacked=-1)
+    return statistics.fmean(found.certified)
+
+
+def _trained(
+    config: TrainConfig, name: str, data: Split
+) -> tuple[nn.Module, list[dict[str, float]]] | str:
+    """The trained network and its history, or why it did not stay finite."""
+    arguments = config.model_arguments
+    model = network(name, arguments["in_shape"], arguments["width"], config.seed)
     try:
-        model, history = fit(train_config, data)
+        model, history = fit(config, data, model=model)
     except ValueError as error:  # the loss is not finite: a result, and not a good one
-        return _failed(name, seed, train_config, str(error))
-    seconds = time.process_time() - start
-    test = spaced(data.test, config.evaluated)
-    found = evaluate(
-        model, test, radii=config.radii, attack_steps=config.attack_steps, seed=seed, export=False
-    )
+        return str(error)
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
-    return {
-        "method": name,
-        "seed": seed,
-        "width": train_config.model_arguments["width"],
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "lr": train_config.lr,
-        "epochs": train_config.epochs,
-        "accuracy": found.accuracy,
-        "certified": [found.certified[r] for r in config.radii],
-        "attacked": [found.attacked[r] for r in config.radii if r > 0],
-        "constant": found.constant,
-        "average_radius": sum(found.radii) / len(found.radii),
-        "attempts": found.attempts,
-        "broken": found.broken,
-        "finite": finite and math.isfinite(history[-1]["loss"]),
-        "seconds_per_step": cost.seconds,
-        "saved_bytes": cost.saved_bytes,
-        "training_cpu_seconds": round(seconds, 3),
-        "versions": versions(),
-    }
-
-
-def _failed(name: str, seed: int, config: TrainConfig, reason: str) -> dict[str, Any]:
-    return {
-        "method": name,
-        "seed": seed,
-        "width": config.model_arguments["width"],
-        "lr": config.lr,
-        "epochs": config.epochs,
-        "finite": False,
-        "reason": reason,
-        "versions": versions(),
-    }
+    if not finite or not math.isfinite(history[-1]["loss"]):
+        return "a parameter is not finite"
+    return model, history
 
 
 def planned_run(
-    config: ZooConfig, name: str, seed: int, images: Images
+    config: ZooConfig, name: str, seed: int, images: Images, choice: dict[str, Any]
 ) -> tuple[TrainConfig, StepCost]:
-    """The training of one method within the budget, and what a step of it costs."""
-    width, epochs = config.width, config.epochs
-    if config.budget == "parameters":
-        width = width_for(name, config.parameters, IMAGE_SETS[config.dataset].shape)
-
-    def planned(epochs: int) -> TrainConfig:
-        return TrainConfig(
-            dataset=config.dataset,
-            model="convnet_zoo",
-            model_arguments={
-                "in_shape": IMAGE_SETS[config.dataset].shape,
-                "layer": name,
-                "width": width,
-            },
-            epochs=epochs,
-            batch_size=config.batch_size,
-            lr=config.lr or LEARNING_RATES.get(name, 0.02),
-            radius=config.radius,
-            temperature=config.temperature,
-            shift=0.5 if config.dataset == "digits" else 1.0,
-            seed=seed,
-            device=config.device,
-            radii=config.radii,
-            attack_steps=config.attack_steps,
-        )
-
-    cost = step_cost(planned(epochs), images)
-    if config.budget == "cpu":
-        steps = math.ceil(len(images.y) / config.batch_size)
-        epochs = round(config.cpu_seconds / (steps * cost.seconds))
-        epochs = max(1, min(epochs, 4 * config.epochs))
-    return planned(epochs), cost
+    """Return the training of one method within the budget, and what a step of it costs."""
+    width = width_for(name, config.parameters, IMAGE_SETS[config.dataset].shape)
+    planned = run_config(config, name, seed, width, choice["lr"], choice["radius"])
+    model = network(name, IMAGE_SETS[config.dataset].shape, width, seed)
+    return planned, step_cost(planned, images, model)
 
 
-def width_for(name: str, parameters: int, shape: tuple[int, ...]) -> int:
-    """The width, a multiple of 4, whose network has the number nearest to `parameters`."""
+def run_method(
+    config: ZooConfig, name: str, seed: int, data: Split, choice: dict[str, Any]
+) -> dict[str, Any]:
+    """Train, certify and attack a network, and return what came out as plain values."""
+    planned, cost = planned_run(config, name, seed, data.train, choice)
+    start = time.process_time()
+    trained = _trained(planned, name, data)
+    seconds = time.process_time() - start
+    common = {
+        "method": name,
+        "seed": seed,
+        "width": planned.model_arguments["width"],
+        "lr": planned.lr,
+        "radius": planned.radius,
+        "versions": versions(),
+    }
+    if isinstance(trained, str):
+        return {**common, "finite": False, "reason": trained}
+    model, history = trained
+    found = judge(
+        deployed(name, model),
+        data.test,
+        config.radii,
+        attacked=config.attacked,
+        attack_steps=config.attack_steps,
+        seed=seed,
+    )
+    steps = math.ceil(len(data.train.y) / planned.batch_size)
+    taken = history[-1].get("steps", planned.epochs * steps)
+    return {
+        **common,
+        **dataclasses.asdict(found),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "epochs": round(taken / steps, 2),
+        "steps": taken,
+        "finite": True,
+        "seconds_per_step": cost.seconds,
+        "saved_bytes": cost.saved_bytes,
+        "training_cpu_seconds": round(history[-1].get("cpu_seconds", seconds), 3),
+    }
 
-    def size(width: int) -> int:
-        with torch.random.fork_rng(devices=[]):
-            model = convnet_zoo(shape, layer=name, width=width)
-        return sum(p.numel() for p in model.parameters())
 
-    low, high = 4, 8
-    while high < 1024 and size(high) < parameters:
-        low, high = high, 2 * high
-    while high - low > 4:
-        middle = 4 * round((low + high) / 8)
-        low, high = (middle, high) if size(middle) < parameters else (low, middle)
-    return min((low, high), key=lambda width: abs(size(width) - parameters))
-
-
-def _earlier(file: Path, config: ZooConfig) -> list[dict[str, Any]]:
-    """The runs that the file holds already."""
+def _earlier(file: Path, config: ZooConfig) -> ZooReport:
+    """What the file holds already."""
+    report = ZooReport(config.to_dict(), ())
     if not file.exists():
-        return []
+        return report
     content = read_json(file, _WANTED)
     good = isinstance(content, dict) and isinstance(content.get("runs"), list)
     if not good or not isinstance(content.get("protocol"), dict):
@@ -302,7 +228,9 @@ def _earlier(file: Path, config: ZooConfig) -> list[dict[str, Any]]:
         file=str(file),
         **{k: f"{wanted[k]!r} (there {known.get(k)!r})" for k in different},
     )
-    return content["runs"]
+    return dataclasses.replace(
+        report, runs=tuple(content["runs"]), choices=content.get("choices", {})
+    )
 
 
 class _Lines:
@@ -322,14 +250,14 @@ class _Lines:
         if self.bar is not None:
             self.bar.close()
 
-    def _tell(self, line: str) -> None:
+    def _tell(self, line: str, runs: int) -> None:
         if self.bar is not None:
             self.bar.write(line, file=self.bar.fp)
-            self.bar.update()
+            self.bar.update(runs)
 
 
 register(
     "zoo",
-    Recipe(ZooConfig, ZooConfig, bench_zoo, folder=lambda c: f"zoo-{c.dataset}-{c.budget}"),
+    Recipe(ZooConfig, zoo, bench_zoo, folder=lambda c: f"zoo-{c.dataset}"),
     command="bench",
 )

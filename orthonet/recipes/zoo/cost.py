@@ -6,12 +6,11 @@ import time
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orthonet.losses import OffsetCrossEntropyLoss
 from orthonet.recipes.data.digits import Images
 from orthonet.recipes.images.config import TrainConfig
-from orthonet.recipes.images.train import build
 
 __all__ = ["StepCost", "step_cost"]
 
@@ -29,15 +28,16 @@ class StepCost(NamedTuple):
     saved_bytes: int
 
 
-def step_cost(config: TrainConfig, images: Images, *, steps: int = 4) -> StepCost:
-    """Measure some steps on a network of its own.
+def step_cost(config: TrainConfig, images: Images, model: nn.Module, *, steps: int = 4) -> StepCost:
+    """Measure some steps, which change the network.
 
     Args:
         config: What is trained.
         images: Where the batch comes from.
+        model: The network.
         steps: Steps that are timed, after one that is not.
     """
-    model = build(config).train()
+    model = model.to(config.device).train()
     x, y = (t[: config.batch_size].to(config.device) for t in images)
     loss_fn = OffsetCrossEntropyLoss(config.offset, config.temperature)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)

@@ -35,7 +35,7 @@ def zoo_figure(path: Path, report: ZooReport) -> Path:
     for place, row in zip(places, rows, strict=True):
         # attacks are made at positive radii only
         attacked = row["attacked"][middle - sum(r <= 0 for r in radii)]
-        label = f"PGD at {radii[middle]:g}" if place == 0 else None
+        label = f"under attack at {radii[middle]:g}" if place == 0 else None
         left.plot([100 * attacked] * 2, [place - 0.4, place + 0.4], color=ORANGE, lw=2, label=label)
     left.set(xlabel="test images (%)", xlim=(0, 100), yticks=list(places), yticklabels=names)
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, ncols=3)

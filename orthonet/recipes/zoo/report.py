@@ -16,7 +16,7 @@ HEADER = (
     "accuracy",
     "certified",
     "spread",
-    "PGD",
+    "attacked",
     "average radius",
     "constant",
     "ms a step",
@@ -36,11 +36,15 @@ class ZooReport:
         config: What was run, as plain values.
         runs: One dictionary for each method and seed.
         files: What was written.
+        choices: Learning rate and loss radius of each method, and what the others reached.
+        skipped: A sentence for each method that cannot run here.
     """
 
     config: Mapping[str, Any]
     runs: tuple[Mapping[str, Any], ...]
     files: tuple[Path, ...] = ()
+    choices: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     @property
     def radii(self) -> list[float]:
@@ -48,7 +52,7 @@ class ZooReport:
         return list(self.config["radii"])
 
     def rows(self) -> list[dict[str, Any]]:
-        """Means over the seeds, one row for each method, the best average radius first.
+        """Return means over the seeds, one row for each method, the best average radius first.
 
         The spread is the standard deviation of the certified accuracies, with the number of seeds
         as its divisor. The numbers of attacked, broken and non-finite results are sums; of a method
@@ -100,7 +104,7 @@ class ZooReport:
                     f"{1e3 * row['seconds_per_step']:.1f}",
                     f"{row['saved_bytes'] / 2**20:.1f}",
                     f"{row['parameters']:.0f}",
-                    f"{row['epochs']:.0f}",
+                    f"{row['epochs']:.3g}",
                     f"{row['broken']} of {row['attempts']}",
                     str(row["not_finite"]),
                 ]
@@ -109,7 +113,7 @@ class ZooReport:
 
     def line(self, run: Mapping[str, Any]) -> str:
         """One run as a line of text."""
-        start = f"{run['method']:<10} seed {run['seed']}"
+        start = f"{run['method']:<19} seed {run['seed']}"
         if not run["finite"]:
             return f"{start}  NOT FINITE: {run.get('reason', 'a parameter')}"
         return (
@@ -123,14 +127,15 @@ class ZooReport:
         radii = "/".join(f"{r:g}" for r in self.radii)
         config = self.config
         fixed = (
-            f"{config['parameters']} parameters, {config['epochs']} epochs"
-            if config["budget"] == "parameters"
-            else f"{config['cpu_seconds']:g} s of process time"
+            f"{config['budget']:g} CPU seconds"
+            if config["budget"]
+            else f"{config['epochs']} epochs"
         )
         lines = [
-            f"{config['dataset']}, budget {fixed}; accuracies in %, certified and under PGD at l2 "
-            f"{radii}; means of the seeds, constant: largest",
+            f"{config['dataset']}, {config['parameters']} parameters, {fixed}; accuracies in %, "
+            f"certified and under attack at l2 {radii}; means of the seeds, constant: largest",
             *_aligned(HEADER, self.cells()),
+            *self.skipped,
         ]
         if self.files:
             lines += ["written:", *(f"  {path}" for path in self.files)]
@@ -138,12 +143,16 @@ class ZooReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the file names, as JSON can hold it."""
-        return {"config": dict(self.config), "runs": [dict(run) for run in self.runs]}
+        return {
+            "config": dict(self.config),
+            "choices": dict(self.choices),
+            "runs": [dict(run) for run in self.runs],
+        }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ZooReport:
         """The inverse of `to_dict`."""
-        return cls(content["config"], tuple(content["runs"]))
+        return cls(content["config"], tuple(content["runs"]), choices=content.get("choices", {}))
 
 
 def _mean(values: Any) -> float:
