@@ -164,9 +164,9 @@ class ConformalBand:
         ends = _ends(owner, outputs)
         misses = _misses(owner, ends, targets)
         reach = _reach(owner, certificate, outputs, eps, inputs)
-        stays, may = _over(misses, reach), -_over(-misses, reach)
-        holds = [m <= self.threshold for m in (misses, stays, may)]
-        return coverage_of(*holds, confidence)
+        least, most = -_over(-misses, reach), _over(misses, reach)
+        clean, stays, may = (each <= self.threshold for each in (misses, most, least))
+        return coverage_of(clean, stays, may, confidence)
 
     def _grown(self, ends: Tensor, reach: Tensor) -> Tensor:
         """The ends moved outward by the threshold and the reach, rounded outward."""

@@ -148,7 +148,6 @@ def test_the_command_trains_it(config, tmp_path, capsys):
         {"temperature": 0.0},
         {"seed": -1},
         {"seeds": 0},
-        {"tune": True, "validation": True},
     ],
     ids=str,
 )

@@ -104,14 +104,6 @@ class SeriesConfig:
         for radius in self.radii:
             _checks.in_range(self, 0.0, 1e3, radii=radius)
         _checks.non_negative_int(self, seed=self.seed)
-        _checks.require(
-            not (self.tune and self.validation),
-            self,
-            "tune must go without validation",
-            "Leave validation out: tuning holds validation series out by itself",
-            tune=self.tune,
-            validation=self.validation,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
