@@ -179,7 +179,7 @@ def certified_pixel_accuracy(
         counts = labels.detach().to("cpu") != ignore
         labels = torch.where(counts, labels.detach().to("cpu"), 0)
     labels = checked_classes(owner, labels, (len(logits), *sizes), flat.shape[1])
-    number = counts.flatten(1).sum(1).double()
+    number = counts.flatten(1).sum(1)
     _checks.require(
         bool((number > 0).all()),
         owner,
@@ -200,9 +200,9 @@ def certified_pixel_accuracy(
         budget = plus(torch.full_like(e, reach), e)
         turned = _most_turned(margins, alone, budget)
         kept = torch.maximum(right - turned, alone.sum(1))
-        pixelwise.append(float((alone.sum(1) / number).mean()))
-        collective.append(float((kept / number).mean()))
-    clean = float((right / number).mean())
+        pixelwise.append(_mean_share(alone.sum(1), number))
+        collective.append(_mean_share(kept, number))
+    clean = _mean_share(right, number)
     return PixelAccuracy(tuple(map(float, radii)), clean, tuple(pixelwise), tuple(collective))
 
 
@@ -214,6 +214,13 @@ def _most_turned(margins: Tensor, alone: Tensor, budget: Tensor) -> Tensor:
     # A division, a square and a sum of at most all pixels, each rounded to nearest.
     sums = ratios.square().cumsum(1) * (1.0 - gamma(2 * ratios.shape[1] + 8))
     return (sums <= 1.0).sum(1)
+
+
+def _mean_share(counts: Tensor, of: Tensor) -> float:
+    """The mean of shares; of equal denominators the nearest float to it."""
+    if bool((of == of[0]).all()):
+        return int(counts.sum()) / int(of.sum())
+    return math.fsum((counts.double() / of).tolist()) / len(of)
 
 
 def _pixels(owner: str, logits: Tensor) -> tuple[Tensor, tuple[int, ...]]:
