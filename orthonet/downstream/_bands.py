@@ -12,7 +12,13 @@ from torch import Tensor
 from orthonet import _checks
 from orthonet.certify import LipschitzCertificate
 from orthonet.downstream._moves import checked_outputs, plus, rounding_of
-from orthonet.downstream._ranks import Coverage, checked_level, conformal_quantile, coverage_of
+from orthonet.downstream._ranks import (
+    Coverage,
+    checked_level,
+    checked_threshold,
+    conformal_quantile,
+    coverage_of,
+)
 from orthonet.linalg.bounds.rounding import mul_up
 
 __all__ = ["ConformalBand", "calibrate_band", "certified_interval"]
@@ -75,11 +81,17 @@ class ConformalBand:
         threshold: How far an interval reaches beyond the output or outputs.
         alpha: The share of misses that is allowed.
         samples: The number of calibration samples.
+
+    Raises:
+        ValueError: The threshold is NaN, or another value is out of range.
     """
 
     threshold: float
     alpha: float
     samples: int
+
+    def __post_init__(self) -> None:
+        checked_threshold(self, self.threshold, self.alpha, self.samples)
 
     def predict(self, outputs: Tensor) -> Tensor:
         r"""Return the intervals without robustness.

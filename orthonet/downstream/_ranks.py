@@ -14,7 +14,14 @@ from torch import Tensor
 from orthonet import _checks
 from orthonet.linalg.bounds.rounding import down, gamma
 
-__all__ = ["Coverage", "checked_level", "conformal_quantile", "coverage_of", "share_bound"]
+__all__ = [
+    "Coverage",
+    "checked_level",
+    "checked_threshold",
+    "conformal_quantile",
+    "coverage_of",
+    "share_bound",
+]
 
 
 def conformal_quantile(scores: Tensor, alpha: float) -> float:
@@ -189,6 +196,20 @@ def checked_level(owner: Any, **values: float) -> Fraction:
         **values,
     )
     return Fraction(repr(float(value)))
+
+
+def checked_threshold(owner: Any, threshold: float, alpha: float, samples: int) -> None:
+    """Require what a calibration returns."""
+    good = isinstance(threshold, (int, float)) and not math.isnan(threshold)
+    _checks.require(
+        good,
+        owner,
+        "threshold must be a number or infinity",
+        "Make it with calibrate_sets or calibrate_band",
+        threshold=threshold,
+    )
+    checked_level(owner, alpha=alpha)
+    _checks.non_negative_int(owner, samples=samples)
 
 
 def _risk(owner: str, confidence: float) -> float:

@@ -9,8 +9,14 @@ from torch import Tensor
 
 from orthonet.certify import LipschitzCertificate
 from orthonet.downstream._moves import checked_classes
-from orthonet.downstream._ranks import Coverage, checked_level, conformal_quantile, coverage_of
-from orthonet.downstream._scores import conformal_scores, score_bounds
+from orthonet.downstream._ranks import (
+    Coverage,
+    checked_level,
+    checked_threshold,
+    conformal_quantile,
+    coverage_of,
+)
+from orthonet.downstream._scores import conformal_scores, score_bounds, score_lipschitz
 
 __all__ = ["ConformalSets", "calibrate_sets"]
 
@@ -28,6 +34,9 @@ class ConformalSets:
         samples: The number of calibration samples.
         score: Name of the score.
         temperature: Temperature of the score.
+
+    Raises:
+        ValueError: The threshold is NaN, or another value is out of range.
     """
 
     threshold: float
@@ -35,6 +44,10 @@ class ConformalSets:
     samples: int
     score: str = "softmax"
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        checked_threshold(self, self.threshold, self.alpha, self.samples)
+        score_lipschitz(self.score, self.temperature)  # refuses what it does not know
 
     def predict(self, logits: Tensor) -> Tensor:
         r"""Return the sets without robustness, as truth values for each class.

@@ -101,6 +101,7 @@ Y = torch.zeros(3)
         (lambda c: calibrate_band(Y * math.nan, Y), "outputs must be finite"),
         (lambda c: calibrate_band(Y, Y.long()), "floating-point"),
         (lambda c: calibrate_band(Y, Y, 0.0), "alpha must be"),
+        (lambda c: ConformalBand(math.nan, 0.1, 9), "threshold must be"),
         (lambda c: certified_interval(Y, c, -1.0, None), "eps must be"),
         (lambda c: certified_interval(Y, 2.0, 1.0, None), "certificate must be"),
         (lambda c: certified_interval(Y, c, 1.0, torch.zeros(2, 2)), "dtype that was certified"),
