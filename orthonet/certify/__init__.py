@@ -8,7 +8,7 @@ from orthonet.certify._accuracy import certified_accuracy, certified_curve
 from orthonet.certify._bound import Bound, Row
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
-from orthonet.certify._radius import RadiusCurve, certified_radius
+from orthonet.certify._radius import RadiusCurve
 from orthonet.certify._sequence import recurrent_bound, sequence_bound
 from orthonet.certify.attacks.apgd import apgd_ensemble_l2, apgd_l2
 from orthonet.certify.attacks.pgd import (
@@ -65,7 +65,6 @@ __all__ = [
     "Affine",
     "Activation",
     "certified_accuracy",
-    "certified_radius",
     "certified_curve",
     "RadiusCurve",
     "empirical_accuracy",

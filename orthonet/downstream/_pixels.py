@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.certify import LipschitzCertificate, certified_radius
+from orthonet.certify import Bound, LipschitzCertificate
 from orthonet.downstream._moves import (
+    below,
     checked_classes,
     checked_outputs,
     plus,
@@ -77,14 +78,14 @@ def pixel_radii(
     if labels is not None:
         wanted = checked_classes(owner, labels, (len(logits), *sizes), flat.shape[1]).reshape(-1)
 
-    def radii(e: Tensor) -> Tensor:
-        """Of an l2 rounding for each image."""
-        off = e.repeat_interleave(math.prod(sizes))
-        margins = certified_radius(flat, 1.0, None, off, labels=wanted)
-        return _over_constants(margins.reshape(len(logits), *sizes), known)
+    costs = _costs(flat, wanted).reshape(len(logits), -1)
 
-    zero = torch.zeros(len(logits), dtype=torch.float64)
-    whole = radii(zero)
+    def radii(e: Tensor) -> Tensor:
+        """Of an l2 rounding for each image, which is made at both points."""
+        left = torch.where(costs > 0, below(costs, 2.0 * e[:, None]), 0.0)
+        return _over_constants(left, known).reshape(len(logits), *sizes)
+
+    whole = radii(torch.zeros(len(logits), dtype=torch.float64))
     if inputs is None:
         return whole
     # The rounding grows with the ball: count that of the ball of the largest radius.
@@ -187,18 +188,15 @@ def certified_pixel_accuracy(
         "Leave out the images without one",
         ignore=ignore,
     )
-    zero = torch.zeros(len(flat), dtype=torch.float64)
-    # How far the logits of a pixel must move until its class changes, from below.
-    margins = certified_radius(flat, 1.0, None, zero, labels=labels.reshape(-1))
-    margins = (margins.reshape(len(logits), -1)) * counts.flatten(1)
-    right = (margins > 0).sum(1)
+    costs = _costs(flat, labels.reshape(-1)).reshape(len(logits), -1) * counts.flatten(1)
+    right = (costs > 0).sum(1)
     pixelwise, collective = [], []
     for radius in map(float, radii):
         e = rounding_of(owner, certificate, logits, radius, inputs) * 2.0
-        alone = margins > plus(times(known, radius).expand(len(logits), -1), e[:, None])
+        alone = costs > plus(times(known, radius).expand(len(logits), -1), e[:, None])
         reach = mul_up(certificate.constant.value, radius)
         budget = plus(torch.full_like(e, reach), e)
-        turned = _most_turned(margins, alone, budget)
+        turned = _most_turned(costs, alone, budget)
         kept = torch.maximum(right - turned, alone.sum(1))
         pixelwise.append(_mean_share(alone.sum(1), number))
         collective.append(_mean_share(kept, number))
@@ -206,11 +204,19 @@ def certified_pixel_accuracy(
     return PixelAccuracy(tuple(map(float, radii)), clean, tuple(pixelwise), tuple(collective))
 
 
-def _most_turned(margins: Tensor, alone: Tensor, budget: Tensor) -> Tensor:
-    """The largest number of right pixels whose squared margins fit into the squared budget."""
+def _costs(flat: Tensor, labels: Tensor | None) -> Tensor:
+    """How far the logits of a pixel must move in l2 until its class changes, from below.
+
+    That is the radius of a classifier whose input is the logits, the identity.
+    """
+    return LipschitzCertificate(Bound(1.0), (), (flat.shape[1],)).radius(flat, labels=labels)
+
+
+def _most_turned(costs: Tensor, alone: Tensor, budget: Tensor) -> Tensor:
+    """The largest number of right pixels whose squared costs fit into the squared budget."""
     scale = budget.clamp_min(2.0**-500)
-    open_ = (margins > 0) & ~alone
-    ratios = torch.where(open_, margins / scale[:, None], math.inf).sort(1).values
+    open_ = (costs > 0) & ~alone
+    ratios = torch.where(open_, costs / scale[:, None], math.inf).sort(1).values
     # A division, a square and a sum of at most all pixels, each rounded to nearest.
     sums = ratios.square().cumsum(1) * (1.0 - gamma(2 * ratios.shape[1] + 8))
     return (sums <= 1.0).sum(1)
@@ -256,9 +262,8 @@ def _constants(
     return torch.minimum(found.reshape(-1), value)
 
 
-def _over_constants(margins: Tensor, constants: Tensor) -> Tensor:
-    """Margins divided by the constant of each pixel, rounded downward."""
-    flat = margins.flatten(1)
-    found = (flat / constants).nextafter(_DOWN).clamp_min(0.0)
+def _over_constants(costs: Tensor, constants: Tensor) -> Tensor:
+    """Costs divided by the constant of each pixel, rounded downward; a negative cost is 0."""
+    found = (costs / constants).nextafter(_DOWN).clamp_min(0.0)
     found = torch.where(constants == 0, math.inf, found)
-    return torch.where(flat > 0, found, 0.0).reshape(margins.shape)
+    return torch.where(costs > 0, found, 0.0)
