@@ -2,7 +2,8 @@
 
 The names below are the ones most programs need; the rest lives in the sub-packages `layers`,
 `constraints`, `manifolds`, `functional`, `init`, `reparametrizers`, `linalg`, `losses`, `optim`,
-`certify`, `convert`, `models`, `recipes` and `testing`. All are loaded when they are first used.
+`certify`, `downstream`, `convert`, `models`, `recipes` and `testing`. All are loaded when they are
+first used.
 """
 
 import ast

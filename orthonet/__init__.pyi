@@ -8,6 +8,7 @@ from torch.nn.utils.parametrize import cached as cached
 from orthonet import compat as compat
 from orthonet import constraints as constraints
 from orthonet import convert as convert
+from orthonet import downstream as downstream
 from orthonet import errors as errors
 from orthonet import functional as functional
 from orthonet import init as init

@@ -139,10 +139,11 @@ def private_reaches(arrows: dict[str, set[str]]) -> list[tuple[str, str]]:
 
 
 def entries() -> dict[str, int]:
-    """How many files and folders each folder of the library holds."""
+    """How many files and folders each folder of the library holds, but for an empty marker."""
+    left_out = {"__pycache__", "py.typed"}
     folders = [ROOT, *(f for f in ROOT.rglob("*") if f.is_dir())]
     return {
-        str(folder.relative_to(ROOT.parent)): sum(e.name != "__pycache__" for e in folder.iterdir())
+        str(folder.relative_to(ROOT.parent)): sum(e.name not in left_out for e in folder.iterdir())
         for folder in folders
         if folder.name != "__pycache__"
     }

@@ -23,7 +23,7 @@ LEVELS = (
     {"constraints"},
     {"layers"},
     {"certify"},
-    {"convert"},
+    {"convert", "downstream"},
     {"models"},
     {"recipes"},
     {"cli"},

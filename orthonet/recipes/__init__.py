@@ -14,6 +14,9 @@ from orthonet.recipes.data.digits import Images, Split, stratified_split
 from orthonet.recipes.data.folder import ImageFolders
 from orthonet.recipes.data.series import Series, SeriesSplit, load_series
 from orthonet.recipes.data.sets import load
+from orthonet.recipes.downstream.conformal import ConformalConfig, train_conformal
+from orthonet.recipes.downstream.regression import RegressionConfig, train_regression
+from orthonet.recipes.downstream.segmentation import SegmentationConfig, train_segmentation
 from orthonet.recipes.images.certify import certify_checkpoint
 from orthonet.recipes.images.checkpoint import load_checkpoint, save_checkpoint
 from orthonet.recipes.images.config import ORTHO_PARAMS, CertifyConfig, FolderConfig, TrainConfig
@@ -53,6 +56,7 @@ from orthonet.recipes.zoo.report import ZooReport
 __all__ = [
     "BeyondReport",
     "CertifyConfig",
+    "ConformalConfig",
     "Evaluation",
     "FlowConfig",
     "FolderConfig",
@@ -62,9 +66,11 @@ __all__ = [
     "ORTHO_PARAMS",
     "Option",
     "Recipe",
+    "RegressionConfig",
     "Report",
     "ResidualFlow",
     "SDFConfig",
+    "SegmentationConfig",
     "SequenceConfig",
     "SequenceReport",
     "SequenceResult",
@@ -111,8 +117,11 @@ __all__ = [
     "sphere_trace",
     "stratified_split",
     "train",
+    "train_conformal",
     "train_flow",
+    "train_regression",
     "train_sdf",
+    "train_segmentation",
     "train_sequences",
     "train_series",
     "train_w1",

@@ -9,6 +9,7 @@ import torch
 from orthonet import cli
 from orthonet.certify import sequence_bound
 from orthonet.recipes import SeriesConfig, load_series, train_series
+from orthonet.recipes.sequences import series
 from orthonet.recipes.sequences.series import series_model
 
 
@@ -48,27 +49,66 @@ def config(tmp_path):
 
 def test_certified_stays_below_attacked(config, tmp_path):
     report = train_series(config, tmp_path / "run")
-    by_name = {each.model: each for each in report.results}
-    assert list(by_name) == ["conv", "rnn", "lstm"]
+    assert [each.model for each in report.results] == ["conv", "rnn", "lstm"]
     for each in report.results:
         for radius, attacked in each.attacked.items():
             assert each.certified.get(radius, 0.0) <= attacked <= each.accuracy
-    assert by_name["conv"].constant == pytest.approx(1.0, abs=1e-6)
-    # 13 steps are 5 frames; an orthogonal network attains the bound of all states.
-    assert by_name["rnn"].constant == pytest.approx(sequence_bound(5).value, abs=1e-4)
-    assert by_name["lstm"].constant is None and by_name["lstm"].certified == {}
-    assert by_name["conv"].accuracy >= 0.7  # observed 1.0
-    assert by_name["conv"].certified[0.05] > 0.3  # observed 0.92
+    conv, rnn, lstm = report.results
+    assert conv.constant == pytest.approx(1.0, abs=1e-6)
+    # 13 steps are 5 frames; an orthogonal network attains the bound of the last state.
+    assert rnn.constant == pytest.approx(sequence_bound(5, final=True).value, abs=1e-4)
+    assert lstm.constant is None and lstm.certified == {}
+    assert conv.accuracy >= 0.7  # observed 1.0
+    assert conv.certified[0.05] > 0.3  # observed 0.92
     text = report.summary()
-    assert "- / " in text and all(str(path) in text for path in report.files)
+    assert "- / " in text and "±" not in text
+    assert all(str(path) in text for path in report.files)
     kept = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert kept["results"][0]["history"] == by_name["conv"].history
+    assert kept["results"][0]["history"] == conv.history and kept["tuning"] == {}
     assert (tmp_path / "run" / "certified_accuracy.png").read_bytes().startswith(b"\x89PNG")
     # Nothing is left to train; one model alone, at other radii, is judged from its state.
-    one = dataclasses.replace(config, models=("lstm",), radii=(0.1,))
-    again = train_series(one, tmp_path / "run", resume=True).results[0]
-    assert (again.accuracy, again.history) == (by_name["lstm"].accuracy, by_name["lstm"].history)
-    assert list(again.attacked) == [0.1]
+    one = dataclasses.replace(config, models=("lstm",), radii=(0.1,), seeds=2)
+    again = train_series(one, tmp_path / "run", resume=True)
+    first, second = again.results
+    assert (first.accuracy, first.history) == (lstm.accuracy, lstm.history)
+    assert second.seed == 1 and second.history != first.history
+    assert list(first.attacked) == [0.1]
+    assert "±" in again.summary() and "seed 0 to 1" in again.summary()
+
+
+@pytest.mark.slow
+def test_tuning_chooses_on_validation_series_alone(config, tmp_path, monkeypatch):
+    """The choice is the best of the grid, and the test series take no part in it."""
+    read, asked = series.load_series, []
+
+    def reading(name, root, *, validation):
+        asked.append(validation)
+        data = read(name, root, validation=validation)
+        if not validation:  # without them the choice would fail
+            data = data._replace(test=data.test._replace(y=data.test.y * 0))
+        return data
+
+    monkeypatch.setattr(series, "load_series", reading)
+    monkeypatch.setattr(series, "FRAMES", (3, 4))
+    monkeypatch.setattr(series, "LOSS_RADII", (0.5, 1.0))
+    short = dataclasses.replace(config, iterations=3, attack_steps=1, tune=True)
+    report = train_series(short, tmp_path / "run")
+    assert asked == [False, True, True, True]
+    assert {name: len(rows) for name, rows in report.tuning.items()} == {
+        "conv": 4,
+        "rnn": 8,
+        "lstm": 4,
+    }
+    for each in report.results:
+        rows = report.tuning[each.model]
+        best = max(rows, key=lambda row: (row["score"], -row["loss"]))
+        assert each.settings == {key: best[key] for key in ("lr", "radius", "frame")}
+        assert len({row["score"] for row in rows} | {row["loss"] for row in rows}) > 2
+    # In the chosen folder the same training stands that the settings alone would do.
+    conv = report.of("conv")[0]
+    plain = dataclasses.replace(short, tune=False, models=("conv",), **conv.settings)
+    again = train_series(plain, tmp_path / "again").results[0]
+    assert again.history == conv.history and again.accuracy == conv.accuracy
 
 
 def test_the_rnn_reads_frames_of_the_padded_series(config):
@@ -77,7 +117,7 @@ def test_the_rnn_reads_frames_of_the_padded_series(config):
     padded = torch.cat([x, torch.zeros(4, 2, 2)], 2)
     assert torch.equal(model(x), model(padded))
     seen = []
-    model.rnn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.rnn.rnn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(x)
     assert torch.equal(seen[0][:, 1], x[:, :, 3:6].flatten(1))
     state = torch.get_rng_state()
@@ -107,6 +147,7 @@ def test_the_command_trains_it(config, tmp_path, capsys):
         {"radii": (-1.0,)},
         {"temperature": 0.0},
         {"seed": -1},
+        {"seeds": 0},
     ],
     ids=str,
 )
