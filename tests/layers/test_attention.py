@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.attention import KINDS, core, published, starts, steepest
 from orthonet import layers
 from orthonet.certify import certify
 from orthonet.certify.rules import _NORMS
@@ -70,68 +71,21 @@ def varied(name: str, **options) -> nn.Module:
     return layer
 
 
-def steepest(f, z: torch.Tensor, steps: int, rate: float = 0.05) -> float:
-    """The largest Jacobian norm on the way of Adam up the norm, by power iteration."""
-    z = z.clone().requires_grad_()
-    optimizer = torch.optim.Adam([z], rate)
-    u, best = torch.randn_like(z), 0.0
-    for step in range(steps):
-        _, pull = torch.func.vjp(f, z.detach())
-        for _ in range(4 if step else 20):
-            u = pull(torch.func.jvp(f, (z.detach(),), (u,))[1])[0].detach()
-            u = u / u.norm().clamp_min(1e-300)
-        norm = torch.func.jvp(f, (z,), (u,))[1].norm()
-        best = max(best, float(norm.detach()))
-        optimizer.zero_grad()
-        (-norm).backward()
-        optimizer.step()
-    return best
-
-
-def starts(length: int, width: int) -> list[torch.Tensor]:
-    """Random, tiny and large tokens, equal ones, and one token between two distant groups."""
-    r = math.sqrt(row_moment(length) + 1.0)
-    sides = torch.zeros(length, width, dtype=torch.float64)
-    sides[:-1, 0] = r * (-1.0) ** torch.arange(length - 1)  # the last sees them under both masks
-    star = 0.9 * r * torch.eye(length, width, dtype=torch.float64)
-    draw = torch.randn(length, width, dtype=torch.float64)
-    scales = (1e-150, 1e-3, 0.3, 1.0, 3.0, 1e3, 1e150)
-    noise = 1e-2 * draw
-    return [s * draw for s in scales] + [0.0 * draw, sides + noise, star + noise, -star]
-
-
-def heads_of(layer: nn.Module):
-    """The map of one head before the projections, of constant C(N): they are the identity."""
-    with torch.no_grad():
-        for name in layer._names:
-            getattr(layer, name).weight = torch.eye(layer.embed_dim, dtype=torch.float64)
-    plain, factor = layer.to_plain().requires_grad_(False), layer._factor
-    return lambda z: plain(z) / factor
-
-
-CORES = {
-    "distance": partial(layers.DistanceAttention, bias=False, dtype=torch.float64),
-    "cosine": partial(
-        layers.CosineAttention, bias=False, dtype=torch.float64, temperature=3.0, max_rms=0.5
-    ),
-}
-
-
 def check_core(name: str, length: int, width: int, causal: bool, steps: int) -> float:
     """Assert that no Jacobian and no secant exceeds C(N); return C(N) over the steepest one."""
-    layer = CORES[name](width, 1, max_length=length, causal=causal).requires_grad_(False)
-    if name == "cosine":  # at the limit of the scores
-        nn.init.constant_(layer.logit, 50.0)
-    f, bound = heads_of(layer), layer.constant(length)
-    points, best = starts(length, width), 0.0
+    f, bound = core(name, length, width, causal)
+    draw, best = torch.randn(length, width, dtype=torch.float64), 0.0
+    extremes = [scale * draw for scale in (0.0, 1e-150, 1e150)]
+    searched = list(starts(length, width).values())
+    points = [*extremes, *searched]
     for z in points:
         matrix = jacobian(f, z)
         assert bool(matrix.isfinite().all())
         best = max(best, float(torch.linalg.matrix_norm(matrix, 2)))
-    for z in points[2:5] + points[-3:] if steps else ():
+    for z in searched if steps else ():
         best = max(best, steepest(f, z, steps))
     assert best <= bound * (1 + 1e-12)
-    for a in points[1:]:
+    for a in searched:
         for distance in (1e-2, 0.5, 3.0):
             b = a + distance * torch.randn_like(a)
             assert (f(a) - f(b)).norm() <= bound * (a - b).norm() * (1 + 1e-9)  # 1e3 cancels
@@ -140,7 +94,7 @@ def check_core(name: str, length: int, width: int, causal: bool, steps: int) -> 
 
 @JVP
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", CORES)
+@pytest.mark.parametrize("name", KINDS)
 def test_no_jacobian_and_no_secant_exceeds_the_constant(name, causal):
     for length, width in ((1, 3), (2, 1), (8, 2), (32, 1)):
         check_core(name, length, width, causal, steps=0)
@@ -149,7 +103,7 @@ def test_no_jacobian_and_no_secant_exceeds_the_constant(name, causal):
 @JVP
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", CORES)
+@pytest.mark.parametrize("name", KINDS)
 def test_ascent_of_the_jacobian_norm_stays_below_the_constant(name, causal):
     ratios = {
         (n, width): check_core(name, n, width, causal, steps=40)
@@ -169,7 +123,7 @@ def test_the_constant_of_distances_is_below_the_published_one():
             moment = row_moment(n)
             assert moment * math.exp(moment) >= (n - 1) / math.e
             assert moment * math.exp(moment) <= (n - 1) / math.e * (1 + 1e-8)
-            assert mean_shift(n, causal) < math.sqrt(n) * (4 * moment + 1)
+            assert mean_shift(n, causal) < published(n)
     assert all(mean_shift(n) < mean_shift(n, True) for n in range(2, 300))
 
 
