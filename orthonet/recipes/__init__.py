@@ -45,6 +45,9 @@ from orthonet.recipes.sequences.series import (
     SeriesResult,
     train_series,
 )
+from orthonet.recipes.text.data import python_topics
+from orthonet.recipes.text.models import LipschitzCharacters, PlainCharacters
+from orthonet.recipes.text.train import TextConfig, train_text
 from orthonet.recipes.zoo.bench import ZooConfig, bench_zoo
 from orthonet.recipes.zoo.report import ZooReport
 
@@ -57,8 +60,10 @@ __all__ = [
     "ImageFolders",
     "Images",
     "Inverse",
+    "LipschitzCharacters",
     "ORTHO_PARAMS",
     "Option",
+    "PlainCharacters",
     "Recipe",
     "Report",
     "ResidualFlow",
@@ -73,6 +78,7 @@ __all__ = [
     "SeriesSplit",
     "Spectrum",
     "Split",
+    "TextConfig",
     "Trace",
     "TrainConfig",
     "W1Config",
@@ -101,6 +107,7 @@ __all__ = [
     "mnist",
     "mnist5k",
     "option",
+    "python_topics",
     "register",
     "registered",
     "save_checkpoint",
@@ -112,5 +119,6 @@ __all__ = [
     "train_sdf",
     "train_sequences",
     "train_series",
+    "train_text",
     "train_w1",
 ]

@@ -75,7 +75,7 @@ def check_core(name: str, length: int, width: int, causal: bool, steps: int) -> 
     """Assert that no Jacobian and no secant exceeds C(N); return C(N) over the steepest one."""
     f, bound = core(name, length, width, causal)
     draw, best = torch.randn(length, width, dtype=torch.float64), 0.0
-    extremes = [scale * draw for scale in (0.0, 1e-150, 1e150)]
+    extremes = [scale * draw for scale in (0.0, 1e-150, 1e-3, 3.0, 1e3, 1e150)]
     searched = list(starts(length, width).values())
     points = [*extremes, *searched]
     for z in points:

@@ -62,6 +62,6 @@ def _attention(module: nn.Module, input_shape: Shape) -> Step:
     refuse_module(
         module,
         "dot-product attention has no Lipschitz constant: its scores are products of activations",
-        "Mix tokens by a constant matrix or a convolution instead, or bound the inputs and "
-        "register a rule for this class with @register_rule",
+        "Use orthonet.layers.DistanceAttention, CosineAttention or TokenMixing instead, or bound "
+        "the inputs and register a rule for this class with @register_rule",
     )

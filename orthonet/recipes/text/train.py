@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +127,7 @@ def train_text(
     Returns:
         The report, None in all processes of `torchrun` but the first. For each constant K, and for
         "plain", its figures are `loss_K` (nats a character of the rest of the text), `accuracy_K`
-        and `seconds_K` (CPU); for each K also `constant_K` (proved), `rounding_K` (largest proved
+        and `parameters_K`; for each K also `constant_K` (proved), `rounding_K` (largest proved
         error of the logits of a piece, float32), `steepest_K` (a secant of the certificate's
         search from below) and `certified_K` (share of characters that are predicted right whatever
         one character becomes).
@@ -142,14 +141,13 @@ def train_text(
     models, figures, history = nn.ModuleDict(), {}, []
     with joined("cpu") as rank:
         for name, constant in [("plain", None), *((f"{k:g}", k) for k in config.constants)]:
-            model, start = _model(config, constant), time.process_time()
+            model = _model(config, constant)
             lr = config.plain_lr if constant is None else config.lr
             switches = {"progress": progress, "resume": resume, "tensorboard": tensorboard}
             run = _Run(config.iterations, lr, config)
             rows = _trained(model, text, run, Path(out) / name, **switches)
             history += [{"constant": math.inf if constant is None else constant, **r} for r in rows]
             if rank == 0:
-                figures[f"seconds_{name}"] = time.process_time() - start
                 figures |= _measured(model, text, config, name, constant)
             models[name.replace(".", "_")] = model
     if rank != 0:
@@ -220,17 +218,19 @@ def _lines(config: TextConfig, found: dict[str, float], text: Text) -> tuple[str
         f"topics of Python {python} ({text.digest}), {config.length} characters, "
         f"{len(config.attention)} blocks ({', '.join(config.attention)}), "
         f"{config.iterations} steps of {config.batch_size}",
-        "model   nats  accuracy  proved constant  steepest  rounding  certified  CPU s",
+        "model   nats  accuracy  parameters  proved constant  steepest  rounding  certified",
     ]
     for name in ("plain", *(f"{k:g}" for k in config.constants)):
-        row = f"{name:6}  {found[f'loss_{name}']:.3f}  {100 * found[f'accuracy_{name}']:6.1f} %"
-        proof = " " * 47
+        row = (
+            f"{name:6}  {found[f'loss_{name}']:.3f}  {100 * found[f'accuracy_{name}']:6.1f} %"
+            f"  {found[f'parameters_{name}']:10.0f}"
+        )
         if name != "plain":
-            proof = (
+            row += (
                 f"  {found[f'constant_{name}']:15.8g}  {found[f'steepest_{name}']:8.3g}"
                 f"  {found[f'rounding_{name}']:8.1e}  {100 * found[f'certified_{name}']:7.1f} %"
             )
-        lines.append(f"{row}{proof}  {found[f'seconds_{name}']:5.0f}")
+        lines.append(row)
     return tuple(lines)
 
 
