@@ -2,14 +2,15 @@
 
     python -m benchmarks.attention
 
-One head between projections that are the identity, in float64, so that the constant is C(N). Adam
-climbs the norm of the Jacobian from random tokens of two scales, from one token between two
-distant groups, and from a star.
+One head in float64 between projections that are the identity, but for the sign of the keys of
+clipped attention, so that the constant is C(N). Adam climbs the norm of the Jacobian from random
+tokens of two scales, one token between two distant groups, a star, and a token that all see.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 import warnings
@@ -38,16 +39,20 @@ def published(length: int) -> float:
     return math.sqrt(length) * (4.0 * high + 1.0)
 
 
-def core(name: str, length: int, width: int, causal: bool) -> tuple[Callable[..., Tensor], float]:
-    """One head of a layer without its projections, and its proved constant."""
+def core(
+    name: str, length: int, width: int, causal: bool, sign: float = 1.0
+) -> tuple[Callable[..., Tensor], float]:
+    """One head of a layer without its projections but the sign of keys, and its constant."""
     options: dict[str, Any] = {"max_length": length, "causal": causal, "dtype": torch.float64}
     if name == "distance":
         layer: Any = layers.DistanceAttention(width, 1, bias=False, **options)
     else:
         layer = layers.CosineAttention(width, 1, bias=False, temperature=TEMPERATURE, **options)
         torch.nn.init.constant_(layer.logit, 50.0)  # at the limit of the scores
-    for projection in layer.children():
-        projection.weight = torch.eye(width, dtype=torch.float64)
+    for part, projection in layer.named_children():
+        projection.weight = (sign if part == "k_proj" else 1.0) * torch.eye(
+            width, dtype=torch.float64
+        )
     bound = layer.constant(length)
     plain, factor = layer.to_plain().requires_grad_(False), layer.lipschitz / bound
     return lambda z: plain(z) / factor, bound
@@ -61,6 +66,9 @@ def starts(length: int, width: int) -> dict[str, Tensor]:
     found["sides"] = 1e-2 * draw
     found["sides"][:-1, 0] += r * (-1.0) ** torch.arange(length - 1)  # the last sees all others
     found["star"] = 1e-2 * draw + 0.9 * r * torch.eye(length, width, dtype=torch.float64)
+    found["sink"] = 1e-2 * draw
+    found["sink"][:, 0] += 1.0
+    found["sink"][0, 0] -= 2.0  # seen by all others where keys have the other sign
     return found
 
 
@@ -70,7 +78,7 @@ def steepest(f: Callable[..., Tensor], z: Tensor, steps: int, rate: float = 0.05
     optimizer = torch.optim.Adam([z], rate)
     u, best = torch.randn_like(z), 0.0
     for step in range(steps):
-        _, pull = torch.func.vjp(f, z.detach())
+        pull: Any = torch.func.vjp(f, z.detach())[1]
         for _ in range(4 if step else 20):
             u = pull(torch.func.jvp(f, (z.detach(),), (u,))[1])[0].detach()
             u = u / u.norm().clamp_min(1e-300)
@@ -93,10 +101,10 @@ def measure(
                 torch.manual_seed(0)
                 start, found = time.process_time(), {}
                 bound = 0.0
-                for width in widths:
-                    f, bound = core(name, length, width, causal)
-                    for start_name, z in starts(length, width).items():
-                        found[start_name, width] = steepest(f, z, steps)
+                for width, sign in itertools.product(widths, (1.0, -1.0)[: 1 + (name == "cosine")]):
+                    f, bound = core(name, length, width, causal, sign)
+                    for place, z in starts(length, width).items():
+                        found[place, width, sign] = steepest(f, z, steps)
                 best = max(found, key=lambda key: found[key])
                 rows.append(
                     {
@@ -106,7 +114,7 @@ def measure(
                         "bound": bound,
                         "published": published(length) if name == "distance" else None,
                         "steepest": found[best],
-                        "start": f"{best[0]}, width {best[1]}",
+                        "start": f"{best[0]}, width {best[1]}, keys times {best[2]:g}",
                         "ratio": bound / found[best],
                         "seconds": time.process_time() - start,
                     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +64,7 @@ def sequence_of(module: nn.Module, input_shape: tuple[int, ...]) -> int:
     return input_shape[0]
 
 
-class SelfAttention(WithoutPlainWeight, nn.Module):
+class SelfAttention(WithoutPlainWeight, nn.Module, abc.ABC):
     """Self-attention between orthogonal projections, times lipschitz / constant(max_length)."""
 
     _projections: tuple[str, ...] = ()
@@ -180,17 +181,17 @@ class SelfAttention(WithoutPlainWeight, nn.Module):
                 y = y.masked_fill(padding[..., None], 0.0)
         return y.to(query.dtype)
 
+    @abc.abstractmethod
     def _heads(self) -> Callable[..., Tensor]:
         """Return the function of input, weights, mask and learned scale that the layer is."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _learned(self, dtype: torch.dtype) -> Tensor:
         """Return the learned factor of each head, (num_heads, 1, 1)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def constant(self, length: int) -> float:
         """Return C(N), the proved constant of the heads on sequences of this length."""
-        raise NotImplementedError
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -281,9 +282,9 @@ class SelfAttention(WithoutPlainWeight, nn.Module):
         scale = "" if self.lipschitz == 1.0 else f", lipschitz={self.lipschitz:g}"
         return f"{self.embed_dim}, {self.num_heads}, max_length={self.max_length}{causal}{scale}"
 
+    @abc.abstractmethod
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
         """Prove a bound of the Lipschitz constant from the weights that forward computes."""
-        raise NotImplementedError
 
 
 class _Tracer(fx.Tracer):
@@ -301,6 +302,8 @@ class _PlainAttention(nn.Module):
     """The layer of stock linear maps that is traced for export."""
 
     hidden: Tensor | None
+    learned: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, layer: SelfAttention) -> None:
         super().__init__()

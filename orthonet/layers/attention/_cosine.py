@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -143,13 +143,15 @@ class CosineAttention(SelfAttention):
     ) -> None:
         _checks.in_range(type(self), 1e-3, 20.0, temperature=temperature)
         _checks.in_range(type(self), 1e-6, 1e6, max_rms=max_rms)
-        unsupported: Any = (add_bias_kv, add_zero_attn, kdim, vdim)
         super().__init__(
             embed_dim,
             num_heads,
             dropout,
             bias,
-            *unsupported,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
             batch_first,
             device,
             dtype,

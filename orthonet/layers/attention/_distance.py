@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -151,13 +151,15 @@ class DistanceAttention(SelfAttention):
         lipschitz: float = 1.0,
         ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
     ) -> None:
-        unsupported: Any = (add_bias_kv, add_zero_attn, kdim, vdim)
         super().__init__(
             embed_dim,
             num_heads,
             dropout,
             bias,
-            *unsupported,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
             batch_first,
             device,
             dtype,

@@ -181,6 +181,8 @@ class TokenMixing(InnerWeight):
 class _PlainMixing(nn.Module):
     """The mixing with its present matrices, which is traced for export."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, layer: TokenMixing) -> None:
         super().__init__()
         self.weight = nn.Parameter(layer.parametrization().detach().clone())

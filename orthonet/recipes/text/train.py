@@ -201,11 +201,12 @@ def _measured(
     if constant is not None:
         certificate = certify(model, x[:2])
         proved, rounding = certificate.constant.value, certificate.rounding(x)
+        lower = certificate.lower
         best = logits.double().topk(2, -1).values
         lost = 2.0 * (proved + rounding[:, None])  # one character is a step of sqrt(2)
         found |= {
             "constant": proved,
-            "steepest": certificate.lower.value,
+            "steepest": 0.0 if lower is None else lower.value,
             "rounding": rounding.max().item(),
             "certified": (right & (best[..., 0] - best[..., 1] > lost)).float().mean().item(),
         }
