@@ -18,7 +18,7 @@ from orthonet.certify import certify
 from orthonet.recipes.beyond.report import BeyondReport, optimize
 from orthonet.recipes.running.figures import BLUE, GRAY, ORANGE, figure_of, save_figure
 from orthonet.recipes.running.folder import guarded
-from orthonet.recipes.running.options import check_choices, option
+from orthonet.recipes.running.options import check_choices, option, training_fields
 from orthonet.recipes.running.processes import joined, part_of
 from orthonet.recipes.running.registry import Recipe, register
 from orthonet.recipes.text.data import Text, python_topics, read_text
@@ -43,6 +43,7 @@ class TextConfig:
         lr: Highest learning rate of the Lipschitz transformers.
         plain_lr: Highest learning rate of the plain one.
         validation: Pieces of the rest of the text that are read in the end, at most.
+        radius: Distance within which predictions are certified; another character is at 1.41.
         seed: Seed of weights and batches.
 
     Raises:
@@ -52,16 +53,17 @@ class TextConfig:
     attention: tuple[str, ...] = option(
         ("mixing", "distance"), choices=("mixing", "distance", "cosine")
     )
-    constants: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0)
+    constants: tuple[float, ...] = option((1.0, 4.0, 16.0, 64.0), trains=False)
     length: int = 32
     characters: int = 64
     width: int = 64
     heads: int = 4
     batch_size: int = 32
     iterations: int = 600
-    lr: float = 0.01
-    plain_lr: float = 0.003
-    validation: int = 400
+    lr: float = option(0.01, trains=False)
+    plain_lr: float = option(0.003, trains=False)
+    validation: int = option(400, trains=False)
+    radius: float = option(0.1, trains=False)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,16 +89,17 @@ class TextConfig:
             heads=self.heads,
         )
         _checks.in_range(self, 1e-6, 1e3, lr=self.lr, plain_lr=self.plain_lr)
+        _checks.in_range(self, 0.0, 1e3, radius=self.radius)
         _checks.non_negative_int(self, seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What `optimize` reads."""
+    """What `optimize` reads, and with what it compares a run that goes on."""
 
     iterations: int
     lr: float
-    config: TextConfig
+    fields: dict[str, Any]
 
 
 @guarded
@@ -111,10 +114,10 @@ def train_text(
     r"""Train Lipschitz character transformers of several constants, and a plain one.
 
     The text is [`python_topics`][orthonet.recipes.python_topics], which Python ships. All models
-    have the same sizes, batches and number of steps. The input is one-hot, so that k other
-    characters are a step of length \(\sqrt{2k}\): where the largest logit is ahead of the second by
-    more than \(2 K \sqrt k\), and twice the error of its rounding, no exchange of k characters
-    changes the prediction. Into the folder `out` go `metrics.json`, `model.pt` with all
+    have the same sizes, batches and number of steps. The input is one-hot. Where the largest logit
+    is ahead of the second by more than \(\sqrt 2\,(K r + e)\), with the proved error e of the
+    rounding, no change of the input within the l2 distance r changes the prediction; another
+    character is at \(\sqrt 2\). Into the folder `out` go `metrics.json`, `model.pt` with all
     models, `text.png`, and a folder for each model.
 
     Args:
@@ -129,8 +132,8 @@ def train_text(
         "plain", its figures are `loss_K` (nats a character of the rest of the text), `accuracy_K`
         and `parameters_K`; for each K also `constant_K` (proved), `rounding_K` (largest proved
         error of the logits of a piece, float32), `steepest_K` (a secant of the certificate's
-        search from below) and `certified_K` (share of characters that are predicted right whatever
-        one character becomes).
+        search from below) and `certified_K` (share of characters that are predicted right wherever
+        the input moves within the radius).
 
     Raises:
         ModuleNotFoundError: A package of the extra `demo` is missing.
@@ -144,8 +147,8 @@ def train_text(
             model = _model(config, constant)
             lr = config.plain_lr if constant is None else config.lr
             switches = {"progress": progress, "resume": resume, "tensorboard": tensorboard}
-            run = _Run(config.iterations, lr, config)
-            rows = _trained(model, text, run, Path(out) / name, **switches)
+            run = _Run(config.iterations, lr, training_fields(config))
+            rows = _trained(model, text, config, run, Path(out) / name, **switches)
             history += [{"constant": math.inf if constant is None else constant, **r} for r in rows]
             if rank == 0:
                 figures |= _measured(model, text, config, name, constant)
@@ -169,9 +172,9 @@ def _model(config: TextConfig, constant: float | None) -> nn.Module:
 
 
 def _trained(
-    model: nn.Module, text: Text, run: _Run, folder: Path, **switches: bool
+    model: nn.Module, text: Text, config: TextConfig, run: _Run, folder: Path, **switches: bool
 ) -> list[dict[str, float]]:
-    generator, config = torch.Generator().manual_seed(run.config.seed), run.config
+    generator = torch.Generator().manual_seed(config.seed)
     folder.mkdir(parents=True, exist_ok=True)
 
     def loss_of() -> Tensor:
@@ -203,7 +206,7 @@ def _measured(
         proved, rounding = certificate.constant.value, certificate.rounding(x)
         lower = certificate.lower
         best = logits.double().topk(2, -1).values
-        lost = 2.0 * (proved + rounding[:, None])  # one character is a step of sqrt(2)
+        lost = math.sqrt(2.0) * (proved * config.radius + rounding[:, None])
         found |= {
             "constant": proved,
             "steepest": 0.0 if lower is None else lower.value,
@@ -247,7 +250,9 @@ def _picture(path: Path, config: TextConfig, found: dict[str, float]) -> Path:
         axes.plot(proved, values, "o-", color=BLUE, label="Lipschitz")
         axes.set(xscale="log", xlabel="proved constant")
     certified = [100.0 * found[f"certified_{n}"] for n in names]
-    panels[1].plot(proved, certified, "s:", color=ORANGE, label="certified for one exchange")
+    panels[1].plot(
+        proved, certified, "s:", color=ORANGE, label=f"certified within {config.radius:g}"
+    )
     panels[0].set(ylabel="nats a character")
     panels[1].set(ylabel="% of characters")
     for axes in panels:
