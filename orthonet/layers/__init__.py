@@ -36,6 +36,11 @@ from orthonet.layers._registry import (
     table,
 )
 from orthonet.layers._scale import FirstChannels, Scale
+from orthonet.layers.attention._block import LipschitzTransformerBlock
+from orthonet.layers.attention._clip import RMSClip
+from orthonet.layers.attention._cosine import CosineAttention
+from orthonet.layers.attention._distance import DistanceAttention
+from orthonet.layers.attention._mixing import TokenMixing
 from orthonet.layers.convolution.conv import OrthoConv1d, OrthoConv2d, OrthoConv3d
 from orthonet.layers.convolution.padding import SymmetricPad
 from orthonet.layers.convolution.transpose import (
@@ -103,6 +108,8 @@ __all__ = [
     "ConcatResidual",
     "ContractiveRNN",
     "ConvexResidual",
+    "CosineAttention",
+    "DistanceAttention",
     "FinalState",
     "FirstChannels",
     "FrobeniusConv2d",
@@ -122,6 +129,7 @@ __all__ = [
     "LiResLinear",
     "LinfLinear",
     "LipNeXtBlock2d",
+    "LipschitzTransformerBlock",
     "MaxMin",
     "Method",
     "Monotone",
@@ -142,6 +150,7 @@ __all__ = [
     "OrthoRNNCell",
     "PadToStride",
     "PrescaledResidual",
+    "RMSClip",
     "SLLConv2d",
     "SLLLinear",
     "SOCConv2d",
@@ -160,6 +169,7 @@ __all__ = [
     "SymmetricPad",
     "SpectralConvTranspose2d",
     "SpectralLinear",
+    "TokenMixing",
     "UnitNormLinear",
     "available",
     "make_conv",

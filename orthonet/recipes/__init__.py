@@ -49,6 +49,9 @@ from orthonet.recipes.sequences.series import (
     SeriesResult,
     train_series,
 )
+from orthonet.recipes.text.data import python_topics
+from orthonet.recipes.text.models import LipschitzCharacters, PlainCharacters
+from orthonet.recipes.text.train import TextConfig, train_text
 from orthonet.recipes.zoo.bench import bench_zoo
 from orthonet.recipes.zoo.config import ZooConfig
 from orthonet.recipes.zoo.report import ZooReport
@@ -63,8 +66,10 @@ __all__ = [
     "ImageFolders",
     "Images",
     "Inverse",
+    "LipschitzCharacters",
     "ORTHO_PARAMS",
     "Option",
+    "PlainCharacters",
     "Recipe",
     "RegressionConfig",
     "Report",
@@ -81,6 +86,7 @@ __all__ = [
     "SeriesSplit",
     "Spectrum",
     "Split",
+    "TextConfig",
     "Trace",
     "TrainConfig",
     "W1Config",
@@ -110,6 +116,7 @@ __all__ = [
     "mnist",
     "mnist5k",
     "option",
+    "python_topics",
     "register",
     "registered",
     "save_checkpoint",
@@ -124,5 +131,6 @@ __all__ = [
     "train_segmentation",
     "train_sequences",
     "train_series",
+    "train_text",
     "train_w1",
 ]

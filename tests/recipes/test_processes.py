@@ -93,6 +93,7 @@ TINY = {
     "w1": "--iterations 4 --hidden 8",
     "sdf": "--shape star --iterations 4 --hidden 8",
     "flow": "--iterations 4 --hidden 8",
+    "text": "--iterations 4 --width 8 --length 8 --constants 2 --validation 4",
 }
 
 
