@@ -95,7 +95,7 @@ class OrthoWeight(RecordedWeight):
         step = self.orthogonalizer
         if not isinstance(step, Orthogonalizer) or _torch.is_hooked(step):
             return None
-        return step.map if step.exact else None
+        return step.map
 
     @property
     def made_by(self) -> str:
@@ -130,7 +130,8 @@ class OrthoWeight(RecordedWeight):
             # processes.
             w = whole(stored).to(compute_dtype(stored.dtype))
             # A positive factor changes neither the value nor the exact gradient of such a map.
-            return self.orthogonalizer(w if self.map is not None else self.normalizer(w))
+            exact = self.map is not None and getattr(self.orthogonalizer, "exact", False)
+            return self.orthogonalizer(w if exact else self.normalizer(w))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

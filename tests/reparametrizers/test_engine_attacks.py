@@ -1,7 +1,10 @@
 """What an attack on the engine has found: reads and gradients that were those of something else."""
 
 import gc
+import os
+import signal
 import threading
+import warnings
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import orthonet
 from orthonet.errors import InPlaceEditWarning
 from orthonet.layers import OrthoConv2d, OrthoLinear
 from orthonet.reparametrizers import OrthoKernel, OrthoWeight
+from orthonet.reparametrizers.providers.engine import ENGINE
 
 D = torch.float64
 
@@ -161,6 +165,59 @@ def test_readers_beside_a_thread_that_invalidates():
     for thread in threads:
         thread.join()
     assert not errors
+
+
+def test_a_kernel_of_which_a_factor_moves_while_it_is_found(monkeypatch):
+    kernel = OrthoConv2d(4, 4, 3, dtype=D).parametrization
+    expected, find = cold(kernel).detach(), ENGINE._find
+
+    def moved(weight):
+        found = find(weight)
+        with torch.no_grad():
+            kernel.outer.original.add_(0.1)  # as an optimizer in another thread does
+        return found
+
+    monkeypatch.setattr(ENGINE, "_find", moved)
+    torch.testing.assert_close(kernel(), expected)
+    monkeypatch.undo()
+    torch.testing.assert_close(kernel(), cold(kernel))
+
+
+def test_kernels_whose_scores_are_made_in_inference_mode():
+    kernel = OrthoKernel(4, 4, (3, 3), (1, 1), dtype=D, ranks="free")
+    with torch.inference_mode():
+        kernel.scores = nn.Parameter(kernel.scores.clone())
+        torch.testing.assert_close(kernel(), cold(kernel))
+
+
+def test_kernels_that_share_a_batch_in_inference_mode():
+    kernels = [OrthoConv2d(4, 4, k, dtype=D) for k in (3, 5, 3)]  # the first and the last are one
+    with torch.inference_mode():
+        for kernel in kernels:
+            torch.testing.assert_close(kernel.weight, cold(lambda k=kernel: k.weight))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_fork_beside_a_thread_that_looks_at_parameters():
+    layer, held = OrthoLinear(4, 4), threading.Event()
+
+    def look():
+        with ENGINE.lock:
+            held.set()
+            threading.Event().wait(0.2)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    held.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: threads are running
+        child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # it waited for ever
+        good = bool(layer.weight.isfinite().all())
+        os._exit(0 if good else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    thread.join()
 
 
 def test_resuming_beside_a_frozen_twin_of_the_same_shape():

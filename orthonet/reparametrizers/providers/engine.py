@@ -60,22 +60,31 @@ class Record:
     """The value of one parameter at the center, and the state of the parameter that it belongs to.
 
     `value` is None for a parameter that does not stand at the center: there is nothing to look at.
+    `number` is that of the weight that it was made for, and `steps` are what makes its map.
     """
 
-    __slots__ = ("batch", "kept", "map", "parameter", "span", "stamp", "stream", "value")
+    __slots__ = (
+        *("batch", "kept", "number", "parameter", "span", "stamp", "steps", "stream", "value"),
+    )
 
     def __init__(
         self,
+        weight: Weight,
         parameter: weakref.ref[Tensor],
         stamp: _torch.Stamp,
         batch: Batch,
         span: tuple[int, int],
         value: Tensor | None,
     ) -> None:
-        self.parameter, self.batch, self.map, self.span = parameter, batch, batch.map, span
+        self.number, self.steps = number_of(weight), _torch.ModuleStamp(weight)
+        self.parameter, self.batch, self.span = parameter, batch, span
         self.value, self.kept = value, None if value is None else _torch.Stamp(value)
         tensor: Any = parameter()
         self.stamp, self.stream = stamp, _torch.current_stream(tensor)
+
+    def made_for(self, weight: Weight) -> bool:
+        """Whether it was made for `weight`, whose map is the same still: the map is not asked."""
+        return self.number == number_of(weight) and self.steps.holds(weight)
 
     def of(self, weight: Weight) -> bool:
         """Whether the parameter of `weight` is as it was."""
@@ -84,17 +93,15 @@ class Record:
 
     def holds(self, weight: Weight) -> bool:
         """Whether it is the value of the parameter of `weight` as that stands."""
-        p = weight._parameters.get("original")
         return (
-            p is not None
-            and self.parameter() is p
-            and self.stamp.holds(p)
+            self.of(weight)
             and (self.kept is None or self.value is None or self.kept.holds(self.value))
-            and (self.stream is None or self._same_stream(p))
+            and (self.stream is None or self._same_stream())
         )
 
-    def _same_stream(self, p: Tensor) -> bool:
+    def _same_stream(self) -> bool:
         """Neither work of another stream nor a CUDA graph, whose replay would not ask again."""
+        p: Any = self.parameter()
         return self.stream == _torch.current_stream(p) and not _torch.capturing(p)
 
 
@@ -346,7 +353,7 @@ class Engine:
             key = id(p)
             reference = weakref.ref(p, functools.partial(self._drop, key))
             record = self.records[key] = Record(
-                reference, stamps[key], batch, (first, count), value
+                weight, reference, stamps[key], batch, (first, count), value
             )
             if value is not None:
                 batch.records.append((weakref.ref(weight), record))
@@ -451,6 +458,10 @@ class Engine:
     def _find(self, weight: Weight) -> Found | None:
         """Find the records of all parts of `weight`, if all of them stand at the center."""
         composition = weight.composition()
+        if composition is not None and not all(
+            map(_torch.cannot_change_unseen, composition.scores)
+        ):
+            return None
         parts = (weight,) if composition is None else composition.parts
         records = [self._present(part) for part in parts]
         held = tuple(r for r in records if r is not None and r.value is not None)
@@ -458,6 +469,9 @@ class Engine:
 
     def _present(self, weight: Weight) -> Record | None:
         """The record of a matrix as it stands; looked at with all others that have none."""
+        record = self.records.get(id(weight._parameters.get("original")))
+        if record is not None and record.made_for(weight) and record.holds(weight):
+            return record
         held = member(weight)
         if held is None:
             return None
@@ -471,7 +485,7 @@ class Engine:
             with torch.inference_mode(False), torch.no_grad():
                 self.serve(list(self._unknown()), functools.partial(self.retract, move=False))
             record = self.records.get(id(p))
-        here = record is not None and record.map is held.map and record.holds(weight)
+        here = record is not None and record.batch.map is held.map and record.holds(weight)
         return record if here else None
 
     def _unknown(self) -> Iterator[Member]:
@@ -482,7 +496,7 @@ class Engine:
             if held is None or id(held.parameter) in seen or not manageable(weight, held.parameter):
                 continue
             record = self.records.get(id(held.parameter))
-            if record is None or record.map is not held.map or not record.holds(weight):
+            if record is None or record.batch.map is not held.map or not record.holds(weight):
                 seen.add(id(held.parameter))
                 yield held
 
@@ -500,7 +514,8 @@ class Engine:
         shared = batch.shared.get(key)
         if shared is None or number not in shared.places or not shared.current():
             make = self._packet if composition is None else self._family
-            shared = batch.shared[key] = make(weight, found, grad, home)
+            with torch.inference_mode(False):
+                shared = batch.shared[key] = make(weight, found, grad, home)
         return shared, shared.places[number]
 
     def _home(self, weight: Weight) -> object:
@@ -549,24 +564,25 @@ class Engine:
         wanted = [record.batch for record in found.records]
         mine: Any = weight.composition()
         alone = isinstance(home, tuple)
-        members = []
-        for other in (weight,) if alone else alive():
+        members: list[Any] = [(weight, mine, found.records)]  # also if another thread moves it now
+        for other in () if alone else alive():
             composition = other.composition()
-            if composition is None or composition.key != mine.key or not other.caching:
+            if other is weight or composition is None or composition.key != mine.key:
+                continue
+            if not other.caching or (grad and not (_learns(other) and self._home(other) == home)):
                 continue
             records = [
                 self.records.get(id(p._parameters.get("original"))) for p in composition.parts
             ]
             pairs = zip(records, composition.parts, wanted, strict=True)
-            here = all(
-                r is not None and r.value is not None and r.batch is batch and r.holds(p)
-                for r, p, batch in pairs
-            )
-            if here and (not grad or alone or (_learns(other) and self._home(other) == home)):
-                members.append((other, composition, records))
-        members.sort(key=lambda member: member[2][0].span)
+            held = [
+                r for r, p, b in pairs if r and r.value is not None and r.batch is b and r.holds(p)
+            ]
+            if len(held) == len(wanted):
+                members.append((other, composition, held))
+        members.sort(key=lambda member: member[2][0].span[0])
         parts = [
-            batch.centered.rows([records[i].span for _, _, records in members])  # type: ignore[union-attr]
+            cast(Centered, batch.centered).rows([records[i].span for _, _, records in members])
             for i, batch in enumerate(wanted)
         ]
         family = Family([c for _, c, _ in members], parts, grad)
