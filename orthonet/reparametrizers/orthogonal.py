@@ -176,15 +176,6 @@ class OrthoWeight(RecordedWeight):
         """Make the matrix itself the parameter."""
         self.assign_(self.compute())
 
-    def _require_shape(self, w: Tensor, owner: object) -> None:
-        _checks.require(
-            isinstance(w, Tensor) and w.shape == self.original.shape,
-            owner or self,
-            f"the weight must have shape {tuple(self.original.shape)}",
-            "Transpose or reshape it",
-            weight=w,
-        )
-
     def _set(self, w: Tensor) -> None:
         value = w.to(device=self.original.device, dtype=compute_dtype(self.original.dtype))
         for step in (self.orthogonalizer, self.normalizer):

@@ -29,6 +29,7 @@ __all__ = [
     "PROVIDERS",
     "SLOT",
     "Composition",
+    "EmptyInCopies",
     "Provider",
     "Weight",
     "alive",
@@ -43,6 +44,7 @@ SLOT = "_served"  # the attribute of a weight for what its provider has found
 NUMBER = "_number"  # ... and for its number in this process, as an int and as a tensor
 
 W = TypeVar("W", bound="Weight")
+E = TypeVar("E", bound="EmptyInCopies")
 
 _alive: dict[int, weakref.ref[Weight]] = {}
 _numbers = itertools.count()
@@ -82,6 +84,18 @@ PROVIDERS: list[Provider] = []
 
 COMPILED: list[Callable[[Weight], Tensor]] = []
 """At most one function that reads a weight inside of `torch.compile`, set by the providers."""
+
+
+class EmptyInCopies:
+    """A place of a module for what was computed: that of a copy or a pickled one is empty."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self: E, memo: dict[int, Any]) -> E:
+        return type(self)()
+
+    def __reduce__(self: E) -> tuple[type[E], tuple[()]]:
+        return type(self), ()
 
 
 class caching:  # noqa: N801 (spelled as torch.no_grad and torch.set_grad_enabled)
@@ -257,6 +271,16 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
     def update_base(self) -> None:
         """Express the present value by parameters anew; a map with a base takes it as the base."""
         self.assign_(self.evaluate())
+
+    def _require_shape(self, w: Tensor, owner: object, *, finite: bool = False) -> None:
+        good = isinstance(w, Tensor) and w.shape == self.shape
+        _checks.require(
+            good and (not finite or bool(w.isfinite().all())),
+            owner or self,
+            f"the weight must {'be finite and ' * finite}have shape {tuple(self.shape)}",
+            f"Transpose{', reshape or clean' if finite else ' or reshape'} it",
+            weight=w,
+        )
 
     def _refuse(self, owner: object) -> None:
         _checks.fail(

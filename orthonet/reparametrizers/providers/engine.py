@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -36,17 +37,23 @@ from orthonet.reparametrizers.providers.matrices import (
     groups_of,
     manageable,
     member,
+    members_of,
     stacked,
+    untied,
     write,
 )
 from orthonet.reparametrizers.providers.packet import Centered, Family, Packet
-from orthonet.reparametrizers.weight import SLOT, Composition, Weight, alive, caching, number_of
+from orthonet.reparametrizers.weight import (
+    SLOT,
+    Composition,
+    EmptyInCopies,
+    Weight,
+    alive,
+    caching,
+    number_of,
+)
 
-__all__ = [
-    "ENGINE",
-    "REEVALUATING_OPTIMIZERS",
-    "Engine",
-]
+__all__ = ["ENGINE", "REEVALUATING_OPTIMIZERS", "Engine"]
 
 REEVALUATING_OPTIMIZERS: set[type[Optimizer]] = {LBFGS}
 """Optimizers that compare parameters and gradients of several evaluations within one step.
@@ -56,6 +63,7 @@ optimizer of your own that does so.
 """
 
 
+@dataclass(slots=True, eq=False)
 class Record:
     """The value of one parameter at the center, and the state of the parameter that it belongs to.
 
@@ -63,24 +71,18 @@ class Record:
     `number` is that of the weight that it was made for, and `steps` are what makes its map.
     """
 
-    __slots__ = (
-        *("batch", "kept", "number", "parameter", "span", "stamp", "steps", "stream", "value"),
-    )
+    number: int
+    steps: _torch.ModuleStamp
+    parameter: weakref.ref[Tensor]
+    stamp: _torch.Stamp
+    batch: Batch
+    span: tuple[int, int]
+    value: Tensor | None
+    stream: Any
+    kept: _torch.Stamp | None = field(init=False)
 
-    def __init__(
-        self,
-        weight: Weight,
-        parameter: weakref.ref[Tensor],
-        stamp: _torch.Stamp,
-        batch: Batch,
-        span: tuple[int, int],
-        value: Tensor | None,
-    ) -> None:
-        self.number, self.steps = number_of(weight), _torch.ModuleStamp(weight)
-        self.parameter, self.batch, self.span = parameter, batch, span
-        self.value, self.kept = value, None if value is None else _torch.Stamp(value)
-        tensor: Any = parameter()
-        self.stamp, self.stream = stamp, _torch.current_stream(tensor)
+    def __post_init__(self) -> None:
+        self.kept = None if self.value is None else _torch.Stamp(self.value)
 
     def made_for(self, weight: Weight) -> bool:
         """Whether it was made for `weight`, whose map is the same still: the map is not asked."""
@@ -105,15 +107,14 @@ class Record:
         return self.stream == _torch.current_stream(p) and not _torch.capturing(p)
 
 
+@dataclass(slots=True, eq=False)
 class Batch:
     """The matrices of one group after one retraction, and who reads them together."""
 
-    __slots__ = ("centered", "map", "records", "shared")
-
-    def __init__(self, way: CenteredMap, centered: Centered | None) -> None:
-        self.map, self.centered = way, centered
-        self.records: list[tuple[weakref.ref[Weight], Record]] = []
-        self.shared: weakref.WeakValueDictionary[Any, Shared] = weakref.WeakValueDictionary()
+    map: CenteredMap
+    centered: Centered | None
+    records: list[tuple[weakref.ref[Weight], Record]] = field(default_factory=list)
+    shared: MutableMapping[Any, Shared] = field(default_factory=weakref.WeakValueDictionary)
 
 
 class Shared:
@@ -210,19 +211,13 @@ class Found:
         return any(p.requires_grad for p in self.scores)
 
 
-class Served:
-    """The place of a weight for what was found last: replaced as a whole, empty in copies."""
+class Served(EmptyInCopies):
+    """The place of a weight for what was found last, which is replaced as a whole."""
 
     __slots__ = ("found",)
 
     def __init__(self) -> None:
         self.found: Found | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Served:
-        return Served()
-
-    def __reduce__(self) -> tuple[type[Served], tuple[()]]:
-        return Served, ()
 
 
 Group = Sequence[Member]
@@ -265,50 +260,40 @@ class Engine:
         with self.lock, torch.inference_mode(False), torch.no_grad():
             owned = set(map(id, _torch.parameters_of(optimizer)))
             moved = self._moved(owned)
-            self._expire_scores(owned)
-            if moved:
-                self._clear_readers()
+            self._clear_readers(owned)
             if not isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
                 moved = [m for m in moved if m.parameter.requires_grad]
                 for share in tuple(self.shares):
                     moved = share(owned, moved)
                 self.serve(moved, self.retract)
 
-    def _expire_scores(self, owned: set[int]) -> None:
-        """Forget what was composed with scores that an optimizer may have moved without a trace."""
-        for weight in alive():
-            found = _served(weight).found
-            if found is not None and any(id(p) in owned for p in found.scores):
-                for record in found.records:
-                    record.batch.shared.clear()
-                _served(weight).found = None
-
     def _moved(self, owned: set[int]) -> list[Member]:
         """The matrices of an optimizer that have moved, in the order of their construction."""
-        moved: dict[int, Member | None] = {}
-        for weight in alive():
-            held = member(weight)
-            if held is None or id(held.parameter) not in owned:
-                continue
-            p = held.parameter
-            record = self.records.get(id(p))
+        moved = []
+        for held in members_of(owned):
+            p, record = held.parameter, self.records.get(id(held.parameter))
             # Fused optimizers do not count the version up, and some clear the gradients in `step`.
-            if not p.requires_grad and (record is None or record.holds(weight)):
+            if not p.requires_grad and (record is None or record.holds(held.weight)):
                 continue
             self.records.pop(id(p), None)
-            if not manageable(weight, p):
-                continue
-            tied = moved.setdefault(id(p), held)
-            if tied is not None and tied.map is not held.map:
-                moved[id(p)] = None  # tied weights of two maps have no common center
-        return [m for m in moved.values() if m is not None]
+            if manageable(held.weight, p):
+                moved.append(held)
+        return untied(moved)
 
-    def _clear_readers(self) -> None:
-        """Free what readers hold of values that are out of date."""
+    def _clear_readers(self, owned: set[int]) -> None:
+        """Free what readers hold of values that are out of date.
+
+        Also what was composed with scores that an optimizer may have moved without a trace.
+        """
         for weight in alive():
-            served = _served(weight)
-            if served.found is not None and not served.found.holds(weight):
-                served.found = None
+            found = _served(weight).found
+            if found is None:
+                continue
+            scored = any(id(p) in owned for p in found.scores)
+            for record in found.records if scored else ():
+                record.batch.shared.clear()
+            if scored or not found.holds(weight):
+                _served(weight).found = None
 
     def serve(self, members: Group, retracted: Retraction) -> None:
         """Bring the parameters to the center, or see which stand there, and record their values."""
@@ -350,11 +335,10 @@ class Engine:
             if batch.centered is not None and all(result.good[first : first + count]):
                 u = batch.centered.u
                 value = (u if u.ndim == 2 else u[first : first + count]).view(p.shape)
-            key = id(p)
+            number, steps, key = number_of(weight), _torch.ModuleStamp(weight), id(p)
             reference = weakref.ref(p, functools.partial(self._drop, key))
-            record = self.records[key] = Record(
-                weight, reference, stamps[key], batch, (first, count), value
-            )
+            place = (batch, (first, count), value, _torch.current_stream(p))
+            record = self.records[key] = Record(number, steps, reference, stamps[key], *place)
             if value is not None:
                 batch.records.append((weakref.ref(weight), record))
             first += count
@@ -477,7 +461,13 @@ class Engine:
             return None
         p = held.parameter
         if _torch.capturing(p):
-            _refuse_capture(weight)
+            _checks.fail(
+                weight,
+                "a weight cannot be read while a CUDA graph is captured, whose replay would not "
+                "see that it has changed",
+                "Capture orthonet.to_plain(model), or use torch.compile without CUDA graphs",
+                RuntimeError,
+            )
         record = self.records.get(id(p))
         if record is None or not record.holds(weight):
             if not manageable(weight, p):
@@ -600,16 +590,6 @@ def _served(weight: Weight) -> Served:
 def _learns(weight: Weight) -> bool:
     """Whether a parameter that the value depends on requires a gradient."""
     return any(p.requires_grad for p in weight.parameters())
-
-
-def _refuse_capture(weight: Weight) -> None:
-    _checks.fail(
-        weight,
-        "a weight cannot be read while a CUDA graph is captured, whose replay would not see that "
-        "it has changed",
-        "Capture orthonet.to_plain(model), or use torch.compile without CUDA graphs",
-        RuntimeError,
-    )
 
 
 ENGINE = Engine()
