@@ -36,6 +36,7 @@ __all__ = [
     "caching",
     "number_of",
     "numbered",
+    "served_by",
 ]
 
 GIVEN = "_given"  # the attribute of a part for its value, while something made of it is computed
@@ -53,6 +54,11 @@ _numbers = itertools.count()
 def number_of(weight: Weight) -> int:
     """The number of a weight in this process."""
     return vars(weight)[NUMBER][0]
+
+
+def served_by(weight: Weight) -> Served:
+    """The place of a weight for what its provider has found."""
+    return vars(weight)[SLOT]
 
 
 def numbered(number: int) -> Weight | None:
@@ -96,6 +102,15 @@ class EmptyInCopies:
 
     def __reduce__(self: E) -> tuple[type[E], tuple[()]]:
         return type(self), ()
+
+
+class Served(EmptyInCopies):
+    """What a provider has found last for a weight: replaced as a whole."""
+
+    __slots__ = ("found",)
+
+    def __init__(self) -> None:
+        self.found: Any = None
 
 
 class caching:  # noqa: N801 (spelled as torch.no_grad and torch.set_grad_enabled)
@@ -197,7 +212,7 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
     def _take_number(self) -> None:
         """Take a new number; a copy, also a shallow one, does not share what was found before."""
         number = next(_numbers)
-        vars(self).update({SLOT: None, NUMBER: (number, torch.tensor(number, device="cpu"))})
+        vars(self).update({SLOT: Served(), NUMBER: (number, torch.tensor(number, device="cpu"))})
 
     def _enroll(self) -> None:
         """Become known to the process; for modules that no constructor of this class has made."""

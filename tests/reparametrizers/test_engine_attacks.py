@@ -43,6 +43,57 @@ def test_tied_factors_of_kernels():
         torch.testing.assert_close(kernel.weight, cold(lambda k=kernel: k.weight))
 
 
+def test_kernels_that_share_their_only_matrix():
+    one, two = (OrthoConv2d(4, 4, 3, dtype=D) for _ in range(2))
+    two.parametrization.outer.original = one.parametrization.outer.original
+    x, parameters = torch.randn(2, 4, 5, 5, dtype=D), [*one.parameters(), *two.parameters()]
+
+    def gradients():
+        return torch.autograd.grad(two(one(x)).sin().sum(), parameters)
+
+    for ours, theirs in zip(gradients(), cold(gradients), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+SAME_BATCH = {
+    "square": lambda: OrthoLinear(6, 6, dtype=D),
+    "tall": lambda: OrthoLinear(6, 4, dtype=D),
+    "kernel": lambda: OrthoConv2d(4, 4, 3, dtype=D, ranks="free"),
+}
+
+
+@pytest.mark.parametrize("change", ["tie", "call", "scores", "part"])
+@pytest.mark.parametrize("make", SAME_BATCH.values(), ids=SAME_BATCH)
+def test_parameters_of_another_weight_of_the_same_batch(make, change):
+    def gradients():
+        return torch.autograd.grad(a.weight.sin().sum(), list(a.parameters())[1:])
+
+    a, b = make(), make()
+    mine, theirs = a.parametrization, b.parametrization
+    own, other = (list(weight.parameters())[-1] for weight in (mine, theirs))
+    for layer in (a, b):
+        layer.weight.sum().backward()  # both are read together, with gradients and without
+        with torch.no_grad():
+            layer.weight  # noqa: B018
+    if change == "call":
+        given = dict(theirs.named_parameters())
+        torch.testing.assert_close(functional_call(mine, given, ()), b.weight)
+    elif change == "tie":
+        for part in mine.modules():
+            part._parameters.update({n: other for n, p in part._parameters.items() if p is own})
+    elif hasattr(mine, "scores") and change == "part":
+        mine.bases = theirs.bases
+    elif hasattr(mine, "scores"):
+        flipped = {"scores": nn.Parameter(-theirs.scores.detach())}
+        torch.testing.assert_close(
+            functional_call(mine, flipped, ()), cold(lambda: functional_call(mine, flipped, ()))
+        )
+        mine.scores = flipped["scores"]
+    torch.testing.assert_close(a.weight, cold(lambda: a.weight))
+    for found, truth in zip(gradients(), cold(gradients), strict=True):
+        torch.testing.assert_close(found, truth)
+
+
 def test_a_new_weight_at_the_place_of_a_freed_one():
     for _ in range(20):
         one, two = OrthoWeight((6, 6), dtype=D), OrthoWeight((6, 6), dtype=D)

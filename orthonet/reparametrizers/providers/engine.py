@@ -13,8 +13,9 @@ above; elsewhere the weight is computed by its cold map. No read writes anything
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -46,11 +47,11 @@ from orthonet.reparametrizers.providers.packet import Centered, Family, Packet
 from orthonet.reparametrizers.weight import (
     SLOT,
     Composition,
-    EmptyInCopies,
     Weight,
     alive,
     caching,
     number_of,
+    served_by,
 )
 
 __all__ = ["ENGINE", "REEVALUATING_OPTIMIZERS", "Engine"]
@@ -123,19 +124,23 @@ class Shared:
     __slots__ = ("__weakref__", "computation", "constants", "graphed", "places", "scores", "stamps")
 
     def __init__(
-        self,
-        computation: Computation,
-        weights: Sequence[Weight],
-        scores: Sequence[Tensor] = (),
-        composed: bool = False,
+        self, computation: Computation, members: Iterable[tuple[Weight, Held]], composed: bool
     ) -> None:
+        # Of what each value is, because a weight may be given other parameters of the same batch.
+        self.places = {number_of(w): (i, held) for i, (w, held) in enumerate(members)}
+        scores = [p for _, held in self.places.values() for p in held if isinstance(p, Tensor)]
         self.scores = [(p, _torch.Stamp(p)) for p in scores]
         self.computation = computation
         self.constants = computation.outputs
         # Readers are given these tensors; those of a packet have their stamps in the records.
         self.stamps = tuple(map(_torch.Stamp, self.constants)) if composed else ()
         self.graphed: tuple[Tensor, ...] | None = None
-        self.places = {number_of(w): i for i, w in enumerate(weights)}
+
+    def place_of(self, weight: Weight, found: Found) -> int | None:
+        """The place of the value of `weight`; None if it is not among the outputs as it stands."""
+        place, held = self.places.get(number_of(weight), (None, ()))
+        wanted = (*found.records, *found.scores)
+        return place if _same(held, wanted) and self.current() else None
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The outputs as functions of the parameters, one node for all reads of a step."""
@@ -158,7 +163,9 @@ class Shared:
 class Found:
     """What a read of one weight has found, and what it holds for."""
 
-    __slots__ = ("constant", "given", "parts", "records", "scores", "shared", "stamps", "steps")
+    __slots__ = (
+        *("constant", "given", "own", "parts", "records", "scores", "shared", "stamps", "steps"),
+    )
 
     def __init__(
         self, weight: Weight, records: tuple[Record, ...], composition: Composition | None
@@ -168,6 +175,7 @@ class Found:
         self.parts = () if composition is None else composition.parts
         self.scores = () if composition is None else composition.scores
         self.stamps = tuple(map(_torch.Stamp, self.scores))
+        self.own = _own(weight) if self.parts else ()
         # what makes the map of each of them
         self.steps = tuple(_torch.ModuleStamp(part) for part in self.parts or (weight,))
         self.shared: tuple[Shared, int] | None = None  # with gradients, and the place therein
@@ -197,6 +205,8 @@ class Found:
             if not stamp.holds(value):
                 return False
         parts = self.parts or (weight,)
+        if self.parts and not _same(_own(weight), self.own):
+            return False
         for record, part, step in zip(self.records, parts, self.steps, strict=True):
             if not (step.holds(part) and record.holds(part)):
                 return False
@@ -211,15 +221,7 @@ class Found:
         return any(p.requires_grad for p in self.scores)
 
 
-class Served(EmptyInCopies):
-    """The place of a weight for what was found last, which is replaced as a whole."""
-
-    __slots__ = ("found",)
-
-    def __init__(self) -> None:
-        self.found: Found | None = None
-
-
+Held = tuple[object, ...]  # the records and scores of a weight
 Group = Sequence[Member]
 Retraction = Callable[[Sequence[Group]], list[Moved]]  # of the parameters of groups
 # From the identities of the parameters of an optimizer, and those that it has moved, to the rest.
@@ -286,14 +288,14 @@ class Engine:
         Also what was composed with scores that an optimizer may have moved without a trace.
         """
         for weight in alive():
-            found = _served(weight).found
+            found = served_by(weight).found
             if found is None:
                 continue
             scored = any(id(p) in owned for p in found.scores)
             for record in found.records if scored else ():
                 record.batch.shared.clear()
             if scored or not found.holds(weight):
-                _served(weight).found = None
+                served_by(weight).found = None
 
     def serve(self, members: Group, retracted: Retraction) -> None:
         """Bring the parameters to the center, or see which stand there, and record their values."""
@@ -352,7 +354,7 @@ class Engine:
         """The value of `weight`, where its parameters stand at the center."""
         if SLOT not in vars(weight) or not weight.may_be_kept():
             return None
-        served = _served(weight)
+        served = served_by(weight)
         found = served.found
         if found is None or not found.holds(weight):
             with self.lock:
@@ -390,7 +392,7 @@ class Engine:
             if not any(differs(t, shared.constants[place]) for t in touched):
                 return
             for other in alive():
-                served = _served(other)
+                served = served_by(other)
                 if served.found is not None and served.found.touched():
                     served.found = None
         warn_edited()
@@ -401,7 +403,7 @@ class Engine:
         None where the weight does not stand at the center. No hook of a parameter runs.
         """
         with torch.no_grad():
-            found = _served(weight).found if self(weight) is not None else None
+            found = served_by(weight).found if self(weight) is not None else None
         if found is None:
             return None
         with self.lock, torch.inference_mode(False), torch.enable_grad():
@@ -419,7 +421,7 @@ class Engine:
         """
         with torch.no_grad():
             value = self(weight)
-            found = _served(weight).found if value is not None else None
+            found = served_by(weight).found if value is not None else None
             record = None if found is None else found.records[0]
             if record is not None and record.batch.centered is not None:
                 centered = record.batch.centered.rows([record.span])
@@ -430,7 +432,7 @@ class Engine:
     def frame(self, weight: Weight) -> tuple[Tensor, Tensor] | None:
         r"""The value and the frame of a square matrix at the center; None elsewhere."""
         value = self(weight)
-        found = _served(weight).found
+        found = served_by(weight).found
         if value is None or found is None or not value.requires_grad or found.shared is None:
             return None
         shared, place = found.shared
@@ -502,11 +504,13 @@ class Engine:
         else:
             key = (composition.key, *(id(record.batch) for record in found.records), grad, home)
         shared = batch.shared.get(key)
-        if shared is None or number not in shared.places or not shared.current():
+        place = None if shared is None else shared.place_of(weight, found)
+        if shared is None or place is None:
             make = self._packet if composition is None else self._family
             with torch.inference_mode(False):
                 shared = batch.shared[key] = make(weight, found, grad, home)
-        return shared, shared.places[number]
+            place = shared.places[number][0]
+        return shared, place
 
     def _home(self, weight: Weight) -> object:
         """What weights have in common that may share a node of the graph.
@@ -547,7 +551,7 @@ class Engine:
             [record.span for _, record, _ in members],
             batch.centered,  # type: ignore[arg-type]
         )
-        return Shared(packet, [other for other, _, _ in members])
+        return Shared(packet, [(other, (record,)) for other, record, _ in members], False)
 
     def _family(self, weight: Weight, found: Found, grad: bool, home: object) -> Shared:
         """All weights that are composed as this one is, of parts in the same batches."""
@@ -576,15 +580,16 @@ class Engine:
             for i, batch in enumerate(wanted)
         ]
         family = Family([c for _, c, _ in members], parts, grad)
-        scores = [p for _, c, _ in members for p in c.scores]
-        return Shared(family, [other for other, _, _ in members], scores, composed=True)
+        return Shared(family, [(other, (*r, *c.scores)) for other, c, r in members], True)
 
 
-def _served(weight: Weight) -> Served:
-    served = vars(weight)[SLOT]
-    if served is None:
-        served = vars(weight)[SLOT] = Served()
-    return served
+def _own(weight: Weight) -> tuple[object, ...]:
+    """The parts and scores of a composed weight."""
+    return (*weight._modules.values(), *weight._parameters.values())
+
+
+def _same(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def _learns(weight: Weight) -> bool:
