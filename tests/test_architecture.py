@@ -30,7 +30,8 @@ LEVELS = (
 )
 BASE = {"errors", "_checks", "_torch"}
 SEES = {room: set().union(*LEVELS[:i]) for i, level in enumerate(LEVELS) for room in level}
-SEES |= {"losses": BASE | {"functional"}, "optim": BASE | {"linalg", "manifolds"}}
+SEES |= {"losses": BASE | {"functional"}}
+SEES |= {"optim": BASE | {"linalg", "reparametrizers", "manifolds"}}
 for room in ("models", "recipes", "cli"):
     SEES[room] = SEES[room] | {"losses", "optim"}
 SEES["compat"] = set().union(*LEVELS[:-2], {"losses", "optim"})

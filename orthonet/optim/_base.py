@@ -1,4 +1,4 @@
-"""What the optimizers on the Stiefel manifold share: groups, checks, batches, ranks."""
+"""What the optimizers share: groups and their checks; on the Stiefel manifold batches and ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from orthonet.linalg.distributed import assign, exchange, put_, rank_and_size, w
 from orthonet.optim._batches import Block, blocks
 from orthonet.optim._stiefel_steps import residual, retract
 
-__all__ = ["StiefelOptimizer", "groups_or_tensors", "require_matrices", "require_orthogonal"]
+__all__ = [
+    "PointOptimizer",
+    "StiefelOptimizer",
+    "evaluated",
+    "require_matrices",
+    "require_orthogonal",
+]
 
 State = dict[str, Tensor]
 Read = tuple[Block, tuple[Tensor, Tensor, State]]  # a block; its points, gradients and states
@@ -62,7 +68,7 @@ def require_orthogonal(owner: object, params: Sequence[Tensor]) -> None:
         )
 
 
-def groups_or_tensors(owner: object, params: Any) -> list[Any]:
+def _groups_or_tensors(owner: object, params: Any) -> list[Any]:
     """The parameters as a list: tensors, groups, or pairs of a name and a tensor."""
     entries = [] if isinstance(params, (str, dict, Tensor)) else params
     found = list(entries) if hasattr(entries, "__iter__") else []
@@ -80,8 +86,81 @@ def groups_or_tensors(owner: object, params: Any) -> list[Any]:
     return found
 
 
-class StiefelOptimizer(Optimizer):
+class PointOptimizer(Optimizer):
+    """Base class of optimizers whose parameters are points: their groups, and what a step needs."""
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        super().__init__(_groups_or_tensors(self, params), defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters.
+
+        Raises:
+            NotOnManifoldError: A parameter is no point of its space.
+            ValueError: An option is out of range, or a parameter of the wrong kind.
+        """
+        group = {**self.defaults, **param_group}
+        params = group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        self._check_group(group)
+        self._check_points([p[1] if isinstance(p, tuple) else p for p in params], group)
+        super().add_param_group({**param_group, "params": params})
+
+    def _check_points(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Every parameter must be a point of its space."""
+        _checks.fail(self, "a subclass must define _check_points()", "Define it", TypeError)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """The options that the group has must be in range."""
+        if not isinstance(group["lr"], Tensor):
+            _checks.in_range(self, 0.0, float("inf"), lr=group["lr"])
+        _checks.in_range(self, 0.0, float("inf"), weight_decay=group["weight_decay"])
+        momentum, dampening = group.get("momentum", 0.0), group.get("dampening")
+        _checks.in_range(self, 0.0, float("inf"), momentum=momentum)
+        _checks.require(
+            dampening is None or not group["nesterov"] or (momentum > 0 and dampening == 0),
+            self,
+            "nesterov needs momentum > 0 and dampening = 0",
+            "Set momentum=0.9, or nesterov=False",
+            momentum=momentum,
+            dampening=dampening,
+        )
+        betas = group.get("betas", (0.0, 0.0))
+        _checks.require(
+            isinstance(betas, (tuple, list))
+            and len(betas) == 2
+            and all(isinstance(beta, (int, float, Tensor)) and 0.0 <= beta < 1.0 for beta in betas),
+            self,
+            "betas must be two numbers in [0, 1)",
+            "Use (0.9, 0.999)",
+            betas=betas,
+        )
+        _checks.in_range(self, 0.0, float("inf"), eps=group.get("eps", 0.0))
+
+    def _with_gradients(self, group: dict[str, Any]) -> list[Tensor]:
+        """The parameters of a group that have a gradient, which must be dense."""
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            _checks.require(
+                p.grad.layout is torch.strided,
+                self,
+                "gradients must be dense",
+                "Use sparse=False in the embedding",
+                layout=p.grad.layout,
+            )
+        return params
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """What the closure of a step returns, with gradients enabled; None without one."""
+    with torch.enable_grad():
+        return None if closure is None else closure()
+
+
+class StiefelOptimizer(PointOptimizer):
     """Base class: a subclass says what to do with one block, and with plain parameters.
+
+    A group with `stiefel=False` holds plain parameters.
 
     Attributes:
         process_group: The processes that share the work, or None.
@@ -92,44 +171,25 @@ class StiefelOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], process_group: Any) -> None:
         self.process_group = process_group
-        params = groups_or_tensors(self, params)
         super().__init__(params, {**defaults, "stiefel": True})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; with `stiefel=False` they are plain ones.
-
-        Raises:
-            NotOnManifoldError: A matrix is not semi-orthogonal.
-            ValueError: A parameter is no matrix, or an option is out of range.
-        """
-        group = {**self.defaults, **param_group}
-        params = group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        param_group = {**param_group, "params": params}
-        self._check_group(group)
-        if group["stiefel"]:
-            tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-            require_matrices(self, tensors)
-            require_orthogonal(self, tensors)
-            _checks.require(
-                group["weight_decay"] == 0,
-                self,
-                "weight_decay must be 0 on the manifold, where every matrix has the same norm and "
-                "the decay is normal to it",
-                "Leave it out, or give it to the groups with stiefel=False",
-                weight_decay=group["weight_decay"],
-            )
-        super().add_param_group(param_group)
+    def _check_points(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        if not group["stiefel"]:
+            return
+        require_matrices(self, params)
+        require_orthogonal(self, params)
+        _checks.require(
+            group["weight_decay"] == 0,
+            self,
+            "weight_decay must be 0 on the manifold, where every matrix has the same norm and "
+            "the decay is normal to it",
+            "Leave it out, or give it to the groups with stiefel=False",
+            weight_decay=group["weight_decay"],
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # a process group cannot be pickled; it is given anew
         return {**super().__getstate__(), "process_group": None}
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        lr, decay = group["lr"], group["weight_decay"]
-        if not isinstance(lr, Tensor):
-            _checks.in_range(self, 0.0, float("inf"), lr=lr)
-        _checks.in_range(self, 0.0, float("inf"), weight_decay=decay)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -141,20 +201,9 @@ class StiefelOptimizer(Optimizer):
         Returns:
             What the closure returned, or None.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                _checks.require(
-                    p.grad.layout is torch.strided,
-                    self,
-                    "gradients must be dense",
-                    "Use sparse=False in the embedding",
-                    layout=p.grad.layout,
-                )
+            params = self._with_gradients(group)
             if group["stiefel"]:
                 try:
                     self._step_on_manifold(params, group)

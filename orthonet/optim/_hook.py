@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from orthonet import _checks, _torch
@@ -15,6 +15,7 @@ from orthonet.linalg.distributed import assign, exchange, put_, rank_and_size, w
 from orthonet.optim._base import require_matrices, require_orthogonal
 from orthonet.optim._batches import blocks
 from orthonet.optim._stiefel_steps import retract, tangent
+from orthonet.reparametrizers import REEVALUATING_OPTIMIZERS
 
 __all__ = ["retract_after_step"]
 
@@ -64,8 +65,9 @@ def retract_after_step(
 
     Raises:
         NotOnManifoldError: A parameter is not semi-orthogonal now.
-        TypeError: The optimizer is LBFGS, which moves the parameters many times within one step
-            and compares gradients of different points as if they lay in one space.
+        TypeError: The optimizer is one of `orthonet.reparametrizers.REEVALUATING_OPTIMIZERS`
+            (LBFGS), which moves the parameters many times within one step and compares gradients of
+            different points as if they lay in one space.
         ValueError: A parameter is none of the optimizer's, or no matrix of float32 or float64.
 
     Examples:
@@ -83,7 +85,7 @@ def retract_after_step(
         optimizer=optimizer,
     )
     _checks.require(
-        not isinstance(optimizer, LBFGS),
+        not isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)),
         "retract_after_step",
         "the optimizer must move the parameters once in a step; LBFGS moves them for each of its "
         "evaluations and compares gradients of different tangent spaces",

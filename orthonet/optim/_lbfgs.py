@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from orthonet import _checks
 from orthonet.manifolds import Manifold, Rn
 from orthonet.optim._riemannian import RiemannianOptimizer
+from orthonet.reparametrizers import REEVALUATING_OPTIMIZERS
 
 __all__ = ["RiemannianLBFGS"]
 
@@ -252,6 +253,9 @@ class RiemannianLBFGS(RiemannianOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_pairs": []}  # the history begins anew
+
+
+REEVALUATING_OPTIMIZERS.add(RiemannianLBFGS)
 
 
 class _Found:

@@ -88,19 +88,6 @@ class StiefelSGD(StiefelOptimizer):
         }
         super().__init__(params, defaults, process_group)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        momentum, dampening = group["momentum"], group["dampening"]
-        _checks.in_range(self, 0.0, float("inf"), momentum=momentum)
-        _checks.require(
-            not group["nesterov"] or (momentum > 0 and dampening == 0),
-            self,
-            "nesterov needs momentum > 0 and dampening = 0",
-            "Set momentum=0.9, or nesterov=False",
-            momentum=momentum,
-            dampening=dampening,
-        )
-
     def _kept(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._matrices if group["momentum"] else ()
 
@@ -185,10 +172,6 @@ class StiefelAdam(StiefelOptimizer):
         self._versions: dict[Tensor, int] = {}  # of the parameters, as the last step left them
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, process_group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        _check_adam(self, group)
 
     def _direction(
         self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]
@@ -331,12 +314,10 @@ class StiefelMuon(StiefelOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        _checks.in_range(self, 0.0, float("inf"), momentum=group["momentum"])
         _checks.positive_int(self, ns_steps=group["ns_steps"])
         _checks.one_of(
             self, (torch.bfloat16, torch.float16, torch.float32), ns_dtype=group["ns_dtype"]
         )
-        _check_adam(self, group)
 
     def _direction(
         self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]
@@ -369,17 +350,3 @@ def _adam_factor(state: State, square: Tensor, group: dict[str, Any]) -> Tensor:
 def _mean_square(a: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True)
     return norm.square() / (a.shape[-2] * a.shape[-1])
-
-
-def _check_adam(owner: object, group: dict[str, Any]) -> None:
-    betas = group["betas"]
-    _checks.require(
-        isinstance(betas, (tuple, list))
-        and len(betas) == 2
-        and all(isinstance(beta, (int, float, Tensor)) and 0.0 <= beta < 1.0 for beta in betas),
-        owner,
-        "betas must be two numbers in [0, 1)",
-        "Use (0.9, 0.999)",
-        betas=betas,
-    )
-    _checks.in_range(owner, 0.0, float("inf"), eps=group["eps"])

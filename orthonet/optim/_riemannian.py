@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds import Manifold, Rn
-from orthonet.optim._base import groups_or_tensors
+from orthonet.optim._base import PointOptimizer, evaluated
 
 __all__ = ["RiemannianAdam", "RiemannianOptimizer", "RiemannianSGD", "check_point"]
 
@@ -50,39 +49,19 @@ def check_point(owner: object, space: Manifold, p: Tensor) -> None:
     )
 
 
-class RiemannianOptimizer(Optimizer):
+class RiemannianOptimizer(PointOptimizer):
     """Base class: a subclass moves one parameter.
 
     Every group has a `space`, by default `Rn()`; its parameters are points of it.
     """
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        super().__init__(groups_or_tensors(self, params), defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, points of its `space`.
-
-        Raises:
-            NotOnManifoldError: a parameter is off the space.
-            ValueError: an option is out of range.
-        """
-        group = {**self.defaults, **param_group}
-        params = group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        self._check_group(group)
+    def _check_points(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
-            tensor = p[1] if isinstance(p, tuple) else p
-            check_point(self, self.space_of(tensor, group), tensor)
-        super().add_param_group({**param_group, "params": params})
+            check_point(self, self.space_of(p, group), p)
 
     def space_of(self, p: Tensor, group: dict[str, Any]) -> Manifold:
         """Return the space of a parameter: that of its group, unless a subclass knows better."""
         return group["space"]
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        if not isinstance(group["lr"], Tensor):
-            _checks.in_range(self, 0.0, float("inf"), lr=group["lr"])
-        _checks.in_range(self, 0.0, float("inf"), weight_decay=group["weight_decay"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -97,24 +76,13 @@ class RiemannianOptimizer(Optimizer):
         Raises:
             ValueError: a gradient is sparse or not finite; nothing has been moved.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         found = [
-            (p, p.grad, group)
+            (p, cast(Tensor, p.grad), group)
             for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
+            for p in self._with_gradients(group)
         ]
         for p, grad, _ in found:
-            _checks.require(
-                grad.layout is torch.strided,
-                self,
-                "gradients must be dense",
-                "Use sparse=False in the embedding",
-                layout=grad.layout,
-            )
             _checks.require(
                 bool(grad.isfinite().all()),
                 self,
@@ -197,19 +165,6 @@ class RiemannianSGD(RiemannianOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        momentum, dampening = group["momentum"], group["dampening"]
-        _checks.in_range(self, 0.0, float("inf"), momentum=momentum)
-        _checks.require(
-            not group["nesterov"] or (momentum > 0 and dampening == 0),
-            self,
-            "nesterov needs momentum > 0 and dampening = 0",
-            "Set momentum=0.9, or nesterov=False",
-            momentum=momentum,
-            dampening=dampening,
-        )
-
     def _move(
         self, p: Tensor, g: Tensor, space: Manifold, state: Any, group: dict[str, Any]
     ) -> None:
@@ -282,18 +237,6 @@ class RiemannianAdam(RiemannianOptimizer):
             "space": Rn() if space is None else space,
         }
         super().__init__(params, defaults)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        for i, beta in enumerate(group["betas"]):
-            _checks.require(
-                0.0 <= beta < 1.0,
-                self,
-                f"betas[{i}] must be in [0, 1)",
-                "Use (0.9, 0.999)",
-                beta=beta,
-            )
-        _checks.in_range(self, 0.0, float("inf"), eps=group["eps"])
 
     def _move(
         self, p: Tensor, g: Tensor, space: Manifold, state: Any, group: dict[str, Any]

@@ -9,7 +9,6 @@ from orthonet.reparametrizers._normalizers import (
     L2Normalize,
 )
 from orthonet.reparametrizers._parameter_groups import parameter_groups
-from orthonet.reparametrizers._polar import BatchedPolarOrthogonalization
 from orthonet.reparametrizers._spectral import FourierWeight
 from orthonet.reparametrizers.groups import fuse, unfuse
 from orthonet.reparametrizers.orthogonal import OrthoWeight
@@ -17,6 +16,7 @@ from orthonet.reparametrizers.orthogonalizers import (
     BatchedBjorckOrthogonalization,
     BatchedCholeskyOrthogonalization,
     BatchedExponentialOrthogonalization,
+    BatchedPolarOrthogonalization,
     BatchedQROrthogonalization,
     Orthogonalizer,
 )

@@ -161,28 +161,17 @@ class OrthoKernel(Weight):
         return self._parts()[0].original.dtype
 
     def factors(self) -> KernelFactors:
-        """The present orthogonal factors, in the dtype of the computation."""
-        parts = (self.outer, self.embedding, self.bases)
-        outer, embedding, bases = (None if part is None else part.compute() for part in parts)
-        bases = None if bases is None else sharpened(bases)
-        return KernelFactors(outer, embedding, bases, self._weights())
-
-    def kept_factors(self) -> KernelFactors:
-        """As `factors`, each computed once per optimizer step and kept by its part.
+        """The present orthogonal factors, each computed once per optimizer step by its part.
 
         Those that are stored in half precision are computed at every call, since a part keeps its
         value in the dtype of its storage.
         """
-        if not self.caching or self.dtype != compute_dtype(self.dtype):
-            return self.factors()
+        kept = self.caching and self.dtype == compute_dtype(self.dtype)
         parts = (self.outer, self.embedding, self.bases)
-        outer, embedding, bases = (None if part is None else part() for part in parts)
+        outer, embedding, bases = (p and (p() if kept else p.compute()) for p in parts)
         bases = None if bases is None else sharpened(bases)
-        return KernelFactors(outer, embedding, bases, self._weights())
-
-    def _weights(self) -> Tensor | None:
-        """Zeros and ones, whose gradient goes to the scores."""
-        return None if self.scores is None else chosen(self._work(self.scores))
+        weights = None if self.scores is None else chosen(self._work(self.scores))
+        return KernelFactors(outer, embedding, bases, weights)
 
     @staticmethod
     def _work(stored: Tensor) -> Tensor:
@@ -201,7 +190,7 @@ class OrthoKernel(Weight):
         """Convolve (N, C_in, *sizes) without padding, factor by factor: no kernel is formed."""
         first = self._parts()[0].original
         with _torch.without_autocast(first):
-            factors = self.kept_factors()
+            factors = self.factors()
         geometry, gain = self.geometry, self.geometry.gain
         signal = x.unflatten(1, (geometry.groups, geometry.inner)).movedim(
             0, 2
@@ -314,14 +303,7 @@ class OrthoKernel(Weight):
         return distance
 
     def _fit(self, w: Tensor, owner: object, restarts: int) -> tuple[KernelFactors, float]:
-        good = isinstance(w, Tensor) and w.shape == self.shape
-        _checks.require(
-            good and bool(torch.isfinite(w).all()),
-            owner,
-            f"the kernel must be finite and have shape {tuple(self.shape)}",
-            "Transpose or clean it",
-            weight=w,
-        )
+        self._require_shape(w, owner, finite=True)
         g = self.geometry
         target = w.detach().double().reshape(g.groups, -1, *g.shape[1:]) / g.gain
         enough = torch.finfo(w.dtype).eps ** 0.5

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthonet import _checks
 from orthonet.reparametrizers._kernel import OrthoKernel
 from orthonet.reparametrizers.orthogonal import OrthoWeight
 from orthonet.reparametrizers.params import DEFAULT_ORTHO_PARAMS, OrthoParams
@@ -102,13 +101,7 @@ class ReshapedKernel(Weight):
         self.outer.reset_parameters()
 
     def _matrix(self, w: Tensor, owner: object) -> Tensor:
-        _checks.require(
-            isinstance(w, Tensor) and w.shape == self.shape,
-            owner,
-            f"the kernel must have shape {tuple(self.shape)}",
-            "Transpose or reshape it",
-            weight=w,
-        )
+        self._require_shape(w, owner)
         return w.reshape(self.outer.shape) / self._scale
 
     @torch.no_grad()

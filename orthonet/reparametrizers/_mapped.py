@@ -121,13 +121,7 @@ class MappedWeight(Weight):
 
     def _nearest(self, w: Tensor, owner: object) -> tuple[Tensor, float]:
         owner = owner or self
-        _checks.require(
-            isinstance(w, Tensor) and w.shape == self.weight_shape and bool(w.isfinite().all()),
-            owner,
-            f"the weight must be finite and have shape {self.weight_shape}",
-            "Transpose, reshape or clean it",
-            weight=w,
-        )
+        self._require_shape(w, owner, finite=True)
         _checks.require(
             self.inverse is not None or self.weight_shape == tuple(self.original.shape),
             owner,

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from orthonet import _checks
 from orthonet.linalg import block_convolution
 from orthonet.linalg.kernels.projector_product import multiplications, multiply_projectors
-from orthonet.linalg.matrix import add_identity
 
 __all__ = ["KernelFactors", "KernelGeometry", "chosen", "sharpened"]
 
@@ -190,7 +189,9 @@ def sharpened(bases: Tensor) -> Tensor:
     dimension. The gradient passes as it is: for orthonormal V the map is the identity.
     """
     held = bases.detach()
-    return bases.sub(held @ add_identity(held.mT @ held, -1.0), alpha=0.5)
+    defect = held.mT @ held
+    defect.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    return bases.sub(held @ defect, alpha=0.5)
 
 
 def chosen(scores: Tensor) -> Tensor:

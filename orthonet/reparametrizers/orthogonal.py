@@ -95,7 +95,7 @@ class OrthoWeight(RecordedWeight):
         step = self.orthogonalizer
         if not isinstance(step, Orthogonalizer) or _torch.is_hooked(step):
             return None
-        return step.map if step.exact else None
+        return step.map
 
     @property
     def made_by(self) -> str:
@@ -130,7 +130,8 @@ class OrthoWeight(RecordedWeight):
             # processes.
             w = whole(stored).to(compute_dtype(stored.dtype))
             # A positive factor changes neither the value nor the exact gradient of such a map.
-            return self.orthogonalizer(w if self.map is not None else self.normalizer(w))
+            exact = self.map is not None and getattr(self.orthogonalizer, "exact", False)
+            return self.orthogonalizer(w if exact else self.normalizer(w))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -174,15 +175,6 @@ class OrthoWeight(RecordedWeight):
     def update_base(self) -> None:
         """Make the matrix itself the parameter."""
         self.assign_(self.compute())
-
-    def _require_shape(self, w: Tensor, owner: object) -> None:
-        _checks.require(
-            isinstance(w, Tensor) and w.shape == self.original.shape,
-            owner or self,
-            f"the weight must have shape {tuple(self.original.shape)}",
-            "Transpose or reshape it",
-            weight=w,
-        )
 
     def _set(self, w: Tensor) -> None:
         value = w.to(device=self.original.device, dtype=compute_dtype(self.original.dtype))

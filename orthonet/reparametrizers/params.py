@@ -14,11 +14,11 @@ from torch import nn
 
 from orthonet import _checks, _torch
 from orthonet.reparametrizers._normalizers import BatchedIdentity, BatchedPowerIteration
-from orthonet.reparametrizers._polar import BatchedPolarOrthogonalization
 from orthonet.reparametrizers.orthogonalizers import (
     BatchedBjorckOrthogonalization,
     BatchedCholeskyOrthogonalization,
     BatchedExponentialOrthogonalization,
+    BatchedPolarOrthogonalization,
     BatchedQROrthogonalization,
 )
 
@@ -264,7 +264,7 @@ _ABOUT = {
     "default_test": (DEFAULT_TEST_ORTHO_PARAMS, "the same, with more steps"),
     "bjorck_pass_through": (
         BJORCK_PASS_THROUGH_ORTHO_PARAMS,
-        "the same, with a cheaper, approximate gradient",
+        "the same; away from the center, with a cheaper, approximate gradient",
     ),
     "polar": (POLAR_ORTHO_PARAMS, "the same, by polynomials or eigenvectors of the Gram matrix"),
     "exp": (EXP_ORTHO_PARAMS, "a base point, rotated by the exponential of a skew matrix"),

@@ -52,14 +52,7 @@ class CachedParametrizationList(Weight, ParametrizationList):
 
     def assign_(self, w: Tensor, owner: object = None) -> None:
         """Make `w` the value of the tensor."""
-        shape = self.shape
-        _checks.require(
-            w.shape == shape,
-            owner or self,
-            f"the tensor must have shape {tuple(shape)}",
-            "Reshape it, or constrain a tensor of that shape",
-            weight=w,
-        )
+        self._require_shape(w, owner)
         self.right_inverse(w)
 
     @torch.no_grad()

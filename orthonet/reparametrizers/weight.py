@@ -29,12 +29,14 @@ __all__ = [
     "PROVIDERS",
     "SLOT",
     "Composition",
+    "EmptyInCopies",
     "Provider",
     "Weight",
     "alive",
     "caching",
     "number_of",
     "numbered",
+    "served_by",
 ]
 
 GIVEN = "_given"  # the attribute of a part for its value, while something made of it is computed
@@ -43,6 +45,7 @@ SLOT = "_served"  # the attribute of a weight for what its provider has found
 NUMBER = "_number"  # ... and for its number in this process, as an int and as a tensor
 
 W = TypeVar("W", bound="Weight")
+E = TypeVar("E", bound="EmptyInCopies")
 
 _alive: dict[int, weakref.ref[Weight]] = {}
 _numbers = itertools.count()
@@ -51,6 +54,11 @@ _numbers = itertools.count()
 def number_of(weight: Weight) -> int:
     """The number of a weight in this process."""
     return vars(weight)[NUMBER][0]
+
+
+def served_by(weight: Weight) -> Served:
+    """The place of a weight for what its provider has found."""
+    return vars(weight)[SLOT]
 
 
 def numbered(number: int) -> Weight | None:
@@ -82,6 +90,27 @@ PROVIDERS: list[Provider] = []
 
 COMPILED: list[Callable[[Weight], Tensor]] = []
 """At most one function that reads a weight inside of `torch.compile`, set by the providers."""
+
+
+class EmptyInCopies:
+    """A place of a module for what was computed: that of a copy or a pickled one is empty."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self: E, memo: dict[int, Any]) -> E:
+        return type(self)()
+
+    def __reduce__(self: E) -> tuple[type[E], tuple[()]]:
+        return type(self), ()
+
+
+class Served(EmptyInCopies):
+    """What a provider has found last for a weight: replaced as a whole."""
+
+    __slots__ = ("found",)
+
+    def __init__(self) -> None:
+        self.found: Any = None
 
 
 class caching:  # noqa: N801 (spelled as torch.no_grad and torch.set_grad_enabled)
@@ -183,7 +212,7 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
     def _take_number(self) -> None:
         """Take a new number; a copy, also a shallow one, does not share what was found before."""
         number = next(_numbers)
-        vars(self).update({SLOT: None, NUMBER: (number, torch.tensor(number, device="cpu"))})
+        vars(self).update({SLOT: Served(), NUMBER: (number, torch.tensor(number, device="cpu"))})
 
     def _enroll(self) -> None:
         """Become known to the process; for modules that no constructor of this class has made."""
@@ -257,6 +286,16 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
     def update_base(self) -> None:
         """Express the present value by parameters anew; a map with a base takes it as the base."""
         self.assign_(self.evaluate())
+
+    def _require_shape(self, w: Tensor, owner: object, *, finite: bool = False) -> None:
+        good = isinstance(w, Tensor) and w.shape == self.shape
+        _checks.require(
+            good and (not finite or bool(w.isfinite().all())),
+            owner or self,
+            f"the weight must {'be finite and ' * finite}have shape {tuple(self.shape)}",
+            f"Transpose{', reshape or clean' if finite else ' or reshape'} it",
+            weight=w,
+        )
 
     def _refuse(self, owner: object) -> None:
         _checks.fail(

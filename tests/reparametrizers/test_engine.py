@@ -236,6 +236,21 @@ def test_gradients_are_those_of_the_cold_maps(make, preset, x):
         trained(net, 1)
 
 
+@nets
+def test_pass_through_is_read_with_the_exact_gradient(make, x):
+    net, exact = make("BJORCK_PASS_THROUGH"), make()
+    trained(net)
+    exact.load_state_dict(net.state_dict())
+    before = ENGINE.looks
+    assert_close(gradients(net, x), gradients(exact, x))  # observed 0
+    # its normalizer, of which the gradient is taken elsewhere, divides by sigma + 1e-4
+    for ours, theirs in zip(gradients(net, x), cold(lambda: gradients(net, x)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4 * float(ours.abs().max()))
+    step_of(net, x, torch.optim.Adam(net.parameters()))
+    gradients(net, x)
+    assert ENGINE.looks == before + 2  # of the loaded model, and of the step
+
+
 def test_gradient_against_the_closed_form():
     weight = OrthoWeight((9, 5), dtype=torch.float64)
     trained_by = torch.optim.SGD(weight.parameters(), 0.3)
@@ -455,11 +470,12 @@ def test_moving_average_and_swap(x):
 # ------------------------------------------------------------------ optimizers
 
 
-def test_lbfgs_is_left_alone(x):
+@pytest.mark.parametrize("make", [torch.optim.LBFGS, orthonet.optim.RiemannianLBFGS])
+def test_lbfgs_is_left_alone(make, x):
     ends = []
     for caching in (True, False):
         net = linear_net()
-        optimizer = torch.optim.LBFGS(net.parameters(), 0.1, max_iter=4)
+        optimizer = make(net.parameters(), 0.1, max_iter=4)
 
         def closure(net=net, optimizer=optimizer):
             optimizer.zero_grad()

@@ -1,7 +1,10 @@
 """What an attack on the engine has found: reads and gradients that were those of something else."""
 
 import gc
+import os
+import signal
 import threading
+import warnings
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import orthonet
 from orthonet.errors import InPlaceEditWarning
 from orthonet.layers import OrthoConv2d, OrthoLinear
 from orthonet.reparametrizers import OrthoKernel, OrthoWeight
+from orthonet.reparametrizers.providers.engine import ENGINE
 
 D = torch.float64
 
@@ -37,6 +41,57 @@ def test_tied_factors_of_kernels():
     last.outer.original = first.outer.original
     for kernel in kernels:
         torch.testing.assert_close(kernel.weight, cold(lambda k=kernel: k.weight))
+
+
+def test_kernels_that_share_their_only_matrix():
+    one, two = (OrthoConv2d(4, 4, 3, dtype=D) for _ in range(2))
+    two.parametrization.outer.original = one.parametrization.outer.original
+    x, parameters = torch.randn(2, 4, 5, 5, dtype=D), [*one.parameters(), *two.parameters()]
+
+    def gradients():
+        return torch.autograd.grad(two(one(x)).sin().sum(), parameters)
+
+    for ours, theirs in zip(gradients(), cold(gradients), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+SAME_BATCH = {
+    "square": lambda: OrthoLinear(6, 6, dtype=D),
+    "tall": lambda: OrthoLinear(6, 4, dtype=D),
+    "kernel": lambda: OrthoConv2d(4, 4, 3, dtype=D, ranks="free"),
+}
+
+
+@pytest.mark.parametrize("change", ["tie", "call", "scores", "part"])
+@pytest.mark.parametrize("make", SAME_BATCH.values(), ids=SAME_BATCH)
+def test_parameters_of_another_weight_of_the_same_batch(make, change):
+    def gradients():
+        return torch.autograd.grad(a.weight.sin().sum(), list(a.parameters())[1:])
+
+    a, b = make(), make()
+    mine, theirs = a.parametrization, b.parametrization
+    own, other = (list(weight.parameters())[-1] for weight in (mine, theirs))
+    for layer in (a, b):
+        layer.weight.sum().backward()  # both are read together, with gradients and without
+        with torch.no_grad():
+            layer.weight  # noqa: B018
+    if change == "call":
+        given = dict(theirs.named_parameters())
+        torch.testing.assert_close(functional_call(mine, given, ()), b.weight)
+    elif change == "tie":
+        for part in mine.modules():
+            part._parameters.update({n: other for n, p in part._parameters.items() if p is own})
+    elif hasattr(mine, "scores") and change == "part":
+        mine.bases = theirs.bases
+    elif hasattr(mine, "scores"):
+        flipped = {"scores": nn.Parameter(-theirs.scores.detach())}
+        torch.testing.assert_close(
+            functional_call(mine, flipped, ()), cold(lambda: functional_call(mine, flipped, ()))
+        )
+        mine.scores = flipped["scores"]
+    torch.testing.assert_close(a.weight, cold(lambda: a.weight))
+    for found, truth in zip(gradients(), cold(gradients), strict=True):
+        torch.testing.assert_close(found, truth)
 
 
 def test_a_new_weight_at_the_place_of_a_freed_one():
@@ -161,6 +216,59 @@ def test_readers_beside_a_thread_that_invalidates():
     for thread in threads:
         thread.join()
     assert not errors
+
+
+def test_a_kernel_of_which_a_factor_moves_while_it_is_found(monkeypatch):
+    kernel = OrthoConv2d(4, 4, 3, dtype=D).parametrization
+    expected, find = cold(kernel).detach(), ENGINE._find
+
+    def moved(weight):
+        found = find(weight)
+        with torch.no_grad():
+            kernel.outer.original.add_(0.1)  # as an optimizer in another thread does
+        return found
+
+    monkeypatch.setattr(ENGINE, "_find", moved)
+    torch.testing.assert_close(kernel(), expected)
+    monkeypatch.undo()
+    torch.testing.assert_close(kernel(), cold(kernel))
+
+
+def test_kernels_whose_scores_are_made_in_inference_mode():
+    kernel = OrthoKernel(4, 4, (3, 3), (1, 1), dtype=D, ranks="free")
+    with torch.inference_mode():
+        kernel.scores = nn.Parameter(kernel.scores.clone())
+        torch.testing.assert_close(kernel(), cold(kernel))
+
+
+def test_kernels_that_share_a_batch_in_inference_mode():
+    kernels = [OrthoConv2d(4, 4, k, dtype=D) for k in (3, 5, 3)]  # the first and the last are one
+    with torch.inference_mode():
+        for kernel in kernels:
+            torch.testing.assert_close(kernel.weight, cold(lambda k=kernel: k.weight))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_fork_beside_a_thread_that_looks_at_parameters():
+    layer, held = OrthoLinear(4, 4), threading.Event()
+
+    def look():
+        with ENGINE.lock:
+            held.set()
+            threading.Event().wait(0.2)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    held.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: threads are running
+        child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # it waited for ever
+        good = bool(layer.weight.isfinite().all())
+        os._exit(0 if good else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    thread.join()
 
 
 def test_resuming_beside_a_frozen_twin_of_the_same_shape():

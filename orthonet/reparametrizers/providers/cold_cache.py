@@ -29,7 +29,7 @@ from orthonet.reparametrizers.providers.defer import deferred, undeferred
 from orthonet.reparametrizers.providers.edits import warn_edited
 from orthonet.reparametrizers.providers.engine import ENGINE
 from orthonet.reparametrizers.providers.structure import STATE, Stamps, Structure
-from orthonet.reparametrizers.weight import GIVEN, Weight
+from orthonet.reparametrizers.weight import GIVEN, EmptyInCopies, Weight
 
 __all__ = ["count_step", "forget", "read", "slot_of"]
 
@@ -51,8 +51,8 @@ def forget(module: nn.Module) -> None:
             slot.current = None
 
 
-class Slot:
-    """What a module keeps; a copy or a pickled one is empty."""
+class Slot(EmptyInCopies):
+    """What a module keeps."""
 
     __slots__ = ("current", "lock", "off", "structure")
 
@@ -61,12 +61,6 @@ class Slot:
         self.structure: Structure | None = None  # one for which values may be kept
         self.lock = threading.RLock()
         self.off = False  # for good: what the module computes depends on more than can be seen
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
-        return Slot()
-
-    def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
-        return Slot, ()
 
 
 def slot_of(module: nn.Module) -> Slot:

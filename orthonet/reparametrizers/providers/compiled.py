@@ -169,7 +169,7 @@ def _(number: Tensor, parameters: Sequence[Tensor], grad: Tensor) -> list[Tensor
 def _turn(number: Tensor, parameter: Tensor, u: Tensor, s: Tensor) -> Tensor:
     weight = _weight(number, [parameter])
     with _torch.recording_in_kernel():
-        return ENGINE.turn(weight, u, s).clone(memory_format=torch.contiguous_format)
+        return ENGINE.turn(weight, u, s).contiguous()  # new memory in any case
 
 
 @_turn.register_fake

@@ -7,6 +7,7 @@ inputs to the outputs, owned by a `Computation`; the node pulls gradients back t
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,6 +25,12 @@ Gradients = tuple[Tensor | None, ...]
 SWAPPING = threading.RLock()
 """Held while a weight with a map has aliases in place of its parameters, and while the engine looks
 at parameters: another thread never takes an alias for a parameter."""
+if hasattr(os, "register_at_fork"):  # or a fork beside a thread that holds it never gets it
+    os.register_at_fork(
+        before=SWAPPING.acquire,
+        after_in_parent=SWAPPING.release,
+        after_in_child=SWAPPING.release,
+    )
 
 
 class Computation:

@@ -13,8 +13,10 @@ above; elsewhere the weight is computed by its cold map. No read writes anything
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -36,17 +38,23 @@ from orthonet.reparametrizers.providers.matrices import (
     groups_of,
     manageable,
     member,
+    members_of,
     stacked,
+    untied,
     write,
 )
 from orthonet.reparametrizers.providers.packet import Centered, Family, Packet
-from orthonet.reparametrizers.weight import SLOT, Composition, Weight, alive, caching, number_of
+from orthonet.reparametrizers.weight import (
+    SLOT,
+    Composition,
+    Weight,
+    alive,
+    caching,
+    number_of,
+    served_by,
+)
 
-__all__ = [
-    "ENGINE",
-    "REEVALUATING_OPTIMIZERS",
-    "Engine",
-]
+__all__ = ["ENGINE", "REEVALUATING_OPTIMIZERS", "Engine"]
 
 REEVALUATING_OPTIMIZERS: set[type[Optimizer]] = {LBFGS}
 """Optimizers that compare parameters and gradients of several evaluations within one step.
@@ -56,26 +64,30 @@ optimizer of your own that does so.
 """
 
 
+@dataclass(slots=True, eq=False)
 class Record:
     """The value of one parameter at the center, and the state of the parameter that it belongs to.
 
     `value` is None for a parameter that does not stand at the center: there is nothing to look at.
+    `number` is that of the weight that it was made for, and `steps` are what makes its map.
     """
 
-    __slots__ = ("batch", "kept", "map", "parameter", "span", "stamp", "stream", "value")
+    number: int
+    steps: _torch.ModuleStamp
+    parameter: weakref.ref[Tensor]
+    stamp: _torch.Stamp
+    batch: Batch
+    span: tuple[int, int]
+    value: Tensor | None
+    stream: Any
+    kept: _torch.Stamp | None = field(init=False)
 
-    def __init__(
-        self,
-        parameter: weakref.ref[Tensor],
-        stamp: _torch.Stamp,
-        batch: Batch,
-        span: tuple[int, int],
-        value: Tensor | None,
-    ) -> None:
-        self.parameter, self.batch, self.map, self.span = parameter, batch, batch.map, span
-        self.value, self.kept = value, None if value is None else _torch.Stamp(value)
-        tensor: Any = parameter()
-        self.stamp, self.stream = stamp, _torch.current_stream(tensor)
+    def __post_init__(self) -> None:
+        self.kept = None if self.value is None else _torch.Stamp(self.value)
+
+    def made_for(self, weight: Weight) -> bool:
+        """Whether it was made for `weight`, whose map is the same still: the map is not asked."""
+        return self.number == number_of(weight) and self.steps.holds(weight)
 
     def of(self, weight: Weight) -> bool:
         """Whether the parameter of `weight` is as it was."""
@@ -84,29 +96,26 @@ class Record:
 
     def holds(self, weight: Weight) -> bool:
         """Whether it is the value of the parameter of `weight` as that stands."""
-        p = weight._parameters.get("original")
         return (
-            p is not None
-            and self.parameter() is p
-            and self.stamp.holds(p)
+            self.of(weight)
             and (self.kept is None or self.value is None or self.kept.holds(self.value))
-            and (self.stream is None or self._same_stream(p))
+            and (self.stream is None or self._same_stream())
         )
 
-    def _same_stream(self, p: Tensor) -> bool:
+    def _same_stream(self) -> bool:
         """Neither work of another stream nor a CUDA graph, whose replay would not ask again."""
+        p: Any = self.parameter()
         return self.stream == _torch.current_stream(p) and not _torch.capturing(p)
 
 
+@dataclass(slots=True, eq=False)
 class Batch:
     """The matrices of one group after one retraction, and who reads them together."""
 
-    __slots__ = ("centered", "map", "records", "shared")
-
-    def __init__(self, way: CenteredMap, centered: Centered | None) -> None:
-        self.map, self.centered = way, centered
-        self.records: list[tuple[weakref.ref[Weight], Record]] = []
-        self.shared: weakref.WeakValueDictionary[Any, Shared] = weakref.WeakValueDictionary()
+    map: CenteredMap
+    centered: Centered | None
+    records: list[tuple[weakref.ref[Weight], Record]] = field(default_factory=list)
+    shared: MutableMapping[Any, Shared] = field(default_factory=weakref.WeakValueDictionary)
 
 
 class Shared:
@@ -115,19 +124,23 @@ class Shared:
     __slots__ = ("__weakref__", "computation", "constants", "graphed", "places", "scores", "stamps")
 
     def __init__(
-        self,
-        computation: Computation,
-        weights: Sequence[Weight],
-        scores: Sequence[Tensor] = (),
-        composed: bool = False,
+        self, computation: Computation, members: Iterable[tuple[Weight, Held]], composed: bool
     ) -> None:
+        # Of what each value is, because a weight may be given other parameters of the same batch.
+        self.places = {number_of(w): (i, held) for i, (w, held) in enumerate(members)}
+        scores = [p for _, held in self.places.values() for p in held if isinstance(p, Tensor)]
         self.scores = [(p, _torch.Stamp(p)) for p in scores]
         self.computation = computation
         self.constants = computation.outputs
         # Readers are given these tensors; those of a packet have their stamps in the records.
         self.stamps = tuple(map(_torch.Stamp, self.constants)) if composed else ()
         self.graphed: tuple[Tensor, ...] | None = None
-        self.places = {number_of(w): i for i, w in enumerate(weights)}
+
+    def place_of(self, weight: Weight, found: Found) -> int | None:
+        """The place of the value of `weight`; None if it is not among the outputs as it stands."""
+        place, held = self.places.get(number_of(weight), (None, ()))
+        wanted = (*found.records, *found.scores)
+        return place if _same(held, wanted) and self.current() else None
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The outputs as functions of the parameters, one node for all reads of a step."""
@@ -150,7 +163,9 @@ class Shared:
 class Found:
     """What a read of one weight has found, and what it holds for."""
 
-    __slots__ = ("constant", "given", "parts", "records", "scores", "shared", "stamps", "steps")
+    __slots__ = (
+        *("constant", "given", "own", "parts", "records", "scores", "shared", "stamps", "steps"),
+    )
 
     def __init__(
         self, weight: Weight, records: tuple[Record, ...], composition: Composition | None
@@ -160,6 +175,7 @@ class Found:
         self.parts = () if composition is None else composition.parts
         self.scores = () if composition is None else composition.scores
         self.stamps = tuple(map(_torch.Stamp, self.scores))
+        self.own = _own(weight) if self.parts else ()
         # what makes the map of each of them
         self.steps = tuple(_torch.ModuleStamp(part) for part in self.parts or (weight,))
         self.shared: tuple[Shared, int] | None = None  # with gradients, and the place therein
@@ -189,6 +205,8 @@ class Found:
             if not stamp.holds(value):
                 return False
         parts = self.parts or (weight,)
+        if self.parts and not _same(_own(weight), self.own):
+            return False
         for record, part, step in zip(self.records, parts, self.steps, strict=True):
             if not (step.holds(part) and record.holds(part)):
                 return False
@@ -203,21 +221,7 @@ class Found:
         return any(p.requires_grad for p in self.scores)
 
 
-class Served:
-    """The place of a weight for what was found last: replaced as a whole, empty in copies."""
-
-    __slots__ = ("found",)
-
-    def __init__(self) -> None:
-        self.found: Found | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Served:
-        return Served()
-
-    def __reduce__(self) -> tuple[type[Served], tuple[()]]:
-        return Served, ()
-
-
+Held = tuple[object, ...]  # the records and scores of a weight
 Group = Sequence[Member]
 Retraction = Callable[[Sequence[Group]], list[Moved]]  # of the parameters of groups
 # From the identities of the parameters of an optimizer, and those that it has moved, to the rest.
@@ -258,50 +262,40 @@ class Engine:
         with self.lock, torch.inference_mode(False), torch.no_grad():
             owned = set(map(id, _torch.parameters_of(optimizer)))
             moved = self._moved(owned)
-            self._expire_scores(owned)
-            if moved:
-                self._clear_readers()
+            self._clear_readers(owned)
             if not isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
                 moved = [m for m in moved if m.parameter.requires_grad]
                 for share in tuple(self.shares):
                     moved = share(owned, moved)
                 self.serve(moved, self.retract)
 
-    def _expire_scores(self, owned: set[int]) -> None:
-        """Forget what was composed with scores that an optimizer may have moved without a trace."""
-        for weight in alive():
-            found = _served(weight).found
-            if found is not None and any(id(p) in owned for p in found.scores):
-                for record in found.records:
-                    record.batch.shared.clear()
-                _served(weight).found = None
-
     def _moved(self, owned: set[int]) -> list[Member]:
         """The matrices of an optimizer that have moved, in the order of their construction."""
-        moved: dict[int, Member | None] = {}
-        for weight in alive():
-            held = member(weight)
-            if held is None or id(held.parameter) not in owned:
-                continue
-            p = held.parameter
-            record = self.records.get(id(p))
+        moved = []
+        for held in members_of(owned):
+            p, record = held.parameter, self.records.get(id(held.parameter))
             # Fused optimizers do not count the version up, and some clear the gradients in `step`.
-            if not p.requires_grad and (record is None or record.holds(weight)):
+            if not p.requires_grad and (record is None or record.holds(held.weight)):
                 continue
             self.records.pop(id(p), None)
-            if not manageable(weight, p):
-                continue
-            tied = moved.setdefault(id(p), held)
-            if tied is not None and tied.map is not held.map:
-                moved[id(p)] = None  # tied weights of two maps have no common center
-        return [m for m in moved.values() if m is not None]
+            if manageable(held.weight, p):
+                moved.append(held)
+        return untied(moved)
 
-    def _clear_readers(self) -> None:
-        """Free what readers hold of values that are out of date."""
+    def _clear_readers(self, owned: set[int]) -> None:
+        """Free what readers hold of values that are out of date.
+
+        Also what was composed with scores that an optimizer may have moved without a trace.
+        """
         for weight in alive():
-            served = _served(weight)
-            if served.found is not None and not served.found.holds(weight):
-                served.found = None
+            found = served_by(weight).found
+            if found is None:
+                continue
+            scored = any(id(p) in owned for p in found.scores)
+            for record in found.records if scored else ():
+                record.batch.shared.clear()
+            if scored or not found.holds(weight):
+                served_by(weight).found = None
 
     def serve(self, members: Group, retracted: Retraction) -> None:
         """Bring the parameters to the center, or see which stand there, and record their values."""
@@ -343,11 +337,10 @@ class Engine:
             if batch.centered is not None and all(result.good[first : first + count]):
                 u = batch.centered.u
                 value = (u if u.ndim == 2 else u[first : first + count]).view(p.shape)
-            key = id(p)
+            number, steps, key = number_of(weight), _torch.ModuleStamp(weight), id(p)
             reference = weakref.ref(p, functools.partial(self._drop, key))
-            record = self.records[key] = Record(
-                reference, stamps[key], batch, (first, count), value
-            )
+            place = (batch, (first, count), value, _torch.current_stream(p))
+            record = self.records[key] = Record(number, steps, reference, stamps[key], *place)
             if value is not None:
                 batch.records.append((weakref.ref(weight), record))
             first += count
@@ -361,7 +354,7 @@ class Engine:
         """The value of `weight`, where its parameters stand at the center."""
         if SLOT not in vars(weight) or not weight.may_be_kept():
             return None
-        served = _served(weight)
+        served = served_by(weight)
         found = served.found
         if found is None or not found.holds(weight):
             with self.lock:
@@ -399,7 +392,7 @@ class Engine:
             if not any(differs(t, shared.constants[place]) for t in touched):
                 return
             for other in alive():
-                served = _served(other)
+                served = served_by(other)
                 if served.found is not None and served.found.touched():
                     served.found = None
         warn_edited()
@@ -410,7 +403,7 @@ class Engine:
         None where the weight does not stand at the center. No hook of a parameter runs.
         """
         with torch.no_grad():
-            found = _served(weight).found if self(weight) is not None else None
+            found = served_by(weight).found if self(weight) is not None else None
         if found is None:
             return None
         with self.lock, torch.inference_mode(False), torch.enable_grad():
@@ -428,7 +421,7 @@ class Engine:
         """
         with torch.no_grad():
             value = self(weight)
-            found = _served(weight).found if value is not None else None
+            found = served_by(weight).found if value is not None else None
             record = None if found is None else found.records[0]
             if record is not None and record.batch.centered is not None:
                 centered = record.batch.centered.rows([record.span])
@@ -439,7 +432,7 @@ class Engine:
     def frame(self, weight: Weight) -> tuple[Tensor, Tensor] | None:
         r"""The value and the frame of a square matrix at the center; None elsewhere."""
         value = self(weight)
-        found = _served(weight).found
+        found = served_by(weight).found
         if value is None or found is None or not value.requires_grad or found.shared is None:
             return None
         shared, place = found.shared
@@ -451,6 +444,10 @@ class Engine:
     def _find(self, weight: Weight) -> Found | None:
         """Find the records of all parts of `weight`, if all of them stand at the center."""
         composition = weight.composition()
+        if composition is not None and not all(
+            map(_torch.cannot_change_unseen, composition.scores)
+        ):
+            return None
         parts = (weight,) if composition is None else composition.parts
         records = [self._present(part) for part in parts]
         held = tuple(r for r in records if r is not None and r.value is not None)
@@ -458,12 +455,21 @@ class Engine:
 
     def _present(self, weight: Weight) -> Record | None:
         """The record of a matrix as it stands; looked at with all others that have none."""
+        record = self.records.get(id(weight._parameters.get("original")))
+        if record is not None and record.made_for(weight) and record.holds(weight):
+            return record
         held = member(weight)
         if held is None:
             return None
         p = held.parameter
         if _torch.capturing(p):
-            _refuse_capture(weight)
+            _checks.fail(
+                weight,
+                "a weight cannot be read while a CUDA graph is captured, whose replay would not "
+                "see that it has changed",
+                "Capture orthonet.to_plain(model), or use torch.compile without CUDA graphs",
+                RuntimeError,
+            )
         record = self.records.get(id(p))
         if record is None or not record.holds(weight):
             if not manageable(weight, p):
@@ -471,7 +477,7 @@ class Engine:
             with torch.inference_mode(False), torch.no_grad():
                 self.serve(list(self._unknown()), functools.partial(self.retract, move=False))
             record = self.records.get(id(p))
-        here = record is not None and record.map is held.map and record.holds(weight)
+        here = record is not None and record.batch.map is held.map and record.holds(weight)
         return record if here else None
 
     def _unknown(self) -> Iterator[Member]:
@@ -482,7 +488,7 @@ class Engine:
             if held is None or id(held.parameter) in seen or not manageable(weight, held.parameter):
                 continue
             record = self.records.get(id(held.parameter))
-            if record is None or record.map is not held.map or not record.holds(weight):
+            if record is None or record.batch.map is not held.map or not record.holds(weight):
                 seen.add(id(held.parameter))
                 yield held
 
@@ -498,10 +504,13 @@ class Engine:
         else:
             key = (composition.key, *(id(record.batch) for record in found.records), grad, home)
         shared = batch.shared.get(key)
-        if shared is None or number not in shared.places or not shared.current():
+        place = None if shared is None else shared.place_of(weight, found)
+        if shared is None or place is None:
             make = self._packet if composition is None else self._family
-            shared = batch.shared[key] = make(weight, found, grad, home)
-        return shared, shared.places[number]
+            with torch.inference_mode(False):
+                shared = batch.shared[key] = make(weight, found, grad, home)
+            place = shared.places[number][0]
+        return shared, place
 
     def _home(self, weight: Weight) -> object:
         """What weights have in common that may share a node of the graph.
@@ -542,58 +551,50 @@ class Engine:
             [record.span for _, record, _ in members],
             batch.centered,  # type: ignore[arg-type]
         )
-        return Shared(packet, [other for other, _, _ in members])
+        return Shared(packet, [(other, (record,)) for other, record, _ in members], False)
 
     def _family(self, weight: Weight, found: Found, grad: bool, home: object) -> Shared:
         """All weights that are composed as this one is, of parts in the same batches."""
         wanted = [record.batch for record in found.records]
         mine: Any = weight.composition()
         alone = isinstance(home, tuple)
-        members = []
-        for other in (weight,) if alone else alive():
+        members: list[Any] = [(weight, mine, found.records)]  # also if another thread moves it now
+        for other in () if alone else alive():
             composition = other.composition()
-            if composition is None or composition.key != mine.key or not other.caching:
+            if other is weight or composition is None or composition.key != mine.key:
+                continue
+            if not other.caching or (grad and not (_learns(other) and self._home(other) == home)):
                 continue
             records = [
                 self.records.get(id(p._parameters.get("original"))) for p in composition.parts
             ]
             pairs = zip(records, composition.parts, wanted, strict=True)
-            here = all(
-                r is not None and r.value is not None and r.batch is batch and r.holds(p)
-                for r, p, batch in pairs
-            )
-            if here and (not grad or alone or (_learns(other) and self._home(other) == home)):
-                members.append((other, composition, records))
-        members.sort(key=lambda member: member[2][0].span)
+            held = [
+                r for r, p, b in pairs if r and r.value is not None and r.batch is b and r.holds(p)
+            ]
+            if len(held) == len(wanted):
+                members.append((other, composition, held))
+        members.sort(key=lambda member: member[2][0].span[0])
         parts = [
-            batch.centered.rows([records[i].span for _, _, records in members])  # type: ignore[union-attr]
+            cast(Centered, batch.centered).rows([records[i].span for _, _, records in members])
             for i, batch in enumerate(wanted)
         ]
         family = Family([c for _, c, _ in members], parts, grad)
-        scores = [p for _, c, _ in members for p in c.scores]
-        return Shared(family, [other for other, _, _ in members], scores, composed=True)
+        return Shared(family, [(other, (*r, *c.scores)) for other, c, r in members], True)
 
 
-def _served(weight: Weight) -> Served:
-    served = vars(weight)[SLOT]
-    if served is None:
-        served = vars(weight)[SLOT] = Served()
-    return served
+def _own(weight: Weight) -> tuple[object, ...]:
+    """The parts and scores of a composed weight."""
+    return (*weight._modules.values(), *weight._parameters.values())
+
+
+def _same(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def _learns(weight: Weight) -> bool:
     """Whether a parameter that the value depends on requires a gradient."""
     return any(p.requires_grad for p in weight.parameters())
-
-
-def _refuse_capture(weight: Weight) -> None:
-    _checks.fail(
-        weight,
-        "a weight cannot be read while a CUDA graph is captured, whose replay would not see that "
-        "it has changed",
-        "Capture orthonet.to_plain(model), or use torch.compile without CUDA graphs",
-        RuntimeError,
-    )
 
 
 ENGINE = Engine()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +10,18 @@ from torch import Tensor, nn
 
 from orthonet import _torch
 from orthonet.linalg.retraction import CenteredMap, Moved
-from orthonet.reparametrizers.weight import Weight
+from orthonet.reparametrizers.weight import Weight, alive
 
-__all__ = ["Member", "groups_of", "manageable", "member", "stacked", "write"]
+__all__ = [
+    "Member",
+    "groups_of",
+    "manageable",
+    "member",
+    "members_of",
+    "stacked",
+    "untied",
+    "write",
+]
 
 _ALONE_FROM = 384  # smaller side from which one matrix fills a processor
 _LARGEST = 2**22
@@ -35,6 +44,24 @@ def member(weight: Weight) -> Member | None:
     p = weight._parameters.get("original")
     way = None if p is None else weight.map
     return None if p is None or way is None else Member(weight, p, way)
+
+
+def members_of(identities: Container[int]) -> Iterator[Member]:
+    """The matrices of the process that are among these parameters."""
+    for weight in alive():
+        held = member(weight) if id(weight._parameters.get("original")) in identities else None
+        if held is not None:
+            yield held
+
+
+def untied(members: Iterable[Member]) -> list[Member]:
+    """One for each parameter; none for tied weights of two maps, which have no common center."""
+    found: dict[int, Member | None] = {}
+    for held in members:
+        first = found.setdefault(id(held.parameter), held)
+        if first is not None and first.map is not held.map:
+            found[id(held.parameter)] = None
+    return [held for held in found.values() if held is not None]
 
 
 def manageable(weight: Weight, p: Tensor) -> bool:

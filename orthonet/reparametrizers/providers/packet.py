@@ -26,8 +26,10 @@ class Centered(NamedTuple):
 
     def rows(self, spans: Sequence[tuple[int, int]]) -> Centered:
         """The matrices of some parameters, each given by its first matrix and their number."""
-        if self.u.ndim == 2:
-            return self
+        if self.u.ndim == 2:  # of several weights that share one matrix, as often as they read it
+            count = len(spans)
+            u, scale = (t.expand(count, *t.shape) for t in (self.u, self.scale))
+            return self if count == 1 else Centered(self.map, u, scale)
         first, last = spans[0][0], sum(spans[-1])
         if all(sum(a) == b[0] for a, b in itertools.pairwise(spans)):
             return Centered(self.map, self.u[first:last], self.scale[first:last])

@@ -21,9 +21,15 @@ from orthonet.linalg.distributed import assign, collect, exchange, hand_out, ran
 from orthonet.linalg.retraction import center, retract
 from orthonet.reparametrizers.providers.computation import attach
 from orthonet.reparametrizers.providers.engine import ENGINE, REEVALUATING_OPTIMIZERS
-from orthonet.reparametrizers.providers.matrices import Member, groups_of, member, stacked
+from orthonet.reparametrizers.providers.matrices import (
+    Member,
+    groups_of,
+    members_of,
+    stacked,
+    untied,
+)
 from orthonet.reparametrizers.providers.packet import Centered, Packet
-from orthonet.reparametrizers.weight import GIVEN, Weight, alive, caching
+from orthonet.reparametrizers.weight import GIVEN, Weight, caching
 
 __all__ = ["after_step", "centered_pieces", "cost", "flags", "forget", "owners", "read"]
 
@@ -91,25 +97,20 @@ def after_step(optimizer: Optimizer) -> None:
     """Bring to the center what `optimizer` holds in shards: a collective of their processes."""
     given = _torch.parameters_of(optimizer)
     places = {id(p): i for i, p in enumerate(given)}
-    moved: dict[int, Member | None] = {}
-    for weight in alive():
-        held = member(weight)
-        if held is None or id(held.parameter) not in places or not _torch.is_shard(held.parameter):
-            continue
-        _known.pop(weight, None)
-        if not (held.parameter.requires_grad and _manageable(weight, held.parameter)):
-            continue
-        place = places[id(held.parameter)]
-        tied = moved.setdefault(place, held)
-        if tied is not None and tied.map is not held.map:
-            moved[place] = None  # tied weights of two maps have no common center
-    if not moved or not caching.on or isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
+    found = [held for held in members_of(places) if _torch.is_shard(held.parameter)]
+    for held in found:
+        _known.pop(held.weight, None)
+    if not found or not caching.on or isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
         return
+    moved = untied(
+        held
+        for held in found
+        if held.parameter.requires_grad and _manageable(held.weight, held.parameter)
+    )
+    moved.sort(key=lambda held: places[id(held.parameter)])  # the same order in all processes
     meshes: dict[Any, list[Member]] = {}
-    for place in sorted(moved):  # the order of the optimizer is the same in all processes
-        held, mesh = moved[place], getattr(given[place], "device_mesh", None)
-        if held is not None:
-            meshes.setdefault(mesh, []).append(held)
+    for held in moved:
+        meshes.setdefault(getattr(held.parameter, "device_mesh", None), []).append(held)
     with ENGINE.lock:
         for members in meshes.values():
             _retract(members)
