@@ -43,6 +43,15 @@ def test_tied_factors_of_kernels():
         torch.testing.assert_close(kernel.weight, cold(lambda k=kernel: k.weight))
 
 
+def test_a_hook_inside_of_a_weight_that_the_cold_cache_keeps():
+    weight = OrthoWeight((4, 4), "exp", dtype=D)
+    value = weight().detach()
+    handle = weight.orthogonalizer.register_forward_hook(lambda module, args, output: 2 * output)
+    torch.testing.assert_close(weight().detach(), 2 * value)
+    handle.remove()
+    torch.testing.assert_close(weight().detach(), value)
+
+
 def test_kernels_that_share_their_only_matrix():
     one, two = (OrthoConv2d(4, 4, 3, dtype=D) for _ in range(2))
     two.parametrization.outer.original = one.parametrization.outer.original
