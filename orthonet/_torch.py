@@ -73,6 +73,7 @@ __all__ = [
     "parameters_of",
     "patched",
     "REQUIRED",
+    "forward_hook_tables",
     "forward_hooks",
     "has_global_forward_hooks",
     "run_backward",
@@ -322,6 +323,11 @@ def forward_hooks(module: nn.Module | None) -> list[Callable[..., Any]]:
     where, kind = (nn.modules.module, "_global") if module is None else (module, "")
     names = (f"{kind}_forward_pre_hooks", f"{kind}_forward_hooks")
     return [hook for name in names for hook in getattr(where, name).values()]
+
+
+def forward_hook_tables(module: nn.Module) -> list[dict[int, Any]]:
+    """Return the dictionaries in which a module keeps the hooks around its forward pass."""
+    return [module._forward_pre_hooks, module._forward_hooks]
 
 
 def has_global_forward_hooks() -> bool:

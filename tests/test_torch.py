@@ -385,6 +385,7 @@ def test_hooks_around_forward_are_listed():
     assert calls == ["before", "after"]
     before.remove()
     assert len(_torch.forward_hooks(module)) == 1
+    assert sum(map(len, _torch.forward_hook_tables(module))) == 1
     assert not _torch.has_global_forward_hooks()
     everywhere = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:

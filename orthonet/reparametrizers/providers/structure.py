@@ -56,7 +56,7 @@ class Structure:
             held += [value for d in contents for value in d.values()]
             if part is not module:
                 values = vars(part)
-                self.sized += [values, part._forward_hooks, part._forward_pre_hooks]
+                self.sized += [values, *_torch.forward_hook_tables(part)]
                 self.parts.append(_values(values, tuple(n for n in values if n not in INTERNAL)))
                 held += self.parts[-1][2]
         self.size = sum(map(len, self.sized))
