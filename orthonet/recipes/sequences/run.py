@@ -45,11 +45,7 @@ def train_sequences(
     Started by `torchrun`, the processes train together; the first one does the rest.
 
     Args:
-        config: What to run: `copying()` or `seq_mnist()`, changed as you like.
-        out: A folder, made if it is missing.
-        progress: Whether to show progress bars on the standard error stream.
-        resume: Whether to go on from the states in `out`, if there are any: `MODEL.state.pt`.
-        tensorboard: Whether to write every row of the training into `tensorboard` in `out` too.
+        config, out, progress, resume, tensorboard: As in [`train`][orthonet.recipes.train].
 
     Returns:
         The report; None in all processes of `torchrun` but the first.

@@ -257,11 +257,7 @@ def train_series(
     folder with its weights (`model.pt`, a state_dict), its history and its state.
 
     Args:
-        config: What to run.
-        out: A folder, made if it is missing.
-        progress: Whether to show progress bars on the standard error stream.
-        resume: Whether to go on from the states in `out`, if there are any.
-        tensorboard: Whether to write every row of the training for TensorBoard too.
+        config, out, progress, resume, tensorboard: As in [`train`][orthonet.recipes.train].
 
     Returns:
         The report; None in all processes of `torchrun` but the first.

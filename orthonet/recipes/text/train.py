@@ -121,11 +121,7 @@ def train_text(
     models, `text.png`, and a folder for each model.
 
     Args:
-        config: What to run.
-        out: A folder, made if it is missing.
-        progress: Whether to show a progress bar on the standard error stream.
-        resume: Whether to go on from `state.pt` in the folders of the models, if there is one.
-        tensorboard: Whether to write every row of the training into `tensorboard` in `out` too.
+        config, out, progress, resume, tensorboard: As in [`train`][orthonet.recipes.train].
 
     Returns:
         The report, None in all processes of `torchrun` but the first. For each constant K, and for
