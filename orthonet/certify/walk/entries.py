@@ -374,7 +374,7 @@ def _run(
     size = len(next(iter(env.values())))
     try:
         with torch.no_grad():
-            return linear_action(state, env, size, True, constants)
+            return linear_action(state, env, size, True, constants=constants)
     except ValueError:
         return None
 
