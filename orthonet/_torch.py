@@ -84,6 +84,7 @@ __all__ = [
     "tracing",
     "version_of",
     "without_autocast",
+    "without_values",
 ]
 
 _C: Any = torch._C
@@ -454,6 +455,13 @@ def core_decompositions() -> dict[Any, Callable[..., Any]]:
     from torch._decomp import core_aten_decompositions
 
     return dict(core_aten_decompositions().items())
+
+
+def without_values() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which tensors have shapes and dtypes only."""
+    from torch._subclasses import FakeTensorMode
+
+    return FakeTensorMode()
 
 
 # Patches.

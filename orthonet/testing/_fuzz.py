@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from orthonet import _checks
-from orthonet._torch import mutates
+from orthonet._torch import mutates, without_values
 from orthonet.certify import certify
 from orthonet.certify.graph.decompose import decompose
 from orthonet.certify.graph.fold import fold, moving
@@ -324,6 +324,12 @@ def _traced(model: nn.Module, x: Tensor) -> Walker | None:
         if mark is not None and mark[1] >= 0:
             program.entries.setdefault(mark[0], {})[mark[1]] = node
     program.moving = moving(graph.nodes, inputs)
+    together = without_values()  # each node was traced in a mode of its own
+    for node in nodes:
+        if isinstance(node.meta.get("val"), Tensor):
+            value = node.meta["val"]
+            with together:
+                node.meta["val"] = torch.empty(value.shape, dtype=value.dtype)
     write_pairs(graph, [n for n in nodes if n in program.moving and n.op == "call_function"])
     program.moving = moving(graph.nodes, inputs)
     calls = [n for n in graph.nodes if n in program.moving and n.op == "call_function"]

@@ -100,6 +100,10 @@ def _name(node: fx.Node) -> str:
     return overload_name(node.target) or ""
 
 
+def _mode(node: fx.Node) -> Any:
+    return getattr(node.meta.get("val"), "fake_mode", None)
+
+
 def _half_shape(pairs: Tensor, dim: int, scale: int, size: int) -> Tensor:
     shape = list(pairs.shape[:-1])
     shape[dim] = size
@@ -147,10 +151,9 @@ class _Writer:
         with self.graph.inserting_before(self.node):
             new = self.graph.call_function(target, args, kwargs)
         values, options = map_arg((args, kwargs), lambda n: n.meta["val"])
-        fakes = (getattr(v.meta["val"], "fake_mode", None) for v in self.node.all_input_nodes)
-        mode = next((m for m in fakes if m is not None), nullcontext())
+        mode = next(filter(None, map(_mode, self.node.all_input_nodes)), None)
         run: Callable[..., Any] = _SHAPES.get(target) or target
-        with mode, torch.no_grad():
+        with mode or nullcontext(), torch.no_grad():
             new.meta["val"] = run(*values, **options)
         _like(new, self.node)
         return new

@@ -151,8 +151,7 @@ def train_sdf(
     sampled densely, and no sample may lie inside. Into the folder `out` go `metrics.json`,
     `model.pt` and `distance.png`.
 
-    Args:
-        config, out, progress, resume, tensorboard: As in [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train].
 
     Returns:
         The report, None in all processes of `torchrun` but the first. Its figures are `mean_error`,

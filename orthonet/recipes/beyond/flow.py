@@ -216,8 +216,7 @@ def train_flow(
 
     Into the folder `out` go `metrics.json`, `model.pt` and `density.png`.
 
-    Args:
-        config, out, progress, resume, tensorboard: As in [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train].
 
     Returns:
         The report, None in all processes of `torchrun` but the first. Its figures are `nats` (mean

@@ -140,8 +140,7 @@ def train_w1(
     confidence, so that the bound holds without any assumption about the training. Into the folder
     `out` go `metrics.json`, `model.pt` and `critic.png`.
 
-    Args:
-        config, out, progress, resume, tensorboard: As in [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train].
 
     Returns:
         The report, None in all processes of `torchrun` but the first. Its figures are `distance`,

@@ -119,8 +119,7 @@ def train_conformal(
     sizes of the sets. The attack raises the score of the true class within eps. Into the folder
     `out` go `metrics.json`, `model.pt` and `coverage.png`.
 
-    Args:
-        config, out, progress, resume, tensorboard: As in [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train].
 
     Returns:
         The report, None in all processes of `torchrun` but the first. Its figures are the

@@ -134,8 +134,7 @@ def train_regression(
     widths. The attack moves the input so that its target leaves the band. Into the folder `out` go
     `metrics.json`, `model.pt` and `band.png`.
 
-    Args:
-        config, out, progress, resume, tensorboard: As in [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train].
 
     Returns:
         The report, None in all processes of `torchrun` but the first. Its figures are the

@@ -142,8 +142,7 @@ def train_segmentation(
     The attack looks for a perturbation of the whole image that turns many pixels at once. Into the
     folder `out` go `metrics.json`, `model.pt` and `pixels.png`.
 
-    Args:
-        config, out, progress, resume, tensorboard: As in [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train].
 
     Returns:
         The report, None in all processes of `torchrun` but the first. Its figures are `clean` (the

@@ -44,8 +44,7 @@ def train_sequences(
 
     Started by `torchrun`, the processes train together; the first one does the rest.
 
-    Args:
-        config, out, progress, resume, tensorboard: As in [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train].
 
     Returns:
         The report; None in all processes of `torchrun` but the first.

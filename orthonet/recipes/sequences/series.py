@@ -256,8 +256,7 @@ def train_series(
     Into the folder `out` go `metrics.json`, `certified_accuracy.png`, and for each model and seed a
     folder with its weights (`model.pt`, a state_dict), its history and its state.
 
-    Args:
-        config, out, progress, resume, tensorboard: As in [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train].
 
     Returns:
         The report; None in all processes of `torchrun` but the first.

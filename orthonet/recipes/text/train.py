@@ -120,8 +120,7 @@ def train_text(
     character is at \(\sqrt 2\). Into the folder `out` go `metrics.json`, `model.pt` with all
     models, `text.png`, and a folder for each model.
 
-    Args:
-        config, out, progress, resume, tensorboard: As in [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train].
 
     Returns:
         The report, None in all processes of `torchrun` but the first. For each constant K, and for
