@@ -147,6 +147,13 @@ def test_no_point_of_a_ball_refutes_a_thousand_networks_of_products():
     assert sum(r < 1.5 for r in ratios) >= 400
 
 
+def test_complex_values_keep_the_global_bound():
+    turned = torch.tensor([1.0, 2.0j, 0.5 - 1.0j, 1.0], dtype=torch.complex128)
+    net = Function(lambda x: torch.fft.irfft(torch.fft.rfft(x) * turned, n=_WIDTH).relu()).eval()
+    x = torch.randn(1, _TOKENS, _WIDTH, dtype=torch.float64)
+    assert certify(net, x, radius=0.1).constant.value == certify(net, x).lipschitz
+
+
 def test_bounds_of_a_ball_are_no_constants_of_the_model():
     x = torch.zeros(2, 4)
     net = nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 2)).eval()

@@ -162,6 +162,8 @@ class Ball:
             if known and action_of(state) is not None:
                 self._cut(state)
             return  # the parts are seen where they are read
+        if value.is_complex():
+            return  # units are real: what reads it counts with its gain
         self.space.check(value.numel())
         if state.parents and state.parents[0].node in self.parts:
             self.moves[state.node] = self._part(state)
