@@ -51,7 +51,7 @@ def trained_series(name: str, root: str) -> tuple[nn.Module, dict[str, Any]]:
     arguments = PRETRAINED[name].arguments
     with tempfile.TemporaryDirectory() as folder:
         train_series(config, folder)
-        state = torch.load(Path(folder, "conv", "model.pt"), weights_only=True)
+        state = torch.load(next(Path(folder).rglob("model.pt")), weights_only=True)
     model = convnet_series(**arguments)
     model.load_state_dict({key: _single(value) for key, value in state.items()})
     return model, dataclasses.asdict(config)
