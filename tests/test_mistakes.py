@@ -506,7 +506,7 @@ DATA_AND_ATTACKS = [
         "x",
         lambda: certify.attack_certificate(PLAIN, certificate(), [(X, Y)], Y),
     ),
-    ("pgd_l2", "bounds", lambda: certify.attack_certificate(PLAIN, certificate(), X * 3, Y)),
+    ("pgd", "bounds", lambda: certify.attack_certificate(PLAIN, certificate(), X * 3, Y)),
     ("pgd_l2", "radius", lambda: certify.pgd_l2(PLAIN, X, Y, -0.1)),
     ("pgd_l2", "radius", lambda: certify.pgd_l2(PLAIN, X, Y, "0.1")),
     ("pgd_l2", "radius", lambda: certify.pgd_l2(PLAIN, X, Y, float("nan"))),

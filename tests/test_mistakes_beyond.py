@@ -238,7 +238,7 @@ CERTIFICATES = [
     ("apgd_l2", "radius", lambda: certify.apgd_l2(PLAIN, X, Y, -1.0)),
     ("apgd_ensemble_l2", "radius", lambda: certify.apgd_ensemble_l2(PLAIN, X, Y, "0.1")),
     ("empirical_accuracy", "radii", lambda: certify.empirical_accuracy(PLAIN, X, Y, [-0.1])),
-    ("pgd_l2", "steps", lambda: certify.attack_certificate(PLAIN, certificate(), X, Y, steps=0)),
+    ("pgd", "steps", lambda: certify.attack_certificate(PLAIN, certificate(), X, Y, steps=0)),
     ("local_bound", "center", lambda: certify.local_bound(PLAIN, X, 0.1)),
     ("local_bound", "layers", lambda: certify.local_bound(3, X[0], 0.1)),
     ("local_bound", "center", lambda: certify.local_bound(PLAIN, X, -0.1)),
@@ -428,7 +428,6 @@ CONVERSION_AND_FUNCTIONS = [
         "effort",
         lambda: L.convolution_norm_bound(torch.ones(2, 2, 3, 3), (8, 8), effort="best"),
     ),
-    ("gram_norm_bound", "niters", lambda: L.gram_norm_bound(EYE, niters=-1)),
     ("householder", "theta", lambda: F.householder(X, torch.ones(5))),
     ("beta_abs", "beta", lambda: F.beta_abs(X, 2.0)),
     (

@@ -256,4 +256,4 @@ def test_vggs_of_torchvision_have_constant_one(name):
     options = {"norm": "centering", "pool": "l2", "activation": "max_min", "weights": "reset"}
     new = orthogonalize(model, residual="convex", **options).requires_grad_(False)
     certificate = certify(new, torch.randn(1, 3, 224, 224), effort="fast", lower=False)
-    assert certificate.constant.value <= 1.01  # observed 1 + 2.4e-4 with the whole classifier
+    assert certificate.constant.value <= 1.01  # observed 1 + 2.4e-4, whole classifier
