@@ -35,8 +35,6 @@ __all__ = [
     "NN_FUNCTIONS",
     "Stamp",
     "TO_COPY",
-    "after_backward",
-    "backward_pass",
     "composite_of",
     "cannot_change_unseen",
     "capturing",
@@ -244,20 +242,6 @@ def recording_in_kernel() -> Iterator[None]:
     included = _C._dispatch_tls_local_include_set()
     with _C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
         yield
-
-
-def backward_pass() -> int:
-    """Return the number of the backward pass that runs on this thread; -1 outside of one."""
-    return _C._current_graph_task_id()
-
-
-def after_backward(callback: Callable[[], object]) -> None:
-    """Call `callback` when the backward pass that runs on this thread ends.
-
-    Raises:
-        RuntimeError: No backward pass runs.
-    """
-    _Variable._execution_engine.queue_callback(callback)
 
 
 def has_saved_tensor_hooks() -> bool:

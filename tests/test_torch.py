@@ -2,7 +2,6 @@
 
 import contextlib
 import threading
-from typing import ClassVar
 
 import pytest
 import torch
@@ -214,34 +213,6 @@ def test_run_backward_is_autograd_grad():
         assert all(torch.equal(a, b) for a, b in zip(found[:2], expected[:2], strict=True))
         assert found[2] is None
         assert x.grad is None and not found[0].requires_grad
-
-
-class Queues(torch.autograd.Function):
-    seen: ClassVar[list] = []
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, g):
-        Queues.seen.append(_torch.backward_pass())
-        _torch.after_backward(lambda: Queues.seen.append("end"))
-        return g
-
-
-def test_callbacks_run_when_the_backward_pass_ends():
-    Queues.seen = []
-    assert _torch.backward_pass() == -1
-    with pytest.raises(RuntimeError):
-        _torch.after_backward(lambda: None)
-    x = torch.ones(2, requires_grad=True)
-    for _ in range(2):
-        Queues.apply(Queues.apply(x)).sum().backward()
-    first, again, *ends = Queues.seen[:4]
-    assert first == again >= 0 and ends == ["end", "end"]
-    assert Queues.seen[4] == Queues.seen[5] not in (-1, first)
-    assert _torch.backward_pass() == -1
 
 
 def test_hooks_on_saved_tensors_are_seen():

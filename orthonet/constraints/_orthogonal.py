@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -217,5 +217,5 @@ def product(
         >>> torch.dist(block.T @ block, torch.eye(5)).item() < 1e-5
         True
     """
-    space = ProductManifold(spaces, dim, None if sizes is None else tuple(sizes))
+    space = ProductManifold(cast(Any, spaces), dim, None if sizes is None else tuple(sizes))
     return constrain(module, tensor_name, space, init=init, **options)

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -311,7 +311,7 @@ class Ball:
         self.space.check(value.numel(), len(index))
         columns = self.space.padded(moves.known).flatten(1).index_select(1, index)
         reached, unknown, off_by, loose_by = (
-            t.flatten()[index] for t in (reach, half, moves.error, moves.loose)
+            t.flatten()[index] for t in (reach, half, moves.error, cast(Tensor, moves.loose))
         )
         self.unknown.add(reached, together, unknown, (columns, off_by), loose_by)
         rows = moves.known.mul_(mean.to(self.unknown.dtype))

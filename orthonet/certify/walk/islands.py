@@ -110,10 +110,11 @@ def linear_action(
             if isinstance(found.value, int) and found.value == BATCH:
                 return size
             raise ValueError("a constant that depends on the batch size")
-        if isinstance(found, Tensor):
-            changed = constants is not None and found.is_floating_point()
-            return Constant(constants(found.detach().cpu()) if changed else found, dtype)
-        return found
+        if not isinstance(found, Tensor):
+            return found
+        if constants is not None and found.is_floating_point():
+            found = constants(found.detach().cpu())
+        return Constant(found, dtype)
 
     args, kwargs = map_arg((list(node.args), dict(node.kwargs)), value)
     action = _action_inside(state)
