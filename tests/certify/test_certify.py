@@ -292,6 +292,18 @@ def test_refusals(name):
         certify(model, torch.randn(4, 6))
 
 
+def test_an_argument_that_a_layer_does_not_read_is_none_of_its_tensors():
+    """PyTorch's encoder drops the mask of a causal call: the trace has no tensor for it."""
+
+    def forward(x, layer):
+        mask = torch.ones(4, 4, dtype=torch.bool).triu(1)
+        return layer(layer(x, src_mask=mask, is_causal=True), src_mask=mask, is_causal=True)
+
+    model = Lambda(forward, nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    with pytest.raises(UncertifiableError, match="attention has no global Lipschitz constant"):
+        certify(model, torch.zeros(1, 4, 8))
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [

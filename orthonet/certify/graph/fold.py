@@ -148,7 +148,7 @@ def _evaluate_call(
 def fill(value: Any, values: dict[int, Any]) -> Any:
     """The arguments of a call with values in place of the marks."""
     if isinstance(value, Marked):
-        return values[value.place]
+        return values.get(value.place)  # None for one that the call does not read
     if isinstance(value, (tuple, list)):
         return tuple(fill(v, values) for v in value)
     return value
