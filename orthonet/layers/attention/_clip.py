@@ -91,7 +91,6 @@ class RMSClip(nn.Module):
         return f"max_rms={self.max_rms:g}"
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         if not input_shape:
             refuse(self, "the input must have a batch dimension", "Use x.unsqueeze(0)")
         count = clip_roundings(input_shape[-1])

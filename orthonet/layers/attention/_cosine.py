@@ -61,23 +61,11 @@ class CosineAttention(SelfAttention):
     the heads, are orthogonal; \(\tau_h \in (0, \tau)\) is learned for each head.
 
     Args:
-        embed_dim: Features of a token.
-        num_heads: Heads; they divide the features.
-        dropout: 0. An attention layer with dropout has another constant.
-        bias: Whether to add a learnable bias to the output, zero at first.
-        add_bias_kv: False.
-        add_zero_attn: False.
-        kdim: None or `embed_dim`.
-        vdim: None or `embed_dim`.
-        batch_first: True.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters; computed in float32 at least.
-        max_length: The longest sequence. Its constant is K, that of shorter ones less.
-        causal: Whether a token sees itself and earlier ones only.
         temperature: \(\tau\), the limit of the scores.
         max_rms: The root mean square of the features of a head beyond which they are clipped.
-        lipschitz: The constant K of the layer.
         ortho_params: How the projections are made orthogonal.
+
+    All other arguments are those of [`DistanceAttention`][orthonet.layers.DistanceAttention].
 
     Shape:
         (N, L, embed_dim) or (L, embed_dim) with L <= `max_length`; the output has the same.
@@ -190,7 +178,6 @@ class CosineAttention(SelfAttention):
         return partial(_clipped_heads, heads=self.num_heads, radius=radius)
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         length = sequence_of(self, input_shape)
         with torch.no_grad():
             query, key, values, out = (float64(self, self._weight(name)) for name in self._names)

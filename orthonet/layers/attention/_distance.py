@@ -189,7 +189,6 @@ class DistanceAttention(SelfAttention):
         return partial(_distance_heads, heads=self.num_heads)
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         length = sequence_of(self, input_shape)
         with torch.no_grad():
             into, out = (float64(self, self._weight(name)) for name in ("in_proj", "out_proj"))

@@ -168,7 +168,6 @@ class TokenMixing(InnerWeight):
         return ", ".join(filter(None, [text, f"kind={self.kind!r}", super().extra_repr()]))
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
-        """Prove a bound of the Lipschitz constant from the weights that forward computes."""
         length = sequence_of(self, input_shape)
         with torch.no_grad():
             weight = float64(self, self.parametrization())[:, :length, :length]

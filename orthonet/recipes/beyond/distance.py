@@ -151,17 +151,12 @@ def train_sdf(
     sampled densely, and no sample may lie inside. Into the folder `out` go `metrics.json`,
     `model.pt` and `distance.png`.
 
-    The arguments are those of [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train], and so are the errors.
 
     Returns:
         The report, None in all processes of `torchrun` but the first. Its figures are `mean_error`,
         `largest_error` (from the shape's distance, on fresh points), `constant`, `rays`, `hits` and
         `overshoots`.
-
-    Raises:
-        ModuleNotFoundError: A package of the extra `demo` is missing.
-        ValueError: The loss is not finite, or `state.pt` is that of another configuration.
-        OSError: `out` cannot be written.
 
     References:
         Hart, *Sphere tracing*, The Visual Computer 1996; Coiffier & Béthune, *1-Lipschitz neural

@@ -216,7 +216,7 @@ def train_flow(
 
     Into the folder `out` go `metrics.json`, `model.pt` and `density.png`.
 
-    The arguments are those of [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train], and so are the errors.
 
     Returns:
         The report, None in all processes of `torchrun` but the first. Its figures are `nats` (mean
@@ -224,11 +224,6 @@ def train_flow(
         `mass` (integral of the density over [-4, 4]^2), `constant` (largest proved constant of a
         branch), `inverse_error` (largest proved error of the inverse) and `round_trip` (the largest
         found).
-
-    Raises:
-        ModuleNotFoundError: A package of the extra `demo` is missing.
-        ValueError: The loss is not finite, or `state.pt` is that of another configuration.
-        OSError: `out` cannot be written.
     """
     draw = DENSITIES[config.density]
     generator = torch.Generator().manual_seed(config.seed)

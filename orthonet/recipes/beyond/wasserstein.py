@@ -140,16 +140,11 @@ def train_w1(
     confidence, so that the bound holds without any assumption about the training. Into the folder
     `out` go `metrics.json`, `model.pt` and `critic.png`.
 
-    The arguments are those of [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train], and so are the errors.
 
     Returns:
         The report, None in all processes of `torchrun` but the first. Its figures are `distance`,
         `estimate` (the mean), `lower` (with confidence) and `constant`.
-
-    Raises:
-        ModuleNotFoundError: A package of the extra `demo` is missing.
-        ValueError: The loss is not finite, or `state.pt` is that of another configuration.
-        OSError: `out` cannot be written.
 
     References:
         Anil, Lucas & Grosse, *Sorting out Lipschitz function approximation*, ICML 2019 (Wasserstein

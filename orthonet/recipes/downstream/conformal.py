@@ -119,7 +119,8 @@ def train_conformal(
     sizes of the sets. The attack raises the score of the true class within eps. Into the folder
     `out` go `metrics.json`, `model.pt` and `coverage.png`.
 
-    The arguments are those of [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train], and so are the errors that are not
+    named here.
 
     Returns:
         The report, None in all processes of `torchrun` but the first. Its figures are the
@@ -128,10 +129,7 @@ def train_conformal(
         `plain_size` and `robust_size`.
 
     Raises:
-        ModuleNotFoundError: A package of the extra `demo` is missing.
         FileNotFoundError: The data set is not there; the message says how to get it.
-        ValueError: The loss is not finite, or `state.pt` is that of another configuration.
-        OSError: `out` cannot be written.
     """
     source = IMAGE_SETS[config.dataset]
     data = load(config.dataset, config.data_root)

@@ -134,18 +134,13 @@ def train_regression(
     widths. The attack moves the input so that its target leaves the band. Into the folder `out` go
     `metrics.json`, `model.pt` and `band.png`.
 
-    The arguments are those of [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train], and so are the errors.
 
     Returns:
         The report, None in all processes of `torchrun` but the first. Its figures are the
         `constant`, the number of `samples`, and `rows`, one for each eps, with mean, least and
         largest value over the splits of `clean`, `attacked`, `worst`, `robust`, `plain_size` and
         `robust_size`.
-
-    Raises:
-        ModuleNotFoundError: A package of the extra `demo` is missing.
-        ValueError: The loss is not finite, or `state.pt` is that of another configuration.
-        OSError: `out` cannot be written.
     """
     train, held = regression_data(config)
     generator = torch.Generator().manual_seed(config.seed)

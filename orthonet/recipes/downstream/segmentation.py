@@ -142,17 +142,12 @@ def train_segmentation(
     The attack looks for a perturbation of the whole image that turns many pixels at once. Into the
     folder `out` go `metrics.json`, `model.pt` and `pixels.png`.
 
-    The arguments are those of [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train], and so are the errors.
 
     Returns:
         The report, None in all processes of `torchrun` but the first. Its figures are `clean` (the
         share of right pixels), the `constant`, and `rows`, one for each radius, with `pixelwise`,
         `collective` and `attacked`.
-
-    Raises:
-        ModuleNotFoundError: A package of the extra `demo` is missing.
-        ValueError: The loss is not finite, or `state.pt` is that of another configuration.
-        OSError: `out` cannot be written.
     """
     generator = torch.Generator().manual_seed(config.seed)
     model = segmentation_model(config)

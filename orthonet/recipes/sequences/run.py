@@ -44,7 +44,8 @@ def train_sequences(
 
     Started by `torchrun`, the processes train together; the first one does the rest.
 
-    The arguments are those of [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train], and so are the errors that are not
+    named here.
 
     Returns:
         The report; None in all processes of `torchrun` but the first.
@@ -52,7 +53,6 @@ def train_sequences(
     Raises:
         ModuleNotFoundError: A package of the extra `demo`, torchvision, or tensorboard is missing.
         ValueError: The loss is not finite, or a state is that of another configuration.
-        OSError: `out` cannot be written.
     """
     folder = Path(out)
     trained, skipped = [], []

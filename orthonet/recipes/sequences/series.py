@@ -256,7 +256,8 @@ def train_series(
     Into the folder `out` go `metrics.json`, `certified_accuracy.png`, and for each model and seed a
     folder with its weights (`model.pt`, a state_dict), its history and its state.
 
-    The arguments are those of [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train], and so are the errors that are not
+    named here.
 
     Returns:
         The report; None in all processes of `torchrun` but the first.
@@ -265,7 +266,6 @@ def train_series(
         ModuleNotFoundError: A package of the extra `demo`, or tensorboard, is missing.
         FileNotFoundError: The data set is not there; the message says how to get it.
         ValueError: The loss is not finite, or a state is that of another training.
-        OSError: `out` cannot be written.
     """
     folder, data = Path(out), _scaled(config)
     options = {"progress": progress, "resume": resume, "tensorboard": tensorboard}

@@ -120,7 +120,7 @@ def train_text(
     character is at \(\sqrt 2\). Into the folder `out` go `metrics.json`, `model.pt` with all
     models, `text.png`, and a folder for each model.
 
-    The arguments are those of [`train`][orthonet.recipes.train].
+    The arguments are those of [`train`][orthonet.recipes.train], and so are the errors.
 
     Returns:
         The report, None in all processes of `torchrun` but the first. For each constant K, and for
@@ -129,11 +129,6 @@ def train_text(
         error of the logits of a piece, float32), `steepest_K` (a secant of the certificate's
         search from below) and `certified_K` (share of characters that are predicted right wherever
         the input moves within the radius).
-
-    Raises:
-        ModuleNotFoundError: A package of the extra `demo` is missing.
-        ValueError: The loss is not finite, or `state.pt` is that of another configuration.
-        OSError: `out` cannot be written.
     """
     text = read_text(python_topics(), config.characters)
     models, figures, history = nn.ModuleDict(), {}, []
