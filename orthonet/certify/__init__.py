@@ -4,13 +4,12 @@ The package can be called: `orthonet.certify(model, x)` is `orthonet.certify.cer
 """
 
 from orthonet.certify import _package  # noqa: F401 (makes the package callable)
-from orthonet.certify._accuracy import certified_accuracy, certified_curve
 from orthonet.certify._bound import Bound, Row
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
-from orthonet.certify._local import LocalBound, LocalCertificate
 from orthonet.certify._radius import RadiusCurve
 from orthonet.certify._sequence import recurrent_bound, sequence_bound
+from orthonet.certify.attacks.accuracy import empirical_accuracy
 from orthonet.certify.attacks.apgd import apgd, apgd_ensemble_l2, apgd_l2
 from orthonet.certify.attacks.pgd import (
     AttackReport,
@@ -19,7 +18,7 @@ from orthonet.certify.attacks.pgd import (
     pgd,
     pgd_l2,
 )
-from orthonet.certify.metrics import empirical_accuracy
+from orthonet.certify.local.certificate import LocalBound, LocalCertificate
 from orthonet.certify.mlp.chain import Affine
 from orthonet.certify.mlp.exact import ExactConstant, exact_constant
 from orthonet.certify.mlp.local import local_bound, local_radius
@@ -40,6 +39,7 @@ from orthonet.certify.ops import (  # noqa: F401 (each registers its records)
     shapes,
     sorting,
 )
+from orthonet.certify.report.accuracy import certified_accuracy, certified_curve
 from orthonet.certify.report.evaluation import Evaluation, evaluate
 from orthonet.certify.report.figures import Plot
 from orthonet.certify.report.page import report_html

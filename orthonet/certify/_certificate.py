@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.certify._bound import Bound, Row
-from orthonet.certify._local import LocalBound, local_certificate
 from orthonet.certify._radius import (
     FAR,
     RadiusCurve,
@@ -40,6 +39,7 @@ from orthonet.certify._rows import (
 )
 from orthonet.certify.graph.identity import data_hashes, hashes
 from orthonet.certify.graph.regions import autocast_region
+from orthonet.certify.local.certificate import LocalBound, local_certificate
 from orthonet.certify.local.radius import enlarged
 from orthonet.certify.proof import load, save
 from orthonet.certify.report.figures import Plot, constants_plot

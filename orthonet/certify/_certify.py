@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import LipschitzCertificate
-from orthonet.certify._local import LocalCertificate, is_radius, local_certificate
 from orthonet.certify._progress import Progress, report, reporting
 from orthonet.certify._radius import NORMS, Norm, pairwise_constants
 from orthonet.certify.graph.identity import data_hashes, hashes
 from orthonet.certify.graph.outside import digest
 from orthonet.certify.graph.regions import HALF
+from orthonet.certify.local.certificate import LocalCertificate, is_radius, local_certificate
 from orthonet.certify.local.nonlinear import IN_BALLS
 from orthonet.certify.norms import EFFORTS, Effort, limits
 from orthonet.certify.norms import effort as with_effort

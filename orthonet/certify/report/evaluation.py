@@ -11,21 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.certify._accuracy import (
+from orthonet.certify._certificate import LipschitzCertificate
+from orthonet.certify._certify import certify
+from orthonet.certify._progress import Progress, report, reporting
+from orthonet.certify._radius import NORMS, Norm, RadiusCurve, check_radii
+from orthonet.certify.attacks.accuracy import survivors
+from orthonet.certify.attacks.ball import check_bounds
+from orthonet.certify.attacks.pgd import _predicted
+from orthonet.certify.graph.regions import autocast_region
+from orthonet.certify.report.accuracy import (
     check_certificate,
     check_loader,
     check_model,
     outputs_of,
     pair,
 )
-from orthonet.certify._certificate import LipschitzCertificate
-from orthonet.certify._certify import certify
-from orthonet.certify._progress import Progress, report, reporting
-from orthonet.certify._radius import NORMS, Norm, RadiusCurve, check_radii
-from orthonet.certify.attacks.ball import check_bounds
-from orthonet.certify.attacks.pgd import _predicted
-from orthonet.certify.graph.regions import autocast_region
-from orthonet.certify.metrics import survivors
 from orthonet.certify.report.figures import Plot, accuracy_plot
 from orthonet.certify.report.files import replacing
 from orthonet.certify.report.page import accuracy_table, report_html

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from orthonet.certify import LipschitzCertificate, attack_certificate, certify
-from orthonet.certify.metrics import survivors
+from orthonet.certify.attacks.accuracy import survivors
 from orthonet.convert import to_plain
 from orthonet.recipes.data.digits import Images, require_package
 
