@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -165,7 +166,9 @@ def _draw_graph(seed: int, shape: tuple[int, ...], records: list[tuple[str, Any]
             function = record.samples(draw, tuple(values[i].shape[1:]))
             if function is None:
                 continue
-            again = [function(values[i], values[j]) for _ in range(2)]
+            with warnings.catch_warnings():  # of arguments that are slow
+                warnings.simplefilter("ignore")
+                again = [function(values[i], values[j]) for _ in range(2)]
         except _FAILURES:  # arguments that do not suit the shape
             continue
         y = again[0]

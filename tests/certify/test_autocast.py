@@ -135,7 +135,9 @@ def test_rounded_weights_exceed_the_certificate_of_float32(name):
     assert plain < half < 1.01 * plain
     if name == "orthogonal":  # a batch norm is not rounded by autocast
         rounded = to_plain(model).bfloat16().float().eval()
-        assert half == certify(rounded, x, effort="fast").constant.value
+        found = certify(rounded, x, effort="fast").constant.value
+        # The plain MaxMin is a maximum and a minimum: one matrix, whose norm is rounded outward.
+        assert half <= found <= half * (1 + 1e-12)  # observed 4e-13
     layer = layers.OrthoLinear(8, 8).eval()
     found = certify(layer, x.flatten(1)[:, :8], autocast=torch.bfloat16).constant.value
     assert found == pytest.approx(

@@ -24,6 +24,7 @@ SMALL = {
     "convnet_digits": ({}, (1, 8, 8)),
     "convnet_mnist": ({}, (1, 28, 28)),
     "convnet_zoo": ({}, (1, 8, 8)),
+    "convnet_series": ({"in_shape": (3, 16), "num_classes": 4, "width": 8}, (3, 16)),
     "convnet_images": ({"in_shape": (3, 16, 16), "num_classes": 10, "width": 8}, (3, 16, 16)),
     "convnet_xs": ({"in_shape": (3, 4, 4), "depth": 2}, (3, 4, 4)),
 }

@@ -33,6 +33,7 @@ MODELS = {
     "convnet_mnist": ({}, (1, 28, 28)),
     "convnet_xs": ({"in_shape": (2, 4, 4), "width": 4, "depth": 1}, (2, 4, 4)),
     "convnet_images": ({"in_shape": (3, 24, 24), "width": 4, "smallest": 6}, (3, 24, 24)),
+    "convnet_series": ({"in_shape": (2, 9), "num_classes": 3, "width": 4}, (2, 9)),
     "convnet_zoo": ({"width": 8, "hidden": 16}, (1, 8, 8)),
     "mlp": ({"in_features": 12, "num_classes": 3}, (12,)),
     "mlp_digits": ({}, (1, 8, 8)),

@@ -93,6 +93,9 @@ TINY = {
     "w1": "--iterations 4 --hidden 8",
     "sdf": "--shape star --iterations 4 --hidden 8",
     "flow": "--iterations 4 --hidden 8",
+    "conformal": "--iterations 4 --hidden 8 --attack-steps 1 --splits 2 --evaluated 20",
+    "regression": "--iterations 4 --hidden 8 --attack-steps 1 --splits 2",
+    "segmentation": "--iterations 4 --channels 4 --size 8 --images 2 --attack-steps 1",
     "text": "--iterations 4 --width 8 --length 8 --constants 2 --validation 4",
 }
 

@@ -119,7 +119,8 @@ def test_every_option_reaches_the_configuration(monkeypatch):
             elif option.kind is str:
                 words += [flag, "cpu:0"]
             else:
-                value = (option.default[0] if option.many else option.default) or 1
+                first = option.default[:1] if option.many else (option.default,)
+                value = next(iter(first), None) or 1
                 words += [flag, str(value * 2 if option.kind is int else value * 0.5)]
         assert cli.main(words) == 0
         after = dataclasses.asdict(made.pop()[0])

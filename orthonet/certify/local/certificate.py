@@ -56,7 +56,7 @@ class LocalCertificate:
         >>> class Gate(nn.Module):
         ...     def forward(self, x):
         ...         return x * x.sigmoid()
-        >>> near = certify(Gate(), torch.zeros(1, 4), radius=0.1)
+        >>> near = certify(Gate().eval(), torch.zeros(1, 4), radius=0.1)
         >>> 0.5 <= near.constants[0].value < 0.6
         True
     """

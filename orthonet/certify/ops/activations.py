@@ -114,7 +114,14 @@ def curve(
             narrow = found.narrow
             if isinstance(narrow, Kinks):
                 narrow = Kinks(narrow.knots, tuple(_spread(call, v, width) for v in narrow.slopes))
-            return _activation(found.function, lower, upper, narrow)
+            value = _first(found.function, narrow)
+            return _activation(
+                found.function,
+                lower,
+                upper,
+                narrow,
+                None if value is None else _spread(call, value, width),
+            )
 
         def run(x: Tensor, y: Tensor, values: dict[str, Any]) -> Tensor:
             target = overloads[0]
@@ -569,14 +576,24 @@ def activation_of(module: nn.Module, width: int) -> Activation | None:
         torch.as_tensor(v, dtype=torch.float64).expand(width).contiguous()
         for v in (found.lower, found.upper)
     )
-    return _activation(found.function, lower, upper, found.narrow)
+    value = _first(found.function, found.narrow)
+    value = None if value is None else value.expand(width)
+    return _activation(found.function, lower, upper, found.narrow, value)
 
 
-def _activation(function: Any, lower: Tensor, upper: Tensor, narrow: Narrow | None) -> Activation:
+def _first(function: Any, narrow: Narrow | None) -> Tensor | None:
+    """The value at the first knot, in the shape of the parameters of the function."""
     if not isinstance(narrow, Kinks):
+        return None
+    return function(torch.tensor(narrow.knots[0], dtype=torch.float64))
+
+
+def _activation(
+    function: Any, lower: Tensor, upper: Tensor, narrow: Narrow | None, value: Tensor | None
+) -> Activation:
+    if not isinstance(narrow, Kinks) or value is None:
         return Activation(function, lower, upper, narrow=narrow)
     slopes = [torch.as_tensor(s, dtype=torch.float64).expand_as(lower) for s in narrow.slopes]
-    start = torch.full_like(lower, narrow.knots[0])
-    pieces = Pieces(None, None, narrow.knots, torch.stack(slopes), function(start))
+    pieces = Pieces(None, None, narrow.knots, torch.stack(slopes), value)
     chords = narrow.chords
     return Activation(function, lower, upper, narrow=narrow, chords=chords, pieces=pieces)
