@@ -57,8 +57,8 @@ class LocalCertificate:
         ...     def forward(self, x):
         ...         return x * x.sigmoid()
         >>> near = certify(Gate().eval(), torch.zeros(1, 4), radius=0.1)
-        >>> 0.5 <= near.constants[0].value < 0.6
-        True
+        >>> round(near.constants[0].value, 6)
+        0.6
     """
 
     constants: tuple[LocalBound, ...]
