@@ -11,13 +11,13 @@ from orthonet import _checks
 from orthonet.certify._radius import NORMS
 from orthonet.certify.attacks.secants import _TINY, _noise, _rows, _unit, lengths_in
 
-__all__ = ["Ball", "ball_of", "check_attack", "check_bounds"]
+__all__ = ["Ball", "ball_of", "check_attack", "check_bounds", "check_model"]
 
 _SPARSE = 20  # of so many entries one is moved by a step in l1
 
 
-def check_attack(owner: str, model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """The model must be in eval mode, and the samples must have one label each."""
+def check_model(owner: str, model: Any) -> None:
+    """Refuse what is no module, and one in train mode."""
     _checks.module(owner, model=model)
     _checks.require(
         not model.training,
@@ -26,6 +26,11 @@ def check_attack(owner: str, model: nn.Module, x: Tensor, y: Tensor) -> None:
         "Call model.eval() first",
         training=model.training,
     )
+
+
+def check_attack(owner: str, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """The model must be in eval mode, and the samples must have one label each."""
+    check_model(owner, model)
     _checks.floating(owner, x=x)
     _checks.tensor(owner, y=y)
     _checks.require(

@@ -16,7 +16,15 @@ from orthonet._torch import composite_of, core_decompositions, is_overload, over
 from orthonet.certify.graph.regions import DECOMPOSED, REGION_OFF
 from orthonet.certify.rules import function_rule
 
-__all__ = ["FAILURES", "decompose", "inline_regions", "replace_node", "skip_whole_slices", "traced"]
+__all__ = [
+    "FAILURES",
+    "decompose",
+    "inline_regions",
+    "mark_written",
+    "skip_whole_slices",
+    "traced",
+    "write_out",
+]
 
 _REGION = "wrap_with_autocast"  # by name: PyTorch 2.6 loads the operation only when it is used
 
@@ -46,21 +54,30 @@ def decompose(graph: fx.Graph, nodes: list[fx.Node]) -> None:
         inner = traced(node, table.get(target) or composite_of(target), table)
         if inner is None or not _covered(inner):
             continue
-        places = list(node.all_input_nodes)
-        with graph.inserting_before(node):
-            mapping = dict(
-                zip((n for n in inner.graph.nodes if n.op == "placeholder"), places, strict=True)
-            )
-            before = set(graph.nodes)
-            result: Any = graph.graph_copy(inner.graph, mapping)
-        added = [n for n in graph.nodes if n not in before]
-        for new in added:
-            new.meta.setdefault("val", None)
-            new.meta[DECOMPOSED] = True
-            for key in ("nn_module_stack", "stack_trace", REGION_OFF):
-                if key in node.meta:
-                    new.meta[key] = node.meta[key]
-        replace_node(node, result)
+        write_out(graph, node, inner)
+
+
+def write_out(graph: fx.Graph, node: fx.Node, inner: fx.GraphModule) -> list[fx.Node]:
+    """Put the nodes of a graph of the same function in the place of a node, and return them."""
+    places = (n for n in inner.graph.nodes if n.op == "placeholder")
+    before = set(graph.nodes)
+    with graph.inserting_before(node):
+        mapping = dict(zip(places, node.all_input_nodes, strict=True))
+        result: Any = graph.graph_copy(inner.graph, mapping)
+    added = [n for n in graph.nodes if n not in before]
+    for new in added:
+        mark_written(new, node)
+    _replace(node, result)
+    return added
+
+
+def mark_written(new: fx.Node, node: fx.Node) -> None:
+    """Note that a node was written for another one: it stands in the same line and region."""
+    new.meta.setdefault("val", None)
+    new.meta[DECOMPOSED] = True
+    for key in ("nn_module_stack", "stack_trace", REGION_OFF):
+        if key in node.meta:
+            new.meta[key] = node.meta[key]
 
 
 def inline_regions(module: fx.GraphModule, autocast: torch.dtype | None = None) -> None:
@@ -82,7 +99,7 @@ def inline_regions(module: fx.GraphModule, autocast: torch.dtype | None = None) 
         for new in graph.nodes:
             if new not in before:
                 new.meta.setdefault(REGION_OFF, not enabled)
-        replace_node(node, result)
+        _replace(node, result)
 
 
 def skip_whole_slices(graph: fx.Graph) -> None:
@@ -191,8 +208,7 @@ def traced(
         return None
 
 
-def replace_node(node: fx.Node, result: Any) -> None:
-    """Put another node, or those of several outputs, in the place of a node."""
+def _replace(node: fx.Node, result: Any) -> None:
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(result)
     else:  # a tuple: its users are getitem

@@ -122,9 +122,9 @@ def export(
         if mark is not None and mark[1] >= 0:
             result.entries.setdefault(mark[0], {})[mark[1]] = node
     moves = moving(graph.nodes, nodes)
-    write_pairs(graph, [n for n in _needed(result, list(graph.nodes)) if n in moves])
-    result.outputs = [_outputs(last)[i] for i in places]
-    moves = moving(graph.nodes, nodes)
+    if write_pairs(graph, [n for n in _needed(result, list(graph.nodes)) if n in moves]):
+        result.outputs = [_outputs(last)[i] for i in places]
+        moves = moving(graph.nodes, nodes)
     decompose(graph, [n for n in _needed(result, list(graph.nodes)) if n in moves])
     result.outputs = [_outputs(last)[i] for i in places]
     result.moving = moving(graph.nodes, nodes)

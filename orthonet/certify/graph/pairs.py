@@ -15,8 +15,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from orthonet._torch import composite_of, overload_name
-from orthonet.certify.graph.decompose import FAILURES, replace_node, traced
-from orthonet.certify.graph.regions import DECOMPOSED, REGION_OFF
+from orthonet.certify.graph.decompose import FAILURES, mark_written, traced, write_out
 from orthonet.certify.ops.fourier import as_pairs, fourier, half_to_real, times
 
 __all__ = ["STUCK", "write_pairs"]
@@ -29,8 +28,10 @@ _COPIES = {"_to_copy", "to", "clone", "contiguous"}
 _aten = torch.ops.aten
 
 
-def write_pairs(graph: fx.Graph, moving: Sequence[fx.Node]) -> None:
+def write_pairs(graph: fx.Graph, moving: Sequence[fx.Node]) -> bool:
     """Replace complex values that depend on the input by pairs of reals, as far as they are known.
+
+    Return whether there are any.
 
     Args:
         graph: Changed in place.
@@ -38,7 +39,7 @@ def write_pairs(graph: fx.Graph, moving: Sequence[fx.Node]) -> None:
     """
     order = list(moving)
     if not any(_is_complex(node) for node in order):
-        return
+        return False
     for node in list(order):
         if _name(node).startswith(_TRANSFORMS):
             order[order.index(node) : order.index(node) + 1] = _expanded(graph, node)
@@ -65,6 +66,7 @@ def write_pairs(graph: fx.Graph, moving: Sequence[fx.Node]) -> None:
     for node in reversed(order):
         if not node.users:
             graph.erase_node(node)
+    return True
 
 
 def _expanded(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
@@ -72,23 +74,7 @@ def _expanded(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     inner = traced(node, composite_of(node.target), {})
     if inner is None:
         return [node]
-    places = (n for n in inner.graph.nodes if n.op == "placeholder")
-    before = set(graph.nodes)
-    with graph.inserting_before(node):
-        result = graph.graph_copy(inner.graph, dict(zip(places, node.all_input_nodes, strict=True)))
-    added = [n for n in graph.nodes if n not in before]
-    for new in added:
-        _like(new, node)
-    replace_node(node, result)
-    return added
-
-
-def _like(new: fx.Node, node: fx.Node) -> None:
-    new.meta.setdefault("val", None)
-    new.meta[DECOMPOSED] = True
-    for key in ("nn_module_stack", "stack_trace", REGION_OFF):
-        if key in node.meta:
-            new.meta[key] = node.meta[key]
+    return write_out(graph, node, inner)
 
 
 def _is_complex(node: Any) -> bool:
@@ -155,7 +141,7 @@ class _Writer:
         run: Callable[..., Any] = _SHAPES.get(target) or target
         with mode or nullcontext(), torch.no_grad():
             new.meta["val"] = run(*values, **options)
-        _like(new, self.node)
+        mark_written(new, self.node)
         return new
 
     def pair(self, value: Any) -> Any:
@@ -229,10 +215,7 @@ def _c2r(w: _Writer) -> fx.Node | None:
     x, dims, scale, size = w.args
     places, pair = w.dims(dims), w.pair(x)
     if len(places) > 1:
-        if scale == 1:  # the factor is one over the root of all entries: each dim has its own
-            pair = w.emit(fourier, pair, places[:-1], 1, True)
-        else:
-            pair = w.emit(fourier, pair, places[:-1], scale, True)
+        pair = w.emit(fourier, pair, places[:-1], scale, True)
     return w.emit(half_to_real, pair, places[-1], scale, size)
 
 

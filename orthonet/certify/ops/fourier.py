@@ -26,7 +26,7 @@ from orthonet.certify.ops.registry import (
     place,
 )
 from orthonet.certify.rules import COPY, REARRANGEMENT, Call, Operand, Rounding, Step, exact
-from orthonet.linalg.bounds.rounding import div_up, mul_up, sqrt_up, up
+from orthonet.linalg.bounds.rounding import div_up, down, mul_up, sqrt_up, up
 
 __all__ = ["as_pairs", "fourier", "half_to_real", "times"]
 
@@ -100,12 +100,8 @@ def _factor(scale: int, count: int) -> float:
 
 def _gain(scale: int, count: int) -> float:
     """sqrt(count) times the factor of a transform."""
-    return (sqrt_up(count), 1.0, div_up(1.0, sqrt_down(count)))[scale]
-
-
-def sqrt_down(count: int) -> float:
-    """A lower bound of the square root."""
-    return 1.0 if count == 1 else math.nextafter(math.sqrt(count), 0.0)
+    least = down(math.sqrt(count)) if count > 1 else 1.0
+    return (sqrt_up(count), 1.0, div_up(1.0, least))[scale]
 
 
 def _run(a: Values, absolute: bool) -> Any:

@@ -12,6 +12,7 @@ from orthonet import _checks
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
 from orthonet.certify._radius import NORMS, Norm, RadiusCurve, check_radii
+from orthonet.certify.attacks.ball import check_model
 from orthonet.certify.graph.export import FAILURES
 from orthonet.certify.graph.regions import autocast_region
 
@@ -20,7 +21,6 @@ __all__ = [
     "certified_curve",
     "check_certificate",
     "check_loader",
-    "check_model",
     "pair",
 ]
 
@@ -130,18 +130,6 @@ def check_loader(owner: str, loader: Any, order: str) -> None:
         f"the arguments must be {order}, the loader an iterable of (inputs, labels)",
         "Pass the certificate last, and one batch as [(inputs, labels)]",
         loader=loader,
-    )
-
-
-def check_model(owner: str, model: Any) -> None:
-    """Refuse what is no module, and one in train mode."""
-    _checks.module(owner, model=model)
-    _checks.require(
-        not model.training,
-        owner,
-        "the model must be in eval mode",
-        "Call model.eval() first",
-        training=model.training,
     )
 
 

@@ -16,13 +16,12 @@ from orthonet.certify._certify import certify
 from orthonet.certify._progress import Progress, report, reporting
 from orthonet.certify._radius import NORMS, Norm, RadiusCurve, check_radii
 from orthonet.certify.attacks.accuracy import survivors
-from orthonet.certify.attacks.ball import check_bounds
+from orthonet.certify.attacks.ball import check_bounds, check_model
 from orthonet.certify.attacks.pgd import _predicted
 from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.report.accuracy import (
     check_certificate,
     check_loader,
-    check_model,
     outputs_of,
     pair,
 )
