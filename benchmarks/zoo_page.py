@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def tables(found: dict[str, ZooReport]) -> dict[str, str]:
             texts[f"Choices on {name}"] = choices(report)
         if any("launches" in run for run in report.runs):
             texts[f"Launches on {name}"] = launches(report)
+        if any(run.get("autoattack") for run in report.runs):
+            texts[f"AutoAttack on {name}"] = autoattack(report)
     if "digits" in found:
         texts["Targets on digits"] = targets(found["digits"])
     texts["What helps"] = learning.summary(_kept("learning"))
@@ -168,6 +171,20 @@ def launches(report: ZooReport) -> str:
     found = {run["method"]: run["launches"] for run in report.runs if "launches" in run}
     ordered = sorted(found.items(), key=lambda item: item[1])
     return harness.table(("method", "launches a step"), [[n, str(v)] for n, v in ordered])
+
+
+def autoattack(report: ZooReport) -> str:
+    """What AutoAttack left of the images that it attacked, beside APGD alone and what is proved."""
+    rows = []
+    for name in dict.fromkeys(run["method"] for run in report.runs):
+        found = [r["autoattack"] for r in report.runs if r["method"] == name and r.get("autoattack")]
+        means = [
+            [100 * statistics.fmean(column) for column in zip(*(f[key] for f in found), strict=True)]
+            for key in ("certified", "apgd", "both")
+        ]
+        number = sum(f["images"] for f in found)
+        rows.append([name, str(number), *(" / ".join(f"{v:.1f}" for v in m) for m in means)])
+    return harness.table(("method", "images", "certified", "APGD", "AutoAttack and APGD"), rows)
 
 
 def _radius(radius: float) -> str:

@@ -1,7 +1,11 @@
 """The comparison of methods: what is equal, what is kept, what is counted."""
 
+import importlib.machinery
+import importlib.util
 import json
 import math
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from orthonet.models import convnet_zoo
 from orthonet.recipes import Images, Split, ZooConfig, ZooReport, bench_zoo
 from orthonet.recipes.zoo import bench, networks
 from orthonet.recipes.zoo import report as zoo_report
+from orthonet.recipes.zoo.autoattack import autoattack_l2
 from orthonet.recipes.zoo.config import zoo
 from orthonet.recipes.zoo.cost import step_cost
 from orthonet.recipes.zoo.judge import judge, require_below
@@ -172,6 +177,54 @@ def test_a_wrong_certificate_is_found(monkeypatch):
     monkeypatch.setattr(recipes.zoo.judge, "certify", lambda *_, **__: Wrong())
     with pytest.raises(UncertifiableError, match="no attack may change the class"):
         judge(model, images, (1.5 * far,))
+
+
+def attacks_of(move):
+    """A stand-in for torchattacks, whose AutoAttack adds `move` times the radius to the first pixel."""
+    package = types.ModuleType("torchattacks")
+    package.__spec__ = importlib.machinery.ModuleSpec("torchattacks", None)
+
+    class AutoAttack:
+        def __init__(self, model, norm, eps, n_classes, seed):
+            assert (norm, n_classes, seed) == ("L2", 4, 7)
+            self.eps = eps
+
+        def __call__(self, x, y):
+            torch.rand(3)  # the real one draws from the global generator, and seeds it
+            moved = x.clone()
+            moved[:, 0, 0, 0] -= move * self.eps
+            return moved
+
+    package.AutoAttack = AutoAttack
+    return package
+
+
+def test_autoattack_counts_beside_apgd_and_never_leaves_the_ball(monkeypatch):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4)).double().eval().requires_grad_(False)
+    model[1].weight.copy_(torch.eye(4))
+    model[1].bias.zero_()
+    x = torch.tensor([[0.6, 0.4, 0.1, 0.1], [0.7, 0.3, 0.1, 0.1]]).view(2, 1, 2, 2)
+    images = Images(x, torch.tensor([0, 0]))
+    for move in (1.0, 9.0):  # 9: points far outside, which are shortened
+        monkeypatch.setitem(sys.modules, "torchattacks", attacks_of(move))
+        before = torch.get_rng_state()
+        found = judge(model, images, (0.0, 0.1, 0.21), autoattack=2, seed=7)
+        assert torch.equal(torch.get_rng_state(), before)
+        expected = {"images": 2, "certified": [1.0, 0.5], "apgd": [1.0, 0.5], "both": [1.0, 0.5]}
+        assert found.autoattack == expected
+    points = autoattack_l2(model.float(), x, images.y, 0.05, seed=7)
+    assert ((points - x).double().flatten(1).norm(dim=1) <= 0.05).all()
+    model[1] = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="four classes, got classes=3"):
+        autoattack_l2(model.eval(), x, images.y, 0.05)
+    assert judge(model.double().eval(), images, (0.1,), autoattack=0).autoattack is None
+
+
+def test_autoattack_that_is_not_installed_is_said_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install torchattacks"):
+        bench_zoo(tiny(autoattack=5), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("method", ["aol", "bro", "soc", "sll", "sandwich", "torch-orthogonal"])

@@ -24,6 +24,7 @@ from orthonet.recipes.running.folder import guarded
 from orthonet.recipes.running.processes import launched
 from orthonet.recipes.running.reading import Wanted, read_json
 from orthonet.recipes.running.registry import Recipe, register
+from orthonet.recipes.zoo.autoattack import require_autoattack
 from orthonet.recipes.zoo.config import ZooConfig, run_config, zoo
 from orthonet.recipes.zoo.cost import StepCost, step_cost
 from orthonet.recipes.zoo.figures import zoo_figure
@@ -61,7 +62,7 @@ def bench_zoo(
         The report.
 
     Raises:
-        ModuleNotFoundError: A package of the extra `demo` is missing.
+        ModuleNotFoundError: A package of the extra `demo` is missing, or torchattacks for AutoAttack.
         ValueError: `zoo.json` holds runs under another protocol.
         UncertifiableError: An attack changed a class inside a certified radius.
         OSError: `out` cannot be written.
@@ -73,6 +74,8 @@ def bench_zoo(
         "Start it without torchrun",
         subject="zoo",
     )
+    if config.autoattack:
+        require_autoattack()
     folder = Path(out)
     file, data = folder / "zoo.json", load(config.dataset, config.data_root)
     validation = functools.cache(functools.partial(_validation, config))
@@ -192,6 +195,7 @@ def run_method(
         config.radii,
         attacked=config.attacked,
         attack_steps=config.attack_steps,
+        autoattack=config.autoattack,
         seed=seed,
     )
     steps = math.ceil(len(data.train.y) / planned.batch_size)

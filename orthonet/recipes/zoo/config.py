@@ -67,6 +67,8 @@ class ZooConfig:
         radii: Radii of certified accuracy and attacks.
         attack_steps: Gradient steps of an attack.
         attacked: Test images, evenly spaced, that are attacked; 0 for all. All are certified.
+        autoattack: Images, evenly spaced among the attacked, that AutoAttack attacks too, which
+            the package torchattacks holds; 0 for none.
         device: Device of the runs, such as cpu or cuda.
         data_root: Folder of the data.
 
@@ -88,6 +90,7 @@ class ZooConfig:
     radii: tuple[float, ...] = RADII
     attack_steps: int = 20
     attacked: int = 0
+    autoattack: int = 0
     device: str = "cpu"
     data_root: str = option("data", flags=("--data",))
 
@@ -102,7 +105,7 @@ class ZooConfig:
             batch_size=self.batch_size,
             attack_steps=self.attack_steps,
         )
-        _checks.non_negative_int(self, attacked=self.attacked)
+        _checks.non_negative_int(self, attacked=self.attacked, autoattack=self.autoattack)
         _checks.in_range(self, 1e-6, 1e6, temperature=self.temperature)
         _checks.in_range(self, 0.0, 1e9, budget=self.budget)
         _checks.in_range(self, 1e-3, 1.0, tuning=self.tuning)

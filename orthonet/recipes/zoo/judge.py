@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from orthonet import _checks
 from orthonet.certify import apgd_l2, attack_certificate, certify
 from orthonet.errors import UncertifiableError
 from orthonet.recipes.data.digits import Images, spaced
+from orthonet.recipes.zoo.autoattack import autoattack_l2
 
 __all__ = ["Judgment", "judge", "require_below"]
 
@@ -34,6 +36,8 @@ class Judgment:
         attacked_images: Number of attacked images.
         attempts: Attacked images that have a certified radius and were attacked just inside it.
         broken: How many of them changed class.
+        autoattack: Of the images that AutoAttack attacked too: their number, and at each positive
+            radius the share that is certified, that APGD leaves and that both leave; None without AutoAttack.
     """
 
     accuracy: float
@@ -46,6 +50,7 @@ class Judgment:
     attacked_images: int
     attempts: int
     broken: int
+    autoattack: dict[str, Any] | None = None
 
 
 def judge(
@@ -55,6 +60,7 @@ def judge(
     *,
     attacked: int = 0,
     attack_steps: int = 20,
+    autoattack: int = 0,
     seed: int = 0,
 ) -> Judgment:
     """Certify a deployed network on images and attack it on some of them.
@@ -69,6 +75,7 @@ def judge(
         radii: Radii of certified accuracy and attacks.
         attacked: Number of images that are attacked, evenly spaced; 0 for all, -1 for none.
         attack_steps: Gradient steps of an attack.
+        autoattack: Number of images that AutoAttack attacks too, evenly spaced among the attacked.
         seed: Seed of the attacks.
 
     Raises:
@@ -83,19 +90,27 @@ def judge(
     every = torch.arange(number)
     chosen = spaced(Images(every, images.y), attacked).x if attacked >= 0 else every[:0]
     few = Images(images.x[chosen], images.y[chosen])
+    certain, tried = [part[chosen] for part in held], [r for r in radii if r > 0]
+    certain = [part for part, radius in zip(certain, radii, strict=True) if radius > 0]
     attacker = copy.deepcopy(model).float()  # for speed: `model` decides what the points are
     generator = torch.Generator().manual_seed(seed)
-    alive, survivors, certified = right[chosen], [], []
-    for radius, certain in zip(radii, held, strict=True):
-        if radius > 0 and len(chosen):
-            points = [
-                apgd_l2(attacker, x, y, radius, steps=attack_steps, generator=generator)
-                for x, y in _parts(few, torch.float32)
-            ]
-            alive = alive & _right(model, Images(torch.cat(points), few.y))
-            require_below(certain[chosen], alive, radius)
-            certified.append(_share(certain[chosen]))
-            survivors.append(_share(alive))
+
+    def apgd(x: Tensor, y: Tensor, radius: float) -> Tensor:
+        return apgd_l2(attacker, x, y, radius, steps=attack_steps, generator=generator)
+
+    def auto(x: Tensor, y: Tensor, radius: float) -> Tensor:
+        return autoattack_l2(attacker, x, y, radius, seed=seed)
+
+    alive = _survivors(model, few, tried, right[chosen], certain, apgd)
+    strong = None
+    if autoattack and len(chosen):
+        some = spaced(Images(torch.arange(len(chosen)), few.y), autoattack).x
+        part = Images(few.x[some], few.y[some])
+        proved, left = ([share[some] for share in shares] for shares in (certain, alive))
+        both = _survivors(model, part, tried, right[chosen][some], proved, auto)
+        both = [one & other for one, other in zip(left, both, strict=True)]
+        shares = {"certified": proved, "apgd": left, "both": both}
+        strong = {"images": len(some), **{k: list(map(_share, v)) for k, v in shares.items()}}
     reports = [
         attack_certificate(
             model, certificate, x, y, steps=attack_steps, restarts=1, generator=generator
@@ -108,13 +123,33 @@ def judge(
         constant=certificate.constant.value,
         average_radius=float(radius_of.mean()),
         certified=[_share(certain) for certain in held],
-        attacked=survivors,
-        certified_of_attacked=certified,
+        attacked=list(map(_share, alive)),
+        certified_of_attacked=list(map(_share, certain)) if len(chosen) else [],
         images=number,
         attacked_images=len(chosen),
         attempts=sum(report.attacked for report in reports),
         broken=sum(report.broken for report in reports),
+        autoattack=strong,
     )
+
+
+def _survivors(
+    model: nn.Module,
+    images: Images,
+    radii: Sequence[float],
+    right: Tensor,
+    certified: Sequence[Tensor],
+    attack: Callable[[Tensor, Tensor, float], Tensor],
+) -> list[Tensor]:
+    """Which images an attack leaves right at each of rising radii; none where there are none."""
+    alive, found = right, []
+    for radius, certain in zip(radii, certified, strict=True):
+        if len(images.y):
+            points = [attack(x, y, radius) for x, y in _parts(images, torch.float32)]
+            alive = alive & _right(model, Images(torch.cat(points), images.y))
+            require_below(certain, alive, radius)
+            found.append(alive)
+    return found
 
 
 def require_below(certified: Tensor, alive: Tensor, radius: float) -> None:
