@@ -22,7 +22,7 @@ from benchmarks import _harness as harness
 from benchmarks.certificates import glyphs, operator_norm, trained_perceptron
 from orthonet.certify import certify
 
-PACKAGES = ("orthonet", "orthogonium", "deel-torchlip", "auto-LiRPA")
+PACKAGES = ("orthonet", "orthogonium", "deel-torchlip")
 Method = Callable[[nn.Module, Tensor], float]
 
 
@@ -62,18 +62,6 @@ def _torchlip_samples(model: nn.Module, x: Tensor) -> float:
     return float(evaluate_lip_const(model, x, evaluation_type="jacobian_norm"))
 
 
-def _lirpa(model: nn.Module, x: Tensor) -> float:
-    """The Jacobian bound of auto_LiRPA in a ball of l2 radius 1, in the norm that it has."""
-    from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm
-
-    inside = x[:1]
-    bounded = BoundedModule(model, inside)
-    bounded.augment_gradient_graph(inside)
-    ball = BoundedTensor(inside, PerturbationLpNorm(norm=2, eps=1.0))
-    low, high = bounded.compute_jacobian_bounds(ball)
-    return float(torch.maximum(low.abs(), high.abs()).flatten(1).norm())
-
-
 METHODS: dict[str, Method] = {
     "orthonet fast": _ours("fast"),
     "orthonet default": _ours("default"),
@@ -81,7 +69,6 @@ METHODS: dict[str, Method] = {
     "orthogonium get_conv_sv, product": _orthogonium,
     "deel-torchlip power iteration, product": _torchlip_product,
     "deel-torchlip Jacobian at samples": _torchlip_samples,
-    "auto_LiRPA Jacobian in a ball of 1": _lirpa,
 }
 
 

@@ -21,6 +21,7 @@ from benchmarks import (
     convolutions,
     floor,
     linear_step,
+    local_peers,
     manifolds,
     optim,
     orthogonalizers,
@@ -42,6 +43,7 @@ PRINTED = {
         across_processes,
         certificates,
         certificate_peers,
+        local_peers,
     )
 }
 Cell = Callable[[Mapping[str, Any], Mapping[str, Any]], str]

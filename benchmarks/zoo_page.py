@@ -175,13 +175,13 @@ def launches(report: ZooReport) -> str:
 
 def autoattack(report: ZooReport) -> str:
     """What AutoAttack left of the images that it attacked, beside APGD alone and what is proved."""
-    rows = []
-    for name in dict.fromkeys(run["method"] for run in report.runs):
-        found = [r["autoattack"] for r in report.runs if r["method"] == name and r.get("autoattack")]
-        means = [
-            [100 * statistics.fmean(column) for column in zip(*(f[key] for f in found), strict=True)]
-            for key in ("certified", "apgd", "both")
-        ]
+    rows, runs = [], [run for run in report.runs if run.get("autoattack")]
+    for name in dict.fromkeys(run["method"] for run in runs):
+        found = [run["autoattack"] for run in runs if run["method"] == name]
+        means = []
+        for key in ("certified", "apgd", "both"):
+            columns = zip(*(f[key] for f in found), strict=True)
+            means.append([100 * statistics.fmean(column) for column in columns])
         number = sum(f["images"] for f in found)
         rows.append([name, str(number), *(" / ".join(f"{v:.1f}" for v in m) for m in means)])
     return harness.table(("method", "images", "certified", "APGD", "AutoAttack and APGD"), rows)

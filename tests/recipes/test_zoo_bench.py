@@ -180,7 +180,7 @@ def test_a_wrong_certificate_is_found(monkeypatch):
 
 
 def attacks_of(move):
-    """A stand-in for torchattacks, whose AutoAttack adds `move` times the radius to the first pixel."""
+    """A stand-in for torchattacks, which darkens the first pixel by `move` times the radius."""
     package = types.ModuleType("torchattacks")
     package.__spec__ = importlib.machinery.ModuleSpec("torchattacks", None)
 

@@ -24,7 +24,7 @@ def require_autoattack() -> None:
         importlib.util.find_spec("torchattacks") is not None,
         "AutoAttack",
         "the package torchattacks must be installed",
-        "Run: pip install torchattacks (with --no-deps beside a newer requests), or use autoattack=0",
+        "Run: pip install --no-deps torchattacks, or use autoattack=0",
         ModuleNotFoundError,
         missing="torchattacks",
     )

@@ -62,7 +62,7 @@ def bench_zoo(
         The report.
 
     Raises:
-        ModuleNotFoundError: A package of the extra `demo` is missing, or torchattacks for AutoAttack.
+        ModuleNotFoundError: A package of the extra `demo`, or torchattacks, is missing.
         ValueError: `zoo.json` holds runs under another protocol.
         UncertifiableError: An attack changed a class inside a certified radius.
         OSError: `out` cannot be written.

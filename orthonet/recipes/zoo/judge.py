@@ -37,7 +37,7 @@ class Judgment:
         attempts: Attacked images that have a certified radius and were attacked just inside it.
         broken: How many of them changed class.
         autoattack: Of the images that AutoAttack attacked too: their number, and at each positive
-            radius the share that is certified, that APGD leaves and that both leave; None without AutoAttack.
+            radius the share that is certified, that APGD leaves and that both leave; else None.
     """
 
     accuracy: float
