@@ -175,6 +175,26 @@ def test_laws(law, name):
     law(FACTORIES[name], SIZE if name.endswith("conv") else (4,))
 
 
+@pytest.mark.parametrize(
+    "name", [n for n in FACTORIES if n.endswith(("_linear", "lot_conv", "sll_conv"))]
+)
+def test_derivatives_of_both_orders_are_those_of_finite_differences(name):
+    """With a bias, which shows the scale of the weight of CPL and SLL; LOT refused the second."""
+    shape = (1, 2, 4, 4) if name.endswith("conv") else (2, 4)
+    build = partial(conv, ci=2, co=2) if name.endswith("conv") else make_linear
+    layer = build(name.rsplit("_", 1)[0], *((4, 4) if len(shape) == 2 else ())).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    names = [key for key, _ in layer.named_parameters()]
+    moved = [p.detach() + 0.3 * torch.randn_like(p) for p in layer.parameters()]
+    inputs = [t.requires_grad_() for t in (x, *moved)]
+
+    def run(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
 @pytest.mark.parametrize("name", FACTORIES)
 def test_certificate_is_sound_and_tight(name):
     """The bound of a trained model is at most 1 + 1e-5 and at least what the operator shows."""
