@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orthonet import _checks
 from orthonet._torch import in_transform
 from orthonet.linalg.polar import polar
 
@@ -307,11 +308,19 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _setup(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return _differentiable(ctx.saved_tensors[0], grads[0])
+        _checks.require(
+            all(grad is None for grad in grads[1:]),
+            "unitary_polar",
+            "torch.func has its first derivatives only",
+            "Use torch.autograd.grad with create_graph=True for second ones",
+            RuntimeError,
+        )
+        return _pull_back(grads[0], *ctx.saved_tensors)
 
     @staticmethod
     def vmap(
