@@ -71,7 +71,13 @@ class Manifold(abc.ABC):
 
     @abc.abstractmethod
     def parametrization(self, shape: Sequence[int], **options: Any) -> Parametrization:
-        """Return a module that maps free coordinates onto the space, for tensors of a shape."""
+        """Return a module that maps free coordinates onto the space, for tensors of a shape.
+
+        Args:
+            shape: Of the values.
+            **options: Of the space; `triv` and `f` as of
+                [`constrain`][orthonet.constraints.constrain].
+        """
 
     def _shape_problem(self, shape: Sequence[int]) -> str | None:
         """Return what is wrong with a shape, or None."""

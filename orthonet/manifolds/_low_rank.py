@@ -113,12 +113,7 @@ class LowRank(Manifold):
     def parametrization(
         self, shape: Sequence[int], *, triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""Return \(U \operatorname{diag}(s) V^\top\) with any real s.
-
-        Args:
-            shape: Of values.
-            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
-        """
+        r"""Return \(U \operatorname{diag}(s) V^\top\) with any real s."""
         return SingularParametrization(self, shape, self.rank, _identity, _identity, triv)
 
 
@@ -149,13 +144,7 @@ class FixedRank(LowRank):
     def parametrization(
         self, shape: Sequence[int], *, f: Scalar = "softplus", triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""Return \(U \operatorname{diag}(f(s)) V^\top\).
-
-        Args:
-            shape: Of values.
-            f: See [`PSD`][orthonet.manifolds.PSD].
-            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
-        """
+        r"""Return \(U \operatorname{diag}(f(s)) V^\top\)."""
         f = positive_map(self, f)
         return SingularParametrization(self, shape, self.rank, f, f.inverse, triv)
 

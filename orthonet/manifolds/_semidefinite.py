@@ -179,12 +179,7 @@ class PSSD(_Semidefinite):
     def parametrization(
         self, shape: Sequence[int], *, triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""Return \(Q \operatorname{diag}(|s|)\,Q^\top\), with the slope 1 at s = 0.
-
-        Args:
-            shape: Of values.
-            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
-        """
+        r"""Return \(Q \operatorname{diag}(|s|)\,Q^\top\), with the slope 1 at s = 0."""
         return EigenParametrization(self, shape, self._rank(shape), absolute, absolute, triv)
 
 

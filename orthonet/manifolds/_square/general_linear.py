@@ -63,13 +63,7 @@ class GLp(Manifold):
     def parametrization(
         self, shape: Sequence[int], *, f: Scalar = "softplus", triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""Return \(U \operatorname{diag}(f(s)) V^\top\) with U and V of the same determinant.
-
-        Args:
-            shape: Of values.
-            f: See [`PSD`][orthonet.manifolds.PSD].
-            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
-        """
+        r"""Return \(U \operatorname{diag}(f(s)) V^\top\) with U and V of the same determinant."""
         f = positive_map(self, f)
         return _PositiveParametrization(self, shape, shape[-1], f, f.inverse, triv)
 
