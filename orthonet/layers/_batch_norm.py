@@ -147,6 +147,8 @@ class BatchCentering(_BatchStatistics):
         tensor([1., 1., 1.], grad_fn=<...>)
     """
 
+    bias: Tensor | None
+
     def __init__(
         self,
         num_features: int,

@@ -281,7 +281,7 @@ def complex_polar(x: Tensor) -> Tensor:
 
 def _differentiable(w: Tensor, grad: Tensor) -> Tensor:
     """The pull-back by operations that can be differentiated again."""
-    _, pull_back = torch.func.vjp(complex_polar if w.is_complex() else polar, w)
+    _, pull_back, *_ = torch.func.vjp(complex_polar if w.is_complex() else polar, w)
     return pull_back(grad)[0]
 
 
