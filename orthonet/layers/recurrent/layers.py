@@ -21,13 +21,13 @@ __all__ = ["FinalState", "OrthoRNN", "OrthoRNNCell"]
 _THRESHOLD = 0.01  # the first shifts of modReLU are uniform in (-0.01, 0.01)
 
 
-def _require_stock(owner: object, nonlinearity: str) -> None:
+def _require_stock(layer: Any, twin: str) -> None:
     _checks.require(
-        nonlinearity in ("tanh", "relu"),
-        owner,
-        "nn.RNN has the nonlinearities tanh and relu only",
+        layer.nonlinearity in ("tanh", "relu"),
+        layer,
+        f"nn.{twin} has the nonlinearities tanh and relu only",
         "Keep it as it is, or export it with torch.export",
-        nonlinearity=nonlinearity,
+        nonlinearity=layer.nonlinearity,
     )
 
 
@@ -147,7 +147,7 @@ class OrthoRNN(RecurrentLayer):
         Raises:
             ValueError: `nn.RNN` does not have the nonlinearity.
         """
-        _require_stock(self, self.nonlinearity)
+        _require_stock(self, "RNN")
         return self._plain(nn.RNN, nonlinearity=self.nonlinearity)
 
     def extra_repr(self) -> str:
@@ -223,7 +223,7 @@ class OrthoRNNCell(RecurrentCell, nn.RNNCell):
         Raises:
             ValueError: `nn.RNNCell` does not have the nonlinearity.
         """
-        _require_stock(self, self.nonlinearity)
+        _require_stock(self, "RNNCell")
         return self._plain(nn.RNNCell, nonlinearity=self.nonlinearity)
 
 
