@@ -27,14 +27,8 @@ def positive_definite(
     r"""Constrain a tensor to positive definite matrices.
 
     \(X = Q \operatorname{diag}(f(s)) Q^\top\) with an orthogonal frame Q; see
-    [`PSD`][orthonet.manifolds.PSD].
-
-    Args:
-        module: Any module.
-        tensor_name: Its tensor.
-        f: See [`constrain`][orthonet.constraints.constrain].
-        triv: See [`constrain`][orthonet.constraints.constrain].
-        init: See [`constrain`][orthonet.constraints.constrain].
+    [`PSD`][orthonet.manifolds.PSD]. The arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, n).
@@ -52,13 +46,8 @@ def positive_semidefinite(
 ) -> M:
     """Constrain a tensor to positive semidefinite matrices.
 
-    The eigenvalues are absolute values: 0 is reached. See [`PSSD`][orthonet.manifolds.PSSD].
-
-    Args:
-        module: Any module.
-        tensor_name: Its tensor.
-        triv: See [`constrain`][orthonet.constraints.constrain].
-        init: See [`constrain`][orthonet.constraints.constrain].
+    The eigenvalues are absolute values: 0 is reached. See [`PSSD`][orthonet.manifolds.PSSD]. The
+    arguments are those of [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, n).
@@ -76,14 +65,11 @@ def positive_semidefinite_low_rank(
 ) -> M:
     """Constrain a tensor to positive semidefinite matrices of rank at most `rank`.
 
-    See [`PSSDLowRank`][orthonet.manifolds.PSSDLowRank].
+    See [`PSSDLowRank`][orthonet.manifolds.PSSDLowRank]. The other arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         rank: From 1 to n.
-        triv: See [`constrain`][orthonet.constraints.constrain].
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, n).
@@ -107,15 +93,11 @@ def positive_semidefinite_fixed_rank(
 ) -> M:
     """Constrain a tensor to positive semidefinite matrices of rank `rank`, no less.
 
-    See [`PSSDFixedRank`][orthonet.manifolds.PSSDFixedRank].
+    See [`PSSDFixedRank`][orthonet.manifolds.PSSDFixedRank]. The other arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         rank: From 1 to n.
-        f: See [`constrain`][orthonet.constraints.constrain].
-        triv: See [`constrain`][orthonet.constraints.constrain].
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, n).
@@ -131,12 +113,8 @@ def positive_semidefinite_fixed_rank(
 def correlation(module: M, tensor_name: str = "weight", *, init: Init = None) -> M:
     """Constrain a tensor to correlation matrices: positive semidefinite, with a unit diagonal.
 
-    See [`Correlation`][orthonet.manifolds.Correlation].
-
-    Args:
-        module: Any module.
-        tensor_name: Its tensor.
-        init: See [`constrain`][orthonet.constraints.constrain].
+    See [`Correlation`][orthonet.manifolds.Correlation]. The arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, n).

@@ -31,15 +31,13 @@ def nonnegative(
 ) -> M:
     r"""Constrain a tensor to entries \(\ge 0\).
 
-    See [`Nonnegative`][orthonet.manifolds.Nonnegative].
+    See [`Nonnegative`][orthonet.manifolds.Nonnegative]. The other arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         f: None for the absolute value, which reaches 0; otherwise a map to the positive numbers,
             see
             [`constrain`][orthonet.constraints.constrain].
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         Any.
@@ -63,15 +61,12 @@ def bounded(
 ) -> M:
     """Constrain a tensor to entries in [low, high].
 
-    See [`Bounded`][orthonet.manifolds.Bounded].
+    See [`Bounded`][orthonet.manifolds.Bounded]. The other arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         low: Smallest value.
         high: Largest value.
-        f: See [`constrain`][orthonet.constraints.constrain].
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         Any.
@@ -94,14 +89,11 @@ def norm_ball(
 ) -> M:
     """Constrain a tensor to vectors of norm at most `radius` along the last dimension.
 
-    See [`NormBall`][orthonet.manifolds.NormBall].
+    See [`NormBall`][orthonet.manifolds.NormBall]. The other arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         radius: Largest norm, positive.
-        flatten: See [`constrain`][orthonet.constraints.constrain].
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n).
@@ -117,13 +109,11 @@ def norm_ball(
 def simplex(module: M, tensor_name: str = "weight", f: str = "absolute", *, init: Init = None) -> M:
     r"""Constrain a tensor to probability vectors along the last dimension.
 
-    Their entries are \(\ge 0\) and sum to 1; see [`Simplex`][orthonet.manifolds.Simplex].
+    Their entries are \(\ge 0\) and sum to 1; see [`Simplex`][orthonet.manifolds.Simplex]. The other
+    arguments are those of [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         f: "absolute", which reaches 0, or "softmax".
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n).
@@ -141,13 +131,11 @@ def stochastic(
 ) -> M:
     """Constrain a tensor to row-stochastic matrices: each row is a probability vector.
 
-    This is [`simplex`][orthonet.constraints.simplex] by the name that it has for matrices.
+    This is [`simplex`][orthonet.constraints.simplex] by the name that it has for matrices. The
+    other arguments are those of [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         f: "absolute" or "softmax", as there.
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, k).
@@ -163,12 +151,8 @@ def stochastic(
 def doubly_stochastic(module: M, tensor_name: str = "weight", *, init: Init = None) -> M:
     r"""Constrain a tensor to doubly stochastic matrices: rows and columns sum to 1.
 
-    Their entries are \(> 0\); see [`DoublyStochastic`][orthonet.manifolds.DoublyStochastic].
-
-    Args:
-        module: Any module.
-        tensor_name: Its tensor.
-        init: See [`constrain`][orthonet.constraints.constrain].
+    Their entries are \(> 0\); see [`DoublyStochastic`][orthonet.manifolds.DoublyStochastic]. The
+    arguments are those of [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, n).
@@ -186,13 +170,11 @@ def hyperbolic(
 ) -> M:
     """Constrain a tensor to points of the hyperboloid along the last dimension.
 
-    Its curvature is -1 / radius²; see [`Hyperbolic`][orthonet.manifolds.Hyperbolic].
+    Its curvature is -1 / radius²; see [`Hyperbolic`][orthonet.manifolds.Hyperbolic]. The other
+    arguments are those of [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         radius: Of the hyperboloid, positive.
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n + 1), the time-like coordinate first.
@@ -210,13 +192,11 @@ def poincare_ball(
 ) -> M:
     """Constrain a tensor to points of the Poincaré ball along the last dimension.
 
-    Its curvature is -1 / radius²; see [`PoincareBall`][orthonet.manifolds.PoincareBall].
+    Its curvature is -1 / radius²; see [`PoincareBall`][orthonet.manifolds.PoincareBall]. The other
+    arguments are those of [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         radius: Of the ball, positive.
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n).

@@ -13,13 +13,11 @@ def symmetric(
 ) -> M:
     """Constrain a tensor to symmetric matrices (complex: Hermitian ones).
 
-    See [`Symmetric`][orthonet.manifolds.Symmetric].
+    See [`Symmetric`][orthonet.manifolds.Symmetric]. The other arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         lower: Take the coordinates from the lower triangle, otherwise from the upper one.
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, n).
@@ -35,13 +33,11 @@ def symmetric(
 def skew(module: M, tensor_name: str = "weight", lower: bool = True, *, init: Init = None) -> M:
     """Constrain a tensor to skew-symmetric matrices (complex: skew-Hermitian ones).
 
-    See [`Skew`][orthonet.manifolds.Skew].
+    See [`Skew`][orthonet.manifolds.Skew]. The other arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         lower: As of [`symmetric`][orthonet.constraints.symmetric].
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, n).
@@ -64,14 +60,12 @@ def sphere(
 ) -> M:
     """Constrain a tensor to vectors of norm `radius` along the last dimension.
 
-    See [`Sphere`][orthonet.manifolds.Sphere].
+    See [`Sphere`][orthonet.manifolds.Sphere]. The other arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         radius: Of the sphere, positive.
         embedded: Divide by the norm, instead of following great circles from a base.
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n).
@@ -87,13 +81,11 @@ def sphere(
 def oblique(module: M, tensor_name: str = "weight", radius: float = 1.0, *, init: Init = None) -> M:
     """Constrain a tensor to matrices whose columns have norm `radius`.
 
-    See [`Oblique`][orthonet.manifolds.Oblique].
+    See [`Oblique`][orthonet.manifolds.Oblique]. The other arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         radius: Of each column, positive.
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, k).
@@ -109,12 +101,8 @@ def oblique(module: M, tensor_name: str = "weight", radius: float = 1.0, *, init
 def unit_norm(module: M, tensor_name: str = "weight", *, init: Init = None) -> M:
     """Constrain all that feeds one output to norm 1: rows of a linear layer, whole filters.
 
-    This is [`sphere`][orthonet.constraints.sphere] over all dimensions but the first.
-
-    Args:
-        module: Any module.
-        tensor_name: Its tensor.
-        init: See [`constrain`][orthonet.constraints.constrain].
+    This is [`sphere`][orthonet.constraints.sphere] over all dimensions but the first. The arguments
+    are those of [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (outputs, *).

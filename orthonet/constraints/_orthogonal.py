@@ -36,11 +36,10 @@ def orthogonal(
     """Constrain a tensor to orthonormal columns (tall), rows (wide), or both (square).
 
     A complex tensor becomes unitary, as by [`unitary`][orthonet.constraints.unitary]. See
-    [`Stiefel`][orthonet.manifolds.Stiefel] and [`SO`][orthonet.manifolds.SO].
+    [`Stiefel`][orthonet.manifolds.Stiefel] and [`SO`][orthonet.manifolds.SO]. The other arguments
+    are those of [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         triv: As of [`constrain`][orthonet.constraints.constrain], or "polar": the polar factor of
             an
             unconstrained matrix.
@@ -50,8 +49,6 @@ def orthogonal(
         use_trivialization: With False, the map starts at the identity instead of a base that an
             assignment moves. This is for real square matrices of determinant 1; a present weight of
             determinant -1 becomes the nearest rotation.
-        flatten: See [`constrain`][orthonet.constraints.constrain].
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, k).
@@ -99,14 +96,8 @@ def grassmannian(
     """Constrain a tensor to orthonormal bases of subspaces.
 
     For functions that depend on the subspace alone: no direction rotates the basis within it. See
-    [`Grassmannian`][orthonet.manifolds.Grassmannian].
-
-    Args:
-        module: Any module.
-        tensor_name: Its tensor.
-        triv: See [`constrain`][orthonet.constraints.constrain].
-        flatten: See [`constrain`][orthonet.constraints.constrain].
-        init: See [`constrain`][orthonet.constraints.constrain].
+    [`Grassmannian`][orthonet.manifolds.Grassmannian]. The arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, k).
@@ -129,14 +120,12 @@ def unitary(
 ) -> M:
     """Constrain a complex tensor to orthonormal columns (tall), rows (wide), or both (square).
 
-    See [`Unitary`][orthonet.manifolds.Unitary].
+    See [`Unitary`][orthonet.manifolds.Unitary]. The other arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         triv: "exponential" (or "expm"), "cayley", or a map from skew-Hermitian matrices to unitary
             ones.
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, k), complex.
@@ -159,11 +148,10 @@ def symplectic(
 ) -> M:
     r"""Constrain a tensor to symplectic matrices of even size.
 
-    \(X^\top J X = J\); see [`Symplectic`][orthonet.manifolds.Symplectic].
+    \(X^\top J X = J\); see [`Symplectic`][orthonet.manifolds.Symplectic]. The other arguments are
+    those of [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         triv: "exponential" (or "expm"), "cayley" (near the base only), or a map from Hamiltonian
             matrices to symplectic ones.
         init: As of [`constrain`][orthonet.constraints.constrain], but the
@@ -194,15 +182,13 @@ def product(
     """Constrain the blocks of a matrix, each to a space of its own.
 
     This serves stacked kernels, such as the four of an `nn.LSTM`; see
-    [`ProductManifold`][orthonet.manifolds.ProductManifold].
+    [`ProductManifold`][orthonet.manifolds.ProductManifold]. The other arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         spaces: One space a block.
         dim: Dimension along which the blocks lie, -2 or -1.
         sizes: Their sizes; None for equal ones.
-        init: See [`constrain`][orthonet.constraints.constrain].
         **options: Options of the parametrizations of all blocks.
 
     Shape:

@@ -31,16 +31,11 @@ def almost_orthogonal(
     r"""Constrain a tensor to matrices with singular values in \([1 - \lambda, 1 + \lambda]\).
 
     \(X = U \operatorname{diag}(1 + \lambda f(s)) V^\top\) with \(f\) into [-1, 1]; see
-    [`AlmostOrthogonal`][orthonet.manifolds.AlmostOrthogonal].
+    [`AlmostOrthogonal`][orthonet.manifolds.AlmostOrthogonal]. The other arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         lam: Half of the width of the interval, in [0, 1].
-        f: See [`constrain`][orthonet.constraints.constrain].
-        triv: See [`constrain`][orthonet.constraints.constrain].
-        flatten: See [`constrain`][orthonet.constraints.constrain].
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, k).
@@ -67,14 +62,11 @@ def alpha_stable(
     r"""Constrain a tensor to Hurwitz matrices: real parts of eigenvalues below \(-\alpha\).
 
     Solutions of the linear system decay at least as fast as that. See
-    [`Hurwitz`][orthonet.manifolds.Hurwitz].
+    [`Hurwitz`][orthonet.manifolds.Hurwitz]. The other arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         alpha: Rate of decay, at least 0.
-        f: See [`constrain`][orthonet.constraints.constrain].
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, n).
@@ -98,15 +90,11 @@ def low_rank(
 ) -> M:
     """Constrain a tensor to matrices of rank at most `rank`.
 
-    See [`LowRank`][orthonet.manifolds.LowRank].
+    See [`LowRank`][orthonet.manifolds.LowRank]. The other arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         rank: From 1 to min(n, k).
-        triv: See [`constrain`][orthonet.constraints.constrain].
-        flatten: See [`constrain`][orthonet.constraints.constrain].
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, k).
@@ -131,16 +119,11 @@ def fixed_rank(
 ) -> M:
     """Constrain a tensor to matrices of rank `rank`, no less.
 
-    See [`FixedRank`][orthonet.manifolds.FixedRank].
+    See [`FixedRank`][orthonet.manifolds.FixedRank]. The other arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         rank: From 1 to min(n, k).
-        f: See [`constrain`][orthonet.constraints.constrain].
-        triv: See [`constrain`][orthonet.constraints.constrain].
-        flatten: See [`constrain`][orthonet.constraints.constrain].
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, k).
@@ -165,14 +148,8 @@ def invertible(
 ) -> M:
     """Constrain a tensor to invertible matrices of positive determinant.
 
-    See [`GLp`][orthonet.manifolds.GLp].
-
-    Args:
-        module: Any module.
-        tensor_name: Its tensor.
-        f: See [`constrain`][orthonet.constraints.constrain].
-        triv: See [`constrain`][orthonet.constraints.constrain].
-        init: See [`constrain`][orthonet.constraints.constrain].
+    See [`GLp`][orthonet.manifolds.GLp]. The arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, n).
@@ -195,14 +172,8 @@ def sln(
 ) -> M:
     """Constrain a tensor to matrices of determinant 1.
 
-    See [`SL`][orthonet.manifolds.SL].
-
-    Args:
-        module: Any module.
-        tensor_name: Its tensor.
-        f: See [`constrain`][orthonet.constraints.constrain].
-        triv: See [`constrain`][orthonet.constraints.constrain].
-        init: See [`constrain`][orthonet.constraints.constrain].
+    See [`SL`][orthonet.manifolds.SL]. The arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, n).
@@ -228,16 +199,11 @@ def spectral_ball(
     """Constrain a tensor to matrices of spectral norm at most `radius`.
 
     As a linear map, each of them has this Lipschitz constant. See
-    [`SpectralBall`][orthonet.manifolds.SpectralBall].
+    [`SpectralBall`][orthonet.manifolds.SpectralBall]. The other arguments are those of
+    [`constrain`][orthonet.constraints.constrain].
 
     Args:
-        module: Any module.
-        tensor_name: Its tensor.
         radius: Largest norm, positive.
-        f: See [`constrain`][orthonet.constraints.constrain].
-        triv: See [`constrain`][orthonet.constraints.constrain].
-        flatten: See [`constrain`][orthonet.constraints.constrain].
-        init: See [`constrain`][orthonet.constraints.constrain].
 
     Shape:
         (*batch, n, k).

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from orthonet import _checks
 from orthonet.certify import LipschitzCertificate
-from orthonet.downstream._moves import checked_outputs, plus, rounding_of
+from orthonet.downstream._moves import checked_outputs, reach_of, rounding_of
 from orthonet.downstream._ranks import (
     Coverage,
     checked_level,
@@ -19,7 +20,6 @@ from orthonet.downstream._ranks import (
     conformal_quantile,
     coverage_of,
 )
-from orthonet.linalg.bounds.rounding import mul_up
 
 __all__ = ["ConformalBand", "calibrate_band", "certified_interval"]
 
@@ -244,16 +244,10 @@ def _misses(owner: str, ends: Tensor, targets: Tensor) -> Tensor:
     return torch.maximum(_over(ends[:, 0], -y), _over(y, -ends[:, 1]))
 
 
-def _reach(
-    owner: str,
-    certificate: LipschitzCertificate,
-    outputs: Tensor,
-    eps: float,
-    inputs: Tensor | Sequence[Tensor] | None,
-) -> Tensor:
-    """K eps + 2 e, (N,), rounded upward."""
-    e = rounding_of(owner, certificate, outputs, eps, inputs)
-    return plus(torch.full_like(e, mul_up(certificate.constant.value, float(eps))), e * 2.0)
+def _reach(owner: str, certificate: LipschitzCertificate, outputs: Tensor, *rest: Any) -> Tensor:
+    """How far each output can move within eps, of (eps, inputs)."""
+    e = rounding_of(owner, certificate, outputs, *rest)
+    return reach_of(certificate, rest[0], e)
 
 
 def _over(a: Tensor, b: Tensor) -> Tensor:

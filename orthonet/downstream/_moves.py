@@ -20,6 +20,7 @@ __all__ = [
     "checked_outputs",
     "moves_of",
     "plus",
+    "reach_of",
     "rounding_of",
     "times",
 ]
@@ -53,7 +54,7 @@ def moves_of(
 ) -> Moves:
     """Return K eps plus the rounding at both points; `outputs` is (N, C)."""
     e, constant = rounding_of(owner, certificate, outputs, eps, inputs), certificate.constant.value
-    total = plus(torch.full_like(e, mul_up(constant, float(eps))), e * 2.0)
+    total = reach_of(certificate, eps, e)
     count, pairs = outputs.shape[1], certificate.pairs
     if pairs is None:
         pairs = torch.full((count, count), mul_up(sqrt_up(2.0), constant), dtype=torch.float64)
@@ -113,6 +114,11 @@ def rounding_of(
         outputs=outputs,
     )
     return certificate.rounding(inputs, within=float(eps)).to("cpu", torch.float64)
+
+
+def reach_of(certificate: LipschitzCertificate, eps: float, e: Tensor) -> Tensor:
+    """Return K eps plus the rounding at both points, (N,), rounded upward."""
+    return plus(torch.full_like(e, mul_up(certificate.constant.value, float(eps))), e * 2.0)
 
 
 def checked_outputs(owner: Any, name: str, values: Tensor, requirement: str, good: bool) -> Tensor:

@@ -16,10 +16,11 @@ from orthonet.downstream._moves import (
     checked_classes,
     checked_outputs,
     plus,
+    reach_of,
     rounding_of,
     times,
 )
-from orthonet.linalg.bounds.rounding import gamma, mul_up
+from orthonet.linalg.bounds.rounding import gamma
 
 __all__ = ["PixelAccuracy", "certified_pixel_accuracy", "pixel_radii"]
 
@@ -192,11 +193,9 @@ def certified_pixel_accuracy(
     right = (costs > 0).sum(1)
     pixelwise, collective = [], []
     for radius in map(float, radii):
-        e = rounding_of(owner, certificate, logits, radius, inputs) * 2.0
-        alone = costs > plus(times(known, radius).expand(len(logits), -1), e[:, None])
-        reach = mul_up(certificate.constant.value, radius)
-        budget = plus(torch.full_like(e, reach), e)
-        turned = _most_turned(costs, alone, budget)
+        e = rounding_of(owner, certificate, logits, radius, inputs)
+        alone = costs > plus(times(known, radius).expand(len(logits), -1), 2.0 * e[:, None])
+        turned = _most_turned(costs, alone, reach_of(certificate, radius, e))
         kept = torch.maximum(right - turned, alone.sum(1))
         pixelwise.append(_mean_share(alone.sum(1), number))
         collective.append(_mean_share(kept, number))

@@ -10,16 +10,19 @@ or `torch.abs` would return an average of two pieces (singular values 1 and 0) o
 `dim` is the channel dimension and may be negative; nothing else is assumed of the shape.
 """
 
-from orthonet.functional._activations import absolute, group_sort, householder, max_min
-from orthonet.functional._padding import circular_pad, symmetric_pad
-from orthonet.functional._piecewise import (
+from orthonet.functional._activations import (
+    absolute,
     beta_abs,
     channel_shuffle,
+    group_sort,
+    householder,
     householder_order2,
+    max_min,
     n_activation,
     soft_huber,
     spatial_shift,
 )
+from orthonet.functional._padding import circular_pad, symmetric_pad
 from orthonet.functional._pooling import (
     depth_to_space,
     global_l2_norm_pool,

@@ -51,11 +51,12 @@ def safe_sqrt(square: Tensor) -> Tensor:
 
 def _window(
     owner: str,
+    x: Tensor,
     kernel_size: Sequence[int],
     stride: Sequence[int] | None,
     padding: Sequence[int] | None,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return the three tuples of a pooling window, checked and of one length."""
+    """Return the three tuples of a pooling window that fits into `x`, checked and of one length."""
     good = isinstance(kernel_size, (tuple, list, torch.Size))
     require(
         good and len(kernel_size) in _AVG_POOL,
@@ -78,6 +79,16 @@ def _window(
     for k, s, p in zip(kernel_size, stride, padding, strict=True):
         positive_int(owner, kernel_size=k, stride=s)
         non_negative_int(owner, padding=p)
+    _has_spatial(owner, x, len(kernel_size))
+    sizes = x.shape[-len(kernel_size) :]
+    require(
+        all(n + 2 * p >= k for n, p, k in zip(sizes, padding, kernel_size, strict=True)),
+        owner,
+        "the window must fit into the padded input",
+        "Take a smaller kernel_size, or an adaptive pool",
+        kernel_size=tuple(kernel_size),
+        shape=tuple(x.shape),
+    )
     return tuple(kernel_size), tuple(stride), tuple(padding)
 
 
@@ -88,18 +99,6 @@ def _has_spatial(owner: str, x: Tensor, spatial: int) -> None:
         owner,
         f"the input must have {spatial} spatial dimensions, (N, C, ...) or (C, ...)",
         "Reshape it, or use the twin for another number of dimensions",
-        shape=tuple(x.shape),
-    )
-
-
-def _fits(owner: str, x: Tensor, kernel_size: Sequence[int], padding: Sequence[int]) -> None:
-    sizes = x.shape[-len(kernel_size) :]
-    require(
-        all(n + 2 * p >= k for n, p, k in zip(sizes, padding, kernel_size, strict=True)),
-        owner,
-        "the window must fit into the padded input",
-        "Take a smaller kernel_size, or an adaptive pool",
-        kernel_size=tuple(kernel_size),
         shape=tuple(x.shape),
     )
 
@@ -138,9 +137,7 @@ def l2_norm_pool(
         >>> l2_norm_pool(torch.tensor([[[3.0, 4.0, 0.0, 0.0]]]), (2,))
         tensor([[[5., 0.]]])
     """
-    kernel_size, stride, padding = _window("l2_norm_pool", kernel_size, stride, padding)
-    _has_spatial("l2_norm_pool", x, len(kernel_size))
-    _fits("l2_norm_pool", x, kernel_size, padding)
+    kernel_size, stride, padding = _window("l2_norm_pool", x, kernel_size, stride, padding)
     shared = math.prod([-(-k // s) for k, s in zip(kernel_size, stride, strict=True)])
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = _AVG_POOL[len(kernel_size)](wide * wide, kernel_size, stride, padding)
@@ -173,9 +170,7 @@ def scaled_avg_pool(
         tensor([[[[2., 2.],
                   [2., 2.]]]])
     """
-    kernel_size, stride, padding = _window("scaled_avg_pool", kernel_size, stride, padding)
-    _has_spatial("scaled_avg_pool", x, len(kernel_size))
-    _fits("scaled_avg_pool", x, kernel_size, padding)
+    kernel_size, stride, padding = _window("scaled_avg_pool", x, kernel_size, stride, padding)
     square = 1.0
     for k, s in zip(kernel_size, stride, strict=True):
         q = -(-k // s) - 1

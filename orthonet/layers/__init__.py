@@ -1,6 +1,17 @@
 """Drop-in layers: what `torch.nn` has, under an l2 -> l2 constraint that holds exactly."""
 
-from orthonet.layers._activations import Abs, GroupSort, HouseholderActivation, MaxMin
+from orthonet.layers._activations import (
+    Abs,
+    BetaAbs,
+    ChannelShuffle,
+    FullSort,
+    GroupSort,
+    HouseholderActivation,
+    HouseholderActivation2,
+    MaxMin,
+    NActivation,
+    SoftHuber,
+)
 from orthonet.layers._batch_norm import BatchCentering, BatchLipNorm, BatchScaling, SharedFactors
 from orthonet.layers._downsampling import (
     PadToStride,
@@ -10,14 +21,6 @@ from orthonet.layers._downsampling import (
 )
 from orthonet.layers._linear import OrthoLinear, UnitNormLinear
 from orthonet.layers._normalize import LayerCentering, Normalize
-from orthonet.layers._piecewise import (
-    BetaAbs,
-    ChannelShuffle,
-    FullSort,
-    HouseholderActivation2,
-    NActivation,
-    SoftHuber,
-)
 from orthonet.layers._pooling import (
     AdaptiveL2NormPool,
     AdaptiveScaledAvgPool,

@@ -16,11 +16,52 @@ from orthonet.reparametrizers import Weight
 from orthonet.reparametrizers.plain_values import warn_projected
 from orthonet.reparametrizers.recorded import RecordedWeight, keep_if_refused
 
-__all__ = ["OneLine", "ConstrainedWeight", "ReadsPlain", "WithoutPlainWeight"]
+__all__ = [
+    "ConstrainedWeight",
+    "OneLine",
+    "ReadsPlain",
+    "WithoutPlainWeight",
+    "add_bias",
+    "new_bias",
+    "set_zero",
+]
 
 
 # Mixins stand before a class of `nn`: a type checker takes them for modules, Python does not.
 Module = nn.Module if TYPE_CHECKING else object
+
+
+def new_bias(
+    layer: nn.Module,
+    size: int | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    name: str = "bias",
+) -> None:
+    """Register a parameter of zeros, or None."""
+    value = None
+    if size is not None:
+        value = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
+    layer.register_parameter(name, value)
+
+
+def add_bias(
+    layer: nn.Module,
+    bias: bool,
+    size: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Register the bias that the user asked for, or None."""
+    _checks.boolean(type(layer), bias=bias)
+    new_bias(layer, size if bias else None, device, dtype)
+
+
+def set_zero(*tensors: Tensor | None) -> None:
+    """Set biases to zero, where there are some and not on the meta device."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_meta:
+            nn.init.zeros_(tensor)
 
 
 class OneLine(Module):
@@ -135,8 +176,7 @@ class ConstrainedWeight(LinearMap, ReadsPlain):
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to zero; nothing happens on the meta device."""
         self.parametrization.reset_parameters()
-        if self.bias is not None and not self.bias.is_meta:
-            nn.init.zeros_(self.bias)
+        set_zero(self.bias)
 
     @torch.no_grad()
     def to_plain(self) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class _BatchStatistics(nn.Module):
 
     running_mean: Tensor
     num_batches_tracked: Tensor | None
+    eps: float
 
     def __init__(
         self, num_features: int, momentum: float | None, device: torch.device | str | None
@@ -41,6 +43,31 @@ class _BatchStatistics(nn.Module):
         # As `nn.BatchNorm2d`: the count is needed for a cumulative average alone.
         count = None if momentum is not None else torch.zeros((), dtype=torch.long, device=device)
         self.register_buffer("num_batches_tracked", count)
+
+    def _register(
+        self,
+        averages: Sequence[str],
+        learned: Sequence[str],
+        wanted: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Make a number for each channel: buffers, and parameters where they are wanted."""
+        for name in (*averages, *learned):
+            value = torch.empty(self.num_features, device=device, dtype=dtype)
+            if name in averages:
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value) if wanted else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set means, biases and the count of batches to 0, and variances and weights to 1."""
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            nn.init.constant_(tensor, float(name in ("weight", "running_var", "running_square")))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps:g}, momentum={self.momentum}"
 
     def train(self, mode: bool = True) -> _BatchStatistics:
         """Set the mode; where training is resumed, what was averaged counts as one batch."""
@@ -120,6 +147,8 @@ class BatchCentering(_BatchStatistics):
         tensor([1., 1., 1.], grad_fn=<...>)
     """
 
+    bias: Tensor | None
+
     def __init__(
         self,
         num_features: int,
@@ -130,20 +159,7 @@ class BatchCentering(_BatchStatistics):
     ) -> None:
         super().__init__(num_features, momentum, device)
         boolean(self, bias=bias)
-        if bias:
-            self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        self.register_buffer("running_mean", torch.empty(num_features, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the running mean and the bias to 0."""
-        nn.init.zeros_(self.running_mean)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.zero_()
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        self._register(("running_mean",), ("bias",), bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Subtract the mean and add the bias."""
@@ -199,22 +215,8 @@ class BatchLipNorm(_BatchStatistics):
         super().__init__(num_features, momentum, device)
         in_range(self, 1e-12, 1.0, eps=eps)
         self.eps = eps
-        for name in ("weight", "bias"):
-            value = torch.empty(num_features, device=device, dtype=dtype)
-            self.register_parameter(name, nn.Parameter(value) if affine else None)
-        for name in ("running_mean", "running_var"):
-            self.register_buffer(name, torch.empty(num_features, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the running mean to 0, the running variance to 1, the weight to 1, the bias to 0."""
-        nn.init.zeros_(self.running_mean)
-        nn.init.ones_(self.running_var)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.zero_()
-        if self.weight is not None and self.bias is not None:
-            nn.init.ones_(self.weight)
-            nn.init.zeros_(self.bias)
+        learned = ("weight", "bias")
+        self._register(("running_mean", "running_var"), learned, affine, device, dtype)
 
     def gains(self, variance: Tensor | None = None) -> Tensor:
         r"""Return the factor of each channel, of modulus at most 1.
@@ -240,9 +242,6 @@ class BatchLipNorm(_BatchStatistics):
             variance, mean = self.running_var, self.running_mean
         y = (x - mean.to(x.dtype).view(shape)) * self.gains(variance).to(x.dtype).view(shape)
         return y if self.bias is None else y + self.bias.to(x.dtype).view(shape)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps:g}, momentum={self.momentum}"
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
         check_bias(
@@ -307,11 +306,7 @@ class BatchScaling(_BatchStatistics):
         boolean(self, bias=bias, centering=centering)
         self.eps = eps
         self.centering = centering
-        value = torch.empty(num_features, device=device, dtype=dtype)
-        self.register_parameter("bias", nn.Parameter(value) if bias else None)
-        for name in ("running_mean", "running_square"):
-            self.register_buffer(name, torch.empty(num_features, device=device, dtype=dtype))
-        self.reset_parameters()
+        self._register(("running_mean", "running_square"), ("bias",), bias, device, dtype)
         if factors is not None:
             factors.register(self)
 
@@ -319,15 +314,6 @@ class BatchScaling(_BatchStatistics):
         state = dict(vars(self))
         state.pop("_last", None)  # part of a graph, which cannot be copied
         return state
-
-    def reset_parameters(self) -> None:
-        """Set the running mean to 0, the running variance to 1 and the bias to 0."""
-        nn.init.zeros_(self.running_mean)
-        nn.init.ones_(self.running_square)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.zero_()
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
     def factor(self) -> Tensor:
         """Return the factor of the last batch, or in eval mode of the running statistics."""
@@ -353,9 +339,6 @@ class BatchScaling(_BatchStatistics):
             mean, factor = self.running_mean, self.factor()
         y = (x - mean.to(x.dtype).view(shape)) * factor.to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype).view(shape)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps:g}, momentum={self.momentum}"
 
     def declared_bound(self, input_shape: tuple[int, ...], norms: Norms) -> Declared:
         check_bias(self, self.num_features, self.running_mean, self.running_square, self.bias)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
-from orthonet.layers._base import ConstrainedWeight
+from orthonet.layers._base import ConstrainedWeight, add_bias
 from orthonet.layers.turned_linear import turned_linear
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.reparametrizers import (
@@ -45,10 +45,7 @@ class _ConstrainedLinear(ConstrainedWeight, nn.Linear):
         self.out_features = out_features
         self.parametrization = parametrization
         self._set_factor(lipschitz)
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
+        add_bias(self, bias, out_features, device, dtype)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -102,7 +99,6 @@ class OrthoLinear(_ConstrainedLinear):
         lipschitz: float = 1.0,
     ) -> None:
         _checks.positive_int(type(self), in_features=in_features, out_features=out_features)
-        _checks.boolean(type(self), bias=bias)
         _checks.factory(type(self), device, dtype)
         params = read_params(type(self), ortho_params)
         weight = OrthoWeight((out_features, in_features), params, device, dtype)
@@ -235,7 +231,6 @@ class UnitNormLinear(_ConstrainedLinear):
         lipschitz: float = 1.0,
     ) -> None:
         _checks.positive_int(type(self), in_features=in_features, out_features=out_features)
-        _checks.boolean(type(self), bias=bias)
         _checks.factory(type(self), device, dtype)
         rows = _UnitRows((out_features, in_features), device, dtype)
         super().__init__(in_features, out_features, bias, device, dtype, rows, lipschitz)

@@ -12,7 +12,29 @@ from torch import nn
 from orthonet import _checks
 from orthonet.layers._linear import OrthoLinear, UnitNormLinear
 from orthonet.layers.convolution.conv import OrthoConv2d
-from orthonet.layers.zoo import _fourier, _lipnext, _rescaled, _residual, _sandwich, _soc
+from orthonet.layers.zoo._fourier import (
+    BROConv2d,
+    BROLinear,
+    CayleyConv2d,
+    CayleyLinear,
+    LOTConv2d,
+)
+from orthonet.layers.zoo._lipnext import LipNeXtBlock2d
+from orthonet.layers.zoo._rescaled import (
+    AOLConv2d,
+    AOLLinear,
+    CholeskyConv2d,
+    CholeskyLinear,
+    FrobeniusConv2d,
+    FrobeniusLinear,
+    LiResConv2d,
+    LiResLinear,
+    SpectralConv2d,
+    SpectralLinear,
+)
+from orthonet.layers.zoo._residual import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
+from orthonet.layers.zoo._sandwich import SandwichConv2d, SandwichLinear
+from orthonet.layers.zoo._soc import SOCConv2d
 
 __all__ = [
     "Method",
@@ -207,7 +229,7 @@ def _lipnext_conv(
     device: Any = None,
     dtype: Any = None,
     **options: Any,
-) -> _lipnext.LipNeXtBlock2d:
+) -> LipNeXtBlock2d:
     """Return a LipNeXt block behind the arguments of `nn.Conv2d`."""
     good = (
         kernel_size in (3, (3, 3))
@@ -218,7 +240,7 @@ def _lipnext_conv(
     )
     _checks.require(
         good,
-        _lipnext.LipNeXtBlock2d,
+        LipNeXtBlock2d,
         "the shifts reach one pixel: kernel_size must be 3, stride and dilation 1, padding 'same' "
         "and groups 1",
         "Use SpaceToDepth2d before the block instead of a stride",
@@ -228,138 +250,72 @@ def _lipnext_conv(
         dilation=dilation,
         groups=groups,
     )
-    return _lipnext.LipNeXtBlock2d(
+    return LipNeXtBlock2d(
         in_channels, out_channels, bias, device, dtype, padding_mode=padding_mode, **options
     )
 
 
+_INSIDE = {"nonlinear": True}
 _rko_conv: Any = partial(OrthoConv2d, method="rko")
 _rko_conv.layer = OrthoConv2d
-_lipnext_conv.layer = _lipnext.LipNeXtBlock2d
+_lipnext_conv.layer = LipNeXtBlock2d
 
-for _entry in (
-    Method(
+# The name, title, layers, promise and source of a method, and what it has beyond the defaults.
+_TABLE: tuple[tuple[Any, ...], ...] = (
+    (
         "ortho",
         "AOC, BCOP and RKO composed",
         OrthoLinear,
         OrthoConv2d,
         "orthogonal",
-        source="Li 2019, Boissin 2025",
+        "Li 2019, Boissin 2025",
     ),
-    Method(
-        "aol",
-        "Almost-orthogonal",
-        _rescaled.AOLLinear,
-        _rescaled.AOLConv2d,
-        "1-Lipschitz",
-        source="Prach & Lampert 2022",
-    ),
-    Method(
-        "soc", "Skew orthogonal", None, _soc.SOCConv2d, "orthogonal", source="Singla & Feizi 2021"
-    ),
-    Method(
-        "cayley",
-        "Cayley",
-        _fourier.CayleyLinear,
-        _fourier.CayleyConv2d,
-        "orthogonal",
-        source="Trockman & Kolter 2021",
-    ),
-    Method(
-        "lot",
-        "Layer-wise orthogonal training",
-        OrthoLinear,
-        _fourier.LOTConv2d,
-        "orthogonal",
-        source="Xu 2022",
-    ),
-    Method(
-        "bro",
-        "Block reflector",
-        _fourier.BROLinear,
-        _fourier.BROConv2d,
-        "orthogonal",
-        source="Lai 2025",
-    ),
-    Method(
-        "cpl",
-        "Convex potential",
-        _residual.CPLLinear,
-        _residual.CPLConv2d,
-        "1-Lipschitz",
-        nonlinear=True,
-        source="Meunier 2022",
-    ),
-    Method(
-        "sll",
-        "SDP-based",
-        _residual.SLLLinear,
-        _residual.SLLConv2d,
-        "1-Lipschitz",
-        nonlinear=True,
-        source="Araujo 2023",
-    ),
-    Method(
+    ("aol", "Almost-orthogonal", AOLLinear, AOLConv2d, "1-Lipschitz", "Prach & Lampert 2022"),
+    ("soc", "Skew orthogonal", None, SOCConv2d, "orthogonal", "Singla & Feizi 2021"),
+    ("cayley", "Cayley", CayleyLinear, CayleyConv2d, "orthogonal", "Trockman & Kolter 2021"),
+    ("lot", "Layer-wise orthogonal training", OrthoLinear, LOTConv2d, "orthogonal", "Xu 2022"),
+    ("bro", "Block reflector", BROLinear, BROConv2d, "orthogonal", "Lai 2025"),
+    ("cpl", "Convex potential", CPLLinear, CPLConv2d, "1-Lipschitz", "Meunier 2022", _INSIDE),
+    ("sll", "SDP-based", SLLLinear, SLLConv2d, "1-Lipschitz", "Araujo 2023", _INSIDE),
+    (
         "sandwich",
         "Sandwich (LBDN)",
-        _sandwich.SandwichLinear,
-        _sandwich.SandwichConv2d,
+        SandwichLinear,
+        SandwichConv2d,
         "1-Lipschitz",
-        nonlinear=True,
-        source="Wang & Manchester 2023",
+        "Wang & Manchester 2023",
+        _INSIDE,
     ),
-    Method(
-        "cholesky",
-        "Cholesky (CHORD)",
-        _rescaled.CholeskyLinear,
-        _rescaled.CholeskyConv2d,
-        "1-Lipschitz",
-        source="Hu 2024",
-    ),
-    Method(
-        "liresnet",
-        "Linear residual",
-        _rescaled.LiResLinear,
-        _rescaled.LiResConv2d,
-        "1-Lipschitz",
-        source="Hu 2023",
-    ),
-    Method(
-        "rko",
-        "Reshaped kernel",
-        None,
-        _rko_conv,
-        "1-Lipschitz",
-        source="Cisse 2017, Serrurier 2021",
-    ),
-    Method(
+    ("cholesky", "Cholesky (CHORD)", CholeskyLinear, CholeskyConv2d, "1-Lipschitz", "Hu 2024"),
+    ("liresnet", "Linear residual", LiResLinear, LiResConv2d, "1-Lipschitz", "Hu 2023"),
+    ("rko", "Reshaped kernel", None, _rko_conv, "1-Lipschitz", "Cisse 2017, Serrurier 2021"),
+    (
         "spectral",
         "Spectral normalization",
-        _rescaled.SpectralLinear,
-        _rescaled.SpectralConv2d,
+        SpectralLinear,
+        SpectralConv2d,
         "1-Lipschitz",
-        source="Miyato 2018, Delattre 2023",
+        "Miyato 2018, Delattre 2023",
     ),
-    Method(
+    (
         "frobenius",
         "Frobenius normalization",
-        _rescaled.FrobeniusLinear,
-        _rescaled.FrobeniusConv2d,
+        FrobeniusLinear,
+        FrobeniusConv2d,
         "1-Lipschitz",
-        source="Serrurier 2021",
+        "Serrurier 2021",
     ),
-    Method(
-        "unit_norm", "Last-layer normalization", UnitNormLinear, None, "rows", source="Singla 2022"
-    ),
-    Method(
+    ("unit_norm", "Last-layer normalization", UnitNormLinear, None, "rows", "Singla 2022"),
+    (
         "lipnext",
         "LipNeXt",
         None,
         _lipnext_conv,
         "orthogonal",
-        nonlinear=True,
-        stride=False,
-        source="Hu 2026",
+        "Hu 2026",
+        {**_INSIDE, "stride": False},
     ),
-):
-    register_method(_entry)
+)
+for _name, _title, _linear, _conv, _promise, _source, *_more in _TABLE:
+    _options: dict[str, Any] = {"source": _source, **(_more[0] if _more else {})}
+    register_method(Method(_name, _title, _linear, _conv, _promise, **_options))

@@ -66,7 +66,7 @@ class LinearMap:
             input_size=input_size,
         )
         if layer.padding_mode == "circular":
-            return _periodic(self, layer.in_channels, sizes, layer.stride)
+            return _periodic(self, layer.in_channels, sizes)
         return _dense(self, (layer.in_channels, *sizes))
 
     def stable_rank(self, input_size: int | tuple[int, ...] | None = None) -> float:
@@ -96,9 +96,7 @@ def _dense(layer: LinearMap, shape: tuple[int, ...]) -> Tensor:
     return torch.linalg.svdvals(columns.flatten(1)).sort(descending=True).values
 
 
-def _periodic(
-    layer: LinearMap, channels: int, sizes: tuple[int, ...], stride: tuple[int, ...]
-) -> Tensor:
+def _periodic(layer: LinearMap, channels: int, sizes: tuple[int, ...]) -> Tensor:
     """Return the singular values of a map that commutes with shifts by the stride.
 
     The images of the impulses inside one stride determine it. Pixels of one stride count as

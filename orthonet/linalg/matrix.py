@@ -16,6 +16,7 @@ __all__ = [
     "compute_dtype",
     "divide_triangular",
     "gram_defect",
+    "high",
     "minus_product",
     "minus_transpose",
     "on_tall",
@@ -32,6 +33,11 @@ _PADDING = 16  # see `cholesky`
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a matrix function of `dtype` input works: at least float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def high(x: Tensor) -> Tensor:
+    """The tensor in float64, where the device has it."""
+    return x if x.device.type == "mps" else x.to(torch.promote_types(x.dtype, torch.float64))
 
 
 def on_tall(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

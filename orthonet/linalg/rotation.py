@@ -16,7 +16,7 @@ from torch import Tensor
 from orthonet import _checks
 from orthonet._torch import in_forward_mode, is_traced
 from orthonet.linalg.exponential import matrix_exponential
-from orthonet.linalg.matrix import add_identity
+from orthonet.linalg.matrix import add_identity, high
 from orthonet.linalg.packing import (
     identity_minus_half_skew,
     pack_difference,
@@ -275,10 +275,7 @@ def complement_reflector(base: Tensor) -> Tensor:
         (1988).
     """
     k = base.shape[-1]
-    high = (
-        torch.promote_types(base.dtype, torch.float64) if base.device.type != "mps" else base.dtype
-    )
-    b = base.to(high)
+    b = high(base)
     u, s, wh = torch.linalg.svd(b[..., :k, :])
     top = b[..., :k, :] + u @ wh
     v = torch.cat([top, b[..., k:, :]], -2)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from orthonet._torch import is_traced
+from orthonet.linalg.matrix import high
 
 __all__ = ["Values", "eigen_map", "singular_map"]
 
@@ -67,13 +68,9 @@ def _divided(values: Tensor, f: Tensor, slope: Tensor) -> Tensor:
     return torch.where(equal, mean, rise / torch.where(equal, 1.0, gap))
 
 
-def _high(x: Tensor) -> Tensor:
-    return x if x.device.type == "mps" else x.to(torch.promote_types(x.dtype, torch.float64))
-
-
 def _eigen(x: Tensor, f: Values) -> tuple[Tensor, ...]:
     """Eigenvectors and eigenvalues of the symmetric part, images and slopes."""
-    values, q = torch.linalg.eigh(_high(0.5 * (x + x.mH)))
+    values, q = torch.linalg.eigh(high(0.5 * (x + x.mH)))
     return q, values, *f(values)
 
 
@@ -87,7 +84,7 @@ def _eigen_differential(d: Tensor, *parts: Tensor) -> Tensor:
 
 def _singular(x: Tensor, f: Values) -> tuple[Tensor, ...]:
     """Singular vectors and values, images and slopes."""
-    u, sigma, vh = torch.linalg.svd(_high(x), full_matrices=False)
+    u, sigma, vh = torch.linalg.svd(high(x), full_matrices=False)
     return u, vh.mH, sigma, *f(sigma)
 
 

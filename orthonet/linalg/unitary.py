@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orthonet import _checks
 from orthonet._torch import in_transform
+from orthonet.linalg.polar import polar
 
 __all__ = [
     "block_reflector",
     "cayley_parameter",
     "cayley_rectangular",
     "cholesky_contraction",
+    "complex_polar",
     "polish",
     "unitary_polar",
 ]
@@ -63,7 +66,7 @@ def cayley_rectangular(w: Tensor) -> Tensor:
     m, n = w.shape[-2:]
     if m < n:
         return cayley_rectangular(w.mT).mT
-    norm = torch.linalg.vector_norm(w.detach(), dim=(-2, -1), keepdim=True)
+    norm = torch.linalg.vector_norm(w, dim=(-2, -1), keepdim=True)
     w = w * (_REACH / norm.clamp_min(_REACH))
     top, bottom = w[..., :n, :], w[..., n:, :]
     a = top - top.mH
@@ -266,12 +269,31 @@ def _(grad: Tensor, u: Tensor, vectors: Tensor, sigma: Tensor) -> Tensor:
     return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
+def complex_polar(x: Tensor) -> Tensor:
+    """Return the polar factor of complex matrices, through the real matrices of twice the size."""
+    if x.shape[-2] < x.shape[-1]:
+        return complex_polar(x.mT).mT
+    k = x.shape[-1]
+    real = torch.cat([torch.cat([x.real, -x.imag], -1), torch.cat([x.imag, x.real], -1)], -2)
+    u = polar(real)
+    return torch.complex(u[..., : x.shape[-2], :k], u[..., x.shape[-2] :, :k])
+
+
+def _differentiable(w: Tensor, grad: Tensor) -> Tensor:
+    """The pull-back by operations that can be differentiated again."""
+    _, pull_back, *_ = torch.func.vjp(complex_polar if w.is_complex() else polar, w)
+    return pull_back(grad)[0]
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output)
+    ctx.save_for_backward(inputs[0], *output)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
-    return torch.ops.orthonet.unitary_polar_backward(grad, *ctx.saved_tensors)
+    w, *parts = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return _differentiable(w, grad)
+    return torch.ops.orthonet.unitary_polar_backward(grad, *parts)
 
 
 _unitary_polar.register_autograd(_backward, setup_context=_setup)
@@ -286,10 +308,18 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _setup(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        _checks.require(
+            all(grad is None for grad in grads[1:]),
+            "unitary_polar",
+            "torch.func has its first derivatives only",
+            "Use torch.autograd.grad with create_graph=True for second ones",
+            RuntimeError,
+        )
         return _pull_back(grads[0], *ctx.saved_tensors)
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 from orthonet import _checks
 
 REDUCTIONS = ("none", "mean", "sum")
+_POSITIVE = ("lipschitz", "margin", "tau", "temperature")
 
 
 def offset_cross_entropy(
@@ -53,7 +55,7 @@ def offset_cross_entropy(
         Networks*, ECCV 2022, section 5 (there \(u = \sqrt 2, t = 1/4\)), arXiv:2208.03160.
     """
     owner = "offset_cross_entropy"
-    check_offset(owner, offset, temperature, reduction)
+    check_options(owner, offset=offset, temperature=temperature, reduction=reduction)
     check_classes(owner, logits, target)
     wanted = F.one_hot(target.long(), logits.shape[1]).to(logits.dtype)
     scaled = (logits - offset * wanted) / temperature
@@ -91,7 +93,7 @@ def kr(input: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
         hinge regularization*, CVPR 2021, arXiv:2006.06520; Villani, *Optimal Transport*, 2009,
         theorem 5.10.
     """
-    _checks.one_of("kr", REDUCTIONS, reduction=reduction)
+    check_options("kr", reduction=reduction)
     _check_binary("kr", input, target)
     return reduced(_per_sample(_kr_terms(input, target > 0)), reduction)
 
@@ -132,7 +134,7 @@ def hinge_kr(
     References:
         Serrurier et al., CVPR 2021, arXiv:2006.06520.
     """
-    check_hinge_kr("hinge_kr", alpha, margin, reduction)
+    check_options("hinge_kr", alpha=alpha, margin=margin, reduction=reduction)
     _check_binary("hinge_kr", input, target)
     positive = target > 0
     hinge = F.relu(margin - torch.where(positive, input, -input))
@@ -177,7 +179,7 @@ def hinge_kr_multiclass(
         Serrurier et al., CVPR 2021, arXiv:2006.06520 (the section on multiclass problems).
     """
     owner = "hinge_kr_multiclass"
-    check_hinge_kr(owner, alpha, margin, reduction)
+    check_options(owner, alpha=alpha, margin=margin, reduction=reduction)
     check_classes(owner, input, target)
     true = F.one_hot(target.long(), input.shape[1]).bool()
     hinge = F.relu(margin - torch.where(true, input, -input))
@@ -225,7 +227,8 @@ def soft_hinge_kr_multiclass(
         transport perspective*, NeurIPS 2023, arXiv:2206.06854.
     """
     owner = "soft_hinge_kr_multiclass"
-    check_hinge_kr(owner, alpha, margin, reduction, temperature)
+    options = {"alpha": alpha, "margin": margin, "temperature": temperature}
+    check_options(owner, **options, reduction=reduction)
     check_classes(owner, input, target)
     true = F.one_hot(target.long(), input.shape[1]).bool()
     wrong = torch.softmax((input / temperature).masked_fill(true, -math.inf), 1)
@@ -274,7 +277,8 @@ def lse_hinge_kr_multiclass(
         deel-torchlip's `LseHKRMulticlassLoss`.
     """
     owner = "lse_hinge_kr_multiclass"
-    check_hinge_kr(owner, alpha, margin, reduction, temperature)
+    options = {"alpha": alpha, "margin": margin, "temperature": temperature}
+    check_options(owner, **options, reduction=reduction)
     check_classes(owner, input, target)
     index = target.long()[:, None]
     right = input.gather(1, index).squeeze(1)
@@ -314,7 +318,7 @@ def tau_bce_with_logits(
     References:
         Béthune et al., *Pay attention to your loss*, NeurIPS 2022, arXiv:2104.05097.
     """
-    check_tau("tau_bce_with_logits", tau, reduction)
+    check_options("tau_bce_with_logits", tau=tau, reduction=reduction)
     _check_binary("tau_bce_with_logits", input, target)
     signed = torch.where(target > 0, input, -input)
     return reduced(_per_sample(-F.logsigmoid(tau * signed) / tau), reduction)
@@ -345,47 +349,22 @@ def kr_labels(target: Tensor) -> Tensor:
     return torch.where(positive, up, -down)
 
 
-def check_tau(owner: object, tau: float, reduction: str) -> None:
-    """Check the arguments of the tempered binary cross-entropy."""
-    check_positive(owner, tau=tau)
-    _checks.one_of(owner, REDUCTIONS, reduction=reduction)
-
-
-def check_offset(owner: object, offset: float, temperature: float, reduction: str) -> None:
-    """Check the arguments of the offset cross-entropy."""
-    _checks.require(
-        _is_number(offset) and 0 <= offset < math.inf,
-        owner,
-        "offset must be a finite number >= 0",
-        "Pass math.sqrt(2) * radius for a certified radius",
-        offset=offset,
-    )
-    check_positive(owner, temperature=temperature)
-    _checks.one_of(owner, REDUCTIONS, reduction=reduction)
-
-
-def check_hinge_kr(
-    owner: object,
-    alpha: float = 0.0,
-    margin: float = 1.0,
-    reduction: str = "mean",
-    temperature: float = 1.0,
-) -> None:
-    """Check the arguments of the HKR losses."""
-    _checks.in_range(owner, 0.0, 1.0, alpha=alpha)
-    check_positive(owner, margin=margin, temperature=temperature)
-    _checks.one_of(owner, REDUCTIONS, reduction=reduction)
-
-
-def check_positive(owner: object, /, **values: float) -> None:
-    for name, value in values.items():
-        good = _is_number(value) and 0 < value < math.inf
-        advice = f"Pass a positive {name}"
-        _checks.require(good, owner, f"{name} must be a finite number > 0", advice, **{name: value})
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def check_options(owner: object, /, **options: Any) -> None:
+    """Check the options of losses, each by its name."""
+    for name, value in options.items():
+        if name == "reduction":
+            _checks.one_of(owner, REDUCTIONS, reduction=value)
+        elif name in _POSITIVE:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _checks.require(
+                number and 0 < value < math.inf,
+                owner,
+                f"{name} must be a finite number > 0",
+                f"Pass a positive {name}",
+                **{name: value},
+            )
+        else:
+            _checks.in_range(owner, 0.0, 1.0 if name == "alpha" else 1e6, **{name: value})
 
 
 def check_classes(owner: str, logits: Tensor, target: Tensor) -> None:

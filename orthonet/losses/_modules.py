@@ -15,12 +15,11 @@ class _Loss(nn.Module):
     """A loss function with its options as attributes."""
 
     _function: ClassVar[Callable[..., Tensor]]
-    _check: ClassVar[Callable[..., None]]
     _options: tuple[str, ...]
 
     def _keep(self, **options: Any) -> None:
         nn.Module.__init__(self)
-        type(self)._check(self, **options)
+        _functional.check_options(self, **options)
         self._options = tuple(options)
         for name, value in options.items():
             setattr(self, name, value)
@@ -45,7 +44,6 @@ class OffsetCrossEntropyLoss(_Loss):
     """
 
     _function = staticmethod(_functional.offset_cross_entropy)
-    _check = staticmethod(_functional.check_offset)
 
     def __init__(self, offset: float, temperature: float = 1.0, reduction: str = "mean"):
         self._keep(offset=offset, temperature=temperature, reduction=reduction)
@@ -62,7 +60,6 @@ class TauBCEWithLogitsLoss(_Loss):
     """
 
     _function = staticmethod(_functional.tau_bce_with_logits)
-    _check = staticmethod(_functional.check_tau)
 
     def __init__(self, tau: float = 1.0, reduction: str = "mean"):
         self._keep(tau=tau, reduction=reduction)
@@ -79,7 +76,6 @@ class KRLoss(_Loss):
     """
 
     _function = staticmethod(_functional.kr)
-    _check = staticmethod(_functional.check_hinge_kr)
 
     def __init__(self, reduction: str = "mean"):
         self._keep(reduction=reduction)
@@ -96,7 +92,6 @@ class HKRLoss(_Loss):
     """
 
     _function = staticmethod(_functional.hinge_kr)
-    _check = staticmethod(_functional.check_hinge_kr)
 
     def __init__(self, alpha: float = 0.9, margin: float = 1.0, reduction: str = "mean"):
         self._keep(alpha=alpha, margin=margin, reduction=reduction)
@@ -163,7 +158,6 @@ class EMMALoss(_Loss):
     """
 
     _function = staticmethod(_regularized.emma)
-    _check = staticmethod(_regularized.check_emma)
 
     def __init__(self, radius: float, lipschitz: float = 1.0, reduction: str = "mean"):
         self._keep(radius=radius, lipschitz=lipschitz, reduction=reduction)
@@ -180,7 +174,6 @@ class LogitAnnealingLoss(_Loss):
     """
 
     _function = staticmethod(_regularized.logit_annealing)
-    _check = staticmethod(_regularized.check_logit_annealing)
 
     def __init__(
         self,
@@ -203,7 +196,6 @@ class CertificateRegularizationLoss(_Loss):
     """
 
     _function = staticmethod(_regularized.certificate_regularization)
-    _check = staticmethod(_regularized.check_weight)
 
     def __init__(self, weight: float = 0.5, reduction: str = "mean"):
         self._keep(weight=weight, reduction=reduction)
@@ -220,7 +212,6 @@ class TRADESLoss(_Loss):
         tensor(0.4547)
     """
 
-    _check = staticmethod(_regularized.check_weight)
     beta: float
     reduction: str
 
@@ -245,7 +236,6 @@ class MultiMarginLoss(_Loss):
     """
 
     _function = staticmethod(_regularized.multi_margin)
-    _check = staticmethod(_regularized.check_margin)
 
     def __init__(self, margin: float = 1.0, reduction: str = "mean"):
         self._keep(margin=margin, reduction=reduction)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orthonet import _checks
-from orthonet.losses._functional import REDUCTIONS, check_classes, check_positive, reduced
+from orthonet.losses._functional import check_classes, check_options, reduced
 
 __all__ = [
     "certificate_regularization",
@@ -55,7 +55,7 @@ def emma(
         Hu, Zou, Wang, Leino & Fredrikson, *Unlocking deterministic robustness certification on
         ImageNet*, NeurIPS 2023 (efficient margin maximization).
     """
-    check_emma("emma", radius, lipschitz, reduction)
+    check_options("emma", radius=radius, lipschitz=lipschitz, reduction=reduction)
     check_classes("emma", logits, target)
     true = logits.gather(1, target.long()[:, None])
     raised = (true - logits).detach().clamp(0.0, math.sqrt(2) * lipschitz * radius)
@@ -98,7 +98,8 @@ def logit_annealing(
     References:
         Lai, Huang, Wang & Zhang, ICML 2025 (logit annealing loss).
     """
-    check_logit_annealing("logit_annealing", offset, temperature, beta, reduction)
+    options = {"offset": offset, "temperature": temperature, "beta": beta}
+    check_options("logit_annealing", **options, reduction=reduction)
     check_classes("logit_annealing", logits, target)
     wanted = F.one_hot(target.long(), logits.shape[1]).to(logits.dtype)
     log_p = F.log_softmax((logits - offset * wanted) / temperature, 1)
@@ -135,7 +136,7 @@ def certificate_regularization(
     References:
         Singla, Singla & Feizi, ICLR 2022 (certificate regularization).
     """
-    check_weight("certificate_regularization", reduction, weight=weight)
+    check_options("certificate_regularization", weight=weight, reduction=reduction)
     check_classes("certificate_regularization", logits, target)
     loss = F.cross_entropy(logits, target.long(), reduction="none")
     return reduced(loss - weight * F.relu(_margin(logits, target)), reduction)
@@ -177,7 +178,7 @@ def trades(
         Zhang et al., *Theoretically principled trade-off between robustness and accuracy*, ICML
         2019.
     """
-    check_weight("trades", reduction, beta=beta)
+    check_options("trades", beta=beta, reduction=reduction)
     check_classes("trades", logits, target)
     _checks.require(
         perturbed.shape == logits.shape,
@@ -222,35 +223,9 @@ def multi_margin(
         Crammer & Singer, *On the algorithmic implementation of multiclass kernel-based vector
         machines*, JMLR 2001.
     """
-    check_margin("multi_margin", margin, reduction)
+    check_options("multi_margin", margin=margin, reduction=reduction)
     check_classes("multi_margin", logits, target)
     return reduced(F.relu(margin - _margin(logits, target)), reduction)
-
-
-def check_emma(owner: object, radius: float, lipschitz: float, reduction: str) -> None:
-    """Check the arguments of EMMA."""
-    check_weight(owner, reduction, radius=radius)
-    check_positive(owner, lipschitz=lipschitz)
-
-
-def check_logit_annealing(
-    owner: object, offset: float, temperature: float, beta: float, reduction: str
-) -> None:
-    """Check the arguments of the logit annealing loss."""
-    check_weight(owner, reduction, offset=offset, beta=beta)
-    check_positive(owner, temperature=temperature)
-
-
-def check_margin(owner: object, margin: float, reduction: str) -> None:
-    """Check the arguments of the hinge."""
-    check_positive(owner, margin=margin)
-    _checks.one_of(owner, REDUCTIONS, reduction=reduction)
-
-
-def check_weight(owner: object, reduction: str, **values: float) -> None:
-    """Check the reduction, and numbers that may be 0."""
-    _checks.in_range(owner, 0.0, 1e6, **values)
-    _checks.one_of(owner, REDUCTIONS, reduction=reduction)
 
 
 def _margin(logits: Tensor, target: Tensor) -> Tensor:

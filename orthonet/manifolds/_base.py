@@ -20,13 +20,19 @@ from orthonet.errors import NotOnManifoldError
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds._parametrization import Membership, Parametrization
 
-__all__ = ["Manifold", "Membership", "root"]
+__all__ = ["Manifold", "Membership", "check_radius", "root"]
 
 
 def root(square: Tensor) -> Tensor:
     """Return the square root for lengths: at 0 and below, it and its derivative are 0."""
     zero = square <= 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+
+
+def check_radius(owner: object, radius: Any) -> None:
+    """Refuse a radius that is not a positive number."""
+    good = isinstance(radius, (int, float)) and radius > 0.0
+    _checks.require(good, owner, "radius must be positive", "Use 1.0", radius=radius)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Manifold(abc.ABC):
 
     event_ndim: ClassVar[int] = 2
     has_complex: ClassVar[bool] = False  # whether a complex tensor can be a point
+    square: ClassVar[bool] = False  # whether the matrices have as many rows as columns
 
     # --- what a space must say -----------------------------------------------------------------
 
@@ -63,6 +70,23 @@ class Manifold(abc.ABC):
         """Return the nearest point, in the Frobenius norm unless the class says otherwise."""
 
     @abc.abstractmethod
+    def parametrization(self, shape: Sequence[int], **options: Any) -> Parametrization:
+        """Return a module that maps free coordinates onto the space, for tensors of a shape.
+
+        Args:
+            shape: Of the values.
+            **options: Of the space; `triv` and `f` as of
+                [`constrain`][orthonet.constraints.constrain].
+        """
+
+    def _shape_problem(self, shape: Sequence[int]) -> str | None:
+        """Return what is wrong with a shape, or None."""
+        if not self.square or shape[-1] == shape[-2]:
+            return None
+        return "the matrix must be square, (*batch, n, n)"
+
+    # --- random points -------------------------------------------------------------------------
+
     def sample(
         self,
         shape: Sequence[int],
@@ -70,16 +94,30 @@ class Manifold(abc.ABC):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
+        **options: Any,
     ) -> Tensor:
-        """Return a random point in every matrix of a tensor of this shape."""
+        """Return a random point in every matrix of a tensor of this shape.
 
-    @abc.abstractmethod
-    def parametrization(self, shape: Sequence[int], **options: Any) -> Parametrization:
-        """Return a module that maps free coordinates onto the space, for tensors of a shape."""
+        The distribution is that of a projected tensor of standard normal entries, unless the class
+        names another one.
 
-    def _shape_problem(self, shape: Sequence[int]) -> str | None:
-        """Return what is wrong with a shape, or None."""
-        return None
+        Args:
+            shape: Of the tensor.
+            dtype: Dtype, by default that of torch.
+            device: Device.
+            generator: Of randomness.
+            **options: Of the space: `distribution`, a name, of frames and groups; `init_`, of
+                spaces of singular values or eigenvalues, which fills a tensor in place instead of
+                normal entries, such as `torch.nn.init.xavier_uniform_`.
+        """
+        sizes = self.check_shape(shape)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        made = {"dtype": compute_dtype(dtype), "device": device, "generator": generator}
+        return self._draw(sizes, made, **options).to(dtype)
+
+    def _draw(self, shape: tuple[int, ...], made: dict[str, Any]) -> Tensor:
+        """Return random points for `sample`, from random numbers such as `randn(shape, **made)`."""
+        return self.project(torch.randn(shape, **made))
 
     # --- membership ----------------------------------------------------------------------------
 
@@ -182,17 +220,3 @@ class Manifold(abc.ABC):
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Carry the tangent vector `v` from `x` to `y`: by projection, unless the class differs."""
         return self.tangent(y, v)
-
-    # --- for sub-classes -----------------------------------------------------------------------
-
-    def _gaussian(
-        self,
-        shape: Sequence[int],
-        dtype: torch.dtype | None,
-        device: torch.device | str | None,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """Return Gaussian entries in the dtype of computation, for a checked shape."""
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        sizes = self.check_shape(shape)
-        return torch.randn(sizes, dtype=compute_dtype(dtype), device=device, generator=generator)

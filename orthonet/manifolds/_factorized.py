@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from orthonet.linalg.matrix import high
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._log_volume import frame_log_volume, gaps
 from orthonet.manifolds._parametrization import Parametrization
@@ -14,12 +15,7 @@ from orthonet.manifolds._stiefel import Stiefel
 from orthonet.manifolds.scalar import log_derivative
 from orthonet.manifolds.trivialization import FrameTrivialization, Triv
 
-__all__ = ["EigenParametrization", "SingularParametrization", "high", "raised"]
-
-
-def high(x: Tensor) -> Tensor:
-    """Return `x` in float64 (where the device has it), for what happens at assignment only."""
-    return x if x.device.type == "mps" else x.to(torch.promote_types(x.dtype, torch.float64))
+__all__ = ["EigenParametrization", "SingularParametrization", "raised"]
 
 
 def raised(values: Tensor, eps: float) -> Tensor:

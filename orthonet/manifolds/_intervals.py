@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.linalg.spectral_map import singular_map
-from orthonet.manifolds._base import Manifold
+from orthonet.manifolds._base import Manifold, check_radius
 from orthonet.manifolds._factorized import SingularParametrization
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds.maps import MappedParametrization
@@ -22,35 +22,8 @@ from orthonet.manifolds.trivialization import Triv
 __all__ = ["Bounded", "Nonnegative", "NormBall", "SpectralBall"]
 
 
-def _check_radius(owner: object, radius: Any) -> None:
-    _checks.require(
-        isinstance(radius, (int, float)) and radius > 0.0,
-        owner,
-        "radius must be positive",
-        "Use 1.0",
-        radius=radius,
-    )
-
-
 @dataclass(frozen=True)
-class _Sampled(Manifold):
-    """Sampling by projection of a Gaussian tensor."""
-
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Project a tensor of standard normal entries."""
-        x = self.project(self._gaussian(shape, dtype, device, generator))
-        return x if dtype is None else x.to(dtype)
-
-
-@dataclass(frozen=True)
-class Nonnegative(_Sampled):
+class Nonnegative(Manifold):
     r"""Tensors with entries \(\ge 0\). Every entry is a point of its own.
 
     Examples:
@@ -88,6 +61,8 @@ class Nonnegative(_Sampled):
 @dataclass(frozen=True)
 class Bounded(Manifold):
     """Tensors with entries in [low, high].
+
+    Samples are uniform.
 
     Attributes:
         low: Smallest value.
@@ -129,17 +104,8 @@ class Bounded(Manifold):
         """Clamp the entries to the interval."""
         return x.clamp(self.low, self.high)
 
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return uniform entries."""
-        x = torch.rand(self.check_shape(shape), dtype=dtype, device=device, generator=generator)
-        return self.low + (self.high - self.low) * x
+    def _draw(self, shape: tuple[int, ...], made: dict[str, Any]) -> Tensor:
+        return self.low + (self.high - self.low) * torch.rand(shape, **made)
 
     def parametrization(self, shape: Sequence[int], *, f: Scalar = "fold") -> Parametrization:
         """Return a map of the reals onto [-1, 1], scaled to the interval, entry by entry.
@@ -170,7 +136,7 @@ class _Scaled:
 
 
 @dataclass(frozen=True)
-class NormBall(_Sampled):
+class NormBall(Manifold):
     """Vectors along the last dimension of Euclidean norm at most `radius`.
 
     Attributes:
@@ -185,7 +151,7 @@ class NormBall(_Sampled):
     event_ndim = 1
 
     def __post_init__(self) -> None:
-        _check_radius(self, self.radius)
+        check_radius(self, self.radius)
 
     def dimension(self, shape: Sequence[int]) -> int:
         """Return n."""
@@ -226,7 +192,7 @@ class _Folded:
 
 
 @dataclass(frozen=True)
-class SpectralBall(_Sampled):
+class SpectralBall(Manifold):
     """Matrices of spectral norm at most `radius`: linear maps with that Lipschitz constant.
 
     Attributes:
@@ -240,7 +206,7 @@ class SpectralBall(_Sampled):
     radius: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_radius(self, self.radius)
+        check_radius(self, self.radius)
 
     def dimension(self, shape: Sequence[int]) -> int:
         """Return n k."""

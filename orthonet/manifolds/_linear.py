@@ -21,7 +21,6 @@ __all__ = [
     "Symmetric",
     "VectorSpace",
     "relative",
-    "square_problem",
 ]
 
 
@@ -29,12 +28,6 @@ def relative(distance: Tensor, x: Tensor) -> Tensor:
     """Return a Frobenius distance divided by the norm of x (0 / 0 = 0)."""
     norm = torch.linalg.matrix_norm(x)
     return torch.where(distance > 0, distance / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0.0)
-
-
-def square_problem(shape: Sequence[int]) -> str | None:
-    """Return what is wrong with a shape of square matrices."""
-    square = shape[-1] == shape[-2]
-    return None if square else f"the matrix must be square, (*batch, n, n), got {tuple(shape)}"
 
 
 @dataclass(frozen=True)
@@ -60,18 +53,6 @@ class VectorSpace(Manifold):
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         """Follow the exponential map."""
         return x + v
-
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Project a tensor of standard normal entries."""
-        x = self.project(self._gaussian(shape, dtype, device, generator))
-        return x if dtype is None else x.to(dtype)
 
     def parametrization(self, shape: Sequence[int], *, lower: bool = True) -> Parametrization:
         """Return the parametrization whose coordinates are the entries, each once.
@@ -134,9 +115,7 @@ class Symmetric(VectorSpace):
     """
 
     has_complex = True
-
-    def _shape_problem(self, shape: Sequence[int]) -> str | None:
-        return square_problem(shape)
+    square = True
 
     def dimension(self, shape: Sequence[int]) -> int:
         """Return n (n + 1) / 2 (real matrices)."""
@@ -175,8 +154,7 @@ class Skew(VectorSpace):
                 [-1.,  0.]])
     """
 
-    def _shape_problem(self, shape: Sequence[int]) -> str | None:
-        return square_problem(shape)
+    square = True
 
     def dimension(self, shape: Sequence[int]) -> int:
         """Return n (n - 1) / 2 (real matrices)."""

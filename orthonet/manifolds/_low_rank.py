@@ -4,25 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from orthonet import _checks
 from orthonet.linalg import polar
+from orthonet.linalg.matrix import high
 from orthonet.linalg.spectral_map import singular_map
 from orthonet.manifolds._base import Manifold
-from orthonet.manifolds._factorized import SingularParametrization, high, raised
+from orthonet.manifolds._factorized import SingularParametrization, raised
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds._stiefel import Stiefel
 from orthonet.manifolds.scalar import Scalar, ScalarMap, bounded_map, positive_map
 from orthonet.manifolds.trivialization import Triv
 
-__all__ = ["AlmostOrthogonal", "FixedRank", "LowRank", "fill"]
+__all__ = ["AlmostOrthogonal", "FixedRank", "Init", "LowRank", "filled"]
 
 
-def fill(x: Tensor, init_: Callable[[Tensor], object] | None, scale: float) -> Tensor:
+Init = Callable[[Tensor], object]
+
+
+def filled(
+    shape: tuple[int, ...], made: dict[str, Any], init_: Init | None, scale: float
+) -> Tensor:
     """Return Gaussian entries times `scale`, or what `init_` makes of them in place."""
+    x = torch.randn(shape, **made)
     if init_ is None:
         return x * scale
     with torch.no_grad():
@@ -36,7 +44,9 @@ def _identity(s: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LowRank(Manifold):
-    """n x k matrices of rank at most `rank` (a variety, smooth where the rank is that).
+    r"""n x k matrices of rank at most `rank` (a variety, smooth where the rank is that).
+
+    Samples are projected from entries of variance \(2 / (n + k)\).
 
     Attributes:
         rank: Largest rank.
@@ -95,37 +105,15 @@ class LowRank(Manifold):
         left = w @ (w.mT @ v)
         return left + (v - left) @ w.mT @ w
 
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-        init_: Callable[[Tensor], object] | None = None,
+    def _draw(
+        self, shape: tuple[int, ...], made: dict[str, Any], init_: Init | None = None
     ) -> Tensor:
-        r"""Project a Gaussian matrix of variance \(2 / (n + k)\), or what `init_` fills.
-
-        Args:
-            shape: (*batch, n, k).
-            dtype: Dtype.
-            device: Device.
-            generator: Of randomness.
-            init_: Fills a tensor in place, such as `torch.nn.init.xavier_uniform_`.
-        """
-        x = self._gaussian(shape, dtype, device, generator)
-        x = self.project(fill(x, init_, (2.0 / max(sum(shape[-2:]), 1)) ** 0.5))
-        return x if dtype is None else x.to(dtype)
+        return self.project(filled(shape, made, init_, (2.0 / max(sum(shape[-2:]), 1)) ** 0.5))
 
     def parametrization(
         self, shape: Sequence[int], *, triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""Return \(U \operatorname{diag}(s) V^\top\) with any real s.
-
-        Args:
-            shape: Of values.
-            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
-        """
+        r"""Return \(U \operatorname{diag}(s) V^\top\) with any real s."""
         return SingularParametrization(self, shape, self.rank, _identity, _identity, triv)
 
 
@@ -156,13 +144,7 @@ class FixedRank(LowRank):
     def parametrization(
         self, shape: Sequence[int], *, f: Scalar = "softplus", triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""Return \(U \operatorname{diag}(f(s)) V^\top\).
-
-        Args:
-            shape: Of values.
-            f: See [`PSD`][orthonet.manifolds.PSD].
-            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
-        """
+        r"""Return \(U \operatorname{diag}(f(s)) V^\top\)."""
         f = positive_map(self, f)
         return SingularParametrization(self, shape, self.rank, f, f.inverse, triv)
 
@@ -209,25 +191,8 @@ class AlmostOrthogonal(Manifold):
         image = sigma.clamp(1.0 - self.lam, 1.0 + self.lam)
         return image, (image == sigma).to(sigma.dtype)
 
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-        distribution: str = "haar",
-        init_: Callable[[Tensor], object] | None = None,
-    ) -> Tensor:
-        """Return an orthonormal frame, see `Stiefel.sample`."""
-        return Stiefel().sample(
-            shape,
-            dtype=dtype,
-            device=device,
-            generator=generator,
-            distribution=distribution,  # type: ignore[arg-type]
-            init_=init_,
-        )
+    def _draw(self, shape: tuple[int, ...], made: dict[str, Any], **options: Any) -> Tensor:
+        return Stiefel()._draw(shape, made, **options)
 
     def parametrization(
         self, shape: Sequence[int], *, f: Scalar = "fold", triv: Triv = "exponential"

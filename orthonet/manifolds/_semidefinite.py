@@ -2,8 +2,9 @@ r"""Positive definite and semidefinite matrices, of full, of given, and of bound
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from orthonet import _checks
 from orthonet.linalg.spectral_map import eigen_map
 from orthonet.manifolds._base import Manifold, root
 from orthonet.manifolds._factorized import EigenParametrization, raised
-from orthonet.manifolds._linear import Symmetric, square_problem
-from orthonet.manifolds._low_rank import fill
+from orthonet.manifolds._linear import Symmetric
+from orthonet.manifolds._low_rank import Init, filled
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds.scalar import Scalar, absolute, positive_map
 from orthonet.manifolds.trivialization import Triv
@@ -25,6 +26,8 @@ __all__ = ["PSD", "PSSD", "PSSDFixedRank", "PSSDLowRank"]
 class _Semidefinite(Manifold):
     """What the four spaces share."""
 
+    square = True
+
     def _rank(self, shape: Sequence[int]) -> int:
         return shape[-1]
 
@@ -32,7 +35,7 @@ class _Semidefinite(Manifold):
         return False
 
     def _shape_problem(self, shape: Sequence[int]) -> str | None:
-        problem = square_problem(shape)
+        problem = super()._shape_problem(shape)
         if problem is None and self._rank(shape) > shape[-1]:
             problem = f"the rank {self._rank(shape)} must be at most {shape[-1]}"
         return problem
@@ -85,26 +88,20 @@ class _Semidefinite(Manifold):
         outside = s - inside @ s
         return s - (outside - outside @ inside)
 
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-        init_: Callable[[Tensor], object] | None = None,
+    def _draw(
+        self, shape: tuple[int, ...], made: dict[str, Any], init_: Init | None = None
     ) -> Tensor:
-        r"""Return \(W W^\top\) with W of r columns, of variance 1 / n, or as `init_` fills it."""
-        r = self._rank(self.check_shape(shape))
-        w = self._gaussian(shape, dtype, device, generator)[..., :r]
-        w = fill(w.contiguous(), init_, max(shape[-1], 1) ** -0.5)
-        x = w @ w.mT
-        return x if dtype is None else x.to(dtype)
+        scale, columns = max(shape[-1], 1) ** -0.5, self._rank(shape)
+        w = filled(shape, made, init_, scale)[..., :columns]
+        return w @ w.mT
 
 
 @dataclass(frozen=True)
 class PSD(_Semidefinite):
     r"""Positive definite matrices: an open cone, with the affine-invariant geometry.
+
+    Samples of this and the following cones are \(W W^\top\) with W of as many columns as the rank,
+    of variance 1 / n.
 
     \(\langle u, v\rangle_x = \operatorname{tr}(x^{-1} u\,x^{-1} v)\). Any two points are joined by
     one geodesic.
@@ -182,12 +179,7 @@ class PSSD(_Semidefinite):
     def parametrization(
         self, shape: Sequence[int], *, triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""Return \(Q \operatorname{diag}(|s|)\,Q^\top\), with the slope 1 at s = 0.
-
-        Args:
-            shape: Of values.
-            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
-        """
+        r"""Return \(Q \operatorname{diag}(|s|)\,Q^\top\), with the slope 1 at s = 0."""
         return EigenParametrization(self, shape, self._rank(shape), absolute, absolute, triv)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from orthonet import _checks
 from orthonet.linalg.sinkhorn import sinkhorn
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._curved.sphere import Sphere
-from orthonet.manifolds._linear import square_problem
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds.maps import MappedParametrization
 from orthonet.manifolds.scalar import absolute
@@ -20,9 +20,15 @@ from orthonet.manifolds.scalar import absolute
 __all__ = ["DoublyStochastic", "FisherRaoSimplex", "Simplex"]
 
 
+def _exponential(shape: tuple[int, ...], *, generator: Any, **made: Any) -> Tensor:
+    return torch.empty(shape, **made).exponential_(generator=generator)
+
+
 @dataclass(frozen=True)
 class Simplex(Manifold):
     r"""Vectors along the last dimension with entries \(\ge 0\) that sum to 1.
+
+    Samples are uniform.
 
     A matrix of them is row-stochastic.
 
@@ -62,17 +68,8 @@ class Simplex(Manifold):
         """Return `v` less its mean (in the interior)."""
         return v - v.mean(-1, keepdim=True)
 
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return uniform points: normalized exponential variables."""
-        sizes = self.check_shape(shape)
-        x = torch.empty(sizes, dtype=dtype, device=device).exponential_(generator=generator)
+    def _draw(self, shape: tuple[int, ...], made: dict[str, Any]) -> Tensor:
+        x = _exponential(shape, **made)
         return x / x.sum(-1, keepdim=True)
 
     def parametrization(self, shape: Sequence[int], *, f: str = "absolute") -> Parametrization:
@@ -176,6 +173,8 @@ def _normalized(s: Tensor) -> Tensor:
 class DoublyStochastic(Manifold):
     r"""n x n matrices with entries \(\ge 0\), rows and columns of which sum to 1.
 
+    Samples are matrices of exponential variables, scaled to the sums.
+
     The interior is what the parametrization reaches; permutation matrices are its limits.
 
     Examples:
@@ -184,8 +183,11 @@ class DoublyStochastic(Manifold):
         True
     """
 
+    square = True
+
     def _shape_problem(self, shape: Sequence[int]) -> str | None:
-        return square_problem(shape) or (None if shape[-1] else "the matrix must not be empty")
+        empty = None if shape[-1] else "the matrix must not be empty"
+        return super()._shape_problem(shape) or empty
 
     def dimension(self, shape: Sequence[int]) -> int:
         """Return (n - 1)²."""
@@ -208,18 +210,8 @@ class DoublyStochastic(Manifold):
         rows, columns = v.mean(-1, keepdim=True), v.mean(-2, keepdim=True)
         return v - rows - columns + v.mean((-2, -1), keepdim=True)
 
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return a matrix of exponential variables, scaled to the sums."""
-        sizes = self.check_shape(shape)
-        x = torch.empty(sizes, dtype=dtype, device=device).exponential_(generator=generator)
-        return sinkhorn(x.clamp_min(1e-6).log())
+    def _draw(self, shape: tuple[int, ...], made: dict[str, Any]) -> Tensor:
+        return sinkhorn(_exponential(shape, **made).clamp_min(1e-6).log())
 
     def parametrization(self, shape: Sequence[int]) -> Parametrization:
         r"""Return the Sinkhorn scaling of \(e^s\); the coordinates are n² logarithms."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from orthonet.linalg import haar, polar
 from orthonet.linalg.logarithm import rotation_logarithm
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.linalg.rotation import frame_cayley, frame_exponential, polished
+from orthonet.linalg.unitary import complex_polar
 from orthonet.manifolds._base import Manifold
-from orthonet.manifolds._linear import square_problem
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds._square.rotations import (
     AroundIdentity,
@@ -43,23 +44,19 @@ def nearest_rotation(x: Tensor, det: int) -> Tensor:
     if x.is_meta or not bool(negative.any()):
         return q
     u, _, vh = torch.linalg.svd(x.to(work))
-    last = torch.ones(x.shape[-1], dtype=work, device=x.device)
-    last[-1] = -1.0
+    # Without full rank, U V^T is another polar factor than q, and can have either determinant.
+    last = torch.ones_like(u[..., :1, :])
+    last[..., 0, -1] = det * torch.linalg.det((u @ vh).detach()).sign()
     return torch.where(negative[..., None, None], ((u * last) @ vh).to(x.dtype), q)
 
 
-def complex_polar(x: Tensor) -> Tensor:
-    """Return the polar factor of complex matrices, through the real matrices of twice the size."""
-    if x.shape[-2] < x.shape[-1]:
-        return complex_polar(x.mT).mT
-    k = x.shape[-1]
-    real = torch.cat([torch.cat([x.real, -x.imag], -1), torch.cat([x.imag, x.real], -1)], -2)
-    u = polar(real)
-    q = torch.complex(u[..., : x.shape[-2], :k], u[..., x.shape[-2] :, :k])
-    # Without full rank the real polar factor is not unique and need not be that of a complex one.
+def _complex_polar(x: Tensor) -> Tensor:
+    """Return the polar factor of complex matrices of any rank."""
+    q = complex_polar(x)
     if x.is_meta or not x.numel():
         return q
-    if float((u[..., : x.shape[-2], k:].detach() + q.imag).abs().amax()) < 1e-3:
+    # Without full rank the real polar factor is not unique and need not be that of a complex one.
+    if bool((torch.linalg.svdvals(q.detach()) - 1.0).abs().amax() < 1e-3):
         return q
     left, _, right = torch.linalg.svd(x, full_matrices=False)
     return left @ right
@@ -92,7 +89,7 @@ class Stiefel(Manifold):
 
     def project(self, x: Tensor) -> Tensor:
         """Return the polar factor."""
-        return complex_polar(x) if x.is_complex() else polar(x)
+        return _complex_polar(x) if x.is_complex() else polar(x)
 
     def tangent(self, x: Tensor, v: Tensor) -> Tensor:
         r"""Return \(v - x\,\mathrm{sym}(x^\top v)\)."""
@@ -168,37 +165,34 @@ class Stiefel(Manifold):
             Helfrich, Willmott & Ye, *Orthogonal recurrent neural networks with scaled Cayley
             transform*, ICML 2018.
         """
-        sizes = self.check_shape(shape)
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        work = compute_dtype(dtype)
+        made = {"dtype": dtype, "device": device, "generator": generator}
+        return super().sample(shape, **made, distribution=distribution, init_=init_)
+
+    def _draw(
+        self,
+        shape: tuple[int, ...],
+        made: dict[str, Any],
+        distribution: str = "haar",
+        init_: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
         if distribution in ("haar", "uniform"):
-            x = self._haar(sizes, work, device, generator)
-        else:
-            n, k = max(sizes[-2:]), min(sizes[-2:])
-            angles = rotation_angles(
-                self, (*sizes[:-2], n // 2), distribution, init_, work, device, generator
-            )
-            x = self._from_rotation(block_rotation(angles, n)[..., :k])
-            x = x.mT.contiguous() if sizes[-2] < sizes[-1] else x
-        return x.to(dtype)
+            return self._haar(shape, made)
+        n, k = max(shape[-2:]), min(shape[-2:])
+        angles = rotation_angles(self, (*shape[:-2], n // 2), distribution, init_, **made)
+        x = self._from_rotation(block_rotation(angles, n)[..., :k])
+        return x.mT.contiguous() if shape[-2] < shape[-1] else x
 
     def _from_rotation(self, x: Tensor) -> Tensor:
         return x
 
-    def _haar(
-        self,
-        sizes: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device | str | None,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        if not dtype.is_complex:
-            return haar(sizes, dtype=dtype, device=device, generator=generator)
-        x = torch.randn(sizes, dtype=dtype, device=device, generator=generator)
-        q, r = torch.linalg.qr(x if sizes[-2] >= sizes[-1] else x.mT)
+    def _haar(self, shape: tuple[int, ...], made: dict[str, Any]) -> Tensor:
+        if not made["dtype"].is_complex:
+            return haar(shape, **made)
+        x = torch.randn(shape, **made)
+        q, r = torch.linalg.qr(x if shape[-2] >= shape[-1] else x.mT)
         diagonal = r.diagonal(dim1=-2, dim2=-1)
-        q = q * (diagonal / diagonal.abs().clamp_min(torch.finfo(dtype).tiny))[..., None, :]
-        return q if sizes[-2] >= sizes[-1] else q.mT.contiguous()
+        q = q * (diagonal / diagonal.abs().clamp_min(torch.finfo(x.dtype).tiny))[..., None, :]
+        return q if shape[-2] >= shape[-1] else q.mT.contiguous()
 
     def parametrization(
         self,
@@ -305,8 +299,7 @@ class SO(Stiefel):
     def __post_init__(self) -> None:
         _checks.one_of(self, (1, -1), det=self.det)
 
-    def _shape_problem(self, shape: Sequence[int]) -> str | None:
-        return square_problem(shape)
+    square = True
 
     def _violations(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield from super()._violations(x)
@@ -371,15 +364,9 @@ class SO(Stiefel):
             x[..., -1] *= -1.0
         return x
 
-    def _haar(
-        self,
-        sizes: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device | str | None,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        x = haar(sizes, dtype=dtype, device=device, generator=generator)
-        if 0 in sizes or x.is_meta:
+    def _haar(self, shape: tuple[int, ...], made: dict[str, Any]) -> Tensor:
+        x = haar(shape, **made)
+        if 0 in shape or x.is_meta:
             return x
         # Flipping one column keeps the distribution.
         x[..., 0] *= self.det * torch.linalg.det(x).sign()[..., None]

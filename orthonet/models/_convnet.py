@@ -12,7 +12,15 @@ from torch import nn
 
 from orthonet import _checks
 from orthonet.layers import OrthoConv2d
-from orthonet.models._parts import activation_of, dense_layers, scaled, sizes_of, widths_of
+from orthonet.models._parts import (
+    IMAGE,
+    activation_of,
+    dense_layers,
+    scaled,
+    shape_of,
+    sizes_of,
+    widths_of,
+)
 from orthonet.models._registry import register
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
@@ -76,14 +84,7 @@ def convnet(
         strides=strides,
         hidden=hidden,
     )
-    shape, widths = tuple(in_shape), tuple(channels)
-    _checks.require(
-        len(shape) == 3,
-        owner,
-        "in_shape must be (channels, height, width)",
-        "Give all three",
-        in_shape=in_shape,
-    )
+    shape, widths = shape_of(owner, in_shape, *IMAGE), tuple(channels)
     _checks.require(
         len(widths) == len(kernel_sizes) == len(strides) > 0,
         owner,
@@ -176,14 +177,8 @@ def convnet_images(
         >>> [m.out_channels for m in net if hasattr(m, "out_channels")], net.head.in_features
         ([8, 8, 16, 16, 32], 2240)
     """
-    owner, shape = "convnet_images", tuple(in_shape)
-    _checks.require(
-        len(shape) == 3,
-        owner,
-        "in_shape must be (channels, height, width)",
-        "Give all three",
-        in_shape=in_shape,
-    )
+    owner = "convnet_images"
+    shape = shape_of(owner, in_shape, *IMAGE)
     _checks.positive_int(owner, width=width, widest=widest, depth=depth, smallest=smallest)
     side = min(shape[1:])
     patch = 1 << max(0, math.ceil(math.log2(max(1, side) / 64))) if patch is None else patch

@@ -10,7 +10,7 @@ from orthonet import _checks
 from orthonet.layers import Abs, GroupSort, MaxMin, OrthoLinear, Scale, UnitNormLinear
 from orthonet.reparametrizers import OrthoParams
 
-__all__ = ["activation_of", "dense_layers", "scaled", "widths_of"]
+__all__ = ["activation_of", "dense_layers", "scaled", "shape_of", "sizes_of", "widths_of"]
 
 ACTIVATIONS = {"max_min": MaxMin, "group_sort": GroupSort, "abs": Abs}
 HEADS = ("ortho", "unit_norm")
@@ -32,6 +32,21 @@ def sizes_of(owner: str, **values: Sequence[int]) -> None:
             f"Pass e.g. {name}=(64, 64)",
             **{name: value},
         )
+
+
+def shape_of(owner: str, in_shape: Sequence[int], *names: str) -> tuple[int, ...]:
+    """The shape of one input, which must have these dimensions."""
+    _checks.require(
+        len(in_shape) == len(names),
+        owner,
+        f"in_shape must be ({', '.join(names)})",
+        "Give them all",
+        in_shape=in_shape,
+    )
+    return tuple(in_shape)
+
+
+IMAGE = ("channels", "height", "width")
 
 
 def widths_of(owner: str, activation: str, **widths: tuple[int, ...]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from orthonet import _checks
 from orthonet.layers import OrthoConv1d
-from orthonet.models._parts import activation_of, dense_layers, scaled
+from orthonet.models._parts import activation_of, dense_layers, scaled, shape_of
 from orthonet.models._registry import register
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
@@ -54,14 +54,7 @@ def convnet_series(
         >>> convnet_series((3, 20), 4, width=8)(torch.zeros(5, 3, 20)).shape
         torch.Size([5, 4])
     """
-    owner, shape = "convnet_series", tuple(in_shape)
-    _checks.require(
-        len(shape) == 2,
-        owner,
-        "in_shape must be (channels, length)",
-        "Give both",
-        in_shape=in_shape,
-    )
+    owner = "convnet_series"
     _checks.positive_int(owner, width=width, depth=depth, kernel_size=kernel_size)
     _checks.require(
         width % 2 == 0 and kernel_size % 2 == 1,
@@ -72,7 +65,7 @@ def convnet_series(
         kernel_size=kernel_size,
     )
     layers: dict[str, nn.Module] = {}
-    channels, length = shape
+    channels, length = shape_of(owner, in_shape, "channels", "length")
     for i in range(1, depth + 1):
         layers[f"conv{i}"] = OrthoConv1d(
             channels, width, kernel_size, padding=kernel_size // 2, ortho_params=ortho_params

@@ -19,7 +19,7 @@ from orthonet.layers import (
     make_linear,
     method,
 )
-from orthonet.models._parts import scaled
+from orthonet.models._parts import IMAGE, scaled, shape_of
 from orthonet.models._registry import register
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
@@ -72,15 +72,8 @@ def convnet_zoo(
         torch.Size([5, 10])
     """
     owner = "convnet_zoo"
-    shape = tuple(in_shape)
+    shape = shape_of(owner, in_shape, *IMAGE)
     _checks.one_of(owner, available("conv"), layer=layer)
-    _checks.require(
-        len(shape) == 3,
-        owner,
-        "in_shape must be (channels, height, width)",
-        "Give all three",
-        in_shape=in_shape,
-    )
     _checks.positive_int(owner, width=width, depth=depth, hidden=hidden, num_classes=num_classes)
     _checks.require(
         width % 2 == 0 and hidden % 2 == 0,

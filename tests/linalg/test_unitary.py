@@ -24,3 +24,5 @@ def test_unitary_polar_of_each_sample(shape, dtype):
     sum(inner(sample) for sample in samples).backward()
     torch.testing.assert_close(vmap(grad(inner))(w), samples.grad)
     assert torch.isfinite(samples.grad).all()
+    with pytest.raises(RuntimeError, match="first derivatives only"):  # they were wrong
+        grad(lambda w: grad(inner)(w).abs().sum())(w[0])

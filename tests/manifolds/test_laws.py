@@ -170,6 +170,21 @@ def test_projection_arrives_and_leaves_points_alone(space, dtype):
         assert relative(space.tangent(y, once), once) <= 1e4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("space", [s for s, _ in SPACES], ids=repr)
+def test_what_is_projected_is_parametrized_at_any_rank_and_scale(space, dtype):
+    """A determinant that rounding alone made positive was taken for one, and a batch got either."""
+    if isinstance(space, Symplectic):
+        return  # only near the group is there a projection
+    shape = next(s for s in ((3, 6, 6), (3, 4, 4)) if fits(space, s))
+    for seed, scale in enumerate((0.0, 1e-6, 1.0, 1e6, 1e-6, 1.0, 1e6)):
+        torch.manual_seed(seed)
+        column = torch.randn(*shape[:-1], 1, dtype=dtype)
+        x = scale * column @ torch.randn(3, 1, shape[-1], dtype=dtype)
+        p = space.parametrization(shape).to(dtype)
+        value = p(p.right_inverse(x, project=True))
+        assert space.contains(value), space.contains(value)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 @pytest.mark.parametrize("space", [s for s, _ in SPACES], ids=repr)
 def test_tolerances_are_relative(space, scale):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
@@ -373,6 +375,16 @@ class BirkhoffPolytope(Manifold):
         return self.retr(x, u)
 
 
+def _at_the_point(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method of a manifold as one of its points, which is the first argument."""
+
+    @functools.wraps(method)
+    def bound(self: ManifoldTensor, *args: Any, **options: Any) -> Any:
+        return getattr(self.manifold, method.__name__)(self, *args, **options)
+
+    return bound
+
+
 class ManifoldTensor(Tensor):
     """A tensor that knows its manifold.
 
@@ -408,49 +420,17 @@ class ManifoldTensor(Tensor):
         with torch.no_grad():
             return self.copy_(self.manifold.projx(self))
 
-    def retr(self, u: Tensor) -> Tensor:
-        """See `Manifold.retr`."""
-        return self.manifold.retr(self, u)
-
-    def expmap(self, u: Tensor) -> Tensor:
-        """See `Manifold.expmap`."""
-        return self.manifold.expmap(self, u)
-
-    def inner(self, u: Tensor, v: Tensor | None = None, **options: Any) -> Tensor:
-        """See `Manifold.inner`."""
-        return self.manifold.inner(self, u, v, **options)
-
-    def proju(self, u: Tensor) -> Tensor:
-        """See `Manifold.proju`."""
-        return self.manifold.proju(self, u)
-
-    def egrad2rgrad(self, u: Tensor) -> Tensor:
-        """See `Manifold.egrad2rgrad`."""
-        return self.manifold.egrad2rgrad(self, u)
-
-    def transp(self, y: Tensor, v: Tensor) -> Tensor:
-        """See `Manifold.transp`."""
-        return self.manifold.transp(self, y, v)
-
-    def retr_transp(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Manifold.retr_transp`."""
-        return self.manifold.retr_transp(self, u, v)
-
-    def expmap_transp(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Manifold.expmap_transp`."""
-        return self.manifold.expmap_transp(self, u, v)
-
-    def transp_follow_retr(self, u: Tensor, v: Tensor) -> Tensor:
-        """See `Manifold.transp_follow_retr`."""
-        return self.manifold.transp_follow_retr(self, u, v)
-
-    def transp_follow_expmap(self, u: Tensor, v: Tensor) -> Tensor:
-        """See `Manifold.transp_follow_expmap`."""
-        return self.manifold.transp_follow_expmap(self, u, v)
-
-    def logmap(self, y: Tensor) -> Tensor:
-        """See `Manifold.logmap`."""
-        return self.manifold.logmap(self, y)
+    retr = _at_the_point(Manifold.retr)
+    expmap = _at_the_point(Manifold.expmap)
+    inner = _at_the_point(Manifold.inner)
+    proju = _at_the_point(Manifold.proju)
+    egrad2rgrad = _at_the_point(Manifold.egrad2rgrad)
+    transp = _at_the_point(Manifold.transp)
+    retr_transp = _at_the_point(Manifold.retr_transp)
+    expmap_transp = _at_the_point(Manifold.expmap_transp)
+    transp_follow_retr = _at_the_point(Manifold.transp_follow_retr)
+    transp_follow_expmap = _at_the_point(Manifold.transp_follow_expmap)
+    logmap = _at_the_point(Manifold.logmap)
 
     def dist(self, other: Tensor, p: float | str = 2, **options: Any) -> Tensor:
         """Return the Euclidean distance, or with p = "g" that of the manifold."""

@@ -14,28 +14,42 @@ from orthonet import manifolds, optim
 __all__ = ["RiemannianAdam", "RiemannianSGD"]
 
 
-def _space(p: Tensor, group: dict[str, Any]) -> manifolds.Manifold:
-    manifold = getattr(p, "manifold", None)
-    return group["space"] if manifold is None else manifold.space
+class _OnManifolds(torch.optim.Optimizer):
+    """An optimizer that asks each parameter for its manifold, and projects every so many steps."""
+
+    def space_of(self, p: Tensor, group: dict[str, Any]) -> manifolds.Manifold:
+        """Return the space that a parameter is on."""
+        manifold = getattr(p, "manifold", None)
+        return group["space"] if manifold is None else manifold.space
+
+    def _stabilize_every(self, stabilize: int | None) -> None:
+        self.defaults["stabilize"] = stabilize
+        for group in self.param_groups:
+            group.setdefault("stabilize", stabilize)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step."""
+        loss = super().step(closure)
+        self._stabilize()
+        return loss
+
+    @torch.no_grad()
+    def _stabilize(self) -> None:
+        """Project the points and their momenta, in every group whose time has come."""
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+            if not group["stabilize"] or group["steps"] % group["stabilize"]:
+                continue
+            for p in group["params"]:
+                space = self.space_of(p, group)
+                p.copy_(space.project(p))
+                for name in ("momentum_buffer", "exp_avg"):
+                    if name in self.state[p]:
+                        moment = self.state[p][name]
+                        moment.copy_(space.tangent(p, moment))
 
 
-@torch.no_grad()
-def _stabilize(optimizer: torch.optim.Optimizer) -> None:
-    """Project the points and their momenta, in every group whose time has come."""
-    for group in optimizer.param_groups:
-        group["steps"] = group.get("steps", 0) + 1
-        if not group["stabilize"] or group["steps"] % group["stabilize"]:
-            continue
-        for p in group["params"]:
-            space = _space(p, group)
-            p.copy_(space.project(p))
-            for name in ("momentum_buffer", "exp_avg"):
-                if name in optimizer.state[p]:
-                    moment = optimizer.state[p][name]
-                    moment.copy_(space.tangent(p, moment))
-
-
-class RiemannianSGD(optim.RiemannianSGD):
+class RiemannianSGD(_OnManifolds, optim.RiemannianSGD):
     """Gradient descent with momentum, on the manifold that each `ManifoldParameter` knows.
 
     The options are those of [`RiemannianSGD`][orthonet.optim.RiemannianSGD], and one more.
@@ -55,22 +69,10 @@ class RiemannianSGD(optim.RiemannianSGD):
         stabilize: int | None = None,
     ) -> None:
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov)
-        self.defaults["stabilize"] = stabilize
-        for group in self.param_groups:
-            group.setdefault("stabilize", stabilize)
-
-    def space_of(self, p: Tensor, group: dict[str, Any]) -> manifolds.Manifold:
-        """Return the space that a parameter is on."""
-        return _space(p, group)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step."""
-        loss = super().step(closure)
-        _stabilize(self)
-        return loss
+        self._stabilize_every(stabilize)
 
 
-class RiemannianAdam(optim.RiemannianAdam):
+class RiemannianAdam(_OnManifolds, optim.RiemannianAdam):
     """Adam, on the manifold that each `ManifoldParameter` knows.
 
     The second moment of a curved point is its squared gradient norm, as in geoopt, so `lr` is about
@@ -91,20 +93,8 @@ class RiemannianAdam(optim.RiemannianAdam):
         stabilize: int | None = None,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
-        self.defaults["stabilize"] = stabilize
-        for group in self.param_groups:
-            group.setdefault("stabilize", stabilize)
-
-    def space_of(self, p: Tensor, group: dict[str, Any]) -> manifolds.Manifold:
-        """Return the space of the manifold of a parameter."""
-        return _space(p, group)
+        self._stabilize_every(stabilize)
 
     def _square(self, space: manifolds.Manifold, p: Tensor, g: Tensor) -> Tensor:
         mean = super()._square(space, p, g)
         return mean * (p.numel() // max(mean.numel(), 1))
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step."""
-        loss = super().step(closure)
-        _stabilize(self)
-        return loss

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -33,16 +34,6 @@ __all__ = [
 ]
 
 
-def _no_true_values(owner: object, true_values: Any) -> None:
-    _checks.require(
-        true_values is None,
-        owner,
-        "targets are told apart by target > 0",
-        "Leave true_values out",
-        true_values=true_values,
-    )
-
-
 def _share(owner: object, alpha: float) -> float:
     """Return the weight of the hinge; one above 1 is the old ratio of hinge and distance."""
     _checks.require(
@@ -55,20 +46,39 @@ def _share(owner: object, alpha: float) -> float:
     return alpha if alpha <= 1 else alpha / (1 + alpha)
 
 
-class KRLoss(nn.Module):
+class _Loss(nn.Module):
+    """A function of scores and targets, with its options as attributes, and a reduction."""
+
+    _function: ClassVar[Callable[..., Tensor]]
+
+    def _keep(self, reduction: str, true_values: Any = None, **options: Any) -> None:
+        nn.Module.__init__(self)
+        _checks.require(
+            true_values is None,
+            self,
+            "targets are told apart by target > 0",
+            "Leave true_values out",
+            true_values=true_values,
+        )
+        self.reduction, self._options = reduction, tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        options = {name: getattr(self, name) for name in self._options}
+        return apply_reduction(type(self)._function(input, target, **options), self.reduction)
+
+
+class KRLoss(_Loss):
     """The Kantorovich-Rubinstein distance itself, to be maximized; `NegKRLoss` is minimized."""
+
+    _function = staticmethod(kr_loss)
 
     def __init__(
         self, multi_gpu: bool = False, reduction: str = "mean", true_values: Any = None
     ) -> None:
-        super().__init__()
-        _no_true_values(self, true_values)
-        self.multi_gpu = multi_gpu
-        self.reduction = reduction
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Return the loss."""
-        return apply_reduction(kr_loss(input, target, self.multi_gpu), self.reduction)
+        self._keep(reduction, true_values, multi_gpu=multi_gpu)
 
 
 class KRMulticlassLoss(KRLoss):
@@ -81,35 +91,25 @@ class KRMulticlassLoss(KRLoss):
 class NegKRLoss(KRLoss):
     """Minus `KRLoss`."""
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Return the loss."""
-        return apply_reduction(neg_kr_loss(input, target, self.multi_gpu), self.reduction)
+    _function = staticmethod(neg_kr_loss)
 
 
-class HingeMarginLoss(nn.Module):
+class HingeMarginLoss(_Loss):
     """The hinge of a binary classifier at half of `min_margin`."""
 
-    def __init__(self, min_margin: float = 1.0, reduction: str = "mean") -> None:
-        super().__init__()
-        self.min_margin = min_margin
-        self.reduction = reduction
+    _function = staticmethod(hinge_margin_loss)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Return the loss."""
-        hinge = hinge_margin_loss(input, target, self.min_margin)
-        return apply_reduction(hinge, self.reduction)
+    def __init__(self, min_margin: float = 1.0, reduction: str = "mean") -> None:
+        self._keep(reduction, min_margin=min_margin)
 
 
 class HingeMulticlassLoss(HingeMarginLoss):
     """The hinges of all classes, that of the right one times the number of wrong ones."""
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Return the loss."""
-        hinge = hinge_multiclass_loss(input, target, self.min_margin)
-        return apply_reduction(hinge, self.reduction)
+    _function = staticmethod(hinge_multiclass_loss)
 
 
-class HKRLoss(nn.Module):
+class HKRLoss(_Loss):
     """`alpha` times the hinge minus `1 - alpha` times the distance, of a binary classifier."""
 
     _function = staticmethod(hkr_loss)
@@ -122,17 +122,8 @@ class HKRLoss(nn.Module):
         reduction: str = "mean",
         true_values: Any = None,
     ) -> None:
-        super().__init__()
-        _no_true_values(self, true_values)
-        self.alpha = _share(self, alpha)
-        self.min_margin = min_margin
-        self.multi_gpu = multi_gpu
-        self.reduction = reduction
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Return the loss."""
-        terms = self._function(input, target, self.alpha, self.min_margin, self.multi_gpu)
-        return apply_reduction(terms, self.reduction)
+        options = {"alpha": _share(self, alpha), "min_margin": min_margin, "multi_gpu": multi_gpu}
+        self._keep(reduction, true_values, **options)
 
 
 class HKRMulticlassLoss(HKRLoss):
@@ -150,11 +141,32 @@ class HKRMulticlassLoss(HKRLoss):
         super().__init__(alpha, min_margin, multi_gpu, reduction)
 
 
-class LseHKRMulticlassLoss(nn.Module):
+def _lse_hkr(
+    input: Tensor,
+    target: Tensor,
+    alpha: float,
+    temperature: float,
+    penalty: float,
+    min_margin: float,
+) -> Tensor:
+    softness = min_margin * penalty / 2 / math.log(max(input.shape[1] - 1, 2))
+    return losses.lse_hinge_kr_multiclass(
+        input * temperature,
+        target.argmax(1),
+        alpha=alpha,
+        margin=min_margin / 2,
+        temperature=softness,
+        reduction="none",
+    )
+
+
+class LseHKRMulticlassLoss(_Loss):
     """`orthonet.losses.LseHKRMulticlassLoss` of one-hot targets and scores times `temperature`.
 
     The smooth maximum lies at most `penalty * min_margin / 2` above the largest wrong score.
     """
+
+    _function = staticmethod(_lse_hkr)
 
     def __init__(
         self,
@@ -164,25 +176,8 @@ class LseHKRMulticlassLoss(nn.Module):
         min_margin: float = 1.0,
         reduction: str = "mean",
     ) -> None:
-        super().__init__()
-        self.alpha = _share(self, alpha)
-        self.temperature = temperature
-        self.penalty = penalty
-        self.min_margin = min_margin
-        self.reduction = reduction
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Return the loss."""
-        softness = self.min_margin * self.penalty / 2 / math.log(max(input.shape[1] - 1, 2))
-        terms = losses.lse_hinge_kr_multiclass(
-            input * self.temperature,
-            target.argmax(1),
-            alpha=self.alpha,
-            margin=self.min_margin / 2,
-            temperature=softness,
-            reduction="none",
-        )
-        return apply_reduction(terms, self.reduction)
+        options = {"temperature": temperature, "penalty": penalty, "min_margin": min_margin}
+        self._keep(reduction, alpha=_share(self, alpha), **options)
 
 
 class TauCrossEntropyLoss(nn.CrossEntropyLoss):
@@ -211,17 +206,11 @@ class TauBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         return super().forward(input * self.tau, (target > 0).to(input.dtype)) / self.tau
 
 
-class CategoricalHingeLoss(nn.Module):
+def _runner_up(input: Tensor, target: Tensor, min_margin: float) -> Tensor:
+    return losses.multi_margin(input, target.argmax(1), margin=min_margin, reduction="none")
+
+
+class CategoricalHingeLoss(HingeMarginLoss):
     """`orthonet.losses.MultiMarginLoss` of one-hot targets: the hinge of the runner-up."""
 
-    def __init__(self, min_margin: float = 1.0, reduction: str = "mean") -> None:
-        super().__init__()
-        self.min_margin = min_margin
-        self.reduction = reduction
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Return the loss."""
-        terms = losses.multi_margin(
-            input, target.argmax(1), margin=self.min_margin, reduction="none"
-        )
-        return apply_reduction(terms, self.reduction)
+    _function = staticmethod(_runner_up)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet._torch import ConvNd, conv_forward, conv_paddings
-from orthonet.layers._base import ConstrainedWeight
+from orthonet.layers._base import ConstrainedWeight, add_bias
+from orthonet.layers.convolution.arguments import adopt_arguments, spans
 from orthonet.layers.convolution.padding import padding_norm
 from orthonet.reparametrizers import KERNEL_METHODS, OrthoParams
 from orthonet.reparametrizers.params import read_params
@@ -55,41 +56,20 @@ class OrthoConvNd(ConstrainedWeight):
     ) -> None:
         nn.Module.__init__(self)
         owner = type(self)
-        _checks.positive_int(
-            owner, in_channels=in_channels, out_channels=out_channels, groups=groups
-        )
-        _checks.boolean(owner, bias=bias)
         _checks.factory(owner, device, dtype)
-        _checks.conv_arguments(owner, int(self._plain_class.__name__[-2]), **arguments)
         _checks.one_of(owner, ("half", "free"), ranks=ranks)
         ortho_params = read_params(owner, ortho_params)
-        _checks.one_of(owner, self._padding_modes, padding_mode=padding_mode)
         _checks.one_of(owner, tuple(KERNEL_METHODS), method=method)
-        _checks.require(
-            in_channels % groups == 0 and out_channels % groups == 0,
-            owner,
-            "groups must divide in_channels and out_channels",
-            "Choose a common divisor",
-            in_channels=in_channels,
-            out_channels=out_channels,
-            groups=groups,
-        )
-        # The twin on the meta device brings every attribute that this version of torch has.
-        stock = "output_padding" not in arguments and padding_mode != "symmetric"
-        mode: Any = padding_mode if stock else "zeros"
-        twin = self._plain_class(
+        adopt_arguments(
+            self,
+            self._plain_class,
             in_channels,
             out_channels,
             groups=groups,
-            bias=False,
-            padding_mode=mode,
-            device="meta",
+            padding_mode=padding_mode,
+            modes=self._padding_modes,
             **arguments,
         )
-        for name, value in vars(twin).items():
-            if name not in vars(self):
-                setattr(self, name, value)
-        self.padding_mode = padding_mode
         self.method = method
         options: dict[str, Any] = {}
         if method == "aoc":
@@ -119,10 +99,7 @@ class OrthoConvNd(ConstrainedWeight):
             **options,
         )
         self._set_factor(lipschitz)
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
+        add_bias(self, bias, out_channels, device, dtype)
 
     def _tap_stride(self) -> tuple[int, ...]:
         """Return the stride in taps: windows overlap in taps that lie s / gcd(s, d) apart."""
@@ -179,13 +156,9 @@ class OrthoConvNd(ConstrainedWeight):
 
     def _input_size(self, output_size: tuple[int, ...]) -> tuple[int, ...]:
         """Return the smallest spatial input size that the layer maps to `output_size`."""
-        pads = conv_paddings(self)
-        dims = len(self.kernel_size)
         return tuple(
-            (size - 1) * s + d * (k - 1) + 1 - sum(pads[2 * (dims - 1 - i) : 2 * (dims - i)])
-            for i, (size, k, s, d) in enumerate(
-                zip(output_size, self.kernel_size, self.stride, self.dilation, strict=True)
-            )
+            (size - 1) * s + d * (k - 1) + 1 - low - high
+            for size, (k, s, d, low, high) in zip(output_size, spans(self), strict=True)
         )
 
     def extra_repr(self) -> str:

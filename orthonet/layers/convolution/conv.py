@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from orthonet import _checks
 from orthonet._torch import conv_paddings
+from orthonet.layers.convolution.arguments import check_circular, spatial_outputs
 from orthonet.layers.convolution.base import OrthoConvNd
 from orthonet.layers.convolution.padding import SymmetricPad, pad_input, required_sizes
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoKernel, OrthoParams
@@ -151,25 +152,23 @@ class _OrthoConv(OrthoConvNd):
 
     def _check_window(self, input: Tensor) -> None:
         """Refuse an image in which the kernel has no place."""
-        pads = conv_paddings(self)
-        taps = zip(self.kernel_size, self.dilation, strict=True)
-        least = [d * (k - 1) + 1 for k, d in taps]
-        sizes = input.shape[-len(least) :]
-        for size, low, a, b in zip(sizes[::-1], least[::-1], pads[::2], pads[1::2], strict=True):
-            if size + a + b < low:
-                _checks.fail(
-                    self,
-                    "the kernel must fit into the padded input",
-                    "Enlarge the input, raise the padding, or leave out a layer that shrinks it",
-                    input=input,
-                    kernel_size=self.kernel_size,
-                )
+        sizes = input.shape[-len(self.kernel_size) :]
+        if any(outputs < 1 for outputs in spatial_outputs(self, sizes)):
+            _checks.fail(
+                self,
+                "the kernel must fit into the padded input",
+                "Enlarge the input, raise the padding, or leave out a layer that shrinks it",
+                input=input,
+                kernel_size=self.kernel_size,
+            )
 
     def _check_size(self, input: Tensor) -> None:
         """Refuse sizes on which the padding would repeat or mix more than it may."""
-        dims = len(self.kernel_size)
-        sizes, pads = input.shape[-dims:], conv_paddings(self)
-        least = required_sizes(self.padding_mode, pads)
+        if self.padding_mode == "circular":
+            check_circular(self, input)
+            return
+        sizes = input.shape[-len(self.kernel_size) :]
+        least = required_sizes(self.padding_mode, conv_paddings(self))
         if any(size < low for size, low in zip(sizes, least, strict=True)):
             _checks.fail(
                 self,
@@ -179,24 +178,6 @@ class _OrthoConv(OrthoConvNd):
                 input_size=tuple(sizes),
                 padding=self.padding,
             )
-        if self.padding_mode != "circular":
-            return
-        for i, (size, k, s, d) in enumerate(
-            zip(sizes, self.kernel_size, self.stride, self.dilation, strict=True)
-        ):
-            low, high = pads[2 * (dims - 1 - i) : 2 * (dims - i)]
-            outputs = (size + low + high - d * (k - 1) - 1) // s + 1
-            if not (low == high == 0 or (size % s == 0 and outputs * s <= size)):
-                _checks.fail(
-                    self,
-                    "with circular padding every input size must be a multiple of the stride, and "
-                    "give at most size / stride outputs",
-                    "Resize the input, lower the padding, or use padding_mode='zeros'",
-                    input_size=tuple(sizes),
-                    stride=self.stride,
-                    padding=self.padding,
-                    kernel_size=self.kernel_size,
-                )
 
 
 class OrthoConv1d(_OrthoConv, nn.Conv1d):

@@ -21,6 +21,16 @@ __all__ = ["FinalState", "OrthoRNN", "OrthoRNNCell"]
 _THRESHOLD = 0.01  # the first shifts of modReLU are uniform in (-0.01, 0.01)
 
 
+def _require_stock(layer: Any, twin: str) -> None:
+    _checks.require(
+        layer.nonlinearity in ("tanh", "relu"),
+        layer,
+        f"nn.{twin} has the nonlinearities tanh and relu only",
+        "Keep it as it is, or export it with torch.export",
+        nonlinearity=layer.nonlinearity,
+    )
+
+
 class OrthoRNN(RecurrentLayer):
     r"""`nn.RNN` with orthogonal recurrent kernels: \(h_t = \phi(W_{ih} x_t + b + Q h_{t-1})\).
 
@@ -137,13 +147,7 @@ class OrthoRNN(RecurrentLayer):
         Raises:
             ValueError: `nn.RNN` does not have the nonlinearity.
         """
-        _checks.require(
-            self.nonlinearity in ("tanh", "relu"),
-            self,
-            "nn.RNN has the nonlinearities tanh and relu only",
-            "Keep this layer, or export it with torch.export",
-            nonlinearity=self.nonlinearity,
-        )
+        _require_stock(self, "RNN")
         return self._plain(nn.RNN, nonlinearity=self.nonlinearity)
 
     def extra_repr(self) -> str:
@@ -219,13 +223,7 @@ class OrthoRNNCell(RecurrentCell, nn.RNNCell):
         Raises:
             ValueError: `nn.RNNCell` does not have the nonlinearity.
         """
-        _checks.require(
-            self.nonlinearity in ("tanh", "relu"),
-            self,
-            "nn.RNNCell has the nonlinearities tanh and relu only",
-            "Keep this cell, or export it with torch.export",
-            nonlinearity=self.nonlinearity,
-        )
+        _require_stock(self, "RNNCell")
         return self._plain(nn.RNNCell, nonlinearity=self.nonlinearity)
 
 

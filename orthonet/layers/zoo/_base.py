@@ -12,9 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet._torch import conv_forward, conv_paddings
-from orthonet.layers._base import ConstrainedWeight, WithoutPlainWeight
+from orthonet._torch import conv_forward
+from orthonet.layers._base import (
+    ConstrainedWeight,
+    WithoutPlainWeight,
+    add_bias,
+    new_bias,
+    set_zero,
+)
 from orthonet.layers._declared import Norms, float64
+from orthonet.layers.convolution.arguments import (
+    adopt_arguments,
+    check_circular,
+    require_coprime,
+)
 from orthonet.linalg import haar
 from orthonet.linalg.bounds.sizes import absolute_matrix
 from orthonet.linalg.matrix import compute_dtype
@@ -27,8 +38,7 @@ __all__ = [
     "MappedLinear",
     "SameSizeConv2d",
     "add_bias",
-    "adopt_arguments",
-    "check_circular",
+    "adopt_conv2d",
     "check_image",
     "delta_orthogonal",
     "match_channels",
@@ -63,33 +73,7 @@ def match_channels(x: Tensor, channels: int, dim: int = -3) -> Tensor:
     return x.narrow(dim, 0, channels) if missing else x
 
 
-def new_bias(
-    layer: nn.Module,
-    size: int | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    name: str = "bias",
-) -> None:
-    """Return a parameter of zeros, or None."""
-    value = None
-    if size is not None:
-        value = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
-    layer.register_parameter(name, value)
-
-
-def add_bias(
-    layer: nn.Module,
-    bias: bool,
-    size: int,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> None:
-    """Register the bias that the user asked for, or None."""
-    _checks.boolean(type(layer), bias=bias)
-    new_bias(layer, size if bias else None, device, dtype)
-
-
-def adopt_arguments(
+def adopt_conv2d(
     layer: Any,
     in_channels: int,
     out_channels: int,
@@ -99,35 +83,21 @@ def adopt_arguments(
     dilation: int | tuple[int, int],
     groups: int,
     padding_mode: str,
-    *,
-    twin: type[nn.Module] = nn.Conv2d,
-    **more: Any,
 ) -> None:
-    """Check the arguments of `nn.Conv2d` and set its attributes on `layer`, without a weight."""
-    owner = type(layer)
-    arguments: dict[str, Any] = {
-        "kernel_size": kernel_size,
-        "stride": stride,
-        "padding": padding,
-        "dilation": dilation,
-        **more,
-    }
-    _checks.positive_int(owner, in_channels=in_channels, out_channels=out_channels, groups=groups)
-    _checks.one_of(owner, PADDING_MODES, padding_mode=padding_mode)
-    _checks.conv_arguments(owner, 2, **arguments)
-    _checks.require(
-        in_channels % groups == 0 and out_channels % groups == 0,
-        owner,
-        "groups must divide in_channels and out_channels",
-        "Choose a common divisor",
-        in_channels=in_channels,
-        out_channels=out_channels,
+    """Set the attributes of an `nn.Conv2d` on `layer`, without a weight."""
+    adopt_arguments(
+        layer,
+        nn.Conv2d,
+        in_channels,
+        out_channels,
         groups=groups,
+        padding_mode=padding_mode,
+        modes=PADDING_MODES,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
     )
-    arguments.update(groups=groups, bias=False, padding_mode=padding_mode, device="meta")
-    for name, value in vars(twin(in_channels, out_channels, **arguments)).items():
-        if name not in vars(layer):
-            setattr(layer, name, value)
 
 
 def same_padding(layer: Any) -> tuple[int, int]:
@@ -191,8 +161,7 @@ class InnerWeight(WithoutPlainWeight, nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to zero; nothing happens on the meta device."""
         self.parametrization.reset_parameters()
-        if self.bias is not None and not self.bias.is_meta:
-            nn.init.zeros_(self.bias)
+        set_zero(self.bias)
 
     def extra_repr(self) -> str:
         return "" if self.lipschitz == 1.0 else f"lipschitz={self.lipschitz:g}"
@@ -222,7 +191,7 @@ class SameSizeConv2d(InnerWeight):
         *rest: Any,
     ) -> None:
         same = padding == "same"  # which torch refuses together with a stride
-        adopt_arguments(self, *channels, kernel_size, stride, 0 if same else padding, *rest)
+        adopt_conv2d(self, *channels, kernel_size, stride, 0 if same else padding, *rest)
         self.padding = padding if same else self.padding
         self._pad = same_padding(self)
 
@@ -328,30 +297,6 @@ def check_image(layer: Any, input: Tensor) -> None:
     )
 
 
-def check_circular(layer: Any, input: Tensor) -> None:
-    """Refuse sizes on which wrapping around would repeat or mix outputs."""
-    sizes, pads = input.shape[-2:], conv_paddings(layer)
-    for i, (size, k, s, d) in enumerate(
-        zip(sizes, layer.kernel_size, layer.stride, layer.dilation, strict=True)
-    ):
-        low, high = pads[2 * (1 - i) : 2 * (2 - i)]
-        outputs = (size + low + high - d * (k - 1) - 1) // s + 1
-        good = low == high == 0 or (
-            size % s == 0 and outputs * s <= size and max(low, high) <= size
-        )
-        if not good:
-            _checks.fail(
-                layer,
-                "with circular padding every input size must be a multiple of the stride, at "
-                "least the padding, and give at most size / stride outputs",
-                "Resize the input, lower the padding, or use padding_mode='zeros'",
-                input_size=tuple(sizes),
-                stride=layer.stride,
-                padding=layer.padding,
-                kernel_size=layer.kernel_size,
-            )
-
-
 class MappedLinear(ConstrainedWeight, nn.Linear):
     """`nn.Linear` whose weight is a function of a free matrix."""
 
@@ -426,16 +371,8 @@ class MappedConv2d(ConstrainedWeight, nn.Conv2d):
     ) -> None:
         nn.Module.__init__(self)
         window = (kernel_size, stride, padding, dilation, groups, padding_mode)
-        adopt_arguments(self, in_channels, out_channels, *window)
-        _checks.require(
-            all(math.gcd(d, s) == 1 for d, s in zip(self.dilation, self.stride, strict=True)),
-            type(self),
-            "dilation and stride must have no common divisor in any dim, "
-            "otherwise some inputs are never read",
-            "Change one of them",
-            dilation=self.dilation,
-            stride=self.stride,
-        )
+        adopt_conv2d(self, in_channels, out_channels, *window)
+        require_coprime(self, "inputs are never read")
         _checks.lipschitz_constant(type(self), lipschitz)
         _checks.factory(type(self), device, dtype)
         self.parametrization = self._make(lipschitz, device, dtype)

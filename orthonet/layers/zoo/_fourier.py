@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.layers.zoo._base import MappedLinear, add_bias, delta_orthogonal
+from orthonet.layers._base import add_bias
+from orthonet.layers.zoo._base import MappedLinear, delta_orthogonal
 from orthonet.layers.zoo._fourier_base import FourierConv2d
 from orthonet.linalg.unitary import (
     block_reflector,

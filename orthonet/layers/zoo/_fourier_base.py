@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks, functional
 from orthonet._torch import conv_paddings, set_conv_paddings
-from orthonet.layers._base import WithoutPlainWeight
+from orthonet.layers._base import WithoutPlainWeight, add_bias, set_zero
 from orthonet.layers._declared import (
     SAFE,
     Declared,
@@ -21,10 +21,9 @@ from orthonet.layers._declared import (
     length_of,
 )
 from orthonet.layers._spectrum import LinearMap
+from orthonet.layers.convolution.arguments import check_circular, spans, spatial_outputs
 from orthonet.layers.zoo._base import (
-    add_bias,
-    adopt_arguments,
-    check_circular,
+    adopt_conv2d,
     check_image,
     match_channels,
 )
@@ -76,7 +75,7 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         nn.Module.__init__(self)
         same = padding == "same" and stride not in (1, (1, 1))
         window = (kernel_size, stride, 0 if same else padding, dilation, groups, padding_mode)
-        adopt_arguments(self, in_channels, out_channels, *window)
+        adopt_conv2d(self, in_channels, out_channels, *window)
         owner = type(self)
         _checks.lipschitz_constant(owner, lipschitz)
         _checks.factory(owner, device, dtype)
@@ -122,8 +121,7 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
     def reset_parameters(self) -> None:
         """Draw the kernel anew and set the bias to zero; nothing happens on the meta device."""
         self.parametrization.reset_parameters()
-        if self.bias is not None and not self.bias.is_meta:
-            nn.init.zeros_(self.bias)
+        set_zero(self.bias)
 
     def blocks(self, size: tuple[int, int]) -> Tensor:
         """Return the matrix at each frequency of a torus (size in strides), without the factor K.
@@ -138,13 +136,12 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         s = self.stride[0]
         if self.padding_mode == "circular":
             return (size[-2], size[-1]), (size[-2] // s, size[-1] // s)
-        pads = conv_paddings(self)
-        torus, output = [], []
-        for i, (n, k, d) in enumerate(zip(size[-2:], self.kernel_size, self.dilation, strict=True)):
-            padded = n + sum(pads[2 * (1 - i) : 2 * (2 - i)])
-            torus.append(-(-padded // s) * s)
-            output.append((padded - d * (k - 1) - 1) // s + 1)
-        return (torus[0], torus[1]), (output[0], output[1])
+        height, width = (
+            -(-(n + low + high) // s) * s
+            for n, (*_, low, high) in zip(size[-2:], spans(self), strict=True)
+        )
+        rows, columns = spatial_outputs(self, size[-2:])
+        return (height, width), (rows, columns)
 
     def linear(self, x: Tensor) -> Tensor:
         """Return the linear part of the layer, with its factor K."""
@@ -189,15 +186,8 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         if self.padding_mode == "circular":
             check_circular(self, input)
             _, output = self._torus(size)
-            pads = conv_paddings(self)
-            kept = tuple(
-                (n + sum(pads[2 * (1 - i) : 2 * (2 - i)]) - d * (k - 1) - 1) // s + 1
-                for i, (n, k, s, d) in enumerate(
-                    zip(size, self.kernel_size, self.stride, self.dilation, strict=True)
-                )
-            )
             _checks.require(
-                kept == output,
+                spatial_outputs(self, size) == output,
                 self,
                 "circular padding must give size / stride outputs",
                 "Use padding='same'",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from orthonet import _checks, functional
-from orthonet.layers._base import WithoutPlainWeight
+from orthonet.layers._activations import BetaAbs
+from orthonet.layers._base import WithoutPlainWeight, add_bias, set_zero
 from orthonet.layers._declared import (
     REARRANGEMENT,
     SAFE,
@@ -19,9 +20,8 @@ from orthonet.layers._declared import (
     image_of,
     length_of,
 )
-from orthonet.layers._piecewise import BetaAbs
 from orthonet.layers.children import Child
-from orthonet.layers.zoo._base import add_bias, check_image, match_channels
+from orthonet.layers.zoo._base import check_image, match_channels
 from orthonet.linalg.bounds.rounding import mul_up
 from orthonet.linalg.bounds.sizes import Chained, absolute_matrix
 from orthonet.reparametrizers import POLAR_ORTHO_PARAMS, OrthoParams, OrthoWeight
@@ -158,8 +158,7 @@ class LipNeXtBlock2d(WithoutPlainWeight, nn.Module):
         """Draw R and M anew and set the bias to zero; nothing happens on the meta device."""
         self.rotation.reset_parameters()
         self.mixing.reset_parameters()
-        if self.bias is not None and not self.bias.is_meta:
-            nn.init.zeros_(self.bias)
+        set_zero(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the block to `input`, batched or not."""

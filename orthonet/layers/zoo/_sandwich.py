@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks, functional
-from orthonet.layers._base import WithoutPlainWeight
+from orthonet.layers._base import WithoutPlainWeight, add_bias, new_bias, set_zero
 from orthonet.layers._declared import SAFE, Declared, Norms, at_zero, float64, length_of, of_rows
-from orthonet.layers.zoo._base import add_bias, new_bias
 from orthonet.layers.zoo._export import circular_twin
 from orthonet.layers.zoo._fourier_base import FourierConv2d, fourier_chain
 from orthonet.layers.zoo.residual_base import ACTIVATIONS, SLOPED
@@ -134,9 +133,7 @@ class SandwichLinear(WithoutPlainWeight, nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weights anew, Psi = I and the bias zero; nothing happens on the meta device."""
         self.parametrization.reset_parameters()
-        for tensor in (self.log_scale, self.bias):
-            if tensor is not None and not tensor.is_meta:
-                nn.init.zeros_(tensor)
+        set_zero(self.log_scale, self.bias)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         r"""Return the matrices \(K \sqrt 2 A^\top \Psi\) and \(\sqrt 2 \Psi^{-1} B\)."""
@@ -239,8 +236,7 @@ class SandwichConv2d(FourierConv2d):
     def reset_parameters(self) -> None:
         """Draw the kernel anew, Psi = I and the bias zero; nothing happens on the meta device."""
         super().reset_parameters()
-        if not self.log_scale.is_meta:
-            nn.init.zeros_(self.log_scale)
+        set_zero(self.log_scale)
 
     def singular_values(self, input_size: int | tuple[int, ...] | None = None) -> Tensor:
         """Refuse: the layer contains its activation and is no linear map."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
+from orthonet.layers._base import add_bias
 from orthonet.layers._declared import (
     SAFE,
     Declared,
@@ -24,7 +25,6 @@ from orthonet.layers._spectrum import LinearMap
 from orthonet.layers.zoo._base import (
     CachedParts,
     SameSizeConv2d,
-    add_bias,
     check_image,
     match_channels,
 )

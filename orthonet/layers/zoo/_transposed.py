@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet._torch import conv_output_padding
-from orthonet.layers._base import ConstrainedWeight
-from orthonet.layers.zoo._base import add_bias, adopt_arguments, delta_orthogonal
+from orthonet.layers._base import ConstrainedWeight, add_bias
+from orthonet.layers.convolution.arguments import adopt_arguments, require_coprime
+from orthonet.layers.zoo._base import delta_orthogonal
 from orthonet.linalg.rescaling import almost_orthogonal, normalized_spectral
 from orthonet.reparametrizers import MappedWeight
 
@@ -47,19 +47,21 @@ class _MappedConvTranspose2d(ConstrainedWeight, nn.ConvTranspose2d):
         lipschitz: float = 1.0,
     ) -> None:
         nn.Module.__init__(self)
-        _checks.one_of(type(self), ("zeros",), padding_mode=padding_mode)
-        window = (kernel_size, stride, padding, dilation, groups, padding_mode)
-        options: Any = {"twin": nn.ConvTranspose2d, "output_padding": output_padding}
-        adopt_arguments(self, in_channels, out_channels, *window, **options)
-        _checks.require(
-            all(math.gcd(d, s) == 1 for d, s in zip(self.dilation, self.stride, strict=True)),
-            type(self),
-            "dilation and stride must have no common divisor in any dim, because otherwise some "
-            "outputs are never written",
-            "Change one of them",
-            dilation=self.dilation,
-            stride=self.stride,
+        adopt_arguments(
+            self,
+            nn.ConvTranspose2d,
+            in_channels,
+            out_channels,
+            groups=groups,
+            padding_mode=padding_mode,
+            modes=("zeros",),
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            output_padding=output_padding,
+            dilation=dilation,
         )
+        require_coprime(self, "outputs are never written")
         _checks.lipschitz_constant(type(self), lipschitz)
         self.parametrization = MappedWeight(
             (in_channels, out_channels // groups, *self.kernel_size),

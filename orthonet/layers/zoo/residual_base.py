@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from orthonet import _checks
+from orthonet.layers._base import add_bias
 from orthonet.layers._declared import (
     SAFE,
     Declared,
@@ -33,7 +34,6 @@ from orthonet.layers.zoo._base import (
     CachedParts,
     InnerWeight,
     SameSizeConv2d,
-    add_bias,
     delta_orthogonal,
     match_channels,
 )
@@ -85,7 +85,7 @@ class SlopedWeight(CachedParts):
         stored = self.original
         with torch.autocast(stored.device.type, enabled=False):
             weight = stored.to(compute_dtype(stored.dtype))
-            largest = weight.detach().abs().amax()
+            largest = weight.abs().amax()  # differentiated, because a bias shows the scale
             weight = weight / torch.where(largest > 0, largest, torch.ones_like(largest))
             if self.log_scale is None:
                 bound = convolution_norm_upper(weight, groups=self.groups)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from orthonet.linalg.bounds.axis import Axis
 from orthonet.linalg.bounds.enclosure import spectral_norm_bound
 from orthonet.linalg.bounds.rounding import (
     UNDERFLOW,
@@ -24,22 +24,7 @@ from orthonet.linalg.bounds.rounding import (
 __all__ = ["autocorrelation_bound"]
 
 
-class _Axis(Protocol):
-    @property
-    def size(self) -> int: ...
-    @property
-    def kernel(self) -> int: ...
-    @property
-    def stride(self) -> int: ...
-    @property
-    def dilation(self) -> int: ...
-    @property
-    def circular(self) -> bool: ...
-    @property
-    def outputs(self) -> int: ...
-
-
-def autocorrelation_bound(weight: Tensor, axes: Sequence[_Axis], excess: float) -> float:
+def autocorrelation_bound(weight: Tensor, axes: Sequence[Axis], excess: float) -> float:
     r"""Bound the norm of a convolution by its autocorrelation, or return infinity.
 
     The convolution is a selection of rows and columns of the one on all integers, A. With strides
@@ -91,7 +76,7 @@ def autocorrelation_bound(weight: Tensor, axes: Sequence[_Axis], excess: float) 
     return bound if bound <= (1.0 + excess) * math.sqrt(down(mean)) else math.inf
 
 
-def _without_strides(weight: Tensor, axes: Sequence[_Axis]) -> Tensor:
+def _without_strides(weight: Tensor, axes: Sequence[Axis]) -> Tensor:
     """The kernel with stride 1, whose input has the pixels of a block as channels."""
     for place, axis in enumerate(axes, 3):  # tap s q + r becomes tap q of channel r
         short = -axis.kernel % axis.stride

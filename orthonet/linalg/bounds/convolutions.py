@@ -11,6 +11,7 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.linalg.bounds.autocorrelation import autocorrelation_bound
+from orthonet.linalg.bounds.axis import Axis
 from orthonet.linalg.bounds.enclosure import exact_float64, gram_norm_bound, spectral_norm_bound
 from orthonet.linalg.bounds.rounding import (
     UNDERFLOW,
@@ -44,49 +45,6 @@ class NormBound(NamedTuple):
     method: str
     tight: bool
     """The bound is the norm itself up to rounding, not only an upper bound."""
-
-
-class _Axis(NamedTuple):
-    """One spatial dim: y[i] = sum_t w[t] x[i stride + t dilation - left], for i < outputs."""
-
-    size: int
-    kernel: int
-    stride: int
-    dilation: int
-    left: int
-    right: int
-    circular: bool
-
-    @property
-    def outputs(self) -> int:
-        padded = self.size + self.left + self.right
-        return (padded - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
-
-    @property
-    def repeats(self) -> int:
-        """How often one tap may read the same input."""
-        return self.torus()[2]
-
-    def torus(self, extra: int = 0) -> tuple[int, int, int]:
-        """A circle, a stride that divides it, and how often one of its rows may be read.
-
-        The axis is a selection of rows and columns of the circular convolution on that circle,
-        which may be `extra` strides longer than it must if the padding is zero.
-        """
-        if not self.circular:  # inputs 0..size-1, the rest is zero and must not fold onto them
-            needed = max(self.size + max(self.left, self.right), self.stride * self.outputs)
-            return self.stride * (math.ceil(needed / self.stride) + extra), self.stride, 1
-        distinct = self.size // math.gcd(self.size, self.stride)
-        repeats = math.ceil(self.outputs / distinct)
-        return self.size, self.stride if self.size % self.stride == 0 else 1, repeats
-
-    def taps(self) -> Tensor:
-        """The 0/1 tensor (kernel, outputs, size) that places tap t; zero where nothing is read."""
-        tap = torch.arange(self.kernel)[:, None, None] * self.dilation
-        read = torch.arange(self.outputs)[None, :, None] * self.stride + tap - self.left
-        if self.circular:
-            read = read % self.size
-        return (read == torch.arange(self.size)).to(torch.float64)
 
 
 def convolution_norm_bound(
@@ -219,7 +177,7 @@ def convolution_norm_bound(
     return NormBound(mul_up(add_up(value, lost), scale), name, tight)
 
 
-def _axes(kernel, input_size, stride, padding, dilation, circular: bool) -> list[_Axis]:
+def _axes(kernel, input_size, stride, padding, dilation, circular: bool) -> list[Axis]:
     dims = kernel.ndim - 2
     _checks.require(
         isinstance(input_size, (tuple, list))
@@ -250,7 +208,7 @@ def _axes(kernel, input_size, stride, padding, dilation, circular: bool) -> list
         _checks.positive_int(_OWNER, input_size=size, stride=step, dilation=spread)
         _checks.non_negative_int(_OWNER, padding=left)
         _checks.non_negative_int(_OWNER, padding=right)
-        axis = _Axis(size, taps, step, spread, left, right, circular)
+        axis = Axis(size, taps, step, spread, left, right, circular)
         _checks.require(
             axis.outputs >= 1,
             _OWNER,
@@ -265,7 +223,7 @@ def _axes(kernel, input_size, stride, padding, dilation, circular: bool) -> list
     return axes
 
 
-def _dense(weight: Tensor, axes: list[_Axis]) -> float:
+def _dense(weight: Tensor, axes: list[Axis]) -> float:
     """Weight (groups, out, in, *kernel): the norm of the matrix, each entry of which is one tap.
 
     Where a circular kernel folds onto itself the entries are sums; their rounding is added.
@@ -285,7 +243,7 @@ def _dense(weight: Tensor, axes: list[_Axis]) -> float:
 
 
 def _near_isometry(
-    weight: Tensor, axes: list[_Axis], effort: str, exact: bool, coarse: bool
+    weight: Tensor, axes: list[Axis], effort: str, exact: bool, coarse: bool
 ) -> float:
     """The bound by the autocorrelation where it saves much, infinity elsewhere."""
     if effort == "tight" or (exact and effort != "fast"):
@@ -299,7 +257,7 @@ def _near_isometry(
     return autocorrelation_bound(weight, axes, _EXCESS[effort])
 
 
-def _coarse(axis: _Axis) -> int:
+def _coarse(axis: Axis) -> int:
     """The points of a coarse grid along an axis; 0 if that is not smaller than its circle.
 
     With a dilation the waves only turn faster, unless it has a divisor in common with the stride.
@@ -314,7 +272,7 @@ def _coarse(axis: _Axis) -> int:
 
 def _fourier(
     weight: Tensor,
-    axes: list[_Axis],
+    axes: list[Axis],
     coarse: bool,
     extra: int,
     enclose: Callable[[Tensor], float],

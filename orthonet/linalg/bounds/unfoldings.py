@@ -5,32 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 from torch import Tensor
 
+from orthonet.linalg.bounds.axis import Axis
 from orthonet.linalg.bounds.enclosure import spectral_norm_bound
 from orthonet.linalg.bounds.rounding import mul_up, sqrt_up
 
 __all__ = ["unfolding_bound"]
 
 
-class _Axis(Protocol):
-    @property
-    def size(self) -> int: ...
-    @property
-    def kernel(self) -> int: ...
-    @property
-    def stride(self) -> int: ...
-    @property
-    def dilation(self) -> int: ...
-    @property
-    def circular(self) -> bool: ...
-    @property
-    def repeats(self) -> int: ...
-
-
-def _reads(axis: _Axis) -> int:
+def _reads(axis: Axis) -> int:
     """How many pairs of an output and a tap read one and the same input, at most.
 
     Where stride and dilation are s and d, and the circle, if there is one, is a multiple of s, the
@@ -42,7 +27,7 @@ def _reads(axis: _Axis) -> int:
     return math.ceil(axis.kernel / period) * axis.repeats
 
 
-def unfolding_bound(weight: Tensor, axes: Sequence[_Axis], largest: int | None = None) -> float:
+def unfolding_bound(weight: Tensor, axes: Sequence[Axis], largest: int | None = None) -> float:
     r"""The least of $\sqrt{c}\,\|R\|_2$ over all unfoldings R of a kernel (groups, out, in, *k).
 
     $y = \sum_t S_t K_t x$ with selections $S_t$ of entries, which are tensor products over the

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from orthonet import _checks
-from orthonet.manifolds._base import Manifold, root
-from orthonet.manifolds._curved.sphere import arc_ratio
+from orthonet.manifolds._base import root
+from orthonet.manifolds._curved.sphere import Curved, arc_ratio
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds.maps import MappedParametrization
 
@@ -33,8 +33,10 @@ def _cosh_sinhc(s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Hyperbolic(Manifold):
+class Hyperbolic(Curved):
     r"""Vectors \(x \in \mathbb{R}^{n+1}\) with \(-x_0^2 + \sum_i x_i^2 = -r^2\), \(x_0 > 0\).
+
+    Samples are the exponential at the origin of Gaussian tangent vectors of variance r².
 
     The metric is the Lorentz product, positive definite on tangent vectors; the curvature is
     \(-1/r^2\).
@@ -50,17 +52,6 @@ class Hyperbolic(Manifold):
         Nickel & Kiela, *Learning continuous hierarchies in the Lorentz model of hyperbolic
         geometry*, ICML 2018.
     """
-
-    radius: float = 1.0
-    event_ndim = 1
-
-    def __post_init__(self) -> None:
-        _checks.require(
-            self.radius > 0.0, self, "radius must be positive", "Use 1.0", radius=self.radius
-        )
-
-    def _shape_problem(self, shape: Sequence[int]) -> str | None:
-        return None if shape[-1] >= 1 else "the vectors must have at least one entry"
 
     def dimension(self, shape: Sequence[int]) -> int:
         """Return n for vectors of n + 1 entries."""
@@ -120,19 +111,10 @@ class Hyperbolic(Manifold):
         factor = _lorentz(y, v) / (self.radius**2 - _lorentz(x, y))
         return v + factor[..., None] * (x + y)
 
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return the exponential at the origin of a Gaussian tangent vector of variance r²."""
-        v = self._gaussian(shape, dtype, device, generator) * self.radius
+    def _draw(self, shape: tuple[int, ...], made: dict[str, Any]) -> Tensor:
+        v = torch.randn(shape, **made) * self.radius
         v = torch.cat([torch.zeros_like(v[..., :1]), v[..., 1:]], -1)
-        x = self.exp(self._lift(torch.zeros_like(v[..., 1:])), v)
-        return x if dtype is None else x.to(dtype)
+        return self.exp(self._lift(torch.zeros_like(v[..., 1:])), v)
 
     def parametrization(self, shape: Sequence[int]) -> Parametrization:
         """Return the chart of the last n entries, which covers the space."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from orthonet import _checks
-from orthonet.manifolds._base import Manifold, root
+from orthonet.manifolds._base import root
 from orthonet.manifolds._curved.hyperbolic import Hyperbolic
+from orthonet.manifolds._curved.sphere import Curved
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds.maps import MappedParametrization
 
@@ -18,7 +19,7 @@ __all__ = ["PoincareBall"]
 
 
 @dataclass(frozen=True)
-class PoincareBall(Manifold):
+class PoincareBall(Curved):
     r"""Vectors of norm below `radius`, with the metric \(\lambda_x^2 \langle u, v\rangle\).
 
     \(\lambda_x = 2 / (1 - \|x\|^2 / r^2)\); the curvature is \(-1/r^2\), as that of
@@ -38,21 +39,10 @@ class PoincareBall(Manifold):
         space approach to hyperbolic geometry*, 2009.
     """
 
-    radius: float = 1.0
-    event_ndim = 1
-
-    def __post_init__(self) -> None:
-        _checks.require(
-            self.radius > 0.0, self, "radius must be positive", "Use 1.0", radius=self.radius
-        )
-
     @property
     def hyperboloid(self) -> Hyperbolic:
         """The same space in the Lorentz model."""
         return Hyperbolic(self.radius)
-
-    def _shape_problem(self, shape: Sequence[int]) -> str | None:
-        return None if shape[-1] >= 1 else "the vectors must have at least one entry"
 
     def dimension(self, shape: Sequence[int]) -> int:
         """Return n."""
@@ -152,18 +142,13 @@ class PoincareBall(Manifold):
         square = (tail * tail).sum(-1, keepdim=True) / self.radius**2
         return self.project(tail / (1.0 + (1.0 + square).sqrt()))
 
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def sample(self, shape: Sequence[int], **options: Any) -> Tensor:
         """Return the exponential at 0 of a Gaussian tangent vector of variance r²."""
-        v = 0.5 * self.radius * self._gaussian(shape, dtype, device, generator)
-        x = self.exp(torch.zeros_like(v), v)
-        return x if dtype is None else self.project(x.to(dtype))
+        return self.project(super().sample(shape, **options))  # the dtype may round outward
+
+    def _draw(self, shape: tuple[int, ...], made: dict[str, Any]) -> Tensor:
+        v = 0.5 * self.radius * torch.randn(shape, **made)
+        return self.exp(torch.zeros_like(v), v)
 
     def parametrization(self, shape: Sequence[int]) -> Parametrization:
         """Return the chart of the last n entries on the hyperboloid, which covers the space."""

@@ -8,18 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orthonet import _checks
 from orthonet.linalg.rotation import (
     complement_reflector,
     times_complement,
     times_complement_adjoint,
 )
-from orthonet.manifolds._base import Manifold, root
+from orthonet.manifolds._base import Manifold, check_radius, root
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds.maps import ProjectedParametrization
 from orthonet.manifolds.trivialization import Trivialization
 
-__all__ = ["Oblique", "Sphere", "SphereTrivialization", "arc_ratio", "cos_sinc", "unit"]
+__all__ = ["Curved", "Oblique", "Sphere", "SphereTrivialization", "arc_ratio", "cos_sinc", "unit"]
 
 
 def unit(x: Tensor) -> Tensor:
@@ -60,7 +59,21 @@ def arc_ratio(s: Tensor, c: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sphere(Manifold):
+class Curved(Manifold):
+    """Vectors in a space of constant curvature."""
+
+    radius: float = 1.0
+    event_ndim = 1
+
+    def __post_init__(self) -> None:
+        check_radius(self, self.radius)
+
+    def _shape_problem(self, shape: Sequence[int]) -> str | None:
+        return None if shape[-1] >= 1 else "the vectors must have at least one entry"
+
+
+@dataclass(frozen=True)
+class Sphere(Curved):
     r"""Vectors of norm `radius` along the last dimension, \(\|x\| = r\).
 
     Attributes:
@@ -71,21 +84,6 @@ class Sphere(Manifold):
         >>> round(Sphere().distance(x, y).item(), 4)
         1.5708
     """
-
-    radius: float = 1.0
-    event_ndim = 1
-
-    def __post_init__(self) -> None:
-        _checks.require(
-            isinstance(self.radius, (int, float)) and self.radius > 0.0,
-            self,
-            "radius must be positive",
-            "Use 1.0 for the unit sphere",
-            radius=self.radius,
-        )
-
-    def _shape_problem(self, shape: Sequence[int]) -> str | None:
-        return None if shape[-1] >= 1 else "the vectors must have at least one entry"
 
     def dimension(self, shape: Sequence[int]) -> int:
         """Return n - 1."""
@@ -124,18 +122,6 @@ class Sphere(Manifold):
         """Transport `v` in parallel along the shortest arc from `x` to `y` (not opposite to it)."""
         factor = (y * v).sum(-1, keepdim=True) / (self.radius**2 + (x * y).sum(-1, keepdim=True))
         return v - factor * (x + y)
-
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return a uniform point."""
-        x = self.project(self._gaussian(shape, dtype, device, generator))
-        return x if dtype is None else x.to(dtype)
 
     def parametrization(self, shape: Sequence[int], *, embedded: bool = False) -> Parametrization:
         r"""Return great circles from a base (n - 1 coordinates), or \(x \mapsto r x / \|x\|\).
@@ -216,7 +202,7 @@ class Oblique(Manifold):
         return Sphere(self.radius)
 
     def __post_init__(self) -> None:
-        Sphere(self.radius)
+        check_radius(self, self.radius)
 
     def _shape_problem(self, shape: Sequence[int]) -> str | None:
         return None if shape[-2] >= 1 else "the columns must have at least one entry"
@@ -252,18 +238,6 @@ class Oblique(Manifold):
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Transport `v` in parallel, by columns."""
         return self.sphere.transport(x.mT, y.mT, v.mT).mT
-
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return independent uniform columns."""
-        x = self.project(self._gaussian(shape, dtype, device, generator))
-        return x if dtype is None else x.to(dtype)
 
     def parametrization(self, shape: Sequence[int]) -> Parametrization:
         """Return great circles from a base, (n - 1) k coordinates in shape (*batch, k, n - 1)."""

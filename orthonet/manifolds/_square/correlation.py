@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from orthonet.linalg.matrix import high
 from orthonet.linalg.packing import pack_triangle, unpack_triangle
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._curved.sphere import unit
-from orthonet.manifolds._factorized import high
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds._semidefinite import PSSD
 from orthonet.manifolds.maps import MappedParametrization
@@ -23,14 +24,15 @@ __all__ = ["Correlation"]
 class Correlation(Manifold):
     """Positive semidefinite matrices with ones on the diagonal.
 
+    Samples are Gram matrices of n uniform unit vectors of length n.
+
     Examples:
         >>> x = Correlation().sample((4, 4))
         >>> x.diagonal().allclose(torch.ones(4))
         True
     """
 
-    def _shape_problem(self, shape: Sequence[int]) -> str | None:
-        return PSSD()._shape_problem(shape)
+    square = True
 
     def dimension(self, shape: Sequence[int]) -> int:
         """Return n (n - 1) / 2."""
@@ -59,18 +61,9 @@ class Correlation(Manifold):
         s = 0.5 * (v + v.mT)
         return s - torch.diag_embed(s.diagonal(dim1=-2, dim2=-1))
 
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return the Gram matrix of n uniform unit vectors of length n."""
-        y = unit(self._gaussian(shape, dtype, device, generator))
-        x = self.project(y @ y.mT)
-        return x if dtype is None else x.to(dtype)
+    def _draw(self, shape: tuple[int, ...], made: dict[str, Any]) -> Tensor:
+        y = unit(torch.randn(shape, **made))
+        return self.project(y @ y.mT)
 
     def parametrization(self, shape: Sequence[int]) -> Parametrization:
         r"""Return \(L L^\top\) with L lower triangular and rows of norm 1; some are singular.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from orthonet.linalg.matrix import compute_dtype
+from orthonet.linalg.matrix import compute_dtype, high
 from orthonet.manifolds._base import Manifold
-from orthonet.manifolds._factorized import SingularParametrization, high, raised
-from orthonet.manifolds._linear import square_problem
-from orthonet.manifolds._low_rank import fill
+from orthonet.manifolds._factorized import SingularParametrization, raised
+from orthonet.manifolds._low_rank import Init, filled
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds.scalar import Scalar, ScalarMap, at_least, positive_map
 from orthonet.manifolds.trivialization import Triv
@@ -24,13 +24,14 @@ __all__ = ["SL", "GLp"]
 class GLp(Manifold):
     """Invertible n x n matrices of positive determinant: an open set, of dimension n².
 
+    Samples are projected from entries of variance 1 / n.
+
     Examples:
         >>> bool(torch.det(GLp().project(-torch.eye(3))) > 0)
         True
     """
 
-    def _shape_problem(self, shape: Sequence[int]) -> str | None:
-        return square_problem(shape)
+    square = True
 
     def dimension(self, shape: Sequence[int]) -> int:
         """Return n²."""
@@ -54,32 +55,26 @@ class GLp(Manifold):
             signs[..., -1] = (torch.linalg.det(u) * torch.linalg.det(vh)).sign()
         return ((u * (sigma * signs)[..., None, :]) @ vh).to(x.dtype)
 
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-        init_: Callable[[Tensor], object] | None = None,
+    def _draw(
+        self, shape: tuple[int, ...], made: dict[str, Any], init_: Init | None = None
     ) -> Tensor:
-        """Project a Gaussian matrix of variance 1 / n, or what `init_` fills."""
-        x = self._gaussian(shape, dtype, device, generator)
-        x = self.project(fill(x, init_, max(shape[-1], 1) ** -0.5))
-        return x if dtype is None else x.to(dtype)
+        return self.project(filled(shape, made, init_, max(shape[-1], 1) ** -0.5))
 
     def parametrization(
         self, shape: Sequence[int], *, f: Scalar = "softplus", triv: Triv = "exponential"
     ) -> Parametrization:
-        r"""Return \(U \operatorname{diag}(f(s)) V^\top\) with U and V of the same determinant.
-
-        Args:
-            shape: Of values.
-            f: See [`PSD`][orthonet.manifolds.PSD].
-            triv: See [`FrameTrivialization`][orthonet.manifolds.FrameTrivialization].
-        """
+        r"""Return \(U \operatorname{diag}(f(s)) V^\top\) with U and V of the same determinant."""
         f = positive_map(self, f)
-        return SingularParametrization(self, shape, shape[-1], f, f.inverse, triv)
+        return _PositiveParametrization(self, shape, shape[-1], f, f.inverse, triv)
+
+
+class _PositiveParametrization(SingularParametrization):
+    """The factorization, kept so far from singular matrices that rounding flips no determinant."""
+
+    def _coordinates(self, x: Tensor) -> Tensor:
+        u, sigma, vh = torch.linalg.svd(high(x))
+        least = 16.0 * torch.finfo(x.dtype).eps * self.rank * sigma[..., :1]
+        return super()._coordinates((u * torch.maximum(sigma, least)[..., None, :]) @ vh)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch import Tensor
 from orthonet import _checks
 from orthonet.linalg.packing import pack_symmetric, unpack_symmetric
 from orthonet.manifolds._base import Manifold
-from orthonet.manifolds._linear import square_problem
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds._stiefel import Stiefel
 from orthonet.manifolds.trivialization import Triv, Trivialization, check_triv
@@ -68,6 +68,9 @@ def _form(like: Tensor) -> Tensor:
 class Symplectic(Manifold):
     r"""2m x 2m matrices with \(X^\top J X = J\), where J has the blocks 0, I, -I, 0.
 
+    Samples are \(e^{J S}\) with S symmetric Gaussian, of spectral norm about 1, or the identity:
+    `distribution` is "gaussian" or "identity".
+
     An unbounded group of determinant 1: condition numbers grow with the distance from the identity.
 
     Examples:
@@ -76,10 +79,12 @@ class Symplectic(Manifold):
         1.0
     """
 
+    square = True
+
     def _shape_problem(self, shape: Sequence[int]) -> str | None:
-        problem = square_problem(shape)
+        problem = super()._shape_problem(shape)
         if problem is None and shape[-1] % 2:
-            problem = f"the size must be even, got {tuple(shape)}"
+            problem = "the size must be even"
         return problem
 
     def dimension(self, shape: Sequence[int]) -> int:
@@ -138,29 +143,13 @@ class Symplectic(Manifold):
         r"""Return \(x\,e^{x^{-1} v}\)."""
         return x @ torch.linalg.matrix_exp(torch.linalg.solve(x, v))
 
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-        distribution: str = "gaussian",
+    def _draw(
+        self, shape: tuple[int, ...], made: dict[str, Any], distribution: str = "gaussian"
     ) -> Tensor:
-        r"""Return \(e^{J S}\) with S symmetric Gaussian, of spectral norm about 1; or the identity.
-
-        Args:
-            shape: (*batch, 2m, 2m).
-            dtype: Dtype.
-            device: Device.
-            generator: Of randomness.
-            distribution: "gaussian" or "identity".
-        """
         _checks.one_of(self, ("gaussian", "identity"), distribution=distribution)
-        s = self._gaussian(shape, dtype, device, generator)
+        s = torch.randn(shape, **made)
         s = (s + s.mT) * (0.35 * max(shape[-1], 1) ** -0.5)
-        x = torch.linalg.matrix_exp(_form(s) @ s * (distribution == "gaussian"))
-        return x if dtype is None else x.to(dtype)
+        return torch.linalg.matrix_exp(_form(s) @ s * (distribution == "gaussian"))
 
     def parametrization(
         self, shape: Sequence[int], *, triv: Triv = "exponential"

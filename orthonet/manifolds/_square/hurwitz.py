@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from orthonet import _checks
+from orthonet.linalg.matrix import high
 from orthonet.linalg.packing import pack_skew, unpack_skew
 from orthonet.manifolds._base import Manifold
-from orthonet.manifolds._factorized import high
-from orthonet.manifolds._linear import square_problem
-from orthonet.manifolds._low_rank import fill
+from orthonet.manifolds._low_rank import Init, filled
 from orthonet.manifolds._parametrization import Parametrization
 from orthonet.manifolds.maps import MappedParametrization
 from orthonet.manifolds.scalar import Scalar, positive_map
@@ -51,6 +51,9 @@ def lyapunov(a: Tensor) -> Tensor:
 class Hurwitz(Manifold):
     r"""n x n matrices whose eigenvalues have real parts below \(-\alpha\): an open set.
 
+    Samples are \((I + VV^\top)(K - K^\top - \tfrac12(I + WW^\top)) - \alpha I\) with entries of
+    variance 1 / n.
+
     Solutions of \(\dot x = A x\) decay at least as fast as \(e^{-\alpha t}\).
 
     Attributes:
@@ -71,8 +74,7 @@ class Hurwitz(Manifold):
     def __post_init__(self) -> None:
         _checks.in_range(self, 0.0, float("inf"), alpha=self.alpha)
 
-    def _shape_problem(self, shape: Sequence[int]) -> str | None:
-        return square_problem(shape)
+    square = True
 
     def dimension(self, shape: Sequence[int]) -> int:
         """Return n²."""
@@ -109,27 +111,14 @@ class Hurwitz(Manifold):
         shift = torch.where(inside, 0.0, excess + least).to(x.dtype)[..., None, None]
         return x - shift * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
 
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-        init_: Callable[[Tensor], object] | None = None,
+    def _draw(
+        self, shape: tuple[int, ...], made: dict[str, Any], init_: Init | None = None
     ) -> Tensor:
-        r"""Return \((I + VV^\top)(K - K^\top - \tfrac12(I + WW^\top)) - \alpha I\).
-
-        V, W and K are Gaussian of variance 1 / n, or what `init_` makes of them.
-        """
         scale = max(shape[-1], 1) ** -0.5
-        v, w, k = (
-            fill(self._gaussian(shape, dtype, device, generator), init_, scale) for _ in range(3)
-        )
+        v, w, k = (filled(shape, made, init_, scale) for _ in range(3))
         identity = torch.eye(shape[-1], dtype=v.dtype, device=v.device)
         x = (identity + v @ v.mT) @ (k - k.mT - 0.5 * (identity + w @ w.mT))
-        x = x - self.alpha * identity
-        return x if dtype is None else x.to(dtype)
+        return x - self.alpha * identity
 
     def parametrization(self, shape: Sequence[int], *, f: Scalar = "softplus") -> Parametrization:
         r"""Return \(A = L L^\top (S - \tfrac12 I) - \alpha I\), each A once, in n² coordinates.

@@ -33,6 +33,7 @@ def rotation_angles(
     shape: Sequence[int],
     distribution: str,
     init_: Callable[[Tensor], object] | None,
+    *,
     dtype: torch.dtype,
     device: torch.device | str | None,
     generator: torch.Generator | None,
