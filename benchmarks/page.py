@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks import _harness as harness
 from benchmarks import (
     across_processes,
+    attention,
     certificate_peers,
     certificates,
     convolutions,
@@ -44,11 +45,12 @@ PRINTED = {
         certificates,
         certificate_peers,
         local_peers,
+        attention,
     )
 }
 Cell = Callable[[Mapping[str, Any], Mapping[str, Any]], str]
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = (DOCS / "benchmarks.md", DOCS / "guide" / "presets.md")
+PAGES = (DOCS / "benchmarks.md", DOCS / "guide" / "presets.md", DOCS / "guide" / "attention.md")
 # `<!-- table: Title -->` ... `<!-- end -->` in a page is filled with the table of that title.
 SLOT = re.compile(r"(<!-- table: (?P<title>[^>]+?) -->\n).*?(<!-- end -->)", re.S)
 STATES = {"init": "own init", "trained": "trained", "gaussian": "Gaussian", "kappa 1e3": "κ = 1e3"}
