@@ -18,7 +18,7 @@ from orthonet.layers.children import Child
 from orthonet.layers.zoo._base import new_bias
 from orthonet.linalg.bounds.sizes import Chained, Rounding
 from orthonet.linalg.matrix import compute_dtype
-from orthonet.reparametrizers import OrthoParams
+from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
 __all__ = [
     "PROJECTION",
@@ -68,6 +68,7 @@ class SelfAttention(WithoutPlainWeight, nn.Module, abc.ABC):
     """Self-attention between orthogonal projections, times lipschitz / constant(max_length)."""
 
     _projections: tuple[str, ...] = ()
+    _scale: tuple[str, float]  # the parameter that each head learns, and what it begins with
     out_proj: nn.Module
     _longest: float  # constant(max_length)
     bias: Tensor | None
@@ -87,9 +88,9 @@ class SelfAttention(WithoutPlainWeight, nn.Module, abc.ABC):
         dtype: torch.dtype | None = None,
         *,
         max_length: int,
-        causal: bool,
-        lipschitz: float,
-        ortho_params: OrthoParams | str,
+        causal: bool = False,
+        lipschitz: float = 1.0,
+        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
     ) -> None:
         super().__init__()
         owner = type(self)
@@ -143,6 +144,10 @@ class SelfAttention(WithoutPlainWeight, nn.Module, abc.ABC):
             )
             setattr(self, name, projection)
         new_bias(self, embed_dim if bias else None, device, dtype)
+        name, value = self._scale
+        scale = torch.full((num_heads,), value, device=device, dtype=dtype)
+        self.register_parameter(name, nn.Parameter(scale))
+        self._longest = self.constant(max_length)
 
     @property
     def head_dim(self) -> int:
@@ -151,11 +156,13 @@ class SelfAttention(WithoutPlainWeight, nn.Module, abc.ABC):
 
     def reset_parameters(self) -> None:
         """Draw the projections anew and reset the rest; nothing happens on the meta device."""
+        learned, value = self._scale
         for name in self._names:
             projection: Any = getattr(self, name)
             projection.reset_parameters()
-        if self.bias is not None and not self.bias.is_meta:
-            nn.init.zeros_(self.bias)
+        for parameter, start in ((self.bias, 0.0), (getattr(self, learned), value)):
+            if parameter is not None and not parameter.is_meta:
+                nn.init.constant_(parameter, start)
 
     def forward(
         self,

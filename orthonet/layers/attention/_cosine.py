@@ -107,6 +107,8 @@ class CosineAttention(SelfAttention):
 
     relies_on: ClassVar = dict.fromkeys(("q_proj", "k_proj", "v_proj", "out_proj"), PROJECTION)
     _projections = ("q_proj", "k_proj", "v_proj")
+    _scale = ("logit", 2.0)
+    logit: nn.Parameter
 
     def __init__(
         self,
@@ -131,6 +133,7 @@ class CosineAttention(SelfAttention):
     ) -> None:
         _checks.in_range(type(self), 1e-3, 20.0, temperature=temperature)
         _checks.in_range(type(self), 1e-6, 1e6, max_rms=max_rms)
+        self.temperature, self.max_rms = float(temperature), float(max_rms)  # read by `constant`
         super().__init__(
             embed_dim,
             num_heads,
@@ -148,9 +151,6 @@ class CosineAttention(SelfAttention):
             lipschitz=lipschitz,
             ortho_params=ortho_params,
         )
-        self.temperature, self.max_rms = float(temperature), float(max_rms)
-        self._longest = self.constant(max_length)
-        self.logit = nn.Parameter(torch.full((num_heads,), 2.0, device=device, dtype=dtype))
 
     def constant(self, length: int, temperature: float | None = None) -> float:
         """Return C(N), the proved constant of the heads on sequences of this length.
@@ -162,12 +162,6 @@ class CosineAttention(SelfAttention):
         limit = self.temperature if temperature is None else temperature
         root = clipped_scores(length, limit, self.causal)
         return add_up(mul_up(root, add_up(1.0, limit)), limit)
-
-    def reset_parameters(self) -> None:
-        """Draw the projections and temperatures anew; nothing happens on the meta device."""
-        super().reset_parameters()
-        if not self.logit.is_meta:
-            nn.init.constant_(self.logit, 2.0)
 
     def _learned(self, dtype: torch.dtype) -> Tensor:
         """The temperature of each head."""

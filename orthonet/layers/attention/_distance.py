@@ -24,7 +24,6 @@ from orthonet.layers.attention._base import (
 from orthonet.layers.attention._constants import mean_shift, row_moment
 from orthonet.linalg.bounds.rounding import mul_up
 from orthonet.linalg.bounds.sizes import Chained, absolute_matrix
-from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
 __all__ = ["DistanceAttention"]
 
@@ -130,56 +129,13 @@ class DistanceAttention(SelfAttention):
 
     relies_on: ClassVar = {"in_proj": PROJECTION, "out_proj": PROJECTION}
     _projections = ("in_proj",)
+    _scale = ("log_scale", 0.0)
     in_proj: nn.Module
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        dropout: float = 0.0,
-        bias: bool = True,
-        add_bias_kv: bool = False,
-        add_zero_attn: bool = False,
-        kdim: int | None = None,
-        vdim: int | None = None,
-        batch_first: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        max_length: int,
-        causal: bool = False,
-        lipschitz: float = 1.0,
-        ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
-    ) -> None:
-        super().__init__(
-            embed_dim,
-            num_heads,
-            dropout,
-            bias,
-            add_bias_kv,
-            add_zero_attn,
-            kdim,
-            vdim,
-            batch_first,
-            device,
-            dtype,
-            max_length=max_length,
-            causal=causal,
-            lipschitz=lipschitz,
-            ortho_params=ortho_params,
-        )
-        self._longest = self.constant(max_length)
-        self.log_scale = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
+    log_scale: nn.Parameter
 
     def constant(self, length: int) -> float:
         """Return C(N), the proved constant of the heads on sequences of this length."""
         return mean_shift(length, self.causal)
-
-    def reset_parameters(self) -> None:
-        """Draw the projections anew and set t to 1; nothing happens on the meta device."""
-        super().reset_parameters()
-        if not self.log_scale.is_meta:
-            nn.init.zeros_(self.log_scale)
 
     def _learned(self, dtype: torch.dtype) -> Tensor:
         """The root of t for each head, in [e^-10, e^10]."""
