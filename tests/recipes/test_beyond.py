@@ -19,9 +19,10 @@ from orthonet.recipes import (
     train_w1,
 )
 from orthonet.recipes.beyond.flow import DENSITIES
-from orthonet.recipes.beyond.report import grid, optimize
+from orthonet.recipes.beyond.report import grid
 from orthonet.recipes.beyond.shapes import SHAPES, polygon, star
 from orthonet.recipes.beyond.wasserstein import mean_below, shells
+from orthonet.recipes.running.fitting import optimize
 from tests.recipes.replaced import recorded
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.certify import certify
 from orthonet.models import mlp
-from orthonet.recipes.beyond.report import BeyondReport, grid, optimize
+from orthonet.recipes.beyond.report import BeyondReport, grid
 from orthonet.recipes.beyond.shapes import SHAPES
 from orthonet.recipes.data.digits import require_package
 from orthonet.recipes.running.figures import BLUE, GRAY, ORANGE, figure_of, save_figure
+from orthonet.recipes.running.fitting import fitted, seeded
 from orthonet.recipes.running.folder import guarded
 from orthonet.recipes.running.options import check_choices, option
-from orthonet.recipes.running.processes import joined, part_of
+from orthonet.recipes.running.processes import part_of
 from orthonet.recipes.running.registry import Recipe, register
 
 __all__ = ["SDFConfig", "Trace", "overshoots", "sphere_trace", "train_sdf"]
@@ -164,27 +165,16 @@ def train_sdf(
     """
     shape = SHAPES[config.shape]
     generator = torch.Generator().manual_seed(config.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         model = mlp(shape.dimension, 1, hidden=(config.hidden,) * 3, activation="group_sort")
 
     def loss_of() -> Tensor:
         x = part_of(_points(config, config.batch_size, generator))
         return (model(x)[:, 0] - shape.distance(x)).square().mean()
 
-    with joined("cpu") as rank:
-        history = optimize(
-            model,
-            loss_of,
-            generator,
-            config,
-            progress=progress,
-            name="sdf",
-            folder=Path(out),
-            resume=resume,
-            tensorboard=tensorboard,
-        )
-    if rank != 0:
+    switches = {"progress": progress, "resume": resume, "tensorboard": tensorboard}
+    history = fitted(model, loss_of, generator, config, "sdf", out, **switches)
+    if history is None:
         return None
     model = model.double().requires_grad_(False)
     constant = certify(model, torch.zeros(1, shape.dimension).double()).constant.value

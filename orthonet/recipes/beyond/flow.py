@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.certify import certify
 from orthonet.layers import OrthoLinear, Scale
-from orthonet.recipes.beyond.report import BeyondReport, grid, optimize
+from orthonet.recipes.beyond.report import BeyondReport, grid
 from orthonet.recipes.running.figures import BLUE, figure_of, save_figure
+from orthonet.recipes.running.fitting import fitted, seeded
 from orthonet.recipes.running.folder import guarded
 from orthonet.recipes.running.options import check_choices, option
-from orthonet.recipes.running.processes import joined, part_of
+from orthonet.recipes.running.processes import part_of
 from orthonet.recipes.running.registry import Recipe, register
 from orthonet.reparametrizers import QR_ORTHO_PARAMS
 
@@ -227,26 +228,15 @@ def train_flow(
     """
     draw = DENSITIES[config.density]
     generator = torch.Generator().manual_seed(config.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         flow = ResidualFlow(config.blocks, config.hidden, config.contraction)
 
     def loss_of() -> Tensor:
         return -flow.log_density(part_of(draw(config.batch_size, generator))).mean()
 
-    with joined("cpu") as rank:
-        history = optimize(
-            flow,
-            loss_of,
-            generator,
-            config,
-            progress=progress,
-            name="flow",
-            folder=Path(out),
-            resume=resume,
-            tensorboard=tensorboard,
-        )
-    if rank != 0:
+    switches = {"progress": progress, "resume": resume, "tensorboard": tensorboard}
+    history = fitted(flow, loss_of, generator, config, "flow", out, **switches)
+    if history is None:
         return None
     flow = flow.double().requires_grad_(False)
     origin = torch.zeros(1, 2, dtype=torch.float64)

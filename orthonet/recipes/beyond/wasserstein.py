@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from orthonet import _checks
 from orthonet.certify import certify
 from orthonet.models import mlp
-from orthonet.recipes.beyond.report import BeyondReport, grid, optimize
+from orthonet.recipes.beyond.report import BeyondReport, grid
 from orthonet.recipes.running.figures import BLUE, GRAY, ORANGE, figure_of, save_figure
+from orthonet.recipes.running.fitting import fitted, seeded
 from orthonet.recipes.running.folder import guarded
 from orthonet.recipes.running.options import option
-from orthonet.recipes.running.processes import joined, part_of
+from orthonet.recipes.running.processes import part_of
 from orthonet.recipes.running.registry import Recipe, register
 
 __all__ = ["W1Config", "mean_below", "shells", "train_w1"]
@@ -151,27 +152,16 @@ def train_w1(
         distances by 1-Lipschitz networks).
     """
     generator = torch.Generator().manual_seed(config.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         model = mlp(config.dimension, 1, hidden=(config.hidden, config.hidden))
 
     def loss_of() -> Tensor:
         inner, outer = map(part_of, shells(config, config.batch_size, generator))
         return model(inner).mean() - model(outer).mean()
 
-    with joined("cpu") as rank:
-        history = optimize(
-            model,
-            loss_of,
-            generator,
-            config,
-            progress=progress,
-            name="w1",
-            folder=Path(out),
-            resume=resume,
-            tensorboard=tensorboard,
-        )
-    if rank != 0:
+    switches = {"progress": progress, "resume": resume, "tensorboard": tensorboard}
+    history = fitted(model, loss_of, generator, config, "w1", out, **switches)
+    if history is None:
         return None
     model = model.double()
     constant = certify(model, torch.zeros(1, config.dimension).double()).constant.value

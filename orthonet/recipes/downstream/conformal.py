@@ -18,7 +18,7 @@ from orthonet.certify import LipschitzCertificate, certify
 from orthonet.downstream import conformal_quantile, conformal_scores, score_bounds
 from orthonet.losses import OffsetCrossEntropyLoss
 from orthonet.models import mlp
-from orthonet.recipes.beyond.report import BeyondReport, optimize
+from orthonet.recipes.beyond.report import BeyondReport
 from orthonet.recipes.data.digits import Images, spaced
 from orthonet.recipes.data.sets import IMAGE_SETS, load
 from orthonet.recipes.downstream.attack import halves, raised
@@ -28,9 +28,10 @@ from orthonet.recipes.downstream.coverage import (
     mean_and_range,
 )
 from orthonet.recipes.running.figures import BLUE, GREEN, figure_of, save_figure
+from orthonet.recipes.running.fitting import fitted, seeded
 from orthonet.recipes.running.folder import guarded
 from orthonet.recipes.running.options import check_choices, option
-from orthonet.recipes.running.processes import joined, part_of
+from orthonet.recipes.running.processes import part_of
 from orthonet.recipes.running.registry import Recipe, register
 
 __all__ = ["ConformalConfig", "train_conformal"]
@@ -134,8 +135,7 @@ def train_conformal(
     source = IMAGE_SETS[config.dataset]
     data = load(config.dataset, config.data_root)
     generator = torch.Generator().manual_seed(config.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         model = mlp(math.prod(source.shape), source.classes, hidden=(config.hidden,) * 2)
     loss_fn = OffsetCrossEntropyLoss(math.sqrt(2) * config.radius, config.temperature)
 
@@ -144,19 +144,9 @@ def train_conformal(
         chosen = part_of(chosen)
         return loss_fn(model(data.train.x[chosen]), data.train.y[chosen])
 
-    with joined("cpu") as rank:
-        history = optimize(
-            model,
-            loss_of,
-            generator,
-            config,
-            progress=progress,
-            name="conformal",
-            folder=Path(out),
-            resume=resume,
-            tensorboard=tensorboard,
-        )
-    if rank != 0:
+    switches = {"progress": progress, "resume": resume, "tensorboard": tensorboard}
+    history = fitted(model, loss_of, generator, config, "conformal", out, **switches)
+    if history is None:
         return None
     model = model.eval().requires_grad_(False)
     test = spaced(data.test, config.evaluated)

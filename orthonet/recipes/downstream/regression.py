@@ -14,7 +14,7 @@ from orthonet import _checks
 from orthonet.certify import LipschitzCertificate, certify
 from orthonet.downstream import calibrate_band, certified_interval
 from orthonet.models import mlp
-from orthonet.recipes.beyond.report import BeyondReport, optimize
+from orthonet.recipes.beyond.report import BeyondReport
 from orthonet.recipes.data.digits import require_package
 from orthonet.recipes.downstream.attack import halves, raised
 from orthonet.recipes.downstream.coverage import (
@@ -23,9 +23,10 @@ from orthonet.recipes.downstream.coverage import (
     mean_and_range,
 )
 from orthonet.recipes.running.figures import BLUE, GREEN, figure_of, save_figure
+from orthonet.recipes.running.fitting import fitted, seeded
 from orthonet.recipes.running.folder import guarded
 from orthonet.recipes.running.options import check_choices, option
-from orthonet.recipes.running.processes import joined, part_of
+from orthonet.recipes.running.processes import part_of
 from orthonet.recipes.running.registry import Recipe, register
 
 __all__ = ["Points", "RegressionConfig", "regression_data", "train_regression"]
@@ -144,8 +145,7 @@ def train_regression(
     """
     train, held = regression_data(config)
     generator = torch.Generator().manual_seed(config.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         hidden = (config.hidden,) * 2
         model = mlp(train.x.shape[1], 2, hidden=hidden, lipschitz=config.lipschitz)
     levels = torch.tensor([config.alpha / 2.0, 1.0 - config.alpha / 2.0])
@@ -156,19 +156,9 @@ def train_regression(
         rest = train.y[chosen, None] - model(train.x[chosen])
         return torch.maximum(levels * rest, (levels - 1.0) * rest).mean()
 
-    with joined("cpu") as rank:
-        history = optimize(
-            model,
-            loss_of,
-            generator,
-            config,
-            progress=progress,
-            name="regression",
-            folder=Path(out),
-            resume=resume,
-            tensorboard=tensorboard,
-        )
-    if rank != 0:
+    switches = {"progress": progress, "resume": resume, "tensorboard": tensorboard}
+    history = fitted(model, loss_of, generator, config, "regression", out, **switches)
+    if history is None:
         return None
     model = model.eval().requires_grad_(False)
     certificate = certify(model, held.x[:1], lower=False)

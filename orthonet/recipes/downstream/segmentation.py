@@ -16,13 +16,14 @@ from orthonet.certify import certify
 from orthonet.downstream import certified_pixel_accuracy, pixel_radii
 from orthonet.layers import MaxMin, OrthoConv2d
 from orthonet.losses import OffsetCrossEntropyLoss
-from orthonet.recipes.beyond.report import BeyondReport, optimize
+from orthonet.recipes.beyond.report import BeyondReport
 from orthonet.recipes.data.digits import Images
 from orthonet.recipes.downstream.attack import raised
 from orthonet.recipes.running.figures import BLUE, GREEN, ORANGE, figure_of, save_figure
+from orthonet.recipes.running.fitting import fitted, seeded
 from orthonet.recipes.running.folder import guarded
 from orthonet.recipes.running.options import option
-from orthonet.recipes.running.processes import joined, part_of
+from orthonet.recipes.running.processes import part_of
 from orthonet.recipes.running.registry import Recipe, register
 
 __all__ = ["SegmentationConfig", "drawn_shapes", "segmentation_model", "train_segmentation"]
@@ -119,8 +120,7 @@ def drawn_shapes(config: SegmentationConfig, number: int, generator: torch.Gener
 
 def segmentation_model(config: SegmentationConfig) -> nn.Sequential:
     """Build an untrained network; torch's global generators are left as they were."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         layers, width = [], 3
         for _ in range(config.layers):
             layers += [OrthoConv2d(width, config.channels, 3, padding=1), MaxMin()]
@@ -157,19 +157,9 @@ def train_segmentation(
         x, y = map(part_of, drawn_shapes(config, config.batch_size, generator))
         return loss_fn(model(x).movedim(1, -1).flatten(0, 2), y.flatten())
 
-    with joined("cpu") as rank:
-        history = optimize(
-            model,
-            loss_of,
-            generator,
-            config,
-            progress=progress,
-            name="segmentation",
-            folder=Path(out),
-            resume=resume,
-            tensorboard=tensorboard,
-        )
-    if rank != 0:
+    switches = {"progress": progress, "resume": resume, "tensorboard": tensorboard}
+    history = fitted(model, loss_of, generator, config, "segmentation", out, **switches)
+    if history is None:
         return None
     model = model.eval().requires_grad_(False)
     test = drawn_shapes(config, config.images, torch.Generator().manual_seed(config.seed + 1))

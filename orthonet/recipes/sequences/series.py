@@ -22,10 +22,10 @@ from orthonet.constraints import orthogonal
 from orthonet.layers import FinalState, OrthoLinear, OrthoRNN
 from orthonet.losses import OffsetCrossEntropyLoss
 from orthonet.models import convnet_series
-from orthonet.recipes.beyond.report import optimize
 from orthonet.recipes.data.series import Series, SeriesSplit, load_series
 from orthonet.recipes.running.figures import BLUE, GREEN, ORANGE, figure_of, save_figure
 from orthonet.recipes.running.files import versions, write_atomically, write_json
+from orthonet.recipes.running.fitting import optimize, seeded
 from orthonet.recipes.running.folder import guarded
 from orthonet.recipes.running.options import check_choices, option
 from orthonet.recipes.running.processes import joined, part_of
@@ -224,8 +224,7 @@ def series_model(config: SeriesConfig, name: str, shape: Sequence[int], classes:
     """
     channels, length = shape
     hidden, inputs = config.hidden, channels * config.frame
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         if name == "conv":
             return convnet_series((channels, length), classes, width=hidden)
         if name == "lstm":

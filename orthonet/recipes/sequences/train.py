@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 from orthonet import _checks
 from orthonet.layers import OrthoRNN
 from orthonet.recipes.data.digits import require_package
+from orthonet.recipes.running.fitting import seeded
 from orthonet.recipes.running.log import Log
 from orthonet.recipes.running.options import training_fields
 from orthonet.recipes.running.processes import part_of, rank_and_size, replica_of, totals
@@ -64,8 +65,7 @@ def build_sequence_model(config: SequenceConfig, name: str, task: Task) -> Seque
 
     torch's global generators are left as they were.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         rnn = _layer(config, name, task.features)
         if rnn is None:
             return None

@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from orthonet import _checks
 from orthonet.certify import certify
-from orthonet.recipes.beyond.report import BeyondReport, optimize
+from orthonet.recipes.beyond.report import BeyondReport
 from orthonet.recipes.running.figures import BLUE, GRAY, ORANGE, figure_of, save_figure
+from orthonet.recipes.running.fitting import optimize, seeded
 from orthonet.recipes.running.folder import guarded
 from orthonet.recipes.running.options import check_choices, option, training_fields
 from orthonet.recipes.running.processes import joined, part_of
@@ -153,8 +154,7 @@ def train_text(
 
 
 def _model(config: TextConfig, constant: float | None) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         sizes = config.characters, config.length, config.width, config.heads
         if constant is None:
             return PlainCharacters(*sizes, len(config.attention))
