@@ -24,17 +24,20 @@ def mlp(
     hidden: Sequence[int] = (256, 256),
     activation: str = "max_min",
     head: str = "ortho",
+    norm: str = "l2",
     lipschitz: float = 1.0,
     ortho_params: OrthoParams | str = DEFAULT_ORTHO_PARAMS,
 ) -> nn.Sequential:
-    """Build orthogonal linear layers with a gradient-norm preserving activation.
+    """Build linear layers of constant 1 with an activation that keeps the norm.
 
     Args:
         in_features: Number of entries of an input.
         num_classes: As of [`convnet`][orthonet.models.convnet].
         hidden: Widths of the hidden layers; even, unless the activation is "abs".
         activation: As there.
-        head: As there.
+        head: As there; "ortho" unless `norm` is "l2".
+        norm: "l2" for orthogonal layers, "linf" for [`LinfLinear`][orthonet.layers.LinfLinear],
+            "l1" for [`L1Linear`][orthonet.layers.L1Linear]: the norm in which the constant is K.
         lipschitz: As there.
         ortho_params: As there.
 
@@ -42,7 +45,7 @@ def mlp(
         Input (batch, *) with `in_features` entries after the batch, output (batch, num_classes).
 
     Guarantee:
-        As of `convnet`.
+        As of `convnet`, in `norm`.
 
     Raises:
         ValueError: An argument is out of range.
@@ -55,7 +58,9 @@ def mlp(
     sizes_of(owner, hidden=hidden)
     widths = tuple(hidden)
     widths_of(owner, activation, hidden=widths)
-    layers = dense_layers(owner, in_features, widths, num_classes, activation, head, ortho_params)
+    layers = dense_layers(
+        owner, in_features, widths, num_classes, activation, head, ortho_params, norm
+    )
     return scaled(nn.Sequential(OrderedDict(flatten=nn.Flatten(), **layers)), lipschitz)
 
 

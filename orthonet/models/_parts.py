@@ -7,13 +7,23 @@ from collections.abc import Sequence
 from torch import nn
 
 from orthonet import _checks
-from orthonet.layers import Abs, GroupSort, MaxMin, OrthoLinear, Scale, UnitNormLinear
-from orthonet.reparametrizers import OrthoParams
+from orthonet.layers import (
+    Abs,
+    GroupSort,
+    L1Linear,
+    LinfLinear,
+    MaxMin,
+    OrthoLinear,
+    Scale,
+    UnitNormLinear,
+)
+from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams
 
 __all__ = ["activation_of", "dense_layers", "scaled", "shape_of", "sizes_of", "widths_of"]
 
 ACTIVATIONS = {"max_min": MaxMin, "group_sort": GroupSort, "abs": Abs}
 HEADS = ("ortho", "unit_norm")
+LINEAR = {"linf": LinfLinear, "l1": L1Linear}
 
 
 def activation_of(owner: str, name: str) -> nn.Module:
@@ -71,17 +81,34 @@ def dense_layers(
     activation: str,
     head: str,
     ortho_params: OrthoParams | str,
+    norm: str = "l2",
 ) -> dict[str, nn.Module]:
-    """Hidden orthogonal layers with their activations, then the layer of the logits."""
+    """Hidden layers of constant 1 with their activations, then the layer of the logits."""
     _checks.positive_int(owner, in_features=in_features, num_classes=num_classes)
     _checks.one_of(owner, HEADS, head=head)
+    _checks.one_of(owner, ("l2", *LINEAR), norm=norm)
+    _checks.require(
+        norm == "l2" or (head == "ortho" and ortho_params in ("default", DEFAULT_ORTHO_PARAMS)),
+        owner,
+        "head and ortho_params must be the default ones unless norm is 'l2'",
+        "Leave them out",
+        norm=norm,
+        head=head,
+        ortho_params=ortho_params,
+    )
+
+    def linear(inputs: int, outputs: int) -> nn.Module:
+        if norm == "l2":
+            return OrthoLinear(inputs, outputs, ortho_params=ortho_params)
+        return LINEAR[norm](inputs, outputs)
+
     layers: dict[str, nn.Module] = {}
     for i, width in enumerate(hidden, 1):
-        layers[f"linear{i}"] = OrthoLinear(in_features, width, ortho_params=ortho_params)
+        layers[f"linear{i}"] = linear(in_features, width)
         layers[f"activation_linear{i}"] = activation_of(owner, activation)
         in_features = width
     layers["head"] = (
-        OrthoLinear(in_features, num_classes, ortho_params=ortho_params)
+        linear(in_features, num_classes)
         if head == "ortho"
         else UnitNormLinear(in_features, num_classes)
     )

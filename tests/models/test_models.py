@@ -40,6 +40,20 @@ MODELS = {
 CASES = [(name, arguments, shape) for name, (arguments, shape) in MODELS.items()]
 
 
+def test_perceptrons_of_other_norms_have_their_constant_there():
+    x = torch.zeros(1, 12)
+    for norm in ("linf", "l1"):
+        model = models.create("mlp", in_features=12, num_classes=3, hidden=(8, 6), norm=norm)
+        found = certify(model.eval(), x, norm=norm, lower=False).constant.value
+        # Rows and columns are scaled to 1 in float32; observed 0.9999986 to 0.9999995.
+        assert 1 - 1e-5 < found <= 1
+        for wrong in ({"head": "unit_norm"}, {"ortho_params": "qr"}):
+            with pytest.raises(ValueError, match="default ones unless norm is 'l2'"):
+                models.mlp(12, 3, norm=norm, **wrong)
+    with pytest.raises(ValueError, match="norm must be one of"):
+        models.mlp(12, 3, norm="l3")
+
+
 def test_every_model_is_in_the_table():
     assert models.list_models() == sorted(MODELS)
     assert set(MODELS) <= set(models.__all__)

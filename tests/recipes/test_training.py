@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from orthonet import losses
 from orthonet.layers import OrthoConv2d
@@ -15,6 +16,7 @@ from orthonet.recipes import (
     Split,
     TrainConfig,
     digits,
+    fashion,
     fit,
     load,
     load_checkpoint,
@@ -97,6 +99,32 @@ def test_offset_is_that_of_the_radius():
 def test_bad_configurations_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         mnist5k(**changes)
+
+
+def test_recipes_choose_what_a_norm_or_another_model_needs():
+    config = mnist5k(norm="linf", lr=0.5)
+    assert (config.model, config.lr, config.followed) == ("mlp", 0.5, 0.1)
+    assert config.model_arguments == {"in_features": 784, "num_classes": 10, "norm": "linf"}
+    assert config.offset == pytest.approx(2 * config.radius)
+    assert "linf" in config.title
+    assert digits(norm="linf").model_arguments["in_features"] == 64
+    assert fashion().model_arguments
+    assert fashion(model="convnet_mnist").model_arguments == {}
+    with pytest.raises(ValueError, match="local must be 0 unless the norm is l2"):
+        mnist5k(norm="linf", local=5)
+
+
+def test_networks_without_constraint_train_and_come_back(few, tmp_path):
+    config = digits(unconstrained=True, **{**SMALL, "epochs": 1})
+    model, history = fit(config, few)
+    kinds = {type(m) for m in model.modules() if hasattr(m, "weight")}
+    assert kinds == {nn.Linear, nn.Conv2d}
+    weight = model.get_submodule("linear1").weight
+    assert (weight @ weight.T - torch.eye(len(weight))).abs().max() > 1e-3
+    assert math.isfinite(history[0]["loss"])
+    again, found = load_checkpoint(save_checkpoint(tmp_path / "a.pt", model, config))
+    assert found == config
+    assert torch.equal(again(few.test.x), model(few.test.x))
 
 
 def test_unknown_field_is_refused():

@@ -17,6 +17,21 @@ __all__ = ["CertifyConfig", "FolderConfig", "ORTHO_PARAMS", "RADII", "TrainConfi
 
 ORTHO_PARAMS = reparametrizers.presets()
 RADII = (0.141, 0.5, 1.0, 1.58)
+_SEPARATION = {"l2": math.sqrt(2.0), "linf": 2.0}
+"""How far the difference of two logits moves at most, in units of how far the logits move."""
+
+
+def _check_local(config: Any) -> None:
+    """Require that bounds in balls are asked for in l2 only."""
+    _checks.non_negative_int(config, local=config.local)
+    _checks.require(
+        not config.local or config.norm == "l2",
+        config,
+        "local must be 0 unless the norm is l2: bounds in balls are in l2",
+        "Leave it out",
+        local=config.local,
+        norm=config.norm,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +50,12 @@ class TrainConfig:
         optimizer: "adam", or "sgd" with momentum 0.9.
         lr: Highest learning rate of its one-cycle schedule.
         warmup: Share of the steps in which the learning rate rises.
+        unconstrained: Whether to train the plain copy of the model, whose weights nothing bounds.
+        norm: "l2" or "linf": the norm of all radii, of the certificate and of the attacks.
         loss: "offset" (offset cross-entropy), "annealing" (the same, fading out samples whose
             margin is large), or "emma" (cross-entropy of the worst logits inside the radius).
-        radius: Radius that the loss asks for; its offset is \(\sqrt 2 K\) times this, with the
-            constant K that `model_arguments` asks of the model as `lipschitz`.
+        radius: Radius that the loss asks for; its offset is \(\sqrt 2 K\) times this, 2 K times in
+            l-infinity, with the constant K that `model_arguments` asks of the model as `lipschitz`.
         temperature: Temperature of the offset cross-entropy, annealed or not.
         noise: Standard deviation of the Gaussian noise on training images, which stay in [0, 1].
         shift: Largest random translation of a training image, in pixels.
@@ -49,9 +66,10 @@ class TrainConfig:
         flip: Whether half of the training images, chosen at random, are mirrored.
         seed: Seed of the weights, the order of the images and the augmentation.
         device: Device of the run, such as cpu or cuda.
-        radii: l2 radii at which accuracy is certified and attacked; 0.5 is followed during
-            training.
+        radii: Radii at which accuracy is certified and attacked; 0.5, or 0.1 in l-infinity, is
+            followed during training.
         attack_steps: Gradient steps of an attack.
+        local: Test images, evenly spaced, whose radii are enlarged by bounds in balls around them.
         data_root: Folder of the data.
         validation: Whether to hold validation images out of the training images, and to take them
             in place of the test images.
@@ -72,6 +90,8 @@ class TrainConfig:
     optimizer: str = option("adam", choices=("adam", "sgd"))
     lr: float = 0.05
     warmup: float = 0.2
+    unconstrained: bool = False
+    norm: str = option("l2", choices=tuple(_SEPARATION))
     loss: str = option("offset", choices=("offset", "annealing", "emma"))
     radius: float = 0.92
     temperature: float = 0.1
@@ -86,6 +106,7 @@ class TrainConfig:
     device: str = option("cpu", trains=False)
     radii: tuple[float, ...] = option(RADII, trains=False)
     attack_steps: int = option(40, trains=False)
+    local: int = option(0, trains=False)
     data_root: str = option("data", flags=("--data",), trains=False)
     validation: bool = False
     evaluated: int = option(0, trains=False)
@@ -101,6 +122,7 @@ class TrainConfig:
         _checks.in_range(self, 1e-6, 1e3, lr=self.lr, temperature=self.temperature)
         _checks.in_range(self, 0.0, 1e9, cpu_seconds=self.cpu_seconds)
         _checks.non_negative_int(self, seed=self.seed, crop=self.crop, evaluated=self.evaluated)
+        _check_local(self)
         for radius in self.radii:
             _checks.in_range(self, 0.0, 1e3, radii=radius)
         object.__setattr__(self, "radii", tuple(sorted(self.radii)))
@@ -113,7 +135,16 @@ class TrainConfig:
     @property
     def offset(self) -> float:
         """Margin that the loss asks of the logits."""
-        return math.sqrt(2) * self.radius * self.lipschitz
+        return self.margin(self.radius)
+
+    @property
+    def followed(self) -> float:
+        """The radius whose margin is followed during training."""
+        return 0.1 if self.norm == "linf" else 0.5
+
+    def margin(self, radius: float) -> float:
+        """Return the margin that certifies a radius if the constant is the one asked for."""
+        return _SEPARATION[self.norm] * radius * self.lipschitz
 
     @property
     def lipschitz(self) -> float:
@@ -128,7 +159,8 @@ class TrainConfig:
     @property
     def title(self) -> str:
         """The data and the model in a few words."""
-        return f"{self.dataset}, {self.model}"
+        norm = "" if self.norm == "l2" else f", {self.norm}"
+        return f"{self.dataset}, {self.model}{', unconstrained' * self.unconstrained}{norm}"
 
     @property
     def preset(self) -> OrthoParams:
@@ -200,8 +232,10 @@ class CertifyConfig:
             pictures CLASS/*, val/CLASS/* or test/CLASS/*, or of the files of CIFAR-10 or CIFAR-100.
         input_shape: Shape of one sample, to which the pictures of a folder are resized. Without
             data the model is certified for this shape alone.
-        radii: l2 radii at which accuracy is certified and attacked.
+        norm: "l2" or "linf": the norm of all radii, of the certificate and of the attacks.
+        radii: Radii at which accuracy is certified and attacked.
         attack_steps: Gradient steps of an attack.
+        local: Images, evenly spaced, whose radii are enlarged by bounds in balls around them.
         evaluated: Images that are certified and attacked, evenly spaced, 0 for all.
         seed: Seed of the attacks.
         device: Device of the run, such as cpu or cuda.
@@ -214,14 +248,18 @@ class CertifyConfig:
     checkpoint: str = ""
     data: str = ""
     input_shape: tuple[int, ...] = ()
+    norm: str = option("l2", choices=tuple(_SEPARATION))
     radii: tuple[float, ...] = RADII
     attack_steps: int = 40
+    local: int = 0
     evaluated: int = 1000
     seed: int = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         _checks.positive_int(self, attack_steps=self.attack_steps)
+        _check_local(self)
         _checks.non_negative_int(self, seed=self.seed, evaluated=self.evaluated)
         for size in self.input_shape:
             _checks.positive_int(self, input_shape=size)

@@ -12,8 +12,10 @@ from orthonet.recipes.running.figures import BLUE, GRAY, GREEN, ORANGE, figure_o
 __all__ = ["radius_figure", "spectra_figure", "training_figure"]
 
 
-def training_figure(path: Path, history: Sequence[Mapping[str, float]], title: str) -> Path:
-    """Loss and accuracies against the epoch."""
+def training_figure(
+    path: Path, history: Sequence[Mapping[str, float]], title: str, followed: float = 0.5
+) -> Path:
+    """Loss and accuracies against the epoch; `followed` is the radius of the last one."""
     figure = figure_of(9.0, 4.4)
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
@@ -22,7 +24,7 @@ def training_figure(path: Path, history: Sequence[Mapping[str, float]], title: s
     curves = (
         ("test_accuracy", "test", BLUE, "-"),
         ("train_accuracy", "training (augmented)", GREEN, "--"),
-        ("test_margin_accuracy", "test, margin for radius 0.5", ORANGE, "-."),
+        ("test_margin_accuracy", f"test, margin for radius {followed:g}", ORANGE, "-."),
     )
     for key, label, color, dash in curves:
         values = [100 * row[key] for row in history]
@@ -42,6 +44,7 @@ def radius_figure(
     attacked: Mapping[float, float],
     marked: Mapping[float, float],
     title: str,
+    norm: str = "l2",
 ) -> Path:
     """Certified accuracy against the radius, below the accuracy under attack.
 
@@ -51,6 +54,7 @@ def radius_figure(
         attacked: Accuracy under attack at some radii.
         marked: Certified accuracy at the radii to be labeled.
         title: Title of the picture.
+        norm: The norm of the radii, "l2" or "linf".
     """
     figure = figure_of(7.2, 4.6)
     axes = figure.subplots()
@@ -62,6 +66,7 @@ def radius_figure(
     survived = {radius: 100 * value for radius, value in attacked.items()}
     alive = [radius for radius, value in survived.items() if value >= 1.0]
     limit = 1.08 * max([*marked, *alive, 0.1])
+    sign = {"l2": "2", "linf": r"\infty"}[norm]
     axes.step(x, y, where="post", color=BLUE, lw=2.2, label="certified: no attack can succeed")
     axes.fill_between(x, y, step="post", color=BLUE, alpha=0.12, lw=0)
     axes.plot(
@@ -89,7 +94,7 @@ def radius_figure(
             bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1},
         )
     axes.set(
-        xlabel=r"$\ell_2$ radius of the perturbation (pixels in [0, 1])",
+        xlabel=rf"$\ell_{sign}$ radius of the perturbation (pixels in [0, 1])",
         ylabel="accuracy on the test images (%)",
         xlim=(0, limit),
         ylim=(0, 102),
@@ -105,7 +110,7 @@ def spectra_figure(path: Path, spectra: Sequence[Spectrum], title: str) -> Path:
     rows = math.ceil(len(spectra) / columns)
     figure = figure_of(3.1 * columns + 0.4, 2.4 * rows + 0.7)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    used = []
+    used, top = [], max([1.12, *(1.05 * spectrum.values[0] for spectrum in spectra)])
     for axes, spectrum in zip(grid.flat, spectra, strict=False):
         values = spectrum.values
         axes.axhline(1.0, color=GRAY, lw=1, ls=":")
@@ -115,7 +120,7 @@ def spectra_figure(path: Path, spectra: Sequence[Spectrum], title: str) -> Path:
         axes.text(
             0.04, 0.06, note, transform=axes.transAxes, fontsize=8, family="monospace", va="bottom"
         )
-        axes.set(ylim=(0, 1.12), xlim=(0, len(values) + 1))
+        axes.set(ylim=(0, top), xlim=(0, len(values) + 1))
         used.append(axes)
     for axes in grid.flat[len(spectra) :]:
         axes.set_visible(False)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from orthonet.layers import available
 from orthonet.recipes.data.idx import FASHION, find_idx
+from orthonet.recipes.data.sets import IMAGE_SETS
 from orthonet.recipes.images.config import FolderConfig, TrainConfig
 from orthonet.recipes.images.run import train
 from orthonet.recipes.running.options import Option
@@ -34,7 +36,7 @@ def digits(**changes: Any) -> TrainConfig:
         "shift": 0.5,
         "radius": 0.6,
     }
-    return TrainConfig(**{**values, **changes})
+    return _configured(values, changes)
 
 
 def mnist5k(**changes: Any) -> TrainConfig:
@@ -47,7 +49,7 @@ def mnist5k(**changes: Any) -> TrainConfig:
         ValueError: A value out of range.
     """
     values: dict[str, Any] = {"dataset": "mnist5k", "model": "convnet_mnist", "epochs": 30}
-    return TrainConfig(**{**values, **changes})
+    return _configured(values, changes)
 
 
 def fashion(**changes: Any) -> TrainConfig:
@@ -63,7 +65,7 @@ def fashion(**changes: Any) -> TrainConfig:
     Raises:
         ValueError: A value out of range.
     """
-    return TrainConfig(**{**_FASHION, **changes})
+    return _configured(_FASHION, changes)
 
 
 def demo(**changes: Any) -> TrainConfig:
@@ -94,9 +96,33 @@ def mnist(**changes: Any) -> TrainConfig:
     Raises:
         ValueError: A value out of range.
     """
-    return TrainConfig(**{**_WHOLE, "dataset": "mnist", **changes})
+    return _configured({**_WHOLE, "dataset": "mnist"}, changes)
 
 
+def _configured(values: dict[str, Any], changes: dict[str, Any]) -> TrainConfig:
+    """The configuration; l-infinity has a network of its own, and another model other arguments."""
+    if changes.get("norm") == "linf":
+        features = math.prod(IMAGE_SETS[values["dataset"]].shape)
+        arguments = {"in_features": features, "num_classes": 10, "norm": "linf"}
+        values = {**values, **_LINF, "model_arguments": arguments}
+    if changes.get("model", values["model"]) != values["model"]:
+        values = {**values, "model_arguments": {}}
+    return TrainConfig(**{**values, **changes})
+
+
+# Chosen on validation images of mnist5k.
+_LINF: dict[str, Any] = {
+    "model": "mlp",
+    "lr": 0.01,
+    "radius": 0.15,
+    "temperature": 0.02,
+    "shift": 0.0,
+    "rotation": 0.0,
+    "zoom": 0.0,
+    "shear": 0.0,
+    "flip": False,
+    "radii": (2 / 255, 8 / 255, 0.1, 0.15),
+}
 _WHOLE: dict[str, Any] = {"model": "convnet_mnist", "epochs": 10, "evaluated": 1000}
 # Chosen on validation images, see "What helps on Fashion-MNIST?" in docs/zoo-benchmark.md.
 _FASHION: dict[str, Any] = {

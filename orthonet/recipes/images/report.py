@@ -97,7 +97,9 @@ def certified(
         model,
         images,
         radii=config.radii,
+        norm=config.norm,  # type: ignore[arg-type]
         attack_steps=config.attack_steps,
+        local=config.local,
         seed=config.seed,
         export=config.exports,
         progress=progress,
@@ -123,6 +125,7 @@ def written(
             evaluation.attacked,
             evaluation.certified,
             f"{title}: certified accuracy (constant {evaluation.constant:.6f})",
+            evaluation.certificate.norm,
         ),
     ]
     if config.exports:
@@ -135,7 +138,9 @@ def written(
             )
         )
     if report.history:
-        pictures.insert(0, training_figure(folder / "training.png", report.history, title))
+        followed = config.followed if isinstance(config, TrainConfig) else 0.5
+        picture = training_figure(folder / "training.png", report.history, title, followed)
+        pictures.insert(0, picture)
     seconds = {**report.seconds, "figures": time.perf_counter() - start}
     report = dataclasses.replace(report, seconds=seconds)
     metrics = write_json(folder / "metrics.json", report.to_dict())

@@ -12,27 +12,29 @@ import torch
 from torch import nn
 
 from orthonet import _checks
+from orthonet.convert import to_plain
 from orthonet.losses import EMMALoss, LogitAnnealingLoss, OffsetCrossEntropyLoss
 from orthonet.models import create
 from orthonet.recipes.data.digits import Images, Split, require_package
 from orthonet.recipes.data.sources import InMemory, Source
 from orthonet.recipes.images.config import TrainConfig
+from orthonet.recipes.running.fitting import seeded
 from orthonet.recipes.running.log import Log
 from orthonet.recipes.running.options import training_fields
 from orthonet.recipes.running.processes import rank_and_size, replica_of, totals
 from orthonet.recipes.running.resume import Resumable
 
-__all__ = ["FOLLOWED_RADIUS", "build", "fit", "loss_of", "optimizer_of"]
+__all__ = ["build", "fit", "loss_of", "optimizer_of"]
 
-FOLLOWED_RADIUS = 0.5
 _POSITIONS = 2000  # of the learning rate in a training of limited time
 
 
 def build(config: TrainConfig) -> nn.Module:
     """The untrained model of a run; torch's global generators are left as they were."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         model = create(config.model, ortho_params=config.preset, **config.model_arguments)
+    if config.unconstrained:
+        model = to_plain(model).requires_grad_()
     return model.to(config.device)
 
 
@@ -67,7 +69,8 @@ def fit(
         The model in eval mode, and a row for every epoch: its number, learning rate, mean training
         loss and accuracy (on the augmented images, while the weights move), accuracy on the test
         images, and the share of test images whose margin exceeds \(\sqrt 2 \cdot 0.5 K\) (the
-        certified accuracy at radius 0.5 if the constant is the K that was asked for). With
+        certified accuracy at radius 0.5 if the constant is the K that was asked for; in l-infinity
+        at 0.1). With
         `cpu_seconds` also the number of steps and the process time that they took so far.
 
     Raises:
@@ -163,7 +166,7 @@ def fit(
 def loss_of(config: TrainConfig) -> nn.Module:
     """Return the loss that the configuration names."""
     if config.loss == "emma":
-        return EMMALoss(config.radius, config.lipschitz)
+        return EMMALoss(config.offset / math.sqrt(2), 1.0)  # whose radius is one in l2
     kind = LogitAnnealingLoss if config.loss == "annealing" else OffsetCrossEntropyLoss
     return kind(config.offset, config.temperature)
 
@@ -221,7 +224,7 @@ def _follow(
 ) -> tuple[float, float]:
     """Accuracy, and the share of margins above the one that is followed, over all processes."""
     model.eval()
-    wanted = math.sqrt(2) * config.lipschitz * FOLLOWED_RADIUS
+    wanted = config.margin(config.followed)
     right = followed = number = 0
     for x, y in batches:
         logits = model(x)
