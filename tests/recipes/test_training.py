@@ -119,6 +119,7 @@ def test_networks_without_constraint_train_and_come_back(few, tmp_path):
     model, history = fit(config, few)
     kinds = {type(m) for m in model.modules() if hasattr(m, "weight")}
     assert kinds == {nn.Linear, nn.Conv2d}
+    assert sum(isinstance(m, nn.ReLU) for m in model.modules()) == 3
     weight = model.get_submodule("linear1").weight
     assert (weight @ weight.T - torch.eye(len(weight))).abs().max() > 1e-3
     assert math.isfinite(history[0]["loss"])

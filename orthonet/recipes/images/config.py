@@ -50,7 +50,8 @@ class TrainConfig:
         optimizer: "adam", or "sgd" with momentum 0.9.
         lr: Highest learning rate of its one-cycle schedule.
         warmup: Share of the steps in which the learning rate rises.
-        unconstrained: Whether to train the plain copy of the model, whose weights nothing bounds.
+        unconstrained: Whether to train the stock twin of the model: ReLU, and weights that nothing
+            bounds.
         norm: "l2" or "linf": the norm of all radii, of the certificate and of the attacks.
         loss: "offset" (offset cross-entropy), "annealing" (the same, fading out samples whose
             margin is large), or "emma" (cross-entropy of the worst logits inside the radius).

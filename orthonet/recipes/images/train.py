@@ -13,6 +13,7 @@ from torch import nn
 
 from orthonet import _checks
 from orthonet.convert import to_plain
+from orthonet.layers import Abs, GroupSort, MaxMin
 from orthonet.losses import EMMALoss, LogitAnnealingLoss, OffsetCrossEntropyLoss
 from orthonet.models import create
 from orthonet.recipes.data.digits import Images, Split, require_package
@@ -34,8 +35,17 @@ def build(config: TrainConfig) -> nn.Module:
     with seeded(config.seed):
         model = create(config.model, ortho_params=config.preset, **config.model_arguments)
     if config.unconstrained:
-        model = to_plain(model).requires_grad_()
+        model = _unconstrained(model)
     return model.to(config.device)
+
+
+def _unconstrained(model: nn.Module) -> nn.Module:
+    """The plain copy, with ReLU in place of the activations that keep the norm of a gradient."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, (Abs, GroupSort, MaxMin)):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, nn.ReLU())
+    return to_plain(model).requires_grad_()
 
 
 def fit(
