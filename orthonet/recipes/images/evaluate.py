@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from orthonet import _checks
 from orthonet.certify import LipschitzCertificate, attack_certificate, certify, pgd
 from orthonet.certify.attacks.accuracy import survivors
 from orthonet.convert import to_plain
@@ -175,9 +176,12 @@ def evaluate(
         The evaluation.
 
     Raises:
-        UncertifiableError: A part of the model has no known constant.
+        UncertifiableError: A part of the model has no known constant, or local radii are asked for
+            in another norm than l2.
+        ValueError: `local` is negative.
         ModuleNotFoundError: A progress bar is asked for and tqdm is missing.
     """
+    _checks.non_negative_int("evaluate", local=local)
     device = next(iter(model.parameters()), images.x).device
     attacker = to_plain(model) if export else copy.deepcopy(model)
     attacker = attacker.to(device).eval().requires_grad_(False)

@@ -78,10 +78,10 @@ def fit(
     Returns:
         The model in eval mode, and a row for every epoch: its number, learning rate, mean training
         loss and accuracy (on the augmented images, while the weights move), accuracy on the test
-        images, and the share of test images whose margin exceeds \(\sqrt 2 \cdot 0.5 K\) (the
-        certified accuracy at radius 0.5 if the constant is the K that was asked for; in l-infinity
-        at 0.1). With
-        `cpu_seconds` also the number of steps and the process time that they took so far.
+        images, and the share of test images whose margin exceeds \(\sqrt 2 \cdot 0.5 K\), or 0.2 K
+        in l-infinity (the certified accuracy at radius 0.5, or 0.1, if the constant is the K that
+        was asked for). With `cpu_seconds` also the number of steps and the process time that they
+        took so far.
 
     Raises:
         ValueError: The images do not fit the model, the loss is not finite, `state.pt` is that
