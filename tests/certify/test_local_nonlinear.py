@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from orthonet.certify import Bound, LocalBound, LocalCertificate, certify
 from orthonet.certify.local import ball as balls
@@ -26,7 +27,12 @@ class Attention(nn.Module):
             t.view(x.shape[0], _TOKENS, 2, _WIDTH // 2).transpose(1, 2)
             for t in self.project(x).chunk(3, -1)
         )
-        if self.kind == "written out":
+        mask = torch.tensor([[1, 0, 1, 0], [1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]]).bool()
+        if self.kind == "masked":
+            y = (q @ k.transpose(-1, -2)).masked_fill(~mask, -float("inf")).softmax(-1) @ v
+        elif self.kind == "fused mask":
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None])
+        elif self.kind == "written out":
             y = (q @ k.transpose(-1, -2) / 3**0.5).softmax(-1) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=self.kind == "causal", scale=0.7)
@@ -55,6 +61,8 @@ PIECES = {
     "written out": lambda: Attention("written out"),
     "fused": lambda: Attention("fused"),
     "causal": lambda: Attention("causal"),
+    "masked": lambda: Attention("masked"),
+    "fused mask": lambda: Attention("fused mask"),
     "layer norm": lambda: nn.LayerNorm(_WIDTH, eps=1e-3),
     "layer norm of all": lambda: nn.LayerNorm((_TOKENS, _WIDTH), elementwise_affine=False),
     "rms norm": lambda: nn.RMSNorm(_WIDTH, eps=1e-2),
@@ -198,3 +206,41 @@ def test_refusals_name_the_way_that_works():
 def test_a_radius_that_is_none_is_refused(radius):
     with pytest.raises(ValueError, match="radius"):
         certify(nn.Linear(3, 3).eval(), torch.zeros(1, 3), radius=radius)
+
+
+def test_a_masked_score_has_no_share():
+    torch.manual_seed(1)
+    for kind in ("fused mask", "masked"):
+        net, x = Attention(kind).double().eval(), torch.randn(1, _TOKENS, _WIDTH).double()
+        with sdpa_kernel(SDPBackend.MATH):
+            jacobian = torch.autograd.functional.jacobian(net, x)
+        steepest = float(torch.linalg.matrix_norm(jacobian.reshape(x.numel(), -1), 2))
+        (found,) = certify(net, x, radius=0.0).constants
+        assert steepest <= found.value < steepest * (1 + 1e-5)  # observed 1.4e-6
+
+
+def test_no_row_of_scores_may_be_masked_as_a_whole():
+    """PyTorch returns NaN or zeros there, by its version and backend."""
+    x, none = torch.randn(1, _TOKENS, _WIDTH), torch.zeros(_TOKENS, _TOKENS, dtype=torch.bool)
+    fused = Function(lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=none))
+    assert certify(fused.eval(), x, radius=0.01).constant.value == float("inf")
+
+
+def test_a_division_that_rounds_is_refused_in_balls_too():
+    """It jumps: the bound was 80 where secants from the center had a slope of 134 and more."""
+    x = torch.ones(1, 3)
+    for mode in ("floor", "trunc"):
+        jumps = Function(lambda x, m=mode: torch.div(10.0 * x, x.square() + 1.0, rounding_mode=m))
+        with pytest.raises(UncertifiableError, match="must not round"):
+            certify(jumps.eval(), x, radius=0.3)
+    same = Function(lambda x: torch.div(x, x.square() + 1.0, rounding_mode=None)).eval()
+    assert certify(same, x, radius=0.0).constant.value < 1e-9  # its slope at 1 is 0
+
+
+def test_outputs_of_one_number_a_sample_have_bounds_in_balls():
+    x = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    both = Function(lambda x: ((x * x).sum(1), x[:, 0] * x[:, 1])).eval()
+    (found,) = certify(both, x, radius=0.0).constants
+    assert 125**0.5 <= found.value < 125**0.5 + 1e-8  # rows (6, 8) and (4, 3): 10 and 5
+    powers = Function(lambda x: (2.0**x, x ** torch.tensor([2.0, 3.0]))).eval()  # not followed
+    assert certify(powers, x, radius=0.1).constant.value == float("inf")
