@@ -299,8 +299,7 @@ def test_cells_variances_and_products_are_written_as_torch_computes_them():
         "bdi,bdj->bji",
     ):
         a, b = (
-            torch.randn([sizes[c] for c in t]).double()
-            for t in equation.split("->")[0].split(",")
+            torch.randn([sizes[c] for c in t]).double() for t in equation.split("->")[0].split(",")
         )
         torch.testing.assert_close(product_of(equation)(a, b), torch.einsum(equation, a, b))
     for equation in (
@@ -322,5 +321,5 @@ def test_letters_variances_and_cells_have_bounds_in_balls():
         jacobian = torch.autograd.functional.jacobian(model, x)
         steepest = float(torch.linalg.matrix_norm(jacobian.reshape(-1, x.numel()), 2))
         (found,) = certify(model, x, radius=0.0).constants
-        assert steepest <= found.value < steepest * (1 + 1e-5)  # observed 2e-6
+        assert steepest <= found.value < steepest * (1 + 1e-5)  # observed 5e-7
     assert certify(Steps(nn.LSTMCell(_WIDTH, 3)).double().eval(), x, lower=False).lipschitz < 1e3
