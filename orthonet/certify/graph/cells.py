@@ -61,10 +61,11 @@ def _variance(
 ) -> Tensor:
     if not dim:
         raise ValueError("the variance of a whole batch")
-    count = math.prod(x.shape[d] for d in dim) - (1 if correction is None else correction)
+    dims = list(dim)
+    count = math.prod(x.shape[d] for d in dims) - (1 if correction is None else correction)
     if not count > 0:
         raise ValueError("no degree of freedom")
-    return (x - x.mean(dim, keepdim=True)).square().sum(dim, keepdim=keepdim) / count
+    return (x - x.mean(dims, keepdim=True)).square().sum(dims, keepdim=keepdim) / count
 
 
 def _variance_of_dim(

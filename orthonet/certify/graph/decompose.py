@@ -161,12 +161,12 @@ def _write_einsum(graph: fx.Graph, node: fx.Node, moving: set[fx.Node]) -> None:
     """Write an einsum of two values of the input as a product of batches of matrices."""
     if node.target is not torch.ops.aten.einsum.default:
         return
-    tensors = list(node.args[1])  # type: ignore[arg-type]
-    if len(tensors) != 2 or len(node.args) > 2 or node.kwargs:
+    equation, tensors, *rest = node.args
+    if not isinstance(tensors, (list, tuple)) or len(tensors) != 2 or rest or node.kwargs:
         return
     if not all(isinstance(t, fx.Node) and t in moving for t in tensors):
         return
-    product = product_of(str(node.args[0]))
+    product = product_of(str(equation))
     if product is None:
         return
     inner = traced(node, lambda _, both: product(*both), {}, whole=True)
