@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from orthonet.certify import Bound, LocalBound, LocalCertificate, certify
 from orthonet.certify.graph.cells import WRITTEN, product_of
 from orthonet.certify.local import ball as balls
+from orthonet.certify.local.norms import proved_norm
 from orthonet.errors import UncertifiableError
 
 _TOKENS, _WIDTH = 4, 6
@@ -323,3 +324,11 @@ def test_letters_variances_and_cells_have_bounds_in_balls():
         (found,) = certify(model, x, radius=0.0).constants
         assert steepest <= found.value < steepest * (1 + 1e-5)  # observed 5e-7
     assert certify(Steps(nn.LSTMCell(_WIDTH, 3)).double().eval(), x, lower=False).lipschitz < 1e3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_overflow_have_no_bound(dtype):
+    """They raised an error of `spectral_norm_bound`, which names no way out, instead of inf."""
+    matrix = torch.tensor([[1.0, float("nan")], [2.0, 3.0]], dtype=dtype)
+    with pytest.raises(OverflowError):
+        proved_norm(matrix)
