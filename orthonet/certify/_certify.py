@@ -392,7 +392,8 @@ def _check_model(model: nn.Module) -> None:
             not tensor.is_meta and (tensor.is_complex() or _is_finite(tensor)),
             "certify",
             "weights must be finite",
-            "Look for the step of the training that made a NaN or an infinity",
+            "Look for the step of the training that made a NaN or an infinity; of a mask, store "
+            "booleans and call masked_fill",
             UncertifiableError,
             path=path,
         )

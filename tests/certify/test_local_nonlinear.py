@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from orthonet.certify import Bound, LocalBound, LocalCertificate, certify
+from orthonet.certify.graph.cells import WRITTEN, product_of
 from orthonet.certify.local import ball as balls
+from orthonet.certify.local.norms import proved_norm
 from orthonet.errors import UncertifiableError
 
 _TOKENS, _WIDTH = 4, 6
@@ -26,7 +29,12 @@ class Attention(nn.Module):
             t.view(x.shape[0], _TOKENS, 2, _WIDTH // 2).transpose(1, 2)
             for t in self.project(x).chunk(3, -1)
         )
-        if self.kind == "written out":
+        mask = torch.tensor([[1, 0, 1, 0], [1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]]).bool()
+        if self.kind == "masked":
+            y = (q @ k.transpose(-1, -2)).masked_fill(~mask, -float("inf")).softmax(-1) @ v
+        elif self.kind == "fused mask":
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None])
+        elif self.kind == "written out":
             y = (q @ k.transpose(-1, -2) / 3**0.5).softmax(-1) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=self.kind == "causal", scale=0.7)
@@ -51,10 +59,13 @@ def _divided(x):
     return x / (1.0 + x.square().mean(-1, keepdim=True))
 
 
+_PIECES_AT = None
 PIECES = {
     "written out": lambda: Attention("written out"),
     "fused": lambda: Attention("fused"),
     "causal": lambda: Attention("causal"),
+    "masked": lambda: Attention("masked"),
+    "fused mask": lambda: Attention("fused mask"),
     "layer norm": lambda: nn.LayerNorm(_WIDTH, eps=1e-3),
     "layer norm of all": lambda: nn.LayerNorm((_TOKENS, _WIDTH), elementwise_affine=False),
     "rms norm": lambda: nn.RMSNorm(_WIDTH, eps=1e-2),
@@ -74,6 +85,7 @@ PIECES = {
     "root": lambda: Function(lambda x: (x.abs() + 0.3).sqrt()),
     "inverse": lambda: Function(lambda x: 1.0 / (x.abs() + 0.3)),
     "softmax": lambda: nn.Softmax(-1),
+    "by letters": lambda: Function(_by_letters),
     "bilinear": lambda: Function(lambda x, y: x @ y.transpose(1, 2) @ x / 4, nn.Linear(6, 6)),
 }
 
@@ -198,3 +210,125 @@ def test_refusals_name_the_way_that_works():
 def test_a_radius_that_is_none_is_refused(radius):
     with pytest.raises(ValueError, match="radius"):
         certify(nn.Linear(3, 3).eval(), torch.zeros(1, 3), radius=radius)
+
+
+def test_a_masked_score_has_no_share():
+    torch.manual_seed(1)
+    for kind in ("fused mask", "masked"):
+        net, x = Attention(kind).double().eval(), torch.randn(1, _TOKENS, _WIDTH).double()
+        with sdpa_kernel(SDPBackend.MATH):
+            jacobian = torch.autograd.functional.jacobian(net, x)
+        steepest = float(torch.linalg.matrix_norm(jacobian.reshape(x.numel(), -1), 2))
+        (found,) = certify(net, x, radius=0.0).constants
+        assert steepest <= found.value < steepest * (1 + 1e-5)  # observed 1.4e-6
+
+
+def test_no_row_of_scores_may_be_masked_as_a_whole():
+    """PyTorch returns NaN or zeros there, by its version and backend."""
+    x, none = torch.randn(1, _TOKENS, _WIDTH), torch.zeros(_TOKENS, _TOKENS, dtype=torch.bool)
+    fused = Function(lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=none))
+    assert certify(fused.eval(), x, radius=0.01).constant.value == float("inf")
+
+
+def test_a_division_that_rounds_is_refused_in_balls_too():
+    """It jumps: the bound was 80 where secants from the center had a slope of 134 and more."""
+    x = torch.ones(1, 3)
+    for mode in ("floor", "trunc"):
+        jumps = Function(lambda x, m=mode: torch.div(10.0 * x, x.square() + 1.0, rounding_mode=m))
+        with pytest.raises(UncertifiableError, match="must not round"):
+            certify(jumps.eval(), x, radius=0.3)
+    same = Function(lambda x: torch.div(x, x.square() + 1.0, rounding_mode=None)).eval()
+    assert certify(same, x, radius=0.0).constant.value < 1e-9  # its slope at 1 is 0
+
+
+def test_outputs_of_one_number_a_sample_have_bounds_in_balls():
+    x = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    both = Function(lambda x: ((x * x).sum(1), x[:, 0] * x[:, 1])).eval()
+    (found,) = certify(both, x, radius=0.0).constants
+    assert 125**0.5 <= found.value < 125**0.5 + 1e-8  # rows (6, 8) and (4, 3): 10 and 5
+    powers = Function(lambda x: (2.0**x, x ** torch.tensor([2.0, 3.0]))).eval()  # not followed
+    assert certify(powers, x, radius=0.1).constant.value == float("inf")
+
+
+class Steps(nn.Module):
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        state = torch.zeros(x.shape[0], self.cell.hidden_size, dtype=x.dtype)
+        state = (state, state) if isinstance(self.cell, nn.LSTMCell) else state
+        for step in range(x.shape[1]):
+            state = self.cell(x[:, step], state)
+        return torch.cat(state, 1) if isinstance(state, tuple) else state
+
+
+def _by_letters(x):
+    """Attention of two heads by einsum, and a normalization by hand."""
+    y = x.reshape(-1, _TOKENS, 2, _WIDTH // 2)
+    scores = torch.einsum("bihd,bjhd->bhij", y, y.tanh()).softmax(-1)
+    x = torch.einsum("bhij,bjhd->bihd", scores, y).flatten(2)
+    return x / (x.var(-1, unbiased=False, keepdim=True) + 0.1).sqrt()
+
+
+def test_cells_variances_and_products_are_written_as_torch_computes_them():
+    torch.manual_seed(0)
+    x, h = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    weights = [torch.randn(n, dtype=torch.float64) for n in ((16, 5), (16, 4), (16,), (16,))]
+    aten = torch.ops.aten
+    for target, rows, state in (
+        (aten.rnn_tanh_cell.default, 4, h),
+        (aten.rnn_relu_cell.default, 4, h),
+        (aten.gru_cell.default, 12, h),
+        (aten.lstm_cell.default, 16, [h, h + 1.0]),
+    ):
+        for some in (weights, weights[:2]):
+            args = (x, state, *(w[:rows] for w in some))
+            torch.testing.assert_close(WRITTEN[target](*args), target(*args))
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    for dim, correction, keepdim in (([1], 0, True), ([1, 2], 1, False), ([-1], None, False)):
+        found = WRITTEN[aten.var.correction](x, dim, correction=correction, keepdim=keepdim)
+        wanted = torch.var(x, dim, correction=1 if correction is None else correction)
+        torch.testing.assert_close(found.reshape(wanted.shape), wanted)
+    sizes = dict(zip("bhijd", (3, 2, 4, 5, 6), strict=True))
+    for equation in (
+        "bhid,bhjd->bhij",
+        "bhij,bjhd->bihd",
+        "bi,bj->bji",
+        "bi,bi->b",
+        "bhi,bih->bih",
+        "bdi,bdj->bji",
+    ):
+        a, b = (
+            torch.randn([sizes[c] for c in t]).double() for t in equation.split("->")[0].split(",")
+        )
+        torch.testing.assert_close(product_of(equation)(a, b), torch.einsum(equation, a, b))
+    for equation in (
+        "bij,bi->bi",
+        "bii,bi->bi",
+        "bi,cj->bcij",
+        "bi,jb->bij",
+        "b...,b...->b...",
+        "bi,bj",
+    ):
+        assert product_of(equation) is None
+
+
+def test_letters_variances_and_cells_have_bounds_in_balls():
+    torch.manual_seed(2)
+    x = torch.randn(1, _TOKENS, _WIDTH, dtype=torch.float64)
+    for model in (Function(_by_letters), Steps(nn.GRUCell(_WIDTH, 3))):
+        model = model.double().eval()
+        jacobian = torch.autograd.functional.jacobian(model, x)
+        steepest = float(torch.linalg.matrix_norm(jacobian.reshape(-1, x.numel()), 2))
+        (found,) = certify(model, x, radius=0.0).constants
+        assert steepest <= found.value < steepest * (1 + 1e-5)  # observed 5e-7
+    assert certify(Steps(nn.LSTMCell(_WIDTH, 3)).double().eval(), x, lower=False).lipschitz < 1e3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_overflow_have_no_bound(dtype):
+    """They raised an error of `spectral_norm_bound`, which names no way out, instead of inf."""
+    matrix = torch.tensor([[1.0, float("nan")], [2.0, 3.0]], dtype=dtype)
+    with pytest.raises(OverflowError):
+        proved_norm(matrix)

@@ -104,6 +104,17 @@ def test_shapes_may_hold_the_batch_size():
     assert found.constant.value == pytest.approx(1.0, rel=1e-12)
 
 
+def test_constants_may_be_made_on_the_device_of_the_input():
+    """A trace answers `x.device` by itself, and all such models were refused."""
+    model = Lambda(
+        lambda s, x: (
+            (x - torch.tensor([0.1, 0.2, 0.3], device=x.device))
+            * torch.arange(1, 1 + x.shape[1], device=x.device, dtype=x.dtype)
+        )
+    ).eval()
+    assert 3.0 <= certify(model, torch.zeros(1, 3), lower=False).lipschitz < 3.0 + 1e-9
+
+
 def _set(module, name, value):
     setattr(module, name, value)
 

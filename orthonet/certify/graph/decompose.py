@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from orthonet._torch import composite_of, core_decompositions, is_overload, overload_name
+from orthonet.certify.graph.cells import WRITTEN, product_of
 from orthonet.certify.graph.regions import DECOMPOSED, REGION_OFF
 from orthonet.certify.rules import function_rule
 
@@ -41,6 +42,7 @@ def decompose(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     """
     for node in nodes:
         _write_choice(graph, node)
+        _write_einsum(graph, node, set(nodes))
     table: dict[Any, Any] = {}
     for node in nodes:
         target: Any = node.target
@@ -51,7 +53,8 @@ def decompose(graph: fx.Graph, nodes: list[fx.Node]) -> None:
         if not table:
             every = core_decompositions()
             table = {op: f for op, f in every.items() if function_rule(op) is None}
-        inner = traced(node, table.get(target) or composite_of(target), table)
+        function = WRITTEN.get(target) or table.get(target) or composite_of(target)
+        inner = traced(node, function, table)
         if inner is None or not _covered(inner):
             continue
         write_out(graph, node, inner)
@@ -154,6 +157,23 @@ def _write_choice(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_all_uses_with(result)
 
 
+def _write_einsum(graph: fx.Graph, node: fx.Node, moving: set[fx.Node]) -> None:
+    """Write an einsum of two values of the input as a product of batches of matrices."""
+    if node.target is not torch.ops.aten.einsum.default:
+        return
+    equation, tensors, *rest = node.args
+    if not isinstance(tensors, (list, tuple)) or len(tensors) != 2 or rest or node.kwargs:
+        return
+    if not all(isinstance(t, fx.Node) and t in moving for t in tensors):
+        return
+    product = product_of(str(equation))
+    if product is None:
+        return
+    inner = traced(node, lambda _, both: product(*both), {}, whole=True)
+    if inner is not None:
+        write_out(graph, node, inner)
+
+
 def _name(node: Any) -> str:
     """The operation and overload of a node of ATen, else nothing."""
     return overload_name(getattr(node, "target", None)) or ""
@@ -185,9 +205,15 @@ def _covered(module: fx.GraphModule) -> bool:
 
 
 def traced(
-    node: fx.Node, function: Callable[..., Any] | None, table: dict[Any, Any]
+    node: fx.Node,
+    function: Callable[..., Any] | None,
+    table: dict[Any, Any],
+    whole: bool = False,
 ) -> fx.GraphModule | None:
-    """The graph of a function of the arguments of a node; None where it cannot be traced."""
+    """The graph of a function of the arguments of a node; None where it cannot be traced.
+
+    With `whole`, composite operations stay in one piece.
+    """
     if function is None:
         return None
     inputs = node.all_input_nodes
@@ -203,7 +229,7 @@ def traced(
 
     try:
         with modes[0] or nullcontext(), torch.no_grad():
-            return make_fx(call, decomposition_table=table)(*values)
+            return make_fx(call, decomposition_table=table, pre_dispatch=whole)(*values)
     except FAILURES:
         return None
 

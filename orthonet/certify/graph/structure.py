@@ -277,7 +277,7 @@ class Recorder(TorchFunctionMode):
 
     def answer(self, name: str, result: Any, asked: dict[tuple[int, bool], Any]) -> Any:
         """Note a question of the user's about shapes and dtypes, and answer it."""
-        if is_library(asker()):
+        if name in _UNASKED or is_library(asker()):
             return result
         place, sized = len(self.lines), symbolic_places(result)
         calls = {n: (name, asked[n, True]) for n in self.sizes}
@@ -345,6 +345,9 @@ class Recorder(TorchFunctionMode):
         )
 
 
+_UNASKED = {
+    "device.__get__"
+}  # a trace answers it itself; however a model is called, it is the same
 _WRITING = ("__setitem__", "__set__", "__delitem__")
 _PRINTED = (type(None), type(...), torch.device, torch.memory_format, torch.layout)
 

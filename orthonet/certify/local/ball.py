@@ -149,7 +149,7 @@ class Ball:
         if not len(rows):
             return 0.0
         found = self.unknown.norm(
-            moves.known.flatten(1), torch.ones_like(rows), moves.error.flatten()
+            moves.known.reshape(len(moves.known), -1), torch.ones_like(rows), moves.error.flatten()
         )
         return min(whole, found, frobenius_up(rows))
 
@@ -309,7 +309,8 @@ class Ball:
         half = torch.where(loose, half * _OUTWARD + 4 * UNIT_ROUNDOFF * mean.abs(), 0.0)
         index = loose.flatten().nonzero()[:, 0]
         self.space.check(value.numel(), len(index))
-        columns = self.space.padded(moves.known).flatten(1).index_select(1, index)
+        columns = self.space.padded(moves.known).reshape(self.space.total, value.numel())
+        columns = columns.index_select(1, index)
         reached, unknown, off_by, loose_by = (
             t.flatten()[index] for t in (reach, half, moves.error, cast(Tensor, moves.loose))
         )

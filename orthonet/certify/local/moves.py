@@ -131,7 +131,7 @@ class Rows:
         shape = moves.error.shape
         rows = torch.zeros(size, shape.numel(), dtype=dtype)
         if first < kept:
-            rows[: kept - first] = moves.rows[first:].flatten(1)
+            rows[: kept - first] = moves.rows[first:].reshape(kept - first, shape.numel())
         if moves.index is not None and moves.own is not None:
             begin, end = max(first, kept), min(last, kept + len(moves.index))
             if begin < end:
@@ -177,7 +177,7 @@ class Rows:
             for first, last, part in self.pieces(moves):
                 if keep:
                     rows[first:last] = part  # type: ignore[index]
-                yield first, part.flatten(1)
+                yield first, part.reshape(len(part), shape.numel())
 
         found, rest, sizes = self.unknown.measure(parts(), shape.numel())
         if keep:

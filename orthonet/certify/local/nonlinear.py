@@ -32,7 +32,7 @@ from orthonet.certify.mlp.slopes import Activation
 from orthonet.certify.ops.normalization import groups_of
 from orthonet.certify.ops.registry import interval_of
 from orthonet.certify.rounding.forward import Errors
-from orthonet.certify.rules import Operand
+from orthonet.certify.rules import BatchDependent, Operand
 from orthonet.certify.walk.state import State
 from orthonet.linalg.bounds.rounding import UNIT_ROUNDOFF, gamma
 
@@ -47,7 +47,6 @@ IN_BALLS = frozenset({*_PRODUCTS, *_CURVES, "div", "scaled_dot_product_attention
 """The operations without a global constant that have one in a ball."""
 ALL = IN_BALLS | {"softmax", *_NORMALIZATIONS}
 """These, and others that are better known in a ball."""
-_MASKED = -1e30
 
 
 class Ball(Protocol):
@@ -272,15 +271,19 @@ def _softmax(ball: Ball, x: _Value, dim: int) -> _Value:
     at, reach, error, sizes = (t.movedim(dim, -1) for t in (x.at, reach, moves.error, moves.sizes))
     rows = moves.known.movedim(dim + 1, -1)
     p = at.softmax(-1)
+    # An entry that never moves from minus infinity has no share.
+    masked = (at == -math.inf) & (error == 0.0) & (rows == 0.0).all(0)
+    if bool(masked.all(-1).any()):
+        raise OverflowError("every entry is masked")
     far = (ball.radius * reach + x.off) * _SAFE + 4 * UNIT_ROUNDOFF * at.abs()
+    far = far.masked_fill(masked, 0.0)
     low, high = at - far, at + far
     # 1 / p_i is the sum of exp(s_j - s_i) over all j, of which that of i itself is 1.
     keep = 1.0 - torch.eye(at.shape[-1], dtype=torch.float64)
 
     def share(others: Tensor, own: Tensor) -> Tensor:
-        return 1.0 / (
-            1.0 + (keep * (others[..., None, :] - own[..., None]).exp().clamp(max=1e300)).sum(-1)
-        )
+        above = (others[..., None, :] - own[..., None]).exp().clamp(max=1e300)
+        return (1.0 / (1.0 + (keep * above).sum(-1))).masked_fill(masked, 0.0)
 
     least, most = share(high, low) * (1.0 - _NEAR), share(low, high) * (1.0 + _NEAR)
     most = most.clamp(max=1.0)
@@ -387,28 +390,40 @@ def _attention(ball: Ball, state: State, values: list[_Value]) -> Moves | None:
     turned = key.moves
     turned = ball.space.dense(turned).each(lambda t, lead: t.mT)
     scores = _bilinear(ball, query, _Value(key.at.mT, key.off, turned), torch.matmul)
-    scale, causal = plain
+    scale, mask = plain
     scores = _scaled(ball, scores, scale)
-    if causal:
-        mask = torch.ones(scores.at.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
         kept = ball.space.dense(scores.moves).each(lambda t, lead: t * mask.to(t.dtype))
-        scores = _Value(scores.at.where(mask, _MASKED), scores.off, kept)
+        scores = _Value(scores.at.where(mask, -math.inf), scores.off, kept)
     weights = _softmax(ball, scores, scores.at.ndim - 1)
     return _bilinear(ball, weights, value, torch.matmul).moves
 
 
-def _plain_attention(state: State) -> tuple[float, bool] | None:
-    """The scale of the scores and whether later keys are masked; None for what is not followed."""
+def _plain_attention(state: State) -> tuple[float, Tensor | None] | None:
+    """The scale of the scores and which of them count; None for what is not followed."""
     call = state.call
-    if (
-        call.given("attn_mask") is not None
-        or call.given("dropout_p", 0.0)
-        or call.given("enable_gqa", False)
-    ):
+    if call.given("dropout_p", 0.0) or call.given("enable_gqa", False):
         return None
+    query, key = call["query"].shape, call["key"].shape
+    mask = call.given("attn_mask")
+    if isinstance(mask, BatchDependent) and mask.rows:
+        mask = mask.value[:1]
+    if mask is not None:
+        if not isinstance(mask, Tensor) or call.given("is_causal", False):
+            return None
+        mask = mask.detach().cpu()
+        if mask.dtype != torch.bool:  # what is added to the scores
+            if not bool(((mask == 0.0) | (mask == -math.inf)).all()):
+                return None
+            mask = mask == 0.0
+        if mask.ndim > len(query):  # the same for every sample
+            if len(mask) != 1:
+                return None
+            mask = mask[0]
+    elif call.given("is_causal", False):
+        mask = torch.ones(query[-2], key[-2], dtype=torch.bool).tril()
     scale = call.given("scale")
-    scale = 1.0 / math.sqrt(call["query"].shape[-1]) if scale is None else float(scale)
-    return scale, bool(call.given("is_causal", False))
+    return 1.0 / math.sqrt(query[-1]) if scale is None else float(scale), mask
 
 
 def _scaled(ball: Ball, x: _Value, scale: float) -> _Value:
@@ -442,10 +457,13 @@ class PointErrors(Errors):
         offs = [float(self.of(x._state)) * _SAFE for x in operands]
         sizes = [frobenius_up(a) for a in ats]
         if call.op in _PRODUCTS and len(operands) == 2:
-            return _off_product((sizes[0], sizes[1]), (offs[0], offs[1]), ats[0].shape[-1] + 4)
+            terms = 1 if call.op == "mul" else ats[0].shape[-1]
+            return _off_product((sizes[0], sizes[1]), (offs[0], offs[1]), terms + 4)
         at = self.values[state.node][0]
         if call.op in _CURVES and len(operands) == 1:
             known, power = interval_of(operands[0]), call.given("exponent", 2)
+            if not isinstance(power, (int, float)):
+                return None
             return _off_curve(ats[0], offs[0], call.op, power, known, at)
         if call.op == "div" and isinstance(call["other"], Operand):
             inverse = ats[-1].reciprocal()

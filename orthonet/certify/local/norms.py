@@ -57,7 +57,7 @@ def proved_norm(matrix: Tensor, place: Tensor | None = None) -> float:
     if not matrix.numel():
         return 0.0
     scale = power_of_two_scale(matrix)
-    if not math.isfinite(scale):
+    if not math.isfinite(scale) or bool(matrix.isnan().any()):
         raise OverflowError("a row is not finite")
     if min(matrix.shape) > SIDE:
         return _schur(matrix.double())

@@ -294,6 +294,11 @@ def _inverse(call: Call) -> list[Any]:
     return [1.0 / call.fixed("other")]
 
 
+def _exact_quotient(call: Call) -> None:
+    if call.given("rounding_mode") is not None:
+        call.refuse("a division must not round", "Leave out rounding_mode")
+
+
 def _div_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     other = constant(draw, *draw.choice([shape, shape[-1:], ()])).sign() + 1.5
     return draw.choice(
@@ -313,6 +318,7 @@ def _div_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     "div.Tensor_mode",
     "div.Scalar_mode",
     reads=("other", "rounding_mode"),
+    only=_exact_quotient,
     interval=_product_range,
     kernel=_scale_form,
     linear=Linear(_scale_linear, lambda state: 3, when=first_moves, scales=_inverse),
@@ -320,8 +326,6 @@ def _div_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     samples=_div_samples,
 )
 def _div(call: Call) -> Step:
-    if call.given("rounding_mode") is not None:
-        call.refuse("a division must not round", "Leave out rounding_mode")
     first, second = _factors(call)
     if not isinstance(second, Operand):
         other = call.as_constant(second, "other").abs()

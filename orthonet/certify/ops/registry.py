@@ -124,6 +124,7 @@ class Op:
         gain: The rule: the Lipschitz constant over each operand, with the rounding of the map.
         reads: The arguments besides the first that the record takes into account.
         free: The arguments that cannot change the map in exact arithmetic.
+        only: Refuses values of arguments that make another map, for which no rule holds.
         linear: The affine action, for islands that are written out as a matrix.
         kernel: What the operation makes of an island that is one convolution.
         slopes: The interval of slopes of each entry of a vector, for bounds of perceptrons.
@@ -145,6 +146,7 @@ class Op:
     gain: Callable[[Call], Any]
     reads: frozenset[str]
     free: frozenset[str] = frozenset()
+    only: Callable[[Call], None] | None = None
     linear: Linear | None = None
     kernel: Callable[[Any, list[Any]], Any] | None = None
     slopes: Callable[[Call, int], Any] | None = None
@@ -164,7 +166,9 @@ class Op:
         return as_step(self.gain(call), call)
 
     def check(self, call: Call) -> None:
-        """Refuse arguments that nobody reads, unless they have their default."""
+        """Refuse arguments that make another map, or that nobody reads: those keep defaults."""
+        if self.only is not None:
+            self.only(call)
         first = next(iter(parameters(call.target)))
         for name, value in call.arguments.items():
             if name == first or name in self.reads or name in self.free:

@@ -35,6 +35,7 @@ from orthonet.certify.rules import (
     canonical,
     function_rule,
     module_rule,
+    record_of,
 )
 from orthonet.certify.walk.autocast import round_constants
 from orthonet.certify.walk.forms import form_bound, form_of
@@ -306,6 +307,9 @@ class Walker:
             return Step((_IDENTITY,), REARRANGEMENT, roundings=0.0)
         rule = function_rule(node.target)
         if state.call.op in self.in_balls:
+            record = record_of(node.target)
+            if record is not None:  # what makes another map of it does so in balls, too
+                record.check(state.call)
             with contextlib.suppress(UncertifiableError):
                 if rule is not None:
                     return as_step(rule(state.call), state.call)
