@@ -20,7 +20,6 @@ __all__ = [
     "PointOptimizer",
     "StiefelOptimizer",
     "evaluated",
-    "require_matrices",
     "require_orthogonal",
 ]
 
@@ -28,8 +27,8 @@ State = dict[str, Tensor]
 Read = tuple[Block, tuple[Tensor, Tensor, State]]  # a block; its points, gradients and states
 
 
-def require_matrices(owner: object, params: Sequence[Tensor]) -> None:
-    """Every parameter must be a matrix (or batch) in float32 or float64."""
+def require_orthogonal(owner: object, params: Sequence[Tensor]) -> None:
+    """Every parameter must be a matrix (or batch) in float32 or float64, orthogonal to 1e-3."""
     for p in params:
         _checks.require(
             p.ndim >= 2,
@@ -46,10 +45,6 @@ def require_matrices(owner: object, params: Sequence[Tensor]) -> None:
             "Keep it in float32 and use torch.autocast, or FSDP2's MixedPrecisionPolicy",
             dtype=p.dtype,
         )
-
-
-def require_orthogonal(owner: object, params: Sequence[Tensor]) -> None:
-    """Every matrix must be semi-orthogonal to 1e-3."""
     for p in params:
         if p.is_meta or 0 in p.shape:
             continue
@@ -166,6 +161,7 @@ class StiefelOptimizer(PointOptimizer):
         process_group: The processes that share the work, or None.
     """
 
+    _step_plain: Callable[[list[Tensor], Any, dict[str, Any]], None]  # of plain parameters
     _matrices: tuple[str, ...] = ()  # names of states like the parameter
     _scalars: tuple[str, ...] = ()  # names of states with one number for each matrix
 
@@ -176,7 +172,6 @@ class StiefelOptimizer(PointOptimizer):
     def _check_points(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if not group["stiefel"]:
             return
-        require_matrices(self, params)
         require_orthogonal(self, params)
         _checks.require(
             group["weight_decay"] == 0,
@@ -211,7 +206,7 @@ class StiefelOptimizer(PointOptimizer):
                     self._refuse_gradients(params)
                     raise
             elif params:
-                self._step_plain(params, group)
+                self._step_plain(params, self.state, group)
         return loss
 
     def _refuse_gradients(self, params: list[Tensor]) -> None:
@@ -278,11 +273,11 @@ class StiefelOptimizer(PointOptimizer):
         grad = block.gather([whole(p.grad) for p in params])  # type: ignore[arg-type]
         state = {n: block.gather([whole(self.state[p][n]) for p in params]) for n in names}
         for n in self._scalars:
-            state[n] = block.gather_scalars([self.state[p][n] for p in params])
+            state[n] = block.gather([self.state[p][n] for p in params])
         for p in params:
             self.state[p]["step"] += 1
         steps = [self.state[p]["step"].expand(*p.shape[:-2], 1, 1) for p in params]
-        state["step"] = block.gather_scalars(steps).double()
+        state["step"] = block.gather(steps).double()
         return x, grad, state
 
     def _write(self, block: Block, x: Tensor, state: State, names: tuple[str, ...]) -> None:
@@ -307,7 +302,7 @@ class StiefelOptimizer(PointOptimizer):
                 given = [x, *(state[n] for n in names)]
             else:
                 n, k = max(block.shape), min(block.shape)
-                batch = () if block.alone else (sum(block.counts),)
+                batch = () if block.count == 1 else (block.count,)
                 like = block.params[0]
                 shapes = [(n, k)] * (1 + len(matrices)) + [(1, 1)] * len(self._scalars)
                 given = [
@@ -325,10 +320,6 @@ class StiefelOptimizer(PointOptimizer):
     ) -> tuple[Tensor, Tensor | None]:
         """The direction D of the step X - lr D and a factor of it; puts new tensors in `state`."""
         _checks.fail(self, "a subclass must define _direction()", "Define it", TypeError)
-
-    def _step_plain(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Move plain parameters."""
-        _checks.fail(self, "a subclass must define _step_plain()", "Define it", TypeError)
 
 
 def _moved(x: Tensor, d: Tensor, factor: Tensor | None, lr: float | Tensor) -> Tensor:

@@ -168,7 +168,7 @@ class OrthoKernel(Weight):
         """
         kept = self.caching and self.dtype == compute_dtype(self.dtype)
         parts = (self.outer, self.embedding, self.bases)
-        outer, embedding, bases = (p and (p() if kept else p.compute()) for p in parts)
+        outer, embedding, bases = (p and (p() if kept else p.as_part()) for p in parts)
         bases = None if bases is None else sharpened(bases)
         weights = None if self.scores is None else chosen(self._work(self.scores))
         return KernelFactors(outer, embedding, bases, weights)
@@ -181,7 +181,7 @@ class OrthoKernel(Weight):
         """Compute the kernel, in the dtype of the parameters."""
         first = self._parts()[0].original
         with _torch.without_autocast(first):
-            values = [part.compute() for part in self._parts()]
+            values = [part.as_part() for part in self._parts()]
             scores = [] if self.scores is None else [self._work(self.scores)]
             (kernel,) = self.geometry.compose_all(values, scores, 1)
             return kernel.to(first.dtype)

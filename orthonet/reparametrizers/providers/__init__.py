@@ -14,7 +14,7 @@ from orthonet.reparametrizers.providers.compiled import compiled_read, compiled_
 from orthonet.reparametrizers.providers.defer import defer_pullback
 from orthonet.reparametrizers.providers.engine import ENGINE, REEVALUATING_OPTIMIZERS
 from orthonet.reparametrizers.providers.ranks import share_among_ranks
-from orthonet.reparametrizers.weight import COMPILED, PROVIDERS
+from orthonet.reparametrizers.weight import COMPILED, INVALIDATE, PROVIDERS
 
 __all__ = [
     "REEVALUATING_OPTIMIZERS",
@@ -57,4 +57,5 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
 
 PROVIDERS[:] = [ENGINE, cold_cache.read, shards.read]
 COMPILED[:] = [compiled_read]
+INVALIDATE[:] = [invalidate]
 register_optimizer_step_post_hook(_after_step)

@@ -24,22 +24,25 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from orthonet import _checks, _torch
+from orthonet.linalg.matrix import split, stacked
 from orthonet.linalg.retraction import CenteredMap, Moved, center, retract
 from orthonet.reparametrizers.providers.computation import (
     SWAPPING,
     Computation,
     attach,
     pulled_cold,
+    same_stream,
 )
 from orthonet.reparametrizers.providers.defer import OPEN, deferred
 from orthonet.reparametrizers.providers.edits import differs, warn_edited
 from orthonet.reparametrizers.providers.matrices import (
     Member,
+    Piece,
     groups_of,
     manageable,
     member,
     members_of,
-    stacked,
+    pieces_of,
     untied,
     write,
 )
@@ -69,12 +72,9 @@ class Record:
     """The value of one parameter at the center, and the state of the parameter that it belongs to.
 
     `value` is None for a parameter that does not stand at the center: there is nothing to look at.
-    `number` is that of the weight that it was made for, and `steps` are what makes its map.
     """
 
-    number: int
-    steps: _torch.ModuleStamp
-    parameter: weakref.ref[Tensor]
+    parameter: Callable[[], Tensor | None]  # a weak reference
     stamp: _torch.Stamp
     batch: Batch
     span: tuple[int, int]
@@ -84,10 +84,6 @@ class Record:
 
     def __post_init__(self) -> None:
         self.kept = None if self.value is None else _torch.Stamp(self.value)
-
-    def made_for(self, weight: Weight) -> bool:
-        """Whether it was made for `weight`, whose map is the same still: the map is not asked."""
-        return self.number == number_of(weight) and self.steps.holds(weight)
 
     def of(self, weight: Weight) -> bool:
         """Whether the parameter of `weight` is as it was."""
@@ -99,13 +95,8 @@ class Record:
         return (
             self.of(weight)
             and (self.kept is None or self.value is None or self.kept.holds(self.value))
-            and (self.stream is None or self._same_stream())
+            and (self.stream is None or same_stream(self.stream, self.parameter()))
         )
-
-    def _same_stream(self) -> bool:
-        """Neither work of another stream nor a CUDA graph, whose replay would not ask again."""
-        p: Any = self.parameter()
-        return self.stream == _torch.current_stream(p) and not _torch.capturing(p)
 
 
 @dataclass(slots=True, eq=False)
@@ -114,7 +105,7 @@ class Batch:
 
     map: CenteredMap
     centered: Centered | None
-    records: list[tuple[weakref.ref[Weight], Record]] = field(default_factory=list)
+    weights: list[weakref.ref[Weight]] = field(default_factory=list)  # of those at the center
     shared: MutableMapping[Any, Shared] = field(default_factory=weakref.WeakValueDictionary)
 
 
@@ -242,15 +233,17 @@ class Engine:
         self.homes: weakref.WeakKeyDictionary[Weight, int] = weakref.WeakKeyDictionary()
 
     def forget(self, module: nn.Module | None = None) -> None:
-        """Look anew at the parameters of `module`, or of all modules, when they are read."""
+        """Look anew at the parameters of `module`, or of all modules, when they are read.
+
+        Neither a weak reference to one nor a node of a graph is left: `swap_tensors` refuses them.
+        """
         with self.lock:
-            if module is None:
-                self.records.clear()
-            else:
-                for parameter in module.parameters():
-                    self.records.pop(id(parameter), None)
-            forgotten = alive() if module is None else module.modules()
-            for weight in forgotten:
+            kept = list(self.records) if module is None else map(id, module.parameters())
+            for record in filter(None, [self.records.pop(key, None) for key in kept]):
+                record.parameter = _nothing
+                for shared in list(record.batch.shared.values()):
+                    shared.graphed = None
+            for weight in alive() if module is None else module.modules():
                 served = vars(weight).get(SLOT)
                 if served is not None:
                     served.found = None
@@ -303,9 +296,9 @@ class Engine:
         # Before anything is read: what another thread writes meanwhile must not pass for this.
         stamps = {id(m.parameter): _torch.Stamp(m.parameter) for m in members}
         for group, result in zip(groups, retracted(groups) if groups else (), strict=True):
-            if any(result.written):
-                stamps |= {id(p): _torch.Stamp(p) for p in write(group, result)}
-            self._record(group, result, stamps)
+            pieces = list(pieces_of(group, result))
+            stamps |= {id(p): _torch.Stamp(p) for p in write(pieces)}
+            self._record(pieces, result, stamps)
 
     def retract(self, groups: Sequence[Group], move: bool = True) -> list[Moved]:
         """The parameters of each group at the center; not moved, they are only looked at."""
@@ -328,22 +321,26 @@ class Engine:
                 self.squares[kind] = result.squared
         return found
 
-    def _record(self, group: Group, result: Moved, stamps: dict[int, _torch.Stamp]) -> None:
-        way = group[0].map
-        batch = Batch(way, Centered(way, *center(result.point)) if any(result.good) else None)
-        first = 0
-        for weight, p, _ in group:
-            count, value = p.shape[:-2].numel(), None
-            if batch.centered is not None and all(result.good[first : first + count]):
-                u = batch.centered.u
-                value = (u if u.ndim == 2 else u[first : first + count]).view(p.shape)
-            number, steps, key = number_of(weight), _torch.ModuleStamp(weight), id(p)
-            reference = weakref.ref(p, functools.partial(self._drop, key))
-            place = (batch, (first, count), value, _torch.current_stream(p))
-            record = self.records[key] = Record(number, steps, reference, stamps[key], *place)
-            if value is not None:
-                batch.records.append((weakref.ref(weight), record))
-            first += count
+    def _record(
+        self, pieces: Sequence[Piece], result: Moved, stamps: dict[int, _torch.Stamp]
+    ) -> None:
+        way, parameters = pieces[0].member.map, [piece.member.parameter for piece in pieces]
+        values: Sequence[Tensor | None] = [None] * len(pieces)
+        batch = Batch(way, None)
+        if any(result.good):
+            batch.centered = Centered(way, *center(result.point))
+            values = split(batch.centered.u, parameters)
+        for piece, p, value in zip(pieces, parameters, values, strict=True):
+            record = self.records[id(p)] = Record(
+                weakref.ref(p, functools.partial(self._drop, id(p))),
+                stamps[id(p)],
+                batch,
+                (piece.first, len(piece.good)),
+                value if all(piece.good) else None,
+                _torch.current_stream(p),
+            )
+            if record.value is not None:
+                batch.weights.append(weakref.ref(piece.member.weight))
 
     def _drop(self, key: int, _: object) -> None:
         record = self.records.get(key)
@@ -410,9 +407,7 @@ class Engine:
             shared, place = self._shared(weight, found, True, alone=True)
         grads: list[Tensor | None] = [None] * len(shared.constants)
         grads[place] = grad
-        pulled = shared.computation.pull_back(grads)
-        by_identity = dict(zip(map(id, shared.computation.inputs), pulled, strict=True))
-        return [by_identity.get(id(p)) for p in weight.parameters()]
+        return shared.computation.gradients_of(list(weight.parameters()), grads)
 
     def turn(self, weight: Weight, u: Tensor, s: Tensor) -> Tensor:
         r"""The gradient of `original` from \(S = U^\top G\), for a square matrix U.
@@ -455,9 +450,6 @@ class Engine:
 
     def _present(self, weight: Weight) -> Record | None:
         """The record of a matrix as it stands; looked at with all others that have none."""
-        record = self.records.get(id(weight._parameters.get("original")))
-        if record is not None and record.made_for(weight) and record.holds(weight):
-            return record
         held = member(weight)
         if held is None:
             return None
@@ -476,8 +468,12 @@ class Engine:
                 return None
             with torch.inference_mode(False), torch.no_grad():
                 self.serve(list(self._unknown()), functools.partial(self.retract, move=False))
-            record = self.records.get(id(p))
-        here = record is not None and record.batch.map is held.map and record.holds(weight)
+        return self._current(held)
+
+    def _current(self, held: Member) -> Record | None:
+        """The record of a matrix, if that is of its parameter as it stands, and of its map."""
+        record = self.records.get(id(held.parameter))
+        here = record is not None and record.batch.map is held.map and record.holds(held.weight)
         return record if here else None
 
     def _unknown(self) -> Iterator[Member]:
@@ -487,8 +483,7 @@ class Engine:
             held = member(weight)
             if held is None or id(held.parameter) in seen or not manageable(weight, held.parameter):
                 continue
-            record = self.records.get(id(held.parameter))
-            if record is None or record.batch.map is not held.map or not record.holds(weight):
+            if self._current(held) is None:
                 seen.add(id(held.parameter))
                 yield held
 
@@ -532,48 +527,43 @@ class Engine:
         """The parameters of one batch, except those that are read by another weight only."""
         batch, alone = found.records[0].batch, isinstance(home, tuple)
         members = [
-            (other, record, p)
-            for reference, record in batch.records
+            (other, record)
+            for reference in batch.weights
             if (other := reference()) is not None
-            and (p := record.parameter()) is not None
             and other.composed == weight.composed
             and (not alone or other is weight)
-            and (not grad or alone or (_learns(other) and self._home(other) == home))
-            and record.value is not None
-            and record.holds(other)
+            and self._shares_node(other, grad, home)
+            and (held := member(other)) is not None
+            and (record := self._current(held)) is not None
+            and record.batch is batch
         ]
-        if not any(other is weight for other, _, _ in members):  # tied to one of them
-            record = found.records[0]
-            members = [(weight, record, record.parameter())]
+        if not any(other is weight for other, _ in members):  # tied to one of them
+            members = [(weight, found.records[0])]
+        records: list[Any] = [record for _, record in members]
         packet = Packet(
-            [cast(Tensor, p) for _, _, p in members],
-            [cast(Tensor, record.value) for _, record, _ in members],
-            [record.span for _, record, _ in members],
-            batch.centered,  # type: ignore[arg-type]
+            [record.parameter() for record in records],
+            [record.value for record in records],
+            [record.span for record in records],
+            cast(Centered, batch.centered),
         )
-        return Shared(packet, [(other, (record,)) for other, record, _ in members], False)
+        return Shared(packet, [(other, (record,)) for other, record in members], False)
 
     def _family(self, weight: Weight, found: Found, grad: bool, home: object) -> Shared:
         """All weights that are composed as this one is, of parts in the same batches."""
         wanted = [record.batch for record in found.records]
         mine: Any = weight.composition()
-        alone = isinstance(home, tuple)
         members: list[Any] = [(weight, mine, found.records)]  # also if another thread moves it now
-        for other in () if alone else alive():
+        for other in () if isinstance(home, tuple) else alive():
             composition = other.composition()
             if other is weight or composition is None or composition.key != mine.key:
                 continue
-            if not other.caching or (grad and not (_learns(other) and self._home(other) == home)):
+            if not other.caching or not self._shares_node(other, grad, home):
                 continue
-            records = [
-                self.records.get(id(p._parameters.get("original"))) for p in composition.parts
-            ]
-            pairs = zip(records, composition.parts, wanted, strict=True)
-            held = [
-                r for r, p, b in pairs if r and r.value is not None and r.batch is b and r.holds(p)
-            ]
-            if len(held) == len(wanted):
-                members.append((other, composition, held))
+            kept = [member(part) for part in composition.parts]
+            records = [None if held is None else self._current(held) for held in kept]
+            pairs = zip(records, wanted, strict=True)
+            if all(r and r.batch is batch and r.value is not None for r, batch in pairs):
+                members.append((other, composition, records))
         members.sort(key=lambda member: member[2][0].span[0])
         parts = [
             cast(Centered, batch.centered).rows([records[i].span for _, _, records in members])
@@ -581,6 +571,12 @@ class Engine:
         ]
         family = Family([c for _, c, _ in members], parts, grad)
         return Shared(family, [(other, (*r, *c.scores)) for other, c, r in members], True)
+
+    def _shares_node(self, other: Weight, grad: bool, home: object) -> bool:
+        """Whether another weight may have its value from the node of those at `home`."""
+        if not grad or isinstance(home, tuple):
+            return True
+        return self._home(other) == home and any(p.requires_grad for p in other.parameters())
 
 
 def _own(weight: Weight) -> tuple[object, ...]:
@@ -592,9 +588,8 @@ def _same(some: Sequence[object], others: Sequence[object]) -> bool:
     return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
-def _learns(weight: Weight) -> bool:
-    """Whether a parameter that the value depends on requires a gradient."""
-    return any(p.requires_grad for p in weight.parameters())
+def _nothing() -> None:
+    """What a record that is forgotten refers to."""
 
 
 ENGINE = Engine()

@@ -12,11 +12,12 @@ from torch import nn
 
 from orthonet import _checks, _torch
 from orthonet.linalg.distributed import assign, exchange, rank_and_size
+from orthonet.linalg.matrix import stacked
 from orthonet.linalg.retraction import Moved
 from orthonet.reparametrizers.providers import shards
 from orthonet.reparametrizers.providers.engine import ENGINE
-from orthonet.reparametrizers.providers.matrices import Member, manageable, member, stacked
-from orthonet.reparametrizers.providers.shards import centered_pieces, cost, flags
+from orthonet.reparametrizers.providers.matrices import Member, manageable, member
+from orthonet.reparametrizers.providers.shards import centered, cost, flags
 from orthonet.reparametrizers.weight import Weight
 
 __all__ = ["share_among_ranks"]
@@ -105,72 +106,61 @@ class Shared:
 
     def __init__(self, group: Any, weights: Sequence[Weight], owners: Sequence[int]) -> None:
         self.group, self.rank = group, rank_and_size(group)[0]
-        self.members = [weakref.ref(weight) for weight in weights]
-        self.owners = list(owners)
+        pairs = zip(weights, owners, strict=True)
+        self.members = [(weakref.ref(weight), owner) for weight, owner in pairs]
+
+    def _present(self) -> list[tuple[Weight, int]]:
+        """The matrices that are alive, and who retracts each; the end, if there are none."""
+        found = [(w, owner) for member, owner in self.members if (w := member()) is not None]
+        if not found and self in ENGINE.shares:
+            ENGINE.shares.remove(self)
+        return found
 
     def leave(self, weights: Iterable[Weight]) -> None:
         """Share these no longer."""
-        gone = {id(weight) for weight in weights}
-        pairs = [
-            (m, o) for m, o in zip(self.members, self.owners, strict=True) if id(m()) not in gone
-        ]
-        self.members, self.owners = [m for m, _ in pairs], [o for _, o in pairs]
-        self._end_if_empty()
+        gone = set(map(id, weights))
+        self.members = [pair for pair in self.members if id(pair[0]()) not in gone]
+        self._present()
 
     def __call__(self, owned: set[int], moved: list[Member]) -> list[Member]:
         """Retract all members among the `owned` parameters; the others of `moved` are left.
 
         Which have moved is not asked: all processes must find the same members.
         """
-        members = [member() for member in self.members]
-        present = [m for m in members if m is not None]
-        if not present:
-            self._end_if_empty()
-            return moved
-        taken: dict[int, Member] = {}
-        owners: dict[int, int] = {}
-        for weight, owner in zip(present, self._owners_of(members), strict=True):
-            held = member(weight)
-            if held is None or id(held.parameter) not in owned:
-                continue
-            p = held.parameter
-            if p.requires_grad and manageable(weight, p):
-                taken[id(p)], owners[id(weight)] = held, owner
-        if taken:
-            ENGINE.serve(list(taken.values()), lambda groups: self._retracted(groups, owners))
-        return [m for m in moved if id(m.parameter) not in taken]
-
-    def _owners_of(self, members: Sequence[Weight | None]) -> list[int]:
+        present = self._present()
         _checks.require(
-            None not in members,
+            len(present) in (0, len(self.members)),
             "share_among_ranks",
             "the model must have the matrices that it had when the work was distributed",
             "Call share_among_ranks again in all processes",
             RuntimeError,
         )
-        return self.owners
-
-    def _end_if_empty(self) -> None:
-        if all(member() is None for member in self.members) and self in ENGINE.shares:
-            ENGINE.shares.remove(self)
+        taken: dict[int, tuple[Member, int]] = {}
+        for weight, owner in present:
+            held = member(weight)
+            if held is not None and id(held.parameter) in owned:
+                p = held.parameter
+                if p.requires_grad and manageable(weight, p):
+                    taken[id(p)] = held, owner
+        if taken:
+            owners = {id(held.weight): owner for held, owner in taken.values()}
+            members = [held for held, _ in taken.values()]
+            ENGINE.serve(members, lambda groups: self._retracted(groups, owners))
+        return [m for m in moved if id(m.parameter) not in taken]
 
     def _retracted(self, groups: Sequence[Sequence[Member]], owners: dict[int, int]) -> list[Moved]:
         """The centered matrices of all processes, of which this one has computed its part."""
         members = [m for group in groups for m in group]
         whose = [owners[id(m.weight)] for m in members]
-        mine = [i for i, owner in enumerate(whose) if owner == self.rank]
-        pieces = [m.parameter.detach() for m in members]
-        marks = [p.new_empty(2, p.shape[:-2].numel()) for p in pieces]
-        computed = centered_pieces([members[i]._replace(parameter=pieces[i]) for i in mine])
-        for i, (point, mark) in zip(mine, computed, strict=True):
-            pieces[i], marks[i] = point, mark
-        received = exchange([*pieces, *marks], whose * 2, self.group)
-        points, marks = received[: len(members)], received[len(members) :]
-        written, good = flags(marks)
-        results, first = [], 0
+        pieces = {i: m.parameter.detach() for i, m in enumerate(members)}
+        mine = {i: p for i, p in pieces.items() if whose[i] == self.rank}
+        marks = centered(members, mine)
+        both = [*(pieces | mine).values(), *marks]
+        received = exchange(both, whose * 2, self.group)
+        told = iter(zip(received, flags(received[len(members) :]), strict=False))
+        results = []
         for group in groups:
-            of = slice(first, first + len(group))
-            written_of, good_of = (list(itertools.chain(*f[of])) for f in (written, good))
-            results.append(Moved(stacked(points[of]), written_of, good_of, False))
-            first += len(group)
+            points, found = zip(*itertools.islice(told, len(group)), strict=True)
+            written, good = (list(itertools.chain(*some)) for some in zip(*found, strict=True))
+            results.append(Moved(stacked(points), written, good, False))
         return results

@@ -18,20 +18,21 @@ from torch.optim import Optimizer
 
 from orthonet import _torch
 from orthonet.linalg.distributed import assign, collect, exchange, hand_out, rank_and_size, whole
+from orthonet.linalg.matrix import stacked
 from orthonet.linalg.retraction import center, retract
-from orthonet.reparametrizers.providers.computation import attach
+from orthonet.reparametrizers.providers.computation import attach, given
 from orthonet.reparametrizers.providers.engine import ENGINE, REEVALUATING_OPTIMIZERS
 from orthonet.reparametrizers.providers.matrices import (
     Member,
     groups_of,
     members_of,
-    stacked,
+    pieces_of,
     untied,
 )
 from orthonet.reparametrizers.providers.packet import Centered, Packet
-from orthonet.reparametrizers.weight import GIVEN, Weight, caching
+from orthonet.reparametrizers.weight import Weight, caching
 
-__all__ = ["after_step", "centered_pieces", "cost", "flags", "forget", "owners", "read"]
+__all__ = ["after_step", "centered", "cost", "flags", "forget", "owners", "read"]
 
 
 class _Known:
@@ -63,7 +64,7 @@ _known: weakref.WeakKeyDictionary[Weight, _Known] = weakref.WeakKeyDictionary()
 
 @torch.no_grad()
 def _local(p: Any) -> Tensor:
-    return p.to_local()
+    return p.to_local() if _torch.is_shard(p) else p
 
 
 def forget(module: nn.Module | None = None) -> None:
@@ -131,46 +132,45 @@ def _retract(members: list[Member]) -> None:
     group = _group(parts[0])
     whose, _ = owners(parts)
     collected = collect(parts, whose, group)
-    mine = sorted(collected)
-    computed = centered_pieces([members[i]._replace(parameter=collected[i]) for i in mine])
-    marks = [_local(p).new_empty(2, p.shape[:-2].numel()) for p in parts]
-    for i, (point, mark) in zip(mine, computed, strict=True):
-        collected[i], marks[i] = point, mark
+    marks = centered(members, collected)
     handed = hand_out(collected, parts, whose, group)
-    written, good = flags(exchange(marks, whose, group))
+    told = flags(exchange(marks, whose, group))
     pairs = [
         (_local(p), _local(new))
-        for p, new, some in zip(parts, handed, written, strict=True)
-        if any(some) and _local(p).numel()
+        for p, new, (written, _) in zip(parts, handed, told, strict=True)
+        if any(written) and _local(p).numel()
     ]
     if pairs:
         _torch.foreach_copy_([p for p, _ in pairs], [new for _, new in pairs])
-    for held, all_good in zip(members, good, strict=True):
-        if all(all_good):
+    for held, (_, good) in zip(members, told, strict=True):
+        if all(good):
             _known[held.weight] = _Known(held.parameter)
 
 
-def centered_pieces(members: Sequence[Member]) -> list[tuple[Tensor, Tensor]]:
-    """Whole matrices at the center, and marks: which of them are written, and which are good."""
-    groups = list(groups_of(members))
-    batches = [(stacked([m.parameter.contiguous() for m in g]), g[0].map) for g in groups]
-    result: dict[int, tuple[Tensor, Tensor]] = {}
+def centered(members: Sequence[Member], mine: dict[int, Tensor]) -> list[Tensor]:
+    """Bring the matrices of some members to the center, in place of those in `mine`.
+
+    Returns marks for all members: which of their matrices are written, and which are good; filled
+    in for those in `mine`.
+    """
+    marks = [_local(m.parameter).new_empty(2, m.parameter.shape[:-2].numel()) for m in members]
+    places = {id(members[i].weight): i for i in mine}
+    own = [members[i]._replace(parameter=mine[i].contiguous()) for i in sorted(mine)]
+    groups = list(groups_of(own))
+    batches = [(stacked([m.parameter for m in group]), group[0].map) for group in groups]
     for group, found in zip(groups, ENGINE.retracted(batches), strict=True):
-        points, first = found.point.reshape(-1, *found.point.shape[-2:]), 0
-        for weight, p, _ in group:
-            last = first + p.shape[:-2].numel()
-            mark = points.new_tensor([found.written[first:last], found.good[first:last]])
-            result[id(weight)] = points[first:last].view(p.shape), mark
-            first = last
-    return [result[id(m.weight)] for m in members]
+        for piece in pieces_of(group, found):
+            i = places[id(piece.member.weight)]
+            mine[i], marks[i] = piece.point, found.point.new_tensor([piece.written, piece.good])
+    return marks
 
 
-def flags(marks: Sequence[Tensor]) -> tuple[list[list[bool]], list[list[bool]]]:
+def flags(marks: Sequence[Tensor]) -> list[tuple[list[bool], list[bool]]]:
     """What the marks of each parameter say; the host waits once."""
     ENGINE.looks += 1
     numbers = iter(torch.cat([mark.flatten() for mark in marks]).tolist())
     rows = [[bool(next(numbers)) for _ in range(mark.numel())] for mark in marks]
-    return [row[: len(row) // 2] for row in rows], [row[len(row) // 2 :] for row in rows]
+    return [(row[: len(row) // 2], row[len(row) // 2 :]) for row in rows]
 
 
 # ------------------------------------------------------------------ reading
@@ -184,17 +184,9 @@ def read(weight: Weight) -> Tensor | None:
         return None
     if composition is None:
         return _at_center(weight)
-    given: list[Weight] = []
-    try:
-        for part in parts:
-            value = _at_center(part)
-            if value is not None:
-                vars(part)[GIVEN] = value
-                given.append(part)
-        return weight.evaluate() if given else None
-    finally:
-        for part in given:
-            del vars(part)[GIVEN]
+    values = [(part, value) for part in parts if (value := _at_center(part)) is not None]
+    with given(values):
+        return weight.evaluate() if values else None
 
 
 def _at_center(weight: Weight) -> Tensor | None:
