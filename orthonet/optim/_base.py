@@ -232,20 +232,20 @@ class StiefelOptimizer(PointOptimizer):
         found = list(blocks(params))
         rank, size = rank_and_size(self.process_group)
         owners = assign([block.cost for block in found], size)
-        mine = []
-        for block, owner in zip(found, owners, strict=True):
-            # the shards of a parameter are gathered by all, since that is a collective
-            tensors = self._read(block, names)
-            if owner == rank:
-                mine.append((block, tensors))
-        moved = self._move(mine, group)
-        results = {
-            id(block): (x, state) for (block, (_, _, state)), x in zip(mine, moved, strict=True)
-        }
+        # by all, since to gather the shards of a parameter is a collective
+        results = [self._read(block, names) for block in found]
+        mine = [i for i, owner in enumerate(owners) if owner == rank]
+        moved = self._move([(found[i], results[i]) for i in mine], group)
+        for i, x in zip(mine, moved, strict=True):
+            results[i] = (x, *results[i][1:])
+        kept = (*names, *self._scalars)
         if self.process_group is not None:
-            self._exchange(found, owners, results, names)
-        for block in found:
-            self._write(block, *results[id(block)], names)
+            pieces = [t for x, _, state in results for t in (x, *(state[n] for n in kept))]
+            whose = [owner for owner in owners for _ in range(1 + len(kept))]
+            told = iter(exchange(pieces, whose, self.process_group))
+            results = [(next(told), g, {n: next(told) for n in kept}) for _, g, _ in results]
+        for block, (x, _, state) in zip(found, results, strict=True):
+            self._write(block, x, state, names)
 
     def _move(self, mine: list[Read], group: dict[str, Any]) -> list[Tensor]:
         """The new points of blocks that were read; their states are changed."""
@@ -285,35 +285,6 @@ class StiefelOptimizer(PointOptimizer):
         for name, value in values.items():
             for p, piece in zip(block.params, block.spread(value), strict=True):
                 put_(p if name is None else self.state[p][name], piece)
-
-    def _exchange(
-        self,
-        found: list[Block],
-        owners: list[int],
-        results: dict[int, tuple[Tensor, State]],
-        matrices: tuple[str, ...],
-    ) -> None:
-        """Let all processes have the results of all blocks."""
-        pieces, whose = [], []
-        names = (*matrices, *self._scalars)
-        for block, owner in zip(found, owners, strict=True):
-            if id(block) in results:
-                x, state = results[id(block)]
-                given = [x, *(state[n] for n in names)]
-            else:
-                n, k = max(block.shape), min(block.shape)
-                batch = () if block.count == 1 else (block.count,)
-                like = block.params[0]
-                shapes = [(n, k)] * (1 + len(matrices)) + [(1, 1)] * len(self._scalars)
-                given = [
-                    torch.empty(*batch, *shape, dtype=like.dtype, device=like.device)
-                    for shape in shapes
-                ]
-            pieces += given
-            whose += [owner] * len(given)
-        received = iter(exchange(pieces, whose, self.process_group))
-        for block in found:
-            results[id(block)] = next(received), {name: next(received) for name in names}
 
     def _direction(
         self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]

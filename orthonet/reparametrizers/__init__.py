@@ -8,9 +8,8 @@ from orthonet.reparametrizers._normalizers import (
     BatchedPowerIteration,
     L2Normalize,
 )
-from orthonet.reparametrizers._parameter_groups import parameter_groups
+from orthonet.reparametrizers._parameter_groups import fuse, parameter_groups, unfuse
 from orthonet.reparametrizers._spectral import FourierWeight
-from orthonet.reparametrizers.groups import fuse, unfuse
 from orthonet.reparametrizers.orthogonal import OrthoWeight
 from orthonet.reparametrizers.orthogonalizers import (
     BatchedBjorckOrthogonalization,

@@ -35,17 +35,7 @@ def compiled_read(weight: Weight) -> Tensor:
     It is not while `torch.export` traces, whose programs must run elsewhere, and for the lent
     parameters of FSDP2: there the map itself is traced.
     """
-    if _torch.is_exporting():
-        _tell_onnx(weight)
-    parameters = list(weight.parameters())
-    if not weight.opaque or not _is_plain(weight, parameters):
-        return weight.evaluate()
-    four = [*parameters, None, None, None][:4]
-    return _Read.apply(weight.number, tuple(weight.shape), *four)
-
-
-def _tell_onnx(weight: Weight) -> None:
-    if torch.onnx.is_in_onnx_export():
+    if _torch.is_exporting() and torch.onnx.is_in_onnx_export():
         sentence = _checks.message(
             "torch.onnx.export",
             "a constrained weight is computed by operations that ONNX may not have",
@@ -53,6 +43,11 @@ def _tell_onnx(weight: Weight) -> None:
             shape=tuple(weight.shape),
         )
         warnings.warn(sentence, UserWarning, stacklevel=2)
+    parameters = list(weight.parameters())
+    if not weight.opaque or not _is_plain(weight, parameters):
+        return weight.evaluate()
+    four = [*parameters, None, None, None][:4]
+    return _Read.apply(weight.number, tuple(weight.shape), *four)
 
 
 def compiled_turn(
@@ -187,14 +182,10 @@ def _weight(number: Tensor, parameters: Sequence[Tensor]) -> Weight:
             "Keep a reference to the model",
             RuntimeError,
         )
-    own = list(weight.parameters())
-    if all(map(_same, own, parameters)):
-        return weight
-    return weight.holding(parameters)
-
-
-def _same(own: Tensor, given: Tensor) -> bool:
-    """Whether a flat tensor is this parameter, or a copy of it that the compiler has made."""
-    if own.data_ptr() == given.data_ptr():
-        return True
-    return torch.equal(own.detach().reshape(-1), given.detach())
+    pairs = zip(weight.parameters(), parameters, strict=False)
+    # or copies of them that the compiler has made
+    same = all(
+        own.data_ptr() == given.data_ptr() or torch.equal(own.detach().reshape(-1), given.detach())
+        for own, given in pairs
+    )
+    return weight if same else weight.holding(parameters)

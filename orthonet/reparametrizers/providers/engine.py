@@ -130,8 +130,12 @@ class Shared:
     def place_of(self, weight: Weight, found: Found) -> int | None:
         """The place of the value of `weight`; None if it is not among the outputs as it stands."""
         place, held = self.places.get(number_of(weight), (None, ()))
-        wanted = (*found.records, *found.scores)
-        return place if _same(held, wanted) and self.current() else None
+        current = (
+            _same(held, (*found.records, *found.scores))
+            and all(stamp.holds(p) for p, stamp in self.scores)
+            and all(map(_torch.Stamp.holds, self.stamps, self.constants))
+        )
+        return place if current else None
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The outputs as functions of the parameters, one node for all reads of a step."""
@@ -143,12 +147,6 @@ class Shared:
             with torch.inference_mode(False), torch.enable_grad():
                 self.graphed = attach(self.computation)
         return self.graphed
-
-    def current(self) -> bool:
-        """Whether neither the scores that it was composed with nor the outputs have changed."""
-        return all(stamp.holds(p) for p, stamp in self.scores) and all(
-            map(_torch.Stamp.holds, self.stamps, self.constants)
-        )
 
 
 class Found:
