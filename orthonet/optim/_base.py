@@ -13,8 +13,7 @@ from torch.optim.optimizer import ParamsT
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg.distributed import assign, exchange, put_, rank_and_size, whole
-from orthonet.optim._batches import Block, blocks
-from orthonet.optim._stiefel_steps import residual, retract
+from orthonet.optim._stiefel_steps import Block, blocks, residual, retract
 
 __all__ = [
     "PointOptimizer",

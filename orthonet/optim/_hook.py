@@ -13,8 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from orthonet import _checks, _torch
 from orthonet.linalg.distributed import assign, exchange, put_, rank_and_size, whole
 from orthonet.optim._base import require_orthogonal
-from orthonet.optim._batches import blocks
-from orthonet.optim._stiefel_steps import retract, tangent
+from orthonet.optim._stiefel_steps import blocks, retract, tangent
 from orthonet.reparametrizers import REEVALUATING_OPTIMIZERS
 
 __all__ = ["retract_after_step"]

@@ -14,9 +14,8 @@ from orthonet import _checks
 from orthonet._torch import foreach_norm
 from orthonet.linalg.matrix import minus_transpose
 from orthonet.optim._base import Read, State, StiefelOptimizer
-from orthonet.optim._batches import Block
 from orthonet.optim._rotations import EVERY, Turn, Workspace, rotate
-from orthonet.optim._stiefel_steps import newton_schulz_sign, symmetric_part, tangent
+from orthonet.optim._stiefel_steps import Block, newton_schulz_sign, symmetric_part, tangent
 
 __all__ = ["StiefelAdam", "StiefelMuon", "StiefelSGD"]
 
