@@ -23,11 +23,10 @@ from orthonet import _torch
 from orthonet.reparametrizers.providers.computation import (
     SWAPPING,
     Computation,
-    attach,
     computed,
     same_stream,
 )
-from orthonet.reparametrizers.providers.defer import deferred, undeferred
+from orthonet.reparametrizers.providers.defer import Readable, undeferred
 from orthonet.reparametrizers.providers.edits import warn_edited
 from orthonet.reparametrizers.providers.engine import ENGINE
 from orthonet.reparametrizers.weight import EmptyInCopies, Weight
@@ -118,20 +117,16 @@ class Snapshot:
         return True
 
 
-class Kept:
+class Kept(Readable):
     """A computation whose output is kept, and the tensors that readers are given."""
 
-    __slots__ = (
-        *("computation", "constant", "generation", "graphed", "made_of"),
-        *("recorded", "stamp", "stream"),
-    )
+    __slots__ = ("constant", "generation", "made_of", "recorded", "stamp", "stream")
 
     def __init__(self, computation: Computation, made_of: Snapshot, recorded: bool) -> None:
-        self.computation, self.made_of = computation, made_of
-        self.generation = _steps
+        super().__init__(computation)
+        self.made_of, self.generation = made_of, _steps
         self.recorded = recorded  # whether it was computed with a graph
         self.constant = computation.outputs[0].detach()
-        self.graphed: Tensor | None = None
         self.stamp, self.stream = _torch.Stamp(self.constant), _torch.current_stream(self.constant)
 
     def holds(self, weight: Weight) -> bool:
@@ -157,12 +152,7 @@ class Kept:
             if self.constant.requires_grad:  # a reader has changed it
                 self.constant = self.constant.detach()
             return self.constant
-        waiting = deferred(self.computation)
-        if waiting is not None:
-            return waiting[0]
-        if self.graphed is None:
-            (self.graphed,) = attach(self.computation)
-        return self.graphed
+        return self.outputs()[0]
 
 
 def _all_seen(weight: Weight, snapshot: Snapshot) -> bool:

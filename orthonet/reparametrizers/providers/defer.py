@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from orthonet import _checks, _torch
-from orthonet.reparametrizers.providers.computation import Computation, Gradients, node
+from orthonet.reparametrizers.providers.computation import Computation, Gradients, attach, node
 
-__all__ = ["OPEN", "deferred", "defer_pullback", "undeferred"]
+__all__ = ["Readable", "defer_pullback", "undeferred"]
 
 _local = threading.local()  # .deferral: that of this thread
 OPEN: list[_Deferral] = []  # of all threads
@@ -147,12 +147,24 @@ def defer_pullback() -> Iterator[None]:
         deferral.close()
 
 
-def deferred(computation: Computation) -> tuple[Tensor, ...] | None:
-    """The outputs for a reader inside `defer_pullback`; None outside."""
-    if not OPEN:
-        return None
-    deferral = getattr(_local, "deferral", None)
-    return None if deferral is None else deferral.give(computation)
+class Readable:
+    """A computation whose outputs hang in the graph by one node, for all reads."""
+
+    __slots__ = ("computation", "graphed")
+
+    def __init__(self, computation: Computation) -> None:
+        self.computation = computation
+        self.graphed: tuple[Tensor, ...] | None = None
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """The outputs as functions of the inputs; inside `defer_pullback`, of nothing."""
+        deferral = getattr(_local, "deferral", None) if OPEN else None
+        if deferral is not None:
+            return deferral.give(self.computation)
+        if self.graphed is None:
+            with torch.inference_mode(False), torch.enable_grad():
+                self.graphed = attach(self.computation)
+        return self.graphed
 
 
 @contextlib.contextmanager

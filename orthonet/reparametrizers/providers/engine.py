@@ -29,11 +29,10 @@ from orthonet.linalg.retraction import CenteredMap, Moved, center, retract
 from orthonet.reparametrizers.providers.computation import (
     SWAPPING,
     Computation,
-    attach,
     pulled_cold,
     same_stream,
 )
-from orthonet.reparametrizers.providers.defer import OPEN, deferred
+from orthonet.reparametrizers.providers.defer import Readable
 from orthonet.reparametrizers.providers.edits import differs, warn_edited
 from orthonet.reparametrizers.providers.matrices import (
     Member,
@@ -109,23 +108,22 @@ class Batch:
     shared: MutableMapping[Any, Shared] = field(default_factory=weakref.WeakValueDictionary)
 
 
-class Shared:
+class Shared(Readable):
     """A computation that several weights read, and the tensors that they are given."""
 
-    __slots__ = ("__weakref__", "computation", "constants", "graphed", "places", "scores", "stamps")
+    __slots__ = ("__weakref__", "constants", "places", "scores", "stamps")
 
     def __init__(
         self, computation: Computation, members: Iterable[tuple[Weight, Held]], composed: bool
     ) -> None:
+        super().__init__(computation)
         # Of what each value is, because a weight may be given other parameters of the same batch.
         self.places = {number_of(w): (i, held) for i, (w, held) in enumerate(members)}
         scores = [p for _, held in self.places.values() for p in held if isinstance(p, Tensor)]
         self.scores = [(p, _torch.Stamp(p)) for p in scores]
-        self.computation = computation
         self.constants = computation.outputs
         # Readers are given these tensors; those of a packet have their stamps in the records.
         self.stamps = tuple(map(_torch.Stamp, self.constants)) if composed else ()
-        self.graphed: tuple[Tensor, ...] | None = None
 
     def place_of(self, weight: Weight, found: Found) -> int | None:
         """The place of the value of `weight`; None if it is not among the outputs as it stands."""
@@ -136,17 +134,6 @@ class Shared:
             and all(map(_torch.Stamp.holds, self.stamps, self.constants))
         )
         return place if current else None
-
-    def outputs(self) -> tuple[Tensor, ...]:
-        """The outputs as functions of the parameters, one node for all reads of a step."""
-        if OPEN:
-            waiting = deferred(self.computation)
-            if waiting is not None:
-                return waiting
-        if self.graphed is None:
-            with torch.inference_mode(False), torch.enable_grad():
-                self.graphed = attach(self.computation)
-        return self.graphed
 
 
 class Found:
