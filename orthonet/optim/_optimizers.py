@@ -37,12 +37,12 @@ def adam_step(params: list[Tensor], states: Any, group: dict[str, Any]) -> None:
             step = torch.tensor(0.0, dtype=torch.float32)
             moments = {n: torch.zeros_like(p) for n in ("exp_avg", "exp_avg_sq")}
             states[p].update(step=step, **moments)
-    kept = ([states[p][n] for p in params] for n in ("exp_avg", "exp_avg_sq"))
     options = {n: group[n] for n in ("lr", "weight_decay", "eps")}
     adamw(
         params,
         [cast(Tensor, p.grad) for p in params],
-        *kept,
+        [states[p]["exp_avg"] for p in params],
+        [states[p]["exp_avg_sq"] for p in params],
         [],
         [states[p]["step"] for p in params],
         amsgrad=False,

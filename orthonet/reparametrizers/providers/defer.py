@@ -80,7 +80,7 @@ class _Deferral:
             pairs = zip(computation.inputs, computation.pull_back(sums), strict=True)
             found += [(p, g) for p, g in pairs if g is not None and p.requires_grad]
         if found:
-            torch.autograd.backward(*zip(*found, strict=True))
+            torch.autograd.backward([p for p, _ in found], [g for _, g in found])
 
     def close(self) -> None:
         """Forget what waits."""
