@@ -23,10 +23,11 @@ from orthonet import _torch
 from orthonet.reparametrizers.providers.computation import (
     SWAPPING,
     Computation,
+    Readable,
     computed,
     same_stream,
 )
-from orthonet.reparametrizers.providers.defer import Readable, undeferred
+from orthonet.reparametrizers.providers.defer import undeferred
 from orthonet.reparametrizers.providers.edits import warn_edited
 from orthonet.reparametrizers.providers.engine import ENGINE
 from orthonet.reparametrizers.weight import EmptyInCopies, Weight

@@ -20,9 +20,11 @@ from orthonet import _checks, _torch
 from orthonet.reparametrizers.weight import GIVEN, Weight
 
 __all__ = [
+    "DEFERRING",
     "SWAPPING",
     "Computation",
     "Gradients",
+    "Readable",
     "attach",
     "computed",
     "given",
@@ -33,6 +35,8 @@ __all__ = [
 ]
 
 Gradients = Sequence[Tensor | None]
+
+DEFERRING = threading.local()  # .deferral: the context of `defer_pullback` that this thread is in
 
 SWAPPING = threading.RLock()
 """Held while a weight with a map has aliases in place of its parameters, and while the engine looks
@@ -248,3 +252,23 @@ def pulled_cold(weight: Weight, grad: Tensor) -> list[Tensor | None]:
     with SWAPPING:
         computation = computed(weight)
     return computation.gradients_of(list(weight.parameters()), [grad])
+
+
+class Readable:
+    """A computation whose outputs hang in the graph by one node, for all reads."""
+
+    __slots__ = ("computation", "graphed")
+
+    def __init__(self, computation: Computation) -> None:
+        self.computation = computation
+        self.graphed: tuple[Tensor, ...] | None = None
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """The outputs as functions of the inputs; inside `defer_pullback`, of nothing."""
+        deferral = getattr(DEFERRING, "deferral", None)
+        if deferral is not None:
+            return deferral.give(self.computation)
+        if self.graphed is None:
+            with torch.inference_mode(False), torch.enable_grad():
+                self.graphed = attach(self.computation)
+        return self.graphed

@@ -13,11 +13,15 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from orthonet import _checks, _torch
-from orthonet.reparametrizers.providers.computation import Computation, Gradients, attach, node
+from orthonet.reparametrizers.providers.computation import (
+    DEFERRING,
+    Computation,
+    Gradients,
+    node,
+)
 
-__all__ = ["Readable", "defer_pullback", "undeferred"]
+__all__ = ["defer_pullback", "undeferred"]
 
-_local = threading.local()  # .deferral: that of this thread
 OPEN: list[_Deferral] = []  # of all threads
 
 
@@ -132,50 +136,30 @@ def defer_pullback() -> Iterator[None]:
             parameter has been modified in place inside; `backward` with `create_graph=True`, or
             outside for a forward pass inside; a synchronizing forward of DistributedDataParallel.
     """
-    if getattr(_local, "deferral", None) is not None:
+    if getattr(DEFERRING, "deferral", None) is not None:
         yield
         return
-    deferral = _local.deferral = _Deferral()
+    deferral = DEFERRING.deferral = _Deferral()
     OPEN.append(deferral)
     try:
         yield
-        _local.deferral = None
+        DEFERRING.deferral = None
         deferral.flush()
     finally:
-        _local.deferral = None
+        DEFERRING.deferral = None
         OPEN.remove(deferral)
         deferral.close()
-
-
-class Readable:
-    """A computation whose outputs hang in the graph by one node, for all reads."""
-
-    __slots__ = ("computation", "graphed")
-
-    def __init__(self, computation: Computation) -> None:
-        self.computation = computation
-        self.graphed: tuple[Tensor, ...] | None = None
-
-    def outputs(self) -> tuple[Tensor, ...]:
-        """The outputs as functions of the inputs; inside `defer_pullback`, of nothing."""
-        deferral = getattr(_local, "deferral", None) if OPEN else None
-        if deferral is not None:
-            return deferral.give(self.computation)
-        if self.graphed is None:
-            with torch.inference_mode(False), torch.enable_grad():
-                self.graphed = attach(self.computation)
-        return self.graphed
 
 
 @contextlib.contextmanager
 def undeferred() -> Iterator[None]:
     """Read as outside of `defer_pullback`."""
-    deferral = getattr(_local, "deferral", None)
-    _local.deferral = None
+    deferral = getattr(DEFERRING, "deferral", None)
+    DEFERRING.deferral = None
     try:
         yield
     finally:
-        _local.deferral = deferral
+        DEFERRING.deferral = deferral
 
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:

@@ -29,10 +29,10 @@ from orthonet.linalg.retraction import CenteredMap, Moved, center, retract
 from orthonet.reparametrizers.providers.computation import (
     SWAPPING,
     Computation,
+    Readable,
     pulled_cold,
     same_stream,
 )
-from orthonet.reparametrizers.providers.defer import Readable
 from orthonet.reparametrizers.providers.edits import differs, warn_edited
 from orthonet.reparametrizers.providers.matrices import (
     Member,
@@ -71,8 +71,11 @@ class Record:
     """The value of one parameter at the center, and the state of the parameter that it belongs to.
 
     `value` is None for a parameter that does not stand at the center: there is nothing to look at.
+    `number` is that of the weight that it was made for, and `steps` are what makes its map.
     """
 
+    number: int
+    steps: _torch.ModuleStamp
     parameter: Callable[[], Tensor | None]  # a weak reference
     stamp: _torch.Stamp
     batch: Batch
@@ -83,6 +86,10 @@ class Record:
 
     def __post_init__(self) -> None:
         self.kept = None if self.value is None else _torch.Stamp(self.value)
+
+    def made_for(self, weight: Weight) -> bool:
+        """Whether it was made for `weight`, whose map is the same still: the map is not asked."""
+        return self.number == number_of(weight) and self.steps.holds(weight)
 
     def of(self, weight: Weight) -> bool:
         """Whether the parameter of `weight` is as it was."""
@@ -316,7 +323,10 @@ class Engine:
             batch.centered = Centered(way, *center(result.point))
             values = split(batch.centered.u, parameters)
         for piece, p, value in zip(pieces, parameters, values, strict=True):
+            weight = piece.member.weight
             record = self.records[id(p)] = Record(
+                number_of(weight),
+                _torch.ModuleStamp(weight),
                 weakref.ref(p, functools.partial(self._drop, id(p))),
                 stamps[id(p)],
                 batch,
@@ -325,7 +335,7 @@ class Engine:
                 _torch.current_stream(p),
             )
             if record.value is not None:
-                batch.weights.append(weakref.ref(piece.member.weight))
+                batch.weights.append(weakref.ref(weight))
 
     def _drop(self, key: int, _: object) -> None:
         record = self.records.get(key)
@@ -435,6 +445,9 @@ class Engine:
 
     def _present(self, weight: Weight) -> Record | None:
         """The record of a matrix as it stands; looked at with all others that have none."""
+        record = self._record_of(weight)
+        if record is not None and record.made_for(weight) and record.holds(weight):
+            return record
         held = member(weight)
         if held is None:
             return None
@@ -454,6 +467,9 @@ class Engine:
             with torch.inference_mode(False), torch.no_grad():
                 self.serve(list(self._unknown()), functools.partial(self.retract, move=False))
         return self._current(held)
+
+    def _record_of(self, weight: Weight) -> Record | None:
+        return self.records.get(id(weight._parameters.get("original")))
 
     def _current(self, held: Member) -> Record | None:
         """The record of a matrix, if that is of its parameter as it stands, and of its map."""
@@ -518,9 +534,9 @@ class Engine:
             and other.composed == weight.composed
             and (not alone or other is weight)
             and self._shares_node(other, grad, home)
-            and (held := member(other)) is not None
-            and (record := self._current(held)) is not None
+            and (record := self._record_of(other)) is not None
             and record.batch is batch
+            and record.holds(other)
         ]
         if not any(other is weight for other, _ in members):  # tied to one of them
             members = [(weight, found.records[0])]
@@ -544,10 +560,11 @@ class Engine:
                 continue
             if not other.caching or not self._shares_node(other, grad, home):
                 continue
-            kept = [member(part) for part in composition.parts]
-            records = [None if held is None else self._current(held) for held in kept]
-            pairs = zip(records, wanted, strict=True)
-            if all(r and r.batch is batch and r.value is not None for r, batch in pairs):
+            records = [self._record_of(part) for part in composition.parts]
+            triples = zip(records, composition.parts, wanted, strict=True)
+            if all(
+                r and r.value is not None and r.batch is b and r.holds(p) for r, p, b in triples
+            ):
                 members.append((other, composition, records))
         members.sort(key=lambda member: member[2][0].span[0])
         parts = [

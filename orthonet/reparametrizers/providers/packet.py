@@ -27,6 +27,8 @@ class Centered(NamedTuple):
 
     def rows(self, spans: Sequence[tuple[int, int]]) -> Centered:
         """The matrices of some parameters, each given by its first matrix and their number."""
+        if self.u.ndim == 2 and len(spans) == 1:
+            return self
         parts: list[Tensor] = []
         for t in self[1:]:
             t = t.reshape(-1, *t.shape[-2:])
