@@ -89,8 +89,8 @@ class Provider(Protocol):
 PROVIDERS: list[Provider] = []
 """Who is asked for the value of a weight, in this order: `orthonet.reparametrizers.providers`."""
 
-INVALIDATE: list[Callable[[nn.Module], None]] = []
-"""At most one function that forgets what is kept of a module, set by the providers."""
+INVALIDATE: list[Callable[[nn.Module | None], None]] = []
+"""At most one function that forgets what is kept of a module, or of all, set by the providers."""
 
 COMPILED: list[Callable[[Weight], Tensor]] = []
 """At most one function that reads a weight inside of `torch.compile`, set by the providers."""
@@ -241,6 +241,7 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
         """Keep nothing that would hinder PyTorch from swapping the parameters for others."""
         if torch.__future__.get_swap_module_params_on_conversion():
             for invalidate in INVALIDATE:
+                invalidate(None)  # no record of a batch, nor a graph that others share
                 invalidate(self)
 
     @abc.abstractmethod

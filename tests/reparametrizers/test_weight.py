@@ -160,9 +160,8 @@ def test_copies_are_weights_of_their_own(make):
 
 def test_pytorch_may_swap_the_parameters_for_those_of_another_dtype():
     swaps = torch.__future__.get_swap_module_params_on_conversion()
-    net = nn.Sequential(
-        layers.OrthoConv2d(2, 2, 3, padding=1), nn.Flatten(), layers.OrthoLinear(32, 32)
-    )
+    kinds = [layers.OrthoConv2d(2, 2, 3, padding=1) for _ in range(2)]  # that share a graph
+    net = nn.Sequential(*kinds, nn.Flatten(), *(layers.OrthoLinear(32, 32) for _ in range(2)))
     x, step = torch.randn(2, 2, 4, 4), torch.optim.SGD(net.parameters(), 0.1)
     try:
         torch.__future__.set_swap_module_params_on_conversion(True)

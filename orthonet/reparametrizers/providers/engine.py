@@ -76,7 +76,7 @@ class Record:
 
     number: int
     steps: _torch.ModuleStamp
-    parameter: Callable[[], Tensor | None]  # a weak reference
+    parameter: weakref.ref[Tensor]
     stamp: _torch.Stamp
     batch: Batch
     span: tuple[int, int]
@@ -225,16 +225,13 @@ class Engine:
         self.homes: weakref.WeakKeyDictionary[Weight, int] = weakref.WeakKeyDictionary()
 
     def forget(self, module: nn.Module | None = None) -> None:
-        """Look anew at the parameters of `module`, or of all modules, when they are read.
-
-        Neither a weak reference to one nor a node of a graph is left: `swap_tensors` refuses them.
-        """
+        """Look anew at the parameters of `module`, or of all modules, when they are read."""
         with self.lock:
-            kept = list(self.records) if module is None else map(id, module.parameters())
-            for record in filter(None, [self.records.pop(key, None) for key in kept]):
-                record.parameter = _nothing
-                for shared in list(record.batch.shared.values()):
-                    shared.graphed = None
+            if module is None:
+                self.records.clear()
+            else:
+                for parameter in module.parameters():
+                    self.records.pop(id(parameter), None)
             for weight in alive() if module is None else module.modules():
                 served = vars(weight).get(SLOT)
                 if served is not None:
@@ -588,10 +585,6 @@ def _own(weight: Weight) -> tuple[object, ...]:
 
 def _same(some: Sequence[object], others: Sequence[object]) -> bool:
     return len(some) == len(others) and all(map(operator.is_, some, others))
-
-
-def _nothing() -> None:
-    """What a record that is forgotten refers to."""
 
 
 ENGINE = Engine()
