@@ -45,14 +45,8 @@ __all__ = [
     "current_stream",
     "eager",
     "flat_weights",
-    "foreach_add",
-    "foreach_addcmul_",
     "foreach_copy_",
-    "foreach_lerp_",
-    "foreach_mul",
-    "foreach_mul_",
     "foreach_norm",
-    "foreach_sub_",
     "has_dispatch_mode",
     "has_function_mode",
     "has_saved_tensor_hooks",
@@ -263,14 +257,8 @@ def running_ddp() -> Any:
 # Tensors and modules.
 
 _torch: Any = torch
-foreach_add = _torch._foreach_add
-foreach_addcmul_ = _torch._foreach_addcmul_
 foreach_copy_ = _torch._foreach_copy_
-foreach_lerp_ = _torch._foreach_lerp_
-foreach_mul = _torch._foreach_mul
-foreach_mul_ = _torch._foreach_mul_
 foreach_norm = _torch._foreach_norm
-foreach_sub_ = _torch._foreach_sub_
 """One call for a list of tensors, as `torch.optim` uses them; an empty list is an error."""
 
 

@@ -269,32 +269,11 @@ def test_shards_are_told_from_whole_tensors(tmp_path):
 
 def test_foreach_functions_are_loops():
     generator = torch.Generator().manual_seed(0)
-    a, b, c = ([torch.randn(n, generator=generator) for n in (2, 3)] for _ in range(3))
-    pairs = list(zip(a, b, strict=True))
-
-    def same(found, expected):
-        return all(torch.allclose(x, y) for x, y in zip(found, expected, strict=True))
-
-    def copies():
-        return [t.clone() for t in a]
-
-    assert same(_torch.foreach_add(a, b, alpha=2.0), [x + 2.0 * y for x, y in pairs])
-    assert same(_torch.foreach_mul(a, 3.0), [3.0 * x for x in a])
-    assert same(_torch.foreach_norm(a), [x.norm() for x in a])
-    moved = copies()
-    _torch.foreach_mul_(moved, 3.0)
-    assert same(moved, [3.0 * x for x in a])
-    moved = copies()
-    _torch.foreach_sub_(moved, b)
-    assert same(moved, [x - y for x, y in pairs])
-    moved = copies()
-    _torch.foreach_lerp_(moved, b, 0.25)
-    assert same(moved, [x.lerp(y, 0.25) for x, y in pairs])
-    moved = copies()
-    _torch.foreach_addcmul_(moved, b, c, 0.5)
-    assert same(moved, [x + 0.5 * y * z for x, y, z in zip(a, b, c, strict=True)])
-    _torch.foreach_copy_(moved, b)
-    assert same(moved, b)
+    a, b = ([torch.randn(n, generator=generator) for n in (2, 3)] for _ in range(2))
+    norms = _torch.foreach_norm(a)
+    assert all(torch.allclose(n, x.norm()) for n, x in zip(norms, a, strict=True))
+    _torch.foreach_copy_(a, b)
+    assert all(map(torch.equal, a, b))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from orthonet import _checks
 
 __all__ = [
     "add_identity",
+    "batches",
     "cholesky",
     "compute_dtype",
     "divide_triangular",
@@ -22,9 +25,12 @@ __all__ = [
     "on_tall",
     "require_finite",
     "rms_scale",
+    "split",
+    "stacked",
     "symmetric_product",
 ]
 
+T = TypeVar("T")
 
 _BLOCKS_FROM = 384  # below, the calls cost more than the products saved
 _PADDING = 16  # see `cholesky`
@@ -160,3 +166,50 @@ def rms_scale(x: Tensor) -> Tensor:
 def gram_defect(gram: Tensor) -> Tensor:
     """Frobenius norm of gram - I for each matrix of the batch."""
     return torch.linalg.matrix_norm(add_identity(gram.clone(), -1.0))
+
+
+_ALONE_FROM = 384  # smaller side from which one matrix fills a processor
+
+
+def batches(
+    items: Sequence[T],
+    matrices: Callable[[T], Tensor],
+    kind: Callable[[T], object] = lambda _: None,
+    largest: float = math.inf,
+) -> Iterator[list[T]]:
+    """Yield items whose matrices make one batch: of one shape, dtype, device and kind.
+
+    A batch has at most about `largest` entries. On the CPU large matrices stay alone: a batch of
+    them gains nothing and is copied.
+    """
+    groups: dict[object, list[T]] = {}
+    for item in items:
+        p = matrices(item)
+        groups.setdefault((p.shape[-2:], p.dtype, p.device, kind(item)), []).append(item)
+    for group in groups.values():
+        p = matrices(group[0])
+        alone = p.device.type == "cpu" and min(p.shape[-2:]) >= _ALONE_FROM
+        batch: list[T] = []
+        size = 0
+        for item in group:
+            size += matrices(item).numel()
+            if batch and (alone or size > largest):
+                yield batch
+                batch, size = [], matrices(item).numel()
+            batch.append(item)
+        yield batch
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Return all matrices of some tensors as one batch, (k, m, n); a single one as (m, n)."""
+    if len(tensors) > 1:
+        return torch.cat([t.reshape(-1, *t.shape[-2:]) for t in tensors])
+    sizes = tensors[0].shape[-2:]
+    return tensors[0].reshape(sizes if tensors[0].shape[:-2].numel() == 1 else (-1, *sizes))
+
+
+def split(batch: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return the inverse of `stacked`: a tensor of the batch shape of each of `like`."""
+    sizes = batch.shape[-2:]
+    pieces = batch.reshape(-1, *sizes).split([t.shape[:-2].numel() for t in like])
+    return [p.reshape(*t.shape[:-2], *sizes) for p, t in zip(pieces, like, strict=True)]

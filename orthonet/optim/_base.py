@@ -13,14 +13,12 @@ from torch.optim.optimizer import ParamsT
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg.distributed import assign, exchange, put_, rank_and_size, whole
-from orthonet.optim._batches import Block, blocks
-from orthonet.optim._stiefel_steps import residual, retract
+from orthonet.optim._stiefel_steps import Block, blocks, residual, retract
 
 __all__ = [
     "PointOptimizer",
     "StiefelOptimizer",
     "evaluated",
-    "require_matrices",
     "require_orthogonal",
 ]
 
@@ -28,8 +26,8 @@ State = dict[str, Tensor]
 Read = tuple[Block, tuple[Tensor, Tensor, State]]  # a block; its points, gradients and states
 
 
-def require_matrices(owner: object, params: Sequence[Tensor]) -> None:
-    """Every parameter must be a matrix (or batch) in float32 or float64."""
+def require_orthogonal(owner: object, params: Sequence[Tensor]) -> None:
+    """Every parameter must be a matrix (or batch) in float32 or float64, orthogonal to 1e-3."""
     for p in params:
         _checks.require(
             p.ndim >= 2,
@@ -46,10 +44,6 @@ def require_matrices(owner: object, params: Sequence[Tensor]) -> None:
             "Keep it in float32 and use torch.autocast, or FSDP2's MixedPrecisionPolicy",
             dtype=p.dtype,
         )
-
-
-def require_orthogonal(owner: object, params: Sequence[Tensor]) -> None:
-    """Every matrix must be semi-orthogonal to 1e-3."""
     for p in params:
         if p.is_meta or 0 in p.shape:
             continue
@@ -166,6 +160,7 @@ class StiefelOptimizer(PointOptimizer):
         process_group: The processes that share the work, or None.
     """
 
+    _step_plain: Callable[[list[Tensor], Any, dict[str, Any]], None]  # of plain parameters
     _matrices: tuple[str, ...] = ()  # names of states like the parameter
     _scalars: tuple[str, ...] = ()  # names of states with one number for each matrix
 
@@ -176,7 +171,6 @@ class StiefelOptimizer(PointOptimizer):
     def _check_points(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if not group["stiefel"]:
             return
-        require_matrices(self, params)
         require_orthogonal(self, params)
         _checks.require(
             group["weight_decay"] == 0,
@@ -211,7 +205,7 @@ class StiefelOptimizer(PointOptimizer):
                     self._refuse_gradients(params)
                     raise
             elif params:
-                self._step_plain(params, group)
+                self._step_plain(params, self.state, group)
         return loss
 
     def _refuse_gradients(self, params: list[Tensor]) -> None:
@@ -237,20 +231,20 @@ class StiefelOptimizer(PointOptimizer):
         found = list(blocks(params))
         rank, size = rank_and_size(self.process_group)
         owners = assign([block.cost for block in found], size)
-        mine = []
-        for block, owner in zip(found, owners, strict=True):
-            # the shards of a parameter are gathered by all, since that is a collective
-            tensors = self._read(block, names)
-            if owner == rank:
-                mine.append((block, tensors))
-        moved = self._move(mine, group)
-        results = {
-            id(block): (x, state) for (block, (_, _, state)), x in zip(mine, moved, strict=True)
-        }
+        # by all, since to gather the shards of a parameter is a collective
+        results = [self._read(block, names) for block in found]
+        mine = [i for i, owner in enumerate(owners) if owner == rank]
+        moved = self._move([(found[i], results[i]) for i in mine], group)
+        for i, x in zip(mine, moved, strict=True):
+            results[i] = (x, *results[i][1:])
+        kept = (*names, *self._scalars)
         if self.process_group is not None:
-            self._exchange(found, owners, results, names)
-        for block in found:
-            self._write(block, *results[id(block)], names)
+            pieces = [t for x, _, state in results for t in (x, *(state[n] for n in kept))]
+            whose = [owner for owner in owners for _ in range(1 + len(kept))]
+            told = iter(exchange(pieces, whose, self.process_group))
+            results = [(next(told), g, {n: next(told) for n in kept}) for _, g, _ in results]
+        for block, (x, _, state) in zip(found, results, strict=True):
+            self._write(block, x, state, names)
 
     def _move(self, mine: list[Read], group: dict[str, Any]) -> list[Tensor]:
         """The new points of blocks that were read; their states are changed."""
@@ -278,11 +272,11 @@ class StiefelOptimizer(PointOptimizer):
         grad = block.gather([whole(p.grad) for p in params])  # type: ignore[arg-type]
         state = {n: block.gather([whole(self.state[p][n]) for p in params]) for n in names}
         for n in self._scalars:
-            state[n] = block.gather_scalars([self.state[p][n] for p in params])
+            state[n] = block.gather([self.state[p][n] for p in params])
         for p in params:
             self.state[p]["step"] += 1
         steps = [self.state[p]["step"].expand(*p.shape[:-2], 1, 1) for p in params]
-        state["step"] = block.gather_scalars(steps).double()
+        state["step"] = block.gather(steps).double()
         return x, grad, state
 
     def _write(self, block: Block, x: Tensor, state: State, names: tuple[str, ...]) -> None:
@@ -291,44 +285,11 @@ class StiefelOptimizer(PointOptimizer):
             for p, piece in zip(block.params, block.spread(value), strict=True):
                 put_(p if name is None else self.state[p][name], piece)
 
-    def _exchange(
-        self,
-        found: list[Block],
-        owners: list[int],
-        results: dict[int, tuple[Tensor, State]],
-        matrices: tuple[str, ...],
-    ) -> None:
-        """Let all processes have the results of all blocks."""
-        pieces, whose = [], []
-        names = (*matrices, *self._scalars)
-        for block, owner in zip(found, owners, strict=True):
-            if id(block) in results:
-                x, state = results[id(block)]
-                given = [x, *(state[n] for n in names)]
-            else:
-                n, k = max(block.shape), min(block.shape)
-                batch = () if block.alone else (sum(block.counts),)
-                like = block.params[0]
-                shapes = [(n, k)] * (1 + len(matrices)) + [(1, 1)] * len(self._scalars)
-                given = [
-                    torch.empty(*batch, *shape, dtype=like.dtype, device=like.device)
-                    for shape in shapes
-                ]
-            pieces += given
-            whose += [owner] * len(given)
-        received = iter(exchange(pieces, whose, self.process_group))
-        for block in found:
-            results[id(block)] = next(received), {name: next(received) for name in names}
-
     def _direction(
         self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """The direction D of the step X - lr D and a factor of it; puts new tensors in `state`."""
         _checks.fail(self, "a subclass must define _direction()", "Define it", TypeError)
-
-    def _step_plain(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Move plain parameters."""
-        _checks.fail(self, "a subclass must define _step_plain()", "Define it", TypeError)
 
 
 def _moved(x: Tensor, d: Tensor, factor: Tensor | None, lr: float | Tensor) -> Tensor:

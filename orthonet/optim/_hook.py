@@ -12,9 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from orthonet import _checks, _torch
 from orthonet.linalg.distributed import assign, exchange, put_, rank_and_size, whole
-from orthonet.optim._base import require_matrices, require_orthogonal
-from orthonet.optim._batches import blocks
-from orthonet.optim._stiefel_steps import retract, tangent
+from orthonet.optim._base import require_orthogonal
+from orthonet.optim._stiefel_steps import blocks, retract, tangent
 from orthonet.reparametrizers import REEVALUATING_OPTIMIZERS
 
 __all__ = ["retract_after_step"]
@@ -104,7 +103,6 @@ def retract_after_step(
             "Pass the same tensors to both",
             shape=tuple(p.shape),
         )
-    require_matrices("retract_after_step", chosen)
     require_orthogonal("retract_after_step", chosen)
 
     @torch.no_grad()

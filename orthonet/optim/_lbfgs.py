@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -258,20 +259,16 @@ class RiemannianLBFGS(RiemannianOptimizer):
 REEVALUATING_OPTIMIZERS.add(RiemannianLBFGS)
 
 
+@dataclass
 class _Found:
-    """The end of a line search."""
+    """The end of a line search: the loss, gradients and step there, and where it began."""
 
-    def __init__(
-        self,
-        loss: Tensor,
-        grads: list[Tensor],
-        t: float,
-        before: list[Tensor],
-        moved: list[Tensor] | None,
-        evaluations: int,
-    ) -> None:
-        self.loss, self.grads, self.t = loss, grads, t
-        self.before, self.moved, self.evaluations = before, moved, evaluations
+    loss: Tensor
+    grads: list[Tensor]
+    t: float
+    before: list[Tensor]
+    moved: list[Tensor] | None
+    evaluations: int
 
 
 def _inner(points: Points, u: list[Tensor], v: list[Tensor]) -> float:

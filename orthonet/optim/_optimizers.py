@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd
 
 from orthonet import _checks
 from orthonet._torch import foreach_norm
 from orthonet.linalg.matrix import minus_transpose
 from orthonet.optim._base import Read, State, StiefelOptimizer
-from orthonet.optim._batches import Block
-from orthonet.optim._plain import adam_step, sgd_step
 from orthonet.optim._rotations import EVERY, Turn, Workspace, rotate
-from orthonet.optim._stiefel_steps import newton_schulz_sign, symmetric_part, tangent
+from orthonet.optim._stiefel_steps import Block, newton_schulz_sign, symmetric_part, tangent
 
 __all__ = ["StiefelAdam", "StiefelMuon", "StiefelSGD"]
+
+
+def sgd_step(params: list[Tensor], states: Any, group: dict[str, Any]) -> None:
+    """Move plain parameters as `torch.optim.SGD` does."""
+    buffers = [states[p].get("momentum_buffer") for p in params]
+    options = {n: group[n] for n in ("weight_decay", "momentum", "lr", "dampening", "nesterov")}
+    sgd(params, [cast(Tensor, p.grad) for p in params], buffers, maximize=False, **options)
+    for p, buffer in zip(params, buffers, strict=True):
+        if buffer is not None:
+            states[p]["momentum_buffer"] = buffer
+
+
+def adam_step(params: list[Tensor], states: Any, group: dict[str, Any]) -> None:
+    """Move plain parameters as `torch.optim.AdamW` does."""
+    for p in params:
+        if not states[p]:
+            step = torch.tensor(0.0, dtype=torch.float32)
+            moments = {n: torch.zeros_like(p) for n in ("exp_avg", "exp_avg_sq")}
+            states[p].update(step=step, **moments)
+    options = {n: group[n] for n in ("lr", "weight_decay", "eps")}
+    adamw(
+        params,
+        [cast(Tensor, p.grad) for p in params],
+        [states[p]["exp_avg"] for p in params],
+        [states[p]["exp_avg_sq"] for p in params],
+        [],
+        [states[p]["step"] for p in params],
+        amsgrad=False,
+        maximize=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        **options,
+    )
 
 
 class StiefelSGD(StiefelOptimizer):
@@ -67,6 +100,7 @@ class StiefelSGD(StiefelOptimizer):
     """
 
     _matrices = ("momentum_buffer",)
+    _step_plain = staticmethod(sgd_step)
 
     def __init__(
         self,
@@ -102,9 +136,6 @@ class StiefelSGD(StiefelOptimizer):
             grad = torch.where((state["step"] == 1).to(x.device), grad, grad * (1.0 - dampening))
         state["momentum_buffer"] = m = tangent(x, (before * momentum).add_(grad))
         return (_ahead(m, before, momentum) if group["nesterov"] else m), None
-
-    def _step_plain(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        sgd_step(params, self.state, group)
 
 
 class StiefelAdam(StiefelOptimizer):
@@ -156,8 +187,8 @@ class StiefelAdam(StiefelOptimizer):
         optimization on the Stiefel manifold via the Cayley transform*, ICLR 2020 (Cayley Adam).
     """
 
-    _matrices = ("exp_avg",)
-    _scalars = ("exp_avg_sq",)
+    _matrices, _scalars = ("exp_avg",), ("exp_avg_sq",)
+    _step_plain = staticmethod(adam_step)
 
     def __init__(
         self,
@@ -239,9 +270,6 @@ class StiefelAdam(StiefelOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_versions": {}}
 
-    def _step_plain(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        adam_step(params, self.state, group)
-
 
 class StiefelMuon(StiefelOptimizer):
     r"""Momentum whose direction is made nearly orthogonal, on the Stiefel manifold.
@@ -285,6 +313,7 @@ class StiefelMuon(StiefelOptimizer):
     """
 
     _matrices = ("momentum_buffer",)
+    _step_plain = staticmethod(adam_step)
 
     def __init__(
         self,
@@ -327,9 +356,6 @@ class StiefelMuon(StiefelOptimizer):
         d = _ahead(m, before, momentum) if group["nesterov"] else m
         dtype = group["ns_dtype"] if x.dtype == torch.float32 else x.dtype
         return tangent(x, newton_schulz_sign(d, group["ns_steps"], dtype)), None
-
-    def _step_plain(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        adam_step(params, self.state, group)
 
 
 def _ahead(m: Tensor, before: Tensor, momentum: float) -> Tensor:

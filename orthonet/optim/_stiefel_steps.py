@@ -8,13 +8,24 @@ terms of third order.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from orthonet.linalg import polar, retraction
-from orthonet.linalg.matrix import add_identity
+from orthonet.linalg.matrix import add_identity, batches, split, stacked
 
-__all__ = ["newton_schulz_sign", "residual", "retract", "symmetric_part", "tangent"]
+__all__ = [
+    "Block",
+    "blocks",
+    "newton_schulz_sign",
+    "residual",
+    "retract",
+    "symmetric_part",
+    "tangent",
+]
 
 # The odd quintic of Muon: maps (0, 1] into about [0.7, 1.2] in five steps and keeps zeros.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -75,3 +86,33 @@ def newton_schulz_sign(d: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
         gram = x.mT @ x
         x = x @ add_identity(gram * b + (gram @ gram) * c, a)
     return x.to(d.dtype)
+
+
+class Block:
+    """Some parameters whose matrices have one shape, dtype and device."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.params = list(params)
+        self.shape = params[0].shape[-2:]
+        self.count = sum(math.prod(p.shape[:-2]) for p in params)
+
+    @property
+    def cost(self) -> float:
+        """Multiplications of one product, up to a factor."""
+        n, k = max(self.shape), min(self.shape)
+        return float(self.count * n * k * k)
+
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The tensors that belong to the parameters, (m, n) or (count, m, n), with m >= n."""
+        x = stacked(tensors)
+        return x.mT if x.shape[-2] < x.shape[-1] else x
+
+    def spread(self, x: Tensor) -> list[Tensor]:
+        """Back: one tensor of the parameter's shape, or of one number a matrix, for each."""
+        wide = self.shape[0] < self.shape[1]
+        return split(x.mT if wide else x, self.params)
+
+
+def blocks(params: Sequence[Tensor]) -> Iterator[Block]:
+    """The parameters in blocks: one batched call for each."""
+    return map(Block, batches(params, lambda p: p))

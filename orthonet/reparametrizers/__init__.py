@@ -2,15 +2,13 @@
 
 from orthonet.reparametrizers._kernel import OrthoKernel
 from orthonet.reparametrizers._kernel_methods import KERNEL_METHODS, ReshapedKernel
-from orthonet.reparametrizers._mapped import MappedWeight
+from orthonet.reparametrizers._mapped import FourierWeight, MappedWeight
 from orthonet.reparametrizers._normalizers import (
     BatchedIdentity,
     BatchedPowerIteration,
     L2Normalize,
 )
-from orthonet.reparametrizers._parameter_groups import parameter_groups
-from orthonet.reparametrizers._spectral import FourierWeight
-from orthonet.reparametrizers.groups import fuse, unfuse
+from orthonet.reparametrizers._parameter_groups import fuse, parameter_groups, unfuse
 from orthonet.reparametrizers.orthogonal import OrthoWeight
 from orthonet.reparametrizers.orthogonalizers import (
     BatchedBjorckOrthogonalization,

@@ -144,8 +144,10 @@ class OrthoKernel(Weight):
         return self.geometry.orthogonal
 
     def _parts(self) -> list[OrthoWeight]:
-        parts = (self.outer, self.embedding, self.bases)
-        return [part for part in parts if part is not None]
+        return [part for part in self._slots() if part is not None]
+
+    def _slots(self) -> tuple[OrthoWeight | None, OrthoWeight | None, OrthoWeight | None]:
+        return self.outer, self.embedding, self.bases
 
     def composition(self) -> Composition | None:
         """From the values of the factors; None for a subclass that computes something else."""
@@ -167,8 +169,7 @@ class OrthoKernel(Weight):
         value in the dtype of its storage.
         """
         kept = self.caching and self.dtype == compute_dtype(self.dtype)
-        parts = (self.outer, self.embedding, self.bases)
-        outer, embedding, bases = (p and (p() if kept else p.compute()) for p in parts)
+        outer, embedding, bases = (p and (p() if kept else p.as_part()) for p in self._slots())
         bases = None if bases is None else sharpened(bases)
         weights = None if self.scores is None else chosen(self._work(self.scores))
         return KernelFactors(outer, embedding, bases, weights)
@@ -181,7 +182,7 @@ class OrthoKernel(Weight):
         """Compute the kernel, in the dtype of the parameters."""
         first = self._parts()[0].original
         with _torch.without_autocast(first):
-            values = [part.compute() for part in self._parts()]
+            values = [part.as_part() for part in self._parts()]
             scores = [] if self.scores is None else [self._work(self.scores)]
             (kernel,) = self.geometry.compose_all(values, scores, 1)
             return kernel.to(first.dtype)
@@ -310,8 +311,7 @@ class OrthoKernel(Weight):
         return fit_factors(g, target, restarts=restarts, enough=enough)
 
     def _set(self, factors: KernelFactors) -> None:
-        parts = (self.outer, self.embedding, self.bases)
-        for part, value in zip(parts, factors[:3], strict=True):
+        for part, value in zip(self._slots(), factors[:3], strict=True):
             if part is not None and value is not None:
                 part.assign_(value.to(compute_dtype(part.original.dtype)))
         if self.scores is not None and factors.weights is not None:

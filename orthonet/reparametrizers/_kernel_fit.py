@@ -50,9 +50,8 @@ class _Problem:
         self.taps = len(kernel.kernel_size)
         outer, embedding, _ = kernel.factor_shapes()
         self.has_outer, self.has_embedding = outer is not None, embedding is not None
-        self.dims = kernel.dims
+        self.dims, self.rank = kernel.dims, kernel.rank
         self.free = kernel.ranks == "free"
-        self.rank = kernel.channels if self.free else kernel.channels // 2
         self.ties = False  # whether directions that do not matter join a projector of free rank
         self.target = target  # (g, out, in, *k)
 
@@ -314,26 +313,25 @@ def _fit(
             return near, _distance(kernel, near, target)
     exact = problem.exact()
     best, least = problem.improve(exact or near or problem.initial(), sweeps)
-    if exact is not None and least > max(enough, 1e-6):
-        factors, distance = problem.improve(problem.initial(), sweeps)
+
+    def search(start: KernelFactors) -> None:
+        nonlocal best, least
+        factors, distance = problem.improve(start, sweeps)
         if distance < least:
             best, least = factors, distance
+
+    if exact is not None and least > max(enough, 1e-6):
+        search(problem.initial())
     if problem.free and restarts and enough < least:
         problem.ties = True
-        factors, distance = problem.improve(problem.initial(), sweeps)
-        if distance < least:
-            best, least = factors, distance
+        search(problem.initial())
     generator = torch.Generator().manual_seed(0)
     for _ in range(restarts):
         if least <= enough or least > _FAR:
             break
         drawn = (
-            None
-            if value is None
-            else haar(value.shape, dtype=value.dtype, generator=generator).to(value.device)
-            for value in best[:3]
+            v if v is None else haar(v.shape, dtype=v.dtype, generator=generator).to(v.device)
+            for v in best[:3]
         )
-        factors, distance = problem.improve(KernelFactors(*drawn, weights=best.weights), sweeps)
-        if distance < least:
-            best, least = factors, distance
+        search(KernelFactors(*drawn, weights=best.weights))
     return best, least

@@ -93,7 +93,7 @@ class ReshapedKernel(Weight):
 
     def evaluate(self) -> Tensor:
         """Compute the kernel, in the dtype of the parameters."""
-        matrix = self.outer.compute()
+        matrix = self.outer.as_part()
         return (self._scale * matrix).reshape(self.shape).to(self.outer.original.dtype)
 
     def reset_parameters(self) -> None:

@@ -133,6 +133,10 @@ class OrthoWeight(RecordedWeight):
             exact = self.map is not None and getattr(self.orthogonalizer, "exact", False)
             return self.orthogonalizer(w if exact else self.normalizer(w))
 
+    def as_part(self) -> Tensor:
+        """As `compute`, for a kernel; hooks, such as those of pruning, run in a call only."""
+        return self() if _torch.is_hooked(self) else self.compute()
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw a matrix from the Haar distribution; nothing happens on the meta device."""

@@ -11,7 +11,7 @@ from torch import nn
 from orthonet import _checks
 from orthonet.errors import ProjectionWarning
 
-__all__ = ["load_plain", "reset_parameters", "start", "warn_projected"]
+__all__ = ["load_plain", "reset_parameters", "warn_projected"]
 
 
 @torch.no_grad()
@@ -46,17 +46,6 @@ def reset_parameters(self: nn.Module) -> None:
             if sample is None:
                 raise
             entry.right_inverse(sample())
-
-
-def start(entry: nn.Module) -> None:
-    """Make whatever the state holds finite, for it may never have been set."""
-    for tensor in (*entry.parameters(), *entry.buffers()):
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            tensor.zero_()
-    for module in entry.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if module is not entry and reset is not None:
-            reset()
 
 
 def load_plain(

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from orthonet import _checks
 from orthonet._torch import without_autocast
-from orthonet.reparametrizers.plain_values import load_plain, reset_parameters, start
+from orthonet.reparametrizers.plain_values import load_plain, reset_parameters
 from orthonet.reparametrizers.weight import Weight
 
 __all__ = ["CachedParametrizationList", "adopt", "bake", "register", "remove"]
@@ -58,7 +58,13 @@ class CachedParametrizationList(Weight, ParametrizationList):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Make whatever the state holds finite, since it may never have been set."""
-        start(self)
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                tensor.zero_()
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
 
     @torch.no_grad()
     def project_(self, value: Tensor, owner: object = None) -> float:

@@ -25,6 +25,7 @@ from orthonet.linalg.retraction import CenteredMap
 __all__ = [
     "COMPILED",
     "GIVEN",
+    "INVALIDATE",
     "NUMBER",
     "PROVIDERS",
     "SLOT",
@@ -87,6 +88,9 @@ class Provider(Protocol):
 
 PROVIDERS: list[Provider] = []
 """Who is asked for the value of a weight, in this order: `orthonet.reparametrizers.providers`."""
+
+INVALIDATE: list[Callable[[nn.Module | None], None]] = []
+"""At most one function that forgets what is kept of a module, or of all, set by the providers."""
 
 COMPILED: list[Callable[[Weight], Tensor]] = []
 """At most one function that reads a weight inside of `torch.compile`, set by the providers."""
@@ -224,6 +228,21 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
         if isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter):
             # FSDP2 sets its shards so, before it lends full tensors whose changes leave no trace.
             vars(self)["_sharded"] = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._let_go()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._let_go()
+        super()._load_from_state_dict(*args)
+
+    def _let_go(self) -> None:
+        """Keep nothing that would hinder PyTorch from swapping the parameters for others."""
+        if torch.__future__.get_swap_module_params_on_conversion():
+            for invalidate in INVALIDATE:
+                invalidate(None)  # no record of a batch, nor a graph that others share
+                invalidate(self)
 
     @abc.abstractmethod
     def evaluate(self) -> Tensor:

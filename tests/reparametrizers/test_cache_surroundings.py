@@ -90,7 +90,7 @@ def test_it_is_freed_with_the_module_without_the_collector(make, x):
     layer = make()
     loss(layer, x).backward()
     kept = [vars(m)["_cached"].current for m in layer.modules() if "_cached" in vars(m)]
-    alive = [weakref.ref(layer), *(weakref.ref(c[2].computation.outputs[0]) for c in kept if c)]
+    alive = [weakref.ref(layer), *(weakref.ref(c.computation.outputs[0]) for c in kept if c)]
     assert len(alive) >= 2
     del kept
     gc.collect()

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import orthonet
 from orthonet import layers
@@ -155,3 +156,42 @@ def test_copies_are_weights_of_their_own(make):
     with torch.no_grad():
         next(twin.parameters()).mul_(1.5)[0].add_(0.1)
     assert not torch.equal(twin.evaluate(), weight.evaluate())
+
+
+def test_pytorch_may_swap_the_parameters_for_those_of_another_dtype():
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    kinds = [layers.OrthoConv2d(2, 2, 3, padding=1) for _ in range(2)]  # that share a graph
+    net = nn.Sequential(*kinds, nn.Flatten(), *(layers.OrthoLinear(32, 32) for _ in range(2)))
+    x, step = torch.randn(2, 2, 4, 4), torch.optim.SGD(net.parameters(), 0.1)
+    try:
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        for _ in range(2):  # the graph of the last pass is kept
+            net(x).sum().backward()
+            step.step()
+        expected, before = net(x), list(net.parameters())
+        net.double()
+        assert all(a is b for a, b in zip(net.parameters(), before, strict=True))
+        torch.testing.assert_close(net(x.double()).float(), expected)
+        other = copy.deepcopy(net)
+        with torch.no_grad():
+            next(other.parameters()).mul_(-1.0)
+        net.load_state_dict(other.state_dict())
+        assert torch.equal(net(x.double()), other(x.double()))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
+@pytest.mark.parametrize("make", [OrthoKernel, ReshapedKernel])
+def test_a_factor_that_is_pruned_makes_the_kernel(make):
+    kernel = make(4, 4, (3, 3), (1, 1), dtype=torch.float64)
+    before, part = kernel().detach(), kernel.outer
+    prune.random_unstructured(part, "original", 0.2)
+    with torch.no_grad():
+        part.original_orig.mul_(torch.linspace(0.5, 1.5, 4)[:, None])
+    assert not torch.allclose(kernel(), before)
+    kernel().square().mul(torch.arange(9.0).view(3, 3)).sum().backward()
+    assert bool((part.original_orig.grad[part.original_mask == 0.0] == 0.0).all())
+    assert bool(part.original_orig.grad.abs().amax() > 0.0)
+    expected = kernel().detach()
+    prune.remove(part, "original")
+    torch.testing.assert_close(kernel(), expected)

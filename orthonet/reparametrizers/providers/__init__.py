@@ -9,12 +9,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from orthonet import _checks, _torch
-from orthonet.reparametrizers.providers import cold_cache, shards
+from orthonet.reparametrizers.providers import cold_cache, processes
 from orthonet.reparametrizers.providers.compiled import compiled_read, compiled_turn
 from orthonet.reparametrizers.providers.defer import defer_pullback
 from orthonet.reparametrizers.providers.engine import ENGINE, REEVALUATING_OPTIMIZERS
-from orthonet.reparametrizers.providers.ranks import share_among_ranks
-from orthonet.reparametrizers.weight import COMPILED, PROVIDERS
+from orthonet.reparametrizers.providers.processes import share_among_ranks
+from orthonet.reparametrizers.weight import COMPILED, INVALIDATE, PROVIDERS
 
 __all__ = [
     "REEVALUATING_OPTIMIZERS",
@@ -41,7 +41,7 @@ def invalidate(module: nn.Module | None = None) -> None:
     if module is not None:
         _checks.module("invalidate", module=module)
     ENGINE.forget(module)
-    shards.forget(module)
+    processes.forget(module)
     if module is None:
         cold_cache.count_step()
     else:
@@ -52,9 +52,10 @@ def invalidate(module: nn.Module | None = None) -> None:
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     cold_cache.count_step()
     ENGINE.after_step(optimizer)
-    shards.after_step(optimizer)
+    processes.after_step(optimizer)
 
 
-PROVIDERS[:] = [ENGINE, cold_cache.read, shards.read]
+PROVIDERS[:] = [ENGINE, cold_cache.read, processes.read_shards]
 COMPILED[:] = [compiled_read]
+INVALIDATE[:] = [invalidate]
 register_optimizer_step_post_hook(_after_step)

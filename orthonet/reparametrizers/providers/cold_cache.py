@@ -1,10 +1,10 @@
 """The cold cache: a computed weight, kept until something that it was computed from changes.
 
 `read(weight)` returns what `weight.evaluate()` computes. The value is kept in a slot of the weight,
-with a `Record` of all that it depends on: the tensors of the module and its sub-modules (their
-versions and storages), their attributes, and the number of optimizer steps that the process has
-taken, since fused optimizers do not count up the version of a tensor. Parts of the weight that the
-engine serves enter as they are served. Where a value cannot be kept (torch.compile, torch.func,
+with a `Snapshot` of all that it depends on: the tensors of the module and its sub-modules (their
+versions and storages) and their attributes; and with the number of optimizer steps that the process
+has taken, since fused optimizers do not count up the version of a tensor. Parts of the weight that
+the engine serves enter as they are served. Where a value cannot be kept (torch.compile, torch.func,
 tracing, tensor subclasses, ...) the answer is None, and the weight is computed anew.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -22,17 +23,18 @@ from orthonet import _torch
 from orthonet.reparametrizers.providers.computation import (
     SWAPPING,
     Computation,
-    attach,
-    own_graph,
+    Readable,
+    computed,
+    same_stream,
 )
-from orthonet.reparametrizers.providers.defer import deferred, undeferred
+from orthonet.reparametrizers.providers.defer import undeferred
 from orthonet.reparametrizers.providers.edits import warn_edited
 from orthonet.reparametrizers.providers.engine import ENGINE
-from orthonet.reparametrizers.providers.structure import STATE, Stamps, Structure
-from orthonet.reparametrizers.weight import GIVEN, EmptyInCopies, Weight
+from orthonet.reparametrizers.weight import EmptyInCopies, Weight
 
 __all__ = ["count_step", "forget", "read", "slot_of"]
 
+_STATE = "_cached"  # the attribute of a module that holds its slot
 _local = threading.local()  # .computing: this thread is inside of `evaluate`
 _steps = 0  # that optimizers of this process have taken
 
@@ -46,7 +48,7 @@ def count_step() -> None:
 def forget(module: nn.Module) -> None:
     """Mark the kept values of `module` and its sub-modules as stale."""
     for part in module.modules():
-        slot = vars(part).get(STATE)
+        slot = vars(part).get(_STATE)
         if slot is not None:
             slot.current = None
 
@@ -54,46 +56,94 @@ def forget(module: nn.Module) -> None:
 class Slot(EmptyInCopies):
     """What a module keeps."""
 
-    __slots__ = ("current", "lock", "off", "structure")
+    __slots__ = ("current", "lock", "off", "snapshot")
 
     def __init__(self) -> None:
-        self.current: tuple[Structure, Stamps, Kept] | None = None
-        self.structure: Structure | None = None  # one for which values may be kept
+        self.current: Kept | None = None
+        self.snapshot: Snapshot | None = None  # the last one
         self.lock = threading.RLock()
         self.off = False  # for good: what the module computes depends on more than can be seen
 
 
 def slot_of(module: nn.Module) -> Slot:
     """The slot of `module`, made when it is first asked for."""
-    slot = vars(module).get(STATE)
-    return vars(module).setdefault(STATE, Slot()) if slot is None else slot
+    slot = vars(module).get(_STATE)
+    return vars(module).setdefault(_STATE, Slot()) if slot is None else slot
 
 
-class Kept:
-    """A computation whose output is kept, and the tensor that readers are given."""
+class Snapshot:
+    """The attributes, sub-modules and tensors of a module, by identity, and the tensors' state.
 
-    __slots__ = ("computation", "constant", "generation", "graphed", "recorded", "stamp", "stream")
+    What is compared is kept alive, so that no identity is used twice. Of the module itself the
+    contents are held, not its dictionary, which leads back here.
+    """
 
-    def __init__(self, computation: Computation, generation: int, recorded: bool) -> None:
-        self.computation = computation
-        self.generation = generation
+    __slots__ = ("audited", "contents", "stamps", "tables")
+
+    def __init__(self, module: nn.Module, before: Snapshot | None = None) -> None:
+        self.tables: list[dict[Any, Any]] = []
+        for part in module.modules():
+            own = () if part is module else (vars(part), *_torch.forward_hook_tables(part))
+            self.tables += [*own, part._parameters, part._buffers, part._modules]
+        self.contents = self._contents(module)
+        tensors = {id(t): t for t in self.contents if isinstance(t, Tensor)}.values()
+        self.stamps = [(t, _torch.Stamp(t)) for t in tensors if _torch.cannot_change_unseen(t)]
+        self.stamps = self.stamps if len(self.stamps) == len(tensors) else []
+        same = before is not None and before.fits(module)
+        # whether it draws no random numbers, with and without a graph
+        self.audited: set[bool] = before.audited if same else set()  # type: ignore[union-attr]
+
+    def _contents(self, module: nn.Module) -> list[object]:
+        found: list[object] = [v for v in vars(module).values() if type(v) is not Slot]
+        for table in self.tables:
+            found += table
+            found += table.values()
+        return found
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors; none if a change of one of them could not be seen."""
+        return [t for t, _ in self.stamps]
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether `module` has the same attributes, sub-modules and tensors."""
+        now = self._contents(module)
+        return len(now) == len(self.contents) and all(map(is_, now, self.contents))
+
+    def unmoved(self) -> bool:
+        """Whether no tensor has changed."""
+        for t, stamp in self.stamps:
+            if t.requires_grad is not stamp.requires_grad or not stamp.holds(t):
+                return False
+        return True
+
+
+class Kept(Readable):
+    """A computation whose output is kept, and the tensors that readers are given."""
+
+    __slots__ = ("constant", "generation", "made_of", "recorded", "stamp", "stream")
+
+    def __init__(self, computation: Computation, made_of: Snapshot, recorded: bool) -> None:
+        super().__init__(computation)
+        self.made_of, self.generation = made_of, _steps
         self.recorded = recorded  # whether it was computed with a graph
         self.constant = computation.outputs[0].detach()
-        self.graphed: Tensor | None = None
         self.stamp, self.stream = _torch.Stamp(self.constant), _torch.current_stream(self.constant)
 
-    def current(self) -> bool:
-        """Whether optimizers and readers have left it alone."""
+    def holds(self, weight: Weight) -> bool:
+        """Whether it is the value of `weight` as that stands, and readers have left it alone."""
         return (
             self.generation == _steps
             and self.stamp.holds(self.constant)
-            and (self.stream is None or self._same_stream())
+            and (self.stream is None or same_stream(self.stream, self.constant))
+            and self.made_of.unmoved()
+            and self.made_of.fits(weight)
         )
 
-    def _same_stream(self) -> bool:
-        """Neither work of another stream nor, in a CUDA graph, of an earlier time."""
-        constant = self.constant
-        return self.stream == _torch.current_stream(constant) and not _torch.capturing(constant)
+    def edited(self) -> bool:
+        """Whether a reader has written to it, and to nothing that it was computed from."""
+        moved = self.generation != _steps or not self.made_of.unmoved()
+        return not moved and not self.stamp.holds(self.constant)
 
     def get(self, grad: bool) -> Tensor | None:
         """The value; None if it is to be differentiable (`grad`) and has been computed without."""
@@ -103,71 +153,32 @@ class Kept:
             if self.constant.requires_grad:  # a reader has changed it
                 self.constant = self.constant.detach()
             return self.constant
-        waiting = deferred(self.computation)
-        if waiting is not None:
-            return waiting[0]
-        if self.graphed is None:
-            (self.graphed,) = attach(self.computation)
-        return self.graphed
+        return self.outputs()[0]
 
 
-def keepable(module: nn.Module) -> Structure | None:
-    """What `module` is made of, if a value that is computed from it may be kept."""
-    slot = slot_of(module)
-    structure = slot.structure
-    if structure is not None and structure.fits(module) and structure.settled() and not slot.off:
-        return structure
-    structure = Structure(module)
-    slot.structure = structure if _all_seen(module, structure) else None
-    return slot.structure
-
-
-def _all_seen(module: nn.Module, structure: Structure) -> bool:
-    """Whether a change of any tensor of `module` would be seen."""
-    parts = list(module.modules())
-    if any(slot.off for part in parts if (slot := vars(part).get(STATE)) is not None):
-        return False
+def _all_seen(weight: Weight, snapshot: Snapshot) -> bool:
+    """Whether a change of any tensor of `weight` would be seen."""
+    parts = list(weight.modules())
     if any(isinstance(part, Weight) and part._sharded for part in parts):
+        return False
+    if any(slot.off for part in parts if (slot := vars(part).get(_STATE)) is not None):
         return False
     registered = {id(p) for part in parts for p in part._parameters.values()}
     buffers = {id(b) for part in parts for b in part._buffers.values()}
-    for t in structure.tensors:
-        if (id(t) in registered and type(t) is not nn.Parameter) or not _torch.cannot_change_unseen(
-            t
-        ):
-            return False
-        if id(t) not in registered and type(t) is not Tensor:
+    for t in snapshot.tensors:
+        if type(t) is not (nn.Parameter if id(t) in registered else Tensor):
             return False
         if id(t) not in registered and t.requires_grad and not (id(t) in buffers and t.is_leaf):
             return False
-    structure.settle()
-    return bool(structure.tensors)
+    return bool(snapshot.tensors)
 
 
-def _hit(weight: Weight, slot: Slot) -> Tensor | None:
+def _hit(weight: Weight, kept: Kept | None) -> Tensor | None:
     """The kept value of `weight`, if there is one and it is current."""
-    if slot.current is None:
+    if kept is None or not kept.holds(weight):
         return None
-    structure, stamps, kept = slot.current
-    if not (kept.current() and stamps.hold() and structure.fits(weight)):
-        return None
-    return kept.get(stamps.requires_grad and torch.is_grad_enabled())
-
-
-def _edited(_: Structure, stamps: Stamps, kept: Kept) -> bool:
-    """Whether a reader has written to the value, and to nothing that it was computed from."""
-    return kept.generation == _steps and stamps.hold() and not kept.stamp.holds(kept.constant)
-
-
-def _keep(weight: Weight, structure: Structure, kept: Kept) -> None:
-    """Keep a value that has just been computed; a user's map may have written to itself."""
-    slot = slot_of(weight)
-    if not structure.fits(weight):
-        audited, structure = structure.audited, Structure(weight)
-        structure.settle()
-        structure.audited = audited
-        slot.structure = structure
-    slot.current = (structure, Stamps(structure), kept)
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in kept.made_of.tensors)
+    return kept.get(learns)
 
 
 def read(weight: Weight) -> Tensor | None:
@@ -176,117 +187,55 @@ def read(weight: Weight) -> Tensor | None:
         return None
     slot = slot_of(weight)
     seen = slot.current
-    value = _hit(weight, slot)
+    value = _hit(weight, seen)
     if value is not None:
         return value
     with slot.lock:  # while another thread computes, the module holds aliases of its parameters
         if slot.current is not seen:  # another thread may have been faster
-            value = _hit(weight, slot)
+            value = _hit(weight, slot.current)
             if value is not None:
                 return value
-        edited = slot.current is not None and _edited(*slot.current)
+        edited = slot.current is not None and slot.current.edited()
         slot.current = None  # free what is out of date first
         if edited:
             warn_edited()
-        structure = keepable(weight)
-        if structure is None:
+        slot.snapshot = snapshot = Snapshot(weight, slot.snapshot)
+        if not _all_seen(weight, snapshot):
             return None
         _local.computing = True
         try:
-            return _computed(weight, structure)
+            return _computed(weight, slot, snapshot)
         finally:
             _local.computing = False
 
 
-def _computed(weight: Weight, structure: Structure) -> Tensor:
+def _computed(weight: Weight, slot: Slot, snapshot: Snapshot) -> Tensor:
     """Compute the value, keep it if that is safe, and return it."""
-    tensors = structure.tensors
+    tensors, audited = snapshot.tensors, snapshot.audited
     now, versions = _steps, [t._version for t in tensors]
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    random = None if recorded in structure.audited else _random_states(tensors)
-    with SWAPPING if _has_map(weight) else contextlib.nullcontext():
-        computation = _compute_on_aliases(weight, structure, recorded)
-    kept = Kept(computation, now, recorded)
+    random = None if recorded in audited else _random_states(tensors)
+    with undeferred():
+        parts = [p for p in weight.modules() if isinstance(p, Weight) and p is not weight]
+        served = [(p, value) for p in parts if (value := ENGINE(p)) is not None]
+    looked_at = any(p.map is not None for p in (weight, *parts))
+    with SWAPPING if looked_at else contextlib.nullcontext():
+        computation = computed(weight, served, recorded)
     if random is not None:
         if recorded and _foreign(computation):
-            slot_of(weight).off = True
+            slot.off = True
             return weight.evaluate()
         if random == _random_states(tensors):
-            structure.audited.add(recorded)
+            audited.add(recorded)
     # In eval mode the module writes nothing, so another thread has.
     disturbed = not weight.training and versions != [t._version for t in tensors]
-    if recorded in structure.audited and not disturbed:
-        _keep(weight, structure, kept)
+    snapshot = Snapshot(weight)  # a user's map may have written to itself
+    snapshot.audited = audited
+    kept = Kept(computation, snapshot, recorded)
+    if recorded in audited and not disturbed and now == _steps:
+        slot.current, slot.snapshot = kept, snapshot
     value = kept.get(recorded)
     return weight.evaluate() if value is None else value
-
-
-def _has_map(weight: Weight) -> bool:
-    """Whether the engine looks at parameters of `weight` or of its parts."""
-    return any(isinstance(part, Weight) and part.map is not None for part in weight.modules())
-
-
-def _compute_on_aliases(weight: Weight, structure: Structure, recorded: bool) -> Computation:
-    """Evaluate with an alias in place of every tensor of `weight` that requires a gradient.
-
-    The aliases share memory and version counter with what they stand for, so that a user's map may
-    write to its parameters; gradients stop at them, so no hook of a parameter runs too early. A
-    part that the engine serves is given the alias of its value.
-    """
-    aliases: dict[int, Tensor] = {}
-    inputs: list[Tensor] = []
-    swapped: list[tuple[dict[str, Any], str, Tensor | None]] = []
-
-    def swap(place: dict[str, Any], name: str, tensor: Tensor) -> None:
-        if id(tensor) not in aliases:
-            own = tensor.detach()
-            parameter = isinstance(tensor, nn.Parameter)
-            aliases[id(tensor)] = nn.Parameter(own) if parameter else own.requires_grad_()
-            inputs.append(tensor)
-        swapped.append((place, name, place.get(name)))
-        place[name] = aliases[id(tensor)]
-
-    hooked = False
-    served = _served_parts(weight, swapped)
-    try:
-        if not recorded:
-            with torch.inference_mode(False), torch.no_grad():
-                return Computation((), (), (weight.evaluate(),))
-        with own_graph() as hooked:
-            for part, value in served:
-                if value.requires_grad:
-                    swap(vars(part), GIVEN, value)
-            inside = {id(m) for part, _ in served for m in part.modules()}
-            for part_id, place, name in structure.homes:
-                tensor = place[name]
-                if tensor.requires_grad and part_id not in inside:
-                    swap(place, name, tensor)
-            output = weight.evaluate()
-    finally:
-        for place, name, before in reversed(swapped):
-            if before is None:
-                place.pop(name, None)
-            else:
-                place[name] = before
-    watched = [t for t in structure.tensors if isinstance(t, nn.Parameter)]
-    return Computation(inputs, list(aliases.values()), (output,), watched, hooked)
-
-
-def _served_parts(
-    weight: Weight, swapped: list[tuple[dict[str, Any], str, Tensor | None]]
-) -> list[tuple[Weight, Tensor]]:
-    """Give the parts that the engine serves their values."""
-    served = []
-    for part in weight.modules():
-        if part is weight or not isinstance(part, Weight):
-            continue
-        with undeferred():
-            value = ENGINE(part)
-        if value is not None:
-            served.append((part, value))
-            swapped.append((vars(part), GIVEN, None))
-            vars(part)[GIVEN] = value
-    return served
 
 
 def _random_states(tensors: Sequence[Tensor]) -> list[bytes]:

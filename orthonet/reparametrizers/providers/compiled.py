@@ -6,10 +6,11 @@ compiler takes the memory of a result for its own. Its backward pass is that of 
 compiled layer has the nodes of a plain layer and two more, whatever the weight, and nothing is
 compiled again from step to step.
 
-The parameters are inputs of the operation. Where they are not those of the module, because the
-graph has changed them or a functional call has put others in their place, the weight is computed
-from them. The number is a tensor in main memory: layers of one shape share their compiled code, and
-CUDA graphs, whose replay would not ask, leave such a graph alone.
+The parameters are inputs of the operation, flat, because the compiler copies tensors of four
+dimensions into another layout in front of a convolution. Where they are not those of the module,
+because the graph has changed them or a functional call has put others in their place, the weight is
+computed from them. The number is a tensor in main memory: layers of one shape share their compiled
+code, and CUDA graphs, whose replay would not ask, leave such a graph alone.
 """
 
 from __future__ import annotations
@@ -35,17 +36,7 @@ def compiled_read(weight: Weight) -> Tensor:
     It is not while `torch.export` traces, whose programs must run elsewhere, and for the lent
     parameters of FSDP2: there the map itself is traced.
     """
-    if _torch.is_exporting():
-        _tell_onnx(weight)
-    parameters = list(weight.parameters())
-    if not weight.opaque or not _is_plain(weight, parameters):
-        return weight.evaluate()
-    four = [*parameters, None, None, None][:4]
-    return _Read.apply(weight.number, tuple(weight.shape), *four)
-
-
-def _tell_onnx(weight: Weight) -> None:
-    if torch.onnx.is_in_onnx_export():
+    if _torch.is_exporting() and torch.onnx.is_in_onnx_export():
         sentence = _checks.message(
             "torch.onnx.export",
             "a constrained weight is computed by operations that ONNX may not have",
@@ -53,6 +44,10 @@ def _tell_onnx(weight: Weight) -> None:
             shape=tuple(weight.shape),
         )
         warnings.warn(sentence, UserWarning, stacklevel=2)
+    parameters = list(weight.parameters())
+    if not weight.opaque or not _is_plain(weight, parameters):
+        return weight.evaluate()
+    return _read(weight.number, [p.reshape(-1) for p in parameters], list(weight.shape))
 
 
 def compiled_turn(
@@ -70,7 +65,7 @@ def compiled_turn(
 
 def _is_plain(weight: Weight, parameters: Sequence[Tensor]) -> bool:
     """Whether compiled code may read the module instead of the parameters that it sees."""
-    if weight._sharded or not weight.caching or _torch.is_exporting() or len(parameters) > 4:
+    if weight._sharded or not weight.caching or _torch.is_exporting():
         return False
     return all(type(p) is nn.Parameter for p in parameters)
 
@@ -99,40 +94,6 @@ class _Turned(torch.autograd.Function):
         s = grad_x.flatten(0, -2).mT @ x.flatten(0, -2)
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.biased else None
         return None, grad_x, _turn(number, parameter.reshape(-1), u, s), grad_bias, None
-
-
-class _Read(torch.autograd.Function):
-    """The value as a function of the parameters.
-
-    There are four of them, some of which are None: the compiler cannot trace a function of a
-    variable number. They are flat, because the compiler copies tensors of four dimensions into
-    another layout in front of a convolution.
-    """
-
-    @staticmethod
-    def forward(
-        number: Tensor,
-        shape: tuple[int, ...],
-        first: Tensor,
-        second: Tensor | None,
-        third: Tensor | None,
-        fourth: Tensor | None,
-    ) -> Tensor:
-        given = [p.reshape(-1) for p in (first, second, third, fourth) if p is not None]
-        return _read(number, given, list(shape))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        given = [p for p in inputs[2:] if p is not None]
-        ctx.save_for_backward(inputs[0], *given)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        number, *given = ctx.saved_tensors
-        found = _pull_back(number, [p.reshape(-1) for p in given], grad)
-        grads = [g.view(p.shape) for g, p in zip(found, given, strict=True)]
-        first, second, third, fourth = [*grads, None, None, None][:4]
-        return None, None, first, second, third, fourth
 
 
 @torch.library.custom_op("orthonet::weight", mutates_args=())
@@ -165,6 +126,18 @@ def _(number: Tensor, parameters: Sequence[Tensor], grad: Tensor) -> list[Tensor
     return [torch.empty_like(p) for p in parameters]
 
 
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], *inputs[1])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[None, list[Tensor], None]:
+    number, *parameters = ctx.saved_tensors
+    return None, _pull_back(number, parameters, grad), None
+
+
+_read.register_autograd(_backward, setup_context=_save)
+
+
 @torch.library.custom_op("orthonet::weight_turn", mutates_args=())
 def _turn(number: Tensor, parameter: Tensor, u: Tensor, s: Tensor) -> Tensor:
     weight = _weight(number, [parameter])
@@ -187,14 +160,10 @@ def _weight(number: Tensor, parameters: Sequence[Tensor]) -> Weight:
             "Keep a reference to the model",
             RuntimeError,
         )
-    own = list(weight.parameters())
-    if all(map(_same, own, parameters)):
-        return weight
-    return weight.holding(parameters)
-
-
-def _same(own: Tensor, given: Tensor) -> bool:
-    """Whether a flat tensor is this parameter, or a copy of it that the compiler has made."""
-    if own.data_ptr() == given.data_ptr():
-        return True
-    return torch.equal(own.detach().reshape(-1), given.detach())
+    pairs = zip(weight.parameters(), parameters, strict=False)
+    # or copies of them that the compiler has made
+    same = all(
+        own.data_ptr() == given.data_ptr() or torch.equal(own.detach().reshape(-1), given.detach())
+        for own, given in pairs
+    )
+    return weight if same else weight.holding(parameters)

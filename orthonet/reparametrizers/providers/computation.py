@@ -1,4 +1,4 @@
-"""The autograd side of the cache: one node in front of a computation that is kept.
+"""The autograd side of what is kept: one node in front of a computation.
 
 The computed tensor hangs in the outer graph by a single node that saves nothing, so that any number
 of backward passes run through it. The computation itself is a graph of its own, from aliases of the
@@ -7,20 +7,36 @@ inputs to the outputs, owned by a `Computation`; the node pulls gradients back t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orthonet import _checks, _torch
+from orthonet.reparametrizers.weight import GIVEN, Weight
 
-__all__ = ["SWAPPING", "Computation", "Gradients", "attach", "own_graph", "pulled_cold"]
+__all__ = [
+    "DEFERRING",
+    "SWAPPING",
+    "Computation",
+    "Gradients",
+    "Readable",
+    "attach",
+    "computed",
+    "given",
+    "node",
+    "own_graph",
+    "pulled_cold",
+    "same_stream",
+]
 
-Gradients = tuple[Tensor | None, ...]
+Gradients = Sequence[Tensor | None]
+
+DEFERRING = threading.local()  # .deferral: the context of `defer_pullback` that this thread is in
 
 SWAPPING = threading.RLock()
 """Held while a weight with a map has aliases in place of its parameters, and while the engine looks
@@ -54,24 +70,22 @@ class Computation:
         self.versions = [(t, t._version) for t in watched]
         self.hooked = hooked
 
-    def pull_back(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    def pull_back(self, grads: Gradients) -> Gradients:
         """The gradient of the inputs, from that of the outputs."""
         if self.hooked:
             self.require_unchanged()
-        pairs = self._pairs(grads)
-        if not pairs:
+        outputs, given = self._used(grads)
+        if not outputs:
             return (None,) * len(self.inputs)
-        outputs, given = zip(*pairs, strict=True)
         with _torch.without_autocast(self.leaves[0]):
-            return _torch.run_backward(outputs, given, self.leaves)
+            return _torch.run_backward(tuple(outputs), tuple(given), self.leaves)
 
-    def pull_back_differentiably(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def pull_back_differentiably(self, grads: Gradients) -> Gradients:
         """As `pull_back`, as a node of the outer graph, of which the gradients are inputs too."""
         result: list[Tensor | None] = [None] * len(self.inputs)
-        pairs = self._pairs(grads)
-        if not pairs:
+        outputs, given = self._used(grads)
+        if not outputs:
             return result
-        outputs, given = zip(*pairs, strict=True)
         with own_graph() as hooked, _torch.without_autocast(given[0]):
             aliases = [g.detach().requires_grad_() for g in given]
             pulled = torch.autograd.grad(
@@ -91,23 +105,23 @@ class Computation:
             result[i] = g
         return result
 
-    def _pairs(self, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
-        return [
-            (output, grad)
-            for output, grad in zip(self.outputs, grads, strict=True)
-            if grad is not None and output.requires_grad
-        ]
+    def _used(self, grads: Gradients) -> tuple[list[Tensor], list[Tensor]]:
+        """The differentiable outputs that have a gradient, and these."""
+        pairs = zip(self.outputs, grads, strict=True)
+        used = [(o, g) for o, g in pairs if g is not None and o.requires_grad]
+        return [o for o, _ in used], [g for _, g in used]
+
+    def gradients_of(self, parameters: Sequence[Tensor], grads: Gradients) -> list[Tensor | None]:
+        """The gradients of some parameters, from those of the outputs; no hook of them runs."""
+        pulled = dict(zip(map(id, self.inputs), self.pull_back(grads), strict=True))
+        return [pulled.get(id(p)) for p in parameters]
 
     def places_of(self, used: Sequence[int]) -> Sequence[int]:
         """The places among the watched parameters that these outputs depend on."""
         return range(len(self.versions))
 
     def require_unchanged(self, used: Sequence[int] | None = None) -> None:
-        """Raise if a parameter has been modified in place since the outputs were computed.
-
-        Args:
-            used: The places of the parameters that count; all of them if None.
-        """
+        """Raise if a watched parameter, at these places, has been modified in place since then."""
         versions = self.versions if used is None else [self.versions[i] for i in used]
         _checks.require(
             all(t._version == version for t, version in versions),
@@ -118,70 +132,143 @@ class Computation:
         )
 
 
-class own_graph:  # noqa: N801 (spelled as torch.no_grad)
+@contextlib.contextmanager
+def own_graph() -> Iterator[bool]:
     """Record a graph that no surrounding mode or hook on saved tensors (checkpointing) sees.
 
     Yields whether such hooks had to be kept away; autograd does not check then that what it has
     saved is unchanged.
     """
-
-    __slots__ = ("_stack",)
-
-    def __enter__(self) -> bool:
-        self._stack, hooked = ExitStack(), _torch.has_saved_tensor_hooks()
+    hooked = _torch.has_saved_tensor_hooks()
+    with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
-            self._stack.enter_context(torch.inference_mode(False))
-            self._stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
         if hooked:
-            self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
-        return hooked
-
-    def __exit__(self, *exception: Any) -> None:
-        self._stack.__exit__(*exception)
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
+        yield hooked
 
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class _PullBack(torch.autograd.Function):
-    """The outputs of a computation in the outer graph."""
+def same_stream(stream: object, tensor: Any) -> bool:
+    """Whether work is neither of another stream nor captured, for a replay that will not ask."""
+    return stream == _torch.current_stream(tensor) and not _torch.capturing(tensor)
+
+
+class _Node(torch.autograd.Function):
+    """Tensors in the outer graph, whose gradients a function takes."""
 
     @staticmethod
-    def forward(ctx: Any, computation: Computation, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.computation = computation
+    def forward(
+        ctx: Any, back: Callable[..., Gradients], outputs: Sequence[Tensor], *_: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.back = back
         ctx.set_materialize_grads(False)
-        return tuple(output.detach() for output in computation.outputs)
+        return tuple(output.detach() for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        computation: Computation = ctx.computation
-        if torch.is_grad_enabled():
-            return (None, *computation.pull_back_differentiably(grads))
-        return (None, *computation.pull_back(grads))
+        return (None, None, *ctx.back(grads))
+
+
+def node(
+    back: Callable[[Gradients], Gradients], outputs: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The outputs as functions of the inputs, whose gradients `back` makes of theirs."""
+    return _Node.apply(back, outputs, *inputs)
 
 
 def attach(computation: Computation) -> tuple[Tensor, ...]:
-    """The outputs, differentiable in the inputs."""
-    return _PullBack.apply(computation, *computation.inputs)
+    """The outputs of a computation, differentiable in its inputs."""
+
+    def back(grads: Gradients) -> Gradients:
+        if torch.is_grad_enabled():
+            return computation.pull_back_differentiably(grads)
+        return computation.pull_back(grads)
+
+    return node(back, computation.outputs, computation.inputs)
 
 
-def pulled_cold(weight: Any, grad: Tensor) -> list[Tensor | None]:
-    """The gradients of the parameters of a weight through its `evaluate`; no hook of them runs."""
-    swapped: dict[int, tuple[Tensor, Tensor]] = {}
-    homes = [(m._parameters, n) for m in weight.modules() for n in m._parameters]
-    with SWAPPING:
+@contextlib.contextmanager
+def given(parts: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[None]:
+    """Let parts of a weight have these values, while something made of them is computed."""
+    try:
+        for part, value in parts:
+            vars(part)[GIVEN] = value
+        yield
+    finally:
+        for part, _ in parts:
+            vars(part).pop(GIVEN, None)
+
+
+def computed(
+    weight: Weight, served: Sequence[tuple[Weight, Tensor]] = (), recorded: bool = True
+) -> Computation:
+    """Evaluate a weight, with an alias in place of every tensor of it that requires a gradient.
+
+    The aliases share memory and version counter with what they stand for, so that a user's map may
+    write to its parameters; gradients stop at them, so no hook of a parameter runs too early. The
+    `served` parts are given aliases of their values.
+    """
+    if not recorded:
+        with given(served), torch.inference_mode(False), torch.no_grad():
+            return Computation((), (), (weight.evaluate(),))
+    aliases: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def alias(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        own = tensor.detach()
+        own = nn.Parameter(own) if isinstance(tensor, nn.Parameter) else own.requires_grad_()
+        return aliases.setdefault(id(tensor), (tensor, own))[1]
+
+    inside = {id(module) for part, _ in served for module in part.modules()}
+    homes = [
+        (place, name, tensor)
+        for module in weight.modules()
+        if id(module) not in inside
+        for place in (module._parameters, module._buffers)
+        for name, tensor in place.items()
+        if tensor is not None and tensor.requires_grad
+    ]
+    with own_graph() as hooked:
         try:
-            with own_graph():
-                for place, name in homes:
-                    p = place[name]
-                    if p is not None:
-                        swapped.setdefault(id(p), (p, torch.nn.Parameter(p.detach())))
-                        place[name] = swapped[id(p)][1]
-                value = weight.evaluate()
+            for place, name, tensor in homes:
+                place[name] = alias(tensor)  # type: ignore[assignment]
+            with given([(part, alias(value)) for part, value in served]):
+                output = weight.evaluate()
         finally:
-            back = {id(alias): p for p, alias in swapped.values()}
-            for place, name in homes:
-                place[name] = back.get(id(place[name]), place[name])
-    aliases = [alias for _, alias in swapped.values()]
-    return list(_torch.run_backward((value,), (grad,), aliases))
+            for place, name, tensor in homes:
+                place[name] = tensor  # type: ignore[assignment]
+    inputs, leaves = zip(*aliases.values(), strict=True) if aliases else ((), ())
+    return Computation(inputs, leaves, (output,), list(weight.parameters()), hooked)
+
+
+def pulled_cold(weight: Weight, grad: Tensor) -> list[Tensor | None]:
+    """The gradients of the parameters of a weight through its `evaluate`; no hook of them runs."""
+    with SWAPPING:
+        computation = computed(weight)
+    return computation.gradients_of(list(weight.parameters()), [grad])
+
+
+class Readable:
+    """A computation whose outputs hang in the graph by one node, for all reads."""
+
+    __slots__ = ("computation", "graphed")
+
+    def __init__(self, computation: Computation) -> None:
+        self.computation = computation
+        self.graphed: tuple[Tensor, ...] | None = None
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """The outputs as functions of the inputs; inside `defer_pullback`, of nothing."""
+        deferral = getattr(DEFERRING, "deferral", None)
+        if deferral is not None:
+            return deferral.give(self.computation)
+        if self.graphed is None:
+            with torch.inference_mode(False), torch.enable_grad():
+                self.graphed = attach(self.computation)
+        return self.graphed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,36 +13,16 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from orthonet import _checks, _torch
-from orthonet.reparametrizers.providers.computation import Computation
+from orthonet.reparametrizers.providers.computation import (
+    DEFERRING,
+    Computation,
+    Gradients,
+    node,
+)
 
-__all__ = ["OPEN", "deferred", "defer_pullback", "undeferred"]
+__all__ = ["defer_pullback", "undeferred"]
 
-_local = threading.local()  # .deferral: that of this thread
 OPEN: list[_Deferral] = []  # of all threads
-
-
-class _Wait(torch.autograd.Function):
-    """The outputs of a computation, whose gradients stay where they arrive."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, deferral: _Deferral, computation: Computation, anchor: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.deferral, ctx.computation = deferral, computation
-        ctx.set_materialize_grads(False)
-        return tuple(output.detach() for output in computation.outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None]:
-        _checks.require(
-            not torch.is_grad_enabled(),
-            "defer_pullback",
-            "backward(create_graph=True) must be outside",
-            "Leave the context for higher derivatives in the parameters",
-            RuntimeError,
-        )
-        ctx.deferral.take(ctx.computation, grads)
-        return None, None, None
 
 
 class _Deferral:
@@ -67,12 +48,19 @@ class _Deferral:
         outputs = self.outputs.get(computation)
         if outputs is None:
             anchor = torch.empty((), requires_grad=True)
-            outputs = _Wait.apply(self, computation, anchor)
-            self.outputs[computation] = outputs
+            take = functools.partial(self.take, computation)
+            outputs = self.outputs[computation] = node(take, computation.outputs, (anchor,))
         return outputs
 
-    def take(self, computation: Computation, grads: Sequence[Tensor | None]) -> None:
-        """Add `grads` to what waits."""
+    def take(self, computation: Computation, grads: Gradients) -> Gradients:
+        """Add `grads` to what waits; the anchor gets none."""
+        _checks.require(
+            not torch.is_grad_enabled(),
+            "defer_pullback",
+            "backward(create_graph=True) must be outside",
+            "Leave the context for higher derivatives in the parameters",
+            RuntimeError,
+        )
         with self.lock:
             _checks.require(
                 self.open,
@@ -86,21 +74,17 @@ class _Deferral:
                 total = sums[i]
                 if grad is not None:
                     sums[i] = grad.clone() if total is None else total.add_(grad)
+        return (None,)
 
     def flush(self) -> None:
         """Pull everything back into the `.grad` of the parameters."""
-        inputs: list[Tensor] = []
-        grads: list[Tensor] = []
+        found: list[tuple[Tensor, Tensor]] = []
         for computation, sums in self.sums.items():
-            used = [i for i, total in enumerate(sums) if total is not None]
-            computation.require_unchanged(computation.places_of(used))
-            pulled = computation.pull_back(sums)
-            for tensor, grad in zip(computation.inputs, pulled, strict=True):
-                if grad is not None and tensor.requires_grad:
-                    inputs.append(tensor)
-                    grads.append(grad)
-        if inputs:
-            torch.autograd.backward(inputs, grads)
+            computation.require_unchanged(_places(computation, sums))
+            pairs = zip(computation.inputs, computation.pull_back(sums), strict=True)
+            found += [(p, g) for p, g in pairs if g is not None and p.requires_grad]
+        if found:
+            torch.autograd.backward([p for p, _ in found], [g for _, g in found])
 
     def close(self) -> None:
         """Forget what waits."""
@@ -113,12 +97,16 @@ class _Deferral:
         """Whether a parameter of `optimizer` would get a gradient."""
         owned = set(map(id, _torch.parameters_of(optimizer)))
         with self.lock:
-            watched = [
-                computation.versions[i][0]
+            return any(
+                id(computation.versions[i][0]) in owned
                 for computation, sums in self.sums.items()
-                for i in computation.places_of([k for k, s in enumerate(sums) if s is not None])
-            ]
-        return any(id(t) in owned for t in watched)
+                for i in _places(computation, sums)
+            )
+
+
+def _places(computation: Computation, sums: Gradients) -> Sequence[int]:
+    """The places of the watched parameters that gradients wait for."""
+    return computation.places_of([i for i, total in enumerate(sums) if total is not None])
 
 
 @contextlib.contextmanager
@@ -148,38 +136,30 @@ def defer_pullback() -> Iterator[None]:
             parameter has been modified in place inside; `backward` with `create_graph=True`, or
             outside for a forward pass inside; a synchronizing forward of DistributedDataParallel.
     """
-    if getattr(_local, "deferral", None) is not None:
+    if getattr(DEFERRING, "deferral", None) is not None:
         yield
         return
-    deferral = _local.deferral = _Deferral()
+    deferral = DEFERRING.deferral = _Deferral()
     OPEN.append(deferral)
     try:
         yield
-        _local.deferral = None
+        DEFERRING.deferral = None
         deferral.flush()
     finally:
-        _local.deferral = None
+        DEFERRING.deferral = None
         OPEN.remove(deferral)
         deferral.close()
-
-
-def deferred(computation: Computation) -> tuple[Tensor, ...] | None:
-    """The outputs for a reader inside `defer_pullback`; None outside."""
-    if not OPEN:
-        return None
-    deferral = getattr(_local, "deferral", None)
-    return None if deferral is None else deferral.give(computation)
 
 
 @contextlib.contextmanager
 def undeferred() -> Iterator[None]:
     """Read as outside of `defer_pullback`."""
-    deferral = getattr(_local, "deferral", None)
-    _local.deferral = None
+    deferral = getattr(DEFERRING, "deferral", None)
+    DEFERRING.deferral = None
     try:
         yield
     finally:
-        _local.deferral = deferral
+        DEFERRING.deferral = deferral
 
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:

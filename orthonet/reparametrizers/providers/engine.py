@@ -24,22 +24,24 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from orthonet import _checks, _torch
+from orthonet.linalg.matrix import split, stacked
 from orthonet.linalg.retraction import CenteredMap, Moved, center, retract
 from orthonet.reparametrizers.providers.computation import (
     SWAPPING,
     Computation,
-    attach,
+    Readable,
     pulled_cold,
+    same_stream,
 )
-from orthonet.reparametrizers.providers.defer import OPEN, deferred
 from orthonet.reparametrizers.providers.edits import differs, warn_edited
 from orthonet.reparametrizers.providers.matrices import (
     Member,
+    Piece,
     groups_of,
     manageable,
     member,
     members_of,
-    stacked,
+    pieces_of,
     untied,
     write,
 )
@@ -99,13 +101,8 @@ class Record:
         return (
             self.of(weight)
             and (self.kept is None or self.value is None or self.kept.holds(self.value))
-            and (self.stream is None or self._same_stream())
+            and (self.stream is None or same_stream(self.stream, self.parameter()))
         )
-
-    def _same_stream(self) -> bool:
-        """Neither work of another stream nor a CUDA graph, whose replay would not ask again."""
-        p: Any = self.parameter()
-        return self.stream == _torch.current_stream(p) and not _torch.capturing(p)
 
 
 @dataclass(slots=True, eq=False)
@@ -114,50 +111,36 @@ class Batch:
 
     map: CenteredMap
     centered: Centered | None
-    records: list[tuple[weakref.ref[Weight], Record]] = field(default_factory=list)
+    weights: list[weakref.ref[Weight]] = field(default_factory=list)  # of those at the center
     shared: MutableMapping[Any, Shared] = field(default_factory=weakref.WeakValueDictionary)
 
 
-class Shared:
+class Shared(Readable):
     """A computation that several weights read, and the tensors that they are given."""
 
-    __slots__ = ("__weakref__", "computation", "constants", "graphed", "places", "scores", "stamps")
+    __slots__ = ("__weakref__", "constants", "places", "scores", "stamps")
 
     def __init__(
         self, computation: Computation, members: Iterable[tuple[Weight, Held]], composed: bool
     ) -> None:
+        super().__init__(computation)
         # Of what each value is, because a weight may be given other parameters of the same batch.
         self.places = {number_of(w): (i, held) for i, (w, held) in enumerate(members)}
         scores = [p for _, held in self.places.values() for p in held if isinstance(p, Tensor)]
         self.scores = [(p, _torch.Stamp(p)) for p in scores]
-        self.computation = computation
         self.constants = computation.outputs
         # Readers are given these tensors; those of a packet have their stamps in the records.
         self.stamps = tuple(map(_torch.Stamp, self.constants)) if composed else ()
-        self.graphed: tuple[Tensor, ...] | None = None
 
     def place_of(self, weight: Weight, found: Found) -> int | None:
         """The place of the value of `weight`; None if it is not among the outputs as it stands."""
         place, held = self.places.get(number_of(weight), (None, ()))
-        wanted = (*found.records, *found.scores)
-        return place if _same(held, wanted) and self.current() else None
-
-    def outputs(self) -> tuple[Tensor, ...]:
-        """The outputs as functions of the parameters, one node for all reads of a step."""
-        if OPEN:
-            waiting = deferred(self.computation)
-            if waiting is not None:
-                return waiting
-        if self.graphed is None:
-            with torch.inference_mode(False), torch.enable_grad():
-                self.graphed = attach(self.computation)
-        return self.graphed
-
-    def current(self) -> bool:
-        """Whether neither the scores that it was composed with nor the outputs have changed."""
-        return all(stamp.holds(p) for p, stamp in self.scores) and all(
-            map(_torch.Stamp.holds, self.stamps, self.constants)
+        current = (
+            _same(held, (*found.records, *found.scores))
+            and all(stamp.holds(p) for p, stamp in self.scores)
+            and all(map(_torch.Stamp.holds, self.stamps, self.constants))
         )
+        return place if current else None
 
 
 class Found:
@@ -249,8 +232,7 @@ class Engine:
             else:
                 for parameter in module.parameters():
                     self.records.pop(id(parameter), None)
-            forgotten = alive() if module is None else module.modules()
-            for weight in forgotten:
+            for weight in alive() if module is None else module.modules():
                 served = vars(weight).get(SLOT)
                 if served is not None:
                     served.found = None
@@ -303,9 +285,9 @@ class Engine:
         # Before anything is read: what another thread writes meanwhile must not pass for this.
         stamps = {id(m.parameter): _torch.Stamp(m.parameter) for m in members}
         for group, result in zip(groups, retracted(groups) if groups else (), strict=True):
-            if any(result.written):
-                stamps |= {id(p): _torch.Stamp(p) for p in write(group, result)}
-            self._record(group, result, stamps)
+            pieces = list(pieces_of(group, result))
+            stamps |= {id(p): _torch.Stamp(p) for p in write(pieces)}
+            self._record(pieces, result, stamps)
 
     def retract(self, groups: Sequence[Group], move: bool = True) -> list[Moved]:
         """The parameters of each group at the center; not moved, they are only looked at."""
@@ -328,22 +310,29 @@ class Engine:
                 self.squares[kind] = result.squared
         return found
 
-    def _record(self, group: Group, result: Moved, stamps: dict[int, _torch.Stamp]) -> None:
-        way = group[0].map
-        batch = Batch(way, Centered(way, *center(result.point)) if any(result.good) else None)
-        first = 0
-        for weight, p, _ in group:
-            count, value = p.shape[:-2].numel(), None
-            if batch.centered is not None and all(result.good[first : first + count]):
-                u = batch.centered.u
-                value = (u if u.ndim == 2 else u[first : first + count]).view(p.shape)
-            number, steps, key = number_of(weight), _torch.ModuleStamp(weight), id(p)
-            reference = weakref.ref(p, functools.partial(self._drop, key))
-            place = (batch, (first, count), value, _torch.current_stream(p))
-            record = self.records[key] = Record(number, steps, reference, stamps[key], *place)
-            if value is not None:
-                batch.records.append((weakref.ref(weight), record))
-            first += count
+    def _record(
+        self, pieces: Sequence[Piece], result: Moved, stamps: dict[int, _torch.Stamp]
+    ) -> None:
+        way, parameters = pieces[0].member.map, [piece.member.parameter for piece in pieces]
+        values: Sequence[Tensor | None] = [None] * len(pieces)
+        batch = Batch(way, None)
+        if any(result.good):
+            batch.centered = Centered(way, *center(result.point))
+            values = split(batch.centered.u, parameters)
+        for piece, p, value in zip(pieces, parameters, values, strict=True):
+            weight = piece.member.weight
+            record = self.records[id(p)] = Record(
+                number_of(weight),
+                _torch.ModuleStamp(weight),
+                weakref.ref(p, functools.partial(self._drop, id(p))),
+                stamps[id(p)],
+                batch,
+                (piece.first, len(piece.good)),
+                value if all(piece.good) else None,
+                _torch.current_stream(p),
+            )
+            if record.value is not None:
+                batch.weights.append(weakref.ref(weight))
 
     def _drop(self, key: int, _: object) -> None:
         record = self.records.get(key)
@@ -410,9 +399,7 @@ class Engine:
             shared, place = self._shared(weight, found, True, alone=True)
         grads: list[Tensor | None] = [None] * len(shared.constants)
         grads[place] = grad
-        pulled = shared.computation.pull_back(grads)
-        by_identity = dict(zip(map(id, shared.computation.inputs), pulled, strict=True))
-        return [by_identity.get(id(p)) for p in weight.parameters()]
+        return shared.computation.gradients_of(list(weight.parameters()), grads)
 
     def turn(self, weight: Weight, u: Tensor, s: Tensor) -> Tensor:
         r"""The gradient of `original` from \(S = U^\top G\), for a square matrix U.
@@ -455,7 +442,7 @@ class Engine:
 
     def _present(self, weight: Weight) -> Record | None:
         """The record of a matrix as it stands; looked at with all others that have none."""
-        record = self.records.get(id(weight._parameters.get("original")))
+        record = self._record_of(weight)
         if record is not None and record.made_for(weight) and record.holds(weight):
             return record
         held = member(weight)
@@ -476,8 +463,15 @@ class Engine:
                 return None
             with torch.inference_mode(False), torch.no_grad():
                 self.serve(list(self._unknown()), functools.partial(self.retract, move=False))
-            record = self.records.get(id(p))
-        here = record is not None and record.batch.map is held.map and record.holds(weight)
+        return self._current(held)
+
+    def _record_of(self, weight: Weight) -> Record | None:
+        return self.records.get(id(weight._parameters.get("original")))
+
+    def _current(self, held: Member) -> Record | None:
+        """The record of a matrix, if that is of its parameter as it stands, and of its map."""
+        record = self.records.get(id(held.parameter))
+        here = record is not None and record.batch.map is held.map and record.holds(held.weight)
         return record if here else None
 
     def _unknown(self) -> Iterator[Member]:
@@ -487,8 +481,7 @@ class Engine:
             held = member(weight)
             if held is None or id(held.parameter) in seen or not manageable(weight, held.parameter):
                 continue
-            record = self.records.get(id(held.parameter))
-            if record is None or record.batch.map is not held.map or not record.holds(weight):
+            if self._current(held) is None:
                 seen.add(id(held.parameter))
                 yield held
 
@@ -532,48 +525,44 @@ class Engine:
         """The parameters of one batch, except those that are read by another weight only."""
         batch, alone = found.records[0].batch, isinstance(home, tuple)
         members = [
-            (other, record, p)
-            for reference, record in batch.records
+            (other, record)
+            for reference in batch.weights
             if (other := reference()) is not None
-            and (p := record.parameter()) is not None
             and other.composed == weight.composed
             and (not alone or other is weight)
-            and (not grad or alone or (_learns(other) and self._home(other) == home))
-            and record.value is not None
+            and self._shares_node(other, grad, home)
+            and (record := self._record_of(other)) is not None
+            and record.batch is batch
             and record.holds(other)
         ]
-        if not any(other is weight for other, _, _ in members):  # tied to one of them
-            record = found.records[0]
-            members = [(weight, record, record.parameter())]
+        if not any(other is weight for other, _ in members):  # tied to one of them
+            members = [(weight, found.records[0])]
+        records: list[Any] = [record for _, record in members]
         packet = Packet(
-            [cast(Tensor, p) for _, _, p in members],
-            [cast(Tensor, record.value) for _, record, _ in members],
-            [record.span for _, record, _ in members],
-            batch.centered,  # type: ignore[arg-type]
+            [record.parameter() for record in records],
+            [record.value for record in records],
+            [record.span for record in records],
+            cast(Centered, batch.centered),
         )
-        return Shared(packet, [(other, (record,)) for other, record, _ in members], False)
+        return Shared(packet, [(other, (record,)) for other, record in members], False)
 
     def _family(self, weight: Weight, found: Found, grad: bool, home: object) -> Shared:
         """All weights that are composed as this one is, of parts in the same batches."""
         wanted = [record.batch for record in found.records]
         mine: Any = weight.composition()
-        alone = isinstance(home, tuple)
         members: list[Any] = [(weight, mine, found.records)]  # also if another thread moves it now
-        for other in () if alone else alive():
+        for other in () if isinstance(home, tuple) else alive():
             composition = other.composition()
             if other is weight or composition is None or composition.key != mine.key:
                 continue
-            if not other.caching or (grad and not (_learns(other) and self._home(other) == home)):
+            if not other.caching or not self._shares_node(other, grad, home):
                 continue
-            records = [
-                self.records.get(id(p._parameters.get("original"))) for p in composition.parts
-            ]
-            pairs = zip(records, composition.parts, wanted, strict=True)
-            held = [
-                r for r, p, b in pairs if r and r.value is not None and r.batch is b and r.holds(p)
-            ]
-            if len(held) == len(wanted):
-                members.append((other, composition, held))
+            records = [self._record_of(part) for part in composition.parts]
+            triples = zip(records, composition.parts, wanted, strict=True)
+            if all(
+                r and r.value is not None and r.batch is b and r.holds(p) for r, p, b in triples
+            ):
+                members.append((other, composition, records))
         members.sort(key=lambda member: member[2][0].span[0])
         parts = [
             cast(Centered, batch.centered).rows([records[i].span for _, _, records in members])
@@ -581,6 +570,12 @@ class Engine:
         ]
         family = Family([c for _, c, _ in members], parts, grad)
         return Shared(family, [(other, (*r, *c.scores)) for other, c, r in members], True)
+
+    def _shares_node(self, other: Weight, grad: bool, home: object) -> bool:
+        """Whether another weight may have its value from the node of those at `home`."""
+        if not grad or isinstance(home, tuple):
+            return True
+        return self._home(other) == home and any(p.requires_grad for p in other.parameters())
 
 
 def _own(weight: Weight) -> tuple[object, ...]:
@@ -590,11 +585,6 @@ def _own(weight: Weight) -> tuple[object, ...]:
 
 def _same(some: Sequence[object], others: Sequence[object]) -> bool:
     return len(some) == len(others) and all(map(operator.is_, some, others))
-
-
-def _learns(weight: Weight) -> bool:
-    """Whether a parameter that the value depends on requires a gradient."""
-    return any(p.requires_grad for p in weight.parameters())
 
 
 ENGINE = Engine()

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from orthonet import _torch
+from orthonet.linalg.matrix import batches, split
 from orthonet.linalg.retraction import CenteredMap, Moved
 from orthonet.reparametrizers.weight import Weight, alive
 
 __all__ = [
     "Member",
+    "Piece",
     "groups_of",
     "manageable",
     "member",
     "members_of",
-    "stacked",
+    "pieces_of",
     "untied",
     "write",
 ]
 
-_ALONE_FROM = 384  # smaller side from which one matrix fills a processor
 _LARGEST = 2**22
 """Entries of a group, 16 MB in float32. Its gradients arrive together.
 
@@ -78,41 +79,33 @@ def manageable(weight: Weight, p: Tensor) -> bool:
 
 
 def groups_of(members: Sequence[Member]) -> Iterator[list[Member]]:
-    """Those whose matrices make one batch; a large matrix on the CPU stays alone."""
-    groups: dict[Any, list[Member]] = {}
-    for held in members:
-        p = held.parameter
-        groups.setdefault((p.shape[-2:], p.dtype, p.device, held.map), []).append(held)
-    for group in groups.values():
-        p = group[0].parameter
-        large = p.is_cpu and min(p.shape[-2:]) >= _ALONE_FROM
-        chunk: list[Member] = []
-        for held in group:
-            size = sum(m.parameter.numel() for m in (*chunk, held))
-            if chunk and (large or size > _LARGEST):
-                yield chunk
-                chunk = []
-            chunk.append(held)
-        yield chunk
+    """Those whose matrices make one batch."""
+    return batches(members, lambda m: m.parameter, lambda m: m.map, _LARGEST)
 
 
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """The matrices of a group, (k, m, n); a single matrix as it stands."""
-    if len(tensors) == 1:
-        x = tensors[0]
-        return x.view(x.shape[-2:]) if x.shape[:-2].numel() == 1 else x.view(-1, *x.shape[-2:])
-    return torch.cat([p.view(-1, *p.shape[-2:]) for p in tensors])
+class Piece(NamedTuple):
+    """What a retraction has made of one member, and of each of its matrices."""
+
+    member: Member
+    first: int  # place of its first matrix in the batch
+    point: Tensor
+    written: list[bool]
+    good: list[bool]
 
 
-def write(group: Sequence[Member], result: Moved) -> list[Tensor]:
+def pieces_of(group: Sequence[Member], result: Moved) -> Iterator[Piece]:
+    """The parts of a result, one for each member."""
+    first = 0
+    points = split(result.point, [m.parameter for m in group])
+    for held, point in zip(group, points, strict=True):
+        last = first + held.parameter.shape[:-2].numel()
+        yield Piece(held, first, point, result.written[first:last], result.good[first:last])
+        first = last
+
+
+def write(pieces: Iterable[Piece]) -> list[Tensor]:
     """Write the matrices that have moved; the others keep their bits and their version."""
-    points = result.point.reshape(-1, *result.point.shape[-2:])
-    parameters, pieces, first = [], [], 0
-    for _, p, _ in group:
-        count = p.shape[:-2].numel()
-        if any(result.written[first : first + count]):
-            parameters.append(p)
-            pieces.append(points[first : first + count].view(p.shape))
-        first += count
-    _torch.foreach_copy_(parameters, pieces)
-    return parameters
+    moved = [(piece.member.parameter, piece.point) for piece in pieces if any(piece.written)]
+    if moved:
+        _torch.foreach_copy_([p for p, _ in moved], [point for _, point in moved])
+    return [p for p, _ in moved]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from orthonet import _torch
+from orthonet.linalg.matrix import split, stacked
 from orthonet.linalg.retraction import CenteredMap
 from orthonet.reparametrizers.providers.computation import Computation, Gradients, own_graph
 from orthonet.reparametrizers.weight import Composition
@@ -26,33 +27,16 @@ class Centered(NamedTuple):
 
     def rows(self, spans: Sequence[tuple[int, int]]) -> Centered:
         """The matrices of some parameters, each given by its first matrix and their number."""
-        if self.u.ndim == 2:  # of several weights that share one matrix, as often as they read it
-            count = len(spans)
-            u, scale = (t.expand(count, *t.shape) for t in (self.u, self.scale))
-            return self if count == 1 else Centered(self.map, u, scale)
-        first, last = spans[0][0], sum(spans[-1])
-        if all(sum(a) == b[0] for a, b in itertools.pairwise(spans)):
-            return Centered(self.map, self.u[first:last], self.scale[first:last])
-        u, scale = (
-            torch.cat([t[start : start + count] for start, count in spans])
-            for t in (self.u, self.scale)
-        )
-        return Centered(self.map, u, scale)
-
-    def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors of the shapes of these parameters as one batch like U."""
-        if self.u.ndim == 2:
-            return tensors[0].reshape(self.u.shape)
-        if all(t.ndim == 2 for t in tensors):
-            return torch.stack(list(tensors))
-        return torch.cat([t.reshape(-1, *t.shape[-2:]) for t in tensors])
-
-    def split(self, batch: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The inverse of `stacked`."""
-        if self.u.ndim == 2:
-            return [batch.reshape(parameters[0].shape)]
-        counts = [p.shape[:-2].numel() for p in parameters]
-        return [t.reshape(p.shape) for t, p in zip(batch.split(counts), parameters, strict=True)]
+        if self.u.ndim == 2 and len(spans) == 1:
+            return self
+        parts: list[Tensor] = []
+        for t in self[1:]:
+            t = t.reshape(-1, *t.shape[-2:])
+            if all(sum(a) == b[0] for a, b in itertools.pairwise(spans)):
+                parts.append(stacked([t[spans[0][0] : sum(spans[-1])]]))
+            else:
+                parts.append(stacked([t[first : first + count] for first, count in spans]))
+        return Centered(self.map, *parts)
 
 
 class _AtCenter(Computation):
@@ -127,42 +111,28 @@ class Packet(_AtCenter):
         self.require_unchanged(self.places_of(used))
         centered = self.centered.rows([self.spans[i] for i in used])
         with torch.no_grad(), _torch.without_autocast(centered.u):
-            pulled = self._pulled(centered, [values[i] for i in used], [frames[i] for i in used])
-            pieces = centered.split(pulled, [self.inputs[i] for i in used])
+            pulled = self._pulled(centered, [(values[i], frames[i]) for i in used])
+        pieces = split(pulled, [self.inputs[i] for i in used])
         result: list[Tensor | None] = [None] * count
         for i, piece in zip(used, pieces, strict=True):
             result[i] = piece
         return tuple(result)
 
     @staticmethod
-    def _pulled(
-        centered: Centered, values: Sequence[Tensor | None], frames: Sequence[Tensor | None]
-    ) -> Tensor:
-        u, scale = centered.u, centered.scale
-        if all(frame is None for frame in frames):
-            return centered.map.pull_back(u, scale, centered.stacked(values))  # type: ignore[arg-type]
-        both = zip(values, frames, strict=True)
-        like = [v if f is None else f for v, f in both]
-        zeros = [
-            torch.zeros_like(t) if f is None else f  # type: ignore[arg-type]
-            for t, f in zip(like, frames, strict=True)
-        ]
-        s = centered.stacked(zeros)
-        direct = [i for i, v in enumerate(values) if v is not None]
-        if direct:
-            counts = [t.shape[:-2].numel() for t in zeros]
-            spans = [(sum(counts[:i]), counts[i]) for i in direct]
-            part = centered.rows(spans)
-            inner = part.u.mT @ part.stacked([values[i] for i in direct])  # type: ignore[misc]
-            if s.ndim == 2:
-                s = s + inner
-            else:
-                s = s.clone()
-                for (start, n), piece in zip(
-                    spans, inner.split([n for _, n in spans]), strict=True
-                ):
-                    s[start : start + n] += piece
-        return centered.map.turn(u, scale, s)
+    def _pulled(centered: Centered, grads: list[tuple[Tensor | None, Tensor | None]]) -> Tensor:
+        """From the gradients of values and of frames, of which zeros stand for what is missing."""
+
+        def batch(some: Sequence[Tensor | None]) -> Tensor | None:
+            if all(g is None for g in some):
+                return None
+            both = zip(some, grads, strict=True)
+            return stacked([_zeros_like(pair) if g is None else g for g, pair in both])
+
+        g, s = batch([value for value, _ in grads]), batch([frame for _, frame in grads])
+        if s is None:
+            return centered.map.pull_back(centered.u, centered.scale, cast(Tensor, g))
+        s = s if g is None else s + centered.u.mT @ g
+        return centered.map.turn(centered.u, centered.scale, s)
 
 
 class Family(_AtCenter):
@@ -214,7 +184,7 @@ class Family(_AtCenter):
         leaves = []
         for k, part in enumerate(self.parts):
             values = [part.map.value(p) for p in self.inputs[k * self.size : (k + 1) * self.size]]
-            leaves.append(part.stacked(values))
+            leaves.append(stacked(values))
         leaves += [torch.cat(list(scores)) for scores in self._scores(self.inputs)]
         with _torch.without_autocast(leaves[0]):
             return list(self._composed(leaves).unbind())
@@ -243,7 +213,12 @@ class Family(_AtCenter):
                 elif k < len(self.parts):
                     part = self.parts[k]
                     pulled = part.map.pull_back(part.u, part.scale, grad)
-                    result += part.split(pulled, parameters)
+                    result += split(pulled, parameters)
                 else:
                     result += grad.split([len(p) for p in parameters])
         return tuple(g if i % count in used else None for i, g in enumerate(result))
+
+
+def _zeros_like(some: Sequence[Tensor | None]) -> Tensor:
+    """Zeros of the shape of the tensor that is there."""
+    return torch.zeros_like(next(t for t in some if t is not None))

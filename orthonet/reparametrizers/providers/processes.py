@@ -1,0 +1,358 @@
+"""Retractions shared among processes: of parameters that all of them hold, and of shards (FSDP2).
+
+With `share_among_ranks`, each process retracts its part of the matrices after a step, and all get
+the results. Where the parameters are shards, each matrix is collected by one process, which brings
+it to the center and hands the shards back. In both cases an optimizer step is a collective.
+
+A unit of FSDP2 then lends a matrix at the center, M = c U, so that a read divides by c and a
+backward pass is the closed form there. Nothing of the size of a matrix is kept between steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.optim import Optimizer
+
+from orthonet import _checks, _torch
+from orthonet.linalg.distributed import assign, collect, exchange, hand_out, rank_and_size, whole
+from orthonet.linalg.matrix import stacked
+from orthonet.linalg.retraction import Moved, center, retract
+from orthonet.reparametrizers.providers.computation import attach, given
+from orthonet.reparametrizers.providers.engine import ENGINE, REEVALUATING_OPTIMIZERS
+from orthonet.reparametrizers.providers.matrices import (
+    Member,
+    groups_of,
+    manageable,
+    member,
+    members_of,
+    pieces_of,
+    untied,
+)
+from orthonet.reparametrizers.providers.packet import Centered, Packet
+from orthonet.reparametrizers.weight import Weight, caching
+
+__all__ = ["after_step", "forget", "read_shards", "share_among_ranks"]
+
+
+def share_among_ranks(
+    module: nn.Module, process_group: Any = None, *, enabled: bool = True
+) -> tuple[tuple[str, ...], ...]:
+    r"""Let each process retract its part of the matrices of a model after an optimizer step.
+
+    For data-parallel training in which all processes hold the same parameters
+    (DistributedDataParallel, or gradients averaged by hand), and would all bring the same matrices
+    \(M\) back to the center \(c\,U\). Matrices are assigned by cost \(n k^2\), the largest first,
+    to the process with the least to do. After a step each process retracts its own, and one
+    exchange hands the matrices \(c\,U\) round. Everything else stays local: reading a weight, and
+    the two products of its backward pass. Parameters have the same bits in all processes.
+
+    **An optimizer step is then a collective**: all processes must take it, in the same order, with
+    optimizers that hold the same parameters. Nothing else is one, so that some processes may
+    evaluate the model alone, between steps too. Copies and pickles of the model are not shared;
+    parameters of `torch.optim.LBFGS` and matrices without a retraction (such as
+    `EXP_ORTHO_PARAMS`) are computed by each process for itself.
+
+    With `fully_shard` there is nothing to call: parameters that are shards are distributed in any
+    case, and the answer says how.
+
+    Args:
+        module: The model; before or after DistributedDataParallel wraps it.
+        process_group: The processes; a new group of all of them if None.
+        enabled: False undoes it, in all processes: each retracts everything again.
+
+    Returns:
+        The names of the matrices that each rank of the group retracts.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialized. In an optimizer step: the model has lost
+            a matrix since.
+        ValueError: Some parameters are shards and others are not. Nothing has been changed.
+
+    Examples:
+        In each process of `torchrun`:
+
+            orthonet.share_among_ranks(model)
+            model = DistributedDataParallel(model)
+    """
+    _checks.require(
+        dist.is_available() and dist.is_initialized(),
+        "share_among_ranks",
+        "torch.distributed must be initialized",
+        "Call torch.distributed.init_process_group first, or leave the model unchanged",
+        RuntimeError,
+    )
+    found = {
+        id(held.parameter): (name, held)
+        for name, m in reversed(list(module.named_modules()))
+        if isinstance(m, Weight) and (held := member(m)) is not None
+    }  # tied weights are one
+    named = list(reversed(found.values()))
+    weights = [held.weight for _, held in named]
+    matrices = [held.parameter for _, held in named]
+    kinds = {_torch.is_shard(p) for p in matrices}
+    _checks.require(
+        len(kinds) < 2,
+        "share_among_ranks",
+        "the parameters must be whole in every process, or all of them shards of FSDP2",
+        "Call fully_shard on every part that has orthogonal matrices, or on none",
+        parameters=sorted({type(p).__name__ for p in matrices}),
+    )
+    for share in list(ENGINE.shares):
+        if isinstance(share, Shared):
+            share.leave(weights)
+    if kinds == {True}:
+        size = rank_and_size(_group(matrices[0]))[1]
+        owners = assign([_cost(p) for p in matrices], size)
+    else:
+        group = dist.new_group() if process_group is None and enabled else process_group
+        size = rank_and_size(group)[1]
+        owners = assign([_cost(p) for p in matrices], size)
+        if enabled:
+            ENGINE.shares.append(Shared(group, weights, owners))
+    pairs = list(zip(named, owners, strict=True))
+    return tuple(tuple(name for (name, _), o in pairs if o == rank) for rank in range(size))
+
+
+class Shared:
+    """The matrices of a model, each retracted by one process of a group."""
+
+    def __init__(self, group: Any, weights: Sequence[Weight], owners: Sequence[int]) -> None:
+        self.group, self.rank = group, rank_and_size(group)[0]
+        pairs = zip(weights, owners, strict=True)
+        self.members = [(weakref.ref(weight), owner) for weight, owner in pairs]
+
+    def _present(self) -> list[tuple[Weight, int]]:
+        """The matrices that are alive, and who retracts each; the end, if there are none."""
+        found = [(w, owner) for member, owner in self.members if (w := member()) is not None]
+        if not found and self in ENGINE.shares:
+            ENGINE.shares.remove(self)
+        return found
+
+    def leave(self, weights: Iterable[Weight]) -> None:
+        """Share these no longer."""
+        gone = set(map(id, weights))
+        self.members = [pair for pair in self.members if id(pair[0]()) not in gone]
+        self._present()
+
+    def __call__(self, owned: set[int], moved: list[Member]) -> list[Member]:
+        """Retract all members among the `owned` parameters; the others of `moved` are left.
+
+        Which have moved is not asked: all processes must find the same members.
+        """
+        present = self._present()
+        _checks.require(
+            len(present) in (0, len(self.members)),
+            "share_among_ranks",
+            "the model must have the matrices that it had when the work was distributed",
+            "Call share_among_ranks again in all processes",
+            RuntimeError,
+        )
+        taken: dict[int, tuple[Member, int]] = {}
+        for weight, owner in present:
+            held = member(weight)
+            if held is not None and id(held.parameter) in owned:
+                p = held.parameter
+                if p.requires_grad and manageable(weight, p):
+                    taken[id(p)] = held, owner
+        if taken:
+            owners = {id(held.weight): owner for held, owner in taken.values()}
+            members = [held for held, _ in taken.values()]
+            ENGINE.serve(members, lambda groups: self._retracted(groups, owners))
+        return [m for m in moved if id(m.parameter) not in taken]
+
+    def _retracted(self, groups: Sequence[Sequence[Member]], owners: dict[int, int]) -> list[Moved]:
+        """The centered matrices of all processes, of which this one has computed its part."""
+        members = [m for group in groups for m in group]
+        whose = [owners[id(m.weight)] for m in members]
+        pieces = {i: m.parameter.detach() for i, m in enumerate(members)}
+        mine = {i: p for i, p in pieces.items() if whose[i] == self.rank}
+        marks = _centered(members, mine)
+        both = [*(pieces | mine).values(), *marks]
+        received = exchange(both, whose * 2, self.group)
+        told = iter(zip(received, _flags(received[len(members) :]), strict=False))
+        results = []
+        for group in groups:
+            points, found = zip(*itertools.islice(told, len(group)), strict=True)
+            written, good = (list(itertools.chain(*some)) for some in zip(*found, strict=True))
+            results.append(Moved(stacked(points), written, good, False))
+        return results
+
+
+class _Known:
+    """The shard of a matrix that stands at the center, and the state in which it does."""
+
+    __slots__ = ("parameter", "stamp", "version")
+
+    def __init__(self, p: Tensor) -> None:
+        self.parameter, self.version, self.stamp = (
+            weakref.ref(p),
+            p._version,
+            _torch.Stamp(_local(p)),
+        )
+
+    def holds(self, p: Tensor) -> bool:
+        """Whether `p`, the shard or what a unit has gathered from it, stands at the center."""
+        shard = self.parameter()
+        return (
+            shard is not None
+            and (p is shard or not _torch.is_shard(p))
+            and (p.dtype, p.shape) == (shard.dtype, shard.shape)
+            and shard._version == self.version
+            and self.stamp.holds(_local(shard))
+        )
+
+
+_known: weakref.WeakKeyDictionary[Weight, _Known] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _local(p: Any) -> Tensor:
+    return p.to_local() if _torch.is_shard(p) else p
+
+
+def forget(module: nn.Module | None = None) -> None:
+    """Look anew at the parameters of `module`, or of all modules, when they are read."""
+    for weight in list(_known) if module is None else module.modules():
+        if isinstance(weight, Weight):
+            _known.pop(weight, None)
+
+
+def _cost(p: Tensor) -> float:
+    """What a retraction costs, in operations to a factor."""
+    return float(p.numel() * min(p.shape[-2:]))
+
+
+def _group(p: Any) -> Any:
+    """The processes among which a matrix is distributed: those that replicate it work alike."""
+    return p.device_mesh.get_group(p.device_mesh.ndim - 1)
+
+
+# ------------------------------------------------------------------ shards, after a step
+
+
+@torch.no_grad()
+def after_step(optimizer: Optimizer) -> None:
+    """Bring to the center what `optimizer` holds in shards: a collective of their processes."""
+    given = _torch.parameters_of(optimizer)
+    places = {id(p): i for i, p in enumerate(given)}
+    found = [held for held in members_of(places) if _torch.is_shard(held.parameter)]
+    for held in found:
+        _known.pop(held.weight, None)
+    if not found or not caching.on or isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
+        return
+    moved = untied(
+        held
+        for held in found
+        if held.parameter.requires_grad and _manageable(held.weight, held.parameter)
+    )
+    moved.sort(key=lambda held: places[id(held.parameter)])  # the same order in all processes
+    meshes: dict[Any, list[Member]] = {}
+    for held in moved:
+        meshes.setdefault(getattr(held.parameter, "device_mesh", None), []).append(held)
+    with ENGINE.lock:
+        for members in meshes.values():
+            _retract(members)
+
+
+def _manageable(weight: Weight, p: Any) -> bool:
+    return (
+        weight.caching
+        and p.dtype in (torch.float32, torch.float64)
+        and p.numel() > 0
+        and _local(p).device.type == p.device_mesh.device_type  # not where they are offloaded
+        and all(type(way).__name__ in ("Replicate", "Shard") for way in p.placements)
+    )
+
+
+def _retract(members: list[Member]) -> None:
+    parts: list[Any] = [m.parameter.detach() for m in members]
+    group = _group(parts[0])
+    whose = assign([_cost(p) for p in parts], rank_and_size(group)[1])
+    collected = collect(parts, whose, group)
+    marks = _centered(members, collected)
+    handed = hand_out(collected, parts, whose, group)
+    told = _flags(exchange(marks, whose, group))
+    pairs = [
+        (_local(p), _local(new))
+        for p, new, (written, _) in zip(parts, handed, told, strict=True)
+        if any(written) and _local(p).numel()
+    ]
+    if pairs:
+        _torch.foreach_copy_([p for p, _ in pairs], [new for _, new in pairs])
+    for held, (_, good) in zip(members, told, strict=True):
+        if all(good):
+            _known[held.weight] = _Known(held.parameter)
+
+
+def _centered(members: Sequence[Member], mine: dict[int, Tensor]) -> list[Tensor]:
+    """Bring the matrices of some members to the center, in place of those in `mine`.
+
+    Returns marks for all members: which of their matrices are written, and which are good; filled
+    in for those in `mine`.
+    """
+    marks = [_local(m.parameter).new_empty(2, m.parameter.shape[:-2].numel()) for m in members]
+    places = {id(members[i].weight): i for i in mine}
+    own = [members[i]._replace(parameter=mine[i].contiguous()) for i in sorted(mine)]
+    groups = list(groups_of(own))
+    batches = [(stacked([m.parameter for m in group]), group[0].map) for group in groups]
+    for group, found in zip(groups, ENGINE.retracted(batches), strict=True):
+        for piece in pieces_of(group, found):
+            i = places[id(piece.member.weight)]
+            mine[i], marks[i] = piece.point, found.point.new_tensor([piece.written, piece.good])
+    return marks
+
+
+def _flags(marks: Sequence[Tensor]) -> list[tuple[list[bool], list[bool]]]:
+    """What the marks of each parameter say; the host waits once."""
+    ENGINE.looks += 1
+    numbers = iter(torch.cat([mark.flatten() for mark in marks]).tolist())
+    rows = [[bool(next(numbers)) for _ in range(mark.numel())] for mark in marks]
+    return [(row[: len(row) // 2], row[len(row) // 2 :]) for row in rows]
+
+
+# ------------------------------------------------------------------ shards, read
+
+
+def read_shards(weight: Weight) -> Tensor | None:
+    """The value of a weight that is made of shards, where these stand at the center."""
+    composition = weight.composition()
+    parts = (weight,) if composition is None else composition.parts
+    if not any(part._sharded for part in parts) or not weight.may_be_kept():
+        return None
+    if composition is None:
+        return _at_center(weight)
+    values = [(part, value) for part in parts if (value := _at_center(part)) is not None]
+    with given(values):
+        return weight.evaluate() if values else None
+
+
+def _at_center(weight: Weight) -> Tensor | None:
+    """The value of one matrix, gathered here or lent by its unit; None elsewhere.
+
+    A shard that no step has been seen to leave at the center is looked at, at the cost of one
+    product a read.
+    """
+    p, way, known = weight._parameters.get("original"), weight.map, _known.get(weight)
+    if p is None or way is None or p.dtype not in (torch.float32, torch.float64) or not p.numel():
+        return None
+    gathered = whole(p)
+    with _torch.without_autocast(gathered):
+        x = gathered.detach()
+        x = x.reshape(-1, *x.shape[-2:]) if x.ndim > 2 else x
+        if known is None or not known.holds(p):
+            (found,) = retract([(x, way)], move=False)
+            if not all(found.good):
+                return None
+        u, scale = center(x)
+    value = u.view(p.shape)
+    if not (torch.is_grad_enabled() and gathered.requires_grad):
+        return value
+    spans = [(0, p.shape[:-2].numel())]
+    return attach(Packet([gathered], [value], spans, Centered(way, u, scale)))[0]
