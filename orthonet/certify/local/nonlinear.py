@@ -32,7 +32,7 @@ from orthonet.certify.mlp.slopes import Activation
 from orthonet.certify.ops.normalization import groups_of
 from orthonet.certify.ops.registry import interval_of
 from orthonet.certify.rounding.forward import Errors
-from orthonet.certify.rules import Operand
+from orthonet.certify.rules import BatchDependent, Operand
 from orthonet.certify.walk.state import State
 from orthonet.linalg.bounds.rounding import UNIT_ROUNDOFF, gamma
 
@@ -387,28 +387,53 @@ def _attention(ball: Ball, state: State, values: list[_Value]) -> Moves | None:
     turned = key.moves
     turned = ball.space.dense(turned).each(lambda t, lead: t.mT)
     scores = _bilinear(ball, query, _Value(key.at.mT, key.off, turned), torch.matmul)
-    scale, causal = plain
+    scale, bias = plain
     scores = _scaled(ball, scores, scale)
-    if causal:
-        mask = torch.ones(scores.at.shape[-2:], dtype=torch.bool).tril()
-        kept = ball.space.dense(scores.moves).each(lambda t, lead: t * mask.to(t.dtype))
-        scores = _Value(scores.at.where(mask, _MASKED), scores.off, kept)
+    if bias is not None:
+        masked, shift = bias.isinf(), bias.nan_to_num(neginf=0.0)
+        kept = ball.space.dense(scores.moves).each(lambda t, lead: t * ~masked)
+        off = scores.off + _SAFE * 2 * UNIT_ROUNDOFF * frobenius_up(scores.at + shift)
+        at = (scores.at + shift).masked_fill(masked.expand(scores.at.shape), _MASKED)
+        scores = _Value(at, off, kept)
     weights = _softmax(ball, scores, scores.at.ndim - 1)
     return _bilinear(ball, weights, value, torch.matmul).moves
 
 
-def _plain_attention(state: State) -> tuple[float, bool] | None:
-    """The scale of the scores and whether later keys are masked; None for what is not followed."""
+def _plain_attention(state: State) -> tuple[float, Tensor | None] | None:
+    """The scale of the scores, and what is added to them; None for what is not followed.
+
+    Scores to which -inf is added are masked: at least one in each row is not.
+    """
     call = state.call
-    if (
-        call.given("attn_mask") is not None
-        or call.given("dropout_p", 0.0)
-        or call.given("enable_gqa", False)
-    ):
+    if call.given("dropout_p", 0.0) or call.given("enable_gqa", False):
         return None
     scale = call.given("scale")
     scale = 1.0 / math.sqrt(call["query"].shape[-1]) if scale is None else float(scale)
-    return scale, bool(call.given("is_causal", False))
+    shape = (*call["query"].shape[:-1], call["key"].shape[-2])
+    bias, mask = None, call.given("attn_mask")
+    if isinstance(mask, BatchDependent) and mask.rows:
+        mask = mask.value[:1]
+    if call.given("is_causal", False):
+        bias = torch.zeros(shape[-2:], dtype=torch.float64)
+        bias.masked_fill_(torch.ones_like(bias).triu(1) > 0, -math.inf)
+    if isinstance(mask, Tensor):
+        if mask.ndim > len(shape):  # of all samples alike
+            if len(mask) != 1:
+                return None
+            mask = mask[0]
+        mask = mask.detach().cpu()
+        if mask.dtype == torch.bool:
+            added = torch.zeros(mask.shape, dtype=torch.float64).masked_fill_(~mask, -math.inf)
+        else:
+            added = mask.double()
+        bias = added if bias is None else bias + added
+    elif mask is not None:
+        return None
+    if bias is None:
+        return scale, None
+    bias = bias.expand(shape)
+    usual = ((bias.isfinite() | (bias == -math.inf)).all()) & bias.isfinite().any(-1).all()
+    return (scale, bias) if bool(usual) else None
 
 
 def _scaled(ball: Ball, x: _Value, scale: float) -> _Value:
@@ -464,6 +489,10 @@ class PointErrors(Errors):
             scores = abs(plain[0]) * _off_product(
                 (sizes[0], sizes[1]), (offs[0], offs[1]), ats[0].shape[-1] + 16
             )
+            if plain[1] is not None:  # the sum with the mask is rounded
+                added = frobenius_up(plain[1].nan_to_num(neginf=0.0))
+                largest = abs(plain[0]) * sizes[0] * sizes[1] + added + scores
+                scores = scores + 2 * UNIT_ROUNDOFF * largest * _SAFE
             rows = math.sqrt(math.prod(ats[0].shape[:-1]))  # each of a norm of 1 at most
             shares = 0.5 * scores + gamma(4 * keys + 256) * rows
             return _off_product((rows, sizes[2]), (shares, offs[2]), keys + 16)
