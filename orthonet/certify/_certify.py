@@ -29,7 +29,7 @@ from orthonet.certify.walk.mixed import Mixed, mixed_bound
 from orthonet.certify.walk.walker import Walker, propagate
 from orthonet.errors import UncertifiableError
 
-__all__ = ["certify"]
+__all__ = ["certify", "walker_in_balls"]
 
 
 @overload
@@ -172,14 +172,15 @@ def certify(
         to=to,
         radius=radius,
     )
+    if radius is not None:
+        with reporting(progress):
+            walker = walker_in_balls(model, examples, effort, autocast)
+            with exclusive(), torch.no_grad(), with_effort(effort):
+                return local_certificate(walker, examples, float(radius))
     check_subnormal("certify")
     _check_region(examples[0].device)
-    _check_model(model, masks=radius is not None)
+    _check_model(model)
     with exclusive(), torch.no_grad(), with_effort(effort), reporting(progress):
-        if radius is not None:
-            model = written_out(model, examples)
-            walker = propagate(model, examples, autocast=autocast, in_balls=IN_BALLS)
-            return local_certificate(walker, examples, float(radius))
         walker = propagate(model, examples, autocast=autocast)
         identity = hashes(model), data_hashes(model)
         pairs = _pairs(walker)
@@ -222,6 +223,21 @@ def certify(
         identity[1],
         walker.roundings(),
     )
+
+
+def walker_in_balls(
+    model: nn.Module,
+    examples: tuple[Tensor, ...],
+    effort: Effort = "default",
+    autocast: torch.dtype | None = None,
+) -> Walker:
+    """The graph of a model that may have constants in balls only, checked like any other."""
+    check_subnormal("certify")
+    _check_region(examples[0].device)
+    _check_model(model, masks=True)
+    with exclusive(), torch.no_grad(), with_effort(effort):
+        model = written_out(model, examples)
+        return propagate(model, examples, autocast=autocast, in_balls=IN_BALLS)
 
 
 def _pairs(walker: Walker) -> Tensor | None:

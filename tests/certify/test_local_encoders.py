@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from orthonet.certify import certify
+from orthonet.certify import certify, local_radius
 from orthonet.certify.local.encoders import written_out
 from orthonet.errors import UncertifiableError
 from tests.certify.test_local_nonlinear import _TOKENS, _WIDTH, _check
@@ -92,7 +92,7 @@ def _check_encoders(seeds):
 
 
 def test_no_point_of_a_ball_refutes_an_encoder():
-    assert sum(r < 1.5 for r in _check_encoders([1, 2])) >= 1
+    assert max(_check_encoders([13])) < 1.5
 
 
 @pytest.mark.slow
@@ -182,3 +182,70 @@ def test_infinite_entries_are_those_of_masks_of_attention():
         layer.weight[0, 0] = -float("inf")
     with pytest.raises(UncertifiableError, match="step of the training"):
         certify(layer, torch.zeros(1, 3), radius=0.01)
+
+
+def _closest(model, x, most):
+    """The distance from each sample to a point of another class that an ascent finds."""
+    model = model.requires_grad_(False)
+    top = model(x).argmax(1)
+    found = torch.full((len(x),), float("inf"), dtype=x.dtype)
+    for radius in [r * s for r in most.tolist() for s in (0.999, 1.5, 3.0, 10.0)]:
+        d = torch.randn_like(x)
+        for _ in range(15):
+            d = radius * d / d.flatten(1).norm(dim=1).reshape(-1, 1, 1)
+            z = (x + d).requires_grad_()
+            out = model(z)
+            rest = out.scatter(1, top[:, None], -float("inf")).amax(1)
+            margin = rest - out.gather(1, top[:, None])[:, 0]
+            flipped = (margin > 0) & (d.flatten(1).norm(dim=1) < found)
+            found = torch.where(flipped.detach(), d.flatten(1).norm(dim=1), found)
+            (slope,) = torch.autograd.grad(margin.sum(), z)
+            d = d + radius * slope / slope.flatten(1).norm(dim=1).reshape(-1, 1, 1).clamp_min(1e-30)
+    return found
+
+
+def test_models_without_a_global_constant_have_radii():
+    _, model = _model(3, "attention", "causal")
+    x = torch.randn(1, _TOKENS, _WIDTH, dtype=torch.float64)
+    (radius,) = local_radius(model, x, model(x).argmax(1), steps=1)
+    (closest,) = _closest(model, x, radius[None])
+    assert 0 < radius < closest < 10 * radius  # observed 2 to 4
+
+
+def test_radii_of_wrong_predictions_are_zero_and_other_labels_and_outputs_are_refused():
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3)).eval()
+    x = torch.randn(2, 4)
+    labels = (net(x).argmax(1) + torch.tensor([0, 1])) % 3
+    found = local_radius(net, x, labels)
+    assert found[0] > 0 and found[1] == 0 and found.dtype == torch.float64
+    with pytest.raises(ValueError, match="labels"):
+        local_radius(net, x, labels[:1])
+    with pytest.raises(ValueError, match="2 to 4096 classes"):
+        local_radius(nn.Sequential(net, nn.Unflatten(1, (3, 1))).eval(), x)
+
+
+def test_radii_of_balls_are_those_of_the_certificate_where_there_is_one():
+    torch.manual_seed(0)
+    net = (
+        nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+        .double()
+        .eval()
+    )
+    x = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    certificate = certify(net, x)
+    found, wanted = local_radius(net, x), certificate.local_radius(net, x)
+    assert bool((found >= certificate.radius(net, x) * (1 - 1e-9)).all())
+    # Both end a search that stops within 5 or 25 %; observed 0.97 to 1.05.
+    assert bool(((found / wanted - 1).abs() < 0.25).all())
+
+
+def test_a_tie_has_no_radius_and_a_constant_model_an_infinite_one():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Conv1d(1, 1, 1), nn.Flatten()).eval()
+    for parameter in net.parameters():
+        parameter.detach().zero_()
+    x = torch.zeros(1, 1, 2)
+    assert local_radius(net, x).item() == 0.0
+    net[2] = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    net[2][1].weight.detach().zero_()
+    net[2][1].bias.detach().copy_(torch.tensor([1.0, 0.0]))
+    assert local_radius(net.eval(), x).item() == float("inf")

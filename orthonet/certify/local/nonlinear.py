@@ -113,8 +113,13 @@ def in_ball(ball: Ball, state: State) -> Moves | None:
         return _softmax(ball, values[0], dim).moves
     if call.op in _NORMALIZATIONS and len(operands) == 1:
         return _normalized(ball, state, values[0])
-    if call.op == "scaled_dot_product_attention" and len(values) == 3:
-        return _attention(ball, state, values)
+    if call.op == "scaled_dot_product_attention":
+        moving = dict(zip((id(s) for s in sources), values, strict=True))
+        parts = [
+            moving[id(part._state)] if isinstance(part, Operand) else _still(ball, part)
+            for part in _parts(state)
+        ]
+        return _attention(ball, state, parts)
     return None
 
 
@@ -399,6 +404,19 @@ def _attention(ball: Ball, state: State, values: list[_Value]) -> Moves | None:
     return _bilinear(ball, weights, value, torch.matmul).moves
 
 
+def _parts(state: State) -> list[Any]:
+    """Queries, keys and values: operands, or constants of one sample."""
+    call = state.call
+    found = []
+    for name in ("query", "key", "value"):
+        part = call[name]
+        if not isinstance(part, Operand):
+            part = call.fixed(name)
+            part = part[0] if part.ndim > len(state.shape) else part
+        found.append(part)
+    return found
+
+
 def _plain_attention(state: State) -> tuple[float, Tensor | None] | None:
     """The scale of the scores, and what is added to them; None for what is not followed.
 
@@ -408,8 +426,9 @@ def _plain_attention(state: State) -> tuple[float, Tensor | None] | None:
     if call.given("dropout_p", 0.0) or call.given("enable_gqa", False):
         return None
     scale = call.given("scale")
-    scale = 1.0 / math.sqrt(call["query"].shape[-1]) if scale is None else float(scale)
-    shape = (*call["query"].shape[:-1], call["key"].shape[-2])
+    query, key, _ = _parts(state)
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    shape = (*query.shape[:-1], key.shape[-2])
     bias, mask = None, call.given("attn_mask")
     if isinstance(mask, BatchDependent) and mask.rows:
         mask = mask.value[:1]
@@ -481,10 +500,15 @@ class PointErrors(Errors):
                 else (frobenius_up(call.fixed("self").expand(at[None].shape)), 0.0)
             )
             return _off_product((first[0], frobenius_up(inverse)), (first[1], off), 4)
-        if call.op == "scaled_dot_product_attention" and len(operands) == 3:
+        if call.op == "scaled_dot_product_attention":
             plain = _plain_attention(state)
             if plain is None:
                 return None
+            parts = [p if isinstance(p, Tensor) else None for p in _parts(state)]
+            moving = iter(zip(ats, offs, strict=True))
+            pairs = [next(moving) if p is None else (p, 0.0) for p in parts]
+            ats, offs = [a for a, _ in pairs], [o for _, o in pairs]
+            sizes = [frobenius_up(a) for a in ats]
             keys = ats[1].shape[-2]
             scores = abs(plain[0]) * _off_product(
                 (sizes[0], sizes[1]), (offs[0], offs[1]), ats[0].shape[-1] + 16

@@ -69,7 +69,6 @@ def _attention(module: nn.Module, input_shape: Shape) -> Step:
     refuse_module(
         module,
         "dot-product attention has no global Lipschitz constant: its scores are products",
-        f"Use orthonet.layers.DistanceAttention, CosineAttention or TokenMixing; {IN_A_BALL} what "
-        "is of nn.MultiheadAttention, nn.TransformerEncoderLayer or written with "
-        "F.scaled_dot_product_attention",
+        "Use orthonet.layers.DistanceAttention, CosineAttention or TokenMixing instead; "
+        f"{IN_A_BALL}",
     )
