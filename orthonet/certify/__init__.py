@@ -7,6 +7,7 @@ from orthonet.certify import _package  # noqa: F401 (makes the package callable)
 from orthonet.certify._bound import Bound, Row
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._certify import certify
+from orthonet.certify._local_radius import local_radius
 from orthonet.certify._radius import RadiusCurve
 from orthonet.certify._sequence import recurrent_bound, sequence_bound
 from orthonet.certify.attacks.accuracy import empirical_accuracy
@@ -21,7 +22,7 @@ from orthonet.certify.attacks.pgd import (
 from orthonet.certify.local.certificate import LocalBound, LocalCertificate
 from orthonet.certify.mlp.chain import Affine
 from orthonet.certify.mlp.exact import ExactConstant, exact_constant
-from orthonet.certify.mlp.local import local_bound, local_radius
+from orthonet.certify.mlp.local import local_bound
 from orthonet.certify.mlp.perceptron import MLPBound, mlp_bound
 from orthonet.certify.mlp.slopes import Activation
 from orthonet.certify.ops import (  # noqa: F401 (each registers its records)

@@ -18,6 +18,7 @@ from orthonet.certify.graph.identity import data_hashes, hashes
 from orthonet.certify.graph.outside import digest
 from orthonet.certify.graph.regions import HALF
 from orthonet.certify.local.certificate import LocalCertificate, is_radius, local_certificate
+from orthonet.certify.local.encoders import written_out
 from orthonet.certify.local.nonlinear import IN_BALLS
 from orthonet.certify.norms import EFFORTS, Effort, limits
 from orthonet.certify.norms import effort as with_effort
@@ -28,7 +29,7 @@ from orthonet.certify.walk.mixed import Mixed, mixed_bound
 from orthonet.certify.walk.walker import Walker, propagate
 from orthonet.errors import UncertifiableError
 
-__all__ = ["certify"]
+__all__ = ["certify", "walker_in_balls"]
 
 
 @overload
@@ -171,13 +172,15 @@ def certify(
         to=to,
         radius=radius,
     )
+    if radius is not None:
+        with reporting(progress):
+            walker = walker_in_balls(model, examples, effort, autocast)
+            with exclusive(), torch.no_grad(), with_effort(effort):
+                return local_certificate(walker, examples, float(radius))
     check_subnormal("certify")
     _check_region(examples[0].device)
     _check_model(model)
     with exclusive(), torch.no_grad(), with_effort(effort), reporting(progress):
-        if radius is not None:
-            walker = propagate(model, examples, autocast=autocast, in_balls=IN_BALLS)
-            return local_certificate(walker, examples, float(radius))
         walker = propagate(model, examples, autocast=autocast)
         identity = hashes(model), data_hashes(model)
         pairs = _pairs(walker)
@@ -220,6 +223,21 @@ def certify(
         identity[1],
         walker.roundings(),
     )
+
+
+def walker_in_balls(
+    model: nn.Module,
+    examples: tuple[Tensor, ...],
+    effort: Effort = "default",
+    autocast: torch.dtype | None = None,
+) -> Walker:
+    """The graph of a model that may have constants in balls only, checked like any other."""
+    check_subnormal("certify")
+    _check_region(examples[0].device)
+    _check_model(model, masks=True)
+    with exclusive(), torch.no_grad(), with_effort(effort):
+        model = written_out(model, examples)
+        return propagate(model, examples, autocast=autocast, in_balls=IN_BALLS)
 
 
 def _pairs(walker: Walker) -> Tensor | None:
@@ -302,7 +320,7 @@ def _check_is_module(model: Any) -> None:
     )
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: nn.Module, masks: bool = False) -> None:
     _checks.require(
         not isinstance(model, torch.fx.GraphModule) or "train" in vars(model),
         "certify",
@@ -388,17 +406,24 @@ def _check_model(model: nn.Module) -> None:
             path=path,
             dtype=tensor.dtype,
         )
+        if _is_finite(tensor):
+            continue
+        mask = type(tensor) is Tensor and bool((tensor.isfinite() | (tensor == -math.inf)).all())
         _checks.require(
-            not tensor.is_meta and (tensor.is_complex() or _is_finite(tensor)),
+            mask and masks,
             "certify",
             "weights must be finite",
-            "Look for the step of the training that made a NaN or an infinity; of a mask, store "
-            "booleans and call masked_fill",
+            "A mask with -inf in it needs a radius, certify(model, x, radius=r), as attention has "
+            "no global constant; or store booleans and call masked_fill"
+            if mask
+            else "Look for the step of the training that made a NaN or an infinity",
             UncertifiableError,
             path=path,
         )
 
 
 def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_complex():
+        return True
     values = tensor if tensor.layout is torch.strided else tensor.to_dense()
     return bool(values.isfinite().all())

@@ -13,7 +13,7 @@ from orthonet.certify.graph.marks import Marked, mark_of
 from orthonet.certify.graph.program import BATCH, Program, called, op_name, refuse
 from orthonet.certify.rules import BatchDependent
 
-__all__ = ["fill", "fold", "moving"]
+__all__ = ["check_masks", "fill", "fold", "moving"]
 
 _SHAPE_ONLY = {
     "sym_size",
@@ -82,6 +82,21 @@ def fold(program: Program) -> None:
             sized[node] = values
             constants[node] = BatchDependent(values[0], _equal_rows(values))
     program.nodes = [n for n in program.nodes if n in found]
+
+
+def check_masks(node: fx.Node, constants: dict[fx.Node, Any]) -> None:
+    """Refuse infinite constants anywhere but in the mask of attention."""
+    if op_name(node) == "scaled_dot_product_attention":
+        return
+    for parent in node.all_input_nodes:
+        value = constants.get(parent)
+        value = value.value if isinstance(value, BatchDependent) else value
+        if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isinf().any()):
+            refuse(
+                node,
+                "a mask with -inf must be the attn_mask of F.scaled_dot_product_attention",
+                "Pass it there, or to an attention layer of torch.nn",
+            )
 
 
 def _equal_rows(values: list[Any]) -> bool:

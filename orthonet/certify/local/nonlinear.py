@@ -112,8 +112,13 @@ def in_ball(ball: Ball, state: State) -> Moves | None:
         return _softmax(ball, values[0], dim).moves
     if call.op in _NORMALIZATIONS and len(operands) == 1:
         return _normalized(ball, state, values[0])
-    if call.op == "scaled_dot_product_attention" and len(values) == 3:
-        return _attention(ball, state, values)
+    if call.op == "scaled_dot_product_attention":
+        moving = dict(zip((id(s) for s in sources), values, strict=True))
+        parts = [
+            moving[id(part._state)] if isinstance(part, Operand) else _still(ball, part)
+            for part in _parts(state)
+        ]
+        return _attention(ball, state, parts)
     return None
 
 
@@ -390,40 +395,67 @@ def _attention(ball: Ball, state: State, values: list[_Value]) -> Moves | None:
     turned = key.moves
     turned = ball.space.dense(turned).each(lambda t, lead: t.mT)
     scores = _bilinear(ball, query, _Value(key.at.mT, key.off, turned), torch.matmul)
-    scale, mask = plain
+    scale, bias = plain
     scores = _scaled(ball, scores, scale)
-    if mask is not None:
-        kept = ball.space.dense(scores.moves).each(lambda t, lead: t * mask.to(t.dtype))
-        scores = _Value(scores.at.where(mask, -math.inf), scores.off, kept)
+    if bias is not None:
+        masked, shift = bias.isinf(), bias.nan_to_num(neginf=0.0)
+        kept = ball.space.dense(scores.moves).each(lambda t, lead: t * ~masked)
+        off = scores.off + _SAFE * 2 * UNIT_ROUNDOFF * frobenius_up(scores.at + shift)
+        at = (scores.at + shift).masked_fill(masked.expand(scores.at.shape), -math.inf)
+        scores = _Value(at, off, kept)
     weights = _softmax(ball, scores, scores.at.ndim - 1)
     return _bilinear(ball, weights, value, torch.matmul).moves
 
 
+def _parts(state: State) -> list[Any]:
+    """Queries, keys and values: operands, or constants of one sample."""
+    call = state.call
+    found = []
+    for name in ("query", "key", "value"):
+        part = call[name]
+        if not isinstance(part, Operand):
+            part = call.fixed(name)
+            part = part[0] if part.ndim > len(state.shape) else part
+        found.append(part)
+    return found
+
+
 def _plain_attention(state: State) -> tuple[float, Tensor | None] | None:
-    """The scale of the scores and which of them count; None for what is not followed."""
+    """The scale of the scores, and what is added to them; None for what is not followed.
+
+    Scores to which -inf is added are masked: at least one in each row is not.
+    """
     call = state.call
     if call.given("dropout_p", 0.0) or call.given("enable_gqa", False):
         return None
-    query, key = call["query"].shape, call["key"].shape
-    mask = call.given("attn_mask")
+    scale = call.given("scale")
+    query, key, _ = _parts(state)
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    shape = (*query.shape[:-1], key.shape[-2])
+    bias, mask = None, call.given("attn_mask")
     if isinstance(mask, BatchDependent) and mask.rows:
         mask = mask.value[:1]
-    if mask is not None:
-        if not isinstance(mask, Tensor) or call.given("is_causal", False):
-            return None
-        mask = mask.detach().cpu()
-        if mask.dtype != torch.bool:  # what is added to the scores
-            if not bool(((mask == 0.0) | (mask == -math.inf)).all()):
-                return None
-            mask = mask == 0.0
-        if mask.ndim > len(query):  # the same for every sample
+    if call.given("is_causal", False):
+        bias = torch.zeros(shape[-2:], dtype=torch.float64)
+        bias.masked_fill_(torch.ones_like(bias).triu(1) > 0, -math.inf)
+    if isinstance(mask, Tensor):
+        if mask.ndim > len(shape):  # of all samples alike
             if len(mask) != 1:
                 return None
             mask = mask[0]
-    elif call.given("is_causal", False):
-        mask = torch.ones(query[-2], key[-2], dtype=torch.bool).tril()
-    scale = call.given("scale")
-    return 1.0 / math.sqrt(query[-1]) if scale is None else float(scale), mask
+        mask = mask.detach().cpu()
+        if mask.dtype == torch.bool:
+            added = torch.zeros(mask.shape, dtype=torch.float64).masked_fill_(~mask, -math.inf)
+        else:
+            added = mask.double()
+        bias = added if bias is None else bias + added
+    elif mask is not None:
+        return None
+    if bias is None:
+        return scale, None
+    bias = bias.expand(shape)
+    usual = ((bias.isfinite() | (bias == -math.inf)).all()) & bias.isfinite().any(-1).all()
+    return (scale, bias) if bool(usual) else None
 
 
 def _scaled(ball: Ball, x: _Value, scale: float) -> _Value:
@@ -474,14 +506,23 @@ class PointErrors(Errors):
                 else (frobenius_up(call.fixed("self").expand(at[None].shape)), 0.0)
             )
             return _off_product((first[0], frobenius_up(inverse)), (first[1], off), 4)
-        if call.op == "scaled_dot_product_attention" and len(operands) == 3:
+        if call.op == "scaled_dot_product_attention":
             plain = _plain_attention(state)
             if plain is None:
                 return None
+            parts = [p if isinstance(p, Tensor) else None for p in _parts(state)]
+            moving = iter(zip(ats, offs, strict=True))
+            pairs = [next(moving) if p is None else (p, 0.0) for p in parts]
+            ats, offs = [a for a, _ in pairs], [o for _, o in pairs]
+            sizes = [frobenius_up(a) for a in ats]
             keys = ats[1].shape[-2]
             scores = abs(plain[0]) * _off_product(
                 (sizes[0], sizes[1]), (offs[0], offs[1]), ats[0].shape[-1] + 16
             )
+            if plain[1] is not None:  # the sum with the mask is rounded
+                added = frobenius_up(plain[1].nan_to_num(neginf=0.0))
+                largest = abs(plain[0]) * sizes[0] * sizes[1] + added + scores
+                scores = scores + 2 * UNIT_ROUNDOFF * largest * _SAFE
             rows = math.sqrt(math.prod(ats[0].shape[:-1]))  # each of a norm of 1 at most
             shares = 0.5 * scores + gamma(4 * keys + 256) * rows
             return _off_product((rows, sizes[2]), (shares, offs[2]), keys + 16)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from orthonet.certify._radius import certified_radius
 from orthonet.certify.graph.replay import replay
@@ -18,13 +18,16 @@ from orthonet.certify.walk.walker import Walker
 from orthonet.errors import UncertifiableError
 from orthonet.linalg.bounds.rounding import mul_up, up
 
-__all__ = ["Ends", "enlarged", "local_constants", "local_reaches"]
+__all__ = ["Ends", "enlarged", "local_constants", "local_reaches", "radii_of_balls"]
 
 _WORTH = 1.02  # a gain below this factor is not searched for
 _HOPE = 1.2  # nor one where no bound of the kind can gain more than this
 _NEAR = 1.25  # a quotient this near to its radius needs no further search
 _NEARER = 1.05  # the same where balls cost little
 _TOGETHER = 16  # samples whose gradients are taken at once
+_FAR = 1e6  # a radius beyond which no search starts
+_SHRINK = 0.25  # of a ball in which nothing is known
+_TRIES = 3  # balls that are proved, each smaller, where one proves nothing
 _FEW = 2048  # rows of a ball that costs little
 _SLOPE = 1.0  # of the logarithm of the quotient, until two balls have told
 _FAILED = (TooLargeError, OverflowError, UncertifiableError)
@@ -127,6 +130,45 @@ class _Search:
                 continue
         return task.start
 
+    def alone(self, inputs: Sequence[Tensor], node: fx.Node) -> tuple[int, float]:
+        """Return the class of a sample, and a radius that rests on no global constant."""
+        point = Point(self.walker, inputs)
+        row = point.values[node]
+        top, lost = int(row.argmax()), torch.tensor([point.off(self.walker.states[node])])
+        most = torch.full((row.shape[1],), math.inf, dtype=torch.float64)
+        table = most.repeat(len(most), 1)
+        whole = self.walker.bound.value
+        start = float(certified_radius(row, whole, None, lost)) if whole < math.inf else 0.0
+        if start == math.inf or not float(certified_radius(row, 1.0, None, lost)) > 0.0:
+            return top, start  # nothing moves, or the class itself is open
+
+        def quotient(radius: float, proved: bool, dtype: torch.dtype) -> float:
+            best = 0.0
+            try:
+                for _, ball in _balls(point, radius, proved, dtype):
+                    table[top] = ball.differences(node, top, most)
+                    best = max(best, float(certified_radius(row, math.inf, table, lost)))
+            except _FAILED:
+                pass
+            return best
+
+        ceiling = float(_ceilings(self.walker, inputs, row, torch.ones_like(table)))
+        radius = max(start, 0.5 * ceiling if 0.0 < ceiling < _FAR else 1.0)
+        for _ in range(self.steps):
+            found = quotient(radius, False, self.dtype)
+            gap = math.log(found / radius) if found > 0.0 else -math.inf
+            if abs(gap) < math.log(_NEARER):
+                break
+            # Where the rows grow like the radius, the quotient falls like its inverse.
+            radius *= max(math.exp(gap / 2.0), _SHRINK)
+        best = start
+        for _ in range(_TRIES):
+            best = max(best, min(radius, quotient(radius, True, self.dtype)))
+            if best > 0.5 * radius:
+                break
+            radius *= _SHRINK
+        return top, best
+
     def _found(self, task: _Task, dtype: torch.dtype) -> float:
         point = Point(self.walker, task.inputs)
         span = math.log(min(task.ceiling, 1e6 * task.start) / task.start)
@@ -165,6 +207,21 @@ class _Search:
             share = math.log(result / task.start) / span
             self.share += (share - self.share) / self.seen
         return max(task.start, result)
+
+
+def radii_of_balls(walker: Walker, batch: Sequence[Tensor], steps: int) -> tuple[Tensor, Tensor]:
+    """Return the predicted classes and their radii in exact arithmetic, by balls alone.
+
+    Args:
+        walker: The graph, with one output (N, classes); its global bound may be infinite.
+        batch: The inputs.
+        steps: Balls that are tried for each sample, besides those that are proved.
+    """
+    search = _Search(walker, steps)
+    (node,) = walker.program.outputs
+    found = [search.alone(tuple(t[i : i + 1] for t in batch), node) for i in range(len(batch[0]))]
+    classes, radii = zip(*found, strict=True) if found else ((), ())
+    return torch.tensor(classes, dtype=torch.long), torch.tensor(radii, dtype=torch.float64)
 
 
 def _ceilings(walker: Walker, batch: Sequence[Tensor], logits: Tensor, pairs: Tensor) -> Tensor:

@@ -225,7 +225,7 @@ class Unknown:
             part = matrix[first : first + len(weight)]
             part *= weight[:, None].to(self.dtype)
             parts.append(part)
-            norms.append(estimated_norm(part, steps=3))
+            norms.append(estimated_norm(part, steps=1))
             first += len(weight)
         largest = max(norms)
         if not math.isfinite(largest):

@@ -27,7 +27,7 @@ from orthonet.linalg.bounds.rounding import (
     up,
 )
 
-__all__ = ["local_bound", "local_radius"]
+__all__ = ["local_bound", "perceptron_radii"]
 
 _NORMS = ("l2", "linf")
 _OUTWARD = 1.0 + 2.0**-45  # covers the roundings of a few entrywise operations and a short sum
@@ -83,46 +83,14 @@ def local_bound(
     return replace(found, method=method)
 
 
-def local_radius(
-    layers: Layer | Iterable[Layer], x: Tensor, *, steps: int = 6, effort: str = "default"
-) -> Tensor:
-    r"""Return the l2 distance within which the predicted class of each sample cannot change.
-
-    For a ball of radius $\rho$ with local constants $K_{yj}(\rho)$, the class is certified within
-    $\min(\rho, \min_j (f_y - f_j) / K_{yj}(\rho))$; the best $\rho$ of a search is returned. The
-    margins are computed with bounds of their rounding.
-
-    Args:
-        layers: A classifier, see [`mlp_bound`][orthonet.certify.mlp_bound].
-        x: The samples.
-        steps: Number of balls to try for each sample.
-        effort: See [`mlp_bound`][orthonet.certify.mlp_bound]; `"tight"` takes about a second for
-            a ball.
-
-    Shape:
-        x: (N, *); returns (N,), float64
-
-    Guarantee:
-        Lower bound of the distance to the nearest point of another class, in exact arithmetic.
-
-    Raises:
-        UncertifiableError: See [`mlp_bound`][orthonet.certify.mlp_bound].
-        ValueError: There is one output only, or `x` does not fit.
-    """
-    _checks.positive_int("local_radius", steps=steps)
-    _checks.one_of("local_radius", EFFORTS, effort=effort)
-    affine, activations = read_layers(layers, "local_radius")
-    classes = affine[-1].weight.shape[0]
-    _checks.require(
-        2 <= classes <= 4096,
-        "local_radius",
-        "there must be 2 to 4096 classes",
-        "Use local_bound for one output",
-        classes=classes,
-    )
+def perceptron_radii(
+    affine: list[Affine], activations: list[Activation], x: Tensor, steps: int, effort: str
+) -> tuple[Tensor, Tensor]:
+    """Return the predicted classes of samples, and their radii in exact arithmetic."""
     whole = chain_bound(Chain.build(affine, activations), effort)
-    with torch.no_grad():
-        return torch.stack([_radius(affine, activations, s, whole, steps, effort) for s in x])
+    found = [_radius(affine, activations, s, whole, steps, effort) for s in x]
+    classes, radii = zip(*found, strict=True) if found else ((), ())
+    return torch.tensor(classes, dtype=torch.long), torch.tensor(radii, dtype=torch.float64)
 
 
 def _radius(
@@ -132,7 +100,7 @@ def _radius(
     whole: MLPBound,
     steps: int,
     effort: str,
-) -> Tensor:
+) -> tuple[int, float]:
     center = _center("local_radius", affine, sample)
     value, error = _Ball(affine, activations, center, 0.0, "l2").output
     top = int(value.argmax())
@@ -148,7 +116,7 @@ def _radius(
     best = within(whole)
     low, high = best, math.inf  # the quotient is at least `low` there, less than `high` there
     if best == 0.0 or math.isinf(best):
-        return torch.tensor(best, dtype=torch.float64)
+        return top, best
     for _ in range(steps):
         size = 2.0 * low if math.isinf(high) else (low + high) / 2
         slopes = _Ball(affine, activations, center, size, "l2").slopes
@@ -158,7 +126,7 @@ def _radius(
             low = size
         else:
             low, high = max(low, found), size
-    return torch.tensor(best, dtype=torch.float64)
+    return top, best
 
 
 def _size(owner: str, norm: str, radius: float) -> float:

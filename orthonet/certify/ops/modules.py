@@ -69,6 +69,6 @@ def _attention(module: nn.Module, input_shape: Shape) -> Step:
     refuse_module(
         module,
         "dot-product attention has no global Lipschitz constant: its scores are products",
-        "Use orthonet.layers.DistanceAttention, CosineAttention or TokenMixing instead; written "
-        f"with F.scaled_dot_product_attention in a module of yours, {IN_A_BALL}",
+        "Use orthonet.layers.DistanceAttention, CosineAttention or TokenMixing instead; "
+        f"{IN_A_BALL}",
     )

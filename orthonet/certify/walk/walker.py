@@ -18,7 +18,7 @@ from orthonet.certify._progress import report
 from orthonet.certify.graph.batch_size import check_batch_in_shapes
 from orthonet.certify.graph.consistency import check_same_function, check_samples_apart, run_once
 from orthonet.certify.graph.export import export
-from orthonet.certify.graph.fold import fill
+from orthonet.certify.graph.fold import check_masks, fill
 from orthonet.certify.graph.marks import ROOT, LeafCall, mark_of
 from orthonet.certify.graph.pairs import STUCK
 from orthonet.certify.graph.program import Program, op_name, path_of, source_of
@@ -110,6 +110,8 @@ class Walker:
     def walk(self) -> None:
         """Bound every node, in the order of the graph."""
         for node in self.program.nodes:
+            if self.in_balls:
+                check_masks(node, self.program.constants)
             shape = self._shape(node, node.meta.get("val"))
             if node in self.program.inputs:
                 call = Call("input", ROOT, (), {}, shape)
