@@ -209,6 +209,20 @@ def test_refusing_leaves_everything_as_it_was():
     assert "<lambda>" not in models.list_models()
 
 
+def test_tensors_of_a_space_may_be_passed_by_name():
+    x, v = M.Sphere().sample((3,)), torch.zeros(3)
+    assert torch.equal(M.Sphere().exp(x=x, v=v), M.Sphere().exp(x, v))
+    assert torch.equal(M.Sphere().project(x=x), M.Sphere().project(x))
+
+
+def test_every_recipe_names_the_configuration_that_it_takes(tmp_path):
+    for command in ("train", "bench"):
+        for recipe in recipes.registered(command).values():
+            with pytest.raises(ValueError, match=r"^\w+: config must be a \w+Config, got config=3"):
+                recipe.run(3, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("labels", [[0, 1, 1], [-1, 1, 1], [1, 1, 1], [False, True, True]])
 def test_labels_of_two_classes_are_taken_in_every_spelling(labels):
     target = torch.tensor(labels)

@@ -179,11 +179,13 @@ class Manifold(abc.ABC):
             )
         shapes = [tuple(x.shape) for x in tensors]
         problem = None
-        if min(map(len, shapes), default=0) < self.event_ndim:
+        if not shapes:  # they were passed by name
+            return
+        if min(map(len, shapes)) < self.event_ndim:
             problem = f"the tensors of {method} must be {self._event_in_words()}"
         elif len({shape[len(shape) - self.event_ndim :] for shape in shapes}) > 1:
             problem = f"the tensors of {method} must have the same last sizes"
-        problem = problem or (self._shape_problem(shapes[0]) if shapes else None)
+        problem = problem or self._shape_problem(shapes[0])
         if problem is not None:
             _checks.fail(self, problem, "Reshape it, or choose another space", shape=shapes)
 
