@@ -54,9 +54,10 @@ def evaluated(owner: str, fn: Map, x: Tensor) -> Tensor:
     try:
         return fn(x)
     except RuntimeError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         _checks.fail(
             owner,
-            f"fn must take a batch of this shape and dtype ({str(error).splitlines()[0]})",
+            f"fn must take a batch of this shape and dtype ({reason})",
             "Pass the shape of one sample, without the batch dimension",
             input=x,
         )
