@@ -295,4 +295,4 @@ class Manifold(abc.ABC):
         return self.tangent(y, v)
 
 
-Manifold.sample = _checked_sample(Manifold.sample)  # type: ignore[method-assign]
+Manifold.sample = _checked_sample(Manifold.sample)
