@@ -296,3 +296,5 @@ class Manifold(abc.ABC):
 
 
 Manifold.sample = _checked_sample(Manifold.sample)
+for _name in _TENSORS.keys() & vars(Manifold).keys() - Manifold.__abstractmethods__:
+    setattr(Manifold, _name, _checked(vars(Manifold)[_name], _name))
