@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -34,7 +35,10 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, rest = super().parse_known_args(args, namespace)
         if rest:
-            self.error(f"unknown: {' '.join(rest)}. {self.prog} --help lists the options")
+            options = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(rest[0].partition("=")[0], options, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            self.error(f"unknown: {' '.join(rest)}.{hint} {self.prog} --help lists the options")
         return found, rest
 
 
@@ -104,10 +108,15 @@ def _certify(source: str, *, quiet: bool, **arguments: Any) -> None:
 
 def _convert(source: str, *, out: Path, **options: Any) -> None:
     _write(recipes.convert_file(source, out, **options).summary())
+    _write(f"written:\n  {out}")
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="orthonet", description="Train and certify 1-Lipschitz networks.")
+    parser = _Parser(
+        prog="orthonet",
+        description="Train and certify 1-Lipschitz networks.",
+        epilog="Begin with: orthonet train digits",
+    )
     parser.add_argument("--version", action="version", version=f"orthonet {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_recipes(commands, "train", "train, certify and attack a network", "recipe")

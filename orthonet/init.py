@@ -46,13 +46,7 @@ def orthogonal_(
         True
     """
     _checks.floating("orthogonal_", tensor=tensor)
-    _checks.require(
-        isinstance(gain, (int, float)) and math.isfinite(gain),
-        "orthogonal_",
-        "gain must be a finite number",
-        "Pass what torch.nn.init.calculate_gain returns",
-        gain=gain,
-    )
+    _check_gain("orthogonal_", gain)
     _checks.require(
         tensor.ndim >= 2,
         "orthogonal_",
@@ -124,6 +118,7 @@ def conv_orthogonal_(
     )
     _checks.one_of(owner, ("delta", "aoc"), method=method)
     _checks.positive_int(owner, groups=groups)
+    _check_gain(owner, gain)
     _checks.require(
         tensor.shape[0] % groups == 0,
         owner,
@@ -181,6 +176,16 @@ def conv_orthogonal_(
     if not contracting:
         kernel = block_convolution(outer, kernel, spatial_dims=taps)
     return tensor.copy_(gain * kernel.reshape(tensor.shape))
+
+
+def _check_gain(owner: str, gain: float) -> None:
+    _checks.require(
+        isinstance(gain, (int, float)) and math.isfinite(gain),
+        owner,
+        "gain must be a finite number",
+        "Pass what torch.nn.init.calculate_gain returns",
+        gain=gain,
+    )
 
 
 def _draw(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -300,7 +300,7 @@ CONSTRAINTS_AND_SPACES = [
     ("frechet_mean", "points", lambda: M.frechet_mean(M.Sphere(), [])),
     ("frechet_mean", "points", lambda: M.frechet_mean(M.Sphere(), 3)),
     ("frechet_mean", "space", lambda: M.frechet_mean(3, EYE)),
-    ("Grassmannian", "x", lambda: M.Grassmannian().distance(EYE, torch.ones(4, 3))),
+    ("Grassmannian", "shape", lambda: M.Grassmannian().distance(EYE, torch.ones(4, 3))),
     ("Bounded", "low", lambda: M.Bounded("0", 1)),
 ]
 

@@ -7,9 +7,28 @@ import math
 import torch
 from torch import Tensor, nn
 
-from orthonet._checks import require
+from orthonet._checks import real_input, require
+from orthonet._torch import is_traced
 
 __all__ = ["BranchGain", "ConvexSum", "PrescaledSum"]
+
+
+def _check_operands(owner: nn.Module, branch: Tensor, skip: Tensor) -> None:
+    if is_traced():
+        return
+    real_input(owner, branch, "branch")
+    real_input(owner, skip, "skip")
+    if not isinstance(branch, Tensor) or not isinstance(skip, Tensor):  # torch.fx traces
+        return
+    pairs = zip(reversed(branch.shape), reversed(skip.shape), strict=False)
+    require(
+        all(m == n or 1 in (m, n) for m, n in pairs),
+        owner,
+        "branch and skip must have shapes that broadcast",
+        "Give the branch the shape of its input, or project the skip connection",
+        branch=branch,
+        skip=skip,
+    )
 
 
 class ConvexSum(nn.Module):
@@ -43,9 +62,8 @@ class ConvexSum(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require(
-            0 < init < 1, self, "init must lie strictly between 0 and 1", "Use init=0.5", init=init
-        )
+        good = isinstance(init, (int, float)) and 0 < init < 1
+        require(good, self, "init must lie strictly between 0 and 1", "Use init=0.5", init=init)
         self.init = init
         self.logit = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.reset_parameters()
@@ -56,6 +74,7 @@ class ConvexSum(nn.Module):
 
     def forward(self, branch: Tensor, skip: Tensor) -> Tensor:
         """Return the weighted sum, in the dtype of `skip`."""
+        _check_operands(self, branch, skip)
         a = self.logit.to(torch.promote_types(self.logit.dtype, torch.float32)).sigmoid()
         return ((1 - a) * skip + a * branch).to(skip.dtype)
 
@@ -148,4 +167,5 @@ class PrescaledSum(nn.Module):
 
     def forward(self, branch: Tensor, skip: Tensor) -> Tensor:
         """Return the sum, divided by one plus the gain, in the dtype of `skip`."""
+        _check_operands(self, branch, skip)
         return ((skip + branch) / (1 + self.before.gain)).to(skip.dtype)

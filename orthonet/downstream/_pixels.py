@@ -177,6 +177,7 @@ def certified_pixel_accuracy(
     known = _constants(owner, constants, sizes, certificate, logits)
     counts = torch.ones(len(logits), *sizes, dtype=torch.bool)
     if ignore is not None:
+        _checks.integer(owner, ignore=ignore)
         _checks.tensor(owner, labels=labels)
         counts = labels.detach().to("cpu") != ignore
         labels = torch.where(counts, labels.detach().to("cpu"), 0)

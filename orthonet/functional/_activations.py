@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orthonet._checks import in_range, integer, one_of, positive_int, real_input, require
+from orthonet._checks import (
+    in_range,
+    integer,
+    one_of,
+    positive_int,
+    real_input,
+    require,
+    tensor,
+)
 
 __all__ = [
     "absolute",
@@ -176,6 +184,7 @@ def householder(
         ICLR 2022, equation 3, https://arxiv.org/abs/2108.04062
     """
     dim = _channel_dim("householder", x, dim, 2)
+    tensor("householder", theta=theta)
     pairs = x.shape[dim] // 2
     require(
         theta.shape == (pairs,),
@@ -282,6 +291,7 @@ def n_activation(
         2023, arXiv:2311.06103.
     """
     dim = _channel_dim("n_activation", x, dim, 1)
+    tensor("n_activation", theta=theta)
     require(
         theta.shape == (2, x.shape[dim]),
         "n_activation",
@@ -333,6 +343,7 @@ def householder_order2(
     """
     dim = _channel_dim("householder_order2", x, dim, 2)
     pairs = x.shape[dim] // 2
+    tensor("householder_order2", theta=theta)
     require(
         theta.shape == (3, pairs),
         "householder_order2",

@@ -15,7 +15,10 @@ from orthonet._torch import is_traced
 __all__ = ["circular_pad", "symmetric_pad"]
 
 
-def _check_pads(owner: str, input: Tensor, pads: tuple[int, ...]) -> None:
+def _checked_pads(owner: str, input: Tensor, pad: Sequence[int]) -> tuple[int, ...]:
+    _checks.tensor(owner, input=input)
+    good = isinstance(pad, (tuple, list, torch.Size)) and all(isinstance(p, int) for p in pad)
+    pads = tuple(pad) if good else (-1,)
     dims = len(pads) // 2
     sizes = input.shape[input.ndim - dims :]
     _checks.require(
@@ -28,9 +31,10 @@ def _check_pads(owner: str, input: Tensor, pads: tuple[int, ...]) -> None:
         owner,
         "pad must hold two integers from 0 to the size for each of the last dims",
         "Pass (before, behind) of the last dim first, or enlarge the input",
-        pad=pads,
+        pad=pad,
         input_size=tuple(input.shape),
     )
+    return pads
 
 
 def symmetric_pad(input: Tensor, pad: Sequence[int]) -> Tensor:
@@ -57,8 +61,7 @@ def symmetric_pad(input: Tensor, pad: Sequence[int]) -> Tensor:
         >>> symmetric_pad(torch.tensor([[0.0, 1.0, 2.0]]), (2, 1))
         tensor([[1., 0., 0., 1., 2., 2.]])
     """
-    pads = tuple(pad)
-    _check_pads("symmetric_pad", input, pads)
+    pads = _checked_pads("symmetric_pad", input, pad)
     for i, (low, high) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
         if low or high:
             dim = input.ndim - 1 - i
@@ -92,8 +95,7 @@ def circular_pad(input: Tensor, pad: Sequence[int]) -> Tensor:
         >>> circular_pad(torch.tensor([[0.0, 1.0, 2.0]]), (1, 2))
         tensor([[2., 0., 1., 2., 0., 1.]])
     """
-    pads = tuple(pad)
-    _check_pads("circular_pad", input, pads)
+    pads = _checked_pads("circular_pad", input, pad)
     if not any(pads):
         return input
     if is_traced():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from orthonet._checks import non_negative_int, positive_int, real_input, require, tensor
+from orthonet._checks import boolean, non_negative_int, positive_int, real_input, require, tensor
 
 __all__ = [
     "depth_to_space",
@@ -45,6 +45,7 @@ def safe_sqrt(square: Tensor) -> Tensor:
         >>> x.grad
         tensor([0., 0.])
     """
+    real_input("safe_sqrt", square, "square")
     positive = square > 0
     return torch.where(positive, square, 1).sqrt() * positive
 
@@ -68,9 +69,10 @@ def _window(
     stride = kernel_size if stride is None else stride
     padding = (0,) * len(kernel_size) if padding is None else padding
     require(
-        len(stride) == len(padding) == len(kernel_size),
+        all(isinstance(each, (tuple, list, torch.Size)) for each in (stride, padding))
+        and len(stride) == len(padding) == len(kernel_size),
         owner,
-        "kernel_size, stride and padding must have the same length",
+        "kernel_size, stride and padding must be tuples of the same length",
         "Give one entry for each spatial dimension",
         kernel_size=kernel_size,
         stride=stride,
@@ -81,6 +83,14 @@ def _window(
         non_negative_int(owner, padding=p)
     _has_spatial(owner, x, len(kernel_size))
     sizes = x.shape[-len(kernel_size) :]
+    require(
+        all(2 * p <= k for p, k in zip(padding, kernel_size, strict=True)),
+        owner,
+        "padding must be at most half of kernel_size",
+        "Take less padding, or a larger kernel_size",
+        padding=tuple(padding),
+        kernel_size=tuple(kernel_size),
+    )
     require(
         all(n + 2 * p >= k for n, p, k in zip(sizes, padding, kernel_size, strict=True)),
         owner,
@@ -197,6 +207,7 @@ def global_l2_norm_pool(x: Tensor, spatial: int, keepdim: bool = False) -> Tenso
         tensor([[4., 4., 4.]])
     """
     _has_spatial("global_l2_norm_pool", x, spatial)
+    boolean("global_l2_norm_pool", keepdim=keepdim)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     square = (wide * wide).sum(dim=tuple(range(-spatial, 0)), keepdim=keepdim)
     return safe_sqrt(square).to(x.dtype)
@@ -215,6 +226,7 @@ def global_scaled_avg_pool(x: Tensor, spatial: int, keepdim: bool = False) -> Te
         tensor([[6.]])
     """
     _has_spatial("global_scaled_avg_pool", x, spatial)
+    boolean("global_scaled_avg_pool", keepdim=keepdim)
     scale = math.sqrt(math.prod(x.shape[-spatial:]))
     return x.mean(dim=tuple(range(-spatial, 0)), keepdim=keepdim) * scale
 

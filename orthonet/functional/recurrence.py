@@ -52,6 +52,8 @@ def mod_relu(
         Arjovsky, Shah & Bengio, *Unitary evolution recurrent neural networks*, ICML 2016,
         equation 8, https://arxiv.org/abs/1511.06464
     """
+    _checks.real_input("mod_relu", x)
+    _checks.tensor("mod_relu", bias=bias)
     _checks.require(
         x.ndim >= 1 and bias.shape == x.shape[-1:],
         "mod_relu",
@@ -141,7 +143,7 @@ def _check(
     nonlinearity: str,
     threshold: Tensor | None,
 ) -> None:
-    owner = "recurrence"
+    owner, vectors = "recurrence", {"bias": bias, "threshold": threshold}
     if nonlinearity not in NONLINEARITIES:
         _checks.one_of(owner, NONLINEARITIES, nonlinearity=nonlinearity)
     if (nonlinearity == "modrelu") != (threshold is not None):
@@ -152,7 +154,9 @@ def _check(
             nonlinearity=nonlinearity,
             threshold=threshold,
         )
-    hidden = weight_hh.shape[0]
+    _checks.tensor(owner, x=x, h0=h0, weight_ih=weight_ih, weight_hh=weight_hh)
+    _checks.tensor(owner, **{k: v for k, v in vectors.items() if v is not None})
+    hidden = weight_hh.shape[0] if weight_hh.ndim else 0
     if nonlinearity == "max_min" and hidden % 2:
         _checks.fail(
             owner,
@@ -162,8 +166,7 @@ def _check(
         )
     fits = x.ndim == 3 and x.shape[0] > 0 and weight_ih.shape == (hidden, x.shape[-1])
     fits = fits and weight_hh.shape == (hidden, hidden) and h0.shape == (x.shape[1], hidden)
-    vectors = [v for v in (bias, threshold) if v is not None]
-    if not fits or any(v.shape != (hidden,) for v in vectors):
+    if not fits or any(v is not None and v.shape != (hidden,) for v in vectors.values()):
         _checks.fail(
             owner,
             "x must be (time >= 1, batch, inputs), h0 (batch, hidden), weight_ih (hidden, "

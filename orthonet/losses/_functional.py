@@ -341,9 +341,14 @@ def kr_labels(target: Tensor) -> Tensor:
         >>> kr_labels(torch.tensor([1.0, 0.0, 0.0, 0.0]))
         tensor([ 4.0000, -1.3333, -1.3333, -1.3333])
     """
+    _check_labels("kr_labels", target)
     dtype = target.dtype if target.is_floating_point() else torch.get_default_dtype()
+    return _kr_weights(target.to(dtype))
+
+
+def _kr_weights(target: Tensor) -> Tensor:
     positive = target > 0
-    size, number = target.shape[0], positive.sum(0).to(dtype)
+    size, number = target.shape[0], positive.sum(0).to(target.dtype)
     up = torch.where(number > 0, size / number.clamp(min=1), 0.0)
     down = torch.where(number < size, size / (size - number).clamp(min=1), 0.0)
     return torch.where(positive, up, -down)
@@ -410,11 +415,33 @@ def _check_binary(owner: str, input: Tensor, target: Tensor) -> None:
         input=input,
         target=target,
     )
+    _check_labels(owner, target)
+
+
+def _check_labels(owner: str, target: Tensor) -> None:
+    """The labels of two classes: 0 and 1, -1 and 1, or booleans."""
+    _checks.tensor(owner, target=target)
+    _checks.require(
+        target.ndim >= 1 and not target.is_complex(),
+        owner,
+        "target must hold one label for each sample",
+        "Pass a tensor of shape (batch,)",
+        target=target,
+    )
+    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+        labels = set(target.unique().tolist())
+        _checks.require(
+            labels <= {0, 1} or labels <= {-1, 1},
+            owner,
+            "target must hold the labels 0 and 1, or -1 and 1",
+            "Use a multiclass loss for class indices, e.g. HKRMulticlassLoss",
+            labels=sorted(labels),
+        )
 
 
 def _kr_terms(input: Tensor, positive: Tensor) -> Tensor:
     """Terms whose mean over the batch is -(mean over the positive - mean over the negative)."""
-    return -kr_labels(positive.to(input.dtype)) * input
+    return -_kr_weights(positive.to(input.dtype)) * input
 
 
 def _per_sample(terms: Tensor) -> Tensor:

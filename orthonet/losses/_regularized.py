@@ -180,6 +180,7 @@ def trades(
     """
     check_options("trades", beta=beta, reduction=reduction)
     check_classes("trades", logits, target)
+    _checks.floating("trades", perturbed=perturbed)
     _checks.require(
         perturbed.shape == logits.shape,
         "trades",

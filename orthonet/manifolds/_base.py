@@ -7,8 +7,9 @@ constraints (parametrizations) and Riemannian optimizers share.
 from __future__ import annotations
 
 import abc
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,6 +36,45 @@ def check_radius(owner: object, radius: Any) -> None:
     _checks.require(good, owner, "radius must be positive", "Use 1.0", radius=radius)
 
 
+# The tensors that each method of the geometry begins with.
+_TENSORS = {
+    "project": 1,
+    **dict.fromkeys(("tangent", "gradient", "norm", "exp", "log", "distance", "retract"), 2),
+    "transport": 3,
+}
+
+
+def _checked(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Put a method behind the check of its tensors."""
+
+    @functools.wraps(method)
+    def call(self: Manifold, *arguments: Any, **options: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            self._check_tensors(name, arguments[: _TENSORS[name]])
+        return method(self, *arguments, **options)
+
+    return call
+
+
+def _checked_sample(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Put `sample` behind the check of its dtype and device."""
+
+    @functools.wraps(method)
+    def call(
+        self: Manifold,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> Tensor:
+        complex_ = isinstance(dtype, torch.dtype) and dtype.is_complex
+        _checks.factory(self, device, None if complex_ and self.has_complex else dtype)
+        return method(self, shape, dtype=dtype, device=device, **options)
+
+    return call
+
+
 @dataclass(frozen=True)
 class Manifold(abc.ABC):
     """Base class of the spaces.
@@ -54,6 +94,13 @@ class Manifold(abc.ABC):
     event_ndim: ClassVar[int] = 2
     has_complex: ClassVar[bool] = False  # whether a complex tensor can be a point
     square: ClassVar[bool] = False  # whether the matrices have as many rows as columns
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        for name in _TENSORS.keys() & vars(cls).keys():
+            setattr(cls, name, _checked(vars(cls)[name], name))
+        if "sample" in vars(cls):
+            cls.sample = _checked_sample(vars(cls)["sample"])
 
     # --- what a space must say -----------------------------------------------------------------
 
@@ -119,6 +166,32 @@ class Manifold(abc.ABC):
         """Return random points for `sample`, from random numbers such as `randn(shape, **made)`."""
         return self.project(torch.randn(shape, **made))
 
+    def _check_tensors(self, method: str, tensors: Sequence[Any]) -> None:
+        """Refuse what is no tensor, and tensors whose matrices (vectors) have no or two shapes."""
+        for x in tensors:
+            good = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+            _checks.require(
+                good,
+                self,
+                f"{method} must be given floating-point tensors",
+                "Convert it, e.g. torch.as_tensor(x, dtype=torch.float32)",
+                x=x,
+            )
+        shapes = [tuple(x.shape) for x in tensors]
+        problem = None
+        if not shapes:  # they were passed by name
+            return
+        if min(map(len, shapes)) < self.event_ndim:
+            problem = f"the tensors of {method} must be {self._event_in_words()}"
+        elif len({shape[len(shape) - self.event_ndim :] for shape in shapes}) > 1:
+            problem = f"the tensors of {method} must have the same last sizes"
+        problem = problem or self._shape_problem(shapes[0])
+        if problem is not None:
+            _checks.fail(self, problem, "Reshape it, or choose another space", shape=shapes)
+
+    def _event_in_words(self) -> str:
+        return "a matrix (*batch, n, k)" if self.event_ndim == 2 else "a vector (*batch, n)"
+
     # --- membership ----------------------------------------------------------------------------
 
     def check_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -134,8 +207,8 @@ class Manifold(abc.ABC):
             _checks.fail(self, "shape must be a tuple of sizes", "Pass e.g. (4, 4)", shape=shape)
         sizes = tuple(int(size) for size in shape)
         enough = len(sizes) >= self.event_ndim
-        words = "a matrix (*batch, n, k)" if self.event_ndim == 2 else "a vector (*batch, n)"
-        problem = self._shape_problem(sizes) if enough else f"the tensor must be {words}"
+        words = f"the tensor must be {self._event_in_words()}"
+        problem = self._shape_problem(sizes) if enough else words
         if problem is not None:
             _checks.fail(self, problem, "Reshape it, or choose another space", shape=sizes)
         return sizes
@@ -220,3 +293,8 @@ class Manifold(abc.ABC):
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Carry the tangent vector `v` from `x` to `y`: by projection, unless the class differs."""
         return self.tangent(y, v)
+
+
+Manifold.sample = _checked_sample(Manifold.sample)
+for _name in _TENSORS.keys() & vars(Manifold).keys() - Manifold.__abstractmethods__:
+    setattr(Manifold, _name, _checked(vars(Manifold)[_name], _name))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orthonet import _checks
 from orthonet.linalg.packing import pack_skew, pack_symmetric, unpack_skew, unpack_symmetric
 from orthonet.manifolds._base import Manifold
 from orthonet.manifolds._parametrization import Parametrization
@@ -200,6 +201,13 @@ class LinearParametrization(Parametrization):
 
     def __init__(self, space: VectorSpace, shape: Sequence[int], lower: bool = True) -> None:
         super().__init__(space, shape)
+        _checks.require(
+            isinstance(space, VectorSpace),
+            self,
+            "space must be a vector space: Rn, Symmetric or Skew",
+            "Call space.parametrization(shape)",
+            space=space,
+        )
         self.lower = lower
 
     @property

@@ -76,6 +76,9 @@ def frechet_mean(
         "Use torch.stack",
         shape=tuple(points.shape),
     )
+    _checks.positive_int("frechet_mean", max_iter=max_iter)
+    if tol is not None:
+        _checks.in_range("frechet_mean", 0.0, 1.0, tol=tol)
     count = points.shape[0]
     w = points.new_ones(count) if weights is None else weights.to(points)
     good = w.shape == (count,) and bool((w >= 0).all()) and bool(w.sum() > 0)

@@ -68,6 +68,13 @@ class Parametrization(nn.Module, abc.ABC):
 
     def __init__(self, space: Any, shape: Sequence[int]) -> None:
         super().__init__()
+        _checks.require(
+            hasattr(space, "check_shape") and not isinstance(space, type),
+            self,
+            "space must be a space of orthonet.manifolds",
+            "Pass an instance, e.g. Stiefel()",
+            space=space,
+        )
         self.space = space
         self.shape = space.check_shape(shape)
         self.value_shape = self.shape

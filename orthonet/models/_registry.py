@@ -27,7 +27,14 @@ def register(builder: Builder) -> Builder:
     Raises:
         ValueError: The name is taken by another function.
     """
-    name = builder.__name__
+    name = getattr(builder, "__name__", "")
+    _checks.require(
+        callable(builder) and name.isidentifier(),
+        "register",
+        "builder must be a function with a name",
+        "Define it with def, not as a lambda",
+        builder=builder,
+    )
     known = _MODELS.setdefault(name, builder)
     _checks.require(
         known is builder, "register", "every model needs its own name", "Rename it", name=name

@@ -7,8 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from orthonet._checks import positive_int
-from orthonet.testing._operator import Map, factory_kwargs, jacobian, preserved, singular_values
+from orthonet._checks import in_range, integer, positive_int
+from orthonet.testing._operator import (
+    Map,
+    check_map,
+    evaluated,
+    factory_kwargs,
+    jacobian,
+    preserved,
+    singular_values,
+)
 from orthonet.testing.tolerances import ROUNDING
 
 __all__ = ["assert_lipschitz", "assert_orthogonal"]
@@ -40,6 +48,7 @@ def assert_orthogonal(
     Examples:
         >>> assert_orthogonal(torch.nn.PixelUnshuffle(2), (1, 4, 4))
     """
+    check_map("assert_orthogonal", fn, input_shape, dtype, atol)
     atol = ROUNDING[factory_kwargs(fn, dtype)["dtype"]].allowed if atol is None else atol
     sigma = singular_values(fn, input_shape, dtype=dtype, train=train)
     low, high = sigma.min().item(), sigma.max().item()
@@ -87,7 +96,10 @@ def assert_lipschitz(
     Examples:
         >>> assert_lipschitz(torch.nn.ReLU(), (5,))
     """
+    check_map("assert_lipschitz", fn, input_shape, dtype, atol)
+    in_range("assert_lipschitz", 0.0, float("inf"), constant=constant)
     positive_int("assert_lipschitz", samples=samples)
+    integer("assert_lipschitz", seed=seed)
     atol = ROUNDING[factory_kwargs(fn, dtype)["dtype"]].allowed if atol is None else atol
     found = _observed_constant(fn, input_shape, dtype, samples, seed, train)
     if not found <= constant * (1 + atol):
@@ -123,7 +135,8 @@ def _observed_constant(
             x = draw(scale)
             for step in (1.0, 0.1):
                 y = x + draw(step * max(scale, 1.0))
-                best = max(best, _norms(fn(x) - fn(y)).div(_norms(x - y)).max().item())
+                moved = evaluated("assert_lipschitz", fn, x) - fn(y)
+                best = max(best, _norms(moved).div(_norms(x - y)).max().item())
         numel = x[0].numel() * fn(x[:1]).numel()
     if numel <= _JACOBIAN_ENTRIES:
         for x in draw(1.0):

@@ -228,14 +228,28 @@ def fuzz_certificates(
         graphs=graphs,
         seconds=seconds,
     )
-    records = [pair for pair in _samplers() if operations is None or pair[0] in operations]
+    owner, samplers = "fuzz_certificates", _samplers()
+    if graphs is not None:
+        _checks.positive_int(owner, graphs=graphs)
+    if seconds is not None:
+        _checks.in_range(owner, 0.0, float("inf"), seconds=seconds)
+    _checks.integer(owner, seed=seed)
     _checks.require(
-        bool(records),
-        "fuzz_certificates",
-        "operations must name records with random arguments",
+        progress is None or callable(progress),
+        owner,
+        "progress must be a function of the report",
+        "Pass e.g. print, or None",
+        progress=progress,
+    )
+    listed = isinstance(operations, (tuple, list, set, frozenset))
+    _checks.require(
+        operations is None or (listed and {*operations} <= {name for name, _ in samplers}),
+        owner,
+        "operations must list names of records with random arguments",
         "Leave it out for all of them",
         operations=operations,
     )
+    records = [pair for pair in samplers if operations is None or pair[0] in operations]
     report = FuzzReport()
     start, number = time.monotonic(), 0
     while (graphs is None or number < graphs) and (

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from orthonet import _checks
 from orthonet._checks import positive_int, require
 
 __all__ = [
@@ -22,6 +23,44 @@ __all__ = [
 ]
 
 Map = Callable[[Tensor], Tensor]
+
+
+def check_map(owner: str, fn: Any, input_shape: Any, dtype: Any = None, atol: Any = None) -> None:
+    """Refuse what is no map, no shape of a sample, no real dtype or no tolerance."""
+    require(
+        callable(fn) and not isinstance(fn, type),
+        owner,
+        "fn must be a module or a function of a batch",
+        "Pass the layer itself, e.g. OrthoLinear(4, 4)",
+        fn=fn,
+    )
+    good = isinstance(input_shape, (tuple, list)) and all(
+        isinstance(n, int) and n >= 1 for n in input_shape
+    )
+    require(
+        good,
+        owner,
+        "input_shape must be a tuple of positive sizes, without the batch dimension",
+        "Pass e.g. (3, 8, 8)",
+        input_shape=input_shape,
+    )
+    _checks.factory(owner, None, dtype)
+    if atol is not None:
+        _checks.in_range(owner, 0.0, float("inf"), atol=atol)
+
+
+def evaluated(owner: str, fn: Map, x: Tensor) -> Tensor:
+    """Return `fn(x)`; a shape that it does not take is named in one sentence."""
+    try:
+        return fn(x)
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        _checks.fail(
+            owner,
+            f"fn must take a batch of this shape and dtype ({reason})",
+            "Pass the shape of one sample, without the batch dimension",
+            input=x,
+        )
 
 
 @contextmanager
@@ -85,6 +124,7 @@ def dense_operator(
         tensor([[0.5000, 0.5000, 0.0000, 0.0000],
                 [0.0000, 0.0000, 0.5000, 0.5000]])
     """
+    check_map("dense_operator", fn, input_shape, dtype)
     positive_int("dense_operator", batch=batch)
     kwargs = factory_kwargs(fn, dtype)
     numel = torch.Size(input_shape).numel()
@@ -109,7 +149,7 @@ def dense_operator(
 
 
 def _rows(fn: Map, x: Tensor) -> Tensor:
-    y = fn(x)
+    y = evaluated("dense_operator", fn, x)
     require(
         y.ndim >= 1 and len(y) == len(x),
         "dense_operator",
@@ -142,9 +182,11 @@ def jacobian(
         tensor([[2., 0.],
                 [0., 4.]])
     """
+    _checks.floating("jacobian", x=x)
+    check_map("jacobian", fn, tuple(x.shape))
     with preserved(fn, train), torch.enable_grad():
         matrix = torch.autograd.functional.jacobian(
-            lambda row: fn(row.unsqueeze(0)).reshape(-1), x.detach()
+            lambda row: evaluated("jacobian", fn, row.unsqueeze(0)).reshape(-1), x.detach()
         )
     return cast(Tensor, matrix).reshape(-1, x.numel())
 
@@ -185,6 +227,14 @@ def orthogonality_error(
         >>> orthogonality_error(torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
         1.0
     """
+    _checks.require(
+        isinstance(w, Tensor) and (w.is_floating_point() or w.is_complex()),
+        "orthogonality_error",
+        "w must be a floating-point tensor",
+        "Convert it, e.g. torch.as_tensor(w, dtype=torch.float32)",
+        w=w,
+    )
+    _checks.weight_shape("orthogonality_error", tuple(w.shape), "the shape of w")
     if not torch.isfinite(w).all():
         return float("inf")
     return (torch.linalg.svdvals(w.detach().double()) - 1).abs().max().item()

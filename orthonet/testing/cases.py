@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from orthonet._checks import one_of, require, weight_shape
+from orthonet._checks import factory, integer, one_of, require, weight_shape
 
 __all__ = ["MATRIX_CASES", "MATRIX_SHAPES", "hard_matrix"]
 
@@ -113,5 +113,7 @@ def hard_matrix(
     one_of("hard_matrix", MATRIX_CASES, name=name)
     sizes = weight_shape("hard_matrix", shape)
     require(0 not in sizes, "hard_matrix", "shape must not be empty", "Use sizes >= 1", shape=shape)
+    factory("hard_matrix", None, dtype)
+    integer("hard_matrix", seed=seed)
     generator = torch.Generator().manual_seed(seed)
     return _CASES[name](sizes, generator).to(dtype)

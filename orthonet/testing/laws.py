@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from orthonet.testing._operator import factory_kwargs, preserved
+from orthonet import _checks
+from orthonet.testing._operator import check_map, factory_kwargs, preserved
 from orthonet.testing.tolerances import OUTPUT
 
 __all__ = [
@@ -35,7 +36,19 @@ __all__ = [
 Factory = Callable[[], nn.Module]
 
 
+def _new(factory: Factory) -> nn.Module:
+    _checks.require(
+        callable(factory) and not isinstance(factory, nn.Module),
+        "LAYER_LAWS",
+        "factory must be a function without arguments that makes a layer",
+        "Pass e.g. functools.partial(OrthoLinear, 8, 4)",
+        factory=factory,
+    )
+    return factory()
+
+
 def _input(layer: nn.Module, input_shape: Sequence[int], seed: int = 0) -> Tensor:
+    check_map("LAYER_LAWS", layer, input_shape)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(4, *input_shape, generator=generator).to(**factory_kwargs(layer))
 
@@ -68,7 +81,7 @@ def _train_step(layer: nn.Module, x: Tensor) -> None:
 
 def assert_eval_is_pure(factory: Factory, input_shape: Sequence[int]) -> None:
     """Two evaluations give the same bits and leave `state_dict` as it was, bit for bit."""
-    layer = factory().eval()
+    layer = _new(factory).eval()
     x = _input(layer, input_shape)
     before = copy.deepcopy(layer.state_dict())
     with torch.no_grad():
@@ -83,10 +96,10 @@ def assert_eval_is_pure(factory: Factory, input_shape: Sequence[int]) -> None:
 
 def assert_eval_follows_training(factory: Factory, input_shape: Sequence[int]) -> None:
     """After a step in train mode, eval uses the new parameters, not older ones."""
-    layer = factory()
+    layer = _new(factory)
     x = _input(layer, input_shape)
     _train_step(layer, x)
-    fresh = factory()
+    fresh = _new(factory)
     fresh.load_state_dict(layer.state_dict())
     with torch.no_grad():
         same = torch.equal(layer.eval()(x), fresh.eval()(x))
@@ -95,7 +108,7 @@ def assert_eval_follows_training(factory: Factory, input_shape: Sequence[int]) -
 
 def assert_state_dict_round_trip(factory: Factory, input_shape: Sequence[int]) -> None:
     """A second layer that loads the `state_dict` strictly gives the same bits."""
-    source, target = factory(), factory()
+    source, target = _new(factory), _new(factory)
     x = _input(source, input_shape)
     _train_step(source, x)
     target.load_state_dict(source.state_dict(), strict=True)
@@ -105,7 +118,7 @@ def assert_state_dict_round_trip(factory: Factory, input_shape: Sequence[int]) -
 
 def assert_pickle_round_trip(factory: Factory, input_shape: Sequence[int]) -> None:
     """A pickled and restored layer gives the same bits."""
-    layer = factory()
+    layer = _new(factory)
     x = _input(layer, input_shape)
     _train_step(layer, x)
     restored = pickle.loads(pickle.dumps(layer))
@@ -115,7 +128,7 @@ def assert_pickle_round_trip(factory: Factory, input_shape: Sequence[int]) -> No
 
 def assert_deepcopy_is_independent(factory: Factory, input_shape: Sequence[int]) -> None:
     """A deep copy gives the same bits, and training it leaves the original alone."""
-    layer = factory()
+    layer = _new(factory)
     x = _input(layer, input_shape)
     expected = _evaluate(layer, x)
     twin = copy.deepcopy(layer)
@@ -126,7 +139,7 @@ def assert_deepcopy_is_independent(factory: Factory, input_shape: Sequence[int])
 
 def assert_dtype_is_followed(factory: Factory, input_shape: Sequence[int]) -> None:
     """`.to(dtype)` works for float64, bfloat16 and float16, and the output has that dtype."""
-    layer = factory()
+    layer = _new(factory)
     x = _input(layer, input_shape)
     expected = _evaluate(layer, x)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
@@ -142,7 +155,7 @@ def assert_dtype_is_followed(factory: Factory, input_shape: Sequence[int]) -> No
 
 def assert_autocast_is_safe(factory: Factory, input_shape: Sequence[int]) -> None:
     """Under bfloat16 autocast the output is that of bfloat16, and the weight keeps its bits."""
-    layer = factory()
+    layer = _new(factory)
     x = _input(layer, input_shape)
     with preserved(layer):
         expected, weight = layer(x), getattr(layer, "weight", None)
@@ -157,7 +170,7 @@ def assert_autocast_is_safe(factory: Factory, input_shape: Sequence[int]) -> Non
 def assert_materializes_from_meta(factory: Factory, input_shape: Sequence[int]) -> None:
     """Made on meta, then `to_empty` and `reset_parameters`: every entry of the state is set."""
     with torch.device("meta"):
-        layer = factory()
+        layer = _new(factory)
     tensors = [*layer.named_parameters(), *layer.named_buffers()]
     for name, tensor in tensors:
         _check(tensor.is_meta, f"{name} was not made on the meta device")
@@ -177,7 +190,7 @@ def assert_materializes_from_meta(factory: Factory, input_shape: Sequence[int]) 
 
 def assert_gradients_are_finite(factory: Factory, input_shape: Sequence[int]) -> None:
     """The input and every parameter get a finite gradient, at a random and at a zero input."""
-    layer = factory()
+    layer = _new(factory)
     x = _input(layer, input_shape)
     for point in (x, torch.zeros_like(x)):
         point.requires_grad_()
@@ -204,7 +217,7 @@ def assert_compiles(
         AssertionError: The values are others, or there is no gradient.
         RuntimeError: from torch.compile, at a graph break.
     """
-    layer = factory()
+    layer = _new(factory)
     x = _input(layer, input_shape)
     expected = _evaluate(layer, x)
     torch.compiler.reset()

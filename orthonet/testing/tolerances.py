@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from orthonet._checks import positive_int
+from orthonet import _checks
 
 __all__ = [
     "OPERATOR_PROMISE",
@@ -73,7 +73,15 @@ def rounding(dtype: torch.dtype, operations: int, size: float = 1.0) -> float:
         >>> error <= rounding(torch.float32, 100, size=float(x.norm() * y.norm()))
         True
     """
-    positive_int("rounding", operations=operations)
+    _checks.require(
+        isinstance(dtype, torch.dtype) and dtype.is_floating_point,
+        "rounding",
+        "dtype must be a real floating-point dtype",
+        "Pass e.g. torch.float32",
+        dtype=dtype,
+    )
+    _checks.positive_int("rounding", operations=operations)
+    _checks.in_range("rounding", 0.0, math.inf, size=size)
     return 2.0 * torch.finfo(dtype).eps * math.sqrt(operations) * size
 
 

@@ -128,7 +128,7 @@ def test_errors_say_what_to_do(pictures, tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match="multiple of the number of processes, got batch_size=12"):
         parts(ImageFolders(config(pictures)), 1, 0, 5)
     monkeypatch.setitem(sys.modules, "torchvision.transforms", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "orthonet\[vision\]"'):
+    with pytest.raises(ModuleNotFoundError, match="Run: pip install torchvision"):
         ImageFolders(config(pictures))
 
 

@@ -86,5 +86,5 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch, tmp_pat
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     for recipe in ("digits", "copying", "flow"):
         assert cli.main(["train", recipe, "--tensorboard", "--out", str(tmp_path / "run")]) == 1
-        assert 'Run: pip install "orthonet[tensorboard]"' in capsys.readouterr().err
+        assert "Run: pip install tensorboard." in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

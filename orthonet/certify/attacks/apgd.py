@@ -80,27 +80,18 @@ def apgd(
     depend on the scale of the logits, or the cross-entropy.
 
     Args:
-        model: A classifier in eval mode.
-        x: The samples, inside `bounds`.
-        y: The classes to leave, (N,); of a binary classifier with one output 0 or 1.
+        model: See [`pgd`][orthonet.certify.pgd], as for every argument but `loss`.
+        x: The samples.
+        y: The classes to leave.
         radius: The radius, or one for each sample.
-        norm: The norm of the ball: `"l2"`, `"linf"` or `"l1"`.
+        norm: The norm of the ball.
         steps: Steps of each start.
         restarts: Number of starts; the first at the sample, the others at random.
-        loss: The objective, `"dlr"` or `"ce"`.
+        loss: The objective: the ratio, `"dlr"`, or the cross-entropy, `"ce"`.
         bounds: The box of valid inputs, or None.
         generator: Source of the random starts.
 
-    Shape:
-        x: (N, *), returned with the same shape and dtype
-
-    Guarantee:
-        Every returned point lies in the box, and its distance to x, computed in float64 from the
-        rounded points, is at most `radius`.
-
-    Raises:
-        ValueError: The model is in train mode, x lies outside the box, or a radius is negative or
-            not finite.
+    Shape, guarantee and errors are those of `pgd`.
 
     References:
         F. Croce, M. Hein, Reliable evaluation of adversarial robustness with an ensemble of
@@ -123,25 +114,7 @@ def apgd_l2(
     bounds: tuple[float, float] | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Attack as [`apgd`][orthonet.certify.apgd] does, within an l2 ball around each sample.
-
-    Args:
-        model: See `apgd`, also for the other arguments.
-        x: The samples, inside `bounds`.
-        y: The classes to leave, (N,).
-        radius: The radius, or one for each sample.
-        steps: Steps of each start.
-        restarts: Number of starts.
-        loss: The objective, `"dlr"` or `"ce"`.
-        bounds: The box of valid inputs, or None.
-        generator: Source of the random starts.
-
-    Shape:
-        x: (N, *), returned with the same shape and dtype
-
-    Raises:
-        ValueError: As for `apgd`.
-    """
+    """Attack in l2: [`apgd`][orthonet.certify.apgd] with the same arguments, less `norm`."""
     _checks.one_of("apgd_l2", LOSSES, loss=loss)
     ball = ball_of("apgd_l2", model, x, y, radius, bounds, steps, restarts)
     return _ascend(model, ball, _OBJECTIVES[loss], steps, restarts, generator)
@@ -216,25 +189,17 @@ def apgd_ensemble_l2(
     `attack_certificate(..., attack=...)`.
 
     Args:
-        model: A classifier in eval mode.
-        x: The samples, inside `bounds`.
-        y: The classes to leave, (N,); of a binary classifier with one output 0 or 1.
+        model: See [`pgd`][orthonet.certify.pgd], as for the arguments that are not explained here.
+        x: The samples.
+        y: The classes to leave.
         radius: The radius, or one for each sample.
         steps: Steps of each attack.
         targets: Number of rivals to pursue, the best ones first.
         bounds: The box of valid inputs, or None.
         generator: Source of the random starts.
 
-    Shape:
-        x: (N, *), returned with the same shape and dtype
-
-    Guarantee:
-        Every returned point lies in the box, and its distance to x, computed in float64 from the
-        rounded points, is at most `radius`. A sample that does not reach another class is returned
-        unchanged.
-
-    Raises:
-        ValueError: As for `apgd_l2`.
+    Shape, guarantee and errors are those of `pgd`. A sample that does not reach another class is
+    returned unchanged.
 
     References:
         F. Croce, M. Hein, Reliable evaluation of adversarial robustness with an ensemble of

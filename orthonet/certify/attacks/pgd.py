@@ -12,7 +12,7 @@ from orthonet import _checks
 from orthonet.certify._bound import Bound
 from orthonet.certify._certificate import LipschitzCertificate
 from orthonet.certify._radius import Norm
-from orthonet.certify.attacks.ball import ball_of, check_attack
+from orthonet.certify.attacks.ball import Ball, ball_of, check_attack
 from orthonet.certify.attacks.secants import _rows, lengths_in, steepest_secant
 
 __all__ = ["AttackReport", "attack_certificate", "lipschitz_estimate", "pgd", "pgd_l2"]
@@ -99,22 +99,19 @@ def pgd(
         A. Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018;
         F. Croce, M. Hein, Mind the box: l1-APGD for sparse adversarial attacks, ICML 2021.
     """
-    return _climb("pgd", model, x, y, radius, norm, steps, restarts, bounds, generator)
+    ball = ball_of("pgd", model, x, y, radius, bounds, steps, restarts, norm)
+    return _climb("pgd", model, ball, steps, restarts, generator)
 
 
 def _climb(
     owner: str,
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    radius: float | Tensor,
-    norm: Norm,
+    ball: Ball,
     steps: int,
     restarts: int,
-    bounds: tuple[float, float] | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    ball = ball_of(owner, model, x, y, radius, bounds, steps, restarts, norm)
+    """The points with the largest margin that gradient ascent with a fixed schedule meets."""
     x, y = ball.x, ball.y
     best = torch.zeros_like(x)
     with torch.no_grad():
@@ -154,25 +151,9 @@ def pgd_l2(
     bounds: tuple[float, float] | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Attack as [`pgd`][orthonet.certify.pgd] does, within an l2 ball around each sample.
-
-    Args:
-        model: See `pgd`, also for the other arguments.
-        x: The samples, inside `bounds`.
-        y: The classes to leave, (N,).
-        radius: The radius, or one for each sample.
-        steps: Steps of each start.
-        restarts: Number of starts.
-        bounds: The box of valid inputs, or None.
-        generator: Source of the random starts.
-
-    Shape:
-        x: (N, *), returned with the same shape and dtype
-
-    Raises:
-        ValueError: As for `pgd`.
-    """
-    return _climb("pgd_l2", model, x, y, radius, "l2", steps, restarts, bounds, generator)
+    """Attack in l2: [`pgd`][orthonet.certify.pgd] with the same arguments, less `norm`."""
+    ball = ball_of("pgd_l2", model, x, y, radius, bounds, steps, restarts)
+    return _climb("pgd_l2", model, ball, steps, restarts, generator)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,10 +228,10 @@ def attack_certificate(
         certificate: The result of `certify` for this model.
         x: The samples, inside `bounds`.
         y: The true classes, (N,), for the two accuracies.
-        steps: See `pgd`.
-        restarts: See `pgd`.
-        bounds: See `pgd`.
-        generator: See `pgd`.
+        steps: See `pgd`, as for the next three arguments.
+        restarts: Number of starts.
+        bounds: The box of valid inputs, or None.
+        generator: Source of the random starts.
         attack: Another attack, called as `attack(model, x, classes, radii)`: `apgd_ensemble_l2`,
             or one of another library. Points outside the radius or the box count as unmoved.
             `steps` and `restarts` do not apply to it.

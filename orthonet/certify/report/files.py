@@ -39,6 +39,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         OSError: The file cannot be made, or the disk is full.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}")
+    _checks.require(
+        not path.is_dir(),
+        "orthonet",
+        "the file must not be a folder",
+        "Name a file in it",
+        IsADirectoryError,
+        file=str(path),
+    )
     try:
         raw = _Raw(part, "w")
     except OSError as error:

@@ -261,6 +261,8 @@ class SelfAttention(WithoutPlainWeight, nn.Module, abc.ABC):
             self,
             "key and value must be the query itself: the constant is that of self-attention",
             "Leave them out, or join both sequences and use one layer on the whole",
+            key=key,
+            value=value,
         )
         _checks.require(
             not need_weights,

@@ -101,6 +101,8 @@ class LipschitzTransformerBlock(nn.Module):
             dim_feedforward=hidden,
         )
         _checks.boolean(owner, causal=causal)
+        _checks.in_range(owner, 1e-6, 1e6, max_rms=max_rms)
+        _checks.in_range(owner, 1e-3, 20.0, temperature=temperature)
         self.lipschitz = _checks.lipschitz_constant(owner, lipschitz)
         made: Any = {"device": device, "dtype": dtype}
         options: Any = {

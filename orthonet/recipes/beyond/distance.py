@@ -29,7 +29,7 @@ __all__ = ["SDFConfig", "Trace", "overshoots", "sphere_trace", "train_sdf"]
 
 @dataclasses.dataclass(frozen=True)
 class SDFConfig:
-    """A network that learns the signed distance to a shape and never overestimates it.
+    """Learn the signed distance to a shape, never more than it.
 
     Attributes:
         shape: The shape inside the box [-1, 1]^d; "star" (in the plane) or "torus" (in space).

@@ -39,7 +39,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
-    """An invertible network that learns the density of points in the plane.
+    """Learn the density of points in the plane by an invertible network.
 
     Attributes:
         density: What is learned; "moons" or "rings".
@@ -120,6 +120,14 @@ class ResidualFlow(nn.Module):
 
     def __init__(self, blocks: int, hidden: int, contraction: float) -> None:
         super().__init__()
+        _checks.positive_int(self, blocks=blocks, hidden=hidden)
+        _checks.require(
+            isinstance(contraction, (int, float)) and 0.0 < contraction < 1.0,
+            self,
+            "contraction must lie strictly between 0 and 1, or a block has no inverse",
+            "Use 0.9",
+            contraction=contraction,
+        )
         self.contraction = contraction
         self.branches = nn.ModuleList(
             nn.Sequential(

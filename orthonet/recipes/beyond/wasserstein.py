@@ -27,7 +27,7 @@ __all__ = ["W1Config", "mean_below", "shells", "train_w1"]
 
 @dataclasses.dataclass(frozen=True)
 class W1Config:
-    r"""A critic that bounds the distance of two Gaussian shells from below, with a proof.
+    r"""Bound the Wasserstein distance of two Gaussian shells from below, with a proof.
 
     A point of the first shell is \(r u\), of the second \((r' + g) u\): directions u uniform on the
     sphere, radii r, r' of one law (normal, cut off at four deviations and at 0). Moving each point

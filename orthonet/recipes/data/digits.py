@@ -110,8 +110,10 @@ def spaced(images: Images, number: int) -> Images:
     return Images(images.x[chosen], images.y[chosen])
 
 
-def require_package(module: str, package: str, extra: str = "demo") -> ModuleType:
-    """Import an optional module, or say which extra installs it.
+def require_package(module: str, package: str) -> ModuleType:
+    """Import an optional module, or say which package to install.
+
+    The advice names the package itself, because no index has the extras of this library.
 
     Raises:
         ModuleNotFoundError: `package` is missing.
@@ -122,7 +124,7 @@ def require_package(module: str, package: str, extra: str = "demo") -> ModuleTyp
         _checks.fail(
             "orthonet.recipes",
             f"the package {package} must be installed",
-            f'Run: pip install "orthonet[{extra}]"',
+            f"Run: pip install {package}",
             ModuleNotFoundError,
             missing=module,
         )

@@ -47,7 +47,7 @@ class ImageFolders:
     """
 
     def __init__(self, config: FolderConfig) -> None:
-        module = require_package("torchvision.transforms", "torchvision", "vision")
+        module = require_package("torchvision.transforms", "torchvision")
         size = config.image_size
         flat: Any = module.ToTensor()
         crop = module.RandomResizedCrop(size, scale=(config.min_scale, 1.0))
@@ -193,7 +193,7 @@ def load_pictures(root: Path, shape: tuple[int, ...], number: int) -> Images:
         "Name it with --input-shape, such as --input-shape 3 224 224",
         shape=shape,
     )
-    module = require_package("torchvision.transforms", "torchvision", "vision")
+    module = require_package("torchvision.transforms", "torchvision")
     folder = next((root / part for part in ("val", "test") if (root / part).is_dir()), root)
     steps = [module.Resize(max(shape[1:])), module.CenterCrop(shape[1:]), module.ToTensor()]
     gray = [module.Grayscale()] if shape[0] == 1 else []
@@ -209,7 +209,7 @@ def _listed(config: FolderConfig, part: str) -> Any:
 
 def _folder(folder: Path) -> Any:
     """The pictures of a folder, as torchvision lists them."""
-    module = require_package("torchvision.datasets.folder", "torchvision", "vision")
+    module = require_package("torchvision.datasets.folder", "torchvision")
     if (folder / _ANNOTATIONS).is_file():
         return _Annotated(folder, module.default_loader)
     try:

@@ -85,8 +85,8 @@ class ConformalConfig:
     data_root: str = option("data", flags=("--data",), trains=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eps", tuple(sorted(self.eps)))
         check_choices(self)
+        object.__setattr__(self, "eps", tuple(sorted(self.eps)))
         _checks.positive_int(
             self,
             hidden=self.hidden,

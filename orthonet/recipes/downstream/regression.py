@@ -79,8 +79,8 @@ class RegressionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eps", tuple(sorted(self.eps)))
         check_choices(self)
+        object.__setattr__(self, "eps", tuple(sorted(self.eps)))
         _checks.positive_int(
             self,
             hidden=self.hidden,

@@ -182,6 +182,14 @@ def evaluate(
         ModuleNotFoundError: A progress bar is asked for and tqdm is missing.
     """
     _checks.non_negative_int("evaluate", local=local)
+    _checks.module("evaluate", model=model)
+    _checks.require(
+        isinstance(images, Images),
+        "evaluate",
+        "images must be of the class Images",
+        "Pass Images(x, y), or call orthonet.evaluate(model, loader, radii)",
+        images=images,
+    )
     device = next(iter(model.parameters()), images.x).device
     attacker = to_plain(model) if export else copy.deepcopy(model)
     attacker = attacker.to(device).eval().requires_grad_(False)

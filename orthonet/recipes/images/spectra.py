@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from orthonet import _checks
 from orthonet._torch import conv_forward
 
 __all__ = ["Spectrum", "layer_spectra"]
@@ -40,6 +41,8 @@ def layer_spectra(model: nn.Module, example: Tensor) -> list[Spectrum]:
     Returns:
         One spectrum for each layer, in the order of their calls.
     """
+    _checks.module("layer_spectra", model=model)
+    _checks.floating("layer_spectra", example=example)
     seen: dict[str, tuple[nn.Linear | nn.Conv2d, tuple[int, ...]]] = {}
 
     def look(name: str, module: nn.Linear | nn.Conv2d, args: tuple[Tensor]) -> None:

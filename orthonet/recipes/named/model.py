@@ -47,10 +47,13 @@ def model_named(source: str, owner: str) -> nn.Module:
     try:
         make: Any = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
+        advice = "Install the package, or call from the folder that the file is in"
+        if module_name.endswith(".py"):
+            advice = f"Leave out .py: {module_name.removesuffix('.py')}:{attribute}"
         _checks.fail(
             owner,
             f"the module of source must be importable ({reason_of(error)})",
-            "Install the package, or call from the folder that the file is in",
+            advice,
             source=source,
         )
     for name in attribute.split("."):

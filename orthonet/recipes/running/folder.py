@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 import threading
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, ParamSpec, TypeVar
@@ -30,14 +31,30 @@ _GUARD = threading.Lock()
 def guarded(run: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
     """Decorate the `run` of a recipe: claim its folder, and refuse at once what would fail later.
 
-    `run` takes the configuration and the folder first. Where the configuration has a field
-    `device`, this machine must have that device; matplotlib must be installed, and TensorBoard if
-    the keyword `tensorboard` is true.
+    `run` takes the configuration first, of the class that its annotation names, and the folder.
+    Where the configuration has a field `device`, this machine must have that device; matplotlib
+    must be installed, and TensorBoard if the keyword `tensorboard` is true.
     """
 
     @functools.wraps(run)
     def wrapper(*args: Inputs.args, **kwargs: Inputs.kwargs) -> Result:
-        config, out = inspect.signature(run).bind(*args, **kwargs).args[:2]
+        bound = inspect.signature(run).bind(*args, **kwargs)
+        (name, config), (_, out) = list(bound.arguments.items())[:2]
+        wanted = typing.get_type_hints(run)[name]
+        _checks.require(
+            isinstance(config, wanted),
+            run.__name__,
+            f"{name} must be a {wanted.__name__}",
+            f"Call {run.__name__}({wanted.__name__}(...), folder)",
+            **{name: config},
+        )
+        _checks.require(
+            isinstance(out, (str, os.PathLike)),
+            run.__name__,
+            "out must name a folder",
+            'Pass e.g. out="runs/mine"',
+            out=out,
+        )
         require_package("matplotlib", "matplotlib")
         if kwargs.get("tensorboard"):
             writer_class()
@@ -83,7 +100,16 @@ def claimed(folder: Path) -> Iterator[Path]:
         yield folder
         return
     made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        _checks.fail(
+            "orthonet",
+            "out must be a folder, or the name of a new one",
+            "Choose another name: a file has this one",
+            NotADirectoryError,
+            out=str(folder),
+        )
     place = folder.resolve()
     with _GUARD:
         mine = place not in _HELD

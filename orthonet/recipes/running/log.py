@@ -85,7 +85,7 @@ def writer_class() -> Any:
         _checks.fail(
             "orthonet.recipes",
             "the package tensorboard must be installed",
-            'Run: pip install "orthonet[tensorboard]"',
+            "Run: pip install tensorboard",
             ModuleNotFoundError,
             missing="torch.utils.tensorboard",
         )

@@ -91,15 +91,21 @@ def option(
 
 
 def check_choices(config: Any) -> None:
-    """Require that every field with choices has one of them.
+    """Require a list in every field of several values, and choices in every field that has them.
 
     Raises:
         ValueError: A field has another value.
     """
     for field in dataclasses.fields(config):
-        allowed = _option_of(field).allowed()
+        allowed, value = _option_of(field).allowed(), getattr(config, field.name)
+        _checks.require(
+            isinstance(value, (tuple, list)) or not str(field.type).startswith("tuple"),
+            config,
+            f"{field.name} must be a tuple or a list",
+            f"Pass {field.name}=({value!r},)",
+            **{field.name: value},
+        )
         if allowed:
-            value = getattr(config, field.name)
             for each in value if isinstance(value, (tuple, list)) else (value,):
                 _checks.one_of(config, allowed, **{field.name: each})
 

@@ -59,6 +59,10 @@ def read_tensors(
         ValueError: The file is damaged, or a pickle of other objects than tensors.
         ModuleNotFoundError: The package safetensors is needed and missing.
     """
+    if path.is_dir():
+        inside = next(iter(sorted(path.glob("*.pt"))), None)
+        name = "it is a folder" + ("" if inside is None else f", which holds {inside.name}")
+        wanted.fail(path, name)
     with path.open("rb") as file:
         if not file.read(1):
             wanted.fail(path, "it is empty")

@@ -92,6 +92,13 @@ def register(name: str, recipe: Recipe, *, command: str = "train") -> Recipe:
     """
     _checks.one_of("register", ("train", "bench"), command=command)
     _checks.require(
+        isinstance(recipe, Recipe),
+        "register",
+        "recipe must be a Recipe",
+        "Pass Recipe(Config, Config, train)",
+        recipe=recipe,
+    )
+    _checks.require(
         (command, name) not in _RECIPES,
         "register",
         "every recipe needs its own name",

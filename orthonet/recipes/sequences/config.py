@@ -70,8 +70,8 @@ class SequenceConfig:
     data_root: str = option("data", flags=("--data",), trains=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "models", tuple(self.models))
         check_choices(self)
+        object.__setattr__(self, "models", tuple(self.models))
         _checks.require(
             len(set(self.models)) == len(self.models) > 0,
             self,

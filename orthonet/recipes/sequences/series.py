@@ -41,7 +41,7 @@ _STYLES = {"conv": (BLUE, "Conv1d"), "rnn": (GREEN, "OrthoRNN"), "lstm": (ORANGE
 
 @dataclasses.dataclass(frozen=True)
 class SeriesConfig:
-    """A comparison of classifiers of time series, certified where they have a constant.
+    """Compare classifiers of time series, certified where they have a constant.
 
     The values are divided by the standard deviation of the training set, one number for all. Radii
     are those of l2 perturbations of the whole series after that.
@@ -88,9 +88,9 @@ class SeriesConfig:
     data_root: str = option("data", flags=("--data",), trains=False)
 
     def __post_init__(self) -> None:
+        check_choices(self)
         object.__setattr__(self, "models", tuple(self.models))
         object.__setattr__(self, "radii", tuple(sorted(self.radii)))
-        check_choices(self)
         _checks.positive_int(
             self,
             hidden=self.hidden,

@@ -30,7 +30,7 @@ __all__ = ["TextConfig", "train_text"]
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Transformers that continue a text, of proved constants and plain.
+    """Continue a text by transformers, with proved constants and without.
 
     Attributes:
         attention: How tokens are mixed in each block: "mixing", "distance" or "cosine".

@@ -95,8 +95,8 @@ class ZooConfig:
     data_root: str = option("data", flags=("--data",))
 
     def __post_init__(self) -> None:
-        names = tuple(self.methods) or method_names()
         check_choices(self)
+        names = tuple(self.methods) or method_names()
         _checks.positive_int(
             self,
             seeds=self.seeds,
