@@ -64,7 +64,7 @@ def local_radius(
     _checks.one_of("local_radius", EFFORTS, effort=effort)
     with torch.no_grad():
         try:
-            layers = read_layers(model, "local_radius")  # type: ignore[arg-type]
+            layers = read_layers(model, "local_radius")
         except UncertifiableError:
             if not isinstance(model, nn.Module):
                 raise
