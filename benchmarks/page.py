@@ -23,6 +23,7 @@ from benchmarks import (
     floor,
     linear_step,
     local_peers,
+    local_radii,
     manifolds,
     optim,
     orthogonalizers,
@@ -45,12 +46,19 @@ PRINTED = {
         certificates,
         certificate_peers,
         local_peers,
+        local_radii,
         attention,
     )
 }
+PRINTED["local_radii_published"] = local_radii.summary
 Cell = Callable[[Mapping[str, Any], Mapping[str, Any]], str]
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = (DOCS / "benchmarks.md", DOCS / "guide" / "presets.md", DOCS / "guide" / "attention.md")
+PAGES = (
+    DOCS / "benchmarks.md",
+    DOCS / "guide" / "presets.md",
+    DOCS / "guide" / "attention.md",
+    DOCS / "guide" / "robustness.md",
+)
 # `<!-- table: Title -->` ... `<!-- end -->` in a page is filled with the table of that title.
 SLOT = re.compile(r"(<!-- table: (?P<title>[^>]+?) -->\n).*?(<!-- end -->)", re.S)
 STATES = {"init": "own init", "trained": "trained", "gaussian": "Gaussian", "kappa 1e3": "κ = 1e3"}
