@@ -1,6 +1,7 @@
 """A model must be one function, however it is called: what a sample does not show, a graph does."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -190,6 +191,7 @@ def _layers():
 
 @pytest.mark.parametrize("kind", ["forward", "hook", "pre-hook", "instance", "inner", "leaf hook"])
 def test_chains_are_read_only_where_they_are_chains(kind):
+    torch.manual_seed(0)
     model = nn.Sequential(*_layers())
     if kind == "forward":
         model = Residual(*_layers())
@@ -204,12 +206,15 @@ def test_chains_are_read_only_where_they_are_chains(kind):
     else:
         model = nn.Sequential(nn.Linear(4, 4), Residual(*_layers()))
     model = model.eval()
-    for bound in (
-        mlp_bound,
-        lambda m: local_bound(m, torch.zeros(4), 0.1),
-        lambda m: local_radius(m, torch.zeros(1, 4)),
-    ):
+    for bound in (mlp_bound, lambda m: local_bound(m, torch.zeros(4), 0.1)):
         with pytest.raises(UncertifiableError, match=r"without a forward or hooks|must be linear"):
             bound(model)
+    x = torch.randn(1, 4, generator=torch.Generator().manual_seed(3))  # read as a graph instead
+    radius, label = local_radius(model, x), model(x).argmax()
+    directions = torch.randn(2000, 4, generator=torch.Generator().manual_seed(4))
+    inside = x + 0.999 * radius.float() * nn.functional.normalize(directions)
+    assert 0 < radius < math.inf
+    assert (model(inside).argmax(1) == label).all()
+    assert not (model(x + 4 * (inside - x)).argmax(1) == label).all()  # observed: 1.1 to 3.2
     assert mlp_bound(nn.Sequential(nn.Sequential(*_layers())).eval()).constant.value > 0
     assert mlp_bound(nn.Sequential(OrthoLinear(4, 4), MaxMin()).eval()).constant.value > 0

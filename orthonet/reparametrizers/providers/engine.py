@@ -27,6 +27,7 @@ from orthonet import _checks, _torch
 from orthonet.linalg.matrix import split, stacked
 from orthonet.linalg.retraction import CenteredMap, Moved, center, retract
 from orthonet.reparametrizers.providers.computation import (
+    DEFERRING,
     SWAPPING,
     Computation,
     Readable,
@@ -359,7 +360,9 @@ class Engine:
                 with self.lock:
                     shared = found.shared = self._shared(weight, found, True)
                 found.give(*shared)
-            return shared[0].outputs()[shared[1]]
+            kept, place = shared
+            known = kept.graphed if getattr(DEFERRING, "deferral", None) is None else None
+            return (known or kept.outputs())[place]
         value = found.constant
         if value is None or value.requires_grad:
             with self.lock:

@@ -29,13 +29,14 @@ class Centered(NamedTuple):
         """The matrices of some parameters, each given by its first matrix and their number."""
         if self.u.ndim == 2 and len(spans) == 1:
             return self
+        if all(sum(a) == b[0] for a, b in itertools.pairwise(spans)):
+            spans = [(spans[0][0], sum(spans[-1]) - spans[0][0])]
         parts: list[Tensor] = []
         for t in self[1:]:
             t = t.reshape(-1, *t.shape[-2:])
-            if all(sum(a) == b[0] for a, b in itertools.pairwise(spans)):
-                parts.append(stacked([t[spans[0][0] : sum(spans[-1])]]))
-            else:
-                parts.append(stacked([t[first : first + count] for first, count in spans]))
+            rows = [t[first : first + count] for first, count in spans]
+            found = rows[0] if len(rows) == 1 else torch.cat(rows)
+            parts.append(found[0] if len(found) == 1 else found)
         return Centered(self.map, *parts)
 
 
