@@ -97,7 +97,7 @@ def rounding_of(
     _checks.require(
         not known or outputs[:1].numel() in (0, *known),
         owner,
-        f"outputs must be those of the certified model, with {max(known, default=0)} in a sample",
+        f"outputs must be those of the certified model, which has {max(known, default=0)} a sample",
         "Pass what the model returned",
         outputs=outputs,
     )

@@ -104,7 +104,11 @@ Y = torch.zeros(3)
         (lambda c: ConformalBand(math.nan, 0.1, 9), "threshold must be"),
         (lambda c: certified_interval(Y, c, -1.0, None), "eps must be"),
         (lambda c: certified_interval(Y, 2.0, 1.0, None), "certificate must be"),
-        (lambda c: certified_interval(Y, c, 1.0, torch.zeros(2, 2)), "dtype that was certified"),
+        (
+            lambda c: certified_interval(torch.zeros(3, 2), c, 1.0, torch.zeros(3, 2)),
+            "dtype that was certified",
+        ),
+        (lambda c: certified_interval(Y, c, 1.0, None), "which has 2 a sample"),
         (lambda c: ConformalBand(1.0, 0.1, 9).robust(Y, c, math.nan, None), "eps must be"),
         (
             lambda c: ConformalBand(1.0, 0.1, 9).worst_case(Y, Y, c, 0.1, None, confidence=0),

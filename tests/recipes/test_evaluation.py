@@ -258,7 +258,9 @@ def test_checkpoint_is_certified_again(report, tmp_path):
 
 def test_figures_package_is_looked_for_before_the_training(config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=r"matplotlib must be.*orthonet\[demo\]"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"matplotlib must be.*Run: pip install matplotlib\.$"
+    ):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
