@@ -131,6 +131,8 @@ def measure(name: str, samples: int, seconds: float) -> dict[str, Any]:
         right = (model(x[4000:]).argmax(1) == y[4000:]).nonzero()[:, 0]
     accuracy = len(right) / 1000
     x, y = x[4000:][right[:samples]], y[4000:][right[:samples]]
+    if name in PUBLISHED:  # the rounding of float32 would leave the largest no radius
+        model, x = model.double(), x.double()
     certificate = certify(model, x[:1], lower=False)
     whole = certificate.radius(model, x)
     start = time.process_time()
