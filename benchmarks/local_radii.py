@@ -59,6 +59,14 @@ NETS: dict[str, Callable[[], nn.Module]] = {
         Residual(_conv(16, 16), nn.BatchNorm2d(16), nn.ReLU(), _conv(16, 16), nn.BatchNorm2d(16)),
         nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(784, 10),
     ),
+    "mlp-maxmin": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 128), orthonet.MaxMin(), nn.Linear(128, 128),
+        orthonet.MaxMin(), nn.Linear(128, 10),
+    ),
+    "cnn-maxmin": lambda: nn.Sequential(
+        _conv(1, 16, 2), orthonet.MaxMin(), _conv(16, 32, 2), orthonet.MaxMin(), nn.Flatten(),
+        nn.Linear(1568, 10),
+    ),
     "orthogonal": lambda: nn.Sequential(
         orthonet.layers.SpaceToDepth2d(2), orthonet.OrthoConv2d(4, 16, 3, padding=1),
         orthonet.MaxMin(), orthonet.layers.SpaceToDepth2d(2),
