@@ -3,10 +3,11 @@ r"""How a graph moves in an l2 ball around one input, node by node.
 Every difference $h(a) - h(x)$, for a in the ball, is a matrix J times $a - x$. Affine operations
 are run on the rows of J; at an activation every unit has a slope in an interval, which follows
 from how far its input can move: the mean of the interval is kept, and the rest becomes an unknown
-factor. With slopes of chords that start at x the rows of J bound $|h_i(a) - h_i(x)| / \|a - x\|$,
-which is all that a radius needs; with the slopes of all chords in the ball, the Lipschitz
-constants of the units. Products, softmax and normalizations are those of `nonlinear`; any other
-operation is known by its gain alone.
+factor. A sort compares pairs step by step, and the order of each pair is such a slope. With slopes
+of chords that start at x the rows of J bound $|h_i(a) - h_i(x)| / \|a - x\|$, which is all that a
+radius needs; with the slopes of all chords in the ball, the Lipschitz constants of the units.
+Products, softmax and normalizations are those of `nonlinear`; any other operation is known by its
+gain alone.
 """
 
 from __future__ import annotations
@@ -169,8 +170,8 @@ class Ball:
         if not isinstance(value, Tensor):
             if known and action_of(state) is not None:
                 self._cut(state)
-            elif known and steps_of(self.walker.program, state) is not None:
-                self.sorted[state.node] = self._ordered(state) or self._opaque(state)
+            elif known and (found := self._ordered(state)) is not None:
+                self.sorted[state.node] = found
             return  # the parts are seen where they are read
         if value.is_complex():
             return  # units are real: what reads it counts with its gain
@@ -286,13 +287,18 @@ class Ball:
         return self._replaced(largest, most, self.walker.bound_of(state).value)
 
     def _ordered(self, state: State) -> Moves | None:
-        """Follow a sort, or the larger or the smaller one of two values."""
+        """Follow a sort, or the larger or the smaller one of two values; None for all else."""
         steps, two = steps_of(self.walker.program, state), two_of(state)
         if steps is None and two is None:
             return None
         self.choices += 1
-        if self.joint:
-            return None
+        found = None if self.joint else self._compared(state, steps, two)
+        return self._opaque(state) if found is None else found
+
+    def _compared(
+        self, state: State, steps: list[Step] | None, two: tuple[State, State, int, bool] | None
+    ) -> Moves | None:
+        """The rows of what is sorted; None if they would not fit."""
         if steps is not None:
             (parent,) = state.parents
             at, whole = self.values[parent.node][0], self.walker.bound_of(parent).value
