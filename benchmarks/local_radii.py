@@ -66,6 +66,17 @@ NETS: dict[str, Callable[[], nn.Module]] = {
         orthonet.OrthoLinear(1568, 10),
     ),
 }  # fmt: skip
+# The first two with MaxMin in place of ReLU: they are trained where `--nets` names them.
+SORTS: dict[str, Callable[[], nn.Module]] = {
+    "mlp-maxmin": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 128), orthonet.MaxMin(), nn.Linear(128, 128),
+        orthonet.MaxMin(), nn.Linear(128, 10),
+    ),
+    "cnn-maxmin": lambda: nn.Sequential(
+        _conv(1, 16, 2), orthonet.MaxMin(), _conv(16, 32, 2), orthonet.MaxMin(), nn.Flatten(),
+        nn.Linear(1568, 10),
+    ),
+}  # fmt: skip
 # The layers that SDP-CROWN's published networks for 1x28x28 images have.
 PUBLISHED: dict[str, Callable[[], nn.Module]] = {
     "MLP": lambda: nn.Sequential(
@@ -97,7 +108,7 @@ def digits() -> tuple[Tensor, Tensor]:
 def train(name: str, x: Tensor, y: Tensor, seconds: float) -> nn.Module:
     """Train for a time, with a margin for the orthogonal network."""
     torch.manual_seed(0)
-    model = (NETS | PUBLISHED)[name]()
+    model = (NETS | SORTS | PUBLISHED)[name]()
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     start = time.process_time()
     while time.process_time() - start < seconds:
@@ -189,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--published", action="store_true", help="the sizes of SDP-CROWN's")
-    parser.add_argument("--nets", nargs="+", choices=(*NETS, *PUBLISHED))
+    parser.add_argument("--nets", nargs="+", choices=(*NETS, *SORTS, *PUBLISHED))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="directory of the JSON")
     chosen = parser.parse_args(arguments)

@@ -28,8 +28,8 @@ class Residual(nn.Module):
         return x + self.branch(x)
 
 
-def random_net(draw):
-    """A classifier of images 1x8x8 with random operations."""
+def random_net(draw, more=()):
+    """A classifier of images 1x8x8 with random operations, among them `more`."""
     channels = draw.choice([2, 4])
     layers = [nn.Conv2d(1, channels, 3, draw.choice([1, 2]), 1)]
     for _ in range(draw.randrange(1, 4)):
@@ -47,6 +47,7 @@ def random_net(draw):
                     lambda: nn.PReLU(channels),
                     lambda: nn.MaxPool2d(3, 1, 1),
                     lambda: orthonet.layers.GroupSort(2),
+                    *more,
                 ]
             )()
         )
@@ -113,12 +114,12 @@ def check_ball(net, x, radius, certificate):
         assert bool((steep <= local.value * apart + 1e-12 * (1 + at.abs().max())).all())
 
 
-def check_random_nets(seeds):
+def check_random_nets(seeds, more=()):
     tighter = 0
     for seed in seeds:
         draw = random.Random(seed)
         torch.manual_seed(seed)
-        net, x = random_net(draw), torch.randn(1, 1, 8, 8)
+        net, x = random_net(draw, more), torch.randn(1, 1, 8, 8)
         certificate = certify(net, x, effort="fast")
         radius = draw.choice([1e-3, 0.03, 0.3, 3.0, 100.0])
         (local,) = certificate.local_bound(x, radius)

@@ -3,10 +3,11 @@ r"""How a graph moves in an l2 ball around one input, node by node.
 Every difference $h(a) - h(x)$, for a in the ball, is a matrix J times $a - x$. Affine operations
 are run on the rows of J; at an activation every unit has a slope in an interval, which follows
 from how far its input can move: the mean of the interval is kept, and the rest becomes an unknown
-factor. With slopes of chords that start at x the rows of J bound $|h_i(a) - h_i(x)| / \|a - x\|$,
-which is all that a radius needs; with the slopes of all chords in the ball, the Lipschitz
-constants of the units. Products, softmax and normalizations are those of `nonlinear`; any other
-operation is known by its gain alone.
+factor. A sort compares pairs step by step, and the order of each pair is such a slope. With slopes
+of chords that start at x the rows of J bound $|h_i(a) - h_i(x)| / \|a - x\|$, which is all that a
+radius needs; with the slopes of all chords in the ball, the Lipschitz constants of the units.
+Products, softmax and normalizations are those of `nonlinear`; any other operation is known by its
+gain alone.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from torch import Tensor, fx, nn
 
 from orthonet.certify.graph.marks import mark_of
 from orthonet.certify.graph.replay import replay
-from orthonet.certify.local.moves import Moves, Rows
+from orthonet.certify.local.moves import Moves, Rows, TooLargeError
 from orthonet.certify.local.nonlinear import ALL, PointErrors, in_ball
+from orthonet.certify.local.order import Step, steps_of, two_of
 from orthonet.certify.local.unknown import Unknown
 from orthonet.certify.mlp.chain import frobenius_up
 from orthonet.certify.mlp.slopes import Activation, Kinks
@@ -40,7 +42,13 @@ __all__ = ["Ball", "Point"]
 
 _OUTWARD = 1.0 + 2.0**-45  # covers the roundings of a few entrywise operations and a short sum
 _RELU = Kinks((0.0,), (0.0, 1.0))
-_ENDS = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+_POSITIVE = Activation(
+    torch.relu,
+    torch.zeros((), dtype=torch.float64),
+    torch.ones((), dtype=torch.float64),
+    narrow=_RELU,
+    chords=_RELU.chords,
+)
 
 
 class Point:
@@ -105,6 +113,7 @@ class Ball:
         self.space = Rows(self.unknown)
         self.moves: dict[fx.Node, Moves] = {}
         self.parts: dict[fx.Node, tuple[dict[fx.Node, Moves], Any]] = {}
+        self.sorted: dict[fx.Node | tuple[fx.Node, fx.Node], Moves] = {}
         self.joint, self.choices = joint, 0
         walker = self.walker
         with torch.no_grad():
@@ -161,12 +170,17 @@ class Ball:
         if not isinstance(value, Tensor):
             if known and action_of(state) is not None:
                 self._cut(state)
+            elif known and (found := self._ordered(state)) is not None:
+                self.sorted[state.node] = found
             return  # the parts are seen where they are read
         if value.is_complex():
             return  # units are real: what reads it counts with its gain
         self.space.check(value.numel())
         if state.parents and state.parents[0].node in self.parts:
             self.moves[state.node] = self._part(state)
+            return
+        if state.parents and state.parents[0].node in self.sorted and state.node.args[1] == 0:
+            self.moves[state.node] = self.sorted.pop(state.parents[0].node)
             return
         if known and action_of(state) is not None:
             found = self._affine(state)
@@ -178,6 +192,8 @@ class Ball:
         found = None
         if known and mark_of(state.node) is None and not (bounded and self.joint):
             found = in_ball(self, state)
+        if found is None and known:
+            found = self._ordered(state)
         if found is not None:
             self.moves[state.node] = found
             return
@@ -258,18 +274,101 @@ class Ball:
             return rest[..., windows[:, tap]].reshape(*x.shape[:lead], *state.shape)
 
         largest, best = source.each(lambda x, lead: at(x, 0, lead)), at(value, 0, 0)
-        relu = Activation(torch.relu, *_ENDS, narrow=_RELU, chords=_RELU.chords)
         for tap in range(1, windows.shape[1]):
             other, here = source.each(lambda x, lead, t=tap: at(x, t, lead)), at(value, tap, 0)
             gap = self.space.sum(other, largest, -1.0)
             # Windows share entries, so that all gaps together may move farther than the image.
-            rise = self.split(gap, here - best, 2.0 * off, relu, None, 2.0 * whole, math.inf)
+            rise = self.split(gap, here - best, 2.0 * off, _POSITIVE, None, 2.0 * whole, math.inf)
             largest = self.space.sum(rise, largest, 1.0)
             best = torch.maximum(best, here)
         # An entry moves no farther than one of its window; what its row says may be worse.
         reach = reach.clamp(max=whole)
         most = torch.stack([at(reach, tap, 0) for tap in range(windows.shape[1])]).amax(0)
         return self._replaced(largest, most, self.walker.bound_of(state).value)
+
+    def _ordered(self, state: State) -> Moves | None:
+        """Follow a sort, or the larger or the smaller one of two values; None for all else."""
+        steps, two = steps_of(self.walker.program, state), two_of(state)
+        if steps is None and two is None:
+            return None
+        self.choices += 1
+        found = None if self.joint else self._compared(state, steps, two)
+        return self._opaque(state) if found is None else found
+
+    def _compared(
+        self, state: State, steps: list[Step] | None, two: tuple[State, State, int, bool] | None
+    ) -> Moves | None:
+        """The rows of what is sorted; None if they would not fit."""
+        if steps is not None:
+            (parent,) = state.parents
+            at, whole = self.values[parent.node][0], self.walker.bound_of(parent).value
+            wide = math.sqrt(2.0) * whole * _OUTWARD
+            return self._exchanged(self.moves[parent.node], at, self.off(parent), wide, steps)
+        a, b, place, shared = cast(tuple[State, State, int, bool], two)
+        key = (a.node, b.node)
+        found = self.sorted.pop(key, None)
+        if found is None:
+            at = torch.stack([self.values[n][0] for n in key])
+            moves = [self.space.dense(self.moves[n]) for n in key]
+            moves = Moves(
+                torch.stack([self.space.padded(m.known) for m in moves], 1),
+                torch.stack([m.error for m in moves]),
+                torch.stack([m.sizes for m in moves]),
+            )
+            wide = sum(self.walker.bound_of(s).value for s in (a, b)) * _OUTWARD
+            both = self.walker.pieces.side_by_side([a, b])
+            if both is not None:
+                wide = min(wide, math.sqrt(2.0) * both.value * _OUTWARD)
+            count = math.prod(state.shape)
+            steps = [Step(torch.arange(count), torch.arange(count, 2 * count))]
+            found = self._exchanged(moves, at, max(self.off(a), self.off(b)), wide, steps)
+            if found is None:
+                return None
+            if shared:
+                self.sorted[key] = found
+        return found.each(lambda x, lead: x[:, place] if lead else x[place])
+
+    def _exchanged(
+        self, moves: Moves, value: Tensor, off: float, wide: float, steps: Sequence[Step]
+    ) -> Moves | None:
+        r"""Sort the entries of pairs, step by step; None if the rows would not fit.
+
+        A pair (a, b) becomes $(b + s (a - b), a - s (a - b))$, with a slope s of relu at a - b. Its
+        mean m makes $(m a + (1 - m) b, (1 - m) a + m b)$, a copy where s is known, and the rest of
+        it is one unknown factor of both. `wide` bounds how far all gaps of a step move together:
+        no step moves entries farther than before.
+        """
+        if not bool(value.isfinite().all()):
+            return None
+        shape, before = value.shape, len(self.unknown.blocks)
+        value = value.flatten()
+        flat = self.space.dense(moves).each(lambda x, lead: x.reshape(*x.shape[:lead], -1))
+        error, sizes, unit = flat.error.clone(), flat.sizes.clone(), self.unknown.unit
+        rows = flat.known.clone()
+        for first, second in steps:
+            places = (first, second)
+            (a, b), (e, f), (p, q) = ([t[..., i] for i in places] for t in (rows, error, sizes))
+            gap = self.space.sum(Moves(a, e, p), Moves(b, f, q), -1.0)
+            at = [value[i] for i in places]
+            try:
+                self.space.check(value.numel())
+                opened = self._opened(gap, at[0] - at[1], 2.0 * off, _POSITIVE, None, wide, wide)
+            except TooLargeError:
+                del self.unknown.blocks[before:]  # nothing has read them
+                return None
+            _, reach, mean, half, index = opened
+            rows, own = self.space.padded(rows), half[index] * (1.0 + 4 * unit)
+            number = torch.arange(len(rows) - len(index), len(rows))
+            for i, x, y, sign in ((first, mean, 1.0 - mean, 1.0), (second, 1.0 - mean, mean, -1.0)):
+                rows[: len(a), i] = a * x.to(a.dtype) + b * y.to(b.dtype)
+                rows[number, i[index]] = (sign * own).to(rows.dtype)
+                sizes[i] = (x * p + y * q + half * reach) * _OUTWARD
+                # Both factors and products and their sum are rounded, but where they are 0 and 1.
+                lost = torch.where(half > 0, 8 * unit * (x * p + y * q) + self.unknown.lost, 0.0)
+                error[i] = (x * e + y * f + lost) * _OUTWARD
+            value = value.clone()
+            value[first], value[second] = torch.maximum(*at), torch.minimum(*at)
+        return Moves(rows.reshape(-1, *shape), error.reshape(shape), sizes.reshape(shape))
 
     def _replaced(self, moves: Moves, most: Tensor, whole: float) -> Moves:
         """Units of which less is known by their rows than by `most` become units of their own."""
@@ -299,6 +398,30 @@ class Ball:
 
         Each unit moves at most `each`, all of them `together` times as far as the input.
         """
+        moves, reach, mean, half, index = self._opened(moves, value, off, act, dim, each, together)
+        rows = moves.known.mul_(mean.to(self.unknown.dtype))
+        # The mean was rounded, and so is its product with each row.
+        error = (moves.error + 4 * self.unknown.unit * moves.sizes) * mean.abs()
+        error = error + self.unknown.lost
+        sizes = moves.sizes * mean.abs() + half * reach
+        own = half.flatten()[index] * (1.0 + 4 * self.unknown.unit)
+        return Moves(rows, error * _OUTWARD, sizes * _OUTWARD, index=index, own=own)
+
+    def _opened(
+        self,
+        moves: Moves,
+        value: Tensor,
+        off: float,
+        act: Activation,
+        dim: int | None,
+        each: float,
+        together: float,
+    ) -> tuple[Moves, Tensor, Tensor, Tensor, Tensor]:
+        """Make units of the slopes that are not known.
+
+        Return the rows of their own, how far entries move, the means and what is unknown of their
+        slopes, and the flat places of the units.
+        """
         moves, reach = self.space.measured(moves, copy=True)
         reach = reach.clamp(max=each)
         far = (self.radius * reach + off) * _OUTWARD
@@ -315,13 +438,7 @@ class Ball:
             t.flatten()[index] for t in (reach, half, moves.error, cast(Tensor, moves.loose))
         )
         self.unknown.add(reached, together, unknown, (columns, off_by), loose_by)
-        rows = moves.known.mul_(mean.to(self.unknown.dtype))
-        # The mean was rounded, and so is its product with each row.
-        error = (moves.error + 4 * self.unknown.unit * moves.sizes) * mean.abs()
-        error = error + self.unknown.lost
-        sizes = moves.sizes * mean.abs() + half * reach
-        own = half.flatten()[index] * (1.0 + 4 * self.unknown.unit)
-        return Moves(rows, error * _OUTWARD, sizes * _OUTWARD, index=index, own=own)
+        return moves, reach, mean, half, index
 
     def _has_gain(self, state: State) -> bool:
         """Whether an operation has a constant."""
@@ -338,7 +455,8 @@ class Ball:
             terms.append(gain.value * (self.norm(source) if known else operand.bound.value))
         total = math.hypot(*terms) if step.combine == "hypot" else math.fsum(terms)
         whole = min(whole, total * (1.0 + 2.0**-50 * (len(terms) + 2)))
-        shape = self.values[state.node].shape[1:]
+        value = self.values[state.node]
+        shape = (value if isinstance(value, Tensor) else value[0]).shape[1:]
         return self._own(torch.full(shape, whole, dtype=torch.float64), whole)
 
     def _own(self, reach: Tensor, whole: float) -> Moves:

@@ -198,15 +198,7 @@ def sorting(module: layers.MaxMin | layers.GroupSort, width: int) -> Activation 
     groups = torch.where(kept, -1, torch.arange(width) // size) if size > 2 else None
     # Of a pair (a, b) the maximum comes first, or last: (a - b) becomes |a - b| or its negative.
     modulus = Kinks((0.0,), (-1.0, 1.0) if isinstance(module, layers.MaxMin) else (1.0, -1.0))
-
-    def narrow(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        least, most = modulus(low, high)
-        return torch.where(kept, 1.0, least), torch.where(kept, 1.0, most)
-
-    def chords(*ends: Tensor) -> tuple[Tensor, Tensor]:
-        least, most = modulus.chords(*ends)
-        return torch.where(kept, 1.0, least), torch.where(kept, 1.0, most)
-
+    narrow, chords = _beside(kept, modulus)
     return Activation(
         _on_last_dim(module),
         lower,
@@ -219,6 +211,20 @@ def sorting(module: layers.MaxMin | layers.GroupSort, width: int) -> Activation 
         0.0,
         _sums(place, kept, modulus.slopes) if size == 2 else None,
     )
+
+
+def _beside(kept: Tensor, modulus: Kinks) -> tuple[Narrow, Chords]:
+    """The slopes of moduli, with the slope 1 where entries are kept."""
+
+    def narrow(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        least, most = modulus(low, high)
+        return torch.where(kept, 1.0, least), torch.where(kept, 1.0, most)
+
+    def chords(*ends: Tensor) -> tuple[Tensor, Tensor]:
+        least, most = modulus.chords(*ends)
+        return torch.where(kept, 1.0, least), torch.where(kept, 1.0, most)
+
+    return narrow, chords
 
 
 def _sums(place: Tensor, kept: Tensor, slopes: Sequence[float | Tensor]) -> Pieces:
@@ -253,4 +259,13 @@ def reflections(module: layers.HouseholderActivation, width: int) -> Activation 
     own = layers.HouseholderActivation(width, dim=-1, dtype=torch.float64).requires_grad_(False)
     own.theta.copy_(2 * half)  # doubling is exact
     lower = torch.where(kept, 1.0, -1.0).double()
-    return Activation(own, lower, torch.ones(width).double(), basis, 2 * gamma(8))
+    narrow, chords = _beside(kept, Kinks((0.0,), (-1.0, 1.0)))
+    return Activation(
+        own,
+        lower,
+        torch.ones(width).double(),
+        basis,
+        2 * gamma(8),
+        narrow=narrow,
+        chords=chords,
+    )
