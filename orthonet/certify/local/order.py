@@ -17,6 +17,7 @@ __all__ = ["Step", "steps_of", "two_of"]
 
 _EXTREMES = {"maximum": 0, "max": 0, "fmax": 0, "minimum": 1, "min": 1, "fmin": 1}
 """The operations on two values, and which one of (larger, smaller) they return."""
+_MOST = 8  # entries of a group: larger ones take seconds a sample, and gained nothing
 
 
 class Step(NamedTuple):
@@ -27,7 +28,7 @@ class Step(NamedTuple):
 
 
 def steps_of(program: Program, state: State) -> list[Step] | None:
-    """The steps of a sort of groups along a dim; None for any other operation."""
+    """The steps of a sort of small groups along a dim; None for any other operation."""
     if len(state.parents) != 1:
         return None
     call, mark = state.call, mark_of(state.node)
@@ -63,8 +64,12 @@ def two_of(state: State) -> tuple[State, State, int, bool] | None:
     return a, b, place, shared
 
 
-def _steps(shape: tuple[int, ...], dim: int, size: int, halves: bool, down: bool) -> list[Step]:
+def _steps(
+    shape: tuple[int, ...], dim: int, size: int, halves: bool, down: bool
+) -> list[Step] | None:
     """The steps of all groups of `size` entries along a dim, side by side or spread over it."""
+    if size > _MOST:
+        return None
     numbers = torch.arange(math.prod(shape)).reshape(shape).movedim(dim, 0)
     groups = numbers.reshape((size, -1) if halves else (shape[dim] // size, size, -1))
     groups = groups if halves else groups.movedim(1, 0).reshape(size, -1)
