@@ -210,7 +210,7 @@ class _Product(torch.autograd.Function):
             places = [i for i in range(3) if ctx.needs_input_grad[i]]
             found = torch.autograd.grad(
                 again,
-                [(start, left, right)[i] for i in places],
+                [(start, left, other)[i] for i in places],
                 grad,
                 create_graph=True,
                 allow_unused=True,
