@@ -14,6 +14,7 @@ from orthonet_checker.schema import many, need, parse, record, text, whole
 
 DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 _BYTES = 2**50
+_QUANTIZED = ("I8", "U8")
 
 
 class Key(NamedTuple):
@@ -95,7 +96,10 @@ class Store:
 
 
 def unread(model: Store, names: Sequence[tuple[str, Key]]) -> list[str]:
-    """The floating-point tensors of a model that are no constants by name, of (name, key) each.
+    """The tensors of a model that may be weights and are no constants by name, of (name, key) each.
+
+    Those are floating-point and complex numbers, and bytes, which hold quantized weights; other
+    integers count steps or places.
 
     In the files all names may stand behind one common prefix, such as `model.`: the one with which
     most are found. Another tensor under the name of a constant is rejected. A name that two
@@ -121,7 +125,7 @@ def unread(model: Store, names: Sequence[tuple[str, Key]]) -> list[str]:
             f"tensor {found!r} of the weights is {key}, "
             f"not the constant of that name, which is {expected}",
         )
-        if expected is None and key.dtype[0] in "FBC" and key.dtype != "BOOL":
+        if expected is None and (key.dtype[0] in "FC" or key.dtype in ("BF16", *_QUANTIZED)):
             left.append(found)
     return left
 

@@ -13,7 +13,14 @@ from orthonet.certify import LipschitzCertificate
 from orthonet.downstream._moves import below, checked_outputs, moves_of, times
 from orthonet.linalg.bounds.rounding import div_up, sqrt_up
 
-__all__ = ["SCORES", "checked_logits", "conformal_scores", "score_bounds", "score_lipschitz"]
+__all__ = [
+    "SCORES",
+    "checked_logits",
+    "conformal_scores",
+    "score_bounds",
+    "score_lipschitz",
+    "score_slack",
+]
 
 SCORES = ("sigmoid", "softmax", "margin", "excess")
 _ENTRIES = 2**24  # of the differences that are held at once
@@ -190,7 +197,7 @@ def _probabilities(rise: Tensor, temperature: float) -> Tensor:
 def _enclosed(
     z: Tensor, total: Tensor, pairs: Tensor, score: str, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    slack = 2.0 * _slack(z.shape[1], score)
+    slack = 2.0 * score_slack(z.shape[1], score)
     if score == "sigmoid":
         r = total[:, None]
         low = torch.sigmoid(below(-z, r) / temperature)
@@ -214,7 +221,7 @@ def _enclosed(
     return low - slack, high + slack
 
 
-def _slack(classes: int, score: str) -> float:
+def score_slack(classes: int, score: str) -> float:
     """A bound of the error of a computed score, if exp is accurate to 64 units in the last place.
 
     An argument t of exp is off by 2 u |t|, its value by 128 u, a sum of C terms by C u. Relative to

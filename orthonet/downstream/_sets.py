@@ -16,7 +16,12 @@ from orthonet.downstream._ranks import (
     conformal_quantile,
     coverage_of,
 )
-from orthonet.downstream._scores import conformal_scores, score_bounds, score_lipschitz
+from orthonet.downstream._scores import (
+    conformal_scores,
+    score_bounds,
+    score_lipschitz,
+    score_slack,
+)
 
 __all__ = ["ConformalSets", "calibrate_sets"]
 
@@ -25,8 +30,9 @@ __all__ = ["ConformalSets", "calibrate_sets"]
 class ConformalSets:
     r"""Sets of classes that hold the true one with a given probability, also under attack.
 
-    The set of an input holds every class whose score is at most `threshold`. Make it with
-    [`calibrate_sets`][orthonet.downstream.calibrate_sets].
+    The set of an input holds every class whose score is at most `threshold`, or above it by no more
+    than rounding: equal logits have scores that differ in the last bits from one place of a batch
+    to another. Make it with [`calibrate_sets`][orthonet.downstream.calibrate_sets].
 
     Attributes:
         threshold: Largest score of a class in the set.
@@ -63,7 +69,7 @@ class ConformalSets:
             ValueError: The logits are not finite or have fewer than two classes.
         """
         scores = conformal_scores(logits, score=self.score, temperature=self.temperature)
-        return scores <= self.threshold
+        return scores <= self._limit(scores)
 
     def robust(
         self,
@@ -104,7 +110,7 @@ class ConformalSets:
         low, _ = score_bounds(
             logits, certificate, eps, inputs, score=self.score, temperature=self.temperature
         )
-        return low <= self.threshold
+        return low <= self._limit(low)
 
     def worst_case(
         self,
@@ -142,8 +148,12 @@ class ConformalSets:
         )
         labels = checked_classes(owner, labels, low.shape[:1], low.shape[1])[:, None]
         clean = self.predict(logits).gather(1, labels)
-        stays, may = (ends.gather(1, labels) <= self.threshold for ends in (high, low))
+        stays, may = (ends.gather(1, labels) <= self._limit(low) for ends in (high, low))
         return coverage_of(clean, stays, may, confidence)
+
+    def _limit(self, scores: Tensor) -> float:
+        """The threshold, raised by the rounding of both scores that are compared."""
+        return self.threshold + 2.0 * score_slack(scores.shape[1], self.score)
 
 
 def calibrate_sets(

@@ -205,3 +205,12 @@ def test_points_and_multipliers_decide_about_regions():
             assert not empty(whole, guess)
             decided[1] += 1
     assert min(decided) > 10
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+def test_a_constant_function_has_a_constant_of_0_from_below(norm):
+    model = network(0, (2, 4, 1), nn.ReLU)
+    nn.init.zeros_(model[0].weight)
+    found = exact_constant(model, norm=norm)
+    assert found.lower == 0.0  # it was 2^-500, which bounds underflow from above
+    assert found.upper.value <= 2.0**-1000

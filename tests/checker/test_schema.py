@@ -412,3 +412,14 @@ def test_texts_of_a_file_cannot_write_a_line_of_the_verdict(tmp_path, capsys):
     shown = capsys.readouterr()
     assert shown.err.count("rejected:") == 4
     assert not any(line.startswith("verified:") for line in (shown.out + shown.err).splitlines())
+
+
+def test_bytes_that_no_node_reads_are_listed_like_floats():
+    from orthonet_checker.store import Store, unread
+
+    model = Store()
+    for name, dtype in (("a", "F32"), ("b", "I8"), ("c", "U8"), ("d", "BF16"), ("e", "C64")):
+        model.add(name, dtype, (2,), b"")
+    for name, dtype in (("mask", "BOOL"), ("steps", "I64"), ("places", "I32")):
+        model.add(name, dtype, (2,), b"")
+    assert unread(model, []) == ["a", "b", "c", "d", "e"]

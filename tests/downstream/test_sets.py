@@ -232,3 +232,15 @@ LABELS = torch.tensor([0, 1, 2])
 def test_bad_arguments_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call(example()[1])
+
+
+@pytest.mark.parametrize("score", IN_LOGITS)
+def test_equal_logits_have_equal_sets_at_every_place_of_a_batch(score):
+    # Vectors and their tails are computed by other instructions, and sums of other layouts in
+    # another order: scores differed by 1e-16, and the class of all calibration samples was missing.
+    torch.manual_seed(0)
+    rows = [*3 * torch.randn(100, 1, 2), *3 * torch.randn(100, 1, 10)]
+    for z in [torch.tensor([[4.032210826873779, 7.149658203125]]), *rows]:
+        sets = calibrate_sets(z.expand(8, -1), torch.ones(8, dtype=torch.long), 0.2, score=score)
+        assert sets.predict(z)[0, 1]
+        assert sets.predict(z.expand(8, -1).T.contiguous().T)[:, 1].all()

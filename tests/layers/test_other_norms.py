@@ -142,3 +142,14 @@ def test_wrong_arguments_are_refused():
         Monotone(nn.Linear(2, 1), (1, 1))(torch.zeros(1, 3))
     with pytest.raises(ValueError, match=r"must be an orthonet\.layers\.Monotone"):
         prove_monotone(nn.Linear(2, 1).eval(), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lipschitz", [0.7, 1.0, 3.3, 1e-5, 3e4])
+def test_the_rise_is_not_below_the_constant_after_a_change_of_dtype(lipschitz, dtype):
+    # It was a buffer, 0.69999999 in float32: a slope of -0.7 made the model fall in float64.
+    falling = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    model = Monotone(falling.float(), (1,), lipschitz).to(dtype).eval()
+    nn.init.zeros_(falling.weight)
+    rise = model(torch.ones(1, 1, dtype=dtype)).item()
+    assert lipschitz <= rise <= lipschitz * (1.0 + 2.0 * torch.finfo(dtype).eps) + 2.0**-24

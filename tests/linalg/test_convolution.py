@@ -164,3 +164,4 @@ def test_filtering_a_signal_is_the_convolution_with_the_factors(steps):
     torch.testing.assert_close(ours(signal, bases)[0].movedim(1, 0), expected)
     assert torch.autograd.gradcheck(ours, (signal, bases))
     assert torch.autograd.gradgradcheck(ours, (signal, bases))
+    assert torch.autograd.gradgradcheck(ours, (signal.detach(), bases))

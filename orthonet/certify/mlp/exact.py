@@ -214,7 +214,9 @@ class _Network:
             value = spectral_norm_bound(matrix)
             return value if radius is None else add_up(value, spectral_norm_bound(radius))
         matrix = matrix.abs() if radius is None else matrix.abs() + radius
-        scale = power_of_two_scale(matrix) or 1.0
+        scale = power_of_two_scale(matrix)
+        if not scale:
+            return 0.0
         matrix = matrix / scale
         if self.norm == "l1":
             found = torch.linalg.vector_norm(matrix, _ORDER[self.to], dim=0)

@@ -63,11 +63,11 @@ def prove_monotone(model: layers.Monotone, example_input: Tensor) -> Tensor:
         slopes = torch.minimum(slopes, cost.reshape(-1))
     if not costs:  # the function is constant
         slopes = torch.zeros_like(slopes)
-    rise = model.rise.detach().cpu().double().abs()
+    rises = [model.slope(example_input.dtype) * abs(d) for d in model.directions]
     return torch.tensor(
         [
             r - s if r == s or s == 0.0 else down(r - s)
-            for r, s in zip(rise.tolist(), slopes.tolist(), strict=True)
+            for r, s in zip(rises, slopes.tolist(), strict=True)
         ],
         dtype=torch.float64,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
@@ -189,7 +190,7 @@ class Monotone(nn.Module):
         arXiv:2307.07512.
     """
 
-    rise: Tensor
+    signs: Tensor
 
     def __init__(
         self, function: nn.Module, directions: Sequence[int], lipschitz: float = 1.0
@@ -208,8 +209,8 @@ class Monotone(nn.Module):
         self.lipschitz = _checks.lipschitz_constant(type(self), lipschitz)
         like = next((p for p in function.parameters()), torch.zeros(()))
         self.directions = tuple(int(d) for d in directions)
-        rise = self.lipschitz * torch.tensor(self.directions, dtype=like.dtype, device=like.device)
-        self.register_buffer("rise", rise, persistent=False)
+        signs = torch.tensor(self.directions, dtype=like.dtype, device=like.device)
+        self.register_buffer("signs", signs, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the function plus the linear rise."""
@@ -221,8 +222,15 @@ class Monotone(nn.Module):
             x=x,
         )
         y = self.function(x)
-        rise = x @ self.rise.to(x.dtype)
+        rise = x @ (self.signs.to(x.dtype) * self.slope(x.dtype))
         return y + (rise if y.ndim == 1 else rise[:, None])
+
+    def slope(self, dtype: torch.dtype) -> float:
+        r"""Return the smallest number of a dtype that is not below \(\lambda\)."""
+        info = torch.finfo(dtype)
+        step = math.ldexp(info.eps, math.frexp(self.lipschitz)[1] - 1)
+        step = max(step, info.smallest_normal * info.eps)
+        return math.ceil(self.lipschitz / step) * step
 
     def extra_repr(self) -> str:
         return f"directions={self.directions}, lipschitz={self.lipschitz:g}"

@@ -86,8 +86,13 @@ class _Filter(torch.autograd.Function):
         axes, steps = ctx.axes, ctx.steps
         if torch.is_grad_enabled():  # differentiated again
             again = _filter(x, left, right, axes, steps)
-            found = torch.autograd.grad(again, (x, left, right), grad, create_graph=True)
-            return *found, None, None
+            result: list[Tensor | None] = [None] * 5
+            places = [i for i in range(3) if ctx.needs_input_grad[i]]
+            inputs = [(x, left, right)[i] for i in places]
+            found = torch.autograd.grad(again, inputs, grad, create_graph=True)
+            for i, g in zip(places, found, strict=True):
+                result[i] = g
+            return tuple(result)
         to_left, to_right = torch.empty_like(left), torch.empty_like(right)
         for index in range(len(axes)):
             axis, step = axes[index], steps[index]

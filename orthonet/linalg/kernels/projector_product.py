@@ -206,11 +206,19 @@ class _Product(torch.autograd.Function):
         other = left if right is None else right
         if torch.is_grad_enabled():  # differentiated again
             again = _as_chain(start, left, other, axes, channels_first)
-            inputs = (start, left) if right is None else (start, left, right)
+            result: list[Tensor | None] = [None] * 5
+            places = [i for i in range(3) if ctx.needs_input_grad[i]]
             found = torch.autograd.grad(
-                again, inputs, grad, create_graph=True, allow_unused=True, materialize_grads=True
+                again,
+                [(start, left, other)[i] for i in places],
+                grad,
+                create_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
-            return *found, *((None,) * (5 - len(found)))
+            for i, g in zip(places, found, strict=True):
+                result[i] = g
+            return tuple(result)
         batch, c, saved = grad.shape[0], left.shape[-2], list(saved)
         grad = grad.permute(_to_rows(plan.order, channels_first)).contiguous().view(batch, -1, c)
         polynomials, parts = {}, {}

@@ -55,18 +55,23 @@ class _AtCenter(Computation):
     def pull_back_differentiably(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """As `pull_back`, by operations of the outer graph."""
         outputs = self.cold()
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None]
+        given = zip(outputs, grads, strict=False)
+        pairs = [(o, g) for o, g in given if g is not None and o.requires_grad]
+        result: list[Tensor | None] = [None] * len(self.inputs)
         if not pairs:
-            return [None] * len(self.inputs)
+            return result
         self.require_unchanged()
+        learning = [i for i, t in enumerate(self.inputs) if t.requires_grad]  # some may be frozen
         found = torch.autograd.grad(
             [o for o, _ in pairs],
-            self.inputs,
+            [self.inputs[i] for i in learning],
             [g for _, g in pairs],
             create_graph=True,
             allow_unused=True,
         )
-        return list(found)
+        for i, g in zip(learning, found, strict=True):
+            result[i] = g
+        return result
 
 
 class Packet(_AtCenter):
