@@ -39,7 +39,8 @@ def steps_of(program: Program, state: State) -> list[Step] | None:
         return _steps(shape, dim, shape[dim], False, call.flag("descending"))
     target = program.calls[mark[0]].target if mark[1] < 0 else None
     if target is functional.max_min:
-        return _steps(state.shape, *call.feature_dims(call["dim"]), 2, True, True)
+        (dim,) = call.feature_dims(call["dim"])
+        return _steps(state.shape, dim, 2, True, True)
     if target is functional.group_sort:
         (dim,) = call.feature_dims(call["dim"])
         return _steps(state.shape, dim, call["group_size"], False, False)
