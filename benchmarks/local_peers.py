@@ -107,7 +107,11 @@ def run(
             entry = row(name, method, radii, start[part], found["seconds"])
             wins = float((ours[part] > radii).double().mean())
             rows.append({**entry, "ours_larger": wins})
-    environment = {**harness.environment(), "auto-LiRPA": "0.3", "its torch": ", ".join(sorted(versions))}
+    environment = {
+        **harness.environment(),
+        "auto-LiRPA": "0.3",
+        "its torch": ", ".join(sorted(versions)),
+    }
     return {"rows": rows, "environment": environment}
 
 
