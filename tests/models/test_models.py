@@ -135,7 +135,14 @@ def test_register_makes_a_model_known(monkeypatch):
 
     assert models.create("halves", scale=0.25)(torch.ones(1, 1)).item() == 0.25
     assert models.register(halves) is halves
+
+    def other() -> nn.Module:
+        return nn.Identity()
+
+    other.__name__ = "halves"
     with pytest.raises(ValueError, match="every model needs its own name"):
+        models.register(other)
+    with pytest.raises(ValueError, match="must be a function with a name"):
         models.register(type("Other", (), {"__name__": "halves"})())
 
 
