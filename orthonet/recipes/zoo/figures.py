@@ -9,7 +9,7 @@ from orthonet.recipes.zoo.report import ZooReport
 
 __all__ = ["zoo_figure"]
 
-_SHADES = ("#9ECAE1", "#4292C6", "#08519C", "#08306B")
+_SHADES = ("#C6DBEF", "#9ECAE1", "#6BAED6", "#4292C6", "#2171B5", "#08519C", "#08306B")
 
 
 def zoo_figure(path: Path, report: ZooReport) -> Path:
@@ -27,9 +27,9 @@ def zoo_figure(path: Path, report: ZooReport) -> Path:
         left.barh(
             places,
             [100 * row["certified"][i] for row in rows],
-            color=_SHADES[min(i, len(_SHADES) - 1)],
+            color=_SHADES[i * (len(_SHADES) - 1) // max(1, len(radii) - 1)],
             height=0.8,
-            label=f"certified at {radius:g}",
+            label=f"certified at {radius:.3g}",
         )
     middle = min(range(len(radii)), key=lambda i: abs(radii[i] - 0.5))
     for place, row in zip(places, rows, strict=True):
