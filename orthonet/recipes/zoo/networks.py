@@ -19,6 +19,7 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 from orthonet import _checks
 from orthonet.layers import OrthoConv2d, OrthoLinear, available
 from orthonet.models import convnet_zoo
+from orthonet.recipes.running.fitting import seeded
 
 __all__ = ["PEERS", "Peer", "deployed", "method_names", "missing", "network", "width_for"]
 
@@ -130,8 +131,7 @@ def network(name: str, shape: tuple[int, ...], width: int, seed: int = 0) -> nn.
     Raises:
         ModuleNotFoundError: The library of the method is missing.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         if name not in PEERS:
             return convnet_zoo(shape, layer=name, width=width)
         peer = PEERS[name]
