@@ -68,28 +68,24 @@ def peer(python: str, model: nn.Module, x: Tensor, y: Tensor, start: Tensor, met
         command = [python, "-W", "ignore", str(SCRIPT), str(file), method]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1][:100]}
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return {"error": lines[-1][:100]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def row(name: str, method: str, radii: Tensor, start: Tensor, seconds: float) -> dict[str, Any]:
     """Quartiles of radii over the global ones."""
-    ratio = (radii.double() / start).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
     share = {"case": name, "method": method, "samples": len(radii), "seconds": seconds}
-    return {**share, "ratio": ratio.tolist()}
+    return {**share, "ratio": local_radii.quartiles(radii.double() / start)}
 
 
 def run(
     python: str, samples: int, optimized: int, seconds: float, nets: Sequence[str] = NETS
 ) -> dict[str, Any]:
     """One row a network and method; the share of samples with a larger radius of ours beside."""
-    images, labels = local_radii.digits()
     rows, versions = [], set()
     for name in nets:
-        model = local_radii.train(name, images[:4000], labels[:4000], seconds)
-        with torch.no_grad():
-            right = (model(images[4000:]).argmax(1) == labels[4000:]).nonzero()[:samples, 0]
-        x, y = images[4000:][right], labels[4000:][right]
+        model, _, x, y = local_radii.trained(name, samples, seconds)
         certificate = certify(model, x[:1], lower=False)
         start = certificate.radius(model, x)
         x, y, start = x[start > 0], y[start > 0], start[start > 0]  # rounding may leave nothing

@@ -15,7 +15,7 @@ import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -134,22 +134,40 @@ def attacked(model: nn.Module, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
     return high
 
 
-def measure(name: str, samples: int, seconds: float) -> dict[str, Any]:
-    """Train, certify and measure one network."""
+class Trained(NamedTuple):
+    """A network, its accuracy, and the first of the test samples that it classifies correctly."""
+
+    model: nn.Module
+    accuracy: float
+    x: Tensor
+    y: Tensor
+
+
+def trained(name: str, samples: int, seconds: float) -> Trained:
+    """Train a network on 4000 of the digits, and try it on the others."""
     x, y = digits()
     model = train(name, x[:4000], y[:4000], seconds)
     with torch.no_grad():
         right = (model(x[4000:]).argmax(1) == y[4000:]).nonzero()[:, 0]
-    accuracy = len(right) / 1000
     x, y = x[4000:][right[:samples]], y[4000:][right[:samples]]
     if name in PUBLISHED:  # the rounding of float32 would leave the largest no radius
         model, x = model.double(), x.double()
+    return Trained(model, len(right) / 1000, x, y)
+
+
+def quartiles(ratio: Tensor) -> list[float]:
+    """The quartiles of radii over the global ones."""
+    return ratio.quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+
+
+def measure(name: str, samples: int, seconds: float) -> dict[str, Any]:
+    """Train, certify and measure one network."""
+    model, accuracy, x, y = trained(name, samples, seconds)
     certificate = certify(model, x[:1], lower=False)
     whole = certificate.radius(model, x)
     start = time.process_time()
     local = certificate.local_radius(model, x)
     each = (time.process_time() - start) / len(x)
-    quartiles = torch.tensor([0.25, 0.5, 0.75]).double()
     return {
         "network": name,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -158,7 +176,7 @@ def measure(name: str, samples: int, seconds: float) -> dict[str, Any]:
         "constant": certificate.constant.value,
         "global": float(whole.median()),
         "local": float(local.median()),
-        "ratio": (local / whole).quantile(quartiles).tolist(),
+        "ratio": quartiles(local / whole),
         "attack": float((attacked(model, x, y, whole) / whole).median()),
         "seconds": each,
     }
