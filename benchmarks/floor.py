@@ -9,10 +9,9 @@ once (all times are the least over interleaved rounds); what the step takes beyo
 memory, looking at the residual, autograd and Python. "least" is two products
 there and two back: no map onto orthogonal matrices that looks at its residual takes fewer.
 Units as in benchmarks/orthogonalizers.py. For the Cayley map, step and floor are compared with
-those of geotorch: the ratio of the floors is what remains when all else costs nothing. Then
-the forward pass of a parameter that may not be written to, cold and from the last factor. Last, the
-kernels of convolutions: what a whole training step of the layer over that of
-the plain one cannot fall below, with zero padding and with our circular one.
+those of geotorch: the ratio of the floors is what remains when all else costs nothing. Last, the
+kernels of convolutions: what a whole training step of the layer over that of the plain one cannot
+fall below, with zero padding and with our circular one.
 """
 
 from __future__ import annotations
@@ -36,9 +35,6 @@ from benchmarks.manifolds import candidates
 from benchmarks.orthogonalizers import UNIT, training_step
 from orthonet import _torch, caching, reparametrizers
 from orthonet.layers import OrthoConv2d
-from orthonet.linalg import polar
-from orthonet.linalg.matrix import add_identity
-from orthonet.linalg.polar_factor.gradient import _conjugate_gradients
 
 # Operators that count as arithmetic, and what the table calls them.
 NAMES = {
@@ -72,7 +68,6 @@ class Settings:
         (16, 64, 64),
     )
     cayley: tuple[int, ...] = (64, 256, 1024)
-    kept: tuple[int, ...] = (64, 256, 512)
     kernels: tuple[tuple[int, int, int, int], ...] = (  # in, out, kernel, stride
         (64, 64, 3, 1),
         (256, 256, 3, 1),
@@ -87,7 +82,6 @@ class Settings:
 QUICK = Settings(
     shapes=((8, 8), (2, 6, 4)),
     cayley=(6,),
-    kept=(8,),
     kernels=((4, 4, 3, 1),),
     inputs=(2, 4),
     seconds=0.0,
@@ -175,46 +169,6 @@ def measure(shape: tuple[int, ...], settings: Settings) -> list[dict[str, Any]]:
     ]
 
 
-def kept_start(m: Tensor, u: Tensor) -> Tensor:
-    """The polar factor of a nearby M from that of before, without writing to M.
-
-    With \\(U^\\top M = H + S\\), \\(HK + KH = 2 S\\) turns U by \\(e^K\\) to second order.
-    """
-    for _ in range(4):
-        inner = u.mT @ m
-        skew = inner - inner.mT
-        k = _conjugate_gradients(0.5 * (inner + inner.mT), skew)
-        if k is None:
-            break
-        u = u @ add_identity(k + 0.5 * (k @ k), 1.0)
-        u = u @ add_identity(u.mT @ u * -0.5, 1.5)
-        if float(torch.linalg.vector_norm(k)) <= 1e-3:  # its square is rounding
-            break
-    return u
-
-
-def measure_kept(n: int, settings: Settings) -> dict[str, Any]:
-    """Forward passes of a square parameter that may not be written to, from what is kept."""
-    m = disturbed(torch.linalg.qr(torch.randn(n, n)).Q)
-    moved = m + settings.lr * torch.randn(n, n).sign()
-    u, unit = polar(m), torch.randn(n, n)
-    steps: dict[str, harness.Step] = {
-        UNIT: lambda: unit @ unit,
-        "kept": lambda: kept_start(moved, u),
-        "cold": lambda: polar(moved),
-    }
-    best = harness.fastest(steps, seconds=settings.seconds, rounds=settings.rounds)
-    distance = float((kept_start(moved, u) - polar(moved)).abs().max())
-    return {
-        "n": n,
-        "kept": best["kept"] / best[UNIT],
-        "cold": best["cold"] / best[UNIT],
-        "kept_calls": record(steps["kept"]).summary(),
-        "cold_calls": record(steps["cold"]).summary(),
-        "distance": distance,
-    }
-
-
 def measure_cayley(n: int, settings: Settings) -> list[dict[str, Any]]:
     """One row a library: step and floor of the square Cayley map, over those of geotorch."""
     direction, steps, recorders = torch.randn(n, n), {}, {}
@@ -267,13 +221,11 @@ def run(settings: Settings) -> dict[str, Any]:
     with caching(False):
         rows = [row for shape in settings.shapes for row in measure(shape, settings)]
         cayley = [row for n in settings.cayley for row in measure_cayley(n, settings)]
-        kept = [measure_kept(n, settings) for n in settings.kept]
         kernels = [measure_kernel(shape, settings) for shape in settings.kernels]
     return {
         "lr": settings.lr,
         "rows": rows,
         "cayley": cayley,
-        "kept": kept,
         "kernels": kernels,
         "environment": harness.environment("cpu", [GEOTORCH]),
     }
@@ -299,18 +251,6 @@ def summary(result: dict[str, Any]) -> str:
     ]
     header = ["Cayley map", "calls", "floor over geotorch's", "step over geotorch's"]
     second = harness.table(header, lines)
-    header = ["forward, parameter not written", "calls, kept start", "calls, cold", "kept", "cold"]
-    lines = [
-        [
-            f"{r['n']}x{r['n']}",
-            r["kept_calls"],
-            r["cold_calls"],
-            f"{r['kept']:.1f}",
-            f"{r['cold']:.1f}",
-        ]
-        for r in result["kept"]
-    ]
-    third = harness.table(header, lines)
     header = [
         "kernel",
         "calls",
@@ -330,7 +270,7 @@ def summary(result: dict[str, Any]) -> str:
         ]
         for r in result["kernels"]
     ]
-    return f"{first}\n\n{second}\n\n{third}\n\n{harness.table(header, lines)}"
+    return f"{first}\n\n{second}\n\n{harness.table(header, lines)}"
 
 
 def main() -> None:

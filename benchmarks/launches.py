@@ -154,6 +154,26 @@ def summary(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def overview(result: dict[str, Any]) -> str:
+    """One table of all networks; presets with the same counts everywhere share a line."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        if row["preset"] != PLAIN["preset"]:
+            cell = row.get("error") or f"{row['over_plain']} ({row['waits']})"
+            found.setdefault((row["library"], row["preset"]), []).append(cell)
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for (library, preset), cells in found.items():
+        lines.setdefault((library, *cells), []).append(preset)
+    networks = dict.fromkeys(row["net"] for row in result["rows"])
+    return harness.table(
+        ["launches over plain (host waits)", *networks],
+        (
+            [f"{library} {', '.join(presets)}", *cells]
+            for (library, *cells), presets in lines.items()
+        ),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, figures of no meaning")

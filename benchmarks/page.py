@@ -20,7 +20,9 @@ from benchmarks import (
     certificate_peers,
     certificates,
     convolutions,
+    engine,
     floor,
+    launches,
     linear_step,
     local_peers,
     local_radii,
@@ -39,6 +41,7 @@ PRINTED = {
         floor,
         linear_step,
         convolutions,
+        engine,
         manifolds,
         rnn,
         optim,
@@ -51,6 +54,7 @@ PRINTED = {
     )
 }
 PRINTED["local_radii_published"] = local_radii.summary
+PRINTED["launches"] = launches.overview  # of all networks in one table
 Cell = Callable[[Mapping[str, Any], Mapping[str, Any]], str]
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (

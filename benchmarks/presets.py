@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import orthonet
 from benchmarks import _harness as harness
 from benchmarks._candidates import (
     OURS,
@@ -35,6 +34,7 @@ from benchmarks._candidates import (
     gaussian,
     write_raw,
 )
+from benchmarks.linear_step import training_step
 from benchmarks.page import tables
 from orthonet.testing import orthogonality_error
 
@@ -100,6 +100,7 @@ class Settings:
     presets: tuple[str, ...] = PRESETS
     seconds: float = 6.0
     rounds: tuple[int, int] = (4, 40)
+    lr: float = 1e-4  # of Adam in the timed steps
 
 
 QUICK = Settings(
@@ -181,11 +182,12 @@ def speed(settings: Settings, device: str) -> list[dict[str, Any]]:
             else:
                 layers[candidate.name] = candidate, case.build(candidate)
                 write_raw(layers[candidate.name][1], disturbed)
-        x = case.example().to(device)
+        x = case.example().to(device).requires_grad_()
+        grad = torch.randn_like(layers["plain"][1].to(device)(x))
         modes = {"train": {}, "eval": {}}
         for name, (_, layer) in layers.items():
             layer.to(device)
-            modes["train"][name] = training_step(layer, x)
+            modes["train"][name] = training_step(layer, x, grad, settings.lr)
             modes["eval"][name] = evaluation(layer, x)
         timings = {}
         for mode, steps in modes.items():
@@ -210,18 +212,6 @@ def speed(settings: Settings, device: str) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def training_step(layer: nn.Module, x: Tensor) -> harness.Step:
-    """Forward and backward of a sum, the input's gradient included, as after an optimizer step."""
-    x = x.detach().clone().requires_grad_()
-
-    def step() -> None:
-        orthonet.invalidate(layer)
-        layer.zero_grad()
-        layer(x).sum().backward()
-
-    return step
 
 
 def evaluation(layer: nn.Module, x: Tensor) -> harness.Step:

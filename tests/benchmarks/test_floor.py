@@ -12,7 +12,6 @@ def test_every_step_has_a_floor():
     assert own["calls"].endswith("product")
     assert 4 <= int(own["calls"].split()[0]) <= 6  # 2 or 3 to the center, 2 backward
     assert all(row["floor"] > 0 and row["step"] > 0 for row in (*result["rows"], *result["cayley"]))
-    assert all(row["distance"] <= 1e-5 for row in result["kept"])  # observed 6e-7
     assert all(row["floor"] > 0 and "product" in row["calls"] for row in result["kernels"])
     assert "DEFAULT" in floor.summary(result)
 

@@ -148,6 +148,13 @@ def test_every_candidate_has_a_row():
     text = launches.summary(result)
     assert all(net.name in text for net in launches.QUICK.nets)
     assert "orthonet DEFAULT" in text
+    default = [row for row in rows if row["library"] == OURS and row["preset"] == "DEFAULT"]
+    cells = " | ".join(f"{row['over_plain']} ({row['waits']})" for row in default)
+    table = launches.overview(result)
+    assert f"| {cells} |" in table
+    assert table.count("orthonet") == len(
+        {row["over_plain"] for row in rows if row["library"] == OURS and row["net"] == net.name}
+    )
 
 
 def test_residual_of_a_network_is_that_of_its_worst_layer():
