@@ -35,7 +35,7 @@ class Affine(Operation, name="affine"):
 
     def apply(self, *xs: np.ndarray, linear: bool = False, size: bool = False) -> np.ndarray:
         y = xs[0] @ (np.abs(self.weight) if size else self.weight).T
-        return y if linear or self.bias is None else y + self.bias
+        return y if linear or self.bias is None else y + (np.abs(self.bias) if size else self.bias)
 
 
 class Convolution(Operation, name="convolution"):
@@ -120,7 +120,10 @@ class Convolution(Operation, name="convolution"):
             for part, kernel in zip(np.split(x, groups, 1), np.split(w, groups, 0), strict=True)
         ]
         y = np.moveaxis(np.concatenate(parts, -1), -1, 1)
-        return y if linear or self.bias is None else y + self.bias[(slice(None), *[None] * dims)]
+        if linear or self.bias is None:
+            return y
+        bias = np.abs(self.bias) if size else self.bias
+        return y + bias[(slice(None), *[None] * dims)]
 
 
 class Descent(Convolution, name="descent"):

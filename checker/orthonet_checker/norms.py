@@ -160,6 +160,52 @@ def cholesky(re: np.ndarray, im: np.ndarray, t: float) -> Fraction:
     return Fraction(t) + root_up(left) * (1 + Fraction(1, 2**40)) + rounding + Fraction(ETA)
 
 
+def spectral(a: np.ndarray) -> tuple[Fraction, Fraction]:
+    """Bounds of |A| and of |A|_F for a matrix: the first is that of `cholesky`, without a witness.
+
+    LAPACK finds t and R, and neither is trusted. Sums are taken row by row.
+    """
+    a = a if a.shape[0] <= a.shape[1] else a.T
+    s = scale_of(a)
+    a = np.ascontiguousarray(a / s)
+    (m, n), scale = a.shape, Fraction(s)
+    need(m <= 4096 and n <= TERMS, "too large a matrix")
+    size = _squares(a)
+    g, found = a @ a.T, size
+    need(bool(np.isfinite(g).all()), "a matrix that is not finite")
+    large = m > 1024
+    top = _power(g) if large else float(np.linalg.eigvalsh(g)[-1])
+    for room in (2.0**-8, 2.0**-4) if large else (2.0**-30, 2.0**-20, 2.0**-10):
+        t = top * (1 + room)
+        try:
+            r = np.linalg.cholesky(t * np.eye(m) - g)
+        except np.linalg.LinAlgError:
+            continue
+        if not (t > 0 and bool(np.isfinite(r).all())):
+            continue
+        left = root_up(_squares(t * np.eye(m) - g - r @ r.T))
+        rounding = 2 * gamma(2 * n + 4) * size + 2 * gamma(2 * m + 4) * _squares(r)
+        rounding += Fraction(2 * m, 2**53) * Fraction(t)
+        found = min(found, Fraction(t) + left * (1 + Fraction(1, 2**40)) + rounding + Fraction(ETA))
+        break
+    return root_up(found) * scale, root_up(size) * scale
+
+
+def _squares(a: np.ndarray) -> Fraction:
+    """Not below the sum of the squares of entries that are at most about 1, row by row."""
+    return Fraction(float(np.sum(np.sum(a * a, axis=1))) * SLACK + ETA)
+
+
+def _power(g: np.ndarray) -> float:
+    """About the largest eigenvalue; nothing rests on it."""
+    v, length = np.ones(len(g)), 0.0
+    for _ in range(100):
+        v = g @ v
+        length = float(np.linalg.norm(v))
+        v = v / (length or 1.0)
+    return length
+
+
 def positive(q: np.ndarray, error: Fraction) -> bool:
     """Whether a symmetric matrix is proved positive semidefinite, known up to `error`.
 

@@ -2,8 +2,8 @@
 
 An operation acts on one sample; `apply` takes a batch of them, the batch first. The constant of an
 operation of one operand is proved as a rational bound of its square. Operations with
-`linear = True` are affine: `apply(..., linear=True)` leaves out what is added, and with
-`size=True`, too, takes absolute values of everything that is multiplied.
+`linear = True` are affine: `apply(..., linear=True)` leaves out what is added, and
+`apply(..., size=True)` takes absolute values of everything that is multiplied or added.
 """
 
 from __future__ import annotations
@@ -198,7 +198,8 @@ class Pad(Operation, name="pad"):
         amounts = [(0, 0), *self.amounts]
         if self.mode != "constant":
             return np.pad(xs[0], amounts, mode=self.mode)
-        return np.pad(xs[0], amounts, constant_values=0.0 if linear else float(self.value))
+        value = abs(float(self.value)) if size else float(self.value)
+        return np.pad(xs[0], amounts, constant_values=0.0 if linear else value)
 
 
 class Concatenate(Operation, name="concatenate"):
@@ -280,7 +281,7 @@ class Shift(Operation, name="shift"):
         return shapes[0]
 
     def apply(self, *xs: np.ndarray, linear: bool = False, size: bool = False) -> np.ndarray:
-        return xs[0] if linear else xs[0] + self.offset
+        return xs[0] if linear else xs[0] + (np.abs(self.offset) if size else self.offset)
 
 
 class Diagonal(Operation, name="diagonal"):
@@ -334,10 +335,15 @@ class BatchNorm(Operation, name="batch_norm"):
         column = (slice(None), *[None] * (xs[0].ndim - 2))
         factor = 1.0 / np.sqrt(self.variance + float(self.eps))
         factor = factor if self.weight is None else factor * self.weight
+        if size:
+            factor = np.abs(factor)
         if linear:
-            return xs[0] * (np.abs(factor) if size else factor)[column]
-        y = (xs[0] - self.mean[column]) * factor[column]
-        return y if self.bias is None else y + self.bias[column]
+            return xs[0] * factor[column]
+        mean = -np.abs(self.mean) if size else self.mean
+        y = (xs[0] - mean[column]) * factor[column]
+        if self.bias is None:
+            return y
+        return y + (np.abs(self.bias) if size else self.bias)[column]
 
 
 class Mean(Operation, name="mean"):

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from orthonet_checker import maps, nonlinear, norms, slopes  # noqa: F401 (maps and nonlinear register)
+from orthonet_checker import local, maps, nonlinear, norms, slopes  # noqa: F401 (two register)
 from orthonet_checker.operations import OPERATIONS, Operation, Shape
 from orthonet_checker.schema import (
     SIZE,
@@ -61,7 +61,7 @@ _HEAD = {
     "each": many(magnitude),
     "prover": anything,
 }
-_REST = {"pairs": text, "samples": anything}
+_REST = {"pairs": text, "samples": anything, "local": many(anything, 1)}
 
 
 @dataclass
@@ -75,6 +75,7 @@ class Verdict:
         graph: SHA-256 of the operations, their arguments and their constants.
         weights: SHA-256 of all constants of nodes together.
         nodes: A line for each node.
+        local: What was verified of the balls around single samples.
     """
 
     bound: Fraction
@@ -83,13 +84,15 @@ class Verdict:
     assumed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     nodes: list[str] = field(default_factory=list)
+    local: list[local.Local] = field(default_factory=list)
 
     def __str__(self) -> str:
         claim = f"constant <= {float(self.bound):.10g} ({float(self.bound).hex()}, l2)"
         names = f"for the weights {self.weights}, in the graph {self.graph}"
+        lines = [f"local claim {i}: {found}" for i, found in enumerate(self.local)]
         if not self.assumed:
-            return f"verified: {claim} {names}"
-        lines = [f"assumed: {line}" for line in self.assumed]
+            return "\n".join([*lines, f"verified: {claim} {names}"])
+        lines = [*(f"assumed: {line}" for line in self.assumed), *lines]
         return "\n".join([*lines, f"verified, but for what is assumed: {claim} {names}"])
 
 
@@ -160,14 +163,18 @@ def verify(
     need(len(head["each"]) == len(outputs), "a bound for each output")
     for place, (claim, node) in enumerate(zip(head["each"], outputs, strict=True)):
         need(node.square <= claim**2, f"output {place}: the nodes prove {_root(node.square)} only")
+    pairs = None
     if "pairs" in head:
         need(len(outputs) == 1, "margins are of one output")
-        _check_pairs(_look_up(arrays, head["pairs"], "pairs"), nodes, head["outputs"][0])
+        pairs = _look_up(arrays, head["pairs"], "pairs")
+        _check_pairs(pairs, nodes, head["outputs"][0])
         verdict.notes.append("the constants of the differences of outputs are verified")
     if "samples" in head:
         _check_samples(head, arrays, nodes, verdict)
     else:
         verdict.notes.append("no samples: that the graph is the model is the prover's word")
+    for place, claim in enumerate(head.get("local", ())):
+        _check_local(place, claim, nodes, head["outputs"], arrays, pairs, verdict)
     if model is not None:
         for name, key in keys.items():
             known = f"constant {name!r} ({', '.join(map(repr, entries[name]['names']))})"
@@ -217,7 +224,7 @@ def _nodes(
     nodes: list[_Node] = []
     inputs = list(head["inputs"])
     used: set[str] = set()
-    aside = {head.get("pairs"), *_sample_names(head)}  # and multipliers
+    aside = {head.get("pairs"), *_sample_names(head), *local.names(head.get("local", ()))}
     for place, entries in enumerate(head["nodes"]):
         need(type(entries) is dict, f"node {place} must be an object")
         op = _NODE["op"](entries.get("op"), f"node {place}: op")
@@ -522,6 +529,24 @@ def _check_pairs(pairs: np.ndarray, nodes: list[_Node], last: int) -> None:
                 claim >= 0 and best <= Fraction(claim) ** 2,
                 f"pairs: {i} and {j} prove {_root(best)} only",
             )
+
+
+def _check_local(
+    place: int,
+    claim: Any,
+    nodes: list[_Node],
+    outputs: Sequence[int],
+    arrays: dict[str, np.ndarray],
+    pairs: np.ndarray | None,
+    verdict: Verdict,
+) -> None:
+    try:
+        found = local.verify(claim, nodes, outputs, lambda n: _look_up(arrays, n, "local"), pairs)
+    except (ArithmeticError, ValueError, IndexError) as error:
+        raise Rejected(f"local claim {place}: {error}") from None
+    except Rejected as error:
+        raise Rejected(f"local claim {place}: {error}") from None
+    verdict.local.append(found)
 
 
 def _sample_names(head: dict[str, Any]) -> list[str]:

@@ -41,7 +41,7 @@ from orthonet.certify.graph.identity import data_hashes, hashes
 from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.local.certificate import LocalBound, local_certificate
 from orthonet.certify.local.radius import enlarged
-from orthonet.certify.proof import load, save
+from orthonet.certify.proof import Claims, load, save
 from orthonet.certify.report.figures import Plot, constants_plot
 from orthonet.certify.report.guesses import elsewhere
 from orthonet.certify.rounding.forward import forward_error, unit_roundoffs
@@ -173,29 +173,35 @@ class LipschitzCertificate:
         }
         return json.dumps(content, indent=1)
 
-    def save(self, path: str | Path) -> None:
-        """Write the proof for an independent checker, `orthonet-check`.
+    def save(
+        self,
+        path: str | Path,
+        *,
+        local: Tensor | Sequence[Tensor] | None = None,
+        radius: float | Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> None:
+        r"""Write the proof for an independent checker, `orthonet-check`.
 
         `path` gets the graph and the gain of each operation as JSON, a `.safetensors` file next to
         it the constants. The bound of the file is about 1e-6 above `constant` for orthogonal nets.
+        With samples x as `local`, the file also claims in each ball $\|a - x\| \le r$ a bound of
+        $\|f(a) - f(x)\| / \|a - x\|$ and, where it follows, the class, in exact arithmetic. The
+        checker repeats a pass like that of `local_radius`, and the radii of both differ.
 
         Args:
             path: The file to write, e.g. `"certificate.json"`.
+            local: A batch, or one batch for each argument of the model.
+            radius: Of the balls, one or (N,). None: the largest ones of verified classes, if any.
+            labels: The true classes, (N,): of a wrong prediction no class is claimed.
 
         Raises:
-            UncertifiableError: The certificate was pickled or loaded, and has lost the graph.
+            UncertifiableError: The certificate has lost the graph, or the checker does not follow
+                an operation in balls.
             OSError: The disk is full, or the folder is missing; files of an earlier save stay.
         """
-        _checks.require(
-            isinstance(path, (str, Path)) and Path(path).suffix not in (".html", ".htm"),
-            "LipschitzCertificate",
-            "path must be that of the JSON file",
-            "Call save('certificate.json'); for a page, "
-            "Path(path).write_text(orthonet.certify.report_html(certificate))",
-            path=path,
-        )
         require_l2("save", self.constant)
-        save(self, self._walker, path)
+        save(self, self._walker, path, Claims.of(local, radius, labels, self.input_shape))
 
     @classmethod
     def load(cls, path: str | Path) -> LipschitzCertificate:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
 from orthonet import _checks
 from orthonet.certify.local.radius import Ends, local_constants, local_reaches
+from orthonet.certify.proof import load_local, save_local
 from orthonet.certify.walk.walker import Walker
 from orthonet.errors import UncertifiableError
 
@@ -49,7 +51,8 @@ class LocalCertificate:
     Attributes:
         constants: A Lipschitz constant in the ball around each sample. Infinite where none is
             known: try a smaller radius.
-        radius: The radius of the balls.
+        radius: The radius of the balls; the smallest one where a loaded file has several.
+        labels: Of a loaded file, the class of each ball in exact arithmetic, or None.
 
     Examples:
         >>> from orthonet.certify import certify
@@ -64,6 +67,8 @@ class LocalCertificate:
     constants: tuple[LocalBound, ...]
     radius: float
     _ends: Ends | None = field(default=None, repr=False)
+    labels: tuple[int | None, ...] = ()
+    _secants: tuple[LocalBound, ...] = field(default=(), repr=False)
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_ends": None}  # the graph stays behind
@@ -82,18 +87,64 @@ class LocalCertificate:
         Raises:
             UncertifiableError: The certificate was pickled, and has lost the graph.
         """
-        if self._ends is None:
-            _checks.fail(
-                "LocalCertificate",
-                "the graph of the model must be there",
-                "Call certify again: a certificate that was pickled has none",
-                UncertifiableError,
-            )
-        found = local_reaches(self._ends.walker, self._ends.batch, self.radius)
+        if self._secants:
+            return self._secants
+        ends = self._graph()
+        found = local_reaches(ends.walker, ends.batch, self.radius)
         return tuple(
             LocalBound(min(v, c.value), self.radius, "secant")
             for v, c in zip(found, self.constants, strict=True)
         )
+
+    def save(self, path: str | Path, *, labels: Tensor | None = None) -> None:
+        r"""Write bounds of the secants as claims that `orthonet-check` verifies.
+
+        The file is that of `LipschitzCertificate.save(path, local=x, radius=r)`: the constant of
+        the whole space, and for each sample what the checker's own pass proves in its ball. That
+        is a bound of $\|f(a) - f(x)\| / \|a - x\|$, no Lipschitz constant.
+
+        Args:
+            path: The file to write, e.g. `"certificate.json"`.
+            labels: The true classes, (N,): there is no claim about the class of a wrong prediction.
+
+        Raises:
+            UncertifiableError: The graph was lost, the model has no constant of the whole space, or
+                the checker does not follow an operation in balls.
+            ValueError: The radius is 0, or the labels do not fit.
+        """
+        ends = self._graph()
+        save_local(ends.walker, ends.batch, self.radius, labels, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> LocalCertificate:
+        """Read the claims about balls of a file, which the checker verifies.
+
+        `constants` is then the constant of the whole space for each ball, `secants()` are the
+        claims, and `labels` the classes.
+
+        Args:
+            path: The JSON file that `save` wrote, here or of a `LipschitzCertificate`.
+
+        Raises:
+            ValueError: The file is no certificate, or has no such claims.
+        """
+        whole, found = load_local(path)
+        return cls(
+            tuple(LocalBound(whole, r) for r, _, _ in found),
+            min(r for r, _, _ in found),
+            labels=tuple(label for _, _, label in found),
+            _secants=tuple(LocalBound(s, r, "secant") for r, s, _ in found),
+        )
+
+    def _graph(self) -> Ends:
+        if self._ends is None:
+            _checks.fail(
+                "LocalCertificate",
+                "the graph of the model must be there",
+                "Call certify again: a certificate that was pickled or loaded has none",
+                UncertifiableError,
+            )
+        return self._ends
 
 
 def local_certificate(walker: Walker, batch: Sequence[Tensor], radius: float) -> LocalCertificate:

@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -23,13 +24,14 @@ from orthonet.certify._bound import Bound, Row
 from orthonet.certify.graph.program import Program
 from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.proof.graph import Writer
+from orthonet.certify.proof.local import Claims, local_claims
 from orthonet.certify.proof.nodes import Constant
 from orthonet.certify.report.files import replacing
 from orthonet.certify.walk.walker import Walker
 from orthonet.errors import UncertifiableError
 from orthonet.linalg.bounds.rounding import hypot_up, mul_up, up
 
-__all__ = ["load", "named_constants", "save"]
+__all__ = ["load", "load_local", "named_constants", "save", "save_local"]
 
 FORMAT = "orthonet certificate 1"
 _SAMPLES = 2
@@ -58,8 +60,21 @@ class Proved(Protocol):
     def autocast(self) -> torch.dtype | None: ...
 
 
-def save(certificate: Proved, walker: Walker | None, path: str | Path) -> None:
-    """Write a certificate: `path` as JSON, its constants next to it as `.safetensors`."""
+def save(
+    certificate: Proved, walker: Walker | None, path: str | Path, claims: Claims | None = None
+) -> None:
+    """Write a certificate: `path` as JSON, its constants next to it as `.safetensors`.
+
+    `claims` are about balls around samples.
+    """
+    _checks.require(
+        isinstance(path, (str, Path)) and Path(path).suffix not in (".html", ".htm"),
+        "LipschitzCertificate",
+        "path must be that of the JSON file",
+        "Call save('certificate.json'); for a page, "
+        "Path(path).write_text(orthonet.certify.report_html(certificate))",
+        path=path,
+    )
     path = Path(path)
     if walker is None:
         _checks.fail(
@@ -79,6 +94,7 @@ def save(certificate: Proved, walker: Walker | None, path: str | Path) -> None:
         writer = Writer(walker)
         samples = _samples(walker.model, walker.program, writer)
         pairs = _pairs(certificate, writer)
+        local = [] if claims is None else local_claims(writer, claims, pairs)
     each = [writer.bounds[i] for i in writer.outputs]
     bound = each[0] if len(each) == 1 else hypot_up(*each)
     weights = path.with_suffix(".safetensors")
@@ -95,6 +111,7 @@ def save(certificate: Proved, walker: Walker | None, path: str | Path) -> None:
         "each": [b.hex() for b in each],
         **({"pairs": pairs} if pairs is not None else {}),
         **({"samples": samples} if samples is not None else {}),
+        **({"local": local} if local else {}),
         "prover": _prover(certificate),
     }
     with replacing(path) as file, replacing(weights) as tensors:  # whole, both, before they move
@@ -102,8 +119,62 @@ def save(certificate: Proved, walker: Walker | None, path: str | Path) -> None:
         _write_safetensors(tensors, writer.constants.items())
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """The fields of a certificate that `save` wrote; its constants are those of the file."""
+@dataclass(frozen=True)
+class _Whole:
+    """What is saved of a walk without a certificate of its own."""
+
+    constant: Bound
+    rows: tuple[Row, ...]
+    input_shape: tuple[Any, ...]
+    pairs: Tensor | None  # asked only whether there may be a table
+    autocast: torch.dtype | None
+    lower: Bound | None = None
+
+
+def save_local(
+    walker: Walker, batch: Sequence[Tensor], radius: float, labels: Tensor | None, path: str | Path
+) -> None:
+    """Write claims about balls, with the constant of the whole space."""
+    _checks.require(
+        walker.bound.value < math.inf,
+        "LocalCertificate",
+        "the model must have a constant of the whole space to be saved",
+        "The checker knows no products of activations, softmax attention or unbounded gains",
+        UncertifiableError,
+        bound=walker.bound.value,
+    )
+    shapes = tuple(tuple(x.shape[1:]) for x in batch)
+    vector = len(walker.outputs) == 1 and walker.outputs[0] is not None
+    vector = vector and len(walker.outputs[0].shape) == 1  # type: ignore[union-attr]
+    whole = _Whole(
+        walker.bound,
+        tuple(walker.rows()),
+        shapes[0] if len(shapes) == 1 else shapes,
+        torch.zeros(()) if vector else None,
+        walker.program.autocast,
+    )
+    save(whole, walker, path, Claims.of(batch, radius, labels, whole.input_shape))
+
+
+def load_local(path: str | Path) -> tuple[float, list[tuple[float, float, int | None]]]:
+    """The constant of the whole space, and (radius, secant, class) of each ball of a file."""
+    content = _read(path)
+    _checks.require(
+        bool(content.get("local")),
+        "LocalCertificate",
+        "the file must hold claims about balls",
+        "Write them: certificate.save(path, local=x)",
+        path=str(path),
+    )
+    found = [
+        (float.fromhex(c["radius"]), float.fromhex(c["secant"]), c.get("label"))
+        for c in content["local"]
+    ]
+    return float.fromhex(content["bound"]), found
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """The content of a file that `save` wrote."""
     _checks.require(
         isinstance(path, (str, Path)) and Path(path).is_file(),
         "LipschitzCertificate",
@@ -122,6 +193,13 @@ def load(path: str | Path) -> dict[str, Any]:
         "Pass the JSON file that certificate.save wrote",
         path=str(path),
     )
+    return content
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The fields of a certificate that `save` wrote; its constants are those of the file."""
+    content = _read(path)
+    path = Path(path)
     told = content["prover"]
     pairs = None
     if "pairs" in content:
