@@ -29,7 +29,7 @@ TINY = 2.0**-500
 """Above what underflow takes from the root of a sum of 2^22 squares."""
 LOST = 2.0**-1000
 """Above what underflow takes from sums of 2^24 products of any floats."""
-ENTRIES = 2**26
+ENTRIES = 2**25
 """The most numbers in the rows of one node."""
 FEW = 2.0**-40
 """What is not known of a slope counts as an error up to here."""

@@ -75,7 +75,7 @@ def verify(
     sample = [look_up(name) for name in found["sample"]]
     need([x.shape for x in sample] == inputs, "the shapes of a sample are those of the inputs")
     radius = float(found["radius"])
-    need(0 < radius < 2.0**200, "the radius must be above 0 and below 2^200")
+    need(2.0**-200 < radius < 2.0**200, "the radius must be between 2^-200 and 2^200")
     ball, forms = _run(nodes, outputs, sample, radius)
     ends = [forms[i] for i in outputs]
     each = [_whole(ball, form) for form in ends]

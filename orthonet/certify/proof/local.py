@@ -30,7 +30,7 @@ _ROOM = 1.0 + 2.0**-18
 _LARGE = (1024, 1.0 + 2.0**-7)
 """Side of Gram matrices above which the checker finds norms less exactly, and the room for it."""
 _SIDE = 4096
-_ENTRIES = 2**26
+_ENTRIES = 2**25
 _SMALL = 2**27
 _PIECES = 8
 _FEW = 2.0**-40
@@ -428,9 +428,9 @@ class Claims:
             radius = torch.full((count,), float(radius), dtype=torch.float64)
         fits = radius is None or (isinstance(radius, Tensor) and radius.shape == (count,))
         _checks.require(
-            fits and (radius is None or bool(((radius > 0) & (radius < 2.0**200)).all())),
+            fits and (radius is None or bool(((radius > 2.0**-200) & (radius < 2.0**200)).all())),
             "LipschitzCertificate",
-            "radius must be a number above 0 and below 2^200, or a tensor of one for each sample",
+            "radius must be a number from 2^-200 to 2^200, or a tensor of one for each sample",
             "Leave it out for the largest radii that the checker can verify",
             radius=radius,
         )
