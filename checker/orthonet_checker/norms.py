@@ -174,8 +174,8 @@ def spectral(a: np.ndarray) -> tuple[Fraction, Fraction]:
     g, found = a @ a.T, size
     need(bool(np.isfinite(g).all()), "a matrix that is not finite")
     large = m > 1024
-    top = _power(g) if large else float(np.linalg.eigvalsh(g)[-1])
-    for room in (2.0**-8, 2.0**-4) if large else (2.0**-30, 2.0**-20, 2.0**-10):
+    top = _krylov(g) if large else float(np.linalg.eigvalsh(g)[-1])
+    for room in (2.0**-10, 2.0**-7, 2.0**-4) if large else (2.0**-30, 2.0**-20, 2.0**-10):
         t = top * (1 + room)
         try:
             r = np.linalg.cholesky(t * np.eye(m) - g)
@@ -196,14 +196,18 @@ def _squares(a: np.ndarray) -> Fraction:
     return Fraction(float(np.sum(np.sum(a * a, axis=1))) * SLACK + ETA)
 
 
-def _power(g: np.ndarray) -> float:
-    """About the largest eigenvalue; nothing rests on it."""
-    v, length = np.ones(len(g)), 0.0
-    for _ in range(100):
-        v = g @ v
+def _krylov(g: np.ndarray) -> float:
+    """About the largest eigenvalue of a symmetric matrix; nothing rests on it."""
+    v, basis = np.random.default_rng(0).normal(size=len(g)), np.zeros((0, len(g)))
+    for _ in range(40):
+        for _ in range(2):
+            v = v - (basis @ v) @ basis
         length = float(np.linalg.norm(v))
-        v = v / (length or 1.0)
-    return length
+        if not 0 < length < math.inf:
+            break
+        basis = np.concatenate([basis, v[None] / length])
+        v = basis[-1] @ g
+    return float(np.linalg.eigvalsh(basis @ g @ basis.T)[-1]) if len(basis) else 0.0
 
 
 def positive(q: np.ndarray, error: Fraction) -> bool:

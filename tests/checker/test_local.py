@@ -445,6 +445,14 @@ def test_norms_are_above_those_of_exact_arithmetic():
     assert norms.spectral(np.zeros((2, 3)))[0] < Fraction(1, 2**100)
 
 
+@pytest.mark.slow
+def test_norms_of_large_matrices_are_found_without_all_eigenvalues():
+    a = np.random.default_rng(0).normal(size=(1100, 1300))
+    found, _ = norms.spectral(a)
+    true = np.linalg.norm(a, 2)
+    assert true <= float(found) <= true * (1 + 2.0**-7)
+
+
 def test_rows_of_affine_operations_enclose_exact_ones():
     """Rows with errors and centers with errors, in fractions, for sums that cancel."""
     rng = np.random.default_rng(5)

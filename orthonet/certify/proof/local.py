@@ -18,7 +18,6 @@ from torch import Tensor
 
 from orthonet import _checks
 from orthonet.certify._rows import batch_of, check_inputs
-from orthonet.certify.local.norms import estimated_norm
 from orthonet.certify.proof.follow import AFFINE, FUNCTIONS, affine
 from orthonet.certify.proof.nodes import Nodes
 from orthonet.errors import UncertifiableError
@@ -316,8 +315,24 @@ def _norm(matrix: Tensor) -> float:
     if len(a) > _SIDE:
         raise _NotFollowedError(f"there are {len(a)} units with unknown slopes")
     if len(a) > _LARGE[0]:
-        return estimated_norm(matrix) * _LARGE[1]
+        return math.sqrt(max(0.0, _krylov(a)) * _LARGE[1])
     return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(a @ a.mT)[-1])))
+
+
+def _krylov(a: Tensor) -> float:
+    """About the largest eigenvalue of A A^T, as the checker finds it."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(len(a), generator=generator, dtype=torch.float64)
+    basis = torch.zeros(0, len(a), dtype=torch.float64)
+    for _ in range(40):
+        for _ in range(2):
+            v = v - (basis @ v) @ basis
+        length = float(v.norm())
+        if not 0 < length < math.inf:
+            break
+        basis = torch.cat([basis, v[None] / length])
+        v = a @ (basis[-1] @ a)
+    return float(torch.linalg.eigvalsh((basis @ a) @ (basis @ a).mT)[-1]) if len(basis) else 0.0
 
 
 def _bent(below: Any, center: Tensor, move: Tensor) -> tuple[Tensor, Tensor, Tensor]:
