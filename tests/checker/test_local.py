@@ -1,5 +1,6 @@
 """Claims about balls: verified where they are true, whatever the graph, and every lie rejected."""
 
+import contextlib
 import copy
 import json
 import math
@@ -21,7 +22,8 @@ from orthonet_checker.ball import Ball
 from orthonet_checker.maps import Affine
 from orthonet_checker.verify import verify
 from tests.checker import oracle
-from tests.checker.mutations import hashed, store_of
+from tests.checker.measure import NO_FUNCTION
+from tests.checker.mutations import _leaf, hashed, mutate, store_of
 
 ACTIVATIONS = (
     nn.ReLU,
@@ -566,3 +568,84 @@ def test_what_is_not_followed_is_refused_on_both_sides(tmp_path):
     near = certify(Gate().eval(), torch.zeros(1, 4), radius=0.1)
     with pytest.raises(UncertifiableError, match="a constant of the whole space to be saved"):
         near.save(tmp_path / "gate.json")
+
+
+# --- random changes ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def claimed(tmp_path_factory):
+    """Files with claims of two networks, in radii that are none of the checker's choice, too."""
+    torch.manual_seed(2)
+    chain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), MaxMin(), nn.Linear(6, 3))
+    image = nn.Sequential(
+        nn.Conv2d(1, 2, 3),
+        nn.BatchNorm2d(2),
+        nn.Hardtanh(),
+        nn.MaxPool2d(2, 1),
+        nn.Flatten(),
+        nn.Linear(8, 2),
+    )
+    found = []
+    for model, shape, radius in ((chain, (4,), None), (image, (1, 5, 5), 0.4)):
+        x = torch.randn(2, *shape)
+        folder = tmp_path_factory.mktemp("claimed")
+        found.append(written(folder, model.eval(), x, radius=radius))
+    return found
+
+
+def _refuted(content, arrays) -> list[str]:
+    """Claims about balls that an ascent refutes, by PyTorch alone."""
+    doubles = {name: value.double() for name, value in arrays.items()}
+    found = []
+    for claim in content["local"]:
+        x = doubles[claim["sample"][0]][None]
+        radius = float.fromhex(claim["radius"])
+
+        def model(a):
+            return oracle.run(content, doubles, [a])[content["outputs"][0]].flatten(1)
+
+        best, classes = steepest(model, x, radius, 15, 16)
+        if best > float.fromhex(claim["secant"]) * (1 + 1e-9):
+            found.append("secant")
+        if "label" in claim and classes != {claim["label"]}:
+            found.append("label")
+    return found
+
+
+def _changes(claimed, count: int, seed: int, all_judged: bool) -> dict[str, int]:
+    """No accepted change makes a claim false."""
+    rng, tally = random.Random(seed), {"accepted": 0, "rejected": 0, "refuted": 0}
+    for content, arrays in claimed:
+        assert verdict(copy.deepcopy(content), arrays).local
+        assert not all_judged or _refuted(content, arrays) == []
+    for index in range(count):
+        content, arrays = claimed[index % len(claimed)]
+        if rng.random() < 0.6:
+            other, values = copy.deepcopy(content), dict(arrays)
+            place = rng.randrange(len(other["local"]))
+            other["local"][place] = _leaf(rng, other["local"][place], sorted(arrays))
+        else:
+            other, values, _ = mutate(rng, content, arrays)
+        try:
+            assert verify(hashed(other, values), store_of(values)).assumed == []
+        except Rejected:
+            tally["rejected"] += 1
+            with contextlib.suppress(*NO_FUNCTION):
+                tally["refuted"] += all_judged and bool(_refuted(other, values))
+            continue
+        tally["accepted"] += 1
+        assert _refuted(other, values) == [], (seed, index)
+    return tally
+
+
+def test_changes_that_make_a_claim_false_are_rejected(claimed):
+    tally = _changes(claimed, 16, 0, False)
+    assert tally["rejected"] > tally["accepted"] > 0
+
+
+@pytest.mark.slow
+def test_a_thousand_changes_of_claims(claimed):
+    tally = _changes(claimed, 1000, 1, True)
+    assert tally["refuted"] > 100  # the judge sees something
+    assert tally["accepted"] > 50  # and the checker does not reject all
