@@ -162,7 +162,7 @@ def test_claims_of_random_networks_are_verified_and_no_ascent_passes_them(tmp_pa
 @pytest.mark.slow
 def test_claims_of_three_hundred_networks(tmp_path):
     ratios = torch.tensor(fuzz(tmp_path, range(300)))
-    assert float(ratios.median()) < 4.0  # observed: 1.6
+    assert float(ratios.median()) < 2.0  # observed on 60 of them: 1.16
 
 
 # --- lies ----------------------------------------------------------------------------------------
