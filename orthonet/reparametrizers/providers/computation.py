@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from orthonet import _checks, _torch
 from orthonet.reparametrizers.weight import GIVEN, Weight
@@ -36,7 +37,12 @@ __all__ = [
 
 Gradients = Sequence[Tensor | None]
 
-DEFERRING = threading.local()  # .deferral: the context of `defer_pullback` that this thread is in
+
+class _Deferring(threading.local):
+    deferral: Any = None  # the context of `defer_pullback` that this thread is in
+
+
+DEFERRING = _Deferring()
 
 SWAPPING = threading.RLock()
 """Held while a weight with a map has aliases in place of its parameters, and while the engine looks
@@ -145,12 +151,8 @@ def own_graph() -> Iterator[bool]:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
         if hooked:
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
+            stack.enter_context(saved_tensors_hooks(lambda t: t, lambda t: t))
         yield hooked
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def same_stream(stream: object, tensor: Any) -> bool:
@@ -269,9 +271,8 @@ class Readable:
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The outputs as functions of the inputs; inside `defer_pullback`, of nothing."""
-        deferral = getattr(DEFERRING, "deferral", None)
-        if deferral is not None:
-            return deferral.give(self.computation)
+        if DEFERRING.deferral is not None:
+            return DEFERRING.deferral.give(self.computation)
         if self.graphed is None:
             with torch.inference_mode(False), torch.enable_grad():
                 self.graphed = attach(self.computation)
