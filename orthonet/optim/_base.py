@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -163,14 +163,7 @@ def by_ranks(
     here: list[list[Tensor]],
     move: Callable[[list[int]], list[list[Tensor]]],
 ) -> list[list[Tensor]]:
-    """The tensors of all blocks, moved by this process; with a group, each block by one of it.
-
-    Args:
-        group: The processes, or None.
-        found: The blocks.
-        here: Their tensors as they are.
-        move: From the places of some blocks to their tensors after the move.
-    """
+    """The tensors of each block, `here` before the move, after it; each by one of the group."""
     rank, size = rank_and_size(group)
     owners = assign([block.cost for block in found], size)
     mine = [i for i, owner in enumerate(owners) if owner == rank]
@@ -297,11 +290,9 @@ class StiefelOptimizer(PointOptimizer):
 
     def _read(self, block: Block, names: tuple[str, ...]) -> tuple[Tensor, Tensor, State]:
         params = block.params
-        x = block.gather([whole(p) for p in params])
-        grad = block.gather([whole(p.grad) for p in params])  # type: ignore[arg-type]
-        state = {n: block.gather([whole(self.state[p][n]) for p in params]) for n in names}
-        for n in self._scalars:
-            state[n] = block.gather([self.state[p][n] for p in params])
+        x, grad = block.gather(params), block.gather([cast(Tensor, p.grad) for p in params])
+        kept = (*names, *self._scalars)
+        state = {n: block.gather([self.state[p][n] for p in params]) for n in kept}
         for p in params:
             self.state[p]["step"] += 1
         steps = [self.state[p]["step"].expand(*p.shape[:-2], 1, 1) for p in params]

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from orthonet import _checks, _torch
-from orthonet.linalg.distributed import whole
 from orthonet.optim._base import by_ranks, require_orthogonal
 from orthonet.optim._stiefel_steps import blocks, retract, tangent
 from orthonet.reparametrizers import REEVALUATING_OPTIMIZERS
@@ -108,14 +107,13 @@ def retract_after_step(
     @torch.no_grad()
     def project(*_: Any) -> None:
         for block in blocks([p for p in chosen if p.grad is not None and p.numel()]):
-            x = block.gather([whole(p) for p in block.params])
             grads: list[Tensor] = [p.grad for p in block.params]  # type: ignore[misc]
-            block.put(grads, tangent(x, block.gather([whole(g) for g in grads])))
+            block.put(grads, tangent(block.gather(block.params), block.gather(grads)))
 
     @torch.no_grad()
     def retract_all(*_: Any) -> None:
         found = list(blocks([p for p in chosen if p.grad is not None and p.numel()]))
-        here = [[block.gather([whole(p) for p in block.params])] for block in found]
+        here = [[block.gather(block.params)] for block in found]
 
         def moved(mine: list[int]) -> list[list[Tensor]]:
             return [[x] for x in retract([here[i][0] for i in mine])]

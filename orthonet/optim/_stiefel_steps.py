@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from orthonet.linalg import polar, retraction
-from orthonet.linalg.distributed import put_
+from orthonet.linalg.distributed import put_, whole
 from orthonet.linalg.matrix import add_identity, batches, split, stacked
 
 __all__ = [
@@ -105,7 +105,7 @@ class Block:
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """The tensors that belong to the parameters, (m, n) or (count, m, n), with m >= n."""
-        x = stacked(tensors)
+        x = stacked([whole(t) for t in tensors])
         return x.mT if x.shape[-2] < x.shape[-1] else x
 
     def put(self, tensors: Sequence[Tensor], x: Tensor) -> None:
