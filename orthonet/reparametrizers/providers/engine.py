@@ -229,22 +229,28 @@ class Engine:
                 if isinstance(weight, Weight):
                     weight._served.found = None
 
-    def after_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Lose sight of what a fused optimizer moves without a trace, should its step not end."""
+        if any(group.get("fused") for group in optimizer.param_groups):
+            with self.lock:
+                self._moved(set(map(id, _torch.parameters_of(optimizer))))
+
+    def after_step(self, optimizer: Optimizer) -> None:
         """Bring back to the center what `optimizer` has moved."""
-        if not caching.on:
-            return
         with self.lock, torch.inference_mode(False), torch.no_grad():
             owned = set(map(id, _torch.parameters_of(optimizer)))
             moved = self._moved(owned)
-            self._clear_readers(owned)
-            if not isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
+            if caching.on and not isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
                 moved = [m for m in moved if m.parameter.requires_grad]
                 for share in tuple(self.shares):
                     moved = share(owned, moved)
                 self.serve(moved, self.retract)
 
     def _moved(self, owned: set[int]) -> list[Member]:
-        """The matrices of an optimizer that have moved, in the order of their construction."""
+        """The matrices of an optimizer that have moved, in the order of their construction.
+
+        Their records are gone then: a move without a trace may have been too small to be undone.
+        """
         moved = []
         for held in members_of(owned):
             p, record = held.parameter, self.records.get(id(held.parameter))
@@ -254,6 +260,7 @@ class Engine:
             self.records.pop(id(p), None)
             if manageable(held.weight, p):
                 moved.append(held)
+        self._clear_readers(owned)
         return untied(moved)
 
     def _clear_readers(self, owned: set[int]) -> None:
@@ -268,7 +275,8 @@ class Engine:
             scored = any(id(p) in owned for p in found.scores)
             for record in found.records if scored else ():
                 record.batch.shared.clear()
-            if scored or not found.holds(weight):
+            gone = any(self.records.get(id(r.parameter())) is not r for r in found.records)
+            if scored or gone or not found.holds(weight):
                 weight._served.found = None
 
     def serve(self, members: Group, retracted: Retraction) -> None:
