@@ -204,7 +204,7 @@ def test_a_step_that_leaves_no_gradient_behind(monkeypatch):
         torch.testing.assert_close(layer.weight, cold(lambda: layer.weight))
 
 
-@pytest.mark.parametrize("way", ["whole step", "switched off", "interrupted"])
+@pytest.mark.parametrize("way", ["whole step", "switched off", "interrupted", "frozen"])
 @pytest.mark.parametrize("make", [lambda: OrthoLinear(8, 8), lambda: OrthoConv2d(4, 4, 3)])
 def test_a_small_step_without_a_trace(make, way, monkeypatch):
     """So small that the matrix stays centered to rounding: nothing is written, and no entry seen.
@@ -225,6 +225,7 @@ def test_a_small_step_without_a_trace(make, way, monkeypatch):
         optimizer.zero_grad()
         before = layer.weight.detach().clone()
         (100.0 * layer.weight.sin()).sum().backward()
+        layer.requires_grad_(way != "frozen")  # the gradient stays, and moves it
         with orthonet.caching(way != "switched off"):
             try:
                 optimizer.step()
@@ -234,6 +235,7 @@ def test_a_small_step_without_a_trace(make, way, monkeypatch):
         assert (truth - before).abs().max() > 1e-4
         # it was as far off as the step was long; now observed 5e-7, the rounding of float32
         torch.testing.assert_close(found, truth, rtol=0, atol=5e-6)
+        layer.requires_grad_()
 
 
 def test_readers_beside_a_thread_that_invalidates():

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import orthonet
-from orthonet import constraints
+from orthonet import _torch, constraints
 from orthonet.layers import OrthoConv2d, OrthoLinear
 from orthonet.reparametrizers import OrthoWeight, Weight
 
@@ -336,6 +336,34 @@ def test_reads_are_those_of_the_cold_map(net, seed):
         done.append((hands.one(ACTIONS), hands.random.randrange(2)))
         getattr(hands, done[-1][0])(done[-1][1])
         hands.check(done[-8:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("net", NETS)
+def test_fused_steps_of_any_length_are_seen_on_an_accelerator(net, monkeypatch):
+    """They count no version up, and no entry is looked at there; tried on the CPU."""
+    monkeypatch.setattr(_torch, "_entry", lambda tensor: None)
+    make, size = NETS[net]
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model, chance = make(), random.Random(seed)
+        parameters = list(model.parameters())
+        for _ in range(12):
+            kind = chance.choice([torch.optim.SGD, torch.optim.Adam])
+            optimizer = kind(parameters, 10.0 ** chance.uniform(-9, -1), fused=True)
+            if chance.random() < 0.2:  # with what gradient it has
+                p = chance.choice(parameters)
+                p.requires_grad_(not p.requires_grad)
+            loss = model(torch.randn(3, size, dtype=D)).sin().sum()
+            if loss.requires_grad:
+                loss.backward()
+            with orthonet.caching(chance.random() < 0.8):
+                optimizer.step()
+            x = torch.randn(3, size, dtype=D)
+            found = results(model, x)
+            with orthonet.caching(False):
+                truth = results(model, x)
+            torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-9)  # observed 2e-13
 
 
 @pytest.mark.parametrize("net", NETS)

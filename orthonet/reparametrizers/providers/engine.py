@@ -255,7 +255,9 @@ class Engine:
         for held in members_of(owned):
             p, record = held.parameter, self.records.get(id(held.parameter))
             # Fused optimizers do not count the version up, and some clear the gradients in `step`.
-            if not p.requires_grad and (record is None or record.holds(held.weight)):
+            # A gradient that is left from before it was frozen moves a parameter.
+            still = not p.requires_grad and p.grad is None
+            if still and (record is None or record.holds(held.weight)):
                 continue
             self.records.pop(id(p), None)
             if manageable(held.weight, p):
