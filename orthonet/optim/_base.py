@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,13 +11,15 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from orthonet import _checks
+from orthonet._torch import is_shard
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg.distributed import assign, exchange, put_, rank_and_size, whole
+from orthonet.linalg.distributed import assign, exchange, rank_and_size, whole
 from orthonet.optim._stiefel_steps import Block, blocks, residual, retract
 
 __all__ = [
     "PointOptimizer",
     "StiefelOptimizer",
+    "by_ranks",
     "evaluated",
     "require_orthogonal",
 ]
@@ -144,6 +146,35 @@ class PointOptimizer(Optimizer):
             )
         return params
 
+    def _require_finite(self, grad: Any) -> None:
+        """A gradient must be finite."""
+        _checks.require(
+            bool(grad.isfinite().all()),
+            self,
+            "gradients must be finite",
+            "Skip the step, clip the gradients, or lower the learning rate",
+            shape=tuple(grad.shape),
+        )
+
+
+def by_ranks(
+    group: Any,
+    found: Sequence[Block],
+    here: list[list[Tensor]],
+    move: Callable[[list[int]], list[list[Tensor]]],
+) -> list[list[Tensor]]:
+    """The tensors of each block, `here` before the move, after it; each by one of the group."""
+    rank, size = rank_and_size(group)
+    owners = assign([block.cost for block in found], size)
+    mine = [i for i, owner in enumerate(owners) if owner == rank]
+    for i, moved in zip(mine, move(mine), strict=True):
+        here[i] = moved
+    if group is None:
+        return here
+    whose = [owner for owner, tensors in zip(owners, here, strict=True) for _ in tensors]
+    told = iter(exchange([t for tensors in here for t in tensors], whose, group))
+    return [[next(told) for _ in tensors] for tensors in here]
+
 
 def evaluated(closure: Callable[[], Any] | None) -> Any:
     """What the closure of a step returns, with gradients enabled; None without one."""
@@ -210,41 +241,32 @@ class StiefelOptimizer(PointOptimizer):
 
     def _refuse_gradients(self, params: list[Tensor]) -> None:
         """Say so if a gradient that is not finite was the cause; nothing has been moved."""
-        for p in params:
-            grad: Any = p.grad
-            grad = grad.to_local() if hasattr(grad, "to_local") else grad
-            if not bool(grad.isfinite().all()):
-                for counted in params:
-                    self.state[counted]["step"] -= 1
-                _checks.fail(
-                    self,
-                    "gradients must be finite",
-                    "Skip the step, clip the gradients, or lower the learning rate",
-                    shape=tuple(p.shape),
-                )
+        try:
+            for p in params:
+                grad: Any = p.grad
+                self._require_finite(grad.to_local() if is_shard(grad) else grad)
+        except ValueError:
+            for p in params:
+                self.state[p]["step"] -= 1
+            raise
 
     def _step_on_manifold(self, params: list[Tensor], group: dict[str, Any]) -> None:
         params = [p for p in params if p.numel()]
         names = self._kept(group)
         for p in params:
             self._start(p, names)
-        found = list(blocks(params))
-        rank, size = rank_and_size(self.process_group)
-        owners = assign([block.cost for block in found], size)
+        found, kept = list(blocks(params)), (*names, *self._scalars)
         # by all, since to gather the shards of a parameter is a collective
-        results = [self._read(block, names) for block in found]
-        mine = [i for i, owner in enumerate(owners) if owner == rank]
-        moved = self._move([(found[i], results[i]) for i in mine], group)
-        for i, x in zip(mine, moved, strict=True):
-            results[i] = (x, *results[i][1:])
-        kept = (*names, *self._scalars)
-        if self.process_group is not None:
-            pieces = [t for x, _, state in results for t in (x, *(state[n] for n in kept))]
-            whose = [owner for owner in owners for _ in range(1 + len(kept))]
-            told = iter(exchange(pieces, whose, self.process_group))
-            results = [(next(told), g, {n: next(told) for n in kept}) for _, g, _ in results]
-        for block, (x, _, state) in zip(found, results, strict=True):
-            self._write(block, x, state, names)
+        read = [self._read(block, names) for block in found]
+
+        def moved(mine: list[int]) -> list[list[Tensor]]:
+            xs = self._move([(found[i], read[i]) for i in mine], group)
+            return [[x, *(read[i][2][n] for n in kept)] for i, x in zip(mine, xs, strict=True)]
+
+        here = [[x, *(state[n] for n in kept)] for x, _, state in read]
+        told = by_ranks(self.process_group, found, here, moved)
+        for block, (x, *states) in zip(found, told, strict=True):
+            self._write(block, x, dict(zip(kept, states, strict=True)))
 
     def _move(self, mine: list[Read], group: dict[str, Any]) -> list[Tensor]:
         """The new points of blocks that were read; their states are changed."""
@@ -268,22 +290,19 @@ class StiefelOptimizer(PointOptimizer):
 
     def _read(self, block: Block, names: tuple[str, ...]) -> tuple[Tensor, Tensor, State]:
         params = block.params
-        x = block.gather([whole(p) for p in params])
-        grad = block.gather([whole(p.grad) for p in params])  # type: ignore[arg-type]
-        state = {n: block.gather([whole(self.state[p][n]) for p in params]) for n in names}
-        for n in self._scalars:
-            state[n] = block.gather([self.state[p][n] for p in params])
+        x, grad = block.gather(params), block.gather([cast(Tensor, p.grad) for p in params])
+        kept = (*names, *self._scalars)
+        state = {n: block.gather([self.state[p][n] for p in params]) for n in kept}
         for p in params:
             self.state[p]["step"] += 1
         steps = [self.state[p]["step"].expand(*p.shape[:-2], 1, 1) for p in params]
         state["step"] = block.gather(steps).double()
         return x, grad, state
 
-    def _write(self, block: Block, x: Tensor, state: State, names: tuple[str, ...]) -> None:
-        values = {None: x, **{n: state[n] for n in (*names, *self._scalars)}}
-        for name, value in values.items():
-            for p, piece in zip(block.params, block.spread(value), strict=True):
-                put_(p if name is None else self.state[p][name], piece)
+    def _write(self, block: Block, x: Tensor, state: State) -> None:
+        block.put(block.params, x)
+        for name, value in state.items():
+            block.put([self.state[p][name] for p in block.params], value)
 
     def _direction(
         self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]

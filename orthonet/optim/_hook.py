@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from orthonet import _checks, _torch
-from orthonet.linalg.distributed import assign, exchange, put_, rank_and_size, whole
-from orthonet.optim._base import require_orthogonal
+from orthonet.optim._base import by_ranks, require_orthogonal
 from orthonet.optim._stiefel_steps import blocks, retract, tangent
 from orthonet.reparametrizers import REEVALUATING_OPTIMIZERS
 
@@ -108,26 +107,19 @@ def retract_after_step(
     @torch.no_grad()
     def project(*_: Any) -> None:
         for block in blocks([p for p in chosen if p.grad is not None and p.numel()]):
-            x = block.gather([whole(p) for p in block.params])
             grads: list[Tensor] = [p.grad for p in block.params]  # type: ignore[misc]
-            v = tangent(x, block.gather([whole(g) for g in grads]))
-            for grad, piece in zip(grads, block.spread(v), strict=True):
-                put_(grad, piece)
+            block.put(grads, tangent(block.gather(block.params), block.gather(grads)))
 
     @torch.no_grad()
     def retract_all(*_: Any) -> None:
         found = list(blocks([p for p in chosen if p.grad is not None and p.numel()]))
-        rank, size = rank_and_size(process_group)
-        owners = assign([block.cost for block in found], size)
-        ys = [block.gather([whole(p) for p in block.params]) for block in found]
-        mine = [i for i, owner in enumerate(owners) if owner == rank]
-        for i, x in zip(mine, retract([ys[i] for i in mine]), strict=True):
-            ys[i] = x
-        if process_group is not None:
-            ys = exchange(ys, owners, process_group)
-        for block, x in zip(found, ys, strict=True):
-            for p, piece in zip(block.params, block.spread(x), strict=True):
-                put_(p, piece)
+        here = [[block.gather(block.params)] for block in found]
+
+        def moved(mine: list[int]) -> list[list[Tensor]]:
+            return [[x] for x in retract([here[i][0] for i in mine])]
+
+        for block, (x,) in zip(found, by_ranks(process_group, found, here, moved), strict=True):
+            block.put(block.params, x)
 
     handles = [optimizer.register_step_post_hook(retract_all)]
     if riemannian:

@@ -221,7 +221,11 @@ class StiefelAdam(StiefelOptimizer):
         square = [read for read in mine if read[0].shape[0] == read[0].shape[1]]
         others = [read for read in mine if read[0].shape[0] != read[0].shape[1]]
         if eager:
-            self._require_finite([grad for _, (_, grad, _) in square if grad.is_cpu])
+            grads = [grad for _, (_, grad, _) in square if grad.is_cpu]
+            # before anything is changed in place; norms first, which are read fast
+            for grad, norm in zip(grads, foreach_norm(grads) if grads else (), strict=True):
+                if not bool(norm.isfinite()):
+                    self._require_finite(grad)
         moved = iter(super()._move(others, group))
         work = Workspace()
         turns = (self._turn(read, group, work) for read in square)  # one by one, while all is near
@@ -250,22 +254,10 @@ class StiefelAdam(StiefelOptimizer):
         untouched = all(self._versions.get(p) == p._version for p in block.params)
         return not untouched or int(state["step"].amax()) % EVERY == 0
 
-    def _write(self, block: Block, x: Tensor, state: State, names: tuple[str, ...]) -> None:
-        super()._write(block, x, state, names)
+    def _write(self, block: Block, x: Tensor, state: State) -> None:
+        super()._write(block, x, state)
         if not torch.compiler.is_compiling():
             self._versions.update((p, p._version) for p in block.params)
-
-    def _require_finite(self, grads: list[Tensor]) -> None:
-        """Before anything is changed in place; norms first, which are read fast."""
-        norms = foreach_norm(grads) if grads else []
-        for grad, norm in zip(grads, norms, strict=True):
-            _checks.require(
-                bool(norm.isfinite()) or bool(grad.isfinite().all()),
-                self,
-                "gradients must be finite",
-                "Skip the step, clip the gradients, or lower the learning rate",
-                shape=tuple(grad.shape),
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_versions": {}}

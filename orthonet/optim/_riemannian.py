@@ -82,14 +82,8 @@ class RiemannianOptimizer(PointOptimizer):
             for group in self.param_groups
             for p in self._with_gradients(group)
         ]
-        for p, grad, _ in found:
-            _checks.require(
-                bool(grad.isfinite().all()),
-                self,
-                "gradients must be finite",
-                "Skip the step, clip the gradients, or lower the learning rate",
-                shape=tuple(p.shape),
-            )
+        for _, grad, _ in found:
+            self._require_finite(grad)
         for p, grad, group in found:
             if group["weight_decay"]:
                 grad = grad.add(p, alpha=group["weight_decay"])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from orthonet.linalg import polar, retraction
+from orthonet.linalg.distributed import put_, whole
 from orthonet.linalg.matrix import add_identity, batches, split, stacked
 
 __all__ = [
@@ -104,13 +105,14 @@ class Block:
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """The tensors that belong to the parameters, (m, n) or (count, m, n), with m >= n."""
-        x = stacked(tensors)
+        x = stacked([whole(t) for t in tensors])
         return x.mT if x.shape[-2] < x.shape[-1] else x
 
-    def spread(self, x: Tensor) -> list[Tensor]:
-        """Back: one tensor of the parameter's shape, or of one number a matrix, for each."""
+    def put(self, tensors: Sequence[Tensor], x: Tensor) -> None:
+        """Back, into tensors of the parameters' shapes, or of one number a matrix."""
         wide = self.shape[0] < self.shape[1]
-        return split(x.mT if wide else x, self.params)
+        for tensor, piece in zip(tensors, split(x.mT if wide else x, self.params), strict=True):
+            put_(tensor, piece)
 
 
 def blocks(params: Sequence[Tensor]) -> Iterator[Block]:

@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from orthonet import _checks, _torch
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg.kernels.filtering import filter_signal
-from orthonet.linalg.matrix import compute_dtype
-from orthonet.reparametrizers._kernel_fit import fit_factors
-from orthonet.reparametrizers.kernel_geometry import (
+from orthonet.linalg.kernels.fit import fit_factors
+from orthonet.linalg.kernels.geometry import (
     KernelFactors,
     KernelGeometry,
     chosen,
     sharpened,
 )
+from orthonet.linalg.matrix import compute_dtype
 from orthonet.reparametrizers.orthogonal import OrthoWeight
 from orthonet.reparametrizers.params import DEFAULT_ORTHO_PARAMS, OrthoParams
 from orthonet.reparametrizers.weight import Composition, Weight

@@ -126,14 +126,8 @@ class MappedWeight(Weight):
     def _nearest(self, w: Tensor, owner: object) -> tuple[Tensor, float]:
         owner = owner or self
         self._require_shape(w, owner, finite=True)
-        _checks.require(
-            self.inverse is not None or self.weight_shape == tuple(self.original.shape),
-            owner,
-            "the weight of this method is computed from a parameter of another shape",
-            "Load a state_dict of this class, or use a layer whose weight can be assigned, e.g. "
-            "OrthoLinear",
-            NotOnManifoldError,
-        )
+        if self.inverse is None and self.weight_shape != tuple(self.original.shape):
+            self._refuse(owner)
         value = w.to(self.original.device, compute_dtype(w.dtype)) / self.lipschitz
         value = value if self.inverse is None else self.inverse(value)
         new = self._compute(value).double()

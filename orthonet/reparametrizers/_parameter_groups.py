@@ -57,13 +57,7 @@ def parameter_groups(
     References:
         van Laarhoven, *L2 regularization versus batch and weight normalization*, arXiv:1706.05350.
     """
-    _checks.require(
-        isinstance(model, nn.Module),
-        "parameter_groups",
-        "model must be a torch.nn.Module",
-        "Pass the module, not its parameters",
-        model=type(model),
-    )
+    _checks.module("parameter_groups", model=model)
     constrained_lr = lr if constrained_lr is None else constrained_lr
     values = {
         "lr": lr,
@@ -102,7 +96,7 @@ def parameter_groups(
     return groups
 
 
-def fuse(module: nn.Module, *, largest: int | None = None) -> list[tuple[str, ...]]:
+def fuse(module: nn.Module) -> list[tuple[str, ...]]:
     """Return the names of the matrices of a model that are computed together.
 
     It used to switch that on. Now all matrices of one shape, dtype, device and map are always
@@ -112,7 +106,6 @@ def fuse(module: nn.Module, *, largest: int | None = None) -> list[tuple[str, ..
 
     Args:
         module: The model.
-        largest: Not needed any more.
 
     Returns:
         The names of the matrices in each group of at least two.
@@ -126,9 +119,6 @@ def fuse(module: nn.Module, *, largest: int | None = None) -> list[tuple[str, ..
         [('0.parametrization', '1.parametrization', '2.parametrization')]
     """
     _checks.module("fuse", module=module)
-    _checks.require(
-        largest is None, "fuse", "largest has no meaning any more", "Leave it out", largest=largest
-    )
     warnings.warn(
         "orthonet.fuse is not needed any more: matrices of one shape are always computed together.",
         DeprecationWarning,

@@ -13,7 +13,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,40 +26,23 @@ __all__ = [
     "COMPILED",
     "GIVEN",
     "INVALIDATE",
-    "NUMBER",
     "PROVIDERS",
-    "SLOT",
     "Composition",
     "EmptyInCopies",
     "Provider",
     "Weight",
     "alive",
     "caching",
-    "number_of",
     "numbered",
-    "served_by",
 ]
 
 GIVEN = "_given"  # the attribute of a part for its value, while something made of it is computed
-
-SLOT = "_served"  # the attribute of a weight for what its provider has found
-NUMBER = "_number"  # ... and for its number in this process, as an int and as a tensor
 
 W = TypeVar("W", bound="Weight")
 E = TypeVar("E", bound="EmptyInCopies")
 
 _alive: dict[int, weakref.ref[Weight]] = {}
 _numbers = itertools.count()
-
-
-def number_of(weight: Weight) -> int:
-    """The number of a weight in this process."""
-    return vars(weight)[NUMBER][0]
-
-
-def served_by(weight: Weight) -> Served:
-    """The place of a weight for what its provider has found."""
-    return vars(weight)[SLOT]
 
 
 def numbered(number: int) -> Weight | None:
@@ -76,15 +59,11 @@ def alive() -> Iterator[Weight]:
             yield weight
 
 
-class Provider(Protocol):
-    """Something that may have the value of a weight."""
+Provider = Callable[["Weight"], Tensor | None]
+"""Returns the present value of a weight, differentiable if gradients are enabled.
 
-    def __call__(self, weight: Weight, /) -> Tensor | None:
-        """Return the present value of `weight`, differentiable if gradients are enabled.
-
-        None: the provider does not know it.
-        """
-
+None: the provider does not know it.
+"""
 
 PROVIDERS: list[Provider] = []
 """Who is asked for the value of a weight, in this order: `orthonet.reparametrizers.providers`."""
@@ -178,7 +157,7 @@ class _EnrolledWhenMade(abc.ABCMeta):
 
 
 def _enroll(weight: Weight) -> None:
-    number = number_of(weight)
+    number = weight._number[0]
     # the reference that the callback is given becomes the default of `pop`
     _alive[number] = weakref.ref(weight, functools.partial(_alive.pop, number))
 
@@ -203,6 +182,8 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
     orthogonal: bool = False
     opaque: bool = False  # whether compiled code reads it by one operation
     composed: bool = False  # whether its value is read by another weight that it is a part of
+    _served: Served
+    _number: tuple[int, Tensor]  # in this process
     _sharded: bool = False  # FSDP2 lends the parameters: what is written to them is lost
 
     def __init__(self, *args: Any) -> None:
@@ -216,7 +197,8 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
     def _take_number(self) -> None:
         """Take a new number; a copy, also a shallow one, does not share what was found before."""
         number = next(_numbers)
-        vars(self).update({SLOT: Served(), NUMBER: (number, torch.tensor(number, device="cpu"))})
+        pair = number, torch.tensor(number, device="cpu")
+        vars(self).update(_served=Served(), _number=pair)
 
     def _enroll(self) -> None:
         """Become known to the process; for modules that no constructor of this class has made."""
@@ -264,7 +246,7 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
     @property
     def number(self) -> Tensor:
         """Its number in this process, as a tensor that compiled code can read."""
-        return getattr(self, NUMBER)[1]
+        return self._number[1]
 
     @property
     def map(self) -> CenteredMap | None:
@@ -299,7 +281,6 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
             ValueError: `w` has another shape or is not finite; nothing has been changed.
         """
         self._refuse(owner)
-        return float("nan")
 
     @torch.no_grad()
     def update_base(self) -> None:
@@ -316,7 +297,7 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
             weight=w,
         )
 
-    def _refuse(self, owner: object) -> None:
+    def _refuse(self, owner: object) -> NoReturn:
         _checks.fail(
             owner or self,
             "this weight has no assignment, because it is computed from parameters of another form",

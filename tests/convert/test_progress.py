@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from orthonet.convert import orthogonalize
+from orthonet.linalg.kernels import fit
 from orthonet.linalg.threads import one_thread
 from orthonet.reparametrizers import OrthoKernel
-from orthonet.reparametrizers import _kernel_fit as fit
 
 
 def model():

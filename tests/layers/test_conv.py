@@ -269,7 +269,7 @@ def test_plain_checkpoint_is_projected_with_a_message(arguments):
 
 
 def test_projection_improves_on_every_sweep():
-    from orthonet.reparametrizers._kernel_fit import fit_factors
+    from orthonet.linalg.kernels.fit import fit_factors
 
     for arguments in ((4, 6, (3, 3), (1, 1)), (9, 3, (3, 3), (1, 1)), (12, 2, (4, 4), (2, 2))):
         kernel = orthonet.reparametrizers.OrthoKernel(*arguments, dtype=torch.float64)

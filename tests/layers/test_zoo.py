@@ -329,7 +329,7 @@ def test_plain_weights_load_by_projection():
         with pytest.raises(NotOnManifoldError, match="can represent"):
             layer.weight = 3 * plain.weight
         assert torch.equal(before, layer.weight)
-    with pytest.raises(NotOnManifoldError, match="another shape"):
+    with pytest.raises(NotOnManifoldError, match="another form"):
         make_linear("bro", 4, 4).weight = plain.weight
 
 

@@ -140,9 +140,9 @@ def each_its_part(rank):
     x, counts, seen = batches()[0, rank], {}, []
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     loss(model, batches()[0, 0]).backward()  # the same gradients in both processes
-    retract = ENGINE.retracted
-    ENGINE.retracted = lambda batches, move=True: (
-        seen.extend(x for x, _ in batches) or retract(batches, move)
+    retract = ENGINE.retract
+    ENGINE.retract = lambda groups, move=True: (
+        seen.extend(m.parameter for group in groups for m in group) or retract(groups, move)
     )
     try:
         with counted(counts, "broadcast"):  # gloo: one from each process that has a part
@@ -154,7 +154,7 @@ def each_its_part(rank):
             model(x)  # another batch in each
             assert not seen and counts == {"broadcast": 2}  # everything stands at the center
     finally:
-        del ENGINE.retracted
+        del ENGINE.retract
     if rank == 0:  # alone
         with torch.no_grad():
             model(x)

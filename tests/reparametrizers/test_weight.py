@@ -181,6 +181,24 @@ def test_pytorch_may_swap_the_parameters_for_those_of_another_dtype():
         torch.__future__.set_swap_module_params_on_conversion(swaps)
 
 
+def test_pytorch_may_swap_what_is_loaded_while_a_graph_of_the_value_is_alive():
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    makers = [lambda: OrthoWeight((4, 4), "exp"), *MAKERS.values()]
+    try:
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        for make in makers:
+            weight, other = make(), make()
+            size = ((4, 4),) if type(weight).__name__ == "FourierWeight" else ()
+            read = weight(*size)
+            parts = read if isinstance(read, tuple) else (read,)
+            sum(part.abs().square().sum() for part in parts).backward()
+            weight.load_state_dict(other.state_dict())  # the graph held the buffer `base` of exp
+            torch.testing.assert_close(weight(*size), other(*size), rtol=0, atol=0)
+            assert all(part.requires_grad for part in parts)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
 @pytest.mark.parametrize("make", [OrthoKernel, ReshapedKernel])
 def test_a_factor_that_is_pruned_makes_the_kernel(make):
     kernel = make(4, 4, (3, 3), (1, 1), dtype=torch.float64)

@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from orthonet import _checks, _torch
 from orthonet.reparametrizers.providers import cold_cache, processes
@@ -49,6 +52,12 @@ def invalidate(module: nn.Module | None = None) -> None:
 
 
 @_torch.not_compiled
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    cold_cache.count_step()
+    ENGINE.before_step(optimizer)
+
+
+@_torch.not_compiled
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     cold_cache.count_step()
     ENGINE.after_step(optimizer)
@@ -58,4 +67,5 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
 PROVIDERS[:] = [ENGINE, cold_cache.read, processes.read_shards]
 COMPILED[:] = [compiled_read]
 INVALIDATE[:] = [invalidate]
+register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)

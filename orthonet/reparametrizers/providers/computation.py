@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from orthonet import _checks, _torch
 from orthonet.reparametrizers.weight import GIVEN, Weight
@@ -36,7 +37,12 @@ __all__ = [
 
 Gradients = Sequence[Tensor | None]
 
-DEFERRING = threading.local()  # .deferral: the context of `defer_pullback` that this thread is in
+
+class _Deferring(threading.local):
+    deferral: Any = None  # the context of `defer_pullback` that this thread is in
+
+
+DEFERRING = _Deferring()
 
 SWAPPING = threading.RLock()
 """Held while a weight with a map has aliases in place of its parameters, and while the engine looks
@@ -145,12 +151,8 @@ def own_graph() -> Iterator[bool]:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
         if hooked:
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
+            stack.enter_context(saved_tensors_hooks(lambda t: t, lambda t: t))
         yield hooked
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def same_stream(stream: object, tensor: Any) -> bool:
@@ -207,23 +209,24 @@ def given(parts: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[None]:
 def computed(
     weight: Weight, served: Sequence[tuple[Weight, Tensor]] = (), recorded: bool = True
 ) -> Computation:
-    """Evaluate a weight, with an alias in place of every tensor of it that requires a gradient.
+    """Evaluate a weight, with an alias in place of every tensor of it.
 
     The aliases share memory and version counter with what they stand for, so that a user's map may
-    write to its parameters; gradients stop at them, so no hook of a parameter runs too early. The
-    `served` parts are given aliases of their values.
+    write to its parameters; gradients stop at them, so no hook of a parameter runs too early, and
+    the graph holds no tensor of the module, which PyTorch may swap for another. The `served` parts
+    are given aliases of their values.
     """
     if not recorded:
         with given(served), torch.inference_mode(False), torch.no_grad():
             return Computation((), (), (weight.evaluate(),))
-    aliases: dict[int, tuple[Tensor, Tensor]] = {}
+    aliases: dict[int, tuple[Tensor, Tensor]] = {}  # of what requires a gradient
 
     def alias(tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad:
-            return tensor
-        own = tensor.detach()
-        own = nn.Parameter(own) if isinstance(tensor, nn.Parameter) else own.requires_grad_()
-        return aliases.setdefault(id(tensor), (tensor, own))[1]
+        own, learns = tensor.detach(), tensor.requires_grad
+        own = nn.Parameter(own, learns) if isinstance(tensor, nn.Parameter) else own
+        if not learns:
+            return own
+        return aliases.setdefault(id(tensor), (tensor, own.requires_grad_()))[1]
 
     inside = {id(module) for part, _ in served for module in part.modules()}
     homes = [
@@ -232,17 +235,20 @@ def computed(
         if id(module) not in inside
         for place in (module._parameters, module._buffers)
         for name, tensor in place.items()
-        if tensor is not None and tensor.requires_grad
+        if tensor is not None
     ]
+    put: list[Tensor] = []
     with own_graph() as hooked:
         try:
             for place, name, tensor in homes:
-                place[name] = alias(tensor)  # type: ignore[assignment]
+                put.append(alias(tensor))
+                place[name] = put[-1]  # type: ignore[assignment]
             with given([(part, alias(value)) for part, value in served]):
                 output = weight.evaluate()
         finally:
-            for place, name, tensor in homes:
-                place[name] = tensor  # type: ignore[assignment]
+            for (place, name, tensor), own in zip(homes, put, strict=False):
+                if place.get(name) is own:  # or the map has put another there
+                    place[name] = tensor  # type: ignore[assignment]
     inputs, leaves = zip(*aliases.values(), strict=True) if aliases else ((), ())
     return Computation(inputs, leaves, (output,), list(weight.parameters()), hooked)
 
@@ -265,9 +271,8 @@ class Readable:
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The outputs as functions of the inputs; inside `defer_pullback`, of nothing."""
-        deferral = getattr(DEFERRING, "deferral", None)
-        if deferral is not None:
-            return deferral.give(self.computation)
+        if DEFERRING.deferral is not None:
+            return DEFERRING.deferral.give(self.computation)
         if self.graphed is None:
             with torch.inference_mode(False), torch.enable_grad():
                 self.graphed = attach(self.computation)

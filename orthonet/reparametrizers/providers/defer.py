@@ -136,7 +136,7 @@ def defer_pullback() -> Iterator[None]:
             parameter has been modified in place inside; `backward` with `create_graph=True`, or
             outside for a forward pass inside; a synchronizing forward of DistributedDataParallel.
     """
-    if getattr(DEFERRING, "deferral", None) is not None:
+    if DEFERRING.deferral is not None:
         yield
         return
     deferral = DEFERRING.deferral = _Deferral()
@@ -154,7 +154,7 @@ def defer_pullback() -> Iterator[None]:
 @contextlib.contextmanager
 def undeferred() -> Iterator[None]:
     """Read as outside of `defer_pullback`."""
-    deferral = getattr(DEFERRING, "deferral", None)
+    deferral = DEFERRING.deferral
     DEFERRING.deferral = None
     try:
         yield

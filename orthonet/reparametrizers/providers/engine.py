@@ -47,15 +47,7 @@ from orthonet.reparametrizers.providers.matrices import (
     write,
 )
 from orthonet.reparametrizers.providers.packet import Centered, Family, Packet
-from orthonet.reparametrizers.weight import (
-    SLOT,
-    Composition,
-    Weight,
-    alive,
-    caching,
-    number_of,
-    served_by,
-)
+from orthonet.reparametrizers.weight import Composition, Weight, alive, caching
 
 __all__ = ["ENGINE", "REEVALUATING_OPTIMIZERS", "Engine"]
 
@@ -90,7 +82,7 @@ class Record:
 
     def made_for(self, weight: Weight) -> bool:
         """Whether it was made for `weight`, whose map is the same still: the map is not asked."""
-        return self.number == number_of(weight) and self.steps.holds(weight)
+        return self.number == weight._number[0] and self.steps.holds(weight)
 
     def of(self, weight: Weight) -> bool:
         """Whether the parameter of `weight` is as it was."""
@@ -126,7 +118,7 @@ class Shared(Readable):
     ) -> None:
         super().__init__(computation)
         # Of what each value is, because a weight may be given other parameters of the same batch.
-        self.places = {number_of(w): (i, held) for i, (w, held) in enumerate(members)}
+        self.places = {w._number[0]: (i, held) for i, (w, held) in enumerate(members)}
         scores = [p for _, held in self.places.values() for p in held if isinstance(p, Tensor)]
         self.scores = [(p, _torch.Stamp(p)) for p in scores]
         self.constants = computation.outputs
@@ -135,7 +127,7 @@ class Shared(Readable):
 
     def place_of(self, weight: Weight, found: Found) -> int | None:
         """The place of the value of `weight`; None if it is not among the outputs as it stands."""
-        place, held = self.places.get(number_of(weight), (None, ()))
+        place, held = self.places.get(weight._number[0], (None, ()))
         current = (
             _same(held, (*found.records, *found.scores))
             and all(stamp.holds(p) for p, stamp in self.scores)
@@ -234,35 +226,43 @@ class Engine:
                 for parameter in module.parameters():
                     self.records.pop(id(parameter), None)
             for weight in alive() if module is None else module.modules():
-                served = vars(weight).get(SLOT)
-                if served is not None:
-                    served.found = None
+                if isinstance(weight, Weight):
+                    weight._served.found = None
 
-    def after_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Lose sight of what a fused optimizer moves without a trace, should its step not end."""
+        if any(group.get("fused") for group in optimizer.param_groups):
+            with self.lock:
+                self._moved(set(map(id, _torch.parameters_of(optimizer))))
+
+    def after_step(self, optimizer: Optimizer) -> None:
         """Bring back to the center what `optimizer` has moved."""
-        if not caching.on:
-            return
         with self.lock, torch.inference_mode(False), torch.no_grad():
             owned = set(map(id, _torch.parameters_of(optimizer)))
             moved = self._moved(owned)
-            self._clear_readers(owned)
-            if not isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
+            if caching.on and not isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
                 moved = [m for m in moved if m.parameter.requires_grad]
                 for share in tuple(self.shares):
                     moved = share(owned, moved)
                 self.serve(moved, self.retract)
 
     def _moved(self, owned: set[int]) -> list[Member]:
-        """The matrices of an optimizer that have moved, in the order of their construction."""
+        """The matrices of an optimizer that have moved, in the order of their construction.
+
+        Their records are gone then: a move without a trace may have been too small to be undone.
+        """
         moved = []
         for held in members_of(owned):
             p, record = held.parameter, self.records.get(id(held.parameter))
             # Fused optimizers do not count the version up, and some clear the gradients in `step`.
-            if not p.requires_grad and (record is None or record.holds(held.weight)):
+            # A gradient that is left from before it was frozen moves a parameter.
+            still = not p.requires_grad and p.grad is None
+            if still and (record is None or record.holds(held.weight)):
                 continue
             self.records.pop(id(p), None)
             if manageable(held.weight, p):
                 moved.append(held)
+        self._clear_readers(owned)
         return untied(moved)
 
     def _clear_readers(self, owned: set[int]) -> None:
@@ -271,37 +271,35 @@ class Engine:
         Also what was composed with scores that an optimizer may have moved without a trace.
         """
         for weight in alive():
-            found = served_by(weight).found
+            found = weight._served.found
             if found is None:
                 continue
             scored = any(id(p) in owned for p in found.scores)
             for record in found.records if scored else ():
                 record.batch.shared.clear()
-            if scored or not found.holds(weight):
-                served_by(weight).found = None
+            gone = any(self.records.get(id(r.parameter())) is not r for r in found.records)
+            if scored or gone or not found.holds(weight):
+                weight._served.found = None
 
     def serve(self, members: Group, retracted: Retraction) -> None:
         """Bring the parameters to the center, or see which stand there, and record their values."""
         groups = list(groups_of(members))
         # Before anything is read: what another thread writes meanwhile must not pass for this.
         stamps = {id(m.parameter): _torch.Stamp(m.parameter) for m in members}
-        for group, result in zip(groups, retracted(groups) if groups else (), strict=True):
+        for group, result in zip(groups, retracted(groups), strict=True):
             pieces = list(pieces_of(group, result))
             stamps |= {id(p): _torch.Stamp(p) for p in write(pieces)}
             self._record(pieces, result, stamps)
 
     def retract(self, groups: Sequence[Group], move: bool = True) -> list[Moved]:
-        """The parameters of each group at the center; not moved, they are only looked at."""
-        batches = [(stacked([m.parameter.detach() for m in g]), g[0].map) for g in groups]
-        return self.retracted(batches, move)
+        """The parameters of each group at the center; not moved, they are only looked at.
 
-    def retracted(
-        self, batches: Sequence[tuple[Tensor, CenteredMap]], move: bool = True
-    ) -> list[Moved]:
-        """As `linalg.retraction.retract`, with a guess from the last step of what is needed."""
-        if not batches:
+        With a guess from the last step of what is needed.
+        """
+        if not groups:
             return []
         self.looks += 1
+        batches = [(stacked([m.parameter.detach() for m in g]), g[0].map) for g in groups]
         kinds = [(*x.shape, x.dtype, way.name) for x, way in batches]
         squares = [self.squares.get(kind, True) for kind in kinds]
         with _torch.without_autocast(batches[0][0]):
@@ -323,7 +321,7 @@ class Engine:
         for piece, p, value in zip(pieces, parameters, values, strict=True):
             weight = piece.member.weight
             record = self.records[id(p)] = Record(
-                number_of(weight),
+                weight._number[0],
                 _torch.ModuleStamp(weight),
                 weakref.ref(p, functools.partial(self._drop, id(p))),
                 stamps[id(p)],
@@ -342,9 +340,9 @@ class Engine:
 
     def __call__(self, weight: Weight) -> Tensor | None:
         """The value of `weight`, where its parameters stand at the center."""
-        if SLOT not in vars(weight) or not weight.may_be_kept():
+        if not weight.may_be_kept():
             return None
-        served = served_by(weight)
+        served = weight._served
         found = served.found
         if found is None or not found.holds(weight):
             with self.lock:
@@ -361,7 +359,7 @@ class Engine:
                     shared = found.shared = self._shared(weight, found, True)
                 found.give(*shared)
             kept, place = shared
-            known = kept.graphed if getattr(DEFERRING, "deferral", None) is None else None
+            known = kept.graphed if DEFERRING.deferral is None else None
             return (known or kept.outputs())[place]
         value = found.constant
         if value is None or value.requires_grad:
@@ -384,7 +382,7 @@ class Engine:
             if not any(differs(t, shared.constants[place]) for t in touched):
                 return
             for other in alive():
-                served = served_by(other)
+                served = other._served
                 if served.found is not None and served.found.touched():
                     served.found = None
         warn_edited()
@@ -395,7 +393,7 @@ class Engine:
         None where the weight does not stand at the center. No hook of a parameter runs.
         """
         with torch.no_grad():
-            found = served_by(weight).found if self(weight) is not None else None
+            found = weight._served.found if self(weight) is not None else None
         if found is None:
             return None
         with self.lock, torch.inference_mode(False), torch.enable_grad():
@@ -411,7 +409,7 @@ class Engine:
         """
         with torch.no_grad():
             value = self(weight)
-            found = served_by(weight).found if value is not None else None
+            found = weight._served.found if value is not None else None
             record = None if found is None else found.records[0]
             if record is not None and record.batch.centered is not None:
                 centered = record.batch.centered.rows([record.span])
@@ -422,7 +420,7 @@ class Engine:
     def frame(self, weight: Weight) -> tuple[Tensor, Tensor] | None:
         r"""The value and the frame of a square matrix at the center; None elsewhere."""
         value = self(weight)
-        found = served_by(weight).found
+        found = weight._served.found
         if value is None or found is None or not value.requires_grad or found.shared is None:
             return None
         shared, place = found.shared
@@ -493,7 +491,7 @@ class Engine:
     ) -> tuple[Shared, int]:
         """What `weight` reads together with others of its batch, and its place therein."""
         composition = weight.composition()
-        batch, number = found.records[0].batch, number_of(weight)
+        batch, number = found.records[0].batch, weight._number[0]
         home = ("alone", number) if alone else self._home(weight)
         if composition is None:
             key: Any = (weight.composed, grad, home)
@@ -521,7 +519,7 @@ class Engine:
                 if isinstance(part, Weight):
                     self.homes[part] = number
         if any(_torch.is_hooked_tensor(p) for p in weight.parameters()):
-            return ("alone", number_of(weight))
+            return ("alone", weight._number[0])
         return self.homes.get(weight)
 
     def _packet(self, weight: Weight, found: Found, grad: bool, home: object) -> Shared:

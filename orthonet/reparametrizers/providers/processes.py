@@ -301,8 +301,7 @@ def _centered(members: Sequence[Member], mine: dict[int, Tensor]) -> list[Tensor
     places = {id(members[i].weight): i for i in mine}
     own = [members[i]._replace(parameter=mine[i].contiguous()) for i in sorted(mine)]
     groups = list(groups_of(own))
-    batches = [(stacked([m.parameter for m in group]), group[0].map) for group in groups]
-    for group, found in zip(groups, ENGINE.retracted(batches), strict=True):
+    for group, found in zip(groups, ENGINE.retract(groups), strict=True):
         for piece in pieces_of(group, found):
             i = places[id(piece.member.weight)]
             mine[i], marks[i] = piece.point, found.point.new_tensor([piece.written, piece.good])

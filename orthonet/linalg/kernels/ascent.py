@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from orthonet.linalg import polar, polar_svd
-from orthonet.reparametrizers.kernel_geometry import KernelFactors, KernelGeometry
+from orthonet.linalg.kernels.geometry import KernelFactors, KernelGeometry
+from orthonet.linalg.polar import polar, polar_svd
 
 __all__ = ["ascends", "improve_far"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orthonet import _checks
-from orthonet.linalg import block_convolution
+from orthonet.linalg.kernels.convolution import block_convolution
 from orthonet.linalg.kernels.projector_product import multiplications, multiply_projectors
 
 __all__ = ["KernelFactors", "KernelGeometry", "chosen", "sharpened"]

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orthonet.linalg import apply_projectors, haar, polar_svd
+from orthonet.linalg.kernels.ascent import ascends, improve_far
+from orthonet.linalg.kernels.geometry import KernelFactors, KernelGeometry
+from orthonet.linalg.kernels.paraunitary import apply_projectors
+from orthonet.linalg.polar import polar_svd
+from orthonet.linalg.sampling import haar
 from orthonet.linalg.threads import one_thread
-from orthonet.reparametrizers._kernel_ascent import ascends, improve_far
-from orthonet.reparametrizers.kernel_geometry import KernelFactors, KernelGeometry
 
 __all__ = ["fit_factors"]
 
