@@ -256,11 +256,30 @@ def test_clipping_projects_at_every_scale(scale):
 
 
 def test_large_tokens_are_finite():
-    for name in ("distance", "cosine"):
-        x = (1e25 * torch.randn(2, LENGTH, WIDTH)).requires_grad_()
-        y = varied(name)(x)
+    for name, size in itertools.product(("distance", "cosine"), (1e25, 1e36)):
+        x = (size * torch.randn(2, LENGTH, WIDTH)).requires_grad_()
+        layer = varied(name)
+        with torch.no_grad():
+            (layer.log_scale if name == "distance" else layer.logit).fill_(10.0)
+        y = layer(x)
         y.sum().backward()
-        assert bool(y.isfinite().all()) and bool(x.grad.isfinite().all()), name
+        grads = [p.grad for p in layer.parameters() if p.requires_grad]
+        assert all(bool(t.isfinite().all()) for t in (y, x.grad, *grads)), (name, size)
+
+
+def test_mixing_by_logits_of_any_size_is_finite_and_contracts():
+    for size, kind in itertools.product((1e2, 1e5, 1e30), range(2)):
+        mixing = layers.TokenMixing(WIDTH, 2, max_length=LENGTH, kind="doubly_stochastic")
+        with torch.no_grad():
+            logits = mixing.parametrization.original
+            logits.copy_(size * (torch.eye(LENGTH) if kind else torch.randn(2, LENGTH, LENGTH)))
+        x = torch.randn(1, LENGTH, WIDTH)
+        mixing(x).square().sum().backward()
+        assert bool(mixing.parametrization.original.grad.isfinite().all()), (size, kind)
+        with torch.no_grad():
+            norms = torch.linalg.matrix_norm(mixing.parametrization().double(), 2)
+        # Sums of LENGTH numbers in float32 are off by LENGTH u each; observed 1e-7.
+        assert float(norms.max()) <= 1.0 + 1e-5, (size, kind)
 
 
 @pytest.mark.parametrize(
