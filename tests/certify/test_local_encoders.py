@@ -345,3 +345,26 @@ class Hinted(nn.Module):
     def forward(self, x):
         y, _ = self.inner(x, x, x, attn_mask=self.mask, need_weights=False, is_causal=True)
         return y + 1e6
+
+
+class Decoded(nn.Module):
+    """A decoder that attends to its input, and to its input itself."""
+
+    def __init__(self, norm_first, mask):
+        super().__init__()
+        self.inner = nn.TransformerDecoderLayer(
+            _WIDTH, 2, 8, 0.1, layer_norm_eps=1e-2, batch_first=True, norm_first=norm_first
+        )
+        self.head = nn.Linear(_TOKENS * _WIDTH, 3)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        y = self.inner(x, x.tanh(), tgt_mask=self.mask, tgt_is_causal=self.mask is not None)
+        return self.head(y.flatten(1))
+
+
+def test_no_point_of_a_ball_refutes_a_decoder():
+    torch.manual_seed(0)
+    model = Decoded(True, _CAUSAL.double()).double().eval().requires_grad_(False)
+    x = torch.randn(1, _TOKENS, _WIDTH, dtype=torch.float64)
+    assert _check(model, x, 1e-3) < 1.5  # observed 1.004
