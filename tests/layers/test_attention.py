@@ -205,6 +205,24 @@ def test_a_network_with_attention_has_a_certificate():
     assert after == pytest.approx(3.0 * before)
 
 
+class CalledLikeTheTwin(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        return self.attention(x, x, value=x, need_weights=False)
+
+
+def test_a_call_like_that_of_the_twin_has_a_certificate():
+    attention, x = varied("distance").eval(), torch.randn(2, LENGTH, WIDTH)
+    model = CalledLikeTheTwin(attention)
+    assert torch.equal(model(x), attention(x))
+    want = certify(attention, x, lower=False).constant.value
+    # The proofs of the norms may start from other vectors; observed equal.
+    assert certify(model.eval(), x, lower=False).constant.value == pytest.approx(want, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", ["distance", "distance_causal", "cosine", "cosine_causal"])
 def test_padding_is_the_shorter_sequence(name):
     layer, x = varied(name), torch.randn(3, LENGTH, WIDTH)

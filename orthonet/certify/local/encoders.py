@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from orthonet import _checks
 from orthonet.errors import UncertifiableError
-from orthonet.layers._linear import OrthoLinear
+from orthonet.layers import OrthoLinear
 from orthonet.layers.children import is_as_its_class
 
 __all__ = ["written_out"]
