@@ -140,11 +140,13 @@ def _check_fused(layer: nn.TransformerEncoderLayer, mask: Tensor | None) -> None
     same = qkv and attention.num_heads % 2 == 0 and layer.norm1.eps == layer.norm2.eps
     if not same or not kind or not torch.backends.mha.get_fastpath_enabled():
         return  # PyTorch never runs it
-    plain = type(layer.activation) in (nn.ReLU, nn.GELU)
-    known = {1: (F.relu, nn.ReLU), 2: (F.gelu, nn.GELU)}[kind]
-    tanh = getattr(layer.activation, "approximate", "none") != "none"
-    usual = (type(layer.activation) if plain else layer.activation) in known and not tanh
-    _require(usual, layer, "activation must be the fused one", _UNFUSE, activation=layer.activation)
+    activation: Any = layer.activation
+    function, cls = (F.gelu, nn.GELU) if kind == 2 else (F.relu, nn.ReLU)
+    usual = activation is function
+    if type(activation) is cls:
+        exact = getattr(activation, "approximate", "none") == "none"
+        usual = exact and is_as_its_class(activation)
+    _require(usual, layer, "activation must be the fused one", _UNFUSE, activation=activation)
     for name, forwards in _CHILDREN.items():
         child = getattr(layer, name)
         good = type(child).forward in forwards and "forward" not in vars(child)
