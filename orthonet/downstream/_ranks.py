@@ -99,8 +99,9 @@ def share_bound(hits: int, samples: int, confidence: float = 0.95) -> float:
 
     Guarantee:
         At most the bound of Clopper and Pearson, and less by no more than $10^{-9}$ for up to
-        $10^4$ samples: the tail of the binomial law is bounded from above with the rounding of its
-        sums.
+        $10^4$ samples and a confidence of 1/2 or more: the tail of the binomial law is bounded from
+        above with the rounding of its sums. Never above the share of hits, which a confidence below
+        1/2 would exceed.
 
     Raises:
         ValueError: `hits` is not between 0 and `samples`, or `confidence` is out of range.
@@ -214,5 +215,11 @@ def checked_threshold(owner: Any, threshold: float, alpha: float, samples: int) 
 
 def _risk(owner: str, confidence: float) -> float:
     risk = 1 - checked_level(owner, confidence=confidence)
-    _checks.in_range(owner, 0.0, 1.0 - 1e-12, confidence=confidence)
+    _checks.require(
+        confidence <= 1.0 - 1e-12,
+        owner,
+        "confidence must be at most 1 - 1e-12",
+        "Pass e.g. confidence=0.95",
+        confidence=confidence,
+    )
     return down(float(risk))

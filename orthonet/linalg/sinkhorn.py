@@ -47,10 +47,15 @@ def sinkhorn(logits: Tensor, niters: int = 1000) -> Tensor:
 
 
 def _inverse(p: Tensor) -> Tensor:
-    """The inverse of I - P P^T, with 1 instead of 0 for the common shift of rows and columns."""
+    """The inverse of I - P P^T, with 1 instead of 0 for the common shift of rows and columns.
+
+    A matrix that falls apart has a shift for each part. They cancel in every step, so that any
+    value other than 0 will do: that of rounding.
+    """
     n = p.shape[-1]
     identity = torch.eye(n, dtype=p.dtype, device=p.device)
-    return torch.linalg.inv(identity - p @ p.mT + torch.full_like(p, 1.0 / n))
+    lifted = identity * (1.0 + 4.0 * torch.finfo(p.dtype).eps) - p @ p.mT
+    return torch.linalg.inv_ex(lifted + torch.full_like(p, 1.0 / n)).inverse
 
 
 def _step(q: Tensor, p: Tensor, inverse: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 import orthonet
-from orthonet.certify import Bound, LipschitzCertificate, Row, certified_accuracy, certify
+from orthonet.certify import (
+    Bound,
+    LipschitzCertificate,
+    Row,
+    certified_accuracy,
+    certified_curve,
+    certify,
+)
 from orthonet.certify.report.figures import ticks
 
 
@@ -146,3 +153,19 @@ def test_guessed_attributes_of_a_certificate_are_there_or_explained():
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = found.nonsense
     assert pickle.loads(pickle.dumps(found)).lipschitz == found.lipschitz
+
+
+def test_batches_without_samples_change_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    x = torch.randn(5, 4)
+    y = model(x).argmax(1)
+    whole, empty = (x, y), (x[:0], y[:0])
+    want = orthonet.evaluate(model, [whole], [0.1], attack=False)
+    for loader in ([empty, whole], [whole, empty]):
+        found = orthonet.evaluate(model, loader, [0.1], steps=2)
+        assert torch.equal(found.curve.radii, want.curve.radii) and found.samples == 5
+        assert certified_curve(model, loader).samples == 5
+    certificate = want.certificate
+    for radii in (certificate.radius(model, x[:0]), certificate.local_radius(model, x[:0])):
+        assert radii.shape == (0,) and radii.dtype == torch.float64

@@ -249,3 +249,122 @@ def test_a_tie_has_no_radius_and_a_constant_model_an_infinite_one():
     net[2][1].weight.detach().zero_()
     net[2][1].bias.detach().copy_(torch.tensor([1.0, 0.0]))
     assert local_radius(net.eval(), x).item() == float("inf")
+
+
+class Widened(nn.Module):
+    """A jump of the slope that no output near the example shows."""
+
+    def forward(self, x):
+        return x + 1e6 * (x - 30.0).relu()
+
+
+def _changed_layer(change):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(_WIDTH, 2, 8, batch_first=True, layer_norm_eps=1e-2)
+    change(layer)
+    model = Classifier(layer, None)
+    with torch.no_grad():
+        model.head.bias.fill_(1e6)  # so that outputs differ by less than a share of the largest
+    return model.eval()
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 0.01 * super().forward(x)
+
+
+def _of_class(name, cls):
+    return lambda layer: setattr(getattr(layer, name), "__class__", cls)
+
+
+def test_what_the_fused_layer_skips_is_refused():
+    x = torch.randn(1, _TOKENS, _WIDTH)
+    changes = {
+        "dropout1": lambda layer: setattr(layer, "dropout1", Widened()),
+        "dropout ": lambda layer: setattr(layer, "dropout", Widened()),
+        "linear1": _of_class("linear1", Scaled),
+        "activation": lambda layer: setattr(layer, "activation", torch.tanh),
+    }
+    for message, change in changes.items():
+        model = _changed_layer(change)
+        with pytest.raises(
+            UncertifiableError, match=rf"TransformerEncoderLayer: in balls {message}"
+        ):
+            certify(model, x, radius=0.1)
+    tanh = nn.TransformerEncoderLayer(_WIDTH, 2, 8, activation=nn.GELU("tanh"), batch_first=True)
+    with pytest.raises(UncertifiableError, match="activation must be the fused one"):
+        written_out(Classifier(tanh, None).eval(), (x,))
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:  # then the layers run as they stand, and the twin with them
+        model = _changed_layer(changes["dropout1"])
+        with torch.no_grad():
+            model.inner.self_attn.out_proj.bias.fill_(40.0)
+            twin = written_out(model, (x,))
+            torch.testing.assert_close(twin.inner(x), model.inner(x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_pytorch_runs_no_code_of_the_projection_behind_attention():
+    x, torch_class = torch.randn(1, _TOKENS, _WIDTH), type(nn.MultiheadAttention(2, 1).out_proj)
+    for kind in range(2):
+        inner = nn.MultiheadAttention(_WIDTH, 2, batch_first=True)
+        if kind:
+            inner.out_proj.__class__ = type("Own", (torch_class,), {"forward": Scaled.forward})
+        else:
+            inner.out_proj.register_forward_hook(lambda module, args, out: 0.01 * out)
+        model = Classifier(inner, None).eval()
+        with torch.no_grad():
+            model.head.bias.fill_(1e6)  # which hides the factor from a comparison of outputs
+            twin = written_out(model, (x,))
+            found, want = twin.inner(x, x, x)[0], inner(x, x, x)[0]
+        # Sums of 24 products in float32; a factor of 0.01 would show. Observed 1e-7.
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrong_hint_of_causality_is_refused():
+    x, mask = torch.randn(1, _TOKENS, _WIDTH), torch.zeros(_TOKENS, _TOKENS)
+    mask[2, 0] = -torch.inf
+    for given in (mask, mask.isinf(), _CAUSAL + 1.0):
+        model = Hinted(given).eval()
+        with pytest.raises(UncertifiableError, match="MultiheadAttention: in balls is_causal"):
+            written_out(model, (x,))
+    for given in (_CAUSAL, _CAUSAL.isinf()):
+        written_out(Hinted(given).eval(), (x,))
+    assert certify(Hinted(_CAUSAL).eval(), x, radius=0.1).constant.value < torch.inf
+
+
+class Hinted(nn.Module):
+    """Attention whose mask is said to be causal, and a bias that hides small differences."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(_WIDTH, 2, batch_first=True)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        y, _ = self.inner(x, x, x, attn_mask=self.mask, need_weights=False, is_causal=True)
+        return y + 1e6
+
+
+class Decoded(nn.Module):
+    """A decoder that attends to its input, and to its input itself."""
+
+    def __init__(self, norm_first, mask):
+        super().__init__()
+        self.inner = nn.TransformerDecoderLayer(
+            _WIDTH, 2, 8, 0.1, layer_norm_eps=1e-2, batch_first=True, norm_first=norm_first
+        )
+        self.head = nn.Linear(_TOKENS * _WIDTH, 3)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        y = self.inner(x, x.tanh(), tgt_mask=self.mask, tgt_is_causal=self.mask is not None)
+        return self.head(y.flatten(1))
+
+
+def test_no_point_of_a_ball_refutes_a_decoder():
+    torch.manual_seed(0)
+    model = Decoded(True, _CAUSAL.double()).double().eval().requires_grad_(False)
+    x = torch.randn(1, _TOKENS, _WIDTH, dtype=torch.float64)
+    assert _check(model, x, 1e-3) < 1.5  # observed 1.004

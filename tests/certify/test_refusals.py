@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import orthonet.functional
 from orthonet.certify import certify
 from orthonet.errors import UncertifiableError
 
@@ -64,3 +65,63 @@ def test_a_graph_module_is_certified_inside_of_a_module():
         certify(graph, x)
     found = certify(nn.Sequential(graph).eval(), x)
     assert found.constant.value == certify(model, x).constant.value
+
+
+class Written(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.function = forward
+
+    def forward(self, x):
+        return self.function(x[:, 0], x[:, 1])
+
+
+def _distances(x, y):
+    return torch.linalg.vector_norm(x[..., :, None, :] - y[..., None, :, :], dim=-1)
+
+
+def test_advice_for_functions_of_two_values_is_certified():
+    """The advised form computes the same, and has a constant in a ball or on the whole space."""
+    torch.manual_seed(0)
+    bilinear, fold = nn.Bilinear(4, 4, 1, bias=False), (2, 2)
+    x = torch.randn(1, 2, 4)
+    pairs = {
+        "write it as \\(\\(x @ W": (bilinear, lambda x, y: ((x @ bilinear.weight[0]) * y).sum(-1)),
+        "A cosine jumps": (
+            nn.functional.cosine_similarity,
+            lambda x, y: (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1) + 1e-3),
+        ),
+        "Write it as torch.linalg": (
+            lambda x, y: torch.cdist(x.unflatten(1, fold), y.unflatten(1, fold)),
+            lambda x, y: _distances(x.unflatten(1, fold), y.unflatten(1, fold)),
+        ),
+        "x.var\\(dim\\)": (
+            lambda x, y: torch.var_mean(x, -1)[0],
+            lambda x, y: x.var(-1),
+        ),
+        "x.std\\(dim\\)": (lambda x, y: torch.std_mean(x, -1)[0], lambda x, y: x.std(-1)),
+        "Take torch.vmap out": (lambda x, y: torch.vmap(nn.ReLU())(x), lambda x, y: x.relu()),
+    }
+    for message, (refused, advised) in pairs.items():
+        with pytest.raises(UncertifiableError, match=message):
+            certify(Written(refused).eval(), x, lower=False)
+        model = Written(advised).eval()
+        want = refused(x[:, 0], x[:, 1]).flatten()
+        # The cosine differs by its 1e-3; the rest are sums of 16 products, observed 1e-7.
+        torch.testing.assert_close(model(x).flatten(), want, rtol=1e-2, atol=1e-3)
+        assert certify(model, x, radius=0.01).constant.value < 100.0
+
+
+class Holding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.activation = orthonet.functional.max_min
+
+    def forward(self, x):
+        return self.activation(x)
+
+
+def test_a_function_with_a_rule_may_be_held_as_an_attribute():
+    model = Holding().eval()
+    assert certify(model, torch.zeros(1, 4)).constant.value == 1.0
+    assert model.activation is orthonet.functional.max_min

@@ -205,6 +205,24 @@ def test_a_network_with_attention_has_a_certificate():
     assert after == pytest.approx(3.0 * before)
 
 
+class CalledLikeTheTwin(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        return self.attention(x, x, value=x, need_weights=False)
+
+
+def test_a_call_like_that_of_the_twin_has_a_certificate():
+    attention, x = varied("distance").eval(), torch.randn(2, LENGTH, WIDTH)
+    model = CalledLikeTheTwin(attention)
+    assert torch.equal(model(x), attention(x))
+    want = certify(attention, x, lower=False).constant.value
+    # The proofs of the norms may start from other vectors; observed equal.
+    assert certify(model.eval(), x, lower=False).constant.value == pytest.approx(want, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", ["distance", "distance_causal", "cosine", "cosine_causal"])
 def test_padding_is_the_shorter_sequence(name):
     layer, x = varied(name), torch.randn(3, LENGTH, WIDTH)
@@ -256,11 +274,30 @@ def test_clipping_projects_at_every_scale(scale):
 
 
 def test_large_tokens_are_finite():
-    for name in ("distance", "cosine"):
-        x = (1e25 * torch.randn(2, LENGTH, WIDTH)).requires_grad_()
-        y = varied(name)(x)
+    for name, size in itertools.product(("distance", "cosine"), (1e25, 1e36)):
+        x = (size * torch.randn(2, LENGTH, WIDTH)).requires_grad_()
+        layer = varied(name)
+        with torch.no_grad():
+            (layer.log_scale if name == "distance" else layer.logit).fill_(10.0)
+        y = layer(x)
         y.sum().backward()
-        assert bool(y.isfinite().all()) and bool(x.grad.isfinite().all()), name
+        grads = [p.grad for p in layer.parameters() if p.requires_grad]
+        assert all(bool(t.isfinite().all()) for t in (y, x.grad, *grads)), (name, size)
+
+
+def test_mixing_by_logits_of_any_size_is_finite_and_contracts():
+    for size, kind in itertools.product((1e2, 1e5, 1e30), range(2)):
+        mixing = layers.TokenMixing(WIDTH, 2, max_length=LENGTH, kind="doubly_stochastic")
+        with torch.no_grad():
+            logits = mixing.parametrization.original
+            logits.copy_(size * (torch.eye(LENGTH) if kind else torch.randn(2, LENGTH, LENGTH)))
+        x = torch.randn(1, LENGTH, WIDTH)
+        mixing(x).square().sum().backward()
+        assert bool(mixing.parametrization.original.grad.isfinite().all()), (size, kind)
+        with torch.no_grad():
+            norms = torch.linalg.matrix_norm(mixing.parametrization().double(), 2)
+        # Sums of LENGTH numbers in float32 are off by LENGTH u each; observed 1e-7.
+        assert float(norms.max()) <= 1.0 + 1e-5, (size, kind)
 
 
 @pytest.mark.parametrize(

@@ -121,11 +121,11 @@ class Marker:
 
     @contextmanager
     def functions(self, model: nn.Module) -> Iterator[None]:
-        """Wherever a function with a rule is named, put marks around its calls."""
+        """Wherever a function with a rule is named or held, put marks around its calls."""
         spaces: list[Any] = [vars(functional), vars(F)]
         for module in model.modules():
             forward = type(module).forward
-            spaces.append(getattr(forward, "__globals__", {}))
+            spaces += [getattr(forward, "__globals__", {}), vars(module)]
         with patched(spaces, {f: self.around(f, None, f) for f in function_leaves()}):
             yield
 

@@ -7,6 +7,8 @@ masks; all of them stand for the same function, which is written here once.
 from __future__ import annotations
 
 import copy
+import math
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -15,12 +17,16 @@ from torch.nn import functional as F
 
 from orthonet import _checks
 from orthonet.errors import UncertifiableError
+from orthonet.layers import OrthoLinear
 from orthonet.layers.children import is_as_its_class
 
 __all__ = ["written_out"]
 
 _NEAR = 1e-3
 """How far outputs of the original may be off, relative to the largest: fused kernels in float32."""
+
+_VALUES: ContextVar[bool] = ContextVar("values", default=False)
+"""Whether masks have values that can be read: not where the twin is exported."""
 
 
 def written_out(model: nn.Module, examples: tuple[Tensor, ...]) -> nn.Module:
@@ -59,8 +65,12 @@ def _rewritten(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
 
 def _compare(model: nn.Module, twin: nn.Module, examples: tuple[Tensor, ...]) -> None:
     """Compare the outputs, with and without gradients: PyTorch runs other kernels then."""
-    with torch.no_grad():
-        wanted = _flat(twin(*examples))
+    token = _VALUES.set(True)
+    try:
+        with torch.no_grad():
+            wanted = _flat(twin(*examples))
+    finally:
+        _VALUES.reset(token)
     for mode in (torch.no_grad, torch.enable_grad):
         with mode():
             found = _flat(model(*examples))
@@ -88,15 +98,71 @@ def _flat(outputs: Any) -> list[Tensor]:
     return [outputs.detach().flatten()] if isinstance(outputs, Tensor) else []
 
 
-def _require(good: bool, module: nn.Module, requirement: str, **found: object) -> None:
+_WRITE = "Write it with F.scaled_dot_product_attention in a module of yours"
+_UNFUSE = (
+    "Call torch.backends.mha.set_fastpath_enabled(False), also where the model is deployed: the "
+    "fused layer that PyTorch runs without gradients computes something else"
+)
+
+
+def _require(
+    good: bool, module: nn.Module, requirement: str, advice: str = _WRITE, **found: object
+) -> None:
+    cls = type(module)
     _checks.require(
         good,
-        type(module).__name__.removeprefix("_"),
+        (cls.__bases__[0] if cls in _FORMS.values() else cls).__name__,
         f"in balls {requirement}",
-        "Write it with F.scaled_dot_product_attention in a module of yours",
+        advice,
         UncertifiableError,
         **found,
     )
+
+
+def _check_hint(module: nn.Module, mask: Tensor | None, is_causal: bool) -> None:
+    """Refuse a hint that is wrong: some kernels read the mask, others the hint."""
+    if not is_causal or mask is None or not _VALUES.get():
+        return
+    hidden = mask if mask.dtype == torch.bool else mask == -math.inf
+    good = torch.equal(hidden, torch.ones_like(hidden).triu(1))
+    if good and mask.dtype != torch.bool:
+        good = bool((mask[~hidden] == 0).all())
+    _require(good, module, "is_causal must go with the causal mask alone", is_causal=True)
+
+
+def _check_fused(layer: nn.TransformerEncoderLayer, mask: Tensor | None) -> None:
+    """Refuse what the fused layer, which runs without gradients, computes in another way.
+
+    It reads the weights of the children, skips the dropouts, and knows two activations.
+    """
+    attention, kind = layer.self_attn, layer.activation_relu_or_gelu
+    qkv = attention.in_proj_weight is not None and attention.in_proj_bias is not None
+    same = qkv and attention.num_heads % 2 == 0 and layer.norm1.eps == layer.norm2.eps
+    if not same or not kind or not torch.backends.mha.get_fastpath_enabled():
+        return  # PyTorch never runs it
+    activation: Any = layer.activation
+    function, cls = (F.gelu, nn.GELU) if kind == 2 else (F.relu, nn.ReLU)
+    usual = activation is function
+    if type(activation) is cls:
+        exact = getattr(activation, "approximate", "none") == "none"
+        usual = exact and is_as_its_class(activation)
+    _require(usual, layer, "activation must be the fused one", _UNFUSE, activation=activation)
+    for name, forwards in _CHILDREN.items():
+        child = getattr(layer, name)
+        good = type(child).forward in forwards and "forward" not in vars(child)
+        _require(good, layer, f"{name} must run what PyTorch fuses", _UNFUSE, child=child)
+    if mask is not None and mask.is_floating_point() and _VALUES.get():
+        good = bool(((mask == 0) | (mask == -math.inf)).all())
+        _require(good, layer, "a mask must be bool, or of 0 and -inf", _UNFUSE, src_mask=mask)
+
+
+_LINEAR = (nn.Linear.forward, OrthoLinear.forward)
+_CHILDREN = {
+    **dict.fromkeys(("linear1", "linear2"), _LINEAR),
+    **dict.fromkeys(("norm1", "norm2"), (nn.LayerNorm.forward,)),
+    **dict.fromkeys(("dropout", "dropout1", "dropout2"), (nn.Dropout.forward, nn.Identity.forward)),
+}
+"""What the children may run of a layer that PyTorch fuses."""
 
 
 class _Attention(nn.MultiheadAttention):
@@ -118,6 +184,7 @@ class _Attention(nn.MultiheadAttention):
         _require(not extra, self, "keys must come from the input alone", add_bias_kv=extra)
         _require(query.ndim == 3, self, "inputs must be (N, L, E)", ndim=query.ndim)
         _require(key_padding_mask is None, self, "key_padding_mask must be None", given=True)
+        _check_hint(self, attn_mask, is_causal)
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.chunk(3)
@@ -132,7 +199,8 @@ class _Attention(nn.MultiheadAttention):
                 attn_mask = ~attn_mask
         causal = is_causal and attn_mask is None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=causal)
-        y = self.out_proj(y.transpose(1, 2).flatten(2))
+        # PyTorch reads the weights of the child, and runs neither its forward nor its hooks.
+        y = F.linear(y.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if not need_weights:
             return y, None
         unit = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand(*k.shape[:-1], -1)
@@ -150,14 +218,16 @@ class _Layer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        _check_fused(self, src_mask)
+
         def attended(x: Tensor) -> Tensor:
             found = self.self_attn(
                 x, x, x, src_key_padding_mask, False, src_mask, is_causal=is_causal
             )
-            return found[0]
+            return self.dropout1(found[0])
 
         def fed(x: Tensor) -> Tensor:
-            return self.linear2(self.activation(self.linear1(x)))
+            return self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(x)))))
 
         if self.norm_first:
             src = src + attended(self.norm1(src))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from orthonet.certify._bound import Bound
 from orthonet.certify.norms import matrix_norm
-from orthonet.certify.ops.advice import IN_A_BALL
+from orthonet.certify.ops.advice import ADVICE, IN_A_BALL
 from orthonet.certify.ops.registry import (
     Linear,
     Values,
@@ -481,7 +481,7 @@ def _bilinear(call: Call) -> Step:
     if len(call.operands) != 1:
         call.refuse(
             "one factor of a bilinear map must be a constant",
-            "A product of two such tensors has no Lipschitz constant",
+            ADVICE["bilinear"],
         )
     matrix = _bilinear_matrix(call)
     size = torch.linalg.vector_norm(call.fixed("weight")) * torch.linalg.vector_norm(

@@ -64,7 +64,7 @@ def _pair(call: Call) -> Step:
     return Step((half, half), "root mean square of two", "hypot", rounding)
 
 
-@register_rule(nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+@register_rule(nn.MultiheadAttention, nn.TransformerEncoderLayer)
 def _attention(module: nn.Module, input_shape: Shape) -> Step:
     refuse_module(
         module,

@@ -54,6 +54,8 @@ def forward_error(
 
     All operations are run in `dtype`; for None in those that they were certified in.
     """
+    if not len(inputs[0]):
+        return torch.zeros(0, dtype=torch.float64)
     with torch.no_grad():
         values = replay(walker.program, [x.detach().cpu().double() for x in inputs])
         ball = torch.as_tensor(within, dtype=torch.float64).expand(len(inputs[0]))

@@ -191,6 +191,8 @@ class Walker:
                     "Index with a buffer of the model, or with integers: self.index = "
                     "mask.nonzero()[:, 0] in __init__",
                 )
+            if op_name(node) == "_add_batch_dim":
+                self._refuse(node, "dim 0 must stay the batch", ADVICE["vmap"])
             self._refuse(
                 node,
                 "dim 0 must stay the batch, neither moved, merged, nor mixed into other dims",

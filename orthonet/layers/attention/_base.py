@@ -164,6 +164,16 @@ class SelfAttention(WithoutPlainWeight, nn.Module, abc.ABC):
             if parameter is not None and not parameter.is_meta:
                 nn.init.constant_(parameter, start)
 
+    def __call__(
+        self, query: Any, key: Any = None, value: Any = None, *args: Any, **kw: Any
+    ) -> Any:
+        """Call the layer; key and value that are the query itself are left out.
+
+        A trace of forward for a certificate then has one input.
+        """
+        key, value = (None if part is query else part for part in (key, value))
+        return super().__call__(query, key, value, *args, **kw)
+
     def forward(
         self,
         query: Tensor,  # (*batch, L, embed_dim)

@@ -37,8 +37,10 @@ def _distance_heads(
     heads: int,
 ) -> Tensor:
     z = split(nn.functional.linear(x, weights["in_proj"]), heads)
-    near = z * scale
-    scores = -(near.unsqueeze(-2) - near.unsqueeze(-3)).square().sum(-1)
+    # The factor comes last, on finite numbers: differences of infinities would be NaN. Whatever
+    # it is, weights at the largest distance are 0.
+    far = (z.unsqueeze(-2) - z.unsqueeze(-3)).square().sum(-1).clamp_max(1e38)
+    scores = far * -(scale * scale)
     return nn.functional.linear(joined(weighted(scores, hidden, z)), weights["out_proj"])
 
 
