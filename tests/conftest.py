@@ -2,30 +2,25 @@
 
 import logging
 import os
-import random
 
-import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
+
+from tests.each import seed_all
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # pytest listens to every logger, and torch then formats each step of torch.export: ten times slower
 logging.getLogger("torch.__trace").disabled = True
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-_ACCELERATED = torch.accelerator.is_available()
 _THREADS = os.environ.get("OMP_NUM_THREADS", "")  # as `python -m tests.processors` sets it
 torch.set_num_threads(int(_THREADS) if _THREADS else max(1, (os.cpu_count() or 1) // _WORKERS))
-# torch.manual_seed formats the stack for each accelerator that is not there: 1 ms a test
-_SEED = torch.manual_seed if _ACCELERATED else torch.default_generator.manual_seed
 
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Seed every generator, so that a test does not depend on the tests before it."""
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 (libraries under test may draw from the global generator)
-    _SEED(0)
+    seed_all()
     return 0
 
 

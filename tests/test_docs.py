@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.each import each
 from tests.test_architecture import SEES
 from tests.test_public_api import NAMES, public_modules
 
@@ -121,7 +122,7 @@ def test_a_page_that_shows_another_number_is_found():
             assert_prints("radius 0.19, L 1.0000004", printed)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
+@each("page", PAGES)
 def test_make_targets_that_the_page_names_exist(page):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"`make ([\w-]+)`|^make ([\w-]+)", page.read_text(), re.M))

@@ -28,6 +28,7 @@ from orthonet.testing import (
     orthogonality_error,
     tolerances,
 )
+from tests.each import each
 from tests.presets import DISTINCT, PRESETS
 
 ORTHOGONALIZERS = [
@@ -65,7 +66,7 @@ def test_the_published_presets_are_there():
 
 
 @pytest.mark.parametrize("shape", MATRIX_SHAPES.values(), ids=MATRIX_SHAPES)
-@pytest.mark.parametrize("case", MATRIX_CASES)
+@each("case", MATRIX_CASES)
 def test_every_preset_bears_every_parameter(preset, case, shape, dtype):
     weight = OrthoWeight(shape, preset, dtype=dtype)
     set_original(weight, hard_matrix(case, shape, dtype))
