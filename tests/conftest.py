@@ -2,12 +2,12 @@
 
 import logging
 import os
-import random
 
-import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
+
+from tests.each import seed_all
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # pytest listens to every logger, and torch then formats each step of torch.export: ten times slower
@@ -20,9 +20,7 @@ torch.set_num_threads(int(_THREADS) if _THREADS else max(1, (os.cpu_count() or 1
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Seed every generator, so that a test does not depend on the tests before it."""
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 (libraries under test may draw from the global generator)
-    torch.manual_seed(0)
+    seed_all()
     return 0
 
 

@@ -46,10 +46,16 @@ class Facts(NamedTuple):
 
 
 @functools.cache
+def tree_of(file: Path) -> ast.Module:
+    """The syntax of a file."""
+    return ast.parse(file.read_text())
+
+
+@functools.cache
 def facts(file: Path) -> Facts:
     """Read the imports and the exports of a file."""
     package = ["orthonet", *file.relative_to(ROOT).parts[:-1]]
-    tree = ast.parse(file.read_text())
+    tree = tree_of(file)
     imports: list[tuple[str, str]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -277,7 +283,7 @@ def write() -> None:
 def docstring_lines() -> Iterator[str]:
     """All lines of at least four words in docstrings."""
     for file in modules().values():
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(tree_of(file)):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 for line in (ast.get_docstring(node) or "").splitlines():
                     if len(line.split()) >= 4:

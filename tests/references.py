@@ -77,9 +77,18 @@ def convolution_by_unit_vectors(
 
 
 def jacobian_reference(f, x: Tensor) -> Tensor:
-    """The Jacobian (out, in) of `f` at one sample x, by autograd; `f` takes a batch."""
-    jacobian = torch.autograd.functional.jacobian(lambda z: f(z[None])[0], x)
-    return jacobian.reshape(-1, x.numel())
+    """The Jacobian (out, in) of `f` at one sample x, by autograd.
+
+    `f` takes a batch and maps each sample by itself, so that each copy of x gives a row.
+    """
+    with torch.no_grad():
+        rows = f(x[None])[0].numel()
+    copies = x.detach().expand(rows, *x.shape).clone().requires_grad_()
+    y = f(copies)
+    if not (rows and y.requires_grad):
+        return x.new_zeros(rows, x.numel())
+    (jacobian,) = torch.autograd.grad(y.reshape(rows, rows).diagonal().sum(), copies)
+    return jacobian.reshape(rows, x.numel())
 
 
 class StiefelReference:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import house
+from tests.each import each
 
 ROOT = Path(__file__).parents[1] / "orthonet"
 FILES = sorted(ROOT.rglob("*.py"))
@@ -50,16 +51,12 @@ def room_of(file: Path) -> str:
 
 def imports(file: Path) -> list[tuple[str, bool]]:
     """The absolute names that `file` imports, and whether it does so when it is loaded."""
-    tree = ast.parse(file.read_text())
-    inside = {
-        id(node)
-        for outer in ast.walk(tree)
-        if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for node in ast.walk(outer)
-    }
     package = ["orthonet", *file.relative_to(ROOT).parts[:-1]]
-    found = []
-    for node in ast.walk(tree):
+    found, nodes = [], [(house.tree_of(file), True)]
+    while nodes:
+        node, at_load = nodes.pop()
+        at_load &= not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        nodes += [(child, at_load) for child in ast.iter_child_nodes(node)]
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -68,7 +65,7 @@ def imports(file: Path) -> list[tuple[str, bool]]:
             names = [f"{module}.{alias.name}" for alias in node.names]
         else:
             continue
-        found += [(name, id(node) not in inside) for name in names]
+        found += [(name, at_load) for name in names]
     return found
 
 
@@ -76,7 +73,7 @@ def ids(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("file", FILES, ids=ids)
+@each("file", FILES)
 def test_imports_point_left(file):
     room = room_of(file)
     assert room in SEES, f"{room} is not in the plan of the rooms"
@@ -160,13 +157,13 @@ def test_tools_are_seldom_silenced():
     assert by_hand == set(), "let ruff lay it out"
 
 
-@pytest.mark.parametrize("file", FILES, ids=ids)
+@each("file", FILES)
 def test_file_keeps_the_house_rules(file):
-    source = file.read_text()
+    source, name = file.read_text(), ids(file)
     assert source.count("\n") <= 600, "one idea a file"
     assert not any(word in source for word in ("TODO", "FIXME", "XXX")), "finish it or leave it out"
-    for node in ast.walk(ast.parse(source)):
-        where = f"{ids(file)}:{getattr(node, 'lineno', 0)}"
+    for node in ast.walk(house.tree_of(file)):
+        where = f"{name}:{getattr(node, 'lineno', 0)}"
         assert not isinstance(node, ast.Assert), f"{where}: an assert vanishes under python -O"
         if isinstance(node, ast.ExceptHandler):
             caught = (
@@ -200,13 +197,13 @@ PRIVATE = {
 }
 
 
-def privates_of_torch(source: str) -> list[str]:
+def privates_of_torch(tree: ast.Module) -> list[str]:
     """What a file uses of torch whose name starts with an underscore, however it is reached."""
 
     def private(name: str) -> bool:
         return name.startswith("_") and not name.startswith("__")
 
-    tree, known, found = ast.parse(source), set(), []
+    known, found = set(), []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -245,13 +242,13 @@ def privates_of_torch(source: str) -> list[str]:
     ],
 )
 def test_privates_of_torch_are_found(source):
-    assert privates_of_torch(source)
+    assert privates_of_torch(ast.parse(source))
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f != ROOT / "_torch.py"], ids=ids)
+@each("file", [f for f in FILES if f != ROOT / "_torch.py"])
 def test_only_one_file_uses_the_privates_of_torch(file):
-    assert privates_of_torch(file.read_text()) == [], "give it a name in orthonet/_torch.py"
+    assert privates_of_torch(house.tree_of(file)) == [], "give it a name in orthonet/_torch.py"
 
 
 def test_privates_of_torch_are_found_where_they_are():
-    assert len(privates_of_torch((ROOT / "_torch.py").read_text())) > 20
+    assert len(privates_of_torch(house.tree_of(ROOT / "_torch.py"))) > 20

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.each import each
 from tests.test_architecture import SEES
 from tests.test_public_api import NAMES, public_modules
 
@@ -38,9 +39,9 @@ def page_name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("site")
+@pytest.fixture
+def site(tmp_path) -> Path:
+    out = tmp_path / "site"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -49,7 +50,7 @@ def site(tmp_path_factory) -> Path:
     return out
 
 
-def test_site_fetches_nothing_from_another_host(site):
+def fetches_nothing_from_another_host(site: Path) -> None:
     pages = sorted(site.rglob("*.html"))
     assert len(pages) >= len(PAGES) - 1
     for file in [*pages, *site.rglob("*.css")]:
@@ -58,12 +59,12 @@ def test_site_fetches_nothing_from_another_host(site):
             assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//|url\(["']?http""", text), text
 
 
-def test_every_page_of_the_site_sets_its_mathematics(site):
+def sets_its_mathematics(site: Path) -> None:
     home = (site / "index.html").read_text()
     assert "assets/javascripts/mathjax-tex-svg.js" in home
 
 
-def test_every_public_class_and_function_has_its_place_in_the_api(site):
+def has_a_place_for_every_public_class_and_function(site: Path) -> None:
     inventory = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
     listed = {line.split()[0] for line in zlib.decompress(inventory).decode().splitlines()}
     rooms = {f"orthonet.{room}" for room in SEES if not room.startswith("_")}
@@ -76,11 +77,25 @@ def test_every_public_class_and_function_has_its_place_in_the_api(site):
     assert not missing
 
 
-def test_no_shape_was_taken_for_an_emphasis(site):
+def takes_no_shape_for_an_emphasis(site: Path) -> None:
     """`(*, n), (*, m)` in a docstring needs backticks, or Markdown eats the asterisks."""
     eaten = re.compile(r"<em>[^<]*\)[^<]*\(</em>")
     for file in sorted((site / "api").rglob("*.html")):
         assert not eaten.findall(file.read_text()), file
+
+
+# One test, so that one process builds the site once.
+@each(
+    "check",
+    [
+        fetches_nothing_from_another_host,
+        sets_its_mathematics,
+        has_a_place_for_every_public_class_and_function,
+        takes_no_shape_for_an_emphasis,
+    ],
+)
+def test_the_site(site, check):
+    check(site)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
@@ -121,7 +136,7 @@ def test_a_page_that_shows_another_number_is_found():
             assert_prints("radius 0.19, L 1.0000004", printed)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
+@each("page", PAGES)
 def test_make_targets_that_the_page_names_exist(page):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"`make ([\w-]+)`|^make ([\w-]+)", page.read_text(), re.M))

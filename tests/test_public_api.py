@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 import orthonet
+from tests.each import each
 
 
 def public_modules() -> list[str]:
@@ -68,15 +69,16 @@ def test_version_is_that_of_the_package():
     assert orthonet.__version__ == importlib.metadata.version("orthonet")
 
 
-@pytest.mark.parametrize("module", MODULES)
+@each("module", MODULES)
 def test_all_lists_each_name_once(module):
     names = importlib.import_module(module).__all__
     assert len(names) == len(set(names))
     assert all(name == "__version__" or not name.startswith("_") for name in names)
 
 
-@pytest.mark.parametrize(("module", "name"), NAMES)
-def test_name_exists_and_is_documented(module, name):
+@each("full", NAMES)
+def test_name_exists_and_is_documented(full):
+    module, name = full
     value = getattr(importlib.import_module(module), name)
     if inspect.isclass(value) or inspect.isroutine(value):
         doc = inspect.getdoc(value) if not inspect.isclass(value) else value.__doc__
@@ -85,7 +87,7 @@ def test_name_exists_and_is_documented(module, name):
         assert first.rstrip().endswith((".", ":")), f"{module}.{name}: begin with a sentence"
 
 
-@pytest.mark.parametrize("module", MODULES)
+@each("module", MODULES)
 def test_module_is_documented(module):
     assert importlib.import_module(module).__doc__, f"{module} has no docstring"
 

@@ -38,7 +38,6 @@ __all__ = ["FuzzReport", "Violation", "fuzz_certificates"]
 
 _SHAPES = ((6,), (4,), (3, 4), (4, 6), (4, 5, 6), (2, 4, 4), (4, 3, 3), (1, 5, 3), (8, 4))
 _LARGEST = 300  # entries of a sample
-_TOGETHER = 16  # graphs that are certified as one model with so many outputs
 _POINTS, _PAIRS, _HALVINGS = 4, 24, 24
 _FAR = 1000.0  # where the blinded graphs begin to move
 _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, OverflowError)
@@ -124,17 +123,6 @@ class _Graph(nn.Module):
         start = ["x - 1000, relu"] if self.blind else []
         steps = [f"{name}({i}, {j})" for name, _, i, j in self.steps]
         return f"{self.shape}: " + " -> ".join([*start, *steps]) + f" -> {self.outputs}"
-
-
-class _Several(nn.Module):
-    """Graphs side by side, so that they are exported at once."""
-
-    def __init__(self, graphs: Sequence[_Graph]) -> None:
-        super().__init__()
-        self.graphs = nn.ModuleList(graphs)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(y for graph in self.graphs for y in graph(x))
 
 
 def _samplers() -> list[tuple[str, Any]]:
@@ -255,50 +243,35 @@ def fuzz_certificates(
     while (graphs is None or number < graphs) and (
         seconds is None or time.monotonic() - start < seconds
     ):
-        together = 1 if direct else _TOGETHER
-        count = together if graphs is None else min(together, graphs - number)
         shape = random.Random(f"{seed}, {number}").choice(_SHAPES)
-        drawn = [_draw_graph(seed + number + i, shape, records) for i in range(count)]
-        number += count
-        _try(drawn, report, direct)
+        _try(_draw_graph(seed + number, shape, records), report, direct)
+        number += 1
         if progress is not None:
             progress(report)
     return report
 
 
-def _try(drawn: list[_Graph], report: FuzzReport, direct: bool) -> None:
-    """Certify graphs together, or apart where one of them is refused."""
+def _try(graph: _Graph, report: FuzzReport, direct: bool) -> None:
+    """Certify a graph and try what is claimed."""
+    report.graphs += 1
     try:
-        bounds, exact = _certified(drawn, direct)
+        bounds, exact = _certified(graph, direct)
     except UncertifiableError:
-        found = None
+        report.refused += 1
     except _FAILURES as error:
         found = f"{type(error).__name__}: {error}"[:300]
+        report.violations.append(Violation(graph.seed, graph.text(), 0.0, 0.0, found))
     else:
-        for graph in drawn:
-            parts = [bounds.pop(0) for _ in graph.outputs]
-            report.graphs += 1
-            report.certified += 1
-            report.operations.update({name for name, *_ in graph.steps})
-            _attack(graph, math.hypot(*parts), exact and len(drawn) == 1, report)
-        return
-    if len(drawn) > 1:
-        middle = len(drawn) // 2
-        _try(drawn[:middle], report, direct)
-        _try(drawn[middle:], report, direct)
-        return
-    report.graphs += 1
-    if found is None:
-        report.refused += 1
-    else:
-        report.violations.append(Violation(drawn[0].seed, drawn[0].text(), 0.0, 0.0, found))
+        report.certified += 1
+        report.operations.update({name for name, *_ in graph.steps})
+        _attack(graph, math.hypot(*bounds), exact, report)
 
 
-def _certified(drawn: list[_Graph], direct: bool) -> tuple[list[float], bool]:
+def _certified(graph: _Graph, direct: bool) -> tuple[list[float], bool]:
     """Return the bounds of all outputs, and whether the whole is said to be exact."""
-    model = (_Several(drawn) if len(drawn) > 1 else drawn[0]).eval()
-    effort = ("default", "fast", "tight")[drawn[0].seed % 3]
-    x = torch.zeros(1, *drawn[0].shape, dtype=torch.float64)
+    model = graph.eval()
+    effort = ("default", "fast", "tight")[graph.seed % 3]
+    x = torch.zeros(1, *graph.shape, dtype=torch.float64)
     if direct:
         with torch.no_grad(), with_effort(effort):
             walker = _traced(model, x)

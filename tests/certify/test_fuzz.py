@@ -144,11 +144,11 @@ def network(seed: int, scales: tuple[float, ...]) -> tuple[nn.Module, torch.Tens
 
 
 def test_random_graphs_are_bounded_from_above():
-    report = fuzz_certificates(160)
+    report = fuzz_certificates(100)
     assert not report.violations, str(report)
-    assert report.graphs == 160
-    assert report.certified > 140  # observed 150; the others hold elu with a negative input_scale
-    assert len(report.operations) > 60  # observed 85
+    assert report.graphs == 100
+    assert report.certified > 88  # observed 91; the others are refused with a reason
+    assert len(report.operations) > 60  # observed 89
     assert statistics.median(report.gaps) < 10  # of bound / largest slope; observed 1.0
 
 

@@ -235,7 +235,13 @@ def weighed(function, weights, *shape):
 UNCERTAIN = [n for n in range(2, 130) if not interpolation(2, n, "nearest", False, None).certain]
 
 
-@pytest.mark.parametrize("size", UNCERTAIN)
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if place % 7 else [])
+        for place, n in enumerate(UNCERTAIN)
+    ],
+)
 def test_uncertain_places_of_nearest_entries_are_no_map_to_go_on_with(size):
     middle = size // 2
     weights = [0.0] * size

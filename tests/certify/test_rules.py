@@ -45,7 +45,7 @@ def test_linear_modules_have_their_norm(name):
     module = module.double().eval()
     x = torch.randn(shape, dtype=torch.float64)
     truth = float(torch.linalg.matrix_norm(jacobian_reference(module, x), 2))
-    bound = certify(module, x[None]).constant
+    bound = certify(module, x[None], lower=False).constant
     # allowed 1e-9 above the norm, observed 4e-12
     assert truth * (1 - 1e-12) <= bound.value <= truth * (1 + 1e-9)
 
@@ -56,7 +56,7 @@ def test_other_padding_modes_are_sound(mode):
     x = torch.randn(3, 6, 5, dtype=torch.float64)
     truth = float(torch.linalg.matrix_norm(jacobian_reference(module, x), 2))
     # the padding and the convolution are bounded apart; observed 1.6
-    assert truth <= certify(module, x[None]).constant.value <= 2.5 * truth
+    assert truth <= certify(module, x[None], lower=False).constant.value <= 2.5 * truth
 
 
 LAMBDAS = {
@@ -105,7 +105,7 @@ def test_functions_are_sound(name):
     model = Lambda(LAMBDAS[name]).eval()
     x = torch.randn(8, 6, dtype=torch.float64)
     truth = max(float(torch.linalg.matrix_norm(jacobian_reference(model, s), 2)) for s in x)
-    bound = certify(model, x).constant.value
+    bound = certify(model, x, lower=False).constant.value
     # parts of one tensor count as independent: at most twice the truth here, observed 1.8
     assert truth * (1 - 1e-12) <= bound <= 2.0 * truth
 
@@ -143,7 +143,7 @@ def test_slopes(name):
     module = SMOOTH[name].double().eval()
     grid = torch.linspace(-12, 12, 240001, dtype=torch.float64).repeat(3, 1).T.requires_grad_()
     (slopes,) = torch.autograd.grad(module(grid).sum(), grid)
-    bound = certify(module, torch.zeros(1, 3, dtype=torch.float64)).constant.value
+    bound = certify(module, torch.zeros(1, 3, dtype=torch.float64), lower=False).constant.value
     largest = float(slopes.abs().max())
     # a grid of 1e-4 misses the supremum by at most 1e-8; RReLU stays below its bound, LogSigmoid
     # reaches its own only at infinity
@@ -165,7 +165,9 @@ def test_slopes(name):
 )
 def test_max_pools(module, expected):
     shape = (2, 8, 8) if "2d" in type(module).__name__ else (2, 8)
-    bound = certify(module.eval(), torch.zeros(1, *shape, dtype=torch.float64)).constant.value
+    bound = certify(
+        module.eval(), torch.zeros(1, *shape, dtype=torch.float64), lower=False
+    ).constant.value
     assert bound == pytest.approx(expected, rel=1e-14)
     single = torch.zeros(64, *shape, dtype=torch.float64)  # one peak seen by several windows
     for i, sample in enumerate(single):
@@ -178,7 +180,7 @@ def test_softmax_and_log_softmax():
     x[0] = torch.tensor([0.0, 0.0, -99, -99, -99])
     x[1] = torch.tensor([99.0, 0, 0, 0, 0])
     for module, expected in ((nn.Softmax(1), 0.5), (nn.LogSoftmax(1), math.sqrt(5))):
-        bound = certify(module.eval(), x).constant.value
+        bound = certify(module.eval(), x, lower=False).constant.value
         truth = max(float(torch.linalg.matrix_norm(jacobian_reference(module, s), 2)) for s in x)
         assert truth <= bound * (1 + 1e-12)
         assert truth == pytest.approx(expected, rel=1e-6)  # both are attained
@@ -190,7 +192,9 @@ def test_batch_norm_uses_running_statistics():
     module.running_var.copy_(torch.tensor([0.25, 4.0, 1.0]))
     with torch.no_grad():
         module.weight.copy_(torch.tensor([-1.0, 5.0, 0.1]))
-    bound = certify(module, torch.zeros(1, 3, 2, 2, dtype=torch.float64)).constant.value
+    bound = certify(
+        module, torch.zeros(1, 3, 2, 2, dtype=torch.float64), lower=False
+    ).constant.value
     truth = 5.0 / math.sqrt(4.0 + module.eps)
     assert truth <= bound <= truth * (1 + 1e-14)
 
@@ -199,5 +203,5 @@ def test_layer_norm_is_bounded_by_its_eps():
     module = nn.LayerNorm(5, eps=1e-2).double().eval()
     x = 1e-3 * torch.randn(10, 5, dtype=torch.float64)
     truth = max(float(torch.linalg.matrix_norm(jacobian_reference(module, s), 2)) for s in x)
-    bound = certify(module, x).constant.value
+    bound = certify(module, x, lower=False).constant.value
     assert truth <= bound <= 1.01 * truth  # near zero it is attained; observed 1.0001

@@ -18,6 +18,7 @@ from orthonet.testing import (
     orthogonality_error,
     tolerances,
 )
+from tests.each import each
 from tests.presets import PRESETS
 from tests.references import polar_gradient_reference, polar_reference
 
@@ -54,7 +55,7 @@ def test_dense_operator_is_orthogonal(name, sizes, dtype):
         assert_orthogonal(layer, sizes[:1], RESIDUAL[dtype])  # in eval mode
 
 
-@pytest.mark.parametrize("case", MATRIX_CASES)
+@each("case", MATRIX_CASES)
 def test_orthogonal_for_hard_parameters(case, dtype):
     layer = OrthoLinear(8, 12, dtype=dtype)
     with torch.no_grad():
@@ -62,7 +63,7 @@ def test_orthogonal_for_hard_parameters(case, dtype):
     assert_orthogonal(layer, (8,), RESIDUAL[dtype])
 
 
-@pytest.mark.parametrize("case", MATRIX_CASES)
+@each("case", MATRIX_CASES)
 def test_rows_have_unit_norm(case, dtype):
     layer = UnitNormLinear(8, 12, dtype=dtype)
     with torch.no_grad():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,6 +18,7 @@ from orthonet.layers import (
     make_linear,
 )
 from tests.presets import PRESETS
+from tests.ranks import two_processes
 
 
 class Rows(nn.Module):
@@ -174,25 +175,15 @@ def outside(rank):
     assert (full(weight) - twin[0].weight).abs().max() < 1e-6
 
 
-def run(rank: int, path: str, what) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    try:
-        what(rank)
-        distributed.barrier()  # nobody leaves while another still talks
-    finally:
-        distributed.destroy_process_group()
-
-
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="gloo is not built in")
 @pytest.mark.parametrize(
     "what", [equal, *(pytest.param(f, marks=pytest.mark.slow) for f in (mixed, outside))]
 )
 def test_two_processes(tmp_path: Path, what):
-    multiprocessing.spawn(run, args=(str(tmp_path / "store"), what), nprocs=2)
+    two_processes(what, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="gloo is not built in")
 def test_two_processes_with_every_layer_of_the_zoo(tmp_path: Path):
-    multiprocessing.spawn(run, args=(str(tmp_path / "store"), zoo), nprocs=2)
+    two_processes(zoo, tmp_path)

@@ -17,10 +17,11 @@ from orthonet.testing import (
     assert_lipschitz,
     dense_operator,
     hard_matrix,
-    jacobian,
     singular_values,
     tolerances,
 )
+from orthonet.testing.laws import assert_compiles
+from tests.references import jacobian_reference
 
 # Observed above 1 on hard parameters: 5.1e-7 (LOT, float32), 3.1e-15 (AOL, float64).
 ALLOWED = tolerances.OPERATOR_PROMISE
@@ -43,7 +44,10 @@ def sigma(layer: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
     if not name.startswith(("CPL", "SLL", "Sandwich", "LipNeXt")):
         return singular_values(layer, shape)
     points = torch.randn(2, *shape, dtype=dtype)
-    values = [torch.linalg.svdvals(jacobian(layer, x).double()) for x in points]
+    training = layer.training
+    layer.eval()
+    values = [torch.linalg.svdvals(jacobian_reference(layer, x).double()) for x in points]
+    layer.train(training)
     return torch.cat(values)
 
 
@@ -169,8 +173,22 @@ FACTORIES = {
 }
 
 
-@pytest.mark.parametrize("name", FACTORIES)
-@pytest.mark.parametrize("law", LAYER_LAWS, ids=lambda law: law.__name__)
+LAWS = [
+    # A layer and the convolution of the same method compile the same parametrization.
+    pytest.param(
+        law,
+        name,
+        marks=[pytest.mark.slow]
+        if law is assert_compiles and name.removesuffix("_linear") in CONVS
+        else [],
+        id=f"{law.__name__}-{name}",
+    )
+    for law in LAYER_LAWS
+    for name in FACTORIES
+]
+
+
+@pytest.mark.parametrize(("law", "name"), LAWS)
 def test_laws(law, name):
     law(FACTORIES[name], SIZE if name.endswith("conv") else (4,))
 

@@ -10,6 +10,7 @@ from orthonet.testing import (
     orthogonality_error,
     tolerances,
 )
+from tests.each import each
 from tests.references import qr_reference
 
 METHODS = {
@@ -27,7 +28,7 @@ def method(request):
 
 
 @pytest.mark.parametrize("shape", MATRIX_SHAPES.values(), ids=MATRIX_SHAPES)
-@pytest.mark.parametrize("case", MATRIX_CASES)
+@each("case", MATRIX_CASES)
 def test_result_is_orthogonal_and_gradient_finite(method, case, shape, dtype):
     w = hard_matrix(case, shape, dtype).requires_grad_()
     q = method(w)
@@ -38,7 +39,7 @@ def test_result_is_orthogonal_and_gradient_finite(method, case, shape, dtype):
 
 
 @pytest.mark.parametrize("shape", MATRIX_SHAPES.values(), ids=MATRIX_SHAPES)
-@pytest.mark.parametrize("case", ["identity", "gaussian", "orthogonal", "repeated", "kappa_1e3"])
+@each("case", ["identity", "gaussian", "orthogonal", "repeated", "kappa_1e3"])
 def test_all_methods_are_gram_schmidt(method, case, shape):
     w = hard_matrix(case, shape, torch.float64)
     # observed 4.8e-14, condition 1e3 times rounding

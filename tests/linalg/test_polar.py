@@ -11,6 +11,7 @@ from orthonet.testing import (
     orthogonality_error,
     tolerances,
 )
+from tests.each import each
 from tests.references import polar_gradient_reference, polar_reference
 
 # observed over all cases and shapes: 2.2e-7 and 7e-16
@@ -18,7 +19,7 @@ RESIDUAL = tolerances.PROMISE
 
 
 @pytest.mark.parametrize("shape", MATRIX_SHAPES.values(), ids=MATRIX_SHAPES)
-@pytest.mark.parametrize("case", MATRIX_CASES)
+@each("case", MATRIX_CASES)
 def test_result_is_orthogonal_and_gradient_finite(case, shape, dtype):
     w = hard_matrix(case, shape, dtype).requires_grad_()
     u = linalg.polar(w)
@@ -31,7 +32,7 @@ def test_result_is_orthogonal_and_gradient_finite(case, shape, dtype):
 
 
 @pytest.mark.parametrize("shape", MATRIX_SHAPES.values(), ids=MATRIX_SHAPES)
-@pytest.mark.parametrize("case", ["identity", "gaussian", "orthogonal", "repeated", "kappa_1e3"])
+@each("case", ["identity", "gaussian", "orthogonal", "repeated", "kappa_1e3"])
 def test_is_the_polar_factor(case, shape):
     w = hard_matrix(case, shape, torch.float64)
     # observed 5.1e-14 (condition 1e3 times rounding)

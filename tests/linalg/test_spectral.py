@@ -3,10 +3,11 @@ import torch
 
 from orthonet import linalg
 from orthonet.testing import MATRIX_CASES, MATRIX_SHAPES, hard_matrix
+from tests.each import each
 
 
 @pytest.mark.parametrize("shape", MATRIX_SHAPES.values(), ids=MATRIX_SHAPES)
-@pytest.mark.parametrize("case", MATRIX_CASES)
+@each("case", MATRIX_CASES)
 def test_estimate_and_bound_enclose_the_norm(case, shape):
     w = hard_matrix(case, shape, torch.float64)
     norm = torch.linalg.matrix_norm(w, 2)

@@ -6,7 +6,8 @@ from torch.autograd import forward_ad
 
 from orthonet.manifolds import PSD, SL, AlmostOrthogonal, DoublyStochastic, SpectralBall, Symplectic
 from orthonet.testing import tolerances
-from tests.manifolds.common import ALSO, CASES, EXACT, SPACES, fits, name, relative
+from tests.each import each
+from tests.manifolds.common import ALSO, CASES, EXACT, SPACES, fits, relative
 from tests.manifolds.test_geometry import GEODESIC
 
 # of forward mode itself
@@ -61,7 +62,7 @@ def arguments_of(space, method, shape, dtype):
     }.get(method, (x, v))
 
 
-@pytest.mark.parametrize("case", GENERIC, ids=name)
+@each("case", GENERIC, of=lambda case: repr(case[0]))
 def test_parametrizations_have_the_same_derivative_in_both_modes(case, dtype):
     space, shape, options = case
     p = space.parametrization(shape, **options).to(dtype)
@@ -73,7 +74,7 @@ def test_parametrizations_have_the_same_derivative_in_both_modes(case, dtype):
     assert abs(forward - reverse) <= EXACT[dtype] + tolerances.rounding(dtype, 200)
 
 
-@pytest.mark.parametrize("method", MAPS)
+@each("method", MAPS)
 @pytest.mark.parametrize(("space", "shape"), FITTING, ids=str)
 def test_maps_of_spaces_have_the_same_derivative_in_both_modes(space, shape, method, dtype):
     if not hasattr(space, method):

@@ -31,9 +31,10 @@ from orthonet.manifolds import (
 )
 from orthonet.manifolds._linear import VectorSpace
 from orthonet.testing import tolerances
-from tests.manifolds.common import CASES, EXACT, SPACES, fits, name, relative
+from tests.each import each
+from tests.manifolds.common import CASES, EXACT, SPACES, fits, relative
 
-every_case = pytest.mark.parametrize("case", CASES, ids=name)
+every_case = each("case", CASES, of=lambda case: repr(case[0]))
 PROJECTED = {torch.float64: 1e-10, torch.float32: 2e-6}  # some projections iterate
 OVERCOMPLETE = (Simplex, DoublyStochastic, Correlation)
 KINKED = (Nonnegative, Bounded, NormBall, SpectralBall, Simplex)

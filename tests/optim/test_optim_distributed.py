@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from orthonet.convert import manifold_groups, on_manifold
 from orthonet.layers import OrthoConv2d, OrthoLinear
 from orthonet.optim import StiefelAdam, StiefelMuon, StiefelSGD, retract_after_step
+from tests.ranks import two_processes
 
 MAKERS = (
     lambda groups, **k: StiefelSGD(groups, lr=0.05, momentum=0.9, **k),
@@ -98,18 +99,12 @@ def sharded(rank):
             assert differ(full, reference.parameters()) < 1e-6  # observed 1.2e-7
 
 
-def run(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    try:
-        replicated(rank)
-        hooked(rank)
-        sharded(rank)
-        distributed.barrier()  # nobody leaves while another still talks
-    finally:
-        distributed.destroy_process_group()
+def run(rank: int) -> None:
+    replicated(rank)
+    hooked(rank)
+    sharded(rank)
 
 
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="gloo is not built in")
 def test_two_processes_move_as_one(tmp_path: Path):
-    multiprocessing.spawn(run, args=(str(tmp_path / "store"),), nprocs=2)
+    two_processes(run, tmp_path)

@@ -7,10 +7,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from torch import distributed, multiprocessing
 
 from orthonet import cli, recipes
+from tests.ranks import two_processes
 from tests.recipes.pictures import make_pictures
 
 # (run, configuration) of every recipe that is no classification of images: those are in
@@ -45,16 +44,10 @@ OTHERS = {
 
 
 def together(rank, folder, names):
-    torch.set_num_threads(1)
-    store = f"file://{folder / 'store'}"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    try:
-        for name in names:
-            run, config = OTHERS[name]
-            report = run(config, folder / name)
-            assert (report is None) == (rank == 1)
-    finally:
-        distributed.destroy_process_group()
+    for name in names:
+        run, config = OTHERS[name]
+        report = run(config, folder / name)
+        assert (report is None) == (rank == 1)
 
 
 def histories(folder, name):
@@ -68,7 +61,7 @@ def histories(folder, name):
 
 def test_two_processes_train_as_one(tmp_path):
     (tmp_path / "two").mkdir()
-    multiprocessing.spawn(together, args=(tmp_path / "two", list(OTHERS)), nprocs=2)
+    two_processes(together, tmp_path, tmp_path / "two", list(OTHERS))
     for name, (run, config) in OTHERS.items():
         report = run(config, tmp_path / "one" / name)
         assert report.summary().count("written:") == 1

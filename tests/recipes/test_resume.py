@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
 
 from orthonet import recipes
 from orthonet.recipes import Images, Split, digits, fit, load
 from orthonet.recipes.running import log as log_module
+from tests.ranks import two_processes
 
 # Not MaxMin: where a patch is black, the biases of a pair meet after a step of Adam, which moves
 # each by the learning rate, and rounding would choose between them.
@@ -70,20 +70,14 @@ def test_a_killed_process_loses_one_epoch_at_most(tmp_path):
 
 
 def together(rank, folder):
-    torch.set_num_threads(1)
-    store = f"file://{folder / 'store'}"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    try:
-        model, history = fit(digits(**SMALL), few(), folder=folder / str(rank))
-    finally:
-        distributed.destroy_process_group()
+    model, history = fit(digits(**SMALL), few(), folder=folder / str(rank))
     torch.save((model.state_dict(), history), folder / f"result{rank}")
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     model, history = fit(digits(**SMALL), few())
-    multiprocessing.spawn(together, args=(tmp_path,), nprocs=2)
+    two_processes(together, tmp_path, tmp_path)
     (state, rows), (other, _) = (torch.load(tmp_path / f"result{rank}") for rank in (0, 1))
     for name, tensor in model.state_dict().items():
         assert torch.equal(state[name], other[name])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,6 +18,7 @@ from orthonet.reparametrizers import (
     OrthoParams,
     register,
 )
+from tests.ranks import two_processes
 
 PARAMS = OrthoParams(BatchedIdentity, BatchedQROrthogonalization)
 
@@ -135,19 +136,13 @@ def sharded(rank, params=PARAMS):
                 q.mul_(1.5)
 
 
-def run(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    try:
-        replicated(rank)
-        sharded(rank)
-        sharded(rank, DEFAULT_ORTHO_PARAMS)
-        distributed.barrier()  # nobody leaves while another still talks
-    finally:
-        distributed.destroy_process_group()
+def run(rank: int) -> None:
+    replicated(rank)
+    sharded(rank)
+    sharded(rank, DEFAULT_ORTHO_PARAMS)
 
 
 @pytest.mark.slow  # by default test_share.py runs two processes, with the engine
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="gloo is not built in")
 def test_two_processes(tmp_path: Path):
-    multiprocessing.spawn(run, args=(str(tmp_path / "store"),), nprocs=2)
+    two_processes(run, tmp_path)

@@ -28,6 +28,7 @@ from orthonet.testing import (
     orthogonality_error,
     tolerances,
 )
+from tests.each import each
 from tests.presets import DISTINCT, PRESETS
 
 ORTHOGONALIZERS = [
@@ -65,7 +66,7 @@ def test_the_published_presets_are_there():
 
 
 @pytest.mark.parametrize("shape", MATRIX_SHAPES.values(), ids=MATRIX_SHAPES)
-@pytest.mark.parametrize("case", MATRIX_CASES)
+@each("case", MATRIX_CASES)
 def test_every_preset_bears_every_parameter(preset, case, shape, dtype):
     weight = OrthoWeight(shape, preset, dtype=dtype)
     set_original(weight, hard_matrix(case, shape, dtype))
@@ -82,11 +83,12 @@ def test_orthogonal_at_init_and_after_training(preset, shape, dtype):
     assert orthogonality_error(weight()) <= RESIDUAL[dtype]
     start, target = weight().detach(), linalg.haar(shape, dtype=dtype)
     optimizer = torch.optim.Adam(weight.parameters(), lr=1e-2)
-    for _ in range(200):
+    for step in range(100):
         optimizer.zero_grad()
         (weight() - target).square().sum().backward()
         optimizer.step()
-        assert orthogonality_error(weight()) <= RESIDUAL[dtype]
+        if step % 5 == 4:
+            assert orthogonality_error(weight()) <= RESIDUAL[dtype]
     end = weight().detach()
     assert float((end - target).norm()) < 0.9 * float((start - target).norm())
 

@@ -14,6 +14,7 @@ from orthonet.layers import OrthoLinear
 from orthonet.linalg.polar_factor import series as _polar_series
 from orthonet.reparametrizers import BatchedPolarOrthogonalization, OrthoWeight
 from orthonet.testing import MATRIX_CASES, hard_matrix, orthogonality_error, tolerances
+from tests.each import each
 from tests.references import polar_gradient_reference, polar_reference
 
 SHAPES = [(24, 24), (40, 12), (12, 40), (3, 10, 10)]
@@ -47,7 +48,7 @@ def test_orthogonal_at_every_step_in_train_and_eval(optimizer, shape, dtype):
     optimizer = optimizer(weight.parameters())
     target = torch.randn(shape, dtype=dtype)
     worst = gradient = 0.0
-    for step in range(200):
+    for step in range(100):
         optimizer.zero_grad()
         w = weight.train()()
         worst = max(worst, orthogonality_error(w.detach()))
@@ -81,7 +82,7 @@ def test_training_with_retractions_is_training(shape):
 
 
 @shapes
-@pytest.mark.parametrize("case", MATRIX_CASES)
+@each("case", MATRIX_CASES)
 def test_jumps(case, shape, dtype):
     weight = OrthoWeight(shape, POLAR, dtype=dtype)
     weight().sum().backward()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,6 +25,7 @@ from orthonet.linalg import retraction
 from orthonet.reparametrizers import OrthoWeight
 from orthonet.reparametrizers.providers.engine import ENGINE
 from tests.presets import PRESETS
+from tests.ranks import two_processes
 
 
 def build(preset="DEFAULT"):
@@ -472,22 +473,17 @@ WHOLE = (replicas, each_its_part, unused_layers, two_networks, left_to_each)
 SHARDS = (sharded, shards_are_seen, checkpoints, full_checkpoints, mixed_precision)
 
 
-def run(rank: int, path: str, functions) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    try:
-        for function in functions:
-            extra = (f"{path}-{function.__name__}",) if function is checkpoints else ()
-            function(rank, *extra)
-            distributed.barrier()  # nobody leaves while another still talks
-    finally:
-        distributed.destroy_process_group()
+def run(rank: int, folder: Path, functions) -> None:
+    for function in functions:
+        extra = (str(folder / "checkpoint"),) if function is checkpoints else ()
+        function(rank, *extra)
+        distributed.barrier()
 
 
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="gloo is not built in")
 @pytest.mark.parametrize("functions", [WHOLE, SHARDS], ids=["whole", "shards"])
 def test_two_processes(tmp_path: Path, functions):
-    multiprocessing.spawn(run, args=(str(tmp_path / "store"), functions), nprocs=2)
+    two_processes(run, tmp_path, tmp_path, functions)
 
 
 def test_one_process_without_a_group_is_told_what_to_do():

@@ -1,5 +1,6 @@
 """Every cell of the table: green, or an error whose text is tested; and the page made of it."""
 
+import functools
 import json
 import warnings
 
@@ -30,6 +31,11 @@ CELLS = [
 ]
 
 
+@functools.cache
+def recorded() -> dict:
+    return json.loads(RESULTS.read_text())
+
+
 @pytest.mark.parametrize(("column", "row"), CELLS)
 def test_cell(column, row):
     for needed in NEEDED.get(column, ()):
@@ -37,12 +43,11 @@ def test_cell(column, row):
             warnings.simplefilter("ignore")  # of other libraries about their own imports
             pytest.importorskip(needed)
     found = cell_of(column, row)
-    recorded = json.loads(RESULTS.read_text())["cells"][column][row]
-    assert found == recorded
+    assert found == recorded()["cells"][column][row]
 
 
 def test_the_results_cover_the_table_and_the_page_is_made_of_them():
-    results = json.loads(RESULTS.read_text())
+    results = recorded()
     assert {c: set(cells) for c, cells in results["cells"].items()} == {
         column: set(ROWS) for column in COLUMNS
     }
