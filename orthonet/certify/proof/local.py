@@ -19,7 +19,7 @@ from torch import Tensor
 from orthonet import _checks
 from orthonet.certify._rows import batch_of, check_inputs
 from orthonet.certify.proof.follow import AFFINE, FUNCTIONS, affine
-from orthonet.certify.proof.nodes import Nodes
+from orthonet.certify.proof.graph import Writer
 from orthonet.errors import UncertifiableError
 
 __all__ = ["Claims", "local_claims"]
@@ -79,7 +79,7 @@ class _Pass:
     """The graph of a file in the ball around one sample."""
 
     def __init__(
-        self, writer: Nodes, constants: dict[str, Tensor], sample: Sequence[Tensor], radius: float
+        self, writer: Writer, constants: dict[str, Tensor], sample: Sequence[Tensor], radius: float
     ) -> None:
         self.radius, self.blocks = radius, []
         self.size = self.count = sum(x.numel() for x in sample)
@@ -441,9 +441,13 @@ class Claims:
             )
         if isinstance(radius, (int, float)) and not isinstance(radius, bool):
             radius = torch.full((count,), float(radius), dtype=torch.float64)
-        fits = radius is None or (isinstance(radius, Tensor) and radius.shape == (count,))
         _checks.require(
-            fits and (radius is None or bool(((radius > 2.0**-200) & (radius < 2.0**200)).all())),
+            radius is None
+            or (
+                isinstance(radius, Tensor)
+                and radius.shape == (count,)
+                and bool(torch.all((radius > 2.0**-200) & (radius < 2.0**200)))
+            ),
             "LipschitzCertificate",
             "radius must be a number from 2^-200 to 2^200, or a tensor of one for each sample",
             "Leave it out for the largest radii that the checker can verify",
@@ -457,11 +461,11 @@ class Claims:
             "Pass integers (N,), not one-hot vectors",
             labels=labels,
         )
-        radii = None if radius is None else tuple(radius.detach().double().tolist())
+        radii = tuple(radius.detach().double().tolist()) if isinstance(radius, Tensor) else None
         return cls(tuple(batch), radii, None if labels is None else tuple(labels.tolist()))
 
 
-def local_claims(writer: Nodes, claims: Claims, pairs: str | None) -> list[dict[str, Any]]:
+def local_claims(writer: Writer, claims: Claims, pairs: str | None) -> list[dict[str, Any]]:
     """The entries of the file for some balls; `pairs` names the table of the file, if it has one.
 
     Raises:
@@ -475,7 +479,7 @@ def local_claims(writer: Nodes, claims: Claims, pairs: str | None) -> list[dict[
 
 
 def _claim(
-    writer: Nodes, claims: Claims, place: int, constants: dict[str, Tensor], table: Tensor | None
+    writer: Writer, claims: Claims, place: int, constants: dict[str, Tensor], table: Tensor | None
 ) -> dict[str, Any] | None:
     """The entry for one sample; None if a class was asked for, and there is no radius."""
     given = [t[place].detach().cpu() for t in claims.batch]
