@@ -25,7 +25,9 @@ __all__ = [
     "floating",
     "in_range",
     "integer",
+    "kernel",
     "lipschitz_constant",
+    "matrices",
     "message",
     "module",
     "non_negative_int",
@@ -284,6 +286,50 @@ def floating(owner: object, /, **tensors: Tensor) -> None:
             f"Convert it, e.g. {name}.to(torch.float32)",
             **{name: value},
         )
+
+
+def matrices(owner: object, /, *, lifted: bool = True, filled: bool = False, **values: Any) -> None:
+    """Every value must be a real or complex matrix, or a batch (*batch, m, n) of them.
+
+    Unless it is `lifted` to single precision by whoever asks, half precision is refused: LAPACK has
+    none. A `filled` one has entries.
+    """
+    tensor(owner, **values)
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            continue
+        good = value.is_floating_point() or value.is_complex()
+        require(
+            good and (lifted or value.dtype.itemsize >= 4),
+            owner,
+            f"{name} must be a floating-point tensor"
+            + ("" if lifted else " in single or double precision"),
+            f"Convert it, e.g. {name}.float()",
+            **{name: value},
+        )
+        require(
+            value.ndim >= 2 and (value.numel() > 0 or not filled),
+            owner,
+            f"{name} must be a matrix or a batch of matrices (*batch, m, n)"
+            + (" with entries" if filled else ""),
+            "Reshape it, e.g. kernel.flatten(1) or vector[None]",
+            **{name: value},
+        )
+
+
+def kernel(owner: object, kernel: Any, groups: Any, /) -> None:
+    """A real matrix or kernel (out, in / groups, *taps) with at most three dimensions of taps."""
+    floating(owner, kernel=kernel)
+    positive_int(owner, groups=groups)
+    require(
+        2 <= kernel.ndim <= 5 and kernel.numel() > 0 and kernel.shape[0] % groups == 0,
+        owner,
+        "kernel must be (out, in / groups, *taps) with entries, up to three dimensions of taps, "
+        "and groups must divide out",
+        "Pass the weight of a linear or convolutional layer, and its groups",
+        kernel=kernel,
+        groups=groups,
+    )
 
 
 def weight_shape(owner: object, shape: Any, name: str = "weight_shape") -> tuple[int, ...]:

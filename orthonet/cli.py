@@ -6,6 +6,7 @@ import argparse
 import difflib
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(_parsed(argv))
     command, resumes = arguments.pop("command"), arguments.pop("resumes")
     try:
-        command(**arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command(**arguments)
     except KeyboardInterrupt:
         again = shlex.join(["orthonet", *argv])
         again += " --resume" if resumes == "resume" and "--resume" not in argv else ""
@@ -79,10 +82,15 @@ def _run(
         _write(report.summary())
 
 
+def _show_warning(message: Any, category: Any, filename: str, *_: Any) -> None:
+    """Show a warning as the errors are shown: its place in the library helps nobody here."""
+    _write(f"orthonet: warning: {message}", sys.stderr)
+
+
 def _certify(source: str, *, quiet: bool, **arguments: Any) -> None:
     files = {name: arguments.pop(name) for name in ("out", "report") if name in arguments}
     common: dict[str, Any] = {**files, "progress": not quiet, "tell": _write}
-    if is_name(source) and not Path(source).exists():
+    if arguments.get("trusted") or (is_name(source) and not Path(source).exists()):
         config = recipes.CertifyConfig(source, **arguments)
         report = recipes.certify_named(config, **common)
     else:
@@ -102,6 +110,7 @@ def _certify(source: str, *, quiet: bool, **arguments: Any) -> None:
         )
         if "data" in arguments:
             arguments["data_root"] = arguments.pop("data")
+        arguments.pop("trusted", None)
         report = recipes.certify_checkpoint(source, **common, **arguments)
     _write(report.summary(certificate=False))
 
@@ -109,6 +118,8 @@ def _certify(source: str, *, quiet: bool, **arguments: Any) -> None:
 def _convert(source: str, *, out: Path, **options: Any) -> None:
     _write(recipes.convert_file(source, out, **options).summary())
     _write(f"written:\n  {out}")
+    shape = " ".join(map(str, options.get("input_shape", ("C", "H", "W"))))
+    _write(f"certify it: orthonet certify {shlex.quote(str(out))} --trusted --input-shape {shape}")
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
@@ -169,7 +180,7 @@ def _add_certify(commands: Any) -> None:
         "source",
         metavar="CHECKPOINT or package.module:function",
         help="A checkpoint of orthonet train, .pt or .safetensors, or the function that makes the "
-        "model, without arguments",
+        "model, without arguments, or with --trusted a model of orthonet convert",
     )
     example = recipes.CertifyConfig("module:function")
     for parsed in parsed_options(recipes.CertifyConfig, example, {"source": None}):
@@ -203,6 +214,14 @@ def _add_convert(commands: Any) -> None:
         default=argparse.SUPPRESS,
         metavar="FILE",
         help="File of the weights that the model loads first, .pt or .safetensors",
+    )
+    converter.add_argument(
+        "--input-shape",
+        type=int,
+        nargs="+",
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="Shape of one input; with it the report ends with the constant that is proved",
     )
     for parsed in parsed_arguments(convert.orthogonalize):
         _add_option(converter, parsed)

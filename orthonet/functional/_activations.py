@@ -416,6 +416,7 @@ def spatial_shift(x: Tensor, fraction: float = 0.5, padding_mode: str = "circula
     """
     in_range("spatial_shift", 0.0, 1.0, fraction=fraction)
     one_of("spatial_shift", ("zeros", "circular"), padding_mode=padding_mode)
+    real_input("spatial_shift", x)
     require(
         x.ndim >= 3,
         "spatial_shift",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import functional
-from orthonet._checks import in_range, integer, positive_int, require
+from orthonet._checks import factory, in_range, integer, positive_int, real_input, require
 from orthonet.layers._declared import REARRANGEMENT, Declared, Norms, isometric, length_of, refuse
 from orthonet.linalg.bounds.sizes import Rounding
 
@@ -143,6 +143,7 @@ class _Learnable(_AlongDim):
     ) -> None:
         super().__init__(dim)
         positive_int(self, channels=channels)
+        factory(self, device, dtype)
         require(
             channels % self._group == 0,
             self,
@@ -226,6 +227,7 @@ class FullSort(_AlongDim):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        real_input(self, x)
         require(
             -x.ndim <= self.dim < x.ndim,
             self,

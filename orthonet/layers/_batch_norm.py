@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthonet._checks import boolean, in_range, positive_int, real_input, require
+from orthonet._checks import boolean, factory, in_range, positive_int, real_input, require
 from orthonet.layers._declared import (
     Declared,
     Norms,
@@ -41,6 +41,7 @@ class _BatchStatistics(nn.Module):
         self.num_features = num_features
         self.momentum = momentum
         # As `nn.BatchNorm2d`: the count is needed for a cumulative average alone.
+        factory(self, device, None)
         count = None if momentum is not None else torch.zeros((), dtype=torch.long, device=device)
         self.register_buffer("num_batches_tracked", count)
 
@@ -53,6 +54,7 @@ class _BatchStatistics(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         """Make a number for each channel: buffers, and parameters where they are wanted."""
+        factory(self, device, dtype)
         for name in (*averages, *learned):
             value = torch.empty(self.num_features, device=device, dtype=dtype)
             if name in averages:
@@ -304,6 +306,13 @@ class BatchScaling(_BatchStatistics):
         super().__init__(num_features, momentum, device)
         in_range(self, 1e-12, 1.0, eps=eps)
         boolean(self, bias=bias, centering=centering)
+        require(
+            factors is None or isinstance(factors, SharedFactors),
+            self,
+            "factors must be a SharedFactors",
+            "Make one SharedFactors() and pass it to every layer that shares",
+            factors=factors,
+        )
         self.eps = eps
         self.centering = centering
         self._register(("running_mean", "running_square"), ("bias",), bias, device, dtype)

@@ -140,7 +140,7 @@ class LayerCentering(nn.Module):
 
     def __init__(self, dim: int | Sequence[int] = (-2, -1)) -> None:
         super().__init__()
-        self.dim = (dim,) if isinstance(dim, (int, str)) else tuple(dim)
+        self.dim = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
         for each in self.dim:
             integer(self, dim=each)
         require(len(self.dim) > 0, self, "dim must not be empty", "Use dim=-1", dim=dim)

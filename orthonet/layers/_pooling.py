@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from orthonet import functional
-from orthonet._checks import boolean, fail, non_negative_int, one_of, positive_int, require
+from orthonet._checks import (
+    boolean,
+    fail,
+    non_negative_int,
+    one_of,
+    positive_int,
+    real_input,
+    require,
+)
 
 __all__ = [
     "AdaptiveL2NormPool",
@@ -84,6 +92,7 @@ class _AdaptivePool(nn.Module):
             positive_int(self, output_size=size)
 
     def _window(self, x: Tensor) -> tuple[int, ...]:
+        real_input(self, x)
         sizes = tuple(x.shape[-self.dims :])
         require(
             x.ndim > self.dims

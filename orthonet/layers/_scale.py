@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from orthonet._checks import in_range, positive_int, require
+from orthonet._checks import in_range, positive_int, require, tensor
 from orthonet.layers._declared import Declared, Norms
 
 __all__ = ["FirstChannels", "Scale"]
@@ -71,6 +71,7 @@ class FirstChannels(nn.Module):
         self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
+        tensor(self, x=x)
         require(
             x.ndim >= 2 and x.shape[1] >= self.channels,
             self,

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from orthonet._checks import boolean, integer, require
+from orthonet._checks import boolean, factory, integer, real_input, require
 from orthonet.functional import safe_sqrt
 
 __all__ = [
@@ -88,8 +88,9 @@ class ConvexResidual(_Residual):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(branch)
+        factory(self, device, dtype)
         require(
-            0 < init < 1,
+            isinstance(init, (int, float)) and 0 < init < 1,
             self,
             "init must lie strictly between 0 and 1",
             "Use init=0.5, or drop the branch or the skip connection",
@@ -109,6 +110,7 @@ class ConvexResidual(_Residual):
         return self.logit.to(torch.promote_types(self.logit.dtype, torch.float32)).sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
+        real_input(self, x)
         alpha = self.alpha
         return ((1 - alpha) * x + alpha * self._branch(x)).to(x.dtype)
 
@@ -153,6 +155,7 @@ class ConcatResidual(_Residual):
         self.shuffle = shuffle
 
     def forward(self, x: Tensor) -> Tensor:
+        real_input(self, x)
         require(
             -x.ndim <= self.dim < x.ndim and x.shape[self.dim] % 2 == 0,
             self,
@@ -260,7 +263,10 @@ class PrescaledResidual(_Residual):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(branch)
-        require(0 < init < math.inf, self, "init must be positive", "Use init=1.0", init=init)
+        factory(self, device, dtype)
+        number = isinstance(init, (int, float)) and not isinstance(init, bool)
+        good = number and 0 < init < math.inf
+        require(good, self, "init must be positive", "Use init=1.0", init=init)
         self.init = init
         self.log_gain = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.reset_parameters()
@@ -276,6 +282,7 @@ class PrescaledResidual(_Residual):
         return self.log_gain.to(wide).clamp(-20.0, 20.0).exp()
 
     def forward(self, x: Tensor) -> Tensor:
+        real_input(self, x)
         gain = self.gain
         return ((x + self._branch((gain * x).to(x.dtype))) / (1 + gain)).to(x.dtype)
 

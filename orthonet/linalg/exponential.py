@@ -210,6 +210,7 @@ def rotate_base(w: Tensor, base: Tensor, *, degree: int = 12) -> Tensor:
         2019; Celledoni & Iserles, *Approximating the exponential from a Lie algebra to a Lie
         group*, Math. Comp. 69 (2000), for the low-rank form.
     """
+    _checks.matrices("rotate_base", w=w, base=base)
     _checks.require(
         w.shape == base.shape,
         "rotate_base",

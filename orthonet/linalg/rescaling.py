@@ -86,6 +86,7 @@ def gershgorin_scale(
         Araujo, Havens, Delattre, Allauzen & Hu, *A unified algebraic perspective on Lipschitz
         neural networks*, ICLR 2023.
     """
+    _checks.kernel("gershgorin_scale", kernel, groups)
     overlaps = _row_overlaps(kernel, groups)
     if weights is None:
         return overlaps.sum(-1).flatten()
@@ -119,6 +120,7 @@ def almost_orthogonal(kernel: Tensor, *, groups: int = 1) -> Tensor:
         Prach & Lampert, *Almost-orthogonal layers for efficient general-purpose Lipschitz
         networks*, ECCV 2022, theorem 1 (matrices) and theorem 2 (convolutions).
     """
+    _checks.kernel("almost_orthogonal", kernel, groups)
     work = _unit_scale(kernel.to(compute_dtype(kernel.dtype)))
     rows, columns = kernel.shape[0] // groups, kernel.shape[1]
     flip = rows >= columns
@@ -158,6 +160,7 @@ def normalized_frobenius(kernel: Tensor, *, groups: int = 1, reads: int | None =
         >>> normalized_frobenius(torch.tensor([[3.0, 4.0]]))
         tensor([[0.6000, 0.8000]])
     """
+    _checks.kernel("normalized_frobenius", kernel, groups)
     work = _unit_scale(kernel.to(compute_dtype(kernel.dtype))).unflatten(0, (groups, -1))
     dims = kernel.ndim - 2
     if dims == 0:
@@ -207,7 +210,7 @@ def convolution_norm_upper(kernel: Tensor, *, groups: int = 1, niters: int = 6) 
         Ehlich & Zeller, *Schwankung von Polynomen zwischen Gitterpunkten*, Math. Z. 86 (1964);
         Delattre et al., ICML 2023 (Gram iteration).
     """
-    _checks.floating("convolution_norm_upper", kernel=kernel)
+    _checks.kernel("convolution_norm_upper", kernel, groups)
     _checks.non_negative_int("convolution_norm_upper", niters=niters)
     work = kernel.to(compute_dtype(kernel.dtype))
     largest = work.detach().abs().amax()

@@ -42,6 +42,15 @@ def power_iteration(w: Tensor, u: Tensor, *, niters: int = 3) -> tuple[Tensor, T
         2.0
     """
     _checks.floating("power_iteration", w=w, u=u)
+    _checks.matrices("power_iteration", filled=True, w=w)
+    _checks.require(
+        u.ndim >= 1 and u.shape[-1] == w.shape[-2],
+        "power_iteration",
+        "u must have an entry for each row of w, (*batch, m)",
+        "Pass e.g. torch.ones(w.shape[:-1])",
+        u=u,
+        w=w,
+    )
     _checks.positive_int("power_iteration", niters=niters)
     u, v = leading_vectors(w, u, niters)
     sigma = (u.unsqueeze(-2) @ w @ v.unsqueeze(-1)).squeeze(-1).squeeze(-1)
@@ -111,6 +120,7 @@ def gram_iteration(w: Tensor, *, niters: int = 6) -> Tensor:
         convolutional layers by Gram iteration*, ICML 2023.
     """
     _checks.floating("gram_iteration", w=w)
+    _checks.matrices("gram_iteration", filled=True, w=w)
     _checks.non_negative_int("gram_iteration", niters=niters)
     gram = w if w.shape[-2] >= w.shape[-1] else w.mT
     log_bound = gram.new_zeros(gram.shape[:-2])

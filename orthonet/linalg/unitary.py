@@ -63,6 +63,7 @@ def cayley_rectangular(w: Tensor) -> Tensor:
         Trockman & Kolter, *Orthogonalizing convolutional layers with the Cayley transform*, ICLR
         2021, section 4 and appendix on semi-orthogonal layers.
     """
+    _checks.matrices("cayley_rectangular", lifted=False, w=w)
     m, n = w.shape[-2:]
     if m < n:
         return cayley_rectangular(w.mT).mT
@@ -129,6 +130,7 @@ def block_reflector(v: Tensor) -> Tensor:
         Lai, Huang, Wang & Zhang, *Enhancing certified robustness via block reflector orthogonal
         layers and logit annealing loss*, ICML 2025, section 4.
     """
+    _checks.matrices("block_reflector", lifted=False, v=v)
     length = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
     tiny = torch.finfo(length.dtype).tiny ** 0.5
     v = v / length.clamp_min(tiny)
@@ -167,6 +169,8 @@ def cholesky_contraction(w: Tensor) -> Tensor:
         Hu, Leino, Wang & Fredrikson, *A recipe for improved certifiable robustness*, ICLR 2024
         (Cholesky-orthogonalized residual dense layers).
     """
+    _checks.matrices("cholesky_contraction", lifted=False, w=w)
+    _checks.floating("cholesky_contraction", w=w)
     if w.shape[-2] > w.shape[-1]:
         return cholesky_contraction(w.mT).mT
     largest = w.detach().abs().amax(-1, keepdim=True)
@@ -203,6 +207,7 @@ def unitary_polar(w: Tensor) -> Tensor:
         Xu, Li & Li, *LOT: layer-wise orthogonal training on improving l2 certified robustness*,
         NeurIPS 2022.
     """
+    _checks.matrices("unitary_polar", lifted=False, w=w)
     if w.shape[-2] < w.shape[-1]:
         return unitary_polar(w.mH).mH
     if in_transform(w):

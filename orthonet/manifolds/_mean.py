@@ -62,7 +62,7 @@ def frechet_mean(
     """
     geodesic: Any = space
     _checks.require(
-        hasattr(space, "log") and hasattr(space, "exp"),
+        isinstance(space, Manifold) and hasattr(space, "log") and hasattr(space, "exp"),
         "frechet_mean",
         "the space must have a logarithm and an exponential",
         "Use one whose geodesics have a closed form, such as PSD()",

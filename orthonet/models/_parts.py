@@ -47,7 +47,7 @@ def sizes_of(owner: str, **values: Sequence[int]) -> None:
 def shape_of(owner: str, in_shape: Sequence[int], *names: str) -> tuple[int, ...]:
     """The shape of one input, which must have these dimensions."""
     _checks.require(
-        len(in_shape) == len(names),
+        isinstance(in_shape, (tuple, list)) and len(in_shape) == len(names),
         owner,
         f"in_shape must be ({', '.join(names)})",
         "Give them all",

@@ -221,6 +221,7 @@ def adopt(module: nn.Module) -> nn.Module:
         >>> layer.weight is layer.weight
         True
     """
+    _checks.module("adopt", module=module)
     for part in module.modules():
         if is_parametrized(part):
             _adopt(part)

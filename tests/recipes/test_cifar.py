@@ -66,6 +66,16 @@ def test_what_is_missing_or_broken_is_told(tmp_path):
     (folder / "data_batch_1").write_bytes(pickle.dumps({b"data": content(0)[0], b"labels": [77]}))
     with pytest.raises(ValueError, match="classes from 0 to 9"):
         load_cifar10(tmp_path)
+    (folder / "data_batch_1").write_bytes(pickle.dumps({b"data": content(0)[0], b"labels": None}))
+    with pytest.raises(ValueError, match=r"must be a batch of CIFAR.*data_batch_1"):
+        load_cifar10(tmp_path)
+    (folder / "data_batch_4").unlink()
+    (folder / "test_batch").unlink()
+    with pytest.raises(FileNotFoundError, match=r"all batches.*'data_batch_4', 'test_batch'"):
+        load_cifar10(folder)
+    (tmp_path / "cifar-10-batches-bin" / "data_batch_3.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="bytes=0"):
+        load_cifar10(tmp_path / "cifar-10-batches-bin")
 
 
 def test_crops_are_windows_of_the_padded_image_and_flips_mirror():

@@ -125,6 +125,8 @@ def test_errors_say_what_to_do(pictures, tmp_path, capsys, monkeypatch):
     shutil.copytree(pictures / "val" / "red", copy / "val" / "red")
     with pytest.raises(ValueError, match=r"every file must be a whole picture, got file=.*00.png"):
         parts(ImageFolders(config(copy)), 1)
+    with pytest.raises(ValueError, match=r"^orthonet train folder: every file .*00.png[^\n]*$"):
+        parts(ImageFolders(config(copy, workers=1)), 1)
     with pytest.raises(ValueError, match="multiple of the number of processes, got batch_size=12"):
         parts(ImageFolders(config(pictures)), 1, 0, 5)
     monkeypatch.setitem(sys.modules, "torchvision.transforms", None)

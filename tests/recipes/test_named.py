@@ -1,6 +1,7 @@
 """`orthonet certify package.module:function`: models and weights of the user's own."""
 
 import json
+import shlex
 import sys
 
 import pytest
@@ -17,6 +18,9 @@ from orthonet.layers import MaxMin, OrthoLinear
 
 def make():
     return nn.Sequential(nn.Flatten(), OrthoLinear(64, 16), MaxMin(), OrthoLinear(16, 10))
+
+def stock():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
 
 def colors():
     return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), OrthoLinear(12, 3))
@@ -95,6 +99,26 @@ def test_a_shape_is_enough_for_the_certificate(nets, capsys):
     assert cli.main([*f"certify {nets}:make --input-shape 1 8 8 --quiet".split()]) == 0
     out = capsys.readouterr().out
     assert "Lipschitz constant (l2, upper): 1" in out and "accuracy" not in out
+    assert cli.main(f"certify {nets}:make --input-shape 1 8 8 --norm linf --quiet".split()) == 0
+    assert "Lipschitz constant (linf, upper): " in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_converted_model_is_certified_from_its_file(nets, capsys):
+    """The command that `orthonet convert` prints runs as it is printed."""
+    command = f"convert {nets}:stock --activation max_min --out 'new net.pt' --input-shape 1 8 8"
+    assert cli.main(shlex.split(command)) == 0
+    told = capsys.readouterr()
+    assert told.err.startswith("orthonet: warning: orthogonalize: ")  # it is untrained
+    assert told.err.count("\n") == 1
+    assert "Lipschitz constant: at most 1" in told.out
+    line = told.out.splitlines()[-1].removeprefix("certify it: orthonet ")
+    assert line == "certify 'new net.pt' --trusted --input-shape 1 8 8"
+    assert cli.main([*shlex.split(line), "--quiet"]) == 0
+    assert "Lipschitz constant (l2, upper): 1" in capsys.readouterr().out
+    line += " --data digits --evaluated 5 --attack-steps 1 --quiet"
+    assert cli.main(shlex.split(line)) == 0
+    assert "(5 images)" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_sentence(nets, tmp_path, capsys):
@@ -116,6 +140,13 @@ def test_mistakes_are_one_sentence(nets, tmp_path, capsys):
     for command, words in (
         (f"{nets}:make", "data or input_shape must be given"),
         (f"{nets}:make {shape} --out there", "out needs images"),
+        (f"{nets}:make {shape} --local 3", "local needs images"),
+        (f"{nets}:make {shape} --report .", "report must not be a folder"),
+        (f"pickle.pt {shape}", "--trusted reads a model that was saved whole"),
+        (f"absent.pt {shape} --trusted", "source must be a file that exists, got source='absent"),
+        (f"other.pt {shape} --trusted", "it holds a state_dict"),
+        (f"cut.pt {shape} --trusted", "must be a model that torch.save wrote whole, got path='cut"),
+        (f"empty.pt {shape} --trusted", "must be a model that torch.save wrote whole"),
         (f"{nets}:absent {shape}", "must have a function of that name"),
         (f"{nets}:none {shape}", "must return a torch.nn.Module"),
         ("no_such_file:make --data digits", "No module named 'no_such_file'"),

@@ -54,6 +54,7 @@ def test_idx_files_are_found_and_read(tmp_path, name, inside, compressed):
 
 
 def test_the_place_of_the_package_is_looked_in_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     place = write_idx(tmp_path / "usr")
     monkeypatch.setitem(
         sets.IMAGE_SETS,
@@ -62,9 +63,13 @@ def test_the_place_of_the_package_is_looked_in_last(tmp_path, monkeypatch):
             read=lambda root: idx.load_idx(idx.FASHION._replace(places=(str(place),)), root)
         ),
     )
-    assert len(load("fashion", tmp_path / "nothing").test.y) == 20
+    assert len(load("fashion").test.y) == 20
+    # A folder that is named is not replaced by another one.
+    with pytest.raises(FileNotFoundError, match=f"leave it out: the files are in {place}"):
+        load("fashion", tmp_path / "nothing")
     write_idx(tmp_path / "data" / "FashionMNIST" / "raw", test=10)
-    assert len(load("fashion", tmp_path / "data").test.y) == 10
+    for root in ("data", tmp_path / "data"):
+        assert len(load("fashion", root).test.y) == 10
     # The folders of Debian's package dataset-fashion-mnist, as `dpkg -L` lists them.
     assert idx.FASHION.places[0] == "/usr/share/datasets/fashion-mnist"
 
@@ -108,8 +113,15 @@ def test_damaged_idx_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="as many classes from 0 to 9"):
         load("fashion", tmp_path)
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises((ValueError, FileNotFoundError)):
+    (folder / "train-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"all four files.*missing=.'train-labels-idx1"):
         load("fashion", tmp_path)
+    small = write_idx(tmp_path / "small")
+    for part, number in (("train", 60), ("t10k", 20)):
+        pixels = gzip.compress(idx_bytes(torch.zeros(number, 32, 32, dtype=torch.uint8)))
+        (small / f"{part}-images-idx3-ubyte.gz").write_bytes(pixels)
+    with pytest.raises(ValueError, match=r"fashion must have the shape \(1, 28, 28\).*\(1, 32, 32"):
+        load("fashion", small)
 
 
 def test_validation_images_are_part_of_the_training_images_and_always_the_same(tmp_path):
@@ -269,9 +281,13 @@ def test_fashion_trains_and_is_certified_on_some_of_its_images(tmp_path):
 
 
 def test_the_demo_takes_fashion_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(named, "FASHION", idx.FASHION._replace(places=()))
-    assert recipes.demo(data_root=str(tmp_path)) == recipes.mnist5k(data_root=str(tmp_path))
-    assert recipes.demo(data_root=str(tmp_path), epochs=3).epochs == 3
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"")
-    found = recipes.demo(data_root=str(tmp_path))
-    assert found == recipes.fashion(data_root=str(tmp_path), cpu_seconds=200.0)
+    assert recipes.demo() == recipes.mnist5k()
+    assert recipes.demo(epochs=3).epochs == 3
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-images-idx3-ubyte.gz").write_bytes(b"")
+    assert recipes.demo() == recipes.fashion(cpu_seconds=200.0)
+    # Who names a folder means Fashion-MNIST, and never gets another set in silence.
+    asked = recipes.demo(data_root="nowhere")
+    assert asked == recipes.fashion(data_root="nowhere", cpu_seconds=200.0)

@@ -185,13 +185,6 @@ def read_layers(
     Neighboring affine maps are composed; identities are put between neighboring activations. An
     activation at the end is bounded by its largest slopes; with `whole` an identity follows it.
     """
-    _checks.require(
-        isinstance(model, (nn.Module, Affine, Activation)) or hasattr(model, "__iter__"),
-        owner,
-        "layers must be an nn.Sequential, or an iterable of modules, Affine and Activation",
-        "Pass the chain, e.g. nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))",
-        layers=model,
-    )
     affine: list[Affine] = []
     activations: list[Activation] = []
     for layer in _flat(model, owner):
@@ -257,6 +250,14 @@ def _hooked(module: nn.Module) -> bool:
 
 def _flat(model: Layer | Iterable[Layer], owner: str) -> Iterable[Layer]:
     """The layers in the order of their calls: of a Sequential that calls one after the other."""
+    _checks.require(
+        isinstance(model, (nn.Module, Affine, Activation))
+        or (isinstance(model, Iterable) and not isinstance(model, (str, bytes, Tensor, dict))),
+        owner,
+        "layers must be an nn.Sequential, or an iterable of modules, Affine and Activation",
+        "Pass the chain, e.g. nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))",
+        layers=model,
+    )
     if isinstance(model, nn.Sequential):
         own = [n for n in _CALLED if getattr(type(model), n) is not getattr(nn.Sequential, n)]
         _checks.require(

@@ -48,6 +48,13 @@ class Manifold(nn.Module):
 
     def __init__(self, space: manifolds.Manifold) -> None:
         super().__init__()
+        _checks.require(
+            isinstance(space, manifolds.Manifold),
+            self,
+            "space must be a space of orthonet.manifolds",
+            "Pass e.g. orthonet.manifolds.Sphere()",
+            space=space,
+        )
         self.space = space
         self.ndim = space.event_ndim
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from orthonet import constraints
+from orthonet import _checks, constraints
 from orthonet.compat.geotorch import _spaces as spaces
 from orthonet.manifolds.scalar import Scalar
 from orthonet.manifolds.trivialization import Triv
@@ -33,8 +33,23 @@ __all__ = [
 M = TypeVar("M", bound=nn.Module)
 
 
+def _tensor_of(module: nn.Module, tensor_name: str, cls: type) -> Tensor:
+    _checks.module(cls, module=module)
+    found = getattr(module, tensor_name, None) if isinstance(tensor_name, str) else None
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    _checks.require(
+        isinstance(found, Tensor),
+        cls,
+        "tensor_name must name a tensor of the module",
+        f"Choose one of {', '.join(names)}" if names else "This module holds none of its own",
+        tensor_name=tensor_name,
+        module=module,
+    )
+    return found  # type: ignore[return-value]
+
+
 def _register(module: M, tensor_name: str, cls: type, *args: Any) -> M:
-    tensor: Tensor = getattr(module, tensor_name)
+    tensor = _tensor_of(module, tensor_name, cls)
     space = cls(tuple(tensor.shape), *args).to(tensor.device, tensor.dtype)
     init = None if tensor.is_meta else space.sample()
     return constraints.constrain(module, tensor_name, space, init=init)
@@ -42,7 +57,8 @@ def _register(module: M, tensor_name: str, cls: type, *args: Any) -> M:
 
 def symmetric(module: M, tensor_name: str = "weight", lower: bool = True) -> M:
     """Constrain to symmetric matrices: a triangle of the present weight is reflected."""
-    value = spaces.Symmetric(lower)(getattr(module, tensor_name).detach())
+    tensor = _tensor_of(module, tensor_name, spaces.Symmetric)
+    value = spaces.Symmetric(lower)(tensor.detach())
     return constraints.symmetric(module, tensor_name, lower, init=value)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from orthonet import _checks
 from orthonet._torch import in_forward_mode, is_traced
 from orthonet.layers.recurrent.base import RecurrentLayer, State, at_last
 from orthonet.layers.recurrent.cells import RecurrentCell
@@ -221,6 +222,7 @@ class OrthoGRUCell(RecurrentCell, nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the next state; `hx` defaults to zeros."""
+        _checks.real_input(self, input, "input")
         with torch.autocast(input.device.type, enabled=False):
             x, states, single = self._prepared(input, hx)
             h = torch.gru_cell(x, states[0], *self._weights(x))
@@ -253,6 +255,7 @@ class OrthoLSTMCell(RecurrentCell, nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the next states (h, c); `hx` defaults to zeros."""
+        _checks.real_input(self, input, "input")
         with torch.autocast(input.device.type, enabled=False):
             x, states, single = self._prepared(input, hx)
             h, c = torch.lstm_cell(x, states, *self._weights(x))

@@ -207,6 +207,7 @@ class OrthoRNNCell(RecurrentCell, nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the next state, from the state `hx` (zeros if None)."""
+        _checks.real_input(self, input, "input")
         with torch.autocast(input.device.type, enabled=False):
             x, states, single = self._prepared(input, hx)
             weight_ih, kernel, bias_ih, bias_hh = self._weights(x)

@@ -17,9 +17,9 @@ def image_size_of(owner: object, image_size: Any) -> tuple[int, int] | None:
     """Return `image_size` as (height, width); an integer stands for a square."""
     if image_size is None:
         return None
-    sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    sizes = (image_size, image_size) if isinstance(image_size, int) else image_size
     _checks.require(
-        len(sizes) == 2,
+        isinstance(sizes, (tuple, list)) and len(sizes) == 2,
         owner,
         "image_size must be an integer or (height, width)",
         "Give both sizes",

@@ -219,6 +219,7 @@ class BROLinear(MappedLinear):
         size = max(in_features, out_features)
         self.rank = _rank_of(type(self), rank, size)
         _checks.lipschitz_constant(type(self), lipschitz)
+        _checks.factory(type(self), device, dtype)
         self.in_features = in_features
         self.out_features = out_features
         function = partial(_cropped_reflector, rows=out_features, columns=in_features)

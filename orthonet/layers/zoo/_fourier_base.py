@@ -174,8 +174,8 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `input`, batched or not, on its torus."""
-        size = tuple(input.shape[-2:])
         check_image(self, input)
+        size = tuple(input.shape[-2:])
         _checks.require(
             self.image_size is None or size == self.image_size,
             self,

@@ -342,7 +342,7 @@ class SOCConvTranspose2d(_SkewConv2d):
         wanted = tuple(s - 1 for s in self.stride)
         given = (output_padding,) * 2 if isinstance(output_padding, int) else output_padding
         _checks.require(
-            given is None or tuple(given) == wanted,
+            given is None or (isinstance(given, (tuple, list)) and tuple(given) == wanted),
             type(self),
             "the output size is stride times the input size: output_padding must be stride - 1",
             "Leave it out, and cut the output off behind the layer",

@@ -63,6 +63,7 @@ class _MappedConvTranspose2d(ConstrainedWeight, nn.ConvTranspose2d):
         )
         require_coprime(self, "outputs are never written")
         _checks.lipschitz_constant(type(self), lipschitz)
+        _checks.factory(type(self), device, dtype)
         self.parametrization = MappedWeight(
             (in_channels, out_channels // groups, *self.kernel_size),
             self._map(),
@@ -83,6 +84,7 @@ class _MappedConvTranspose2d(ConstrainedWeight, nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Apply the layer; `output_size` as in the `nn` twin."""
+        self._check_input(input, self.in_channels, -3, 2)
         extra = conv_output_padding(self, input, output_size)
         return self._apply_weight(input, self.weight, self.bias, extra)
 

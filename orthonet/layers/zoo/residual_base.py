@@ -203,6 +203,7 @@ class ResidualLinear(_Residual):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to the last dimension of `input`."""
+        _checks.channels(self, input, self.in_features, -1)
         weight, scale = self.parametrization()
         with torch.autocast(input.device.type, enabled=False):
             x = match_channels(input.to(weight.dtype), weight.shape[1], -1)

@@ -122,6 +122,7 @@ def convolution_norm_bound(
     """
     _checks.one_of(_OWNER, ("zeros", "circular"), padding_mode=padding_mode)
     _checks.one_of(_OWNER, ("auto", "dense", "fourier", "gram", "unfoldings"), method=method)
+    _checks.tensor(_OWNER, kernel=kernel)
     axes = _axes(kernel, input_size, stride, padding, dilation, padding_mode == "circular")
     out_channels, in_channels = kernel.shape[:2]
     _checks.positive_int(_OWNER, groups=groups)

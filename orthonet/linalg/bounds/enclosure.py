@@ -137,6 +137,13 @@ def _by_blocks(matrix: Tensor, owner: str, bound: Callable[..., float]) -> float
 def exact_float64(tensor: Tensor, owner: str) -> Tensor:
     """The values in float64 or complex128, on the CPU; refused where an entry is not finite."""
     dtype = torch.complex128 if tensor.is_complex() else torch.float64
+    _checks.require(
+        not tensor.is_meta,
+        owner,
+        "a bound needs numbers, and a tensor on the meta device has none",
+        "Fill the model first, e.g. model.to_empty(device='cpu') and load_state_dict",
+        shape=tuple(tensor.shape),
+    )
     tensor = tensor.detach().to("cpu", dtype)
     _checks.require(
         bool(tensor.isfinite().all()),

@@ -11,6 +11,7 @@ import torch
 
 from orthonet import _checks
 from orthonet.recipes.data.digits import Images, Split, require_package
+from orthonet.recipes.running.reading import FOREIGN, reason_of
 
 __all__ = ["load_cifar10", "load_cifar100"]
 
@@ -98,6 +99,17 @@ def _load(form: _Format, root: Path) -> Split:
     for folder in (*(root / name for name in form.folders), root):
         for suffix, read in ((".bin", _read_binary), ("", _read_pickle)):
             if (folder / f"{form.train[0]}{suffix}").is_file():
+                names = [f"{name}{suffix}" for name in (*form.train, form.test)]
+                absent = [name for name in names if not (folder / name).is_file()]
+                _checks.require(
+                    not absent,
+                    form.owner,
+                    "the folder must hold all batches",
+                    "Unpack the archive again",
+                    FileNotFoundError,
+                    folder=str(folder),
+                    missing=absent,
+                )
                 parts = [read(form, folder / f"{name}{suffix}") for name in form.train]
                 train = Images(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
                 return Split(train, read(form, folder / f"{form.test}{suffix}"))
@@ -114,16 +126,16 @@ def _load(form: _Format, root: Path) -> Split:
 def _read_binary(form: _Format, path: Path) -> Images:
     """Records of one byte for each class and 3072 for the pixels."""
     size = form.labels + _PIXELS
-    data = torch.frombuffer(bytearray(path.read_bytes() or b"\0"), dtype=torch.uint8)
+    content = bytearray(path.read_bytes())
     _checks.require(
-        len(data) % size == 0,
+        len(content) > 0 and len(content) % size == 0,
         form.owner,
         f"the size must be a multiple of {size} bytes",
         "Unpack the archive again",
         file=str(path),
-        bytes=len(data),
+        bytes=len(content),
     )
-    records = data.view(-1, size)
+    records = torch.frombuffer(content, dtype=torch.uint8).view(-1, size)
     return _images(form, records[:, form.labels :], records[:, form.labels - 1], path)
 
 
@@ -133,13 +145,13 @@ def _read_pickle(form: _Format, path: Path) -> Images:
         content = _Plain(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         pixels, labels = content[b"data"], content[form.key]
         pixels, labels = torch.as_tensor(pixels), torch.as_tensor(labels)
-    except (pickle.UnpicklingError, LookupError, TypeError, ValueError, EOFError) as error:
+    except (pickle.UnpicklingError, EOFError, *FOREIGN) as error:
         _checks.fail(
             form.owner,
             "the file must be a batch of CIFAR in Python's format",
             "Unpack the archive again",
             file=str(path),
-            reason=str(error),
+            reason=reason_of(error),
         )
     return _images(form, pixels, labels, path)
 

@@ -115,8 +115,13 @@ class ImageFolders:
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),
         )
-        for x, y in loader:
-            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        try:
+            for x, y in loader:
+                yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        except ValueError as error:
+            # A worker wraps its error in the text of a traceback, whose last line is the error.
+            *_, last = str(error).strip().splitlines() or [""]
+            raise ValueError(last.removeprefix("ValueError: ")) from None
 
 
 class _Order(DistributedSampler):

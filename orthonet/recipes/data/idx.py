@@ -19,6 +19,7 @@ from orthonet.recipes.data.digits import Images, Split
 __all__ = ["FASHION", "MNIST", "IdxSet", "find_idx", "load_idx", "read_idx"]
 
 _PARTS = ("train", "t10k")
+_UNNAMED = Path("data")  # the folder of whoever names none
 
 
 class IdxSet(NamedTuple):
@@ -62,7 +63,8 @@ def load_idx(source: IdxSet, root: Path) -> Split:
     Args:
         source: Which one.
         root: The folder of the files, plain or compressed by gzip, or a folder that holds it, such
-            as torchvision's `root`. The places of the system's packages come after it.
+            as torchvision's `root`. After the default, `data`, come the places of the system's
+            packages; a folder that the user names must hold the files itself.
 
     Returns:
         Training and test images, float32 in [0, 1], (number, 1, height, width).
@@ -74,12 +76,16 @@ def load_idx(source: IdxSet, root: Path) -> Split:
     folder = find_idx(source, root)
     if folder is not None:
         return Split(*(_part(folder, part) for part in _PARTS))
+    packaged = find_idx(source, _UNNAMED)
+    other = f"run: {source.command(root)}"
+    if packaged is not None:
+        other = f"leave it out: the files are in {packaged}"
     return _checks.fail(
         f"load({source.name!r})",
         "the files train-images-idx3-ubyte.gz and so on must be there",
-        f"Name their folder with --data, or run: {source.command(root)}",
+        f"Name their folder with --data, or {other}",
         FileNotFoundError,
-        looked_in=", ".join(map(str, (root, root / source.inside[0], *source.places))),
+        looked_in=", ".join(map(str, _folders(source, root))),
     )
 
 
@@ -90,8 +96,7 @@ def find_idx(source: IdxSet, root: Path) -> Path | None:
         source: Which one.
         root: Where to look first, see `load_idx`.
     """
-    folders = [root, *(root / name for name in source.inside), *map(Path, source.places)]
-    found = (f for f in folders if _file(f, "train-images-idx3-ubyte") is not None)
+    found = (f for f in _folders(source, root) if _file(f, "train-images-idx3-ubyte") is not None)
     return next(found, None)
 
 
@@ -119,6 +124,11 @@ def read_idx(path: Path) -> Tensor:
     return torch.frombuffer(bytearray(data[header:]), dtype=torch.uint8).view(*shape)
 
 
+def _folders(source: IdxSet, root: Path) -> list[Path]:
+    places = source.places if root == _UNNAMED else ()
+    return [root, *(root / name for name in source.inside), *map(Path, places)]
+
+
 def _file(folder: Path, name: str) -> Path | None:
     found = (folder / f"{name}{suffix}" for suffix in ("", ".gz"))
     return next((path for path in found if path.is_file()), None)
@@ -127,6 +137,16 @@ def _file(folder: Path, name: str) -> Path | None:
 def _part(folder: Path, part: str) -> Images:
     names = (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
     paths = [_file(folder, name) or folder / f"{name}.gz" for name in names]
+    absent = [path.name for path in paths if not path.is_file()]
+    _checks.require(
+        not absent,
+        "read_idx",
+        "the folder must hold all four files of the data set",
+        "Fetch the missing files too",
+        FileNotFoundError,
+        folder=str(folder),
+        missing=absent,
+    )
     pixels, labels = map(read_idx, paths)
     good = pixels.ndim == 3 and labels.shape == pixels.shape[:1] and bool((labels < 10).all())
     _checks.require(

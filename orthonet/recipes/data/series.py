@@ -63,6 +63,13 @@ def load_series(
         FileNotFoundError: The files are nowhere; the message names the command that brings them.
         ValueError: A file is damaged, or has values missing.
     """
+    _checks.require(
+        isinstance(name, str) and bool(name),
+        "load_series",
+        "name must be that of a set of series",
+        "Pass e.g. 'GunPoint'",
+        name=name,
+    )
     folders = [] if root is None else [Path(root), Path(root) / name]
     package = importlib.util.find_spec("aeon")
     if package is not None and package.submodule_search_locations:

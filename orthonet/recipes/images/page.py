@@ -47,16 +47,17 @@ class CertificateReport:
 def certificate_alone(
     model: nn.Module,
     input_shape: Sequence[int],
+    norm: str,
     page: Path | None,
     title: str,
     tell: Callable[[str], None] | None = None,
 ) -> CertificateReport:
-    """Certify a model for inputs of a shape, and write the page if a file is named."""
+    """Certify a model in a norm for inputs of a shape, and write the page if a file is named."""
     for size in input_shape:
         _checks.positive_int("orthonet certify", input_shape=size)
     plain = to_plain(model).cpu().double().eval().requires_grad_(False)
     x = torch.rand(16, *input_shape, generator=torch.Generator().manual_seed(0)).double()
-    certificate = certify(plain, x)
+    certificate = certify(plain, x, norm=norm)  # type: ignore[arg-type]
     if tell is not None:
         tell(certificate.table())
     if page is None:

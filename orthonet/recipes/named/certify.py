@@ -17,7 +17,7 @@ from orthonet.recipes.data.sets import IMAGE_SETS, load, set_in
 from orthonet.recipes.images.config import CertifyConfig
 from orthonet.recipes.images.page import CertificateReport, certificate_alone
 from orthonet.recipes.images.report import Report, certified, written
-from orthonet.recipes.named.model import load_named, model_named
+from orthonet.recipes.named.model import load_named, model_named, whole_model
 from orthonet.recipes.running.folder import claimed, require_device
 from orthonet.recipes.running.reading import FOREIGN, reason_of
 
@@ -34,10 +34,11 @@ def certify_named(
     progress: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> Report | CertificateReport:
-    """Certify a model that a function makes, and attack it if there are images.
+    """Certify a model that a function makes or a file holds, and attack it if there are images.
 
     Args:
-        config: The function, the file of its weights, the images or the shape of an input.
+        config: The function, or the file of the whole model; the file of its weights; the images
+            or the shape of an input.
         out: A folder for `metrics.json` and the picture of the accuracies; nothing is written
             without it.
         report: A file for the report, one HTML page. It is written before the attacks, and again
@@ -69,15 +70,26 @@ def certify_named(
         "Name them with --data",
         out=str(out),
     )
+    _checks.require(
+        report is None or not Path(report).is_dir(),
+        _OWNER,
+        "report must not be a folder",
+        "Name a file in it",
+        IsADirectoryError,
+        report=str(report),
+    )
     require_device(config.device)
-    model = model_named(config.source, _OWNER)
+    if config.trusted:
+        model = whole_model(Path(config.source), _OWNER)
+    else:
+        model = model_named(config.source, _OWNER)
     if config.checkpoint:
         load_named(model, Path(config.checkpoint), _OWNER)
     model = model.to(config.device).eval()
     page = None if report is None else Path(report)
     if not config.data:
         _logits(model, torch.rand(1, *config.input_shape))
-        return certificate_alone(model, config.input_shape, page, config.title, tell)
+        return certificate_alone(model, config.input_shape, config.norm, page, config.title, tell)
     images = _images(config)
     shape = tuple(_logits(model, images.x[:1]).shape)
     classes = int(images.y.max()) + 1

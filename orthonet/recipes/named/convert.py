@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def convert_file(
     out: str | os.PathLike[str],
     *,
     checkpoint: str | os.PathLike[str] | None = None,
+    input_shape: Sequence[int] = (),
     **options: Any,
 ) -> ConversionReport:
     """Make a model by name, orthogonalize it and save it whole with `torch.save`.
@@ -34,9 +36,11 @@ def convert_file(
     Args:
         source: `"package.module:function"`, a function without arguments that returns a module,
             such as `"torchvision.models:resnet18"`; the present folder is searched too.
-        out: The file of the new model, in a folder that exists. Load it with
-            `torch.load(out, weights_only=False)`.
+        out: The file of the new model, .pt or .pth, in a folder that exists. Load it with
+            `torch.load(out, weights_only=False)`, or certify it from the shell with
+            `orthonet certify out --trusted`.
         checkpoint: A file of a `state_dict` that the model loads first, .pt or .safetensors.
+        input_shape: Shape of one input. With it the report ends with a proved constant.
         **options: Those of [`orthogonalize`][orthonet.convert.orthogonalize].
 
     Returns:
@@ -49,16 +53,21 @@ def convert_file(
     """
     path = Path(out)
     _checks.require(
-        path.suffix != ".safetensors",
+        path.suffix in (".pt", ".pth"),
         _OWNER,
         "out must be a file of torch.save",
         "Name a file that ends in .pt; it holds the whole model",
         out=str(path),
     )
+    for size in input_shape:
+        _checks.positive_int(_OWNER, input_shape=size)
     with replacing(path) as file:
         model = model_named(source, _OWNER)
         if checkpoint is not None:
             load_named(model, Path(checkpoint), _OWNER)
+        if input_shape:
+            parameter = next(iter(model.parameters()), torch.empty(0))
+            options["example_input"] = torch.rand(1, *input_shape, dtype=parameter.dtype)
         new, report = orthogonalize(model, return_report=True, **options)
         try:
             torch.save(new, file)

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pickle
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from orthonet import _checks
-from orthonet.recipes.running.reading import Wanted, load_weights, read_tensors, reason_of
+from orthonet.recipes.running.reading import (
+    FOREIGN,
+    Wanted,
+    load_weights,
+    read_tensors,
+    reason_of,
+)
 
-__all__ = ["is_name", "load_named", "model_named"]
+__all__ = ["is_name", "load_named", "model_named", "whole_model"]
 
 
 def is_name(source: str) -> bool:
@@ -41,9 +49,7 @@ def model_named(source: str, owner: str) -> nn.Module:
         source=source,
     )
     module_name, _, attribute = source.partition(":")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    _search_here()
     try:
         make: Any = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
@@ -86,6 +92,37 @@ def model_named(source: str, owner: str) -> nn.Module:
     return model
 
 
+def whole_model(path: Path, owner: str) -> nn.Module:
+    """Read a model that was saved whole, by `torch.save(model)`; to read it can run any code.
+
+    Raises:
+        OSError: There is no such file, or it cannot be read.
+        ValueError: The file is damaged, holds something else, or classes that cannot be imported.
+    """
+    wanted = Wanted(
+        owner,
+        "a model that torch.save wrote whole",
+        "Write one with orthonet convert, or call from the folder of the file with its classes",
+    )
+    _checks.require(
+        path.is_file(),
+        owner,
+        "with --trusted, source must be a file that exists",
+        "Name the file that orthonet convert wrote, or leave --trusted out",
+        FileNotFoundError,
+        source=str(path),
+    )
+    _search_here()
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=False)
+    except (*FOREIGN, EOFError, ImportError, pickle.UnpicklingError) as error:
+        wanted.fail(path, reason_of(error))
+    if not isinstance(model, nn.Module):
+        held = "a state_dict" if isinstance(model, dict) else f"a {type(model).__name__}"
+        wanted.fail(path, f"it holds {held}")
+    return model
+
+
 def load_named(model: nn.Module, path: Path, owner: str) -> None:
     """Load the weights of a file: a `state_dict`, or a checkpoint that holds one.
 
@@ -102,6 +139,13 @@ def load_named(model: nn.Module, path: Path, owner: str) -> None:
             content = content[key]
             break
     load_weights(model, content, path, wanted)
+
+
+def _search_here() -> None:
+    """Let imports find the files of the present folder."""
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 
 def _required(make: Any) -> list[str]:

@@ -137,7 +137,8 @@ def _refuse_code(path: Path, file: BinaryIO, error: Exception, wanted: Wanted) -
         wanted.owner,
         "a checkpoint must hold tensors and plain values only; this file is a pickle of other "
         "objects, and reading it could run any code",
-        "Save model.state_dict(), or safetensors, where you trust the file",
+        "Save model.state_dict(), or safetensors, where you trust the file. The command orthonet "
+        "certify FILE --trusted reads a model that was saved whole",
         path=str(path),
         object=found[1] if found else "unknown",
     )
