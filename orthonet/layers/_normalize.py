@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +141,8 @@ class LayerCentering(nn.Module):
 
     def __init__(self, dim: int | Sequence[int] = (-2, -1)) -> None:
         super().__init__()
-        self.dim = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
+        given: Any = dim
+        self.dim: tuple[int, ...] = tuple(given) if isinstance(given, (tuple, list)) else (given,)
         for each in self.dim:
             integer(self, dim=each)
         require(len(self.dim) > 0, self, "dim must not be empty", "Use dim=-1", dim=dim)

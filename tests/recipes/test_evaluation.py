@@ -247,6 +247,9 @@ def test_checkpoint_is_certified_again(report, tmp_path):
     assert again.files == ()
     assert again.history == []
     assert again.evaluation.radii == report.evaluation.radii
+    alone = certify_checkpoint(checkpoint, input_shape=(1, 8, 8), report=tmp_path / "alone.html")
+    assert alone.certificate.constant.value == pytest.approx(report.evaluation.constant, rel=1e-5)
+    assert (tmp_path / "alone.html").stat().st_size > 0
     other = certify_checkpoint(checkpoint, out=tmp_path / "more", radii=(0.3,), attack_steps=2)
     assert list(other.evaluation.certified) == [0.3]
     assert [path.name for path in other.files] == [

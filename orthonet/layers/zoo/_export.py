@@ -27,7 +27,7 @@ def image_size_of(owner: object, image_size: Any) -> tuple[int, int] | None:
     )
     for size in sizes:
         _checks.positive_int(owner, image_size=size)
-    return sizes
+    return sizes[0], sizes[1]
 
 
 @torch.no_grad()

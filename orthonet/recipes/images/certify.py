@@ -65,7 +65,7 @@ def certify_checkpoint(
             input_shape=input_shape,
         )
         title = f"{config.title}: {Path(checkpoint).name}"
-        return certificate_alone(model, input_shape, page, title, tell)
+        return certificate_alone(model, input_shape, config.norm, page, title, tell)
     with claimed(Path(out)) if out is not None else contextlib.nullcontext() as folder:
         images = spaced(images_of(config).test, config.evaluated)
         model = model.to(config.device)
