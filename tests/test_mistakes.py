@@ -209,7 +209,7 @@ ACTIVATIONS_POOLING_NORMS = [
     ("GroupSort", "dim", lambda: layers.GroupSort(2, dim=None)),
     ("group_sort", "channels", lambda: layers.GroupSort(3)(X)),
     ("group_sort", "x", lambda: layers.GroupSort(2)(X.int())),
-    ("group_sort", "x", lambda: layers.FullSort()(X.to(torch.complex64))),
+    ("FullSort", "x", lambda: layers.FullSort()(X.to(torch.complex64))),
     ("HouseholderActivation", "channels", lambda: layers.HouseholderActivation(3)),
     ("HouseholderActivation", "channels", lambda: layers.HouseholderActivation("4")),
     ("BetaAbs", "beta", lambda: layers.BetaAbs(1.5)),

@@ -20,7 +20,7 @@ class Refusal(NamedTuple):
 
 NO_PROJECTION = Refusal(
     RuntimeError,
-    r"the weight of a plain layer has no projection|computed from a parameter of another shape",
+    r"the weight of a plain layer has no projection|this weight has no assignment",
     "the layer is not one linear map, or it is built in the frequency domain: a plain weight has "
     "no projection onto it",
 )
