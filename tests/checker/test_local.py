@@ -151,12 +151,23 @@ def fuzz(path, seeds, steps=20, count=32):
         best, classes = steepest(model.double(), x.double(), radius, steps, count)
         assert best <= float(claim.secant), seed
         assert claim.label is None or classes == {claim.label}, seed
-        found.append(float(claim.secant) / best)
+        if best > 0 or claim.secant > 1e-100:  # else the network is constant in the ball
+            found.append(float(claim.secant) / best)
     return found
 
 
 def test_claims_of_random_networks_are_verified_and_no_ascent_passes_them(tmp_path):
     fuzz(tmp_path, range(2), steps=8, count=16)
+
+
+def test_a_network_that_is_constant_in_the_ball_has_a_claim(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)  # all units stay off
+    written(tmp_path, model, torch.zeros(1, 3), radius=1.0)
+    (claim,) = check(tmp_path / "c.json").local
+    assert claim.secant < 1e-100
+    assert claim.label is not None
 
 
 @pytest.mark.slow
