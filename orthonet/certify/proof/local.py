@@ -27,7 +27,9 @@ __all__ = ["Claims", "local_claims"]
 _ROOM = 1.0 + 2.0**-18
 """Of what the pass finds, for the roundings that the checker counts."""
 _FLOOR = 2.0**-400
-"""Added to it, for what the checker adds against underflow: a model may be constant in a ball."""
+"""The least secant: the checker adds less against underflow where a model is constant in a ball."""
+_LEAST = 2.0**-150
+"""A positive number that a constant of the file may hold."""
 _LARGE = (1024, 1.0 + 2.0**-7)
 """Side of Gram matrices above which the checker finds norms less exactly, and the room for it."""
 _SIDE = 4096
@@ -509,10 +511,10 @@ def _claim(
         radius, found = claims.radii[place], run(claims.radii[place])
     names = [writer.aside(t, "local.sample") for t in given]
     entry: dict[str, Any] = {"sample": names, "radius": radius.hex()}
-    entry["secant"] = (found.secant() * _ROOM + _FLOOR).hex()
+    entry["secant"] = max(found.secant() * _ROOM, _FLOOR).hex()
     if found.label is not None and found.quotient >= radius * _ROOM:
         entry["label"] = found.label
-        entry["pairs"] = writer.aside(found.slopes * _ROOM + _FLOOR, "local.pairs")
+        entry["pairs"] = writer.aside((found.slopes * _ROOM).clamp_min(_LEAST), "local.pairs")
     return entry
 
 
