@@ -28,7 +28,7 @@ _ROOM = 1.0 + 2.0**-18
 """Of what the pass finds, for the roundings that the checker counts."""
 _FLOOR = 2.0**-400
 """The least secant: the checker adds less against underflow where a model is constant in a ball."""
-_LEAST = 2.0**-150
+_LEAST = 2.0**-199
 """A positive number that a constant of the file may hold."""
 _LARGE = (1024, 1.0 + 2.0**-7)
 """Side of Gram matrices above which the checker finds norms less exactly, and the room for it."""
@@ -514,7 +514,9 @@ def _claim(
     entry["secant"] = max(found.secant() * _ROOM, _FLOOR).hex()
     if found.label is not None and found.quotient >= radius * _ROOM:
         entry["label"] = found.label
-        entry["pairs"] = writer.aside((found.slopes * _ROOM).clamp_min(_LEAST), "local.pairs")
+        pairs = torch.where(found.slopes > 0, found.slopes * _ROOM, _LEAST)
+        pairs[found.label] = 0.0
+        entry["pairs"] = writer.aside(pairs, "local.pairs")
     return entry
 
 
