@@ -105,13 +105,19 @@ def symmetric_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor
     n = b.shape[-1]
     if a.ndim > 2 or n < _BLOCKS_FROM or n % 4 or not a.is_cpu:
         return torch.matmul(a.mT, b, out=out)
-    out = b.new_empty(n, n) if out is None else out
+    out = _rows_apart(b, n) if out is None else out
     width = n // 4
     for i in range(0, n, width):
         torch.mm(a[:, i : i + width].T, b[:, i:], out=out[i : i + width, i:])
         if i:
             out[i : i + width, :i].copy_(out[:i, i : i + width].T)
     return out
+
+
+def _rows_apart(like: Tensor, n: int) -> Tensor:
+    """An empty (n, n) matrix, whose columns the processor's cache can hold: see `cholesky`."""
+    width = n if n % 128 else n + _PADDING
+    return like.new_empty(n, width)[:, :n]
 
 
 def cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
