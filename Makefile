@@ -4,11 +4,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 RECIPE ?= demo
+TORCH  ?=
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .NOTPARALLEL:
-.PHONY: demo test test-slow test-processors style lint format docs bench clean
+.PHONY: demo test test-slow test-processors test-torch style lint format docs bench clean
 
 demo: $(VENV)/.demo          ## train, certify and attack a network on Fashion-MNIST, or on digits without it
 	$(BIN)/orthonet train $(RECIPE)
@@ -21,6 +22,10 @@ test-slow: $(VENV)/.test     ## the tests that take minutes
 
 test-processors: $(VENV)/.test  ## the tests under the kernels of other processors
 	$(BIN)/python -m tests.processors -n $(JOBS) --dist worksteal
+
+test-torch:                  ## the tests under another PyTorch, in its own .venv: make test-torch TORCH=2.6.0
+	$(MAKE) VENV=$(VENV)-torch-$(TORCH) $(VENV)-torch-$(TORCH)/.test
+	$(VENV)-torch-$(TORCH)/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 style: $(VENV)/.test         ## what ruff finds, in less than a second
 	$(BIN)/ruff check .
@@ -67,7 +72,7 @@ $(VENV)/.demo: $(VENV)/.pip pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.pip pyproject.toml
-	$(PIP) -e . --group test
+	$(PIP) -e . --group test $(if $(TORCH),torch==$(TORCH))
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.pip pyproject.toml

@@ -176,6 +176,13 @@ def test_file_keeps_the_house_rules(file):
             called = getattr(node.func, "id", None) or getattr(node.func, "attr", None)
             assert called != "cuda", f"{where}: the caller chooses the device"
             assert called != "print" or room_of(file) == "cli", f"{where}: a library does not print"
+        if isinstance(node, ast.FunctionDef) and node.decorator_list:
+            returned = ast.unparse(node.returns) if node.returns else ""
+            inferred = any(
+                "custom_op" in d and "schema=" not in d
+                for d in map(ast.unparse, node.decorator_list)
+            )
+            assert not inferred or "list[" not in returned, f"{where}: PyTorch 2.6 needs a schema"
         assert getattr(node, "id", None) != "NotImplementedError", f"{where}: finish it"
 
 

@@ -109,7 +109,11 @@ def _(number: Tensor, parameters: Sequence[Tensor], shape: Sequence[int]) -> Ten
     return parameters[0].new_empty(shape)
 
 
-@torch.library.custom_op("orthonet::weight_backward", mutates_args=())
+@torch.library.custom_op(
+    "orthonet::weight_backward",
+    mutates_args=(),
+    schema="(Tensor number, Tensor[] parameters, Tensor grad) -> Tensor[]",  # for PyTorch 2.6
+)
 def _pull_back(number: Tensor, parameters: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
     weight = _weight(number, parameters)
     with _torch.recording_in_kernel():
