@@ -114,14 +114,15 @@ class ConstrainedWeight(LinearMap, ReadsPlain):
     def _check_input(self, input: Tensor, channels: int, dim: int, spatial: int = 0) -> None:
         """Refuse inputs that the layer was not made for, and a layer without data."""
         _checks.channels(self, input, channels, dim, spatial)
-        stored = next(self.parametrization.parameters(), None)
-        if stored is not None and stored.is_meta and not input.is_meta:
-            _checks.fail(
-                self,
-                "the layer must be on a device with data to be called",
-                "Call layer.to_empty(device='cpu') and reset_parameters(), or load a checkpoint",
-                device=stored.device,
-            )
+        for stored in () if input.is_meta else self.parametrization.parameters():
+            if stored.is_meta:
+                _checks.fail(
+                    self,
+                    "the layer must be on a device with data to be called",
+                    "Call layer.to_empty(device='cpu') and reset_parameters(), or load a "
+                    "checkpoint",
+                    device=stored.device,
+                )
 
     def _set_factor(self, lipschitz: float) -> None:
         self._factor = _checks.lipschitz_constant(type(self), lipschitz)

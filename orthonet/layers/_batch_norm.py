@@ -343,7 +343,7 @@ class BatchScaling(_BatchStatistics):
             self._track(running_mean=mean, running_square=square)
             entries = max(2, x.numel() // max(1, self.num_features))
             factor = self._factor((square - mean.square()) * (entries / (entries - 1)))
-            vars(self)["_last"] = factor
+            self._last = factor
         else:
             mean, factor = self.running_mean, self.factor()
         y = (x - mean.to(x.dtype).view(shape)) * factor.to(x.dtype)
