@@ -65,6 +65,13 @@ class OrthoKernel(Weight):
     kernel is orthogonal at every step. Train the scores more slowly than the rest (a parameter
     group with a thirtieth of the learning rate), so that projectors turn before their ranks jump.
 
+    **Which factors a kernel has.** `assign_` reads them off: those of an expanding strided kernel
+    through the Gram matrix of its taps, the projectors from the ranges of the outermost taps (exact
+    for `ranks="free"`, see above). Alternating projections polish them, until they compose the
+    kernel to relative accuracy \(\sqrt{\mathrm{eps}}\). `project_` only alternates: factor by
+    factor, the best one with the others held is a polar factor or a set of leading eigenvectors.
+    This ascends to a local, not always the global, optimum.
+
     Args:
         out_channels: Channels out, of all groups.
         in_channels: Channels in, of all groups.
@@ -256,66 +263,30 @@ class OrthoKernel(Weight):
         self.scores.uniform_(0.05, 0.15)
         self.scores[..., self.geometry.channels // 2 :].neg_()
 
-    @torch.no_grad()
-    def assign_(self, w: Tensor, owner: object = None) -> None:
-        r"""Make `w` the value of the kernel, by finding factors; errors name `owner`.
-
-        The factors of a kernel of the family are read off: an expanding strided one through the
-        Gram matrix of its taps, the projectors from the ranges of the outermost taps (see
-        `ranks="free"` above for why that is exact). Alternating projections polish the result.
-
-        Raises:
-            ValueError: `w` has another shape or is not finite.
-            NotOnManifoldError: no factors were found that compose `w` to relative accuracy
-                \(\sqrt{\mathrm{eps}}\); nothing has been changed.
-        """
-        fitted, distance = self._fit(w, owner or self, restarts=4)
-        allowed = torch.finfo(w.dtype).eps ** 0.5
+    def _fit(self, w: Tensor, owner: object, exactly: bool) -> tuple[KernelFactors, float]:
+        self._require_shape(w, owner)
+        g, allowed = self.geometry, torch.finfo(w.dtype).eps ** 0.5
+        target = w.detach().double().reshape(g.groups, -1, *g.shape[1:]) / g.gain
+        restarts = 4 if exactly else 0
+        fitted, distance = fit_factors(g, target, restarts=restarts, enough=allowed)
         _checks.require(
-            distance <= allowed,
-            owner or self,
+            not exactly or distance <= allowed,
+            owner,
             f"the kernel must be one that the factors can compose (to {allowed:.1e})",
             "Call layer.project_(weight) to take the nearest kernel that is found"
-            + (
-                ", or use ranks='free', which composes more kernels"
-                * (self.geometry.ranks == "half")
-            ),
+            + ", or use ranks='free', which composes more kernels" * (g.ranks == "half"),
             NotOnManifoldError,
             relative_distance=distance,
             shape=tuple(w.shape),
         )
-        self._set(fitted)
+        return fitted, distance
 
-    @torch.no_grad()
-    def project_(self, w: Tensor, owner: object = None) -> float:
-        r"""Set the nearest kernel that alternating projections find; return its distance.
-
-        Factor by factor, the best orthogonal one with the others held is a polar factor or a set of
-        leading eigenvectors. This ascends to a local, not always the global, optimum.
-
-        Returns:
-            \(\|K - W\|_F / \|W\|_F\).
-
-        Raises:
-            ValueError: `w` has another shape or is not finite; nothing has been changed.
-        """
-        fitted, distance = self._fit(w, owner or self, restarts=0)
-        self._set(fitted)
-        return distance
-
-    def _fit(self, w: Tensor, owner: object, restarts: int) -> tuple[KernelFactors, float]:
-        self._require_shape(w, owner, finite=True)
-        g = self.geometry
-        target = w.detach().double().reshape(g.groups, -1, *g.shape[1:]) / g.gain
-        enough = torch.finfo(w.dtype).eps ** 0.5
-        return fit_factors(g, target, restarts=restarts, enough=enough)
-
-    def _set(self, factors: KernelFactors) -> None:
-        for part, value in zip(self._slots(), factors[:3], strict=True):
+    def _set(self, fitted: KernelFactors) -> None:
+        for part, value in zip(self._slots(), fitted[:3], strict=True):
             if part is not None and value is not None:
-                part.assign_(value.to(compute_dtype(part.original.dtype)))
-        if self.scores is not None and factors.weights is not None:
-            self.scores.copy_(0.2 * factors.weights - 0.1)
+                part._set(value)
+        if self.scores is not None and fitted.weights is not None:
+            self.scores.copy_(0.2 * fitted.weights - 0.1)
 
     def extra_repr(self) -> str:
         g = self.geometry

@@ -100,28 +100,12 @@ class ReshapedKernel(Weight):
         """Draw the matrix from the Haar distribution; nothing happens on the meta device."""
         self.outer.reset_parameters()
 
-    def _matrix(self, w: Tensor, owner: object) -> Tensor:
+    def _fit(self, w: Tensor, owner: object, exactly: bool) -> tuple[Tensor, float]:
         self._require_shape(w, owner)
-        return w.reshape(self.outer.shape) / self._scale
+        return self.outer._fit(w.reshape(self.outer.shape) / self._scale, owner, exactly)
 
-    @torch.no_grad()
-    def assign_(self, w: Tensor, owner: object = None) -> None:
-        """Make `w` the value of the kernel; errors name `owner`.
-
-        Raises:
-            ValueError: `w` has another shape.
-            NotOnManifoldError: `w` is not a scaled semi-orthogonal matrix; nothing is changed.
-        """
-        self.outer.assign_(self._matrix(w, owner or self), owner or self)
-
-    @torch.no_grad()
-    def project_(self, w: Tensor, owner: object = None) -> float:
-        r"""Set the nearest kernel of the family; return \(\|K - W\|_F / \|W\|_F\).
-
-        Raises:
-            ValueError: `w` has another shape or is not finite; nothing has been changed.
-        """
-        return self.outer.project_(self._matrix(w, owner or self), owner or self)
+    def _set(self, fitted: Tensor) -> None:
+        self.outer._set(fitted)
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.shape)}, stride={self.stride}, groups={self.groups}"

@@ -15,7 +15,7 @@ from orthonet.linalg import haar
 from orthonet.linalg.kernels.fourier import kernel_symbol
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.reparametrizers.providers.cold_cache import slot_of
-from orthonet.reparametrizers.weight import Weight
+from orthonet.reparametrizers.weight import Weight, relative_distance
 
 __all__ = ["FourierWeight", "MappedWeight"]
 
@@ -24,6 +24,8 @@ _ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-8}
 
 class MappedWeight(Weight):
     r"""A weight \(K \cdot f(\mathrm{original})\) for a map f onto norm at most 1.
+
+    `project_` makes \(K f(w / K)\) the weight; `assign_` asks that this is `w`.
 
     Args:
         shape: Shape of the parameter and of the weight.
@@ -92,48 +94,26 @@ class MappedWeight(Weight):
             shape = self.original.shape
             self.original.copy_(self.initial(shape, dtype=dtype, device=self.original.device))
 
-    @torch.no_grad()
-    def assign_(self, w: Tensor, owner: object = None) -> None:
-        """Make `w` the weight, if the map keeps it; errors name `owner`.
-
-        Raises:
-            ValueError: `w` has another shape or is not finite.
-            NotOnManifoldError: The map would change `w`; nothing has been changed.
-        """
-        value, distance = self._nearest(w, owner)
-        allowed = _ALLOWED.get(w.dtype, 1e-2)
+    def _fit(self, w: Tensor, owner: object, exactly: bool) -> tuple[Tensor, float]:
+        r"""The parameter w / K, or its inverse, and how far \(K f(w / K)\) is from `w`."""
+        self._require_shape(w, owner)
+        if self.inverse is None and self.weight_shape != tuple(self.original.shape):
+            self._refuse(owner)
+        value = w.to(self.original.device, compute_dtype(w.dtype)) / self.lipschitz
+        value = value if self.inverse is None else self.inverse(value)
+        distance, allowed = relative_distance(self._compute(value), w), _ALLOWED.get(w.dtype, 1e-2)
         _checks.require(
-            distance <= allowed,
-            owner or self,
+            not exactly or distance <= allowed,
+            owner,
             f"a weight must be one that the layer can represent (to {allowed:.0e}, relative)",
             "Use project_ to take the weight that the layer makes of it",
             NotOnManifoldError,
             relative_distance=distance,
         )
-        self.original.copy_(value)
+        return value, distance
 
-    @torch.no_grad()
-    def project_(self, w: Tensor, owner: object = None) -> float:
-        r"""Make \(K f(w / K)\) the weight and return its relative distance from `w`.
-
-        Raises:
-            ValueError: `w` has another shape or is not finite; nothing has been changed.
-        """
-        value, distance = self._nearest(w, owner)
-        self.original.copy_(value)
-        return distance
-
-    def _nearest(self, w: Tensor, owner: object) -> tuple[Tensor, float]:
-        owner = owner or self
-        self._require_shape(w, owner, finite=True)
-        if self.inverse is None and self.weight_shape != tuple(self.original.shape):
-            self._refuse(owner)
-        value = w.to(self.original.device, compute_dtype(w.dtype)) / self.lipschitz
-        value = value if self.inverse is None else self.inverse(value)
-        new = self._compute(value).double()
-        norm = float(torch.linalg.vector_norm(w.double()))
-        distance = float(torch.linalg.vector_norm(new - w.to(new)))
-        return value, distance / norm if norm > 0 else float("inf")
+    def _set(self, fitted: Tensor) -> None:
+        self.original.copy_(fitted)
 
     def extra_repr(self) -> str:
         scale = "" if self.lipschitz == 1.0 else f", lipschitz={self.lipschitz:g}"

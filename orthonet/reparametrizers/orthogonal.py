@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks, _torch
-from orthonet.linalg import haar, polar_svd
+from orthonet.linalg import haar
 from orthonet.linalg.distributed import whole
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.linalg.retraction import POLAR, QR, CenteredMap
 from orthonet.reparametrizers._normalizers import BatchedIdentity, BatchedPowerIteration
-from orthonet.reparametrizers.orthogonalizers import Orthogonalizer, require_semi_orthogonal
+from orthonet.reparametrizers.orthogonalizers import Orthogonalizer, nearest_semi_orthogonal
 from orthonet.reparametrizers.params import (
     DEFAULT_ORTHO_PARAMS,
     OrthoParams,
@@ -150,38 +150,16 @@ class OrthoWeight(RecordedWeight):
         self._set(haar(self.original.shape, dtype=dtype, device=self.original.device))
 
     @torch.no_grad()
-    def assign_(self, w: Tensor, owner: object = None) -> None:
-        """Make the semi-orthogonal `w` the value of the matrix; errors name `owner`.
-
-        Raises:
-            ValueError: `w` has another shape.
-            NotOnManifoldError: `w` is not semi-orthogonal; nothing has been changed.
-        """
-        self._require_shape(w, owner)
-        require_semi_orthogonal(owner or self, w)
-        self._set(w)
-
-    @torch.no_grad()
-    def project_(self, w: Tensor, owner: object = None) -> float:
-        r"""Make the polar factor of `w` the value and return \(\|U - W\|_F / \|W\|_F\).
-
-        Raises:
-            ValueError: `w` has another shape or is not finite; nothing has been changed.
-        """
-        self._require_shape(w, owner)
-        work = w.double()
-        u = polar_svd(work)
-        self._set(u.to(compute_dtype(self.original.dtype)))
-        norm = float(torch.linalg.vector_norm(work))
-        return float(torch.linalg.vector_norm(u - work)) / norm if norm > 0 else float("inf")
-
-    @torch.no_grad()
     def update_base(self) -> None:
-        """Make the matrix itself the parameter."""
+        """Make the matrix itself, before it is rounded to the storage dtype, the parameter."""
         self.assign_(self.compute())
 
-    def _set(self, w: Tensor) -> None:
-        value = w.to(device=self.original.device, dtype=compute_dtype(self.original.dtype))
+    def _fit(self, w: Tensor, owner: object, exactly: bool) -> tuple[Tensor, float]:
+        self._require_shape(w, owner)
+        return nearest_semi_orthogonal(w, owner, exactly)
+
+    def _set(self, fitted: Tensor) -> None:
+        value = fitted.to(device=self.original.device, dtype=compute_dtype(self.original.dtype))
         for step in (self.orthogonalizer, self.normalizer):
             inverse = getattr(step, "right_inverse", None)
             value = value if inverse is None else inverse(value)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg import cholesky_qr, polar, qr, rotate_base
+from orthonet.linalg import cholesky_qr, polar, polar_svd, qr, rotate_base
 from orthonet.linalg.retraction import POLAR, QR, CenteredMap
+from orthonet.reparametrizers.weight import relative_distance
 
 __all__ = [
     "BatchedBjorckOrthogonalization",
@@ -25,8 +26,21 @@ __all__ = [
     "BatchedPolarOrthogonalization",
     "BatchedQROrthogonalization",
     "Orthogonalizer",
+    "nearest_semi_orthogonal",
     "require_semi_orthogonal",
 ]
+
+
+def nearest_semi_orthogonal(w: Tensor, owner: object, exactly: bool) -> tuple[Tensor, float]:
+    """The polar factor of `w` and its relative distance; `w` itself with `exactly`, or a refusal.
+
+    As `Weight._fit`, for weights whose values are all semi-orthogonal matrices.
+    """
+    if exactly:
+        require_semi_orthogonal(owner, w)
+        return w, 0.0
+    u = polar_svd(w.double())
+    return u, relative_distance(u, w)
 
 
 def require_semi_orthogonal(owner: object, w: Tensor) -> None:
@@ -326,9 +340,9 @@ class BatchedExponentialOrthogonalization(Orthogonalizer):
     def right_inverse(self, w: Tensor) -> Tensor:
         """Move the base to the semi-orthogonal weight `w` and return `w`."""
         base = polar(w.detach()) if self._fresh else w.detach()
-        w = super().right_inverse(w)
+        super().right_inverse(w)
         self.base.copy_(base)
-        return base.clone() if base is not w else w
+        return base.clone()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, niters={self.niters}"

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from orthonet import _checks
 from orthonet._torch import without_autocast
 from orthonet.reparametrizers.plain_values import load_plain, reset_parameters
-from orthonet.reparametrizers.weight import Weight
+from orthonet.reparametrizers.weight import Weight, relative_distance
 
 __all__ = ["CachedParametrizationList", "adopt", "bake", "register", "remove"]
 
@@ -52,7 +52,7 @@ class CachedParametrizationList(Weight, ParametrizationList):
 
     def assign_(self, w: Tensor, owner: object = None) -> None:
         """Make `w` the value of the tensor."""
-        self._require_shape(w, owner)
+        self._require_shape(w, owner or self)
         self.right_inverse(w)
 
     @torch.no_grad()
@@ -73,7 +73,7 @@ class CachedParametrizationList(Weight, ParametrizationList):
         Here they must accept it; lists of `orthonet.constraints` project it first.
         """
         self.right_inverse(value)
-        return float(torch.dist(self(), value)) / max(float(value.norm()), 1e-30)
+        return relative_distance(self(), value)
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> None:

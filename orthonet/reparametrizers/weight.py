@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from orthonet import _checks, _torch
 from orthonet.errors import NotOnManifoldError
+from orthonet.linalg.matrix import high
 from orthonet.linalg.retraction import CenteredMap
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "alive",
     "caching",
     "numbered",
+    "relative_distance",
 ]
 
 GIVEN = "_given"  # the attribute of a part for its value, while something made of it is computed
@@ -73,6 +75,14 @@ INVALIDATE: list[Callable[[nn.Module | None], None]] = []
 
 COMPILED: list[Callable[[Weight], Tensor]] = []
 """At most one function that reads a weight inside of `torch.compile`, set by the providers."""
+
+
+def relative_distance(new: Tensor, w: Tensor) -> float:
+    r"""Return \(\|U - W\| / \|W\|\), infinite for W = 0, in float64 where the device has it."""
+    new = high(new)
+    w = w.to(new)
+    norm = float(torch.linalg.vector_norm(w))
+    return float(torch.linalg.vector_norm(new - w)) / norm if norm > 0 else float("inf")
 
 
 class EmptyInCopies:
@@ -265,6 +275,7 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
                 return self.evaluate().shape
         return copy.deepcopy(self).to("meta").evaluate().shape
 
+    @torch.no_grad()
     def assign_(self, w: Tensor, owner: object = None) -> None:
         """Make `w` the value; errors name `owner`.
 
@@ -272,34 +283,50 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
             ValueError: `w` has another shape.
             NotOnManifoldError: `w` does not satisfy the constraint; nothing has been changed.
         """
-        self._refuse(owner)
+        fitted, _ = self._fit(w, owner or self, exactly=True)
+        self._set(fitted)
 
+    @torch.no_grad()
     def project_(self, w: Tensor, owner: object = None) -> float:
         r"""Make the nearest value the value; return its relative distance \(\|U - W\| / \|W\|\).
 
         Raises:
             ValueError: `w` has another shape or is not finite; nothing has been changed.
         """
+        fitted, distance = self._fit(w, owner or self, exactly=False)
+        self._set(fitted)
+        return distance
+
+    def _fit(self, w: Tensor, owner: object, exactly: bool) -> tuple[Any, float]:
+        """What `_set` takes to make the value nearest to `w`, and its relative distance.
+
+        Nothing is changed. With `exactly`, a `w` that does not satisfy the constraint is refused.
+        """
         self._refuse(owner)
+
+    def _set(self, fitted: Any) -> None:
+        """Write what `_fit` has found into the parameters."""
+        raise AttributeError("a subclass that has _fit says how")
 
     @torch.no_grad()
     def update_base(self) -> None:
         """Express the present value by parameters anew; a map with a base takes it as the base."""
         self.assign_(self.evaluate())
 
-    def _require_shape(self, w: Tensor, owner: object, *, finite: bool = False) -> None:
+    def _require_shape(self, w: Tensor, owner: object) -> None:
         good = isinstance(w, Tensor) and w.shape == self.shape
         _checks.require(
-            good and (not finite or bool(w.isfinite().all())),
-            owner or self,
-            f"the weight must {'be finite and ' * finite}have shape {tuple(self.shape)}",
-            f"Transpose{', reshape or clean' if finite else ' or reshape'} it",
+            good and bool(w.isfinite().all()),
+            owner,
+            f"the weight must have shape {tuple(self.shape)} and be finite",
+            "Transpose, reshape or clean it",
+            NotOnManifoldError if good else ValueError,
             weight=w,
         )
 
     def _refuse(self, owner: object) -> NoReturn:
         _checks.fail(
-            owner or self,
+            owner,
             "this weight has no assignment, because it is computed from parameters of another form",
             "Load a state_dict of this class, or use a layer whose weight can be assigned, e.g. "
             "OrthoLinear",

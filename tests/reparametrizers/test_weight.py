@@ -117,6 +117,15 @@ def test_values_are_assigned_and_projected_or_refused(make):
         weight.assign_(value[..., :-1])
 
 
+@pytest.mark.parametrize("preset", ["default", "exp", "cholesky"])
+def test_the_base_moves_in_half_precision(preset):
+    weight = OrthoWeight((2, 5, 3), preset, dtype=torch.bfloat16)
+    before = weight.evaluate()
+    weight.update_base()  # what was rounded to bfloat16 is no semi-orthogonal matrix in float32
+    distance = (weight.evaluate() - before).abs().max()
+    assert distance <= 2 * torch.finfo(torch.bfloat16).eps  # two roundings; observed one
+
+
 @every_kind
 def test_parameters_are_drawn_anew(make):
     weight = make()
