@@ -35,7 +35,6 @@ MAKERS = {
     "ReshapedKernel": lambda: ReshapedKernel(4, 3, (3, 2), (1, 1)),
     "MappedWeight": lambda: of(layers.make_linear("aol", 4, 3)),
     "FourierWeight": lambda: of(layers.make_conv("cayley", 4, 4, 3, **SAME)),
-    "_UnitRows": lambda: of(layers.UnitNormLinear(5, 3)),
     "TrivializedWeight": lambda: layers.OrthoRNN(3, 4, triv="cayley").recurrent["weight_hh_l0"],
     "SkewKernel": lambda: of(layers.make_conv("soc", 4, 4, 3, **SAME)),
     "SlopedWeight": lambda: of(layers.make_linear("sll", 4, 3)),
