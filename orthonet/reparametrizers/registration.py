@@ -18,7 +18,6 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from orthonet import _checks
 from orthonet._torch import without_autocast
-from orthonet.reparametrizers.plain_values import load_plain, reset_parameters
 from orthonet.reparametrizers.weight import Weight, relative_distance
 
 __all__ = ["CachedParametrizationList", "adopt", "bake", "register", "remove"]
@@ -170,6 +169,46 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     return (_rebuild, (base, names, tuple(args)), state, *rest)
 
 
+def _load_from_state_dict(self: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Accept a checkpoint of the plain module too: its tensors are projected, with a warning."""
+    lists: Any = self._modules["parametrizations"]
+    for name, entry in lists.items():
+        own = f"{prefix}parametrizations.{name}."
+        entry.load_plain(state, f"{prefix}{name}", own, rest[-1], self)
+    type(self).__bases__[0]._load_from_state_dict(self, state, prefix, *rest)
+
+
+@torch.no_grad()
+def _reset_parameters(self: nn.Module) -> None:
+    """Draw all tensors as the plain class does, and project those that are constrained.
+
+    Where the space has no projection of what was drawn, it draws by itself. Nothing happens on the
+    meta device.
+    """
+    base: Any = type(self).__bases__[0]
+    lists: Any = self._modules["parametrizations"]
+    if any(p.is_meta for p in self.parameters()):
+        return
+    drawn = {
+        name: nn.Parameter(next(entry.parameters()).new_empty(entry.shape))
+        for name, entry in lists.items()
+    }
+    plain: Any = base.__new__(base)
+    vars(plain).update(vars(self))
+    vars(plain)["_parameters"] = self._parameters | drawn
+    vars(plain)["_modules"] = {k: m for k, m in self._modules.items() if k != "parametrizations"}
+    base.reset_parameters(plain)
+    for name, entry in lists.items():
+        entry.reset_parameters()
+        try:
+            entry.project_(plain._parameters[name].detach(), self)
+        except ValueError:  # nothing near it in the space
+            sample = getattr(entry[len(entry) - 1], "sample", None)
+            if sample is None:
+                raise
+            entry.right_inverse(sample())
+
+
 def _shared_class(base: type[nn.Module], names: Iterable[str]) -> type[nn.Module]:
     """The class of all modules of class `base` whose tensors `names` are constrained."""
     key = tuple(sorted(names))
@@ -184,11 +223,11 @@ def _shared_class(base: type[nn.Module], names: Iterable[str]) -> type[nn.Module
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce_ex,
         "_constrained_names": key,
-        "_load_from_state_dict": load_plain,
+        "_load_from_state_dict": _load_from_state_dict,
         **{name: _constrained(name) for name in key},
     }
     if hasattr(base, "reset_parameters"):
-        content["reset_parameters"] = reset_parameters
+        content["reset_parameters"] = _reset_parameters
     return cast(type[nn.Module], meta(f"Parametrized{base.__name__}", (base,), content))
 
 

@@ -10,6 +10,7 @@ import abc
 import copy
 import functools
 import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks, _torch
-from orthonet.errors import NotOnManifoldError
+from orthonet.errors import NotOnManifoldError, ProjectionWarning
 from orthonet.linalg.matrix import high
 from orthonet.linalg.retraction import CenteredMap
 
@@ -368,7 +369,8 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
         """Let a checkpoint of a module without constraint be loaded.
 
         If `state_dict` holds the tensor `plain` and no key that begins with `own`, it is replaced
-        by the entries of this weight after a projection. A refusal goes to `error_msgs`.
+        by the entries of this weight after a projection, with a warning if that moved it by more
+        than rounding. A refusal goes to `error_msgs`.
 
         Args:
             state_dict: The checkpoint; changed.
@@ -392,6 +394,15 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
             state_dict.update(self.state_dict(prefix=own))
             return None
         state_dict.update(twin.state_dict(prefix=own))
+        if moved > torch.finfo(value.dtype).eps ** 0.5:
+            sentence = _checks.message(
+                owner,
+                f"a plain {plain.rpartition('.')[2]} was loaded and projected onto its constraint",
+                "Fine-tune, or load a checkpoint of this class to keep its weights exactly",
+                relative_distance=round(moved, 6),
+                shape=tuple(value.shape),
+            )
+            warnings.warn(sentence, ProjectionWarning, stacklevel=2)
         return moved, value
 
     def may_be_kept(self) -> bool:

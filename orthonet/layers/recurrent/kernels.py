@@ -17,7 +17,6 @@ from orthonet.manifolds.trivialization import Triv
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams, OrthoWeight, Weight
 from orthonet.reparametrizers.orthogonalizers import nearest_semi_orthogonal
 from orthonet.reparametrizers.params import read_params
-from orthonet.reparametrizers.plain_values import warn_projected
 from orthonet.reparametrizers.recorded import RecordedWeight, keep_if_refused
 
 __all__ = [
@@ -219,19 +218,10 @@ class RecurrentKernels(ReadsPlain, nn.Module):
     def _read_plain(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> bool:
         """Also accept the kernels of the `nn` twin: they are projected, with a warning."""
         keep_if_refused(self, state_dict, prefix, error_msgs)
-        moved, dtype = 0.0, torch.float32
         for name in self.recurrent:
             plain, own = f"{prefix}{name}", f"{prefix}recurrent.{name}."
             adapt = functools.partial(self._unstacked, name)
-            done = self._weight_of(name).load_plain(state_dict, plain, own, error_msgs, self, adapt)
-            if done is not None:
-                moved, dtype = max(moved, done[0]), done[1].dtype
-        warn_projected(
-            self,
-            "plain recurrent kernels were loaded and projected onto the constraint",
-            dtype,
-            largest_relative_distance=moved,
-        )
+            self._weight_of(name).load_plain(state_dict, plain, own, error_msgs, self, adapt)
         return True
 
 
