@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import copy
-import functools
 import itertools
 import warnings
 import weakref
@@ -44,19 +43,18 @@ GIVEN = "_given"  # the attribute of a part for its value, while something made 
 W = TypeVar("W", bound="Weight")
 E = TypeVar("E", bound="EmptyInCopies")
 
-_alive: dict[int, weakref.ref[Weight]] = {}
+_alive: weakref.WeakValueDictionary[int, Weight] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
 def numbered(number: int) -> Weight | None:
     """The weight of this number, if it is alive."""
-    reference = _alive.get(number)
-    return None if reference is None else reference()
+    return _alive.get(number)
 
 
 def alive() -> Iterator[Weight]:
     """All weights of the process, in the order in which they were made, copied or unpickled."""
-    for reference in list(_alive.values()):
+    for reference in _alive.valuerefs():  # a list: threads may make weights meanwhile
         weight = reference()
         if weight is not None:
             yield weight
@@ -163,14 +161,8 @@ class _EnrolledWhenMade(abc.ABCMeta):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         weight = super().__call__(*args, **kwargs)
-        _enroll(weight)
+        _alive[weight._number[0]] = weight
         return weight
-
-
-def _enroll(weight: Weight) -> None:
-    number = weight._number[0]
-    # the reference that the callback is given becomes the default of `pop`
-    _alive[number] = weakref.ref(weight, functools.partial(_alive.pop, number))
 
 
 class Weight(nn.Module, metaclass=_EnrolledWhenMade):
@@ -214,7 +206,7 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
     def _enroll(self) -> None:
         """Become known to the process; for modules that no constructor of this class has made."""
         self._take_number()
-        _enroll(self)
+        _alive[self._number[0]] = self
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
