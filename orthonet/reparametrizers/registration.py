@@ -31,16 +31,17 @@ class CachedParametrizationList(Weight, ParametrizationList):
 
     def evaluate(self) -> Tensor:
         """Compute the tensor from the originals, in full precision also under autocast."""
-        if self.is_tensor:
-            originals: tuple[Any, ...] = (self.original,)
-        else:
-            originals = tuple(getattr(self, f"original{i}") for i in range(self.ntensors))
+        originals = self._originals()
         with without_autocast(originals[0]):
             first, *rest = self
             value = first(*originals)
             for stage in rest:
                 value = stage(value)
         return value
+
+    def _originals(self) -> list[Any]:
+        names = ["original"] if self.is_tensor else [f"original{i}" for i in range(self.ntensors)]
+        return [getattr(self, name) for name in names]
 
     @property
     def shape(self) -> torch.Size:
@@ -90,9 +91,8 @@ class CachedParametrizationList(Weight, ParametrizationList):
                 "Add the method, or change the originals in module.parametrizations",
             )
             value = stage.right_inverse(value)
-        names = ["original"] if self.is_tensor else [f"original{i}" for i in range(self.ntensors)]
         values = [value] if isinstance(value, Tensor) else list(value)
-        originals = [getattr(self, name) for name in names]
+        originals = self._originals()
         _checks.require(
             len(values) == len(originals)
             and all(v.dtype == o.dtype for v, o in zip(values, originals, strict=True)),
@@ -123,10 +123,8 @@ class _SharedType(type):
 
 def _entry(module: nn.Module, name: str) -> parametrize.ParametrizationList | None:
     """The list that constrains the tensor `name`; None if nothing does."""
-    lists = module._modules.get("parametrizations")
-    if lists is None or name not in lists._modules:
-        return None
-    return cast(parametrize.ParametrizationList, lists._modules[name])
+    lists: Any = module._modules.get("parametrizations")
+    return None if lists is None else lists._modules.get(name)
 
 
 def _constrained(name: str) -> property:
@@ -329,17 +327,15 @@ def register(
     )
     if again:
         parametrize.register_parametrization(module, tensor_name, parametrization, unsafe=unsafe)
-        _adopt(module)
-        return module
-    parametrization.train(module.training)
-    entry = CachedParametrizationList([parametrization], getattr(module, tensor_name), unsafe)
-    entry.train(module.training)
-    base = type(module).__bases__[0] if is_parametrized(module) else type(module)
-    delattr(module, tensor_name)
-    if not is_parametrized(module):
-        module.parametrizations = nn.ModuleDict()
-        module.__class__ = _shared_class(base, ())
-    cast(nn.ModuleDict, module.parametrizations)[tensor_name] = entry
+    else:
+        parametrization.train(module.training)
+        entry = CachedParametrizationList([parametrization], getattr(module, tensor_name), unsafe)
+        entry.train(module.training)
+        delattr(module, tensor_name)
+        if not is_parametrized(module):
+            module.parametrizations = nn.ModuleDict()
+            module.__class__ = _shared_class(type(module), ())
+        cast(nn.ModuleDict, module.parametrizations)[tensor_name] = entry
     _adopt(module)
     return module
 
