@@ -13,12 +13,7 @@ from orthonet import _checks, _torch
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg.kernels.filtering import filter_signal
 from orthonet.linalg.kernels.fit import fit_factors
-from orthonet.linalg.kernels.geometry import (
-    KernelFactors,
-    KernelGeometry,
-    chosen,
-    sharpened,
-)
+from orthonet.linalg.kernels.geometry import KernelFactors, KernelGeometry
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.reparametrizers.orthogonal import OrthoWeight
 from orthonet.reparametrizers.params import DEFAULT_ORTHO_PARAMS, OrthoParams
@@ -151,10 +146,7 @@ class OrthoKernel(Weight):
         return self.geometry.orthogonal
 
     def _parts(self) -> list[OrthoWeight]:
-        return [part for part in self._slots() if part is not None]
-
-    def _slots(self) -> tuple[OrthoWeight | None, OrthoWeight | None, OrthoWeight | None]:
-        return self.outer, self.embedding, self.bases
+        return [p for p in (self.outer, self.embedding, self.bases) if p is not None]
 
     def composition(self) -> Composition | None:
         """From the values of the factors; None for a subclass that computes something else."""
@@ -176,33 +168,27 @@ class OrthoKernel(Weight):
         value in the dtype of its storage.
         """
         kept = self.caching and self.dtype == compute_dtype(self.dtype)
-        outer, embedding, bases = (p and (p() if kept else p.as_part()) for p in self._slots())
-        bases = None if bases is None else sharpened(bases)
-        weights = None if self.scores is None else chosen(self._work(self.scores))
-        return KernelFactors(outer, embedding, bases, weights)
+        values = [part() if kept else part.as_part() for part in self._parts()]
+        return self.geometry.factors_of(values, self._scores())
 
-    @staticmethod
-    def _work(stored: Tensor) -> Tensor:
-        return stored.to(compute_dtype(stored.dtype))
+    def _scores(self) -> list[Tensor]:
+        """The scores in the dtype of the computation, if there are any."""
+        return [] if self.scores is None else [self.scores.to(compute_dtype(self.dtype))]
 
     def evaluate(self) -> Tensor:
         """Compute the kernel, in the dtype of the parameters."""
-        first = self._parts()[0].original
-        with _torch.without_autocast(first):
+        with _torch.without_autocast(self._parts()[0].original):
             values = [part.as_part() for part in self._parts()]
-            scores = [] if self.scores is None else [self._work(self.scores)]
-            (kernel,) = self.geometry.compose_all(values, scores, 1)
-            return kernel.to(first.dtype)
+            (kernel,) = self.geometry.compose_all(values, self._scores(), 1)
+            return kernel.to(self.dtype)
 
     def convolve(self, x: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
         """Convolve (N, C_in, *sizes) without padding, factor by factor: no kernel is formed."""
-        first = self._parts()[0].original
-        with _torch.without_autocast(first):
+        with _torch.without_autocast(self._parts()[0].original):
             factors = self.factors()
         geometry, gain = self.geometry, self.geometry.gain
-        signal = x.unflatten(1, (geometry.groups, geometry.inner)).movedim(
-            0, 2
-        )  # (g, c, n, *sizes)
+        signal = x.unflatten(1, (geometry.groups, geometry.inner))
+        signal = signal.movedim(0, 2)  # (g, c, n, *sizes)
         if factors.embedding is not None:
             embedding = factors.embedding.to(x.dtype)
             rest = signal.shape[2:]
@@ -220,15 +206,8 @@ class OrthoKernel(Weight):
             return signal if gain == 1.0 else gain * signal
         outer = factors.outer.unflatten(-1, (geometry.channels, *geometry.block)).flatten(0, 1)
         outer = outer.to(x.dtype) if gain == 1.0 else gain * outer.to(x.dtype)
-        return _CONV[len(geometry.stride)](
-            signal,
-            outer,
-            None,
-            tuple(stride),
-            0,
-            tuple(dilation),
-            geometry.groups,
-        )
+        convolve = _CONV[len(geometry.stride)]
+        return convolve(signal, outer, None, tuple(stride), 0, tuple(dilation), geometry.groups)
 
     def prefers_factors(self, pixels: int) -> bool:
         r"""Whether a training step on `pixels` output pixels is faster by `convolve`.
@@ -282,9 +261,9 @@ class OrthoKernel(Weight):
         return fitted, distance
 
     def _set(self, fitted: KernelFactors) -> None:
-        for part, value in zip(self._slots(), fitted[:3], strict=True):
-            if part is not None and value is not None:
-                part._set(value)
+        values = (v for v in (fitted.outer, fitted.embedding, fitted.bases) if v is not None)
+        for part, value in zip(self._parts(), values, strict=True):
+            part._set(value)
         if self.scores is not None and fitted.weights is not None:
             self.scores.copy_(0.2 * fitted.weights - 0.1)
 

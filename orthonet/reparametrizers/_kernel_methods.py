@@ -25,17 +25,8 @@ class ReshapedKernel(Weight):
     \(m = \prod_d \lceil k_d / s_d \rceil\) windows, so stacking the windows has norm
     \(\sqrt m\) at most, and the convolution norm 1 at most.
 
-    Args:
-        out_channels: Channels out, of all groups.
-        in_channels: Channels in, of all groups.
-        kernel_size: Taps per dimension.
-        stride: Stride per dimension, in taps (see
-            [`OrthoKernel`][orthonet.reparametrizers.OrthoKernel]).
-        groups: Number of groups.
-        ortho_params: Which normalizer and orthogonalizer make the matrix.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters.
-        gain: A constant by which the kernel is multiplied.
+    The arguments are those of [`OrthoKernel`][orthonet.reparametrizers.OrthoKernel], but for
+    `ranks`.
 
     Shape:
         Output: (out_channels, in_channels / groups, *kernel_size).

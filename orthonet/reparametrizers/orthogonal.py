@@ -65,14 +65,7 @@ class OrthoWeight(RecordedWeight):
         super().__init__()
         sizes = _checks.weight_shape(self, shape)
         ortho_params = read_params(self, ortho_params)
-        _checks.require(
-            dtype is None or dtype.is_floating_point,
-            self,
-            "dtype must be a real floating-point dtype",
-            "Choose torch.float32 or torch.float64; orthonet.unitary(module, name) constrains "
-            "complex tensors",
-            dtype=dtype,
-        )
+        _checks.factory(self, device, dtype)
         self.original = nn.Parameter(torch.empty(sizes, device=device, dtype=dtype))
         normalizer, orthogonalizer = ortho_params.build(sizes)
         self.normalizer = normalizer.to(self.original)
@@ -121,9 +114,6 @@ class OrthoWeight(RecordedWeight):
 
     def compute(self) -> Tensor:
         """Return the constrained matrix in the dtype of the computation, float32 at least."""
-        given = vars(self).get(GIVEN)
-        if given is not None:
-            return given
         stored = self.original
         with _torch.without_autocast(stored):
             # A shard of FSDP2, outside of the forward pass of its unit, is gathered by all
@@ -134,8 +124,8 @@ class OrthoWeight(RecordedWeight):
             return self.orthogonalizer(w if exact else self.normalizer(w))
 
     def as_part(self) -> Tensor:
-        """As `compute`, for a kernel; hooks, such as those of pruning, run in a call only."""
-        return self() if _torch.is_hooked(self) else self.compute()
+        """As `compute`, for a kernel: what was given, and what hooks (of pruning) make of it."""
+        return self() if GIVEN in vars(self) or _torch.is_hooked(self) else self.compute()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
