@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -120,7 +122,7 @@ class MappedWeight(Weight):
         return f"{_name(self.function)}, shape={tuple(self.original.shape)}{scale}"
 
 
-class FourierWeight(Weight):
+class FourierWeight(MappedWeight):
     r"""Blocks \(g(S(f))\) for the symbol S of a free kernel and a function g of matrices.
 
     Those of the last size that was asked for are kept, as a weight is.
@@ -148,15 +150,13 @@ class FourierWeight(Weight):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        _checks.in_range(self, 0.0, 1e3, noise=noise)
-        self.function = function
+        _checks.in_range(type(self), 0.0, 1e3, noise=noise)
+        initial = functools.partial(_noisy_kernel, noise=noise, center=center)
+        super().__init__(shape, function, initial, device=device, dtype=dtype)
         self.dilation = dilation
-        self.noise = noise
-        self.center = center
         self._size = (1, 1)
-        self.original = nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype))
-        self.reset_parameters()
+
+    shape, _fit = Weight.shape, Weight._fit  # of the blocks, which cannot be assigned
 
     def forward(self, size: tuple[int, int]) -> Tensor:
         """Return the blocks on a torus of this height and width."""
@@ -178,21 +178,14 @@ class FourierWeight(Weight):
             kernel = stored.to(compute_dtype(stored.dtype))
             return self.function(kernel_symbol(kernel, size, dilation=self.dilation))
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the kernel anew; nothing happens on the meta device."""
-        if self.original.is_meta:
-            return
-        kernel = self.original
-        fan = kernel.shape[2] * kernel[0, 0, 0].numel()
-        value = torch.randn_like(kernel) * (self.noise * fan**-0.5)
-        if self.center:
-            kh, kw = ((k - 1) // 2 for k in kernel.shape[-2:])
-            value[..., kh, kw] += haar(kernel.shape[:3], device=kernel.device).to(kernel.dtype)
-        kernel.copy_(value)
 
-    def extra_repr(self) -> str:
-        return f"{_name(self.function)}, shape={tuple(self.original.shape)}"
+def _noisy_kernel(shape: Sequence[int], noise: float, center: bool, **factory: Any) -> Tensor:
+    """A random kernel, and a semi-orthogonal central tap."""
+    value = torch.randn(tuple(shape), **factory) * (noise * math.prod(shape[2:]) ** -0.5)
+    if center:
+        kh, kw = ((k - 1) // 2 for k in shape[-2:])
+        value[..., kh, kw] += haar(shape[:3], device=value.device).to(value.dtype)
+    return value
 
 
 def _name(function: Any) -> str:
