@@ -292,8 +292,8 @@ WEIGHTS = [
     ("OrthoLinear", "weight", lambda: ORTHO.project_(torch.eye(4).to(torch.complex64) * 1j)),
     ("OrthoConv2d", "relative_distance", lambda: setattr(CONV, "weight", torch.ones(4, 4, 3, 3))),
     (
-        "L2Normalize",
-        "distance",
+        "UnitNormLinear",
+        "relative_distance",
         lambda: setattr(layers.UnitNormLinear(4, 4), "weight", torch.ones(4, 4)),
     ),
     ("UnitNormLinear", "weight", lambda: layers.UnitNormLinear(4, 4).project_(np.eye(4))),

@@ -10,24 +10,19 @@ from torch import Tensor
 
 from orthonet.manifolds import Parametrization
 from orthonet.reparametrizers import CachedParametrizationList
+from orthonet.reparametrizers.weight import EmptyInCopies, relative_distance
 
 __all__ = ["ConstrainedList"]
 
 
-class _Memory:
-    """What was read last, and how to undo the last assignment; copies and pickles are empty."""
+class _Memory(EmptyInCopies):
+    """What was read last, and how to undo the last assignment."""
 
     __slots__ = ("__weakref__", "read", "undo")
 
     def __init__(self) -> None:
         self.read: weakref.ref[Tensor] | None = None
         self.undo: tuple[weakref.ref[Tensor], list[Tensor]] | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Memory:
-        return _Memory()
-
-    def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
-        return _Memory, ()
 
 
 class ConstrainedList(CachedParametrizationList):
@@ -88,8 +83,7 @@ class ConstrainedList(CachedParametrizationList):
         """
         last = self[len(self) - 1]
         self.right_inverse(last.nearest(value) if isinstance(last, Parametrization) else value)
-        norm = max(float(torch.linalg.vector_norm(value.double())), 1e-30)
-        return float(torch.linalg.vector_norm((self() - value).double())) / norm
+        return relative_distance(self(), value)
 
     def _state(self) -> list[Tensor]:
         return [*self.parameters(), *self.buffers()]

@@ -13,7 +13,6 @@ from orthonet import _checks
 from orthonet.errors import NotOnManifoldError, ProjectionWarning
 from orthonet.layers._spectrum import LinearMap
 from orthonet.reparametrizers import Weight
-from orthonet.reparametrizers.plain_values import warn_projected
 from orthonet.reparametrizers.recorded import RecordedWeight, keep_if_refused
 
 __all__ = [
@@ -204,18 +203,9 @@ class ConstrainedWeight(LinearMap, ReadsPlain):
             for key in [key for key in state_dict if key.startswith(f"{own}weight.")]:
                 state_dict[own + key.removeprefix(f"{own}weight.")] = state_dict.pop(key)
         keep_if_refused(self, state_dict, prefix, error_msgs)
-        done = self.parametrization.load_plain(
+        self.parametrization.load_plain(
             state_dict, plain, own, error_msgs, self, lambda w: w.detach() / self._factor
         )
-        if done is not None:
-            moved, weight = done
-            warn_projected(
-                type(self).__name__,
-                "a plain weight was loaded and projected onto the constraint",
-                weight.dtype,
-                relative_distance=moved,
-                shape=tuple(weight.shape),
-            )
         return True
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from orthonet import _checks
-from orthonet.errors import NotOnManifoldError
 from orthonet.layers._base import ConstrainedWeight, add_bias
 from orthonet.layers.turned_linear import turned_linear
-from orthonet.linalg.matrix import compute_dtype
 from orthonet.reparametrizers import (
     DEFAULT_ORTHO_PARAMS,
     L2Normalize,
+    MappedWeight,
     OrthoParams,
     OrthoWeight,
     Weight,
@@ -151,52 +151,16 @@ class OrthoLinear(_ConstrainedLinear):
         )
 
 
-class _UnitRows(Weight):
-    """Rows of unit norm: the raw parameter, divided by the norm of each row."""
+_rows = L2Normalize(torch.float32, dim=1)
 
-    def __init__(
-        self, shape: tuple[int, int], device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
-        super().__init__()
-        self.original = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.normalizer = L2Normalize(compute_dtype(self.original.dtype), dim=1)
-        self.reset_parameters()
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.original.shape
+def _unit_rows(w: Tensor) -> Tensor:
+    """Divide each row by its norm."""
+    return _rows(w)
 
-    def evaluate(self) -> Tensor:
-        return self.normalizer(self.original)
 
-    def reset_parameters(self) -> None:
-        if not self.original.is_meta:
-            with torch.no_grad():
-                self.original.copy_(self.normalizer(torch.randn_like(self.original)))
-
-    @torch.no_grad()
-    def assign_(self, w: Tensor, owner: object = None) -> None:
-        self._require(w, owner or self)
-        self.original.copy_(self.normalizer.right_inverse(w))
-
-    @torch.no_grad()
-    def project_(self, w: Tensor, owner: object = None) -> float:
-        self._require(w, owner or self)
-        unit = self.normalizer(w)
-        self.original.copy_(unit)
-        norm = float(torch.linalg.vector_norm(w.double()))
-        return float(torch.linalg.vector_norm((unit - w).double())) / norm if norm else float("inf")
-
-    def _require(self, w: Tensor, owner: object) -> None:
-        good = w.shape == self.original.shape
-        _checks.require(
-            good and bool(torch.isfinite(w).all()),
-            owner,
-            f"the weight must be finite and have shape {tuple(self.original.shape)}",
-            "Transpose or clean it",
-            NotOnManifoldError if good else ValueError,
-            weight=w,
-        )
+def _random_rows(shape: Sequence[int], **factory: Any) -> Tensor:
+    return _rows(torch.randn(tuple(shape), **factory))
 
 
 class UnitNormLinear(_ConstrainedLinear):
@@ -232,7 +196,10 @@ class UnitNormLinear(_ConstrainedLinear):
     ) -> None:
         _checks.positive_int(type(self), in_features=in_features, out_features=out_features)
         _checks.factory(type(self), device, dtype)
-        rows = _UnitRows((out_features, in_features), device, dtype)
+        shape = (out_features, in_features)
+        rows = MappedWeight(
+            shape, _unit_rows, _random_rows, device=device, dtype=dtype, inverse=_unit_rows
+        )
         super().__init__(in_features, out_features, bias, device, dtype, rows, lipschitz)
 
     def forward(self, input: Tensor) -> Tensor:

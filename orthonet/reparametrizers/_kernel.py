@@ -13,12 +13,7 @@ from orthonet import _checks, _torch
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg.kernels.filtering import filter_signal
 from orthonet.linalg.kernels.fit import fit_factors
-from orthonet.linalg.kernels.geometry import (
-    KernelFactors,
-    KernelGeometry,
-    chosen,
-    sharpened,
-)
+from orthonet.linalg.kernels.geometry import KernelFactors, KernelGeometry
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.reparametrizers.orthogonal import OrthoWeight
 from orthonet.reparametrizers.params import DEFAULT_ORTHO_PARAMS, OrthoParams
@@ -64,6 +59,13 @@ class OrthoKernel(Weight):
     where it is positive, and the gradient passes to the score unchanged (straight-through). The
     kernel is orthogonal at every step. Train the scores more slowly than the rest (a parameter
     group with a thirtieth of the learning rate), so that projectors turn before their ranks jump.
+
+    **Which factors a kernel has.** `assign_` reads them off: those of an expanding strided kernel
+    through the Gram matrix of its taps, the projectors from the ranges of the outermost taps (exact
+    for `ranks="free"`, see above). Alternating projections polish them, until they compose the
+    kernel to relative accuracy \(\sqrt{\mathrm{eps}}\). `project_` only alternates: factor by
+    factor, the best one with the others held is a polar factor or a set of leading eigenvectors.
+    This ascends to a local, not always the global, optimum.
 
     Args:
         out_channels: Channels out, of all groups.
@@ -144,10 +146,7 @@ class OrthoKernel(Weight):
         return self.geometry.orthogonal
 
     def _parts(self) -> list[OrthoWeight]:
-        return [part for part in self._slots() if part is not None]
-
-    def _slots(self) -> tuple[OrthoWeight | None, OrthoWeight | None, OrthoWeight | None]:
-        return self.outer, self.embedding, self.bases
+        return [p for p in (self.outer, self.embedding, self.bases) if p is not None]
 
     def composition(self) -> Composition | None:
         """From the values of the factors; None for a subclass that computes something else."""
@@ -169,33 +168,27 @@ class OrthoKernel(Weight):
         value in the dtype of its storage.
         """
         kept = self.caching and self.dtype == compute_dtype(self.dtype)
-        outer, embedding, bases = (p and (p() if kept else p.as_part()) for p in self._slots())
-        bases = None if bases is None else sharpened(bases)
-        weights = None if self.scores is None else chosen(self._work(self.scores))
-        return KernelFactors(outer, embedding, bases, weights)
+        values = [part() if kept else part.as_part() for part in self._parts()]
+        return self.geometry.factors_of(values, self._scores())
 
-    @staticmethod
-    def _work(stored: Tensor) -> Tensor:
-        return stored.to(compute_dtype(stored.dtype))
+    def _scores(self) -> list[Tensor]:
+        """The scores in the dtype of the computation, if there are any."""
+        return [] if self.scores is None else [self.scores.to(compute_dtype(self.dtype))]
 
     def evaluate(self) -> Tensor:
         """Compute the kernel, in the dtype of the parameters."""
-        first = self._parts()[0].original
-        with _torch.without_autocast(first):
+        with _torch.without_autocast(self._parts()[0].original):
             values = [part.as_part() for part in self._parts()]
-            scores = [] if self.scores is None else [self._work(self.scores)]
-            (kernel,) = self.geometry.compose_all(values, scores, 1)
-            return kernel.to(first.dtype)
+            (kernel,) = self.geometry.compose_all(values, self._scores(), 1)
+            return kernel.to(self.dtype)
 
     def convolve(self, x: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
         """Convolve (N, C_in, *sizes) without padding, factor by factor: no kernel is formed."""
-        first = self._parts()[0].original
-        with _torch.without_autocast(first):
+        with _torch.without_autocast(self._parts()[0].original):
             factors = self.factors()
         geometry, gain = self.geometry, self.geometry.gain
-        signal = x.unflatten(1, (geometry.groups, geometry.inner)).movedim(
-            0, 2
-        )  # (g, c, n, *sizes)
+        signal = x.unflatten(1, (geometry.groups, geometry.inner))
+        signal = signal.movedim(0, 2)  # (g, c, n, *sizes)
         if factors.embedding is not None:
             embedding = factors.embedding.to(x.dtype)
             rest = signal.shape[2:]
@@ -213,15 +206,8 @@ class OrthoKernel(Weight):
             return signal if gain == 1.0 else gain * signal
         outer = factors.outer.unflatten(-1, (geometry.channels, *geometry.block)).flatten(0, 1)
         outer = outer.to(x.dtype) if gain == 1.0 else gain * outer.to(x.dtype)
-        return _CONV[len(geometry.stride)](
-            signal,
-            outer,
-            None,
-            tuple(stride),
-            0,
-            tuple(dilation),
-            geometry.groups,
-        )
+        convolve = _CONV[len(geometry.stride)]
+        return convolve(signal, outer, None, tuple(stride), 0, tuple(dilation), geometry.groups)
 
     def prefers_factors(self, pixels: int) -> bool:
         r"""Whether a training step on `pixels` output pixels is faster by `convolve`.
@@ -256,66 +242,30 @@ class OrthoKernel(Weight):
         self.scores.uniform_(0.05, 0.15)
         self.scores[..., self.geometry.channels // 2 :].neg_()
 
-    @torch.no_grad()
-    def assign_(self, w: Tensor, owner: object = None) -> None:
-        r"""Make `w` the value of the kernel, by finding factors; errors name `owner`.
-
-        The factors of a kernel of the family are read off: an expanding strided one through the
-        Gram matrix of its taps, the projectors from the ranges of the outermost taps (see
-        `ranks="free"` above for why that is exact). Alternating projections polish the result.
-
-        Raises:
-            ValueError: `w` has another shape or is not finite.
-            NotOnManifoldError: no factors were found that compose `w` to relative accuracy
-                \(\sqrt{\mathrm{eps}}\); nothing has been changed.
-        """
-        fitted, distance = self._fit(w, owner or self, restarts=4)
-        allowed = torch.finfo(w.dtype).eps ** 0.5
+    def _fit(self, w: Tensor, owner: object, exactly: bool) -> tuple[KernelFactors, float]:
+        self._require_shape(w, owner)
+        g, allowed = self.geometry, torch.finfo(w.dtype).eps ** 0.5
+        target = w.detach().double().reshape(g.groups, -1, *g.shape[1:]) / g.gain
+        restarts = 4 if exactly else 0
+        fitted, distance = fit_factors(g, target, restarts=restarts, enough=allowed)
         _checks.require(
-            distance <= allowed,
-            owner or self,
+            not exactly or distance <= allowed,
+            owner,
             f"the kernel must be one that the factors can compose (to {allowed:.1e})",
             "Call layer.project_(weight) to take the nearest kernel that is found"
-            + (
-                ", or use ranks='free', which composes more kernels"
-                * (self.geometry.ranks == "half")
-            ),
+            + ", or use ranks='free', which composes more kernels" * (g.ranks == "half"),
             NotOnManifoldError,
             relative_distance=distance,
             shape=tuple(w.shape),
         )
-        self._set(fitted)
+        return fitted, distance
 
-    @torch.no_grad()
-    def project_(self, w: Tensor, owner: object = None) -> float:
-        r"""Set the nearest kernel that alternating projections find; return its distance.
-
-        Factor by factor, the best orthogonal one with the others held is a polar factor or a set of
-        leading eigenvectors. This ascends to a local, not always the global, optimum.
-
-        Returns:
-            \(\|K - W\|_F / \|W\|_F\).
-
-        Raises:
-            ValueError: `w` has another shape or is not finite; nothing has been changed.
-        """
-        fitted, distance = self._fit(w, owner or self, restarts=0)
-        self._set(fitted)
-        return distance
-
-    def _fit(self, w: Tensor, owner: object, restarts: int) -> tuple[KernelFactors, float]:
-        self._require_shape(w, owner, finite=True)
-        g = self.geometry
-        target = w.detach().double().reshape(g.groups, -1, *g.shape[1:]) / g.gain
-        enough = torch.finfo(w.dtype).eps ** 0.5
-        return fit_factors(g, target, restarts=restarts, enough=enough)
-
-    def _set(self, factors: KernelFactors) -> None:
-        for part, value in zip(self._slots(), factors[:3], strict=True):
-            if part is not None and value is not None:
-                part.assign_(value.to(compute_dtype(part.original.dtype)))
-        if self.scores is not None and factors.weights is not None:
-            self.scores.copy_(0.2 * factors.weights - 0.1)
+    def _set(self, fitted: KernelFactors) -> None:
+        values = (v for v in (fitted.outer, fitted.embedding, fitted.bases) if v is not None)
+        for part, value in zip(self._parts(), values, strict=True):
+            part._set(value)
+        if self.scores is not None and fitted.weights is not None:
+            self.scores.copy_(0.2 * fitted.weights - 0.1)
 
     def extra_repr(self) -> str:
         g = self.geometry

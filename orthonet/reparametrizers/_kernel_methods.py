@@ -25,17 +25,8 @@ class ReshapedKernel(Weight):
     \(m = \prod_d \lceil k_d / s_d \rceil\) windows, so stacking the windows has norm
     \(\sqrt m\) at most, and the convolution norm 1 at most.
 
-    Args:
-        out_channels: Channels out, of all groups.
-        in_channels: Channels in, of all groups.
-        kernel_size: Taps per dimension.
-        stride: Stride per dimension, in taps (see
-            [`OrthoKernel`][orthonet.reparametrizers.OrthoKernel]).
-        groups: Number of groups.
-        ortho_params: Which normalizer and orthogonalizer make the matrix.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters.
-        gain: A constant by which the kernel is multiplied.
+    The arguments are those of [`OrthoKernel`][orthonet.reparametrizers.OrthoKernel], but for
+    `ranks`.
 
     Shape:
         Output: (out_channels, in_channels / groups, *kernel_size).
@@ -100,28 +91,12 @@ class ReshapedKernel(Weight):
         """Draw the matrix from the Haar distribution; nothing happens on the meta device."""
         self.outer.reset_parameters()
 
-    def _matrix(self, w: Tensor, owner: object) -> Tensor:
+    def _fit(self, w: Tensor, owner: object, exactly: bool) -> tuple[Tensor, float]:
         self._require_shape(w, owner)
-        return w.reshape(self.outer.shape) / self._scale
+        return self.outer._fit(w.reshape(self.outer.shape) / self._scale, owner, exactly)
 
-    @torch.no_grad()
-    def assign_(self, w: Tensor, owner: object = None) -> None:
-        """Make `w` the value of the kernel; errors name `owner`.
-
-        Raises:
-            ValueError: `w` has another shape.
-            NotOnManifoldError: `w` is not a scaled semi-orthogonal matrix; nothing is changed.
-        """
-        self.outer.assign_(self._matrix(w, owner or self), owner or self)
-
-    @torch.no_grad()
-    def project_(self, w: Tensor, owner: object = None) -> float:
-        r"""Set the nearest kernel of the family; return \(\|K - W\|_F / \|W\|_F\).
-
-        Raises:
-            ValueError: `w` has another shape or is not finite; nothing has been changed.
-        """
-        return self.outer.project_(self._matrix(w, owner or self), owner or self)
+    def _set(self, fitted: Tensor) -> None:
+        self.outer._set(fitted)
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.shape)}, stride={self.stride}, groups={self.groups}"

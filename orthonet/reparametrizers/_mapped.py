@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ from orthonet.linalg import haar
 from orthonet.linalg.kernels.fourier import kernel_symbol
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.reparametrizers.providers.cold_cache import slot_of
-from orthonet.reparametrizers.weight import Weight
+from orthonet.reparametrizers.weight import Weight, relative_distance
 
 __all__ = ["FourierWeight", "MappedWeight"]
 
@@ -24,6 +26,8 @@ _ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-8}
 
 class MappedWeight(Weight):
     r"""A weight \(K \cdot f(\mathrm{original})\) for a map f onto norm at most 1.
+
+    `project_` makes \(K f(w / K)\) the weight; `assign_` asks that this is `w`.
 
     Args:
         shape: Shape of the parameter and of the weight.
@@ -92,55 +96,33 @@ class MappedWeight(Weight):
             shape = self.original.shape
             self.original.copy_(self.initial(shape, dtype=dtype, device=self.original.device))
 
-    @torch.no_grad()
-    def assign_(self, w: Tensor, owner: object = None) -> None:
-        """Make `w` the weight, if the map keeps it; errors name `owner`.
-
-        Raises:
-            ValueError: `w` has another shape or is not finite.
-            NotOnManifoldError: The map would change `w`; nothing has been changed.
-        """
-        value, distance = self._nearest(w, owner)
-        allowed = _ALLOWED.get(w.dtype, 1e-2)
+    def _fit(self, w: Tensor, owner: object, exactly: bool) -> tuple[Tensor, float]:
+        r"""The parameter w / K, or its inverse, and how far \(K f(w / K)\) is from `w`."""
+        self._require_shape(w, owner)
+        if self.inverse is None and self.weight_shape != tuple(self.original.shape):
+            self._refuse(owner)
+        value = w.to(self.original.device, compute_dtype(w.dtype)) / self.lipschitz
+        value = value if self.inverse is None else self.inverse(value)
+        distance, allowed = relative_distance(self._compute(value), w), _ALLOWED.get(w.dtype, 1e-2)
         _checks.require(
-            distance <= allowed,
-            owner or self,
+            not exactly or distance <= allowed,
+            owner,
             f"a weight must be one that the layer can represent (to {allowed:.0e}, relative)",
             "Use project_ to take the weight that the layer makes of it",
             NotOnManifoldError,
             relative_distance=distance,
         )
-        self.original.copy_(value)
+        return value, distance
 
-    @torch.no_grad()
-    def project_(self, w: Tensor, owner: object = None) -> float:
-        r"""Make \(K f(w / K)\) the weight and return its relative distance from `w`.
-
-        Raises:
-            ValueError: `w` has another shape or is not finite; nothing has been changed.
-        """
-        value, distance = self._nearest(w, owner)
-        self.original.copy_(value)
-        return distance
-
-    def _nearest(self, w: Tensor, owner: object) -> tuple[Tensor, float]:
-        owner = owner or self
-        self._require_shape(w, owner, finite=True)
-        if self.inverse is None and self.weight_shape != tuple(self.original.shape):
-            self._refuse(owner)
-        value = w.to(self.original.device, compute_dtype(w.dtype)) / self.lipschitz
-        value = value if self.inverse is None else self.inverse(value)
-        new = self._compute(value).double()
-        norm = float(torch.linalg.vector_norm(w.double()))
-        distance = float(torch.linalg.vector_norm(new - w.to(new)))
-        return value, distance / norm if norm > 0 else float("inf")
+    def _set(self, fitted: Tensor) -> None:
+        self.original.copy_(fitted)
 
     def extra_repr(self) -> str:
         scale = "" if self.lipschitz == 1.0 else f", lipschitz={self.lipschitz:g}"
         return f"{_name(self.function)}, shape={tuple(self.original.shape)}{scale}"
 
 
-class FourierWeight(Weight):
+class FourierWeight(MappedWeight):
     r"""Blocks \(g(S(f))\) for the symbol S of a free kernel and a function g of matrices.
 
     Those of the last size that was asked for are kept, as a weight is.
@@ -168,15 +150,13 @@ class FourierWeight(Weight):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        _checks.in_range(self, 0.0, 1e3, noise=noise)
-        self.function = function
+        _checks.in_range(type(self), 0.0, 1e3, noise=noise)
+        initial = functools.partial(_noisy_kernel, noise=noise, center=center)
+        super().__init__(shape, function, initial, device=device, dtype=dtype)
         self.dilation = dilation
-        self.noise = noise
-        self.center = center
         self._size = (1, 1)
-        self.original = nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype))
-        self.reset_parameters()
+
+    shape, _fit = Weight.shape, Weight._fit  # of the blocks, which cannot be assigned
 
     def forward(self, size: tuple[int, int]) -> Tensor:
         """Return the blocks on a torus of this height and width."""
@@ -198,21 +178,14 @@ class FourierWeight(Weight):
             kernel = stored.to(compute_dtype(stored.dtype))
             return self.function(kernel_symbol(kernel, size, dilation=self.dilation))
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the kernel anew; nothing happens on the meta device."""
-        if self.original.is_meta:
-            return
-        kernel = self.original
-        fan = kernel.shape[2] * kernel[0, 0, 0].numel()
-        value = torch.randn_like(kernel) * (self.noise * fan**-0.5)
-        if self.center:
-            kh, kw = ((k - 1) // 2 for k in kernel.shape[-2:])
-            value[..., kh, kw] += haar(kernel.shape[:3], device=kernel.device).to(kernel.dtype)
-        kernel.copy_(value)
 
-    def extra_repr(self) -> str:
-        return f"{_name(self.function)}, shape={tuple(self.original.shape)}"
+def _noisy_kernel(shape: Sequence[int], noise: float, center: bool, **factory: Any) -> Tensor:
+    """A random kernel, and a semi-orthogonal central tap."""
+    value = torch.randn(tuple(shape), **factory) * (noise * math.prod(shape[2:]) ** -0.5)
+    if center:
+        kh, kw = ((k - 1) // 2 for k in shape[-2:])
+        value[..., kh, kw] += haar(shape[:3], device=value.device).to(value.dtype)
+    return value
 
 
 def _name(function: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,28 @@ from orthonet.errors import NotOnManifoldError
 from orthonet.linalg.matrix import compute_dtype, rms_scale
 from orthonet.linalg.spectral import rounds
 
-__all__ = ["BatchedIdentity", "BatchedPowerIteration", "L2Normalize"]
+__all__ = ["BatchedIdentity", "BatchedPowerIteration", "L2Normalize", "Step"]
 
 
-class BatchedIdentity(nn.Module):
+class Step(nn.Module):
+    """Base class of normalizers and orthogonalizers: made for one shape, shown with its options."""
+
+    _shown: ClassVar[tuple[str, ...]] = ()  # the arguments after the shape
+
+    def __init__(self, weight_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.weight_shape = _checks.weight_shape(self, weight_shape)
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        """Return a matrix for which the step returns `w`: `w` itself."""
+        return w
+
+    def extra_repr(self) -> str:
+        names = ("weight_shape", *self._shown)
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+class BatchedIdentity(Step):
     """No normalization: for orthogonalizers that bear any scale.
 
     Args:
@@ -26,23 +44,12 @@ class BatchedIdentity(nn.Module):
         Input and output: `weight_shape`.
     """
 
-    def __init__(self, weight_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.weight_shape = _checks.weight_shape(self, weight_shape)
-
     def forward(self, w: Tensor) -> Tensor:
         """Return `w`."""
         return w
 
-    def right_inverse(self, w: Tensor) -> Tensor:
-        """Return `w`."""
-        return w
 
-    def extra_repr(self) -> str:
-        return f"weight_shape={self.weight_shape}"
-
-
-class BatchedPowerIteration(nn.Module):
+class BatchedPowerIteration(Step):
     r"""Divide each matrix by a power-iteration estimate of its spectral norm.
 
     \(W / (\sigma + \mathrm{eps}\,s)\) with \(\sigma = u^\top W v\) after `power_it_niter` rounds
@@ -63,7 +70,8 @@ class BatchedPowerIteration(nn.Module):
 
     Guarantee:
         The estimate is from below, so the result may have a norm above 1; zero stays zero. The
-        orthogonalizers of this library accept any scale and do not rely on it.
+        orthogonalizers of this library accept any scale and do not rely on it. `right_inverse` is
+        exact for weights of unit norm.
 
     Raises:
         ValueError: `weight_shape`, `power_it_niter` or `eps` is out of range.
@@ -72,11 +80,12 @@ class BatchedPowerIteration(nn.Module):
         Miyato, Kataoka, Koyama & Yoshida, *Spectral normalization for GANs*, ICLR 2018.
     """
 
+    _shown = ("power_it_niter", "eps")
+
     def __init__(
         self, weight_shape: Sequence[int], power_it_niter: int = 3, eps: float = 1e-12
     ) -> None:
-        super().__init__()
-        self.weight_shape = _checks.weight_shape(self, weight_shape)
+        super().__init__(weight_shape)
         _checks.positive_int(self, power_it_niter=power_it_niter)
         _checks.in_range(self, 0.0, 1.0, eps=eps)
         self.power_it_niter = power_it_niter
@@ -96,20 +105,10 @@ class BatchedPowerIteration(nn.Module):
         sigma = (u * (x @ v)).sum(-2, keepdim=True)
         return x / (sigma + self.eps).clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
 
-    def right_inverse(self, w: Tensor) -> Tensor:
-        """Return `w`: exact for weights of unit norm."""
-        return w
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Also accept the vectors `u` that checkpoints held before."""
         state_dict.pop(f"{prefix}u", None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def extra_repr(self) -> str:
-        return (
-            f"weight_shape={self.weight_shape}, power_it_niter={self.power_it_niter}, "
-            f"eps={self.eps}"
-        )
 
 
 class L2Normalize(nn.Module):
@@ -146,8 +145,6 @@ class L2Normalize(nn.Module):
         self.dim = dim
 
     def _norm(self, w: Tensor) -> Tensor:
-        if self.dim is None:
-            return torch.linalg.vector_norm(w).expand((1,) * w.ndim)
         return torch.linalg.vector_norm(w, dim=self.dim, keepdim=True)
 
     def forward(self, w: Tensor) -> Tensor:
@@ -156,13 +153,10 @@ class L2Normalize(nn.Module):
             return w
         work = w.to(torch.promote_types(compute_dtype(w.dtype), self.dtype))
         largest = work.detach().abs().amax(() if self.dim is None else self.dim, keepdim=True)
-        largest = torch.where(largest > 0, largest, torch.ones_like(largest))
-        work = work / largest
+        work = work / torch.where(largest > 0, largest, 1.0)
         norm = self._norm(work)
-        count = work.numel() if self.dim is None else work.shape[self.dim]
-        unit = torch.full_like(work, count**-0.5)
-        safe = torch.where(norm > 0, norm, torch.ones_like(norm))
-        return torch.where(norm > 0, work / safe, unit + work).to(w.dtype)
+        constant = work + (work.numel() // norm.numel()) ** -0.5
+        return torch.where(norm > 0, work / torch.where(norm > 0, norm, 1.0), constant).to(w.dtype)
 
     def right_inverse(self, w: Tensor) -> Tensor:
         """Return `w` if its vectors have unit norm."""

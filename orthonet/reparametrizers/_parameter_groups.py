@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -59,32 +60,28 @@ def parameter_groups(
     """
     _checks.module("parameter_groups", model=model)
     constrained_lr = lr if constrained_lr is None else constrained_lr
-    values = {
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "constrained_lr": constrained_lr,
-        "constrained_weight_decay": constrained_weight_decay,
-    }
-    for name, value in values.items():
-        _checks.in_range("parameter_groups", 0.0, float("inf"), **{name: value})
+    given = {"constrained_lr": constrained_lr, "constrained_weight_decay": constrained_weight_decay}
+    _checks.in_range("parameter_groups", 0, math.inf, lr=lr, weight_decay=weight_decay, **given)
     raw = {
         id(parameter)
         for module in model.modules()
         if isinstance(module, (Weight, ParametrizationList))
         for parameter in module.parameters()
     }
-    found: dict[str, list[nn.Parameter]] = {"plain": [], "constrained": [], "vectors": []}
+    rates = {
+        "plain": (lr, weight_decay),
+        "constrained": (constrained_lr, constrained_weight_decay),
+        "vectors": (lr, 0.0),
+    }
+    found: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
     for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        kind = "plain" if parameter.ndim >= 2 else "vectors"
-        found["constrained" if id(parameter) in raw else kind].append(parameter)
-    rates = {"plain": lr, "constrained": constrained_lr, "vectors": lr}
-    decays = {"plain": weight_decay, "constrained": constrained_weight_decay, "vectors": 0.0}
+        if parameter.requires_grad:
+            kind = "plain" if parameter.ndim >= 2 else "vectors"
+            found["constrained" if id(parameter) in raw else kind].append(parameter)
     groups = [
-        {"name": name, "params": params, "lr": rates[name], "weight_decay": decays[name]}
-        for name, params in found.items()
-        if params
+        {"name": kind, "params": found[kind], "lr": rate, "weight_decay": decay}
+        for kind, (rate, decay) in rates.items()
+        if found[kind]
     ]
     _checks.require(
         bool(groups),

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks, _torch
-from orthonet.linalg import haar, polar_svd
+from orthonet.linalg import haar
 from orthonet.linalg.distributed import whole
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.linalg.retraction import POLAR, QR, CenteredMap
 from orthonet.reparametrizers._normalizers import BatchedIdentity, BatchedPowerIteration
-from orthonet.reparametrizers.orthogonalizers import Orthogonalizer, require_semi_orthogonal
+from orthonet.reparametrizers.orthogonalizers import Orthogonalizer, nearest_semi_orthogonal
 from orthonet.reparametrizers.params import (
     DEFAULT_ORTHO_PARAMS,
     OrthoParams,
@@ -65,14 +65,7 @@ class OrthoWeight(RecordedWeight):
         super().__init__()
         sizes = _checks.weight_shape(self, shape)
         ortho_params = read_params(self, ortho_params)
-        _checks.require(
-            dtype is None or dtype.is_floating_point,
-            self,
-            "dtype must be a real floating-point dtype",
-            "Choose torch.float32 or torch.float64; orthonet.unitary(module, name) constrains "
-            "complex tensors",
-            dtype=dtype,
-        )
+        _checks.factory(self, device, dtype)
         self.original = nn.Parameter(torch.empty(sizes, device=device, dtype=dtype))
         normalizer, orthogonalizer = ortho_params.build(sizes)
         self.normalizer = normalizer.to(self.original)
@@ -121,9 +114,6 @@ class OrthoWeight(RecordedWeight):
 
     def compute(self) -> Tensor:
         """Return the constrained matrix in the dtype of the computation, float32 at least."""
-        given = vars(self).get(GIVEN)
-        if given is not None:
-            return given
         stored = self.original
         with _torch.without_autocast(stored):
             # A shard of FSDP2, outside of the forward pass of its unit, is gathered by all
@@ -134,8 +124,8 @@ class OrthoWeight(RecordedWeight):
             return self.orthogonalizer(w if exact else self.normalizer(w))
 
     def as_part(self) -> Tensor:
-        """As `compute`, for a kernel; hooks, such as those of pruning, run in a call only."""
-        return self() if _torch.is_hooked(self) else self.compute()
+        """As `compute`, for a kernel: what was given, and what hooks (of pruning) make of it."""
+        return self() if GIVEN in vars(self) or _torch.is_hooked(self) else self.compute()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -150,38 +140,16 @@ class OrthoWeight(RecordedWeight):
         self._set(haar(self.original.shape, dtype=dtype, device=self.original.device))
 
     @torch.no_grad()
-    def assign_(self, w: Tensor, owner: object = None) -> None:
-        """Make the semi-orthogonal `w` the value of the matrix; errors name `owner`.
-
-        Raises:
-            ValueError: `w` has another shape.
-            NotOnManifoldError: `w` is not semi-orthogonal; nothing has been changed.
-        """
-        self._require_shape(w, owner)
-        require_semi_orthogonal(owner or self, w)
-        self._set(w)
-
-    @torch.no_grad()
-    def project_(self, w: Tensor, owner: object = None) -> float:
-        r"""Make the polar factor of `w` the value and return \(\|U - W\|_F / \|W\|_F\).
-
-        Raises:
-            ValueError: `w` has another shape or is not finite; nothing has been changed.
-        """
-        self._require_shape(w, owner)
-        work = w.double()
-        u = polar_svd(work)
-        self._set(u.to(compute_dtype(self.original.dtype)))
-        norm = float(torch.linalg.vector_norm(work))
-        return float(torch.linalg.vector_norm(u - work)) / norm if norm > 0 else float("inf")
-
-    @torch.no_grad()
     def update_base(self) -> None:
-        """Make the matrix itself the parameter."""
+        """Make the matrix itself, before it is rounded to the storage dtype, the parameter."""
         self.assign_(self.compute())
 
-    def _set(self, w: Tensor) -> None:
-        value = w.to(device=self.original.device, dtype=compute_dtype(self.original.dtype))
+    def _fit(self, w: Tensor, owner: object, exactly: bool) -> tuple[Tensor, float]:
+        self._require_shape(w, owner)
+        return nearest_semi_orthogonal(w, owner, exactly)
+
+    def _set(self, fitted: Tensor) -> None:
+        value = fitted.to(device=self.original.device, dtype=compute_dtype(self.original.dtype))
         for step in (self.orthogonalizer, self.normalizer):
             inverse = getattr(step, "right_inverse", None)
             value = value if inverse is None else inverse(value)

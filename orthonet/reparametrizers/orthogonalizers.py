@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg import cholesky_qr, polar, qr, rotate_base
+from orthonet.linalg import cholesky_qr, polar, polar_svd, qr, rotate_base
 from orthonet.linalg.retraction import POLAR, QR, CenteredMap
+from orthonet.linalg.unitary import polish
+from orthonet.reparametrizers._normalizers import Step
+from orthonet.reparametrizers.weight import relative_distance
 
 __all__ = [
     "BatchedBjorckOrthogonalization",
@@ -25,8 +28,21 @@ __all__ = [
     "BatchedPolarOrthogonalization",
     "BatchedQROrthogonalization",
     "Orthogonalizer",
+    "nearest_semi_orthogonal",
     "require_semi_orthogonal",
 ]
+
+
+def nearest_semi_orthogonal(w: Tensor, owner: object, exactly: bool) -> tuple[Tensor, float]:
+    """The polar factor of `w` and its relative distance; `w` itself with `exactly`, or a refusal.
+
+    As `Weight._fit`, for weights whose values are all semi-orthogonal matrices.
+    """
+    if exactly:
+        require_semi_orthogonal(owner, w)
+        return w, 0.0
+    u = polar_svd(w.double())
+    return u, relative_distance(u, w)
 
 
 def require_semi_orthogonal(owner: object, w: Tensor) -> None:
@@ -52,7 +68,7 @@ def require_semi_orthogonal(owner: object, w: Tensor) -> None:
     )
 
 
-class Orthogonalizer(nn.Module, abc.ABC):
+class Orthogonalizer(Step, abc.ABC):
     """Base class: the shape and the assignment protocol that all orthogonalizers share.
 
     `right_inverse` returns a parameter that `forward` maps to the given weight. Off the manifold
@@ -68,6 +84,9 @@ class Orthogonalizer(nn.Module, abc.ABC):
             there after optimizer steps. A subclass computes something else, for all that is known:
             it has to name its map again.
         exact: Whether the gradient is that of the map, also away from its center.
+
+    Raises:
+        ValueError: `weight_shape` is not a matrix shape, or a weight is not finite.
     """
 
     centered: ClassVar[CenteredMap | None] = None
@@ -84,8 +103,7 @@ class Orthogonalizer(nn.Module, abc.ABC):
         return "" if self.map is None else self.map.name
 
     def __init__(self, weight_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.weight_shape = _checks.weight_shape(self, weight_shape)
+        super().__init__(weight_shape)
         self._fresh = True
 
     @abc.abstractmethod
@@ -111,9 +129,6 @@ class Orthogonalizer(nn.Module, abc.ABC):
         else:
             require_semi_orthogonal(self, w)
         return w
-
-    def extra_repr(self) -> str:
-        return f"weight_shape={self.weight_shape}"
 
 
 class BatchedBjorckOrthogonalization(Orthogonalizer):
@@ -150,6 +165,7 @@ class BatchedBjorckOrthogonalization(Orthogonalizer):
     """
 
     centered = POLAR
+    _shown = ("beta", "niters", "pass_through")
 
     def __init__(
         self,
@@ -170,16 +186,7 @@ class BatchedBjorckOrthogonalization(Orthogonalizer):
         if not self.pass_through:
             return polar(w, beta=self.beta, niters=self.niters)
         u = polar(w.detach(), beta=self.beta, niters=self.niters)
-        x = u + (w - w.detach())  # the value of u with the gradient of w
-        if w.shape[-2] >= w.shape[-1]:
-            return 1.5 * x - 0.5 * (x @ (x.mT @ x))
-        return 1.5 * x - 0.5 * ((x @ x.mT) @ x)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, beta={self.beta}, niters={self.niters}, "
-            f"pass_through={self.pass_through}"
-        )
+        return polish(u + (w - w.detach()))  # the value of u with the gradient of w
 
 
 class BatchedPolarOrthogonalization(Orthogonalizer):
@@ -199,9 +206,6 @@ class BatchedPolarOrthogonalization(Orthogonalizer):
     Guarantee:
         \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) (float32), \(10^{-12}\) (float64) for every finite
         input, in train and eval mode; finite gradients; no state.
-
-    Raises:
-        ValueError: `weight_shape` is not a matrix shape, or the weight is not finite.
 
     Examples:
         >>> BatchedPolarOrthogonalization((3, 3))
@@ -237,15 +241,13 @@ class BatchedCholeskyOrthogonalization(Orthogonalizer):
         \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) (float32), \(10^{-12}\) (float64) for every finite
         input; finite gradients; no state.
 
-    Raises:
-        ValueError: `weight_shape` is not a matrix shape, or the weight is not finite.
-
     References:
         Fukaya et al. (2020); Hu, Leino, Wang & Fredrikson, *A recipe for improved certifiable
         robustness*, ICLR 2024, for the use in Lipschitz networks.
     """
 
     centered = QR
+    _shown = ("stable",)
 
     def __init__(self, weight_shape: Sequence[int], stable: bool = False) -> None:
         super().__init__(weight_shape)
@@ -254,9 +256,6 @@ class BatchedCholeskyOrthogonalization(Orthogonalizer):
 
     def _orthogonalize(self, w: Tensor) -> Tensor:
         return cholesky_qr(w, shifted=self.stable)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, stable={self.stable}"
 
 
 class BatchedQROrthogonalization(Orthogonalizer):
@@ -271,9 +270,6 @@ class BatchedQROrthogonalization(Orthogonalizer):
     Guarantee:
         \(\max|\sigma - 1| \le 2\cdot 10^{-6}\) (float32), \(10^{-12}\) (float64) for every finite
         input, zero included; finite gradients; no state.
-
-    Raises:
-        ValueError: `weight_shape` is not a matrix shape, or the weight is not finite.
     """
 
     centered = QR
@@ -311,6 +307,7 @@ class BatchedExponentialOrthogonalization(Orthogonalizer):
         2019; Singla & Feizi, *Skew orthogonal convolutions*, ICML 2021.
     """
 
+    _shown = ("niters",)
     base: Tensor
 
     def __init__(self, weight_shape: Sequence[int], niters: int = 7) -> None:
@@ -326,9 +323,6 @@ class BatchedExponentialOrthogonalization(Orthogonalizer):
     def right_inverse(self, w: Tensor) -> Tensor:
         """Move the base to the semi-orthogonal weight `w` and return `w`."""
         base = polar(w.detach()) if self._fresh else w.detach()
-        w = super().right_inverse(w)
+        super().right_inverse(w)
         self.base.copy_(base)
-        return base.clone() if base is not w else w
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, niters={self.niters}"
+        return base.clone()

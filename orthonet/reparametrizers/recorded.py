@@ -22,12 +22,6 @@ _SIZE = 256  # distributed checkpoints load in place: equal shapes, so that the 
 _noted: list[Any] = [None]  # the list of errors of the load that was noted last
 
 
-def _encoded(text: str) -> Tensor:
-    content = text.encode()
-    content = content.ljust(-(-len(content) // _SIZE) * _SIZE, b"\0")
-    return torch.tensor(list(content), dtype=torch.uint8, device="cpu")
-
-
 def _decoded(state: object) -> str | None:
     """The text of an entry, in whatever dtype it has been converted to; None if it holds none."""
     if not isinstance(state, Tensor) or state.is_meta:
@@ -65,30 +59,21 @@ class RecordedWeight(Weight):
 
     def get_extra_state(self) -> Tensor:
         """Return `made_by`, for `state_dict`."""
-        return _encoded(self.made_by)
+        content = self.made_by.encode()
+        content = content.ljust(-(-len(content) // _SIZE) * _SIZE, b"\0")
+        return torch.tensor(list(content), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: object) -> None:
         """Do nothing: the entry has been compared, and stays."""
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Compare the entry; accept checkpoints from before there was one, with a note."""
-        keep_if_refused(self, state_dict, prefix, error_msgs)
+        keep_if_refused(self, state_dict, prefix, error_msgs := rest[-1])
         if prefix + _KEY not in state_dict:
             if any(key.startswith(prefix) for key in state_dict):
                 _note(self, error_msgs)
             state_dict[prefix + _KEY] = self.get_extra_state()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def keep_if_refused(
@@ -109,8 +94,15 @@ def keep_if_refused(
         if isinstance(weight, RecordedWeight):
             made_by = _decoded(state_dict.get(f"{prefix}{name}{'.' if name else ''}{_KEY}"))
             if made_by is not None and not weight.accepts(made_by):
-                refused = True
-                sentence = _refusal(weight, made_by)
+                refused, other = True, name_of(made_by.partition(" | ")[2])
+                sentence = _checks.message(
+                    weight,
+                    f"the checkpoint must be made with {weight.preset}, as the model is, got "
+                    f"checkpoint={other}",
+                    f"Build the model with {other}, or convert: load the checkpoint into such a "
+                    "model, `other`, and then "
+                    "model.load_state_dict(orthonet.to_plain(other).state_dict())",
+                )
                 if sentence not in error_msgs:
                     error_msgs.append(sentence)
     if refused:
@@ -118,26 +110,6 @@ def keep_if_refused(
             del state_dict[key]
         own: Mapping[str, Any] = module.state_dict(prefix=prefix, keep_vars=True)
         state_dict.update(own)
-
-
-def _refusal(weight: RecordedWeight, made_by: str) -> str:
-    own, other = weight.preset, name_of(made_by.partition(" | ")[2])
-    return _checks.message(
-        weight,
-        f"the checkpoint must be made with {own}, as the model is",
-        f"Build the model with {other}, or convert: load the checkpoint into such a model, "
-        "`other`, and then model.load_state_dict(orthonet.to_plain(other).state_dict())",
-        checkpoint=_Verbatim(other),
-    )
-
-
-class _Verbatim(str):
-    """Shown without quotation marks."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 def _note(weight: RecordedWeight, error_msgs: list[str]) -> None:

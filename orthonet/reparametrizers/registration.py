@@ -18,8 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from orthonet import _checks
 from orthonet._torch import without_autocast
-from orthonet.reparametrizers.plain_values import load_plain, reset_parameters
-from orthonet.reparametrizers.weight import Weight
+from orthonet.reparametrizers.weight import Weight, relative_distance
 
 __all__ = ["CachedParametrizationList", "adopt", "bake", "register", "remove"]
 
@@ -32,16 +31,17 @@ class CachedParametrizationList(Weight, ParametrizationList):
 
     def evaluate(self) -> Tensor:
         """Compute the tensor from the originals, in full precision also under autocast."""
-        if self.is_tensor:
-            originals: tuple[Any, ...] = (self.original,)
-        else:
-            originals = tuple(getattr(self, f"original{i}") for i in range(self.ntensors))
+        originals = self._originals()
         with without_autocast(originals[0]):
             first, *rest = self
             value = first(*originals)
             for stage in rest:
                 value = stage(value)
         return value
+
+    def _originals(self) -> list[Any]:
+        names = ["original"] if self.is_tensor else [f"original{i}" for i in range(self.ntensors)]
+        return [getattr(self, name) for name in names]
 
     @property
     def shape(self) -> torch.Size:
@@ -52,7 +52,7 @@ class CachedParametrizationList(Weight, ParametrizationList):
 
     def assign_(self, w: Tensor, owner: object = None) -> None:
         """Make `w` the value of the tensor."""
-        self._require_shape(w, owner)
+        self._require_shape(w, owner or self)
         self.right_inverse(w)
 
     @torch.no_grad()
@@ -73,7 +73,7 @@ class CachedParametrizationList(Weight, ParametrizationList):
         Here they must accept it; lists of `orthonet.constraints` project it first.
         """
         self.right_inverse(value)
-        return float(torch.dist(self(), value)) / max(float(value.norm()), 1e-30)
+        return relative_distance(self(), value)
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> None:
@@ -91,9 +91,8 @@ class CachedParametrizationList(Weight, ParametrizationList):
                 "Add the method, or change the originals in module.parametrizations",
             )
             value = stage.right_inverse(value)
-        names = ["original"] if self.is_tensor else [f"original{i}" for i in range(self.ntensors)]
         values = [value] if isinstance(value, Tensor) else list(value)
-        originals = [getattr(self, name) for name in names]
+        originals = self._originals()
         _checks.require(
             len(values) == len(originals)
             and all(v.dtype == o.dtype for v, o in zip(values, originals, strict=True)),
@@ -124,10 +123,8 @@ class _SharedType(type):
 
 def _entry(module: nn.Module, name: str) -> parametrize.ParametrizationList | None:
     """The list that constrains the tensor `name`; None if nothing does."""
-    lists = module._modules.get("parametrizations")
-    if lists is None or name not in lists._modules:
-        return None
-    return cast(parametrize.ParametrizationList, lists._modules[name])
+    lists: Any = module._modules.get("parametrizations")
+    return None if lists is None else lists._modules.get(name)
 
 
 def _constrained(name: str) -> property:
@@ -170,6 +167,46 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     return (_rebuild, (base, names, tuple(args)), state, *rest)
 
 
+def _load_from_state_dict(self: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Accept a checkpoint of the plain module too: its tensors are projected, with a warning."""
+    lists: Any = self._modules["parametrizations"]
+    for name, entry in lists.items():
+        own = f"{prefix}parametrizations.{name}."
+        entry.load_plain(state, f"{prefix}{name}", own, rest[-1], self)
+    type(self).__bases__[0]._load_from_state_dict(self, state, prefix, *rest)
+
+
+@torch.no_grad()
+def _reset_parameters(self: nn.Module) -> None:
+    """Draw all tensors as the plain class does, and project those that are constrained.
+
+    Where the space has no projection of what was drawn, it draws by itself. Nothing happens on the
+    meta device.
+    """
+    base: Any = type(self).__bases__[0]
+    lists: Any = self._modules["parametrizations"]
+    if any(p.is_meta for p in self.parameters()):
+        return
+    drawn = {
+        name: nn.Parameter(next(entry.parameters()).new_empty(entry.shape))
+        for name, entry in lists.items()
+    }
+    plain: Any = base.__new__(base)
+    vars(plain).update(vars(self))
+    vars(plain)["_parameters"] = self._parameters | drawn
+    vars(plain)["_modules"] = {k: m for k, m in self._modules.items() if k != "parametrizations"}
+    base.reset_parameters(plain)
+    for name, entry in lists.items():
+        entry.reset_parameters()
+        try:
+            entry.project_(plain._parameters[name].detach(), self)
+        except ValueError:  # nothing near it in the space
+            sample = getattr(entry[len(entry) - 1], "sample", None)
+            if sample is None:
+                raise
+            entry.right_inverse(sample())
+
+
 def _shared_class(base: type[nn.Module], names: Iterable[str]) -> type[nn.Module]:
     """The class of all modules of class `base` whose tensors `names` are constrained."""
     key = tuple(sorted(names))
@@ -184,11 +221,11 @@ def _shared_class(base: type[nn.Module], names: Iterable[str]) -> type[nn.Module
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce_ex,
         "_constrained_names": key,
-        "_load_from_state_dict": load_plain,
+        "_load_from_state_dict": _load_from_state_dict,
         **{name: _constrained(name) for name in key},
     }
     if hasattr(base, "reset_parameters"):
-        content["reset_parameters"] = reset_parameters
+        content["reset_parameters"] = _reset_parameters
     return cast(type[nn.Module], meta(f"Parametrized{base.__name__}", (base,), content))
 
 
@@ -290,17 +327,15 @@ def register(
     )
     if again:
         parametrize.register_parametrization(module, tensor_name, parametrization, unsafe=unsafe)
-        _adopt(module)
-        return module
-    parametrization.train(module.training)
-    entry = CachedParametrizationList([parametrization], getattr(module, tensor_name), unsafe)
-    entry.train(module.training)
-    base = type(module).__bases__[0] if is_parametrized(module) else type(module)
-    delattr(module, tensor_name)
-    if not is_parametrized(module):
-        module.parametrizations = nn.ModuleDict()
-        module.__class__ = _shared_class(base, ())
-    cast(nn.ModuleDict, module.parametrizations)[tensor_name] = entry
+    else:
+        parametrization.train(module.training)
+        entry = CachedParametrizationList([parametrization], getattr(module, tensor_name), unsafe)
+        entry.train(module.training)
+        delattr(module, tensor_name)
+        if not is_parametrized(module):
+            module.parametrizations = nn.ModuleDict()
+            module.__class__ = _shared_class(type(module), ())
+        cast(nn.ModuleDict, module.parametrizations)[tensor_name] = entry
     _adopt(module)
     return module
 

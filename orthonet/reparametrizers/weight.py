@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import abc
 import copy
-import functools
 import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from orthonet import _checks, _torch
-from orthonet.errors import NotOnManifoldError
+from orthonet.errors import NotOnManifoldError, ProjectionWarning
+from orthonet.linalg.matrix import high
 from orthonet.linalg.retraction import CenteredMap
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "alive",
     "caching",
     "numbered",
+    "relative_distance",
 ]
 
 GIVEN = "_given"  # the attribute of a part for its value, while something made of it is computed
@@ -41,19 +43,18 @@ GIVEN = "_given"  # the attribute of a part for its value, while something made 
 W = TypeVar("W", bound="Weight")
 E = TypeVar("E", bound="EmptyInCopies")
 
-_alive: dict[int, weakref.ref[Weight]] = {}
+_alive: weakref.WeakValueDictionary[int, Weight] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
 def numbered(number: int) -> Weight | None:
     """The weight of this number, if it is alive."""
-    reference = _alive.get(number)
-    return None if reference is None else reference()
+    return _alive.get(number)
 
 
 def alive() -> Iterator[Weight]:
     """All weights of the process, in the order in which they were made, copied or unpickled."""
-    for reference in list(_alive.values()):
+    for reference in _alive.valuerefs():  # a list: threads may make weights meanwhile
         weight = reference()
         if weight is not None:
             yield weight
@@ -73,6 +74,14 @@ INVALIDATE: list[Callable[[nn.Module | None], None]] = []
 
 COMPILED: list[Callable[[Weight], Tensor]] = []
 """At most one function that reads a weight inside of `torch.compile`, set by the providers."""
+
+
+def relative_distance(new: Tensor, w: Tensor) -> float:
+    r"""Return \(\|U - W\| / \|W\|\), infinite for W = 0, in float64 where the device has it."""
+    new = high(new)
+    w = w.to(new)
+    norm = float(torch.linalg.vector_norm(w))
+    return float(torch.linalg.vector_norm(new - w)) / norm if norm > 0 else float("inf")
 
 
 class EmptyInCopies:
@@ -152,14 +161,8 @@ class _EnrolledWhenMade(abc.ABCMeta):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         weight = super().__call__(*args, **kwargs)
-        _enroll(weight)
+        _alive[weight._number[0]] = weight
         return weight
-
-
-def _enroll(weight: Weight) -> None:
-    number = weight._number[0]
-    # the reference that the callback is given becomes the default of `pop`
-    _alive[number] = weakref.ref(weight, functools.partial(_alive.pop, number))
 
 
 class Weight(nn.Module, metaclass=_EnrolledWhenMade):
@@ -203,7 +206,7 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
     def _enroll(self) -> None:
         """Become known to the process; for modules that no constructor of this class has made."""
         self._take_number()
-        _enroll(self)
+        _alive[self._number[0]] = self
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -265,6 +268,7 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
                 return self.evaluate().shape
         return copy.deepcopy(self).to("meta").evaluate().shape
 
+    @torch.no_grad()
     def assign_(self, w: Tensor, owner: object = None) -> None:
         """Make `w` the value; errors name `owner`.
 
@@ -272,34 +276,50 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
             ValueError: `w` has another shape.
             NotOnManifoldError: `w` does not satisfy the constraint; nothing has been changed.
         """
-        self._refuse(owner)
+        fitted, _ = self._fit(w, owner or self, exactly=True)
+        self._set(fitted)
 
+    @torch.no_grad()
     def project_(self, w: Tensor, owner: object = None) -> float:
         r"""Make the nearest value the value; return its relative distance \(\|U - W\| / \|W\|\).
 
         Raises:
             ValueError: `w` has another shape or is not finite; nothing has been changed.
         """
+        fitted, distance = self._fit(w, owner or self, exactly=False)
+        self._set(fitted)
+        return distance
+
+    def _fit(self, w: Tensor, owner: object, exactly: bool) -> tuple[Any, float]:
+        """What `_set` takes to make the value nearest to `w`, and its relative distance.
+
+        Nothing is changed. With `exactly`, a `w` that does not satisfy the constraint is refused.
+        """
         self._refuse(owner)
+
+    def _set(self, fitted: Any) -> None:
+        """Write what `_fit` has found into the parameters."""
+        raise AttributeError("a subclass that has _fit says how")
 
     @torch.no_grad()
     def update_base(self) -> None:
         """Express the present value by parameters anew; a map with a base takes it as the base."""
         self.assign_(self.evaluate())
 
-    def _require_shape(self, w: Tensor, owner: object, *, finite: bool = False) -> None:
+    def _require_shape(self, w: Tensor, owner: object) -> None:
         good = isinstance(w, Tensor) and w.shape == self.shape
         _checks.require(
-            good and (not finite or bool(w.isfinite().all())),
-            owner or self,
-            f"the weight must {'be finite and ' * finite}have shape {tuple(self.shape)}",
-            f"Transpose{', reshape or clean' if finite else ' or reshape'} it",
+            good and bool(w.isfinite().all()),
+            owner,
+            f"the weight must have shape {tuple(self.shape)} and be finite",
+            "Transpose, reshape or clean it",
+            NotOnManifoldError if good else ValueError,
             weight=w,
         )
 
     def _refuse(self, owner: object) -> NoReturn:
         _checks.fail(
-            owner or self,
+            owner,
             "this weight has no assignment, because it is computed from parameters of another form",
             "Load a state_dict of this class, or use a layer whose weight can be assigned, e.g. "
             "OrthoLinear",
@@ -341,7 +361,8 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
         """Let a checkpoint of a module without constraint be loaded.
 
         If `state_dict` holds the tensor `plain` and no key that begins with `own`, it is replaced
-        by the entries of this weight after a projection. A refusal goes to `error_msgs`.
+        by the entries of this weight after a projection, with a warning if that moved it by more
+        than rounding. A refusal goes to `error_msgs`.
 
         Args:
             state_dict: The checkpoint; changed.
@@ -365,6 +386,15 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
             state_dict.update(self.state_dict(prefix=own))
             return None
         state_dict.update(twin.state_dict(prefix=own))
+        if moved > torch.finfo(value.dtype).eps ** 0.5:
+            sentence = _checks.message(
+                owner,
+                f"a plain {plain.rpartition('.')[2]} was loaded and projected onto its constraint",
+                "Fine-tune, or load a checkpoint of this class to keep its weights exactly",
+                relative_distance=round(moved, 6),
+                shape=tuple(value.shape),
+            )
+            warnings.warn(sentence, ProjectionWarning, stacklevel=2)
         return moved, value
 
     def may_be_kept(self) -> bool:

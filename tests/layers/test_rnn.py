@@ -318,7 +318,7 @@ def test_assignment_projection_and_base(options):
 def test_checkpoints_of_the_twin_are_projected():
     twin = nn.LSTM(INPUTS, HIDDEN, 2, proj_size=2)
     layer = layers.OrthoLSTM(INPUTS, HIDDEN, 2, proj_size=2)
-    with pytest.warns(ProjectionWarning, match="OrthoLSTM: plain recurrent kernels were loaded"):
+    with pytest.warns(ProjectionWarning, match="OrthoLSTM: a plain weight_h[hr]_l[01] was"):
         layer.load_state_dict(twin.state_dict())
     wanted = linalg.polar_svd(twin.weight_hh_l1.detach().unflatten(0, (4, HIDDEN)))
     found = layer.weight_hh_l1.unflatten(0, (4, HIDDEN))

@@ -35,7 +35,6 @@ MAKERS = {
     "ReshapedKernel": lambda: ReshapedKernel(4, 3, (3, 2), (1, 1)),
     "MappedWeight": lambda: of(layers.make_linear("aol", 4, 3)),
     "FourierWeight": lambda: of(layers.make_conv("cayley", 4, 4, 3, **SAME)),
-    "_UnitRows": lambda: of(layers.UnitNormLinear(5, 3)),
     "TrivializedWeight": lambda: layers.OrthoRNN(3, 4, triv="cayley").recurrent["weight_hh_l0"],
     "SkewKernel": lambda: of(layers.make_conv("soc", 4, 4, 3, **SAME)),
     "SlopedWeight": lambda: of(layers.make_linear("sll", 4, 3)),
@@ -115,6 +114,15 @@ def test_values_are_assigned_and_projected_or_refused(make):
     torch.testing.assert_close(weight.evaluate(), value, rtol=0, atol=0.1)
     with pytest.raises((ValueError, RuntimeError)):
         weight.assign_(value[..., :-1])
+
+
+@pytest.mark.parametrize("preset", ["default", "exp", "cholesky"])
+def test_the_base_moves_in_half_precision(preset):
+    weight = OrthoWeight((2, 5, 3), preset, dtype=torch.bfloat16)
+    before = weight.evaluate()
+    weight.update_base()  # what was rounded to bfloat16 is no semi-orthogonal matrix in float32
+    distance = (weight.evaluate() - before).abs().max()
+    assert distance <= 2 * torch.finfo(torch.bfloat16).eps  # two roundings; observed one
 
 
 @every_kind

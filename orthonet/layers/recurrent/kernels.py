@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from orthonet import _checks
 from orthonet.layers._base import ReadsPlain
-from orthonet.linalg import polar_svd
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds import Stiefel
 from orthonet.manifolds.trivialization import Triv
 from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams, OrthoWeight, Weight
-from orthonet.reparametrizers.orthogonalizers import require_semi_orthogonal
+from orthonet.reparametrizers.orthogonalizers import nearest_semi_orthogonal
 from orthonet.reparametrizers.params import read_params
-from orthonet.reparametrizers.plain_values import warn_projected
 from orthonet.reparametrizers.recorded import RecordedWeight, keep_if_refused
 
 __all__ = [
@@ -75,28 +73,14 @@ class TrivializedWeight(RecordedWeight):
         if not self.original.is_meta:
             self.assign_(self.trivialization.sample(device=self.original.device))
 
-    @torch.no_grad()
-    def assign_(self, w: Tensor, owner: object = None) -> None:
-        """Make `w` the base, with zero coordinates; refused if it is not orthogonal."""
-        _checks.require(
-            w.shape == self.shape,
-            owner or self,
-            f"the weight must have shape {tuple(self.shape)}",
-            "Transpose or reshape it",
-            weight=w,
-        )
-        require_semi_orthogonal(owner or self, w)
-        value = w.to(device=self.original.device, dtype=compute_dtype(self.original.dtype))
-        self.original.copy_(self.trivialization.right_inverse(value, project=True))
+    def _fit(self, w: Tensor, owner: object, exactly: bool) -> tuple[Tensor, float]:
+        self._require_shape(w, owner)
+        return nearest_semi_orthogonal(w, owner, exactly)
 
-    @torch.no_grad()
-    def project_(self, w: Tensor, owner: object = None) -> float:
-        """Make the polar factor of `w` the base; return the relative distance it was moved."""
-        work = w.double()
-        u = polar_svd(work)
-        self.assign_(u, owner)
-        norm = float(torch.linalg.vector_norm(work))
-        return float(torch.linalg.vector_norm(u - work)) / norm if norm > 0 else float("inf")
+    def _set(self, fitted: Tensor) -> None:
+        """Make it the base, with zero coordinates."""
+        value = fitted.to(device=self.original.device, dtype=compute_dtype(self.original.dtype))
+        self.original.copy_(self.trivialization.right_inverse(value, project=True))
 
     @torch.no_grad()
     def update_base(self) -> None:
@@ -234,19 +218,10 @@ class RecurrentKernels(ReadsPlain, nn.Module):
     def _read_plain(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> bool:
         """Also accept the kernels of the `nn` twin: they are projected, with a warning."""
         keep_if_refused(self, state_dict, prefix, error_msgs)
-        moved, dtype = 0.0, torch.float32
         for name in self.recurrent:
             plain, own = f"{prefix}{name}", f"{prefix}recurrent.{name}."
             adapt = functools.partial(self._unstacked, name)
-            done = self._weight_of(name).load_plain(state_dict, plain, own, error_msgs, self, adapt)
-            if done is not None:
-                moved, dtype = max(moved, done[0]), done[1].dtype
-        warn_projected(
-            self,
-            "plain recurrent kernels were loaded and projected onto the constraint",
-            dtype,
-            largest_relative_distance=moved,
-        )
+            self._weight_of(name).load_plain(state_dict, plain, own, error_msgs, self, adapt)
         return True
 
 

@@ -131,18 +131,19 @@ class KernelGeometry:
             scores: The scores of the projectors' columns with free ranks; else nothing.
             count: Number of sets.
         """
-        all_of_them = self.repeated(count)
-        given = iter(values)
-        factors = [
-            None if shape is None else next(given).reshape(-1, *shape[1:])
-            for shape in self.factor_shapes()
-        ]
-        if factors[2] is not None:
-            factors[2] = sharpened(factors[2])
-        weights = chosen(scores[0]) if scores else None
-        kernel = all_of_them.compose(KernelFactors(*factors, weights=weights))
+        kernel = self.repeated(count).compose(self.factors_of(values, scores))
         kernel = kernel if self.gain == 1.0 else self.gain * kernel
         return kernel.view(count, *self.shape)
+
+    def factors_of(self, values: Sequence[Tensor], scores: Sequence[Tensor]) -> KernelFactors:
+        """The factors of one or more kernels, from values and scores as of `compose_all`."""
+        given = iter(values)
+        outer, embedding, bases = (
+            None if shape is None else next(given).reshape(-1, *shape[1:])
+            for shape in self.factor_shapes()
+        )
+        bases = None if bases is None else sharpened(bases)
+        return KernelFactors(outer, embedding, bases, chosen(scores[0]) if scores else None)
 
     def compose(self, factors: KernelFactors) -> Tensor:
         """The kernel that a set of orthogonal factors makes, without the gain."""
