@@ -98,6 +98,17 @@ def test_antialiased_interpolation_of_one_column():
     assert least * (1 - 1e-12) <= found <= least * (1 + 1e-9)
 
 
+def test_circular_padding_wraps_what_negative_pads_leave():
+    """Two columns of four are left, and one of them is copied twice."""
+    function = lambda x: F.pad(x, (1, -1, -1, 2), mode="circular")  # noqa: E731
+    least = truth(function, 1, 4, 3)
+    assert least == pytest.approx(2.0)
+    assert least * (1 - 1e-12) <= bound(function, 1, 4, 3) <= least * (1 + 1e-9)
+    for pads in ((2, -3), (-3, 2), (3, -2)):  # PyTorch raises, or reads memory before it is written
+        with pytest.raises(UncertifiableError, match=r"circular padding must|must run|must be a function"):
+            bound(lambda x: F.pad(x, (*pads, 0, 0), mode="circular"), 1, 3, 4)  # noqa: B023
+
+
 def test_an_empty_interval_is_constant():
     assert bound(lambda x: x.clamp(1, -1), 3) == 0.0
     assert bound(lambda x: F.hardtanh(x, 2.0, 2.0), 3) == 1.0  # a point is no empty interval

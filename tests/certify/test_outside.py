@@ -4,6 +4,7 @@ import array
 import collections
 import copy
 import datetime
+import gc
 import io
 import os
 import random
@@ -89,6 +90,10 @@ STATE = {
     "clock": (None, lambda s: time.time()),
     "clock by name": (None, lambda s: perf_counter()),
     "date": (None, lambda s: datetime.datetime.now()),
+    "file system": (None, lambda s: os.path.exists("/loud")),
+    "threads": (None, lambda s: "loud" if torch.get_num_threads() > 999 else ""),
+    "seed": (None, lambda s: "loud" if torch.initial_seed() == 77 else ""),
+    "garbage": (None, lambda s: "loud" if gc.get_count()[0] > 10**6 else ""),
 }
 
 
@@ -109,6 +114,7 @@ def test_constants_of_all_kinds_are_allowed():
         "deque": collections.deque([1]),
         "set": {1, 2},
         "module": nn.ReLU(),
+        "lazy": nn.LazyLinear(2),
         "object": Held(),
         "class": Held,
         "function": torch.relu,

@@ -76,6 +76,7 @@ ASKED = {
     "address": lambda x: x.data_ptr() % 64 == 48,
     "storage": lambda x: len(x.untyped_storage()) > 100,
     "version": lambda x: x._version > 5,
+    "base": lambda x: x._base is not None,
 }
 
 

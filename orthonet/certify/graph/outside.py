@@ -79,6 +79,10 @@ _RESTLESS = {
         "getloadavg",
         "stat",
         "listdir",
+        "exists",  # of its path
+        "isfile",
+        "isdir",
+        "getmtime",
     },
     "time": {
         "time",
@@ -98,6 +102,9 @@ _RESTLESS = {
     "datetime": {"now", "today", "utcnow"},
     "uuid": {"uuid1", "uuid4"},
     "secrets": {"randbelow", "choice", "token_bytes", "token_hex", "randbits"},
+    "torch": {"get_num_threads", "get_num_interop_threads", "initial_seed", "get_rng_state"},
+    "gc": {"get_count", "get_stats", "get_objects"},
+    "threading": {"active_count", "get_ident", "current_thread"},
 }
 """What other calls find otherwise, by the modules that have it."""
 _NUMBERS = itertools.count()
@@ -391,6 +398,8 @@ def _hash(text: str) -> str:
 
 def digest(tensor: Tensor) -> str:
     """SHA-256 of the bytes of a tensor: little-endian, in row-major order."""
+    if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+        return type(tensor).__name__  # there are none
     tensor = tensor.detach().cpu()
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()

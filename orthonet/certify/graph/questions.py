@@ -91,6 +91,8 @@ _OF_DATA = {
     "__repr__",
     "__format__",
 }
+_OF_HISTORY = {"_base.__get__", "grad.__get__", "_grad.__get__", "grad_fn.__get__"}
+"""None or an object: which of them, the values do not tell."""
 _HARMLESS_SETTERS = {"requires_grad.__set__", "grad.__set__"}
 _OVERRIDES = ("torch.overrides", "torch._tensor")
 
@@ -147,6 +149,8 @@ class Questions:
             self._note(name, *_WRITES_SHARED)
         if name == "set_" or (name.endswith(".__set__") and name not in _HARMLESS_SETTERS):
             self._note(name, *_SETS)
+        elif moving and name in _OF_HISTORY and not is_library(asker()):
+            self._note(name, *_ASKS)
         elif moving and not name.endswith("__set__") and not _holds_tensors(result):
             if name in _OF_DATA:
                 self._note(name, *_READS)

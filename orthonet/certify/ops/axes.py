@@ -17,7 +17,7 @@ from torch import Tensor
 _TOGETHER = 2**15  # entries of one matrix for two axes
 
 
-__all__ = ["Grid", "adaptive", "along", "average", "interpolation", "padding", "taps", "windows"]
+__all__ = ["Grid", "adaptive", "along", "average", "interpolation", "kept", "padding", "taps", "windows"]
 
 
 def along(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
@@ -31,10 +31,11 @@ def along(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
 
 
 def padding(size: int, pad: tuple[int, int], mode: str) -> Tensor:
-    """Rows of ones where an entry is copied to; negative pads cut off."""
+    """Rows of ones where an entry is copied to; negative pads cut off, before the rest wraps."""
     places = torch.arange(-pad[0], size + pad[1])
     if mode == "circular":
-        source = places % size
+        first, left = max(-pad[0], 0), kept(size, pad)
+        source = first + (places - first) % left
     elif mode == "replicate":
         source = places.clamp(0, size - 1)
     elif mode == "reflect":
@@ -46,6 +47,11 @@ def padding(size: int, pad: tuple[int, int], mode: str) -> Tensor:
     inside = (source >= 0) & (source < size)
     matrix[inside.nonzero()[:, 0], source[inside]] = 1.0
     return matrix
+
+
+def kept(size: int, pad: tuple[int, int]) -> int:
+    """How many entries negative pads leave."""
+    return size + min(pad[0], 0) + min(pad[1], 0)
 
 
 def taps(size: int, outputs: int, kernel: int, stride: int, pad: int, dilation: int) -> Tensor:

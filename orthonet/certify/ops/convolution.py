@@ -314,7 +314,7 @@ def _pad_samples(draw: random.Random, shape: tuple[int, ...]) -> Any:
     if len(shape) not in (2, 3):
         return None
     mode = draw.choice(["constant", "constant", "reflect", "replicate", "circular"])
-    least = 1 - min(shape[1:]) if mode == "constant" else 0
+    least = 1 - min(shape[1:])
     most = 3 if mode in ("constant", "replicate") else min(shape[1:]) - 1
     amounts: list[int] = []
     for size in shape[:0:-1]:
@@ -343,6 +343,13 @@ _PADS = [f"{mode}_pad{d}d.default" for mode in ("reflection", "replication") for
 def _pad(call: Call) -> Step:
     pads, mode = _pads(call.target, call.given, len(call.operands[0].shape))
     sizes = spatial_sizes(call, len(pads), channels=0)
+    wide = any(max(pad) > axes.kept(n, pad) for n, pad in zip(sizes, pads, strict=True))
+    if mode == "circular" and wide:
+        call.refuse(
+            "circular padding must be no wider than what negative pads leave, because PyTorch "
+            "copies memory that it has not written",
+            "Cut first, e.g. x[..., 1:-1], then pad",
+        )
     value = scalar_rounding(call, call.given("value"))
     return exact(padding_gain(sizes, pads, mode), f"{mode} padding", value)
 
