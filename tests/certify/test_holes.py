@@ -105,8 +105,27 @@ def test_circular_padding_wraps_what_negative_pads_leave():
     assert least == pytest.approx(2.0)
     assert least * (1 - 1e-12) <= bound(function, 1, 4, 3) <= least * (1 + 1e-9)
     for pads in ((2, -3), (-3, 2), (3, -2)):  # PyTorch raises, or reads memory before it is written
-        with pytest.raises(UncertifiableError, match=r"circular padding must|must run|must be a function"):
+        with pytest.raises(
+            UncertifiableError, match=r"circular padding must|must run|must be a function"
+        ):
             bound(lambda x: F.pad(x, (*pads, 0, 0), mode="circular"), 1, 3, 4)  # noqa: B023
+
+
+def test_windows_of_padding_alone_are_refused():
+    with pytest.raises(UncertifiableError, match="every window of a max pooling must hold"):
+        bound(lambda x: F.max_pool1d(x, 2, 1, 1, dilation=3), 1, 2)
+    assert bound(lambda x: F.max_pool1d(x, 2, 1, 1, dilation=3), 1, 3) == 1.0
+
+
+def test_largest_entries_without_channels():
+    """PyTorch pools a sample of one dim along that dim."""
+    model = Lambda(lambda x: F.max_pool1d(x, 2)).eval()
+    x = torch.tensor([[1.0, 3.0, 2.0, 2.1]], dtype=torch.float64)
+    near = certify(model, x, radius=0.3)
+    assert near.constants[0].value == pytest.approx(1.0)
+    model = Lambda(lambda x: F.max_pool2d(x * 3, 2, 1)).eval()
+    near = certify(model, torch.arange(12.0).double().reshape(1, 3, 4), radius=0.1)
+    assert near.constants[0].value == pytest.approx(3.0)
 
 
 def test_an_empty_interval_is_constant():

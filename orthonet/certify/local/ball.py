@@ -267,10 +267,10 @@ class Ball:
         source, reach = self.space.measured(self.moves[parent.node])
         value = self.values[parent.node][0]
         whole, off = self.walker.bound_of(parent).value, self.off(parent)
-        places = math.prod(value.shape[1:])
+        channels = math.prod(state.shape) // len(windows)  # samples may have no dim of them
 
         def at(x: Tensor, tap: int, lead: int) -> Tensor:
-            rest = x.reshape(*x.shape[:lead], len(value), places)
+            rest = x.reshape(*x.shape[:lead], channels, -1)
             return rest[..., windows[:, tap]].reshape(*x.shape[:lead], *state.shape)
 
         largest, best = source.each(lambda x, lead: at(x, 0, lead)), at(value, 0, 0)

@@ -28,7 +28,7 @@ from torch import Tensor, fx
 from orthonet.certify.local.moves import Moves, Rows
 from orthonet.certify.local.unknown import Unknown
 from orthonet.certify.mlp.chain import frobenius_up
-from orthonet.certify.mlp.slopes import Activation
+from orthonet.certify.mlp.slopes import Activation, Turns
 from orthonet.certify.ops.normalization import groups_of
 from orthonet.certify.ops.registry import interval_of
 from orthonet.certify.rounding.forward import Errors
@@ -203,7 +203,9 @@ def _curve(ball: Ball, x: _Value, name: str, power: float, known: tuple[float, f
                 4 * UNIT_ROUNDOFF * (b.abs() + high.abs()),
             ]
             return ends[0] - slack[0], ends[1] + slack[1]
-        return narrow(low, high)
+        low, high = low.clamp_min(known[0]), high.clamp_max(known[1])
+        narrow(low, high)  # raises
+        return _turns_of(name, power).chords(a.clamp(low, high), b.clamp(low, high), low, high)
 
     ends = torch.full((), -math.inf).double(), torch.full((), math.inf).double()
     act = Activation(_FUNCTIONS.get(name, lambda v: v**power), *ends, narrow=narrow, chords=chords)
@@ -237,30 +239,34 @@ def _curve_slopes(name: str, power: float, low: Tensor, high: Tensor) -> tuple[T
         _inside(bool((low > 0).all()), name)
     elif name == "reciprocal" or power < 0:
         _inside(bool(((low > 0) | (high < 0)).all()), name)
-    if name == "exp":
-        ends = low.exp(), high.exp()
-    elif name == "reciprocal":
-        ends = -low.pow(-2.0), -high.pow(-2.0)
-    elif name == "sqrt":
-        ends = 0.5 * high.rsqrt(), 0.5 * low.rsqrt()
-    elif name == "rsqrt":
-        ends = -0.5 * low.pow(-1.5), -0.5 * high.pow(-1.5)
-    elif name == "log":
-        ends = 1.0 / high, 1.0 / low
-    else:
-        exponent = 2.0 if name == "square" else float(power)
-        ends = exponent * low.pow(exponent - 1.0), exponent * high.pow(exponent - 1.0)
-        if exponent == 0.0:
-            ends = torch.zeros_like(low), torch.zeros_like(high)
-    least, most = torch.minimum(*ends), torch.maximum(*ends)
-    # The slope of an odd power has its least value, zero, inside.
-    within = (low < 0) & (high > 0)
-    least = torch.where(within, least.clamp(max=0.0), least)
-    most = torch.where(within, most.clamp(min=0.0), most)
-    least, most = least - _NEAR * least.abs() - 1e-300, most + _NEAR * most.abs() + 1e-300
+    least, most = _turns_of(name, power)(low, high)
     if not bool((least.isfinite() & most.isfinite()).all()):
         raise OverflowError("a slope has no bound")
     return least, most
+
+
+_DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "exp": torch.exp,
+    "reciprocal": lambda x: -x.pow(-2.0),
+    "sqrt": lambda x: 0.5 * x.rsqrt(),
+    "rsqrt": lambda x: -0.5 * x.pow(-1.5),
+    "log": torch.reciprocal,
+}
+
+
+def _turns_of(name: str, power: float) -> Turns:
+    """The slopes of a function on intervals inside its domain."""
+    if name in _DERIVATIVES:
+        return Turns(_DERIVATIVES[name], relative=_NEAR, absolute=1e-300)
+    exponent = 2.0 if name == "square" else float(power)
+    # The slope of an odd power has its least value, zero, inside.
+    turns = ((0.0, 0.0),) if exponent > 1.0 else ()
+    return Turns(
+        lambda x: exponent * x.pow(exponent - 1.0) if exponent else torch.zeros_like(x),
+        turns,
+        relative=_NEAR,
+        absolute=1e-300,
+    )
 
 
 def _inside(good: bool, name: str) -> None:

@@ -17,10 +17,10 @@ __all__ = [
     "Chords",
     "Kinks",
     "Narrow",
+    "PLACE",
     "Pieces",
-    "bell",
+    "Turns",
     "reflections",
-    "rising",
     "sech2",
     "sorting",
 ]
@@ -140,28 +140,87 @@ class Kinks:
         return torch.maximum(lower, bottom), torch.minimum(upper, top)
 
 
-def bell(derivative: Callable[[Tensor], Tensor], peak: float) -> Narrow:
-    """The slopes of a function whose derivative is even, positive and falls away from 0."""
-    slack = 1e-14  # 40 times the rounding of the derivatives that are used here
+@dataclass(frozen=True, eq=False)
+class Turns:
+    """The slopes of a function whose derivative is monotone between a few places.
 
-    def narrow(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        far = torch.maximum(low.abs(), high.abs())
-        near = torch.where((low <= 0) & (high >= 0), 0.0, torch.minimum(low.abs(), high.abs()))
-        least = derivative(far) * (1 - slack) - slack
-        return least.clamp_min(0.0), (derivative(near) * (1 + slack) + slack).clamp_max(peak)
+    Attributes:
+        derivative: In float64.
+        turns: Pairs of a place, known to `PLACE`, and an extreme value of the derivative there;
+            also the place and each extreme value of a jump.
+        ends: The least and the largest slope on the whole line.
+        period: The distance after which each turn comes back, or 0.
+        relative: A bound of the relative rounding of `derivative`.
+        absolute: The same, of what is absolute; four times what was observed, or more.
+    """
 
-    return narrow
+    derivative: Callable[[Tensor], Tensor]
+    turns: tuple[tuple[float, float], ...] = ()
+    ends: tuple[float, float] = (-math.inf, math.inf)
+    period: float = 0.0
+    relative: float = 1e-14
+    absolute: float = 1e-14
+
+    def __call__(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the least and the largest slope on intervals."""
+        values = self.derivative(low), self.derivative(high)
+        least, most = torch.minimum(*values), torch.maximum(*values)
+        for place, value in self.turns:
+            touched = self._touched(low, high, place)
+            least = torch.where(touched, least.clamp(max=value), least)
+            most = torch.where(touched, most.clamp(min=value), most)
+        least = least - self.relative * least.abs() - self.absolute
+        most = most + self.relative * most.abs() + self.absolute
+        least = least.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        most = most.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+        return least.clamp(*self.ends), most.clamp(*self.ends)
+
+    def _touched(self, low: Tensor, high: Tensor, place: float) -> Tensor:
+        """Whether intervals come near a turn."""
+        near = PLACE * (1.0 + torch.maximum(low.abs(), high.abs()))
+        low, high = low - near - place, high + near - place
+        if not self.period:
+            return (low <= 0.0) & (high >= 0.0)
+        return ~((high / self.period).floor() < (low / self.period).ceil())  # also if not finite
+
+    def chords(
+        self, start_low: Tensor, start_high: Tensor, low: Tensor, high: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the least and the largest slope of chords from a start in one of two intervals.
+
+        The slope of a chord is the mean of the derivative along it. Both ways are cut into parts
+        of one length; a chord that ends in part j has at most the larger one of the means of the
+        largest derivatives on the first j - 1 and on the first j parts.
+        """
+        least, most = self(low, high)
+        found = []
+        for end, first, last in ((high, start_low, start_high), (low, start_high, start_low)):
+            total = torch.zeros_like(low), torch.zeros_like(low)
+            bounds = torch.full_like(low, math.inf), torch.full_like(low, -math.inf)
+            for part in range(1, _PARTS + 1):
+                # Of all starts, one at the near end of the part and one at its far end.
+                ends = (
+                    first + (end - first) * ((part - 1) / _PARTS),
+                    last + (end - last) * (part / _PARTS),
+                )
+                slack = 8 * UNIT_ROUNDOFF * (end.abs() + first.abs() + last.abs())
+                near = (torch.minimum(*ends) - slack).clamp(low, high)
+                far = (torch.maximum(*ends) + slack).clamp(low, high)
+                total = tuple(t + v for t, v in zip(total, self(near, far), strict=True))
+                bounds = (
+                    torch.minimum(bounds[0], total[0] / part),
+                    torch.maximum(bounds[1], total[1] / part),
+                )
+            found.append(bounds)
+        lower, upper = torch.minimum(*(f[0] for f in found)), torch.maximum(*(f[1] for f in found))
+        slack = 4 * _PARTS * UNIT_ROUNDOFF * torch.maximum(least.abs(), most.abs())
+        return torch.maximum(lower - slack, least), torch.minimum(upper + slack, most)
 
 
-def rising(derivative: Callable[[Tensor], Tensor]) -> Narrow:
-    """The slopes of a convex function with slopes in [0, 1]."""
-    slack = 1e-14
-
-    def narrow(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        least = (derivative(low) * (1 - slack) - slack).clamp_min(0.0)
-        return least, (derivative(high) * (1 + slack) + slack).clamp_max(1.0)
-
-    return narrow
+PLACE = 2.0**-20
+"""How near turns are known, relative to 1 plus the modulus of the interval."""
+_PARTS = 8
+"""Parts of the way to each side on which the slopes of chords are bounded."""
 
 
 def sech2(x: Tensor) -> Tensor:

@@ -18,10 +18,8 @@ from orthonet.certify.mlp.slopes import (
     Kinks,
     Narrow,
     Pieces,
-    bell,
+    Turns,
     reflections,
-    rising,
-    sech2,
     sorting,
 )
 from orthonet.certify.ops.entries import ENTRYWISE, LARGEST
@@ -36,7 +34,7 @@ from orthonet.certify.ops.registry import (
     interval_of,
     op,
 )
-from orthonet.certify.ops.suprema import SUPREMA
+from orthonet.certify.ops.suprema import DERIVATIVES, SUPREMA, turning
 from orthonet.certify.rules import (
     COPY,
     Call,
@@ -176,8 +174,11 @@ def _scalars(*names: str) -> Callable[[Call], Roundings]:
     return lambda call: scalar_rounding(call, *(call[name] for name in names))
 
 
-def _plain(name: str, function: Any, module: Any, narrow: Narrow | None, **fields: Any) -> None:
+def _plain(
+    name: str, function: Any, module: Any, kinks: Kinks | None = None, **fields: Any
+) -> None:
     """A function without parameters."""
+    narrow = kinks or (turning(name) if name in DERIVATIVES else None)
     target = fields.pop("target", f"{name}.default")
     targets = target if isinstance(target, tuple) else (target,)
     curve(*targets, module=module, **fields)(lambda: Curve(function, *SUPREMA[name], narrow))
@@ -201,45 +202,35 @@ def _negated(call: Call) -> Interval:
 _INF = math.inf
 _plain("relu", torch.relu, nn.ReLU, Kinks((0.0,), (0.0, 1.0)), rounding=COPY, interval=_positive)
 _plain("abs", torch.abs, layers.Abs, Kinks((0.0,), (-1.0, 1.0)), rounding=COPY, interval=_modulus)
-_plain("tanh", torch.tanh, nn.Tanh, bell(sech2, 1.0), interval=_within(-1.0, 1.0))
+_plain("tanh", torch.tanh, nn.Tanh, interval=_within(-1.0, 1.0))
 _plain(
     "sigmoid",
     torch.sigmoid,
     nn.Sigmoid,
-    bell(lambda x: sech2(x / 2) / 4, 0.25),
     target=("sigmoid.default", "special_expit.default"),
     interval=_within(0.0, 1.0),
 )
-_plain(
-    "softsign",
-    F.softsign,
-    nn.Softsign,
-    bell(lambda x: (1 + x.abs()).square().reciprocal(), 1.0),
-    target=F.softsign,
-    interval=_within(-1.0, 1.0),
-)
-_plain("tanhshrink", F.tanhshrink, nn.Tanhshrink, None, target=F.tanhshrink)
+_plain("softsign", F.softsign, nn.Softsign, target=F.softsign, interval=_within(-1.0, 1.0))
+_plain("tanhshrink", F.tanhshrink, nn.Tanhshrink, target=F.tanhshrink)
 _plain(
     "log_sigmoid",
     F.logsigmoid,
     nn.LogSigmoid,
-    None,
     target=("log_sigmoid.default", "log_sigmoid_forward.default"),
     interval=_within(-_INF, 0.0),
 )
-_plain("hardsigmoid", F.hardsigmoid, nn.Hardsigmoid, None, interval=_within(0.0, 1.0))
-_plain("hardswish", F.hardswish, nn.Hardswish, None, interval=_within(-0.376, _INF))
-_plain("selu", F.selu, nn.SELU, None, interval=_within(-1.7581, _INF))
-_plain("silu", F.silu, nn.SiLU, None, interval=_within(-0.2785, _INF))
-_plain("mish", F.mish, nn.Mish, None, interval=_within(-0.3089, _INF))
-_plain("sin", torch.sin, None, None, interval=_within(-1.0, 1.0))
-_plain("cos", torch.cos, None, None, interval=_within(-1.0, 1.0))
-_plain("atan", torch.atan, None, None, interval=_within(-1.571, 1.571))
-_plain("asinh", torch.asinh, None, None)
+_plain("hardsigmoid", F.hardsigmoid, nn.Hardsigmoid, interval=_within(0.0, 1.0))
+_plain("hardswish", F.hardswish, nn.Hardswish, interval=_within(-0.376, _INF))
+_plain("selu", F.selu, nn.SELU, interval=_within(-1.7581, _INF))
+_plain("silu", F.silu, nn.SiLU, interval=_within(-0.2785, _INF))
+_plain("mish", F.mish, nn.Mish, interval=_within(-0.3089, _INF))
+_plain("sin", torch.sin, None, interval=_within(-1.0, 1.0))
+_plain("cos", torch.cos, None, interval=_within(-1.0, 1.0))
+_plain("atan", torch.atan, None, interval=_within(-1.571, 1.571))
+_plain("asinh", torch.asinh, None)
 _plain(
     "erf",
     torch.erf,
-    None,
     None,
     interval=_within(-1.0, 1.0),
     target=("erf.default", "special_erf.default"),
@@ -293,8 +284,8 @@ def _softshrink(lambd: float) -> Curve:
     arguments=_parameter(approximate=["none", "tanh"]),
 )
 def _gelu(approximate: str) -> Curve:
-    ends = SUPREMA["gelu_tanh" if approximate == "tanh" else "gelu"]
-    return Curve(lambda x: F.gelu(x, approximate=approximate), *ends)
+    name = "gelu_tanh" if approximate == "tanh" else "gelu"
+    return Curve(lambda x: F.gelu(x, approximate=approximate), *SUPREMA[name], turning(name))
 
 
 def _leaky(call: Call) -> Interval:
@@ -371,10 +362,15 @@ def _elu(alpha: float, scale: float, input_scale: float) -> Curve | None:
         return None
     size = mul_up(abs(scale), abs(alpha), input_scale)
     left = math.copysign(size, scale * alpha)
-    ends = (0.0, scale, left)
-    return Curve(
-        lambda x: torch.ops.aten.elu.default(x, alpha, scale, input_scale), min(ends), max(ends)
+    least, most = min(0.0, scale, left), max(0.0, scale, left)
+    narrow = Turns(
+        lambda x: torch.where(x > 0.0, scale, left * (x * input_scale).exp()),
+        ((0.0, left), (0.0, scale)),
+        (least, most),
+        absolute=1e-14 * size,
     )
+    function = lambda x: torch.ops.aten.elu.default(x, alpha, scale, input_scale)  # noqa: E731
+    return Curve(function, least, most, narrow)
 
 
 _MODULES[nn.ELU] = _Entry(lambda alpha: _elu(alpha, 1.0, 1.0), ("alpha",))
@@ -388,7 +384,9 @@ _MODULES[nn.ELU] = _Entry(lambda alpha: _elu(alpha, 1.0, 1.0), ("alpha",))
     arguments=_parameter(alpha=[1.0, 0.3, 4.0]),
 )
 def _celu(alpha: float) -> Curve | None:
-    return Curve(lambda x: F.celu(x, alpha), *SUPREMA["celu"]) if alpha > 0.0 else None
+    if alpha <= 0.0:
+        return None
+    return Curve(lambda x: F.celu(x, alpha), *SUPREMA["celu"], turning("celu", 1.0 / alpha))
 
 
 def jumps_in_float64(threshold: float) -> bool:
@@ -429,8 +427,8 @@ def _softplus_rounding(call: Call) -> Any:
 def _softplus(beta: float, threshold: float) -> Curve | None:
     if not (beta > 0.0 and threshold >= 20.0):
         return None
-    narrow = rising(lambda x: torch.sigmoid(beta * x)) if threshold >= 40 else None
-    return Curve(lambda x: F.softplus(x, beta, threshold), *SUPREMA["softplus"], narrow)
+    function = lambda x: F.softplus(x, beta, threshold)  # noqa: E731
+    return Curve(function, *SUPREMA["softplus"], turning("softplus", beta))
 
 
 @curve(
@@ -459,7 +457,6 @@ def _minus_form(state: Any, forms: list[Form]) -> Form | None:
 _plain(
     "neg",
     torch.neg,
-    None,
     None,
     rounding=COPY,
     interval=_negated,
@@ -592,7 +589,8 @@ def _activation(
     function: Any, lower: Tensor, upper: Tensor, narrow: Narrow | None, value: Tensor | None
 ) -> Activation:
     if not isinstance(narrow, Kinks) or value is None:
-        return Activation(function, lower, upper, narrow=narrow)
+        chords = narrow.chords if isinstance(narrow, Turns) else None
+        return Activation(function, lower, upper, narrow=narrow, chords=chords)
     slopes = [torch.as_tensor(s, dtype=torch.float64).expand_as(lower) for s in narrow.slopes]
     pieces = Pieces(None, None, narrow.knots, torch.stack(slopes), value)
     chords = narrow.chords

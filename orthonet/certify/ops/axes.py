@@ -17,7 +17,18 @@ from torch import Tensor
 _TOGETHER = 2**15  # entries of one matrix for two axes
 
 
-__all__ = ["Grid", "adaptive", "along", "average", "interpolation", "kept", "padding", "taps", "windows"]
+__all__ = [
+    "Grid",
+    "adaptive",
+    "along",
+    "average",
+    "empty",
+    "interpolation",
+    "kept",
+    "padding",
+    "taps",
+    "windows",
+]
 
 
 def along(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
@@ -65,6 +76,12 @@ def windows(size: int, outputs: int, kernel: int, stride: int, pad: int, dilatio
     """How many windows an entry is in, at most."""
     seen = taps(size, outputs, kernel, stride, pad, dilation).sum((0, 1))
     return int(seen.max()) if seen.numel() else 0
+
+
+def empty(size: int, outputs: int, kernel: int, stride: int, pad: int, dilation: int) -> bool:
+    """Whether a window lies in the padding with all of its taps."""
+    places = torch.arange(kernel)[:, None] * dilation + torch.arange(outputs)[None] * stride - pad
+    return not bool(((places >= 0) & (places < size)).any(0).all())
 
 
 def average(

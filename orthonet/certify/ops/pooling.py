@@ -106,10 +106,13 @@ def _max_pool(call: Call) -> Step:
     stride = each(call["stride"] or kernel, dims)
     pads, dilation = each(call["padding"], dims), each(call["dilation"], dims)
     outputs = call.output_shape[len(call.output_shape) - dims :]
-    shared = math.prod(
-        axes.windows(*axis)
-        for axis in zip(sizes, outputs, kernel, stride, pads, dilation, strict=True)
-    )
+    grids = list(zip(sizes, outputs, kernel, stride, pads, dilation, strict=True))
+    if any(axes.empty(*grid) for grid in grids):
+        call.refuse(
+            "every window of a max pooling must hold an entry: others are minus infinity",
+            "Use less dilation, or a larger input",
+        )
+    shared = math.prod(axes.windows(*grid) for grid in grids)
     return exact(sqrt_up(shared), _shared(shared), COPY)
 
 
