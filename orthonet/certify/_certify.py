@@ -204,6 +204,14 @@ def certify(
             bound=found.bound.value,
             reached=None if below is None else below.value,
         )
+        _checks.require(
+            math.isfinite(found.bound.value),
+            "certify",
+            "the constant must be below the range of float64",
+            "Rescale the weights; certify(model, x, radius=r) may bound it in balls around samples",
+            UncertifiableError,
+            bound=found.bound.value,
+        )
     shapes = tuple(tuple(x.shape[1:]) for x in examples)
     shape = shapes[0] if len(shapes) == 1 else shapes
     nodes = walker.program.outputs

@@ -111,6 +111,11 @@ def test_circular_padding_wraps_what_negative_pads_leave():
             bound(lambda x: F.pad(x, (*pads, 0, 0), mode="circular"), 1, 3, 4)  # noqa: B023
 
 
+def test_a_constant_beyond_the_range_is_refused():
+    with pytest.raises(UncertifiableError, match="the constant must be below the range"):
+        bound(lambda x: x * 1e200 * 1e200, 2)
+
+
 def test_windows_of_padding_alone_are_refused():
     with pytest.raises(UncertifiableError, match="every window of a max pooling must hold"):
         bound(lambda x: F.max_pool1d(x, 2, 1, 1, dilation=3), 1, 2)

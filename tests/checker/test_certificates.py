@@ -13,6 +13,7 @@ from orthonet.errors import UncertifiableError
 from orthonet_checker import Rejected, check
 from orthonet_checker.operations import OPERATIONS
 from orthonet_checker.verify import verify
+from tests.certify.functions import Lambda
 from tests.checker import oracle
 from tests.checker.mutations import store_of
 from tests.checker.nets import NETS, deep_convolutions
@@ -231,3 +232,33 @@ def test_multipliers_prove_less_than_the_product_of_the_norms(saved):
     last["chain"]["gain"] = (steepest * (1 - 1e-6)).hex()
     with pytest.raises(Rejected, match="the multipliers do not prove"):
         verify(content, store)
+
+
+ODD = {  # number of inputs, function, assumed
+    "input that nothing reads": (2, lambda x, y: y * 2, 0),
+    "terms that cancel": (1, lambda x: x @ SQUARE - x @ SQUARE, 0),
+    "open end": (1, lambda x: nn.functional.hardtanh(x, -torch.inf, 1.0), 1),
+    "tiny constant": (1, lambda x: x @ (SQUARE * 1e-250) + x, 1),
+    "no number": (1, lambda x: torch.where(FIRST, x, torch.full((4,), torch.nan).double()), 1),
+}
+SQUARE = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+FIRST = torch.tensor([True, False, True, True])
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_graphs_are_written_so_that_the_checker_takes_them(name, tmp_path):
+    count, function, assumed = ODD[name]
+    x = torch.randn(2, 4, dtype=torch.float64)
+    found = certify(Lambda(function).eval(), (x,) * count, lower=False)
+    found.save(tmp_path / "c.json")
+    verdict = check(tmp_path / "c.json")
+    assert found.constant.value <= float(verdict.bound) * (1 + 1e-9)
+    assert len(verdict.assumed) == assumed
+
+
+def test_graphs_of_empty_tensors_are_not_saved(tmp_path):
+    model = Lambda(lambda x: torch.cat([x[:, :0], x], 1)).eval()
+    found = certify(model, torch.zeros(1, 4))
+    with pytest.raises(UncertifiableError, match="every tensor on the way must have entries"):
+        found.save(tmp_path / "c.json")
+    assert not list(tmp_path.iterdir())

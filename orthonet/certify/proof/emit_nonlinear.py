@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,8 @@ def _function(writer: Nodes, state: State, name: str, numbers: Sequence[Any]) ->
     if not all(isinstance(n, (int, float)) for n in numbers) or state.parents[0].shape != (
         state.shape
     ):
+        return None
+    if not all(math.isfinite(n) for n in numbers):
         return None
     values = [float(n).hex() for n in numbers]
     gain = mul_up(writer.gain(state), 1.0 + 2.0**-20 if name in _ENCLOSED else 1.0)

@@ -25,7 +25,7 @@ from orthonet.certify.graph.program import Program
 from orthonet.certify.graph.regions import autocast_region
 from orthonet.certify.proof.graph import Writer
 from orthonet.certify.proof.local import Claims, local_claims
-from orthonet.certify.proof.nodes import Constant
+from orthonet.certify.proof.nodes import Constant, counts
 from orthonet.certify.report.files import replacing
 from orthonet.certify.walk.walker import Walker
 from orthonet.errors import UncertifiableError
@@ -286,6 +286,8 @@ def _samples(model: Any, program: Program, writer: Writer) -> dict[str, list[str
     if not all(x.dtype in (torch.float32, torch.float64) for x in (*inputs, *outputs)):
         return None
     if len(outputs) != len(writer.outputs):
+        return None
+    if not all(counts(x) for x in (*inputs, *outputs)):
         return None
     named = {"inputs": inputs, "outputs": outputs}
     return {k: [writer.aside(x, f"samples.{k}") for x in v] for k, v in named.items()}

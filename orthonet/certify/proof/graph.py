@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from orthonet import _checks
 from orthonet.certify.graph.marks import mark_of
 from orthonet.certify.norms import matrix_norm
 from orthonet.certify.proof import emit_layers, emit_maps, emit_nonlinear  # noqa: F401 (they register)
@@ -16,6 +17,7 @@ from orthonet.certify.proof.emit import EMITTERS
 from orthonet.certify.proof.nodes import Nodes
 from orthonet.certify.proof.norms import joint_witness
 from orthonet.certify.walk.islands import moves
+from orthonet.errors import UncertifiableError
 from orthonet.linalg.bounds.rounding import add_up, mul_up
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ __all__ = ["Writer"]
 _WORTH = 1.0 + 2.0**-17
 """A joint bound of affine operations is written where it is so much below their product."""
 _FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+_NOISE = 2.0**10
 _LARGEST_SPAN = 290.0
 """How many powers of two apart constants in a row may be for the checker to multiply them: it takes
 products from 2^-400 to 2^300, and pools and wide sums need some room."""
@@ -45,11 +48,16 @@ class Writer(Nodes):
         for state in walker.states.values():
             for parent in state.parents:
                 self._users.setdefault(parent, []).append(state)
+        for node in walker.program.inputs:  # also those that nothing reads
+            shape = tuple(node.meta["val"].shape[1:])
+            place = self._append({"op": "input", "path": ""}, 1.0, shape)
+            if node in walker.states:
+                self._places[walker.states[node]] = place
         for node in walker.program.nodes:
             state = walker.states[node]
             if node in walker.program.inputs:
-                self._places[state] = self._append({"op": "input", "path": ""}, 1.0, state.shape)
-            elif isinstance(node.meta.get("val"), Tensor) or mark_of(node) is not None:
+                continue
+            if isinstance(node.meta.get("val"), Tensor) or mark_of(node) is not None:
                 self._places[state] = self._emit(state)
         self.outputs = [self._places[s] for s in walker.outputs if s is not None]
         self._prune()
@@ -80,6 +88,15 @@ class Writer(Nodes):
         operands = source.call.operands
         keep = [(x, g) for x, g in zip(operands, step.gains, strict=True) if g.value > 0.0]
         keep = keep or [(operands[0], step.gains[0])]
+        _checks.require(
+            0 not in state.shape,
+            "LipschitzCertificate",
+            "every tensor on the way must have entries to be saved",
+            "Leave empty slices out of forward",
+            UncertifiableError,
+            operation=source.call.op,
+            path=source.call.path,
+        )
         return self.add(
             "opaque",
             [self.index(x._state) for x, _ in keep],
@@ -110,7 +127,10 @@ class Writer(Nodes):
         island = self.walker.matrix_of(state)
         if island is None:
             return
-        gain = add_up(matrix_norm(island.matrix), island.error)
+        size = matrix_norm(island.matrix)
+        if size < _NOISE * island.error:  # the terms cancel
+            return
+        gain = add_up(size, island.error)
         if mul_up(gain, self.bounds[since]) * _WORTH >= self.bounds[place]:
             return
         gain, t = joint_witness(island.matrix, island.error)

@@ -278,17 +278,19 @@ class _Pass:
             table = torch.tensor([row + row[:1] * (size - len(row)) for row in rows])
             taps.append(list(table.mT))
         places = torch.arange(math.prod(shape)).reshape(shape)
-        found: _Form | None = None
-        for choice in torch.cartesian_prod(*(torch.arange(len(t)) for t in taps)).reshape(-1, dims):
-            at = places
+
+        def at(choice: Tensor) -> _Form:
+            place = places
             for axis, (table, tap) in enumerate(zip(taps, choice, strict=True), len(shape) - dims):
-                at = at.index_select(axis, table[int(tap)])
-            here = _taken(form, at)
-            if found is not None:
-                (here,) = self._larger(here, found, [True], False)
-                here.most = form.most
-            found = here
-        return _Form(found.center, found.rows, most)  # type: ignore[union-attr]
+                place = place.index_select(axis, table[int(tap)])
+            return _taken(form, place)
+
+        choices = torch.cartesian_prod(*(torch.arange(len(t)) for t in taps)).reshape(-1, dims)
+        found = at(choices[0])
+        for choice in choices[1:]:
+            (found,) = self._larger(at(choice), found, [True], False)
+            found.most = form.most
+        return _Form(found.center, found.rows, most)
 
 
 def _padded(rows: Tensor, total: int) -> Tensor:

@@ -15,7 +15,13 @@ from orthonet.certify.walk.state import State
 from orthonet.certify.walk.walker import Walker
 from orthonet.linalg.bounds.rounding import add_up, hypot_up, mul_up
 
-__all__ = ["Constant", "Nodes"]
+__all__ = ["Constant", "Nodes", "counts"]
+
+
+def counts(value: Tensor) -> bool:
+    """Whether the checker takes these numbers: it counts roundings in this range only."""
+    size = value.detach().double().abs()
+    return bool(((size == 0.0) | ((size > 2.0**-200) & (size < 2.0**200))).all())
 
 
 class Constant:
@@ -147,7 +153,12 @@ class Nodes:
 
         Its names in the model are those of equal tensors of its state, and that of the role, as
         which a plain model has what a constrained one computes.
+
+        Raises:
+            ValueError: The checker takes no such numbers.
         """
+        if not counts(value):
+            raise ValueError("a constant is beyond the range in which the checker counts roundings")
         path = "" if state is None else state.call.path
         found = Constant(value)
         if found.key not in self._keys:
