@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -518,23 +519,24 @@ class Stamp:
 
 
 class ModuleStamp:
-    """Which sub-modules a module has, so that a replacement or a new hook can be noticed."""
+    """Which parameters and sub-modules a module has: a replacement or a new hook can be noticed."""
 
-    __slots__ = ("modules",)
+    __slots__ = ("hooks", "own")
 
     def __init__(self, module: nn.Module) -> None:
-        self.modules = tuple(module._modules.values())
+        self.own = (*module._parameters.values(), *module._modules.values())
+        self.hooks = _hooks_below(module)
 
     def holds(self, module: nn.Module) -> bool:
-        """Return whether they are the same, without hooks around their forward passes."""
-        if len(self.modules) != len(module._modules):
-            return False
-        for before, now in zip(self.modules, module._modules.values(), strict=True):
-            if before is not now or (
-                now is not None and (now._forward_hooks or now._forward_pre_hooks)
-            ):
-                return False
-        return True
+        """Return whether they are the same, with as many hooks around their forward passes."""
+        own = (*module._parameters.values(), *module._modules.values())
+        same = len(own) == len(self.own) and all(map(operator.is_, own, self.own))
+        return same and _hooks_below(module) == self.hooks
+
+
+def _hooks_below(module: nn.Module) -> int:
+    parts = [m for m in module._modules.values() if m is not None]
+    return sum([len(m._forward_hooks) + len(m._forward_pre_hooks) for m in parts])
 
 
 _WORDS = (ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64)

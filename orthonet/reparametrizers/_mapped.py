@@ -16,7 +16,6 @@ from orthonet.errors import NotOnManifoldError
 from orthonet.linalg import haar
 from orthonet.linalg.kernels.fourier import kernel_symbol
 from orthonet.linalg.matrix import compute_dtype
-from orthonet.reparametrizers.providers.cold_cache import slot_of
 from orthonet.reparametrizers.weight import Weight, relative_distance
 
 __all__ = ["FourierWeight", "MappedWeight"]
@@ -162,10 +161,9 @@ class FourierWeight(MappedWeight):
         """Return the blocks on a torus of this height and width."""
         if torch.compiler.is_compiling() or not self.may_be_kept():
             return self._blocks(size)
-        slot = slot_of(self)
-        with slot.lock:  # a thread with another size waits
+        with self._slot.lock:  # a thread with another size waits
             if self._size != size:
-                self._size, slot.current = size, None
+                self._size = size
             return super().forward()
 
     def evaluate(self) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import copy
 import itertools
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -31,6 +32,7 @@ __all__ = [
     "Composition",
     "EmptyInCopies",
     "Provider",
+    "Slot",
     "Weight",
     "alive",
     "caching",
@@ -96,13 +98,16 @@ class EmptyInCopies:
         return type(self), ()
 
 
-class Served(EmptyInCopies):
-    """What a provider has found last for a weight: replaced as a whole."""
+class Slot(EmptyInCopies):
+    """What the providers keep of a weight."""
 
-    __slots__ = ("found",)
+    __slots__ = ("current", "lock", "off", "reading")
 
     def __init__(self) -> None:
-        self.found: Any = None
+        self.reading: Any = None  # of the engine
+        self.current: Any = None  # of the cold cache, which locks while it computes
+        self.lock = threading.RLock()
+        self.off = False  # for good: what the weight computes depends on more than can be seen
 
 
 class caching:  # noqa: N801 (spelled as torch.no_grad and torch.set_grad_enabled)
@@ -185,7 +190,7 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
     orthogonal: bool = False
     opaque: bool = False  # whether compiled code reads it by one operation
     composed: bool = False  # whether its value is read by another weight that it is a part of
-    _served: Served
+    _slot: Slot
     _number: tuple[int, Tensor]  # in this process
     _sharded: bool = False  # FSDP2 lends the parameters: what is written to them is lost
 
@@ -201,7 +206,7 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
         """Take a new number; a copy, also a shallow one, does not share what was found before."""
         number = next(_numbers)
         pair = number, torch.tensor(number, device="cpu")
-        vars(self).update(_served=Served(), _number=pair)
+        vars(self).update(_slot=Slot(), _number=pair)
 
     def _enroll(self) -> None:
         """Become known to the process; for modules that no constructor of this class has made."""

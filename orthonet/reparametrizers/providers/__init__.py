@@ -14,7 +14,7 @@ from torch.optim.optimizer import (
 from orthonet import _checks, _torch
 from orthonet.reparametrizers.providers import cold_cache, processes
 from orthonet.reparametrizers.providers.compiled import compiled_read, compiled_turn
-from orthonet.reparametrizers.providers.defer import defer_pullback
+from orthonet.reparametrizers.providers.defer import before_step, defer_pullback
 from orthonet.reparametrizers.providers.engine import ENGINE, REEVALUATING_OPTIMIZERS
 from orthonet.reparametrizers.providers.processes import share_among_ranks
 from orthonet.reparametrizers.weight import COMPILED, INVALIDATE, PROVIDERS
@@ -53,6 +53,7 @@ def invalidate(module: nn.Module | None = None) -> None:
 
 @_torch.not_compiled
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    before_step(optimizer)
     cold_cache.count_step()
     ENGINE.before_step(optimizer)
 

@@ -23,18 +23,16 @@ from orthonet import _torch
 from orthonet.reparametrizers.providers.computation import (
     SWAPPING,
     Computation,
-    Readable,
+    attach,
     computed,
-    same_stream,
 )
 from orthonet.reparametrizers.providers.defer import undeferred
 from orthonet.reparametrizers.providers.edits import warn_edited
-from orthonet.reparametrizers.providers.engine import ENGINE
-from orthonet.reparametrizers.weight import EmptyInCopies, Weight
+from orthonet.reparametrizers.providers.engine import ENGINE, Kept
+from orthonet.reparametrizers.weight import Slot, Weight
 
-__all__ = ["count_step", "forget", "read", "slot_of"]
+__all__ = ["count_step", "forget", "read"]
 
-_STATE = "_cached"  # the attribute of a module that holds its slot
 _local = threading.local()  # .computing: this thread is inside of `evaluate`
 _steps = 0  # that optimizers of this process have taken
 
@@ -48,27 +46,8 @@ def count_step() -> None:
 def forget(module: nn.Module) -> None:
     """Mark the kept values of `module` and its sub-modules as stale."""
     for part in module.modules():
-        slot = vars(part).get(_STATE)
-        if slot is not None:
-            slot.current = None
-
-
-class Slot(EmptyInCopies):
-    """What a module keeps."""
-
-    __slots__ = ("current", "lock", "off", "snapshot")
-
-    def __init__(self) -> None:
-        self.current: Kept | None = None
-        self.snapshot: Snapshot | None = None  # the last one
-        self.lock = threading.RLock()
-        self.off = False  # for good: what the module computes depends on more than can be seen
-
-
-def slot_of(module: nn.Module) -> Slot:
-    """The slot of `module`, made when it is first asked for."""
-    slot = vars(module).get(_STATE)
-    return vars(module).setdefault(_STATE, Slot()) if slot is None else slot
+        if isinstance(part, Weight):
+            part._slot.current = None
 
 
 class Snapshot:
@@ -80,7 +59,7 @@ class Snapshot:
 
     __slots__ = ("audited", "contents", "stamps", "tables")
 
-    def __init__(self, module: nn.Module, before: Snapshot | None = None) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.tables: list[dict[Any, Any]] = []
         for part in module.modules():
             own = () if part is module else (vars(part), *_torch.forward_hook_tables(part))
@@ -89,9 +68,8 @@ class Snapshot:
         tensors = {id(t): t for t in self.contents if isinstance(t, Tensor)}.values()
         self.stamps = [(t, _torch.Stamp(t)) for t in tensors if _torch.cannot_change_unseen(t)]
         self.stamps = self.stamps if len(self.stamps) == len(tensors) else []
-        same = before is not None and before.fits(module)
-        # whether it draws no random numbers, with and without a graph
-        self.audited: set[bool] = before.audited if same else set()  # type: ignore[union-attr]
+        # with a graph, and without: what is computed of it is known to depend on nothing else
+        self.audited: set[bool] = set()
 
     def _contents(self, module: nn.Module) -> list[object]:
         found: list[object] = [v for v in vars(module).values() if type(v) is not Slot]
@@ -118,50 +96,35 @@ class Snapshot:
         return True
 
 
-class Kept(Readable):
-    """A computation whose output is kept, and the tensors that readers are given."""
+class Computed(Kept):
+    """The value of a computation, and the state of the module that it was made of."""
 
-    __slots__ = ("constant", "generation", "made_of", "recorded", "stamp", "stream")
+    __slots__ = ("generation", "made_of")
 
-    def __init__(self, computation: Computation, made_of: Snapshot, recorded: bool) -> None:
-        super().__init__(computation)
+    def __init__(self, computation: Computation, made_of: Snapshot) -> None:
+        (output,) = computation.outputs
+        super().__init__(output)
         self.made_of, self.generation = made_of, _steps
-        self.recorded = recorded  # whether it was computed with a graph
-        self.constant = computation.outputs[0].detach()
-        self.stamp, self.stream = _torch.Stamp(self.constant), _torch.current_stream(self.constant)
+        self.give(computation, attach(computation) if output.requires_grad else (), 0)
+
+    def learns(self) -> bool:
+        """Whether a tensor of the module requires a gradient that may reach it."""
+        learning = any(t.requires_grad for t in self.made_of.tensors)
+        return learning and (self.lacks(True) or self.value.requires_grad)
+
+    def unmoved(self, weight: Weight) -> bool:
+        """Whether no optimizer has stepped and no tensor has changed."""
+        return self.generation == _steps and self.made_of.unmoved()
 
     def holds(self, weight: Weight) -> bool:
-        """Whether it is the value of `weight` as that stands, and readers have left it alone."""
-        return (
-            self.generation == _steps
-            and self.stamp.holds(self.constant)
-            and (self.stream is None or same_stream(self.stream, self.constant))
-            and self.made_of.unmoved()
-            and self.made_of.fits(weight)
-        )
-
-    def edited(self) -> bool:
-        """Whether a reader has written to it, and to nothing that it was computed from."""
-        moved = self.generation != _steps or not self.made_of.unmoved()
-        return not moved and not self.stamp.holds(self.constant)
-
-    def get(self, grad: bool) -> Tensor | None:
-        """The value; None if it is to be differentiable (`grad`) and has been computed without."""
-        if grad and not self.recorded:
-            return None
-        if not grad or not self.computation.outputs[0].requires_grad:
-            if self.constant.requires_grad:  # a reader has changed it
-                self.constant = self.constant.detach()
-            return self.constant
-        return self.outputs()[0]
+        """Whether it is the value of `weight` as that stands, attributes included."""
+        return super().holds(weight) and self.made_of.fits(weight)
 
 
 def _all_seen(weight: Weight, snapshot: Snapshot) -> bool:
     """Whether a change of any tensor of `weight` would be seen."""
     parts = list(weight.modules())
-    if any(isinstance(part, Weight) and part._sharded for part in parts):
-        return False
-    if any(slot.off for part in parts if (slot := vars(part).get(_STATE)) is not None):
+    if any(part._sharded or part._slot.off for part in parts if isinstance(part, Weight)):
         return False
     registered = {id(p) for part in parts for p in part._parameters.values()}
     buffers = {id(b) for part in parts for b in part._buffers.values()}
@@ -173,33 +136,31 @@ def _all_seen(weight: Weight, snapshot: Snapshot) -> bool:
     return bool(snapshot.tensors)
 
 
-def _hit(weight: Weight, kept: Kept | None) -> Tensor | None:
+def _hit(weight: Weight) -> Tensor | None:
     """The kept value of `weight`, if there is one and it is current."""
-    if kept is None or not kept.holds(weight):
-        return None
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in kept.made_of.tensors)
-    return kept.get(learns)
+    kept = weight._slot.current
+    return kept.read() if kept is not None and kept.holds(weight) else None
 
 
 def read(weight: Weight) -> Tensor | None:
     """The value of `weight.evaluate()`, from its slot; None where it cannot be kept."""
     if not weight.may_be_kept() or getattr(_local, "computing", False):
         return None
-    slot = slot_of(weight)
-    seen = slot.current
-    value = _hit(weight, seen)
+    value = _hit(weight)
     if value is not None:
         return value
+    slot = weight._slot
     with slot.lock:  # while another thread computes, the module holds aliases of its parameters
-        if slot.current is not seen:  # another thread may have been faster
-            value = _hit(weight, slot.current)
-            if value is not None:
-                return value
-        edited = slot.current is not None and slot.current.edited()
-        slot.current = None  # free what is out of date first
-        if edited:
-            warn_edited()
-        slot.snapshot = snapshot = Snapshot(weight, slot.snapshot)
+        value = _hit(weight)  # another thread may have been faster
+        if value is not None:
+            return value
+        snapshot, stale = Snapshot(weight), slot.current
+        if stale is not None:
+            if stale.touched() and stale.unmoved(weight):
+                warn_edited()
+            if stale.made_of.fits(weight):
+                snapshot.audited = stale.made_of.audited
+        stale = slot.current = None  # free what is out of date first
         if not _all_seen(weight, snapshot):
             return None
         _local.computing = True
@@ -209,7 +170,7 @@ def read(weight: Weight) -> Tensor | None:
             _local.computing = False
 
 
-def _computed(weight: Weight, slot: Slot, snapshot: Snapshot) -> Tensor:
+def _computed(weight: Weight, slot: Slot, snapshot: Snapshot) -> Tensor | None:
     """Compute the value, keep it if that is safe, and return it."""
     tensors, audited = snapshot.tensors, snapshot.audited
     now, versions = _steps, [t._version for t in tensors]
@@ -224,18 +185,17 @@ def _computed(weight: Weight, slot: Slot, snapshot: Snapshot) -> Tensor:
     if random is not None:
         if recorded and _foreign(computation):
             slot.off = True
-            return weight.evaluate()
+            return None
         if random == _random_states(tensors):
             audited.add(recorded)
     # In eval mode the module writes nothing, so another thread has.
     disturbed = not weight.training and versions != [t._version for t in tensors]
     snapshot = Snapshot(weight)  # a user's map may have written to itself
     snapshot.audited = audited
-    kept = Kept(computation, snapshot, recorded)
+    kept = Computed(computation, snapshot)
     if recorded in audited and not disturbed and now == _steps:
-        slot.current, slot.snapshot = kept, snapshot
-    value = kept.get(recorded)
-    return weight.evaluate() if value is None else value
+        slot.current = kept
+    return kept.read()
 
 
 def _random_states(tensors: Sequence[Tensor]) -> list[bytes]:

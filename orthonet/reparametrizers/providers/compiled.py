@@ -146,7 +146,9 @@ _read.register_autograd(_backward, setup_context=_save)
 def _turn(number: Tensor, parameter: Tensor, u: Tensor, s: Tensor) -> Tensor:
     weight = _weight(number, [parameter])
     with _torch.recording_in_kernel():
-        return ENGINE.turn(weight, u, s).contiguous()  # new memory in any case
+        grads = ENGINE.pull_back(weight, None, s)
+        grads = pulled_cold(weight, u @ s) if grads is None else grads
+        return grads[0].contiguous()  # new memory in any case
 
 
 @_turn.register_fake

@@ -21,28 +21,21 @@ from orthonet import _checks, _torch
 from orthonet.reparametrizers.weight import GIVEN, Weight
 
 __all__ = [
-    "DEFERRING",
     "SWAPPING",
     "Computation",
     "Gradients",
-    "Readable",
+    "Watched",
     "attach",
     "computed",
     "given",
     "node",
     "own_graph",
     "pulled_cold",
-    "same_stream",
 ]
 
 Gradients = Sequence[Tensor | None]
+Watched = tuple[Tensor, int]  # a tensor that must not change before backward, and its version
 
-
-class _Deferring(threading.local):
-    deferral: Any = None  # the context of `defer_pullback` that this thread is in
-
-
-DEFERRING = _Deferring()
 
 SWAPPING = threading.RLock()
 """Held while a weight with a map has aliases in place of its parameters, and while the engine looks
@@ -58,7 +51,7 @@ if hasattr(os, "register_at_fork"):  # or a fork beside a thread that holds it n
 class Computation:
     """Outputs computed from `leaves`, which are aliases of the `inputs` of the outer graph."""
 
-    __slots__ = ("hooked", "inputs", "leaves", "outputs", "versions")
+    __slots__ = ("hooked", "inputs", "leaves", "outputs", "recorded", "versions")
 
     def __init__(
         self,
@@ -67,14 +60,16 @@ class Computation:
         outputs: Sequence[Tensor],
         watched: Sequence[Tensor] = (),
         hooked: bool = False,
+        recorded: bool = True,
     ) -> None:
         self.inputs = tuple(inputs)
         self.leaves = tuple(leaves)
         self.outputs = tuple(outputs)
         # parameters that must not change in place before backward; autograd sees to it where it
         # has saved them itself, which it has not where `hooked` is set
-        self.versions = [(t, t._version) for t in watched]
+        self.versions: list[Watched] = [(t, t._version) for t in watched]
         self.hooked = hooked
+        self.recorded = recorded  # whether there is a graph to pull gradients back through
 
     def pull_back(self, grads: Gradients) -> Gradients:
         """The gradient of the inputs, from that of the outputs."""
@@ -122,15 +117,15 @@ class Computation:
         pulled = dict(zip(map(id, self.inputs), self.pull_back(grads), strict=True))
         return [pulled.get(id(p)) for p in parameters]
 
-    def places_of(self, used: Sequence[int]) -> Sequence[int]:
-        """The places among the watched parameters that these outputs depend on."""
-        return range(len(self.versions))
+    def watched(self, grads: Gradients) -> Sequence[Watched]:
+        """What the outputs that have these gradients depend on."""
+        return self.versions
 
-    def require_unchanged(self, used: Sequence[int] | None = None) -> None:
-        """Raise if a watched parameter, at these places, has been modified in place since then."""
-        versions = self.versions if used is None else [self.versions[i] for i in used]
+    def require_unchanged(self, grads: Gradients | None = None) -> None:
+        """Raise if something that these outputs, or all, depend on has been modified in place."""
+        watched = self.versions if grads is None else self.watched(grads)
         _checks.require(
-            all(t._version == version for t, version in versions),
+            all(t._version == version for t, version in watched),
             "backward",
             "a parameter of a constrained weight has been modified in place since the forward pass",
             "Call backward before the parameters change, or run the forward pass again",
@@ -153,11 +148,6 @@ def own_graph() -> Iterator[bool]:
         if hooked:
             stack.enter_context(saved_tensors_hooks(lambda t: t, lambda t: t))
         yield hooked
-
-
-def same_stream(stream: object, tensor: Any) -> bool:
-    """Whether work is neither of another stream nor captured, for a replay that will not ask."""
-    return stream == _torch.current_stream(tensor) and not _torch.capturing(tensor)
 
 
 class _Node(torch.autograd.Function):
@@ -184,14 +174,15 @@ def node(
 
 
 def attach(computation: Computation) -> tuple[Tensor, ...]:
-    """The outputs of a computation, differentiable in its inputs."""
+    """The outputs of a computation, differentiable in its inputs: for all readers, by one node."""
 
     def back(grads: Gradients) -> Gradients:
         if torch.is_grad_enabled():
             return computation.pull_back_differentiably(grads)
         return computation.pull_back(grads)
 
-    return node(back, computation.outputs, computation.inputs)
+    with torch.inference_mode(False), torch.enable_grad():
+        return node(back, computation.outputs, computation.inputs)
 
 
 @contextlib.contextmanager
@@ -218,7 +209,7 @@ def computed(
     """
     if not recorded:
         with given(served), torch.inference_mode(False), torch.no_grad():
-            return Computation((), (), (weight.evaluate(),))
+            return Computation((), (), (weight.evaluate(),), recorded=False)
     aliases: dict[int, tuple[Tensor, Tensor]] = {}  # of what requires a gradient
 
     def alias(tensor: Tensor) -> Tensor:
@@ -258,22 +249,3 @@ def pulled_cold(weight: Weight, grad: Tensor) -> list[Tensor | None]:
     with SWAPPING:
         computation = computed(weight)
     return computation.gradients_of(list(weight.parameters()), [grad])
-
-
-class Readable:
-    """A computation whose outputs hang in the graph by one node, for all reads."""
-
-    __slots__ = ("computation", "graphed")
-
-    def __init__(self, computation: Computation) -> None:
-        self.computation = computation
-        self.graphed: tuple[Tensor, ...] | None = None
-
-    def outputs(self) -> tuple[Tensor, ...]:
-        """The outputs as functions of the inputs; inside `defer_pullback`, of nothing."""
-        if DEFERRING.deferral is not None:
-            return DEFERRING.deferral.give(self.computation)
-        if self.graphed is None:
-            with torch.inference_mode(False), torch.enable_grad():
-                self.graphed = attach(self.computation)
-        return self.graphed

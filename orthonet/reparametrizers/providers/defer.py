@@ -5,22 +5,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim import Optimizer
 
 from orthonet import _checks, _torch
-from orthonet.reparametrizers.providers.computation import (
-    DEFERRING,
-    Computation,
-    Gradients,
-    node,
-)
+from orthonet.reparametrizers.providers.computation import Computation, Gradients, node
 
-__all__ = ["defer_pullback", "undeferred"]
+__all__ = ["DEFERRING", "before_step", "defer_pullback", "undeferred"]
+
+
+class _Deferring(threading.local):
+    deferral: _Deferral | None = None  # the context of `defer_pullback` that this thread is in
+
+
+DEFERRING = _Deferring()
 
 OPEN: list[_Deferral] = []  # of all threads
 
@@ -80,7 +81,7 @@ class _Deferral:
         """Pull everything back into the `.grad` of the parameters."""
         found: list[tuple[Tensor, Tensor]] = []
         for computation, sums in self.sums.items():
-            computation.require_unchanged(_places(computation, sums))
+            computation.require_unchanged(sums)
             pairs = zip(computation.inputs, computation.pull_back(sums), strict=True)
             found += [(p, g) for p, g in pairs if g is not None and p.requires_grad]
         if found:
@@ -98,15 +99,10 @@ class _Deferral:
         owned = set(map(id, _torch.parameters_of(optimizer)))
         with self.lock:
             return any(
-                id(computation.versions[i][0]) in owned
+                id(tensor) in owned
                 for computation, sums in self.sums.items()
-                for i in _places(computation, sums)
+                for tensor, _ in computation.watched(sums)
             )
-
-
-def _places(computation: Computation, sums: Gradients) -> Sequence[int]:
-    """The places of the watched parameters that gradients wait for."""
-    return computation.places_of([i for i, total in enumerate(sums) if total is not None])
 
 
 @contextlib.contextmanager
@@ -162,7 +158,8 @@ def undeferred() -> Iterator[None]:
         DEFERRING.deferral = deferral
 
 
-def _before_step(optimizer: Optimizer, *_: Any) -> None:
+def before_step(optimizer: Optimizer) -> None:
+    """Refuse a step that would miss gradients which wait."""
     _checks.require(
         not any(deferral.waits_for(optimizer) for deferral in tuple(OPEN)),
         type(optimizer),
@@ -170,6 +167,3 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
         "Leave the context first",
         RuntimeError,
     )
-
-
-register_optimizer_step_pre_hook(_before_step)

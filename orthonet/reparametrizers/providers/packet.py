@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,13 +13,18 @@ from torch import Tensor
 from orthonet import _torch
 from orthonet.linalg.matrix import split, stacked
 from orthonet.linalg.retraction import CenteredMap
-from orthonet.reparametrizers.providers.computation import Computation, Gradients, own_graph
-from orthonet.reparametrizers.weight import Composition
+from orthonet.reparametrizers.providers.computation import (
+    Computation,
+    Gradients,
+    Watched,
+    own_graph,
+)
 
-__all__ = ["Centered", "Family", "Packet"]
+__all__ = ["Centered", "Packet", "Place"]
 
 
-class Centered(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Centered:
     """Matrices at the center, those of several parameters: U, (k, m, n) or (m, n), and c."""
 
     map: CenteredMap
@@ -32,30 +38,151 @@ class Centered(NamedTuple):
         if all(sum(a) == b[0] for a, b in itertools.pairwise(spans)):
             spans = [(spans[0][0], sum(spans[-1]) - spans[0][0])]
         parts: list[Tensor] = []
-        for t in self[1:]:
+        for t in (self.u, self.scale):
             t = t.reshape(-1, *t.shape[-2:])
             rows = [t[first : first + count] for first, count in spans]
             found = rows[0] if len(rows) == 1 else torch.cat(rows)
             parts.append(found[0] if len(found) == 1 else found)
         return Centered(self.map, *parts)
 
+    def pull_back(self, grad: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The gradients of the parameters, which are `like` these, from that of U."""
+        return split(self.map.pull_back(self.u, self.scale, grad), like)
 
-class _AtCenter(Computation):
-    """What packets and families share: gradients are differentiated through the cold map.
+
+Place = tuple[Centered, tuple[int, int]]
+"""Where the matrices of one parameter are: the first of them, and their number."""
+
+Compose = Callable[[Sequence[Tensor], Sequence[Tensor], int], Tensor]
+
+
+class Packet(Computation):
+    r"""Weights of one kind: matrices at the center, or composed from such by one call.
+
+    The composition is a graph of its own, from the stacked matrices of each part; behind it the
+    pull-back is that of the matrices, in closed form. Gradients are differentiated through the cold
+    map.
+
+    Without composition the outputs are the matrices and, if they are square, as many *frames*:
+    zeros that stand for T in \(U e^T\), whose gradient is \(S = U^\top G\). Where a layer knows S
+    without G, the packet spares one of its two products.
 
     Nothing here holds a module, so that a model is freed when its last reference goes.
+
+    Args:
+        rows: The parameters of each part, and the scores of each kind, of all weights.
+        parts: The matrices of each part, in the same order.
+        compose: As in `Composition`; None for the matrices themselves.
+        recorded: Whether gradients may be asked for.
     """
 
-    __slots__ = ()
+    __slots__ = ("compose", "composed", "parts", "size", "spans")
 
-    def cold(self) -> list[Tensor]:
-        """The outputs, computed from the inputs by differentiable operations."""
-        return []
+    def __init__(
+        self,
+        rows: Sequence[Sequence[Tensor]],
+        parts: Sequence[Centered],
+        compose: Compose | None = None,
+        recorded: bool = True,
+    ) -> None:
+        self.parts, self.compose, self.size = tuple(parts), compose, len(rows[0])
+        leaves: list[Tensor] = []
+        if compose is None:
+            (part,) = parts
+            counts = [p.shape[:-2].numel() for p in rows[0]]
+            self.spans = [*zip(itertools.accumulate(counts, initial=0), counts, strict=False)]
+            m, n = part.u.shape[-2:]
+            matrices = part.u.view(-1, m, n).split(counts)
+            outputs = [u.view(p.shape) for u, p in zip(matrices, rows[0], strict=True)]
+            if recorded and m == n:
+                zero = part.u.new_zeros(())
+                outputs += [zero.expand(p.shape) for p in rows[0]]
+        else:
+            leaves = [part.u.detach() for part in parts]
+            leaves += [torch.cat([s.detach() for s in scores]) for scores in rows[len(parts) :]]
+            with own_graph(), _torch.without_autocast(leaves[0]):
+                leaves = [leaf.requires_grad_(recorded) for leaf in leaves]
+                with torch.set_grad_enabled(recorded):
+                    self.composed = compose(leaves[: len(parts)], leaves[len(parts) :], self.size)
+            outputs = list(self.composed.detach().unbind())
+        inputs = [t for row in rows for t in row]
+        super().__init__(
+            inputs,
+            leaves,
+            outputs,
+            (*inputs, *(part.u for part in parts)),
+            recorded=recorded,
+        )
 
-    def pull_back_differentiably(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _rows(self) -> list[Sequence[Tensor]]:
+        starts = range(0, len(self.inputs), self.size)
+        return [self.inputs[start : start + self.size] for start in starts]
+
+    def _used(self, grads: Gradients) -> list[int]:
+        """The weights of which a value or a frame has a gradient."""
+        return sorted({i % self.size for i, g in enumerate(grads) if g is not None})
+
+    def watched(self, grads: Gradients) -> Sequence[Watched]:
+        """The parameters of the weights that have gradients, and the matrices of all of them."""
+        count, used = len(self.inputs), self._used(grads)
+        own = [self.versions[k + i] for k in range(0, count, self.size) for i in used]
+        return [*own, *self.versions[count:]]
+
+    def pull_back(self, grads: Gradients) -> Gradients:
+        """Two products for all matrices of a part; one where only frames have gradients."""
+        used = self._used(grads)
+        result: list[Tensor | None] = [None] * len(self.inputs)
+        if not used or not self.recorded:
+            return result
+        self.require_unchanged(grads)
+        with torch.no_grad(), _torch.without_autocast(self.parts[0].u):
+            if self.compose is None:
+                found = [self._of_matrices(used, grads)]
+            else:
+                found = self._of_parts(used, grads)
+        for k, row in enumerate(found):
+            for i, g in zip(used, row, strict=True):
+                result[k * self.size + i] = g
+        return result
+
+    def _of_matrices(self, used: Sequence[int], grads: Gradients) -> Sequence[Tensor]:
+        """The gradients of these parameters; zeros stand for gradients that are missing."""
+
+        def batch(start: int) -> Tensor | None:
+            some = [grads[start + i] if start < len(grads) else None for i in used]
+            if all(g is None for g in some):
+                return None
+            both = zip(some, used, strict=True)
+            return stacked([torch.zeros_like(self.outputs[i]) if g is None else g for g, i in both])
+
+        part, like = (
+            self.parts[0].rows([self.spans[i] for i in used]),
+            [self.inputs[i] for i in used],
+        )
+        g, s = batch(0), batch(self.size)
+        if s is None:
+            return part.pull_back(cast(Tensor, g), like)
+        s = s if g is None else s + part.u.mT @ g
+        return split(part.map.turn(part.u, part.scale, s), like)
+
+    def _of_parts(self, used: Sequence[int], grads: Gradients) -> list[Gradients]:
+        """The gradients of each part, then of each kind of scores, of these weights."""
+        both = zip(grads, self.outputs, strict=True)
+        given = torch.stack([torch.zeros_like(o) if g is None else g for g, o in both])
+        found = _torch.run_backward((self.composed,), (given,), self.leaves)
+        result: list[Gradients] = []
+        for grad, row, part in itertools.zip_longest(found, self._rows(), self.parts):
+            pieces: Gradients = [None] * self.size
+            if grad is not None and part is not None:
+                pieces = part.pull_back(grad, row)
+            elif grad is not None:
+                pieces = grad.split([len(p) for p in row])
+            result.append([pieces[i] for i in used])
+        return result
+
+    def pull_back_differentiably(self, grads: Gradients) -> list[Tensor | None]:
         """As `pull_back`, by operations of the outer graph."""
-        outputs = self.cold()
-        given = zip(outputs, grads, strict=False)
+        given = zip(self._cold(), grads, strict=False)  # layers read no frames here
         pairs = [(o, g) for o, g in given if g is not None and o.requires_grad]
         result: list[Tensor | None] = [None] * len(self.inputs)
         if not pairs:
@@ -73,158 +200,13 @@ class _AtCenter(Computation):
             result[i] = g
         return result
 
-
-class Packet(_AtCenter):
-    r"""U of the parameters of one batch.
-
-    The outputs are the values and, for square matrices, as many *frames*: zeros that stand for T in
-    \(U e^T\), whose gradient is \(S = U^\top G\). Where a layer knows S without G, the packet
-    spares one of its two products.
-    """
-
-    __slots__ = ("centered", "spans")
-
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        values: Sequence[Tensor],
-        spans: Sequence[tuple[int, int]],
-        centered: Centered,
-    ) -> None:
-        outputs = list(values)
-        if centered.u.shape[-2] == centered.u.shape[-1]:
-            zero = centered.u.new_zeros(())
-            outputs += [zero.expand(v.shape) for v in values]
-        super().__init__(parameters, (), outputs, (*parameters, centered.u))
-        self.centered, self.spans = centered, tuple(spans)
-
-    def places_of(self, used: Sequence[int]) -> Sequence[int]:
-        """One parameter, and the value that it shares with others."""
-        count = len(self.inputs)
-        return [*sorted({i % count for i in used}), count]
-
-    def cold(self) -> list[Tensor]:
-        """The values by the map itself. Layers read no frames where gradients have a graph."""
-        return [self.centered.map.value(p) for p in self.inputs]
-
-    def pull_back(self, grads: Sequence[Tensor | None]) -> Gradients:
-        """Two products for all parameters; one where only frames have gradients."""
-        count = len(self.inputs)
-        values, frames = grads[:count], grads[count:] or [None] * count
-        used = [i for i in range(count) if values[i] is not None or frames[i] is not None]
-        if not used:
-            return (None,) * count
-        self.require_unchanged(self.places_of(used))
-        centered = self.centered.rows([self.spans[i] for i in used])
-        with torch.no_grad(), _torch.without_autocast(centered.u):
-            pulled = self._pulled(centered, [(values[i], frames[i]) for i in used])
-        pieces = split(pulled, [self.inputs[i] for i in used])
-        result: list[Tensor | None] = [None] * count
-        for i, piece in zip(used, pieces, strict=True):
-            result[i] = piece
-        return tuple(result)
-
-    @staticmethod
-    def _pulled(centered: Centered, grads: list[tuple[Tensor | None, Tensor | None]]) -> Tensor:
-        """From the gradients of values and of frames, of which zeros stand for what is missing."""
-
-        def batch(some: Sequence[Tensor | None]) -> Tensor | None:
-            if all(g is None for g in some):
-                return None
-            both = zip(some, grads, strict=True)
-            return stacked([_zeros_like(pair) if g is None else g for g, pair in both])
-
-        g, s = batch([value for value, _ in grads]), batch([frame for _, frame in grads])
-        if s is None:
-            return centered.map.pull_back(centered.u, centered.scale, cast(Tensor, g))
-        s = s if g is None else s + centered.u.mT @ g
-        return centered.map.turn(centered.u, centered.scale, s)
-
-
-class Family(_AtCenter):
-    """Weights of one kind, composed by one call from parts at the center.
-
-    The composition is a graph of its own, from the stacked values of each part; behind it the
-    pull-back is that of the parts.
-    """
-
-    __slots__ = ("compose", "parts", "recorded", "size")
-
-    def __init__(
-        self, compositions: Sequence[Composition], parts: Sequence[Centered], recorded: bool
-    ) -> None:
-        first, self.size = compositions[0], len(compositions)
-        self.compose, self.parts = first.compose, tuple(parts)
-        inputs: list[Any] = []
-        for i in range(len(parts)):
-            inputs += [c.parts[i].original for c in compositions]
-        for i in range(len(first.scores)):
-            inputs += [c.scores[i] for c in compositions]
-        leaves = [part.u.detach() for part in parts]
-        leaves += [torch.cat([s.detach() for s in scores]) for scores in self._scores(inputs)]
-        with own_graph(), _torch.without_autocast(leaves[0]):
-            if recorded:
-                leaves = [leaf.requires_grad_() for leaf in leaves]
-            with torch.set_grad_enabled(recorded):
-                value = self._composed(leaves)
-        outputs = value.detach().unbind()
-        super().__init__(inputs, leaves, outputs, (*inputs, *(part.u for part in parts)))
-        self.recorded = value if recorded else None
-
-    def _composed(self, leaves: Sequence[Tensor]) -> Tensor:
-        count = len(self.parts)
-        return self.compose(leaves[:count], leaves[count:], self.size)
-
-    def _scores(self, inputs: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-        """The further parameters, those of all weights for each kind."""
-        starts = range(len(self.parts) * self.size, len(inputs), self.size)
-        return [inputs[start : start + self.size] for start in starts]
-
-    def places_of(self, used: Sequence[int]) -> Sequence[int]:
-        """The parameters of these weights, and the values of all parts."""
-        own = [k * self.size + i for k in range(len(self.leaves)) for i in used]
-        return [*own, *range(len(self.inputs), len(self.versions))]
-
-    def cold(self) -> list[Tensor]:
-        """The values, from the maps of the parts themselves."""
-        leaves = []
-        for k, part in enumerate(self.parts):
-            values = [part.map.value(p) for p in self.inputs[k * self.size : (k + 1) * self.size]]
-            leaves.append(stacked(values))
-        leaves += [torch.cat(list(scores)) for scores in self._scores(self.inputs)]
-        with _torch.without_autocast(leaves[0]):
-            return list(self._composed(leaves).unbind())
-
-    def pull_back(self, grads: Sequence[Tensor | None]) -> Gradients:
-        """Back through the composition, then two products for all parts of a kind."""
-        count = self.size
-        used = [i for i in range(count) if grads[i] is not None]
-        if not used or self.recorded is None:
-            return (None,) * len(self.inputs)
-        self.require_unchanged(self.places_of(used))
-        given = torch.stack(
-            [
-                torch.zeros_like(o) if g is None else g
-                for g, o in zip(grads, self.outputs, strict=True)
-            ]
-        )
-        result: list[Tensor | None] = []
-        with _torch.without_autocast(given):
-            found = _torch.run_backward((self.recorded,), (given,), self.leaves)
-        with torch.no_grad(), _torch.without_autocast(given):
-            for k, grad in enumerate(found):
-                parameters = self.inputs[k * count : (k + 1) * count]
-                if grad is None:
-                    result += [None] * count
-                elif k < len(self.parts):
-                    part = self.parts[k]
-                    pulled = part.map.pull_back(part.u, part.scale, grad)
-                    result += split(pulled, parameters)
-                else:
-                    result += grad.split([len(p) for p in parameters])
-        return tuple(g if i % count in used else None for i, g in enumerate(result))
-
-
-def _zeros_like(some: Sequence[Tensor | None]) -> Tensor:
-    """Zeros of the shape of the tensor that is there."""
-    return torch.zeros_like(next(t for t in some if t is not None))
+    def _cold(self) -> Sequence[Tensor]:
+        """The values by the maps themselves, as differentiable functions of the inputs."""
+        rows = self._rows()
+        pairs = zip(self.parts, rows, strict=False)
+        values = [[part.map.value(p) for p in row] for part, row in pairs]
+        if self.compose is None:
+            return values[0]
+        scores = [torch.cat(list(row)) for row in rows[len(self.parts) :]]
+        with _torch.without_autocast(self.parts[0].u):
+            return self.compose([*map(stacked, values)], scores, self.size).unbind()

@@ -353,5 +353,4 @@ def _at_center(weight: Weight) -> Tensor | None:
     value = u.view(p.shape)
     if not (torch.is_grad_enabled() and gathered.requires_grad):
         return value
-    spans = [(0, p.shape[:-2].numel())]
-    return attach(Packet([gathered], [value], spans, Centered(way, u, scale)))[0]
+    return attach(Packet([[gathered]], [Centered(way, u, scale)]))[0]
