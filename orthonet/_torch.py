@@ -519,24 +519,22 @@ class Stamp:
 
 
 class ModuleStamp:
-    """Which parameters and sub-modules a module has: a replacement or a new hook can be noticed."""
+    """Which parameters and sub-modules a module has, so that a replacement can be noticed."""
 
-    __slots__ = ("hooks", "own")
+    __slots__ = ("own",)
 
     def __init__(self, module: nn.Module) -> None:
         self.own = (*module._parameters.values(), *module._modules.values())
-        self.hooks = _hooks_below(module)
 
     def holds(self, module: nn.Module) -> bool:
-        """Return whether they are the same, with as many hooks around their forward passes."""
+        """Return whether they are the same, without hooks around their forward passes."""
         own = (*module._parameters.values(), *module._modules.values())
-        same = len(own) == len(self.own) and all(map(operator.is_, own, self.own))
-        return same and _hooks_below(module) == self.hooks
-
-
-def _hooks_below(module: nn.Module) -> int:
-    parts = [m for m in module._modules.values() if m is not None]
-    return sum([len(m._forward_hooks) + len(m._forward_pre_hooks) for m in parts])
+        if len(own) != len(self.own) or not all(map(operator.is_, own, self.own)):
+            return False
+        for part in module._modules.values():
+            if part is not None and (part._forward_hooks or part._forward_pre_hooks):
+                return False
+        return True
 
 
 _WORDS = (ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64)

@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from orthonet.linalg.retraction import CenteredMap
 __all__ = [
     "COMPILED",
     "GIVEN",
-    "INVALIDATE",
     "PROVIDERS",
     "Composition",
     "EmptyInCopies",
@@ -62,17 +61,21 @@ def alive() -> Iterator[Weight]:
             yield weight
 
 
-Provider = Callable[["Weight"], Tensor | None]
-"""Returns the present value of a weight, differentiable if gradients are enabled.
+class Provider(NamedTuple):
+    """Who keeps values of weights.
 
-None: the provider does not know it.
-"""
+    Attributes:
+        read: Returns the present value of a weight, differentiable if gradients are enabled; None
+            if it is not known.
+        forget: Forgets what is kept of a module, or of all.
+    """
+
+    read: Callable[[Weight], Tensor | None]
+    forget: Callable[[nn.Module | None], None]
+
 
 PROVIDERS: list[Provider] = []
 """Who is asked for the value of a weight, in this order: `orthonet.reparametrizers.providers`."""
-
-INVALIDATE: list[Callable[[nn.Module | None], None]] = []
-"""At most one function that forgets what is kept of a module, or of all, set by the providers."""
 
 COMPILED: list[Callable[[Weight], Tensor]] = []
 """At most one function that reads a weight inside of `torch.compile`, set by the providers."""
@@ -230,9 +233,9 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
     def _let_go(self) -> None:
         """Keep nothing that would hinder PyTorch from swapping the parameters for others."""
         if torch.__future__.get_swap_module_params_on_conversion():
-            for invalidate in INVALIDATE:
-                invalidate(None)  # no record of a batch, nor a graph that others share
-                invalidate(self)
+            for provider in PROVIDERS:
+                provider.forget(None)  # nor a graph that others share
+                provider.forget(self)
 
     @abc.abstractmethod
     def evaluate(self) -> Tensor:
@@ -245,8 +248,8 @@ class Weight(nn.Module, metaclass=_EnrolledWhenMade):
         given = vars(self).get(GIVEN)
         if given is not None:
             return given
-        for provide in PROVIDERS:
-            value = provide(self)
+        for provider in PROVIDERS:
+            value = provider.read(self)
             if value is not None:
                 return value
         return self.evaluate()

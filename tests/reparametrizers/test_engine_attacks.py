@@ -53,6 +53,15 @@ def test_a_hook_inside_of_a_weight_that_the_cold_cache_keeps():
     torch.testing.assert_close(weight().detach(), value)
 
 
+def test_a_hook_of_a_factor_of_a_kernel_runs():
+    kernel = OrthoConv2d(4, 4, 1, dtype=D)
+    value = kernel.weight.detach()
+    handle = kernel.parametrization.outer.register_forward_hook(lambda module, args, out: -out)
+    torch.testing.assert_close(kernel.weight.detach(), -value)  # it was not asked
+    handle.remove()
+    torch.testing.assert_close(kernel.weight.detach(), value)
+
+
 def test_kernels_that_share_their_only_matrix():
     one, two = (OrthoConv2d(4, 4, 3, dtype=D) for _ in range(2))
     two.parametrization.outer.original = one.parametrization.outer.original
@@ -63,6 +72,45 @@ def test_kernels_that_share_their_only_matrix():
 
     for ours, theirs in zip(gradients(), cold(gradients), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: OrthoLinear(4, 4, dtype=D), lambda: OrthoConv2d(4, 4, 3, dtype=D)]
+)
+def test_second_derivatives_of_one_parameter_in_two_weights_of_a_batch(make):
+    one, two = make(), make()
+    for mine, theirs in zip(
+        one.parametrization.modules(), two.parametrization.modules(), strict=True
+    ):
+        if isinstance(mine, OrthoWeight):
+            theirs.original = mine.original
+    parameters = list(one.parametrization.parameters())
+
+    def penalty():
+        loss = (one.weight.sin() * two.weight.cos()).sum()
+        slopes = torch.autograd.grad(loss, parameters, create_graph=True)
+        return [*slopes, *torch.autograd.grad(sum(s.square().sum() for s in slopes), parameters)]
+
+    for ours, theirs in zip(penalty(), cold(penalty), strict=True):  # it was counted twice
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("read", [torch.no_grad, orthonet.defer_pullback])
+@pytest.mark.parametrize(
+    "make", [lambda: OrthoLinear(4, 4, dtype=D), lambda: OrthoConv2d(4, 4, 3, dtype=D)]
+)
+def test_weights_of_a_batch_that_begin_to_learn_one_after_the_other(make, read, order):
+    layers = [make(), make()]
+    with read():  # together
+        _ = [layer.weight for layer in layers]
+    for layer in layers:
+        layer.requires_grad_(False)
+    assert not any(layer.weight.requires_grad for layer in layers)
+    for i in order:
+        layers[i].requires_grad_(True)
+        layers[i].weight.sin().sum().backward()
+        assert all(p.grad is not None for p in layers[i].parametrization.parameters())
 
 
 SAME_BATCH = {
@@ -266,10 +314,11 @@ def test_a_kernel_of_which_a_factor_moves_while_it_is_found(monkeypatch):
     kernel = OrthoConv2d(4, 4, 3, dtype=D).parametrization
     expected, find = cold(kernel).detach(), ENGINE._find
 
-    def moved(weight):
-        found = find(weight)
-        with torch.no_grad():
-            kernel.outer.original.add_(0.1)  # as an optimizer in another thread does
+    def moved(weight, look=True):
+        found = find(weight, look)
+        if weight is kernel:
+            with torch.no_grad():
+                kernel.outer.original.add_(0.1)  # as an optimizer in another thread does
         return found
 
     monkeypatch.setattr(ENGINE, "_find", moved)

@@ -17,7 +17,7 @@ from orthonet.reparametrizers.providers.compiled import compiled_read, compiled_
 from orthonet.reparametrizers.providers.defer import before_step, defer_pullback
 from orthonet.reparametrizers.providers.engine import ENGINE, REEVALUATING_OPTIMIZERS
 from orthonet.reparametrizers.providers.processes import share_among_ranks
-from orthonet.reparametrizers.weight import COMPILED, INVALIDATE, PROVIDERS
+from orthonet.reparametrizers.weight import COMPILED, PROVIDERS, Provider
 
 __all__ = [
     "REEVALUATING_OPTIMIZERS",
@@ -43,12 +43,8 @@ def invalidate(module: nn.Module | None = None) -> None:
     """
     if module is not None:
         _checks.module("invalidate", module=module)
-    ENGINE.forget(module)
-    processes.forget(module)
-    if module is None:
-        cold_cache.count_step()
-    else:
-        cold_cache.forget(module)
+    for provider in PROVIDERS:
+        provider.forget(module)
 
 
 @_torch.not_compiled
@@ -65,8 +61,11 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
     processes.after_step(optimizer)
 
 
-PROVIDERS[:] = [ENGINE, cold_cache.read, processes.read_shards]
+PROVIDERS[:] = [
+    Provider(ENGINE, ENGINE.forget),
+    Provider(cold_cache.read, cold_cache.forget),
+    Provider(processes.read_shards, processes.forget),
+]
 COMPILED[:] = [compiled_read]
-INVALIDATE[:] = [invalidate]
 register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)

@@ -43,8 +43,11 @@ def count_step() -> None:
     _steps += 1
 
 
-def forget(module: nn.Module) -> None:
-    """Mark the kept values of `module` and its sub-modules as stale."""
+def forget(module: nn.Module | None = None) -> None:
+    """Mark the kept values of `module` and its sub-modules, or of all modules, as stale."""
+    if module is None:
+        count_step()
+        return
     for part in module.modules():
         if isinstance(part, Weight):
             part._slot.current = None
@@ -57,7 +60,7 @@ class Snapshot:
     contents are held, not its dictionary, which leads back here.
     """
 
-    __slots__ = ("audited", "contents", "stamps", "tables")
+    __slots__ = ("contents", "stamps", "tables")
 
     def __init__(self, module: nn.Module) -> None:
         self.tables: list[dict[Any, Any]] = []
@@ -68,8 +71,6 @@ class Snapshot:
         tensors = {id(t): t for t in self.contents if isinstance(t, Tensor)}.values()
         self.stamps = [(t, _torch.Stamp(t)) for t in tensors if _torch.cannot_change_unseen(t)]
         self.stamps = self.stamps if len(self.stamps) == len(tensors) else []
-        # with a graph, and without: what is computed of it is known to depend on nothing else
-        self.audited: set[bool] = set()
 
     def _contents(self, module: nn.Module) -> list[object]:
         found: list[object] = [v for v in vars(module).values() if type(v) is not Slot]
@@ -99,12 +100,13 @@ class Snapshot:
 class Computed(Kept):
     """The value of a computation, and the state of the module that it was made of."""
 
-    __slots__ = ("generation", "made_of")
+    __slots__ = ("audited", "generation", "made_of")
 
-    def __init__(self, computation: Computation, made_of: Snapshot) -> None:
+    def __init__(self, computation: Computation, made_of: Snapshot, audited: set[bool]) -> None:
         (output,) = computation.outputs
         super().__init__(output)
         self.made_of, self.generation = made_of, _steps
+        self.audited = audited  # with a graph, or without: it is known to depend on nothing else
         self.give(computation, attach(computation) if output.requires_grad else (), 0)
 
     def learns(self) -> bool:
@@ -154,26 +156,24 @@ def read(weight: Weight) -> Tensor | None:
         value = _hit(weight)  # another thread may have been faster
         if value is not None:
             return value
-        snapshot, stale = Snapshot(weight), slot.current
+        stale, audited = slot.current, set()
         if stale is not None:
-            if stale.touched() and stale.unmoved(weight):
+            if stale.edited(weight) is not None:
                 warn_edited()
-            if stale.made_of.fits(weight):
-                snapshot.audited = stale.made_of.audited
+            audited = stale.audited if stale.made_of.fits(weight) else audited
         stale = slot.current = None  # free what is out of date first
-        if not _all_seen(weight, snapshot):
-            return None
         _local.computing = True
         try:
-            return _computed(weight, slot, snapshot)
+            return _computed(weight, Snapshot(weight), audited)
         finally:
             _local.computing = False
 
 
-def _computed(weight: Weight, slot: Slot, snapshot: Snapshot) -> Tensor | None:
+def _computed(weight: Weight, before: Snapshot, audited: set[bool]) -> Tensor | None:
     """Compute the value, keep it if that is safe, and return it."""
-    tensors, audited = snapshot.tensors, snapshot.audited
-    now, versions = _steps, [t._version for t in tensors]
+    if not _all_seen(weight, before):
+        return None
+    tensors, now = before.tensors, _steps
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     random = None if recorded in audited else _random_states(tensors)
     with undeferred():
@@ -184,17 +184,16 @@ def _computed(weight: Weight, slot: Slot, snapshot: Snapshot) -> Tensor | None:
         computation = computed(weight, served, recorded)
     if random is not None:
         if recorded and _foreign(computation):
-            slot.off = True
+            weight._slot.off = True
             return None
         if random == _random_states(tensors):
             audited.add(recorded)
     # In eval mode the module writes nothing, so another thread has.
-    disturbed = not weight.training and versions != [t._version for t in tensors]
-    snapshot = Snapshot(weight)  # a user's map may have written to itself
-    snapshot.audited = audited
-    kept = Computed(computation, snapshot)
-    if recorded in audited and not disturbed and now == _steps:
-        slot.current = kept
+    disturbed = now != _steps or not (weight.training or before.unmoved())
+    # A user's map may have written to itself.
+    kept = Computed(computation, Snapshot(weight), audited)
+    if recorded in audited and not disturbed:
+        weight._slot.current = kept
     return kept.read()
 
 

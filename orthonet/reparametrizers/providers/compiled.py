@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +148,7 @@ def _turn(number: Tensor, parameter: Tensor, u: Tensor, s: Tensor) -> Tensor:
     with _torch.recording_in_kernel():
         grads = ENGINE.pull_back(weight, None, s)
         grads = pulled_cold(weight, u @ s) if grads is None else grads
-        return grads[0].contiguous()  # new memory in any case
+        return cast(Tensor, grads[0]).contiguous()  # new memory in any case
 
 
 @_turn.register_fake

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import abc
 import functools
+import operator
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +55,9 @@ optimizer of your own that does so.
 """
 
 
+_LEARNS = operator.attrgetter("requires_grad")
+
+
 class Kept(abc.ABC):
     """A value of a weight, and what readers are given: a constant, or a function of parameters."""
 
@@ -74,19 +78,13 @@ class Kept(abc.ABC):
         """Whether the value has not been computed, or without the graph that `grad` needs."""
         return self.source is None or (grad and not self.source[0].recorded)
 
-    def outputs(self) -> Sequence[Tensor]:
-        """All outputs as functions of their inputs; inside `defer_pullback`, of nothing."""
-        source: Any = self.source
-        deferral = DEFERRING.deferral
-        return source[1] if deferral is None else deferral.give(source[0])
-
     def read(self) -> Tensor | None:
         """What a reader is given here and now; None if it has not been computed."""
-        grad = torch.is_grad_enabled() and self.learns()
-        if self.source is None or self.lacks(grad):
+        source = self.source  # another thread may put another there
+        if source is None:
             return None
-        if grad:
-            return self.outputs()[self.source[2]]
+        if torch.is_grad_enabled() and self.learns():
+            return _in_graph(*source[:2])[source[2]] if source[0].recorded else None
         if self.constant.requires_grad:  # a reader has changed it
             self.constant = self.constant.detach()
         return self.constant
@@ -102,6 +100,10 @@ class Kept(abc.ABC):
     def touched(self) -> bool:
         """Whether a reader may have written to the value."""
         return self.source is not None and not self.stamp.holds(self.value)
+
+    def edited(self, weight: Weight) -> Tensor | None:
+        """The value, if readers may have written to it and to nothing that it depends on."""
+        return self.value if self.touched() and self.unmoved(weight) else None
 
     def holds(self, weight: Weight) -> bool:
         """Whether it is the value of `weight` as that stands, and readers have left it alone."""
@@ -153,7 +155,7 @@ class Reading(Kept):
 
     def learns(self) -> bool:
         """Whether a parameter that the value depends on requires a gradient."""
-        return any(tensor.requires_grad for tensor in self.inputs)
+        return any(map(_LEARNS, self.inputs))
 
 
 Group = Sequence[Member]
@@ -281,47 +283,45 @@ class Engine:
         return value
 
     def _renewed(self, weight: Weight) -> Reading | None:
-        """What is found of `weight` now; warn, once for all weights, of what readers have written.
+        """What is found of `weight` now, and a warning if a reader has written to what was."""
+        with self.lock:
+            before = weight._slot.reading
+            given = None if before is None else before.edited(weight)
+            reading = self._find(weight)
+        if given is not None and reading is not None and reading.places:
+            self._tell_of_edits(weight, given, reading)
+        return reading
+
+    def _tell_of_edits(self, weight: Weight, given: Tensor, reading: Reading) -> None:
+        """Warn, once for all weights, if a reader has written to the value of this one.
 
         Weights of a batch share a version counter: the values themselves tell whose was written to.
         """
         with self.lock, torch.no_grad():
-            before = weight._slot.reading
-            edited = before is not None and before.touched() and before.unmoved(weight)
-            reading = self._find(weight)
-            if before is None or not edited or reading is None or not reading.places:
-                return reading
             if reading.lacks(False):
                 self._compute(weight, reading)
-            if not differs(before.value, reading.value):
-                return reading
+            if not differs(given, reading.value):
+                return
             for other in alive():
                 seen = other._slot.reading
                 if seen is not None and seen.touched():
                     other._slot.reading = None
         warn_edited()
-        return reading
 
-    def _find(self, weight: Weight) -> Reading | None:
-        """The reading of `weight`, whose matrices are looked at if nobody has."""
-        composition = weight.composition()
-        for part in (weight,) if composition is None else composition.parts:
-            if self._present(part) is None:
-                self._look(part)
-        return self._present(weight)
-
-    def _present(self, weight: Weight) -> Reading | None:
-        """The reading of `weight` as it stands, if its matrices have been looked at."""
+    def _find(self, weight: Weight, look: bool = True) -> Reading | None:
+        """The reading of `weight` as it stands; its matrices are looked at if nobody has."""
         reading = weight._slot.reading
         if reading is not None and reading.holds(weight):
             return reading
         composition = weight.composition()
         if composition is None:
-            return None
+            return self._look(weight) if look else None
         made_of, scores = _torch.ModuleStamp(weight), composition.scores
-        parts = [(part, self._present(part)) for part in composition.parts]
+        parts = [(part, self._find(part, look)) for part in composition.parts]
         held = tuple((part, r) for part, r in parts if r is not None and r.places)
-        if len(held) < len(parts) or not all(map(_torch.cannot_change_unseen, scores)):
+        seen = all(map(_torch.cannot_change_unseen, scores))
+        # A hook of a part runs where the weight is computed.
+        if len(held) < len(parts) or not seen or not made_of.holds(weight):
             return None
         places = tuple(place for _, r in held for place in r.places)
         stamps = [(score, _torch.Stamp(score)) for score in scores]
@@ -329,11 +329,11 @@ class Engine:
         weight._slot.reading = reading
         return reading
 
-    def _look(self, weight: Weight) -> None:
+    def _look(self, weight: Weight) -> Reading | None:
         """Look at the matrix of `weight`, together with all others that nobody has looked at."""
         held = member(weight)
         if held is None:
-            return
+            return None
         if _torch.capturing(held.parameter):
             _checks.fail(
                 weight,
@@ -342,32 +342,28 @@ class Engine:
                 "Capture orthonet.to_plain(model), or use torch.compile without CUDA graphs",
                 RuntimeError,
             )
-        if manageable(weight, held.parameter):
-            with torch.inference_mode(False), torch.no_grad():
-                self.serve(list(self._unknown()), functools.partial(self.retract, move=False))
-
-    def _unknown(self) -> Iterator[Member]:
-        """The matrices of the process whose state nobody has looked at."""
-        for weight in alive():
-            held = member(weight)
-            if held is None or not manageable(weight, held.parameter):
-                continue
-            if self._present(weight) is None:
-                yield held
+        if not manageable(weight, held.parameter):
+            return None
+        every = [m for other in alive() if (m := member(other)) is not None]
+        managed = [m for m in every if manageable(m.weight, m.parameter)]
+        unknown = [m for m in managed if self._find(m.weight, look=False) is None]
+        with torch.inference_mode(False), torch.no_grad():
+            self.serve(unknown, functools.partial(self.retract, move=False))
+        return self._find(weight, look=False)
 
     def _compute(self, weight: Weight, reading: Reading) -> None:
         """Compute the value of `weight`, together with those of its kind that have none yet."""
-        grad, home = torch.is_grad_enabled() and reading.learns(), self._home(weight)
+        grad, home = torch.is_grad_enabled() and reading.learns(), self._home(weight, reading)
         readings = [reading]  # also if another thread moves it now
         for other in alive():
-            seen = other._slot.reading or self._present(other)
+            seen = other._slot.reading or self._find(other, look=False)
             if (
                 seen is not None
                 and seen.kind == reading.kind
                 and seen is not reading
                 and seen.lacks(grad)
                 and other.caching
-                and self._home(other) == home
+                and self._home(other, seen) == home
                 and seen.holds(other)
             ):
                 readings.append(seen)
@@ -377,7 +373,7 @@ class Engine:
         for place, r in enumerate(readings):
             r.give(packet, graphed, place)
 
-    def _home(self, weight: Weight) -> object:
+    def _home(self, weight: Weight, reading: Reading) -> object:
         """What weights have in common that may share a node of the graph.
 
         A node of which a pass uses some outputs calls the hooks of the other parameters, too, with
@@ -388,10 +384,9 @@ class Engine:
             for part in running.modules():
                 if isinstance(part, Weight):
                     self.homes[part] = weakref.ref(running)
-        parameters = list(weight.parameters())
-        if any(map(_torch.is_hooked_tensor, parameters)):
+        if any(map(_torch.is_hooked_tensor, reading.inputs)):
             return weight
-        return self.homes.get(weight), any(p.requires_grad for p in parameters)
+        return self.homes.get(weight), reading.learns()
 
     def pull_back(self, weight: Weight, *grads: Tensor | None) -> list[Tensor | None] | None:
         """The gradients of the parameters of `weight` from that of its value, and of its frame.
@@ -410,9 +405,15 @@ class Engine:
         reading = weight._slot.reading
         if value is None or not value.requires_grad or reading is None or reading.source is None:
             return None
-        computation, _, place = reading.source
-        outputs, count = reading.outputs(), len(computation.inputs)
+        computation, graphed, place = reading.source
+        outputs, count = _in_graph(computation, graphed), len(computation.inputs)
         return (outputs[place], outputs[count + place]) if len(outputs) > count else None
+
+
+def _in_graph(computation: Computation, graphed: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The outputs as functions of their inputs; inside `defer_pullback`, of nothing."""
+    deferral = DEFERRING.deferral
+    return graphed if deferral is None else deferral.give(computation)
 
 
 def _packet(readings: Sequence[Reading], recorded: bool) -> Packet:

@@ -155,10 +155,8 @@ class Packet(Computation):
             both = zip(some, used, strict=True)
             return stacked([torch.zeros_like(self.outputs[i]) if g is None else g for g, i in both])
 
-        part, like = (
-            self.parts[0].rows([self.spans[i] for i in used]),
-            [self.inputs[i] for i in used],
-        )
+        part = self.parts[0].rows([self.spans[i] for i in used])
+        like = [self.inputs[i] for i in used]
         g, s = batch(0), batch(self.size)
         if s is None:
             return part.pull_back(cast(Tensor, g), like)
@@ -188,7 +186,8 @@ class Packet(Computation):
         if not pairs:
             return result
         self.require_unchanged()
-        learning = [i for i, t in enumerate(self.inputs) if t.requires_grad]  # some may be frozen
+        # Some may be frozen, and some may be one tensor in two places.
+        learning = {id(t): i for i, t in enumerate(self.inputs) if t.requires_grad}.values()
         found = torch.autograd.grad(
             [o for o, _ in pairs],
             [self.inputs[i] for i in learning],
