@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,8 @@ class _Turned(torch.autograd.Function):
         grad_x = (grad if ctx.factor == 1.0 else grad * ctx.factor) @ u
         s = grad_x.flatten(0, -2).mT @ x.flatten(0, -2)
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.biased else None
-        return None, grad_x, _turn(number, parameter.reshape(-1), u, s), grad_bias, None
+        (pulled,) = _pull_back(number, [parameter.reshape(-1)], s, u)
+        return None, grad_x, pulled.view(parameter.shape), grad_bias, None
 
 
 @torch.library.custom_op("orthonet::weight", mutates_args=())
@@ -112,21 +113,26 @@ def _(number: Tensor, parameters: Sequence[Tensor], shape: Sequence[int]) -> Ten
 @torch.library.custom_op(
     "orthonet::weight_backward",
     mutates_args=(),
-    schema="(Tensor number, Tensor[] parameters, Tensor grad) -> Tensor[]",  # for PyTorch 2.6
+    schema="(Tensor number, Tensor[] parameters, Tensor grad, Tensor? u=None) -> Tensor[]",
 )
-def _pull_back(number: Tensor, parameters: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+def _pull_back(
+    number: Tensor, parameters: Sequence[Tensor], grad: Tensor, u: Tensor | None = None
+) -> list[Tensor]:
+    r"""From the gradient G of the value; from \(S = U^\top G\) where U is given."""
     weight = _weight(number, parameters)
     with _torch.recording_in_kernel():
-        grads = ENGINE.pull_back(weight, grad)
-        grads = pulled_cold(weight, grad) if grads is None else grads
-    return [
-        torch.zeros_like(p) if g is None else g.reshape(-1).clone()
-        for p, g in zip(parameters, grads, strict=True)
-    ]
+        grads = ENGINE.pull_back(weight, *((grad,) if u is None else (None, grad)))
+        if grads is None:
+            found = pulled_cold(weight, grad if u is None else u @ grad)
+            grads = [None if g is None else g.clone() for g in found]  # may be `grad` itself
+    pairs = zip(parameters, grads, strict=True)
+    return [torch.zeros_like(p) if g is None else g.reshape(-1).contiguous() for p, g in pairs]
 
 
 @_pull_back.register_fake
-def _(number: Tensor, parameters: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+def _(
+    number: Tensor, parameters: Sequence[Tensor], grad: Tensor, u: Tensor | None = None
+) -> list[Tensor]:
     return [torch.empty_like(p) for p in parameters]
 
 
@@ -140,20 +146,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[None, list[Tensor], None]:
 
 
 _read.register_autograd(_backward, setup_context=_save)
-
-
-@torch.library.custom_op("orthonet::weight_turn", mutates_args=())
-def _turn(number: Tensor, parameter: Tensor, u: Tensor, s: Tensor) -> Tensor:
-    weight = _weight(number, [parameter])
-    with _torch.recording_in_kernel():
-        grads = ENGINE.pull_back(weight, None, s)
-        grads = pulled_cold(weight, u @ s) if grads is None else grads
-        return cast(Tensor, grads[0]).contiguous()  # new memory in any case
-
-
-@_turn.register_fake
-def _(number: Tensor, parameter: Tensor, u: Tensor, s: Tensor) -> Tensor:
-    return torch.empty_like(s, memory_format=torch.contiguous_format)
 
 
 def _weight(number: Tensor, parameters: Sequence[Tensor]) -> Weight:
