@@ -40,7 +40,6 @@ from orthonet.reparametrizers.providers.matrices import (
     member,
     pieces_of,
     untied,
-    write,
 )
 from orthonet.reparametrizers.providers.packet import Centered, Packet, Place
 from orthonet.reparametrizers.weight import Composition, Weight, alive, caching
@@ -231,7 +230,13 @@ class Engine:
         places: dict[int, Place] = {}
         for group, result in zip(groups, retracted(groups), strict=True):
             pieces = list(pieces_of(group, result))
-            stamps |= {id(p): _torch.Stamp(p) for p in write(pieces)}
+            # The others keep their bits and their version.
+            moved = [
+                (piece.member.parameter, piece.point) for piece in pieces if any(piece.written)
+            ]
+            if moved:
+                _torch.foreach_copy_([p for p, _ in moved], [point for _, point in moved])
+            stamps |= {id(p): _torch.Stamp(p) for p, _ in moved}
             if any(result.good):
                 centered = Centered(group[0].map, *center(result.point))
                 for piece in pieces:
@@ -368,10 +373,12 @@ class Engine:
             ):
                 readings.append(seen)
         readings.sort(key=lambda r: r.places[0][1])
-        packet = _packet(readings, grad)
-        graphed = attach(packet) if grad else ()
-        for place, r in enumerate(readings):
-            r.give(packet, graphed, place)
+        keys = [tuple(map(id, r.inputs)) for r in readings]
+        every = dict(zip(keys, readings, strict=True))  # tied weights have one place
+        packet = _packet(list(every.values()), grad)
+        graphed, places = attach(packet) if grad else (), {k: i for i, k in enumerate(every)}
+        for key, r in zip(keys, readings, strict=True):
+            r.give(packet, graphed, places[key])
 
     def _home(self, weight: Weight, reading: Reading) -> object:
         """What weights have in common that may share a node of the graph.

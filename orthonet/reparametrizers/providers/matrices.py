@@ -22,7 +22,6 @@ __all__ = [
     "members_of",
     "pieces_of",
     "untied",
-    "write",
 ]
 
 _LARGEST = 2**22
@@ -101,11 +100,3 @@ def pieces_of(group: Sequence[Member], result: Moved) -> Iterator[Piece]:
         last = first + held.parameter.shape[:-2].numel()
         yield Piece(held, first, point, result.written[first:last], result.good[first:last])
         first = last
-
-
-def write(pieces: Iterable[Piece]) -> list[Tensor]:
-    """Write the matrices that have moved; the others keep their bits and their version."""
-    moved = [(piece.member.parameter, piece.point) for piece in pieces if any(piece.written)]
-    if moved:
-        _torch.foreach_copy_([p for p, _ in moved], [point for _, point in moved])
-    return [p for p, _ in moved]
