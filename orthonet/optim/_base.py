@@ -13,13 +13,12 @@ from torch.optim.optimizer import ParamsT
 from orthonet import _checks
 from orthonet._torch import is_shard
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg.distributed import assign, exchange, rank_and_size, whole
+from orthonet.linalg.distributed import assign, by_ranks, rank_and_size, whole
 from orthonet.optim._stiefel_steps import Block, blocks, residual, retract
 
 __all__ = [
     "PointOptimizer",
     "StiefelOptimizer",
-    "by_ranks",
     "evaluated",
     "require_orthogonal",
 ]
@@ -157,25 +156,6 @@ class PointOptimizer(Optimizer):
         )
 
 
-def by_ranks(
-    group: Any,
-    found: Sequence[Block],
-    here: list[list[Tensor]],
-    move: Callable[[list[int]], list[list[Tensor]]],
-) -> list[list[Tensor]]:
-    """The tensors of each block, `here` before the move, after it; each by one of the group."""
-    rank, size = rank_and_size(group)
-    owners = assign([block.cost for block in found], size)
-    mine = [i for i, owner in enumerate(owners) if owner == rank]
-    for i, moved in zip(mine, move(mine), strict=True):
-        here[i] = moved
-    if group is None:
-        return here
-    whose = [owner for owner, tensors in zip(owners, here, strict=True) for _ in tensors]
-    told = iter(exchange([t for tensors in here for t in tensors], whose, group))
-    return [[next(told) for _ in tensors] for tensors in here]
-
-
 def evaluated(closure: Callable[[], Any] | None) -> Any:
     """What the closure of a step returns, with gradients enabled; None without one."""
     with torch.enable_grad():
@@ -264,7 +244,8 @@ class StiefelOptimizer(PointOptimizer):
             return [[x, *(read[i][2][n] for n in kept)] for i, x in zip(mine, xs, strict=True)]
 
         here = [[x, *(state[n] for n in kept)] for x, _, state in read]
-        told = by_ranks(self.process_group, found, here, moved)
+        owners = assign([b.cost for b in found], rank_and_size(self.process_group)[1])
+        told = by_ranks(here, owners, moved, self.process_group)
         for block, (x, *states) in zip(found, told, strict=True):
             self._write(block, x, dict(zip(kept, states, strict=True)))
 

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from orthonet import _checks, _torch
-from orthonet.optim._base import by_ranks, require_orthogonal
+from orthonet.linalg.distributed import assign, by_ranks, rank_and_size
+from orthonet.optim._base import require_orthogonal
 from orthonet.optim._stiefel_steps import blocks, retract, tangent
 from orthonet.reparametrizers import REEVALUATING_OPTIMIZERS
 
@@ -114,11 +115,12 @@ def retract_after_step(
     def retract_all(*_: Any) -> None:
         found = list(blocks([p for p in chosen if p.grad is not None and p.numel()]))
         here = [[block.gather(block.params)] for block in found]
+        owners = assign([block.cost for block in found], rank_and_size(process_group)[1])
 
         def moved(mine: list[int]) -> list[list[Tensor]]:
             return [[x] for x in retract([here[i][0] for i in mine])]
 
-        for block, (x,) in zip(found, by_ranks(process_group, found, here, moved), strict=True):
+        for block, (x,) in zip(found, by_ranks(here, owners, moved, process_group), strict=True):
             block.put(block.params, x)
 
     handles = [optimizer.register_step_post_hook(retract_all)]

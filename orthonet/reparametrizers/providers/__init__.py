@@ -55,6 +55,7 @@ def invalidate(module: nn.Module | None = None) -> None:
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
     cold_cache.count_step()
     ENGINE.before_step(optimizer)
+    processes.before_step(optimizer)
 
 
 @_torch.not_compiled

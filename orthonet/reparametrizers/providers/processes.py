@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,15 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from orthonet import _checks, _torch
-from orthonet.linalg.distributed import assign, collect, exchange, hand_out, rank_and_size, whole
+from orthonet.linalg.distributed import (
+    assign,
+    by_ranks,
+    collect,
+    hand_out,
+    in_rows,
+    rank_and_size,
+    whole,
+)
 from orthonet.linalg.matrix import stacked
 from orthonet.linalg.retraction import Moved, center, retract
 from orthonet.reparametrizers.providers.computation import attach, given
@@ -154,48 +162,44 @@ class Shared:
             "Call share_among_ranks again in all processes",
             RuntimeError,
         )
-        taken: dict[int, tuple[Member, int]] = {}
-        for weight, owner in present:
-            held = member(weight)
-            if held is not None and id(held.parameter) in owned:
-                p = held.parameter
-                if p.requires_grad and manageable(weight, p):
-                    taken[id(p)] = held, owner
-        if taken:
-            owners = {id(held.weight): owner for held, owner in taken.values()}
-            members = [held for held, _ in taken.values()]
-            ENGINE.serve(members, lambda groups: self._retracted(groups, owners))
+        members = [
+            held
+            for weight, _ in present
+            if (held := member(weight)) is not None
+            and id(held.parameter) in owned
+            and held.parameter.requires_grad
+            and manageable(weight, held.parameter)
+        ]
+        if members:
+            owners = {id(weight): owner for weight, owner in present}
+            ENGINE.serve(untied(members), lambda groups: self._retracted(groups, owners))
+        taken = {id(held.parameter) for held in members}
         return [m for m in moved if id(m.parameter) not in taken]
 
     def _retracted(self, groups: Sequence[Sequence[Member]], owners: dict[int, int]) -> list[Moved]:
         """The centered matrices of all processes, of which this one has computed its part."""
         members = [m for group in groups for m in group]
-        whose = [owners[id(m.weight)] for m in members]
-        pieces = {i: m.parameter.detach() for i, m in enumerate(members)}
-        mine = {i: p for i, p in pieces.items() if whose[i] == self.rank}
-        marks = _centered(members, mine)
-        both = [*(pieces | mine).values(), *marks]
-        received = exchange(both, whose * 2, self.group)
-        told = iter(zip(received, _flags(received[len(members) :]), strict=False))
+        told = by_ranks(
+            [[m.parameter.detach(), _mark(m)] for m in members],
+            [owners[id(m.weight)] for m in members],
+            lambda mine: _centered([members[i] for i in mine]),
+            self.group,
+        )
+        found = zip((point for point, _ in told), _flags([mark for _, mark in told]), strict=True)
         results = []
         for group in groups:
-            points, found = zip(*itertools.islice(told, len(group)), strict=True)
-            written, good = (list(itertools.chain(*some)) for some in zip(*found, strict=True))
+            points, flags = zip(*itertools.islice(found, len(group)), strict=True)
+            written, good = (list(itertools.chain(*some)) for some in zip(*flags, strict=True))
             results.append(Moved(stacked(points), written, good, False))
         return results
 
 
-class _Known:
+class _Known(NamedTuple):
     """The shard of a matrix that stands at the center, and the state in which it does."""
 
-    __slots__ = ("parameter", "stamp", "version")
-
-    def __init__(self, p: Tensor) -> None:
-        self.parameter, self.version, self.stamp = (
-            weakref.ref(p),
-            p._version,
-            _torch.Stamp(_local(p)),
-        )
+    parameter: weakref.ref[Tensor]
+    version: int  # which a step on shards counts up, and `stamp` does not see
+    stamp: _torch.Stamp
 
     def holds(self, p: Tensor) -> bool:
         """Whether `p`, the shard or what a unit has gathered from it, stands at the center."""
@@ -237,33 +241,42 @@ def _group(p: Any) -> Any:
 # ------------------------------------------------------------------ shards, after a step
 
 
+def before_step(optimizer: Optimizer) -> None:
+    """Lose sight of shards that are moved without a trace, should the step not end."""
+    if any(group.get("fused") or group.get("foreach") for group in optimizer.param_groups):
+        _shards_of(optimizer)
+
+
 @torch.no_grad()
 def after_step(optimizer: Optimizer) -> None:
     """Bring to the center what `optimizer` holds in shards: a collective of their processes."""
-    given = _torch.parameters_of(optimizer)
-    places = {id(p): i for i, p in enumerate(given)}
-    found = [held for held in members_of(places) if _torch.is_shard(held.parameter)]
-    for held in found:
-        _known.pop(held.weight, None)
+    found = _shards_of(optimizer)
     if not found or not caching.on or isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
         return
-    moved = untied(
-        held
-        for held in found
-        if held.parameter.requires_grad and _manageable(held.weight, held.parameter)
-    )
-    moved.sort(key=lambda held: places[id(held.parameter)])  # the same order in all processes
     meshes: dict[Any, list[Member]] = {}
-    for held in moved:
+    for held in untied(held for held in found if _manageable(held.weight, held.parameter)):
         meshes.setdefault(getattr(held.parameter, "device_mesh", None), []).append(held)
     with ENGINE.lock:
         for members in meshes.values():
             _retract(members)
 
 
+def _shards_of(optimizer: Optimizer) -> list[Member]:
+    """The matrices that `optimizer` holds in shards, in its order: the same in all processes.
+
+    From here on it is not known where they stand.
+    """
+    places = {id(p): i for i, p in enumerate(_torch.parameters_of(optimizer))}
+    found = [held for held in members_of(places) if _torch.is_shard(held.parameter)]
+    for held in found:
+        _known.pop(held.weight, None)
+    return sorted(found, key=lambda held: places[id(held.parameter)])
+
+
 def _manageable(weight: Weight, p: Any) -> bool:
     return (
         weight.caching
+        and p.requires_grad
         and p.dtype in (torch.float32, torch.float64)
         and p.numel() > 0
         and _local(p).device.type == p.device_mesh.device_type  # not where they are offloaded
@@ -273,47 +286,54 @@ def _manageable(weight: Weight, p: Any) -> bool:
 
 def _retract(members: list[Member]) -> None:
     parts: list[Any] = [m.parameter.detach() for m in members]
-    group = _group(parts[0])
-    whose = assign([_cost(p) for p in parts], rank_and_size(group)[1])
-    collected = collect(parts, whose, group)
-    marks = _centered(members, collected)
-    handed = hand_out(collected, parts, whose, group)
-    told = _flags(exchange(marks, whose, group))
-    pairs = [
-        (_local(p), _local(new))
-        for p, new, (written, _) in zip(parts, handed, told, strict=True)
-        if any(written) and _local(p).numel()
-    ]
+    group, rows = _group(parts[0]), list(map(in_rows, parts))
+    owners = assign([_cost(p) for p in parts], rank_and_size(group)[1])
+    wholes = collect(rows, owners, group)
+
+    def center_mine(mine: list[int]) -> list[list[Tensor]]:
+        found = _centered([members[i]._replace(parameter=wholes[i]) for i in mine])
+        wholes.update((i, point) for i, (point, _) in zip(mine, found, strict=True))
+        return [[mark] for _, mark in found]
+
+    marks = by_ranks([[_mark(m)] for m in members], owners, center_mine, group)
+    flags = _flags([mark for (mark,) in marks])
+    pairs = []
+    for p, new, (written, _) in zip(
+        parts, hand_out(wholes, rows, owners, group), flags, strict=True
+    ):
+        local = _local(new.redistribute(placements=p.placements))
+        if any(written) and local.numel():
+            pairs.append((_local(p), local))
     if pairs:
         _torch.foreach_copy_([p for p, _ in pairs], [new for _, new in pairs])
-    for held, (_, good) in zip(members, told, strict=True):
+    for held, (_, good) in zip(members, flags, strict=True):
         if all(good):
-            _known[held.weight] = _Known(held.parameter)
+            p = held.parameter
+            _known[held.weight] = _Known(weakref.ref(p), p._version, _torch.Stamp(_local(p)))
 
 
-def _centered(members: Sequence[Member], mine: dict[int, Tensor]) -> list[Tensor]:
-    """Bring the matrices of some members to the center, in place of those in `mine`.
-
-    Returns marks for all members: which of their matrices are written, and which are good; filled
-    in for those in `mine`.
-    """
-    marks = [_local(m.parameter).new_empty(2, m.parameter.shape[:-2].numel()) for m in members]
-    places = {id(members[i].weight): i for i in mine}
-    own = [members[i]._replace(parameter=mine[i].contiguous()) for i in sorted(mine)]
-    groups = list(groups_of(own))
-    for group, found in zip(groups, ENGINE.retract(groups), strict=True):
-        for piece in pieces_of(group, found):
-            i = places[id(piece.member.weight)]
-            mine[i], marks[i] = piece.point, found.point.new_tensor([piece.written, piece.good])
-    return marks
+def _mark(held: Member) -> Tensor:
+    """Which matrices of a member are written, and which are good: to be told by another process."""
+    p = held.parameter
+    return torch.empty(2, p.shape[:-2].numel(), dtype=torch.bool, device=p.device)
 
 
-def _flags(marks: Sequence[Tensor]) -> list[tuple[list[bool], list[bool]]]:
-    """What the marks of each parameter say; the host waits once."""
+def _centered(members: Sequence[Member]) -> list[list[Tensor]]:
+    """The matrices of some members at the center, and their marks."""
+    found: dict[int, list[Tensor]] = {}
+    groups = list(groups_of(members))
+    for group, moved in zip(groups, ENGINE.retract(groups), strict=True):
+        for piece in pieces_of(group, moved):
+            marks = torch.tensor([piece.written, piece.good], device=moved.point.device)
+            found[id(piece.member.weight)] = [piece.point, marks]
+    return [found[id(m.weight)] for m in members]
+
+
+def _flags(marks: Sequence[Tensor]) -> list[list[list[bool]]]:
+    """What the marks of each member say; the host waits once."""
     ENGINE.looks += 1
-    numbers = iter(torch.cat([mark.flatten() for mark in marks]).tolist())
-    rows = [[bool(next(numbers)) for _ in range(mark.numel())] for mark in marks]
-    return [(row[: len(row) // 2], row[len(row) // 2 :]) for row in rows]
+    told = [iter(row) for row in torch.cat(list(marks), 1).tolist()]
+    return [[list(itertools.islice(row, mark.shape[1])) for row in told] for mark in marks]
 
 
 # ------------------------------------------------------------------ shards, read
