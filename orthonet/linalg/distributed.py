@@ -19,6 +19,7 @@ __all__ = [
     "assign",
     "by_ranks",
     "collect",
+    "cost",
     "hand_out",
     "in_rows",
     "put_",
@@ -40,6 +41,11 @@ def assign(costs: Sequence[float], size: int) -> list[int]:
         owners[piece] = owner
         loads[owner] += costs[piece]
     return owners
+
+
+def cost(matrices: Tensor) -> float:
+    """Multiplications of one product of the size of the matrices."""
+    return float(matrices.numel() * min(matrices.shape[-2:]))
 
 
 def rank_and_size(group: Any) -> tuple[int, int]:
@@ -220,6 +226,7 @@ def whole(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import Partial
 
     mesh = tensor.device_mesh
+    # not Partial("avg"), which sums on gloo with PyTorch 2.6
     gathered = gather(grad_placements=[Partial()] * mesh.ndim)
     return _Divided.apply(gathered, float(mesh.size()))
 
@@ -239,10 +246,8 @@ class _Divided(torch.autograd.Function):
 
 def put_(tensor: Tensor, value: Tensor) -> None:
     """Copy `value`, which all processes hold, into `tensor` or its shard of this process."""
-    if value is tensor:  # changed in place
-        return
     if not is_shard(tensor):
-        tensor.copy_(value)
+        tensor.copy_(value)  # nothing happens where that is the same memory
         return
     from torch.distributed.tensor import distribute_tensor
 

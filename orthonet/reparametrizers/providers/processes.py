@@ -25,6 +25,7 @@ from orthonet.linalg.distributed import (
     assign,
     by_ranks,
     collect,
+    cost,
     hand_out,
     in_rows,
     rank_and_size,
@@ -112,18 +113,17 @@ def share_among_ranks(
         "Call fully_shard on every part that has orthogonal matrices, or on none",
         parameters=sorted({type(p).__name__ for p in matrices}),
     )
-    for share in list(ENGINE.shares):
+    for share in ENGINE.shares:
         if isinstance(share, Shared):
             share.leave(weights)
     if kinds == {True}:
-        size = rank_and_size(_group(matrices[0]))[1]
-        owners = assign([_cost(p) for p in matrices], size)
+        group = _group(matrices[0])
     else:
         group = dist.new_group() if process_group is None and enabled else process_group
-        size = rank_and_size(group)[1]
-        owners = assign([_cost(p) for p in matrices], size)
-        if enabled:
-            ENGINE.shares.append(Shared(group, weights, owners))
+    size = rank_and_size(group)[1]
+    owners = assign([cost(p) for p in matrices], size)
+    if enabled and kinds != {True}:
+        ENGINE.shares.append(Shared(group, dict(zip(weights, owners, strict=True))))
     pairs = list(zip(named, owners, strict=True))
     return tuple(tuple(name for (name, _), o in pairs if o == rank) for rank in range(size))
 
@@ -131,32 +131,25 @@ def share_among_ranks(
 class Shared:
     """The matrices of a model, each retracted by one process of a group."""
 
-    def __init__(self, group: Any, weights: Sequence[Weight], owners: Sequence[int]) -> None:
-        self.group, self.rank = group, rank_and_size(group)[0]
-        pairs = zip(weights, owners, strict=True)
-        self.members = [(weakref.ref(weight), owner) for weight, owner in pairs]
-
-    def _present(self) -> list[tuple[Weight, int]]:
-        """The matrices that are alive, and who retracts each; the end, if there are none."""
-        found = [(w, owner) for member, owner in self.members if (w := member()) is not None]
-        if not found and self in ENGINE.shares:
-            ENGINE.shares.remove(self)
-        return found
+    def __init__(self, group: Any, owners: dict[Weight, int]) -> None:
+        self.group, self.count = group, len(owners)
+        self.owners = weakref.WeakKeyDictionary(owners)
 
     def leave(self, weights: Iterable[Weight]) -> None:
         """Share these no longer."""
-        gone = set(map(id, weights))
-        self.members = [pair for pair in self.members if id(pair[0]()) not in gone]
-        self._present()
+        for weight in weights:
+            self.count -= self.owners.pop(weight, None) is not None
 
     def __call__(self, owned: set[int], moved: list[Member]) -> list[Member]:
         """Retract all members among the `owned` parameters; the others of `moved` are left.
 
         Which have moved is not asked: all processes must find the same members.
         """
-        present = self._present()
+        present = list(self.owners)
+        if not present:
+            ENGINE.shares.remove(self)
         _checks.require(
-            len(present) in (0, len(self.members)),
+            len(present) in (0, self.count),
             "share_among_ranks",
             "the model must have the matrices that it had when the work was distributed",
             "Call share_among_ranks again in all processes",
@@ -164,24 +157,23 @@ class Shared:
         )
         members = [
             held
-            for weight, _ in present
+            for weight in present
             if (held := member(weight)) is not None
             and id(held.parameter) in owned
             and held.parameter.requires_grad
             and manageable(weight, held.parameter)
         ]
         if members:
-            owners = {id(weight): owner for weight, owner in present}
-            ENGINE.serve(untied(members), lambda groups: self._retracted(groups, owners))
+            ENGINE.serve(untied(members), self._retracted)
         taken = {id(held.parameter) for held in members}
         return [m for m in moved if id(m.parameter) not in taken]
 
-    def _retracted(self, groups: Sequence[Sequence[Member]], owners: dict[int, int]) -> list[Moved]:
+    def _retracted(self, groups: Sequence[Sequence[Member]]) -> list[Moved]:
         """The centered matrices of all processes, of which this one has computed its part."""
         members = [m for group in groups for m in group]
         told = by_ranks(
             [[m.parameter.detach(), _mark(m)] for m in members],
-            [owners[id(m.weight)] for m in members],
+            [self.owners[m.weight] for m in members],
             lambda mine: _centered([members[i] for i in mine]),
             self.group,
         )
@@ -226,11 +218,6 @@ def forget(module: nn.Module | None = None) -> None:
     for weight in list(_known) if module is None else module.modules():
         if isinstance(weight, Weight):
             _known.pop(weight, None)
-
-
-def _cost(p: Tensor) -> float:
-    """What a retraction costs, in operations to a factor."""
-    return float(p.numel() * min(p.shape[-2:]))
 
 
 def _group(p: Any) -> Any:
@@ -287,7 +274,7 @@ def _manageable(weight: Weight, p: Any) -> bool:
 def _retract(members: list[Member]) -> None:
     parts: list[Any] = [m.parameter.detach() for m in members]
     group, rows = _group(parts[0]), list(map(in_rows, parts))
-    owners = assign([_cost(p) for p in parts], rank_and_size(group)[1])
+    owners = assign([cost(p) for p in parts], rank_and_size(group)[1])
     wholes = collect(rows, owners, group)
 
     def center_mine(mine: list[int]) -> list[list[Tensor]]:
