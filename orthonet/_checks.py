@@ -32,6 +32,7 @@ __all__ = [
     "module",
     "non_negative_int",
     "one_of",
+    "optimizer",
     "positive_int",
     "real_input",
     "require",
@@ -118,6 +119,19 @@ def module(owner: object, /, **values: Any) -> None:
             owner,
             f"{name} must be a torch.nn.Module",
             "Pass the module itself: not its state_dict, its class, or an exported program",
+            **{name: value},
+        )
+
+
+def optimizer(owner: object, /, **values: Any) -> None:
+    """Every value must be an optimizer of PyTorch."""
+    for name, value in values.items():
+        require(
+            isinstance(value, torch.optim.Optimizer),
+            owner,
+            f"{name} must be an optimizer of PyTorch",
+            "Pass the optimizer itself, e.g. torch.optim.AdamW(model.parameters())",
+            TypeError,
             **{name: value},
         )
 

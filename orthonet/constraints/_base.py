@@ -36,17 +36,6 @@ def _lists(module: nn.Module, tensor_name: str | None) -> Iterator[parametrize.P
             yield part
 
 
-def _check_optimizer(owner: str, optimizer: object) -> None:
-    _checks.require(
-        isinstance(optimizer, torch.optim.Optimizer),
-        owner,
-        "optimizer must be an optimizer of PyTorch",
-        "Pass the one that moves the coordinates",
-        TypeError,
-        optimizer=optimizer,
-    )
-
-
 @torch.no_grad()
 def update_base(
     module: nn.Module,
@@ -85,7 +74,7 @@ def update_base(
     _checks.one_of("update_base", ("transport", "reset", "keep"), moments=moments)
     _checks.module("update_base", module=module)
     if optimizer is not None:
-        _check_optimizer("update_base", optimizer)
+        _checks.optimizer("update_base", optimizer=optimizer)
     for item in _lists(module, tensor_name):
         first = item[0]
         if not isinstance(first, Parametrization) or not item.is_tensor:
@@ -139,7 +128,7 @@ def rebase_every(
         >>> handle.remove()
     """
     _checks.positive_int("rebase_every", steps=steps)
-    _check_optimizer("rebase_every", optimizer)
+    _checks.optimizer("rebase_every", optimizer=optimizer)
     count = 0
 
     def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -5,7 +5,8 @@ Plain functions on tensors and a process group; without one, every process does 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,17 @@ from torch import distributed as dist
 
 from orthonet._torch import is_shard
 
-__all__ = ["assign", "collect", "exchange", "hand_out", "put_", "rank_and_size", "whole"]
+__all__ = [
+    "assign",
+    "by_ranks",
+    "collect",
+    "cost",
+    "hand_out",
+    "in_rows",
+    "put_",
+    "rank_and_size",
+    "whole",
+]
 
 
 def assign(costs: Sequence[float], size: int) -> list[int]:
@@ -32,174 +43,173 @@ def assign(costs: Sequence[float], size: int) -> list[int]:
     return owners
 
 
+def cost(matrices: Tensor) -> float:
+    """Multiplications of one product of the size of the matrices."""
+    return float(matrices.numel() * min(matrices.shape[-2:]))
+
+
 def rank_and_size(group: Any) -> tuple[int, int]:
     """The place of this process in `group`; (0, 1) for None."""
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
-def exchange(pieces: Sequence[Tensor], owners: Sequence[int], group: Any) -> list[Tensor]:
-    """What the owners hold, of every piece; of those of others only shape and dtype are looked at.
+def _shares(owners: Sequence[int], size: int) -> list[list[int]]:
+    """What falls to each rank."""
+    return [[i for i, owner in enumerate(owners) if owner == rank] for rank in range(size)]
 
-    One all-gather for each dtype, of as many elements from each rank as the largest share has. With
-    gloo, whose all-gather takes four times the CPU time, a broadcast from each rank, all at once.
+
+# ------------------------------------------------------------------ what all processes hold
+
+
+def by_ranks(
+    pieces: Sequence[Sequence[Tensor]],
+    owners: Sequence[int],
+    work: Callable[[list[int]], Sequence[Sequence[Tensor]]],
+    group: Any,
+) -> list[Sequence[Tensor]]:
+    """What `work` makes of every piece: at its owner, from whom all receive it.
+
+    One all-gather, of as many bytes from each rank as the largest share has. With gloo, whose
+    all-gather takes four times the CPU time, a broadcast from each rank, all at once.
+
+    Args:
+        pieces: Lists of tensors; of those of others only shapes and dtypes are looked at.
+        owners: The rank that takes each piece.
+        work: Called with the indices of the pieces of this process; returns one list for each, of
+            tensors of the same shapes and dtypes.
+        group: The processes.
     """
     rank, size = rank_and_size(group)
-    result = list(pieces)
-    for dtype in dict.fromkeys(piece.dtype for piece in pieces):
-        shares: list[list[int]] = [[] for _ in range(size)]
-        for i, owner in enumerate(owners):
-            if pieces[i].dtype == dtype:
-                shares[owner].append(i)
-        sizes = [[pieces[i].numel() for i in share] for share in shares]
-        length = max(map(sum, sizes))
-        received = torch.empty(size, length, dtype=dtype, device=pieces[0].device)
-        sent = received[rank]
-        if shares[rank]:
-            own = [pieces[i].reshape(-1) for i in shares[rank]]
-            torch.cat(own, out=sent[: sum(sizes[rank])])
-        if dist.get_backend(group) == "gloo":
-            works = [
-                dist.broadcast(
-                    received[owner, : sum(sizes[owner])],
-                    dist.get_global_rank(group, owner),
-                    group=group,
-                    async_op=True,
-                )
-                for owner in range(size)
-                if shares[owner]
-            ]
-            for pending in works:
-                if pending is not None:
-                    pending.wait()
-        else:
-            dist.all_gather(list(received.unbind()), sent, group=group)
-        for other in range(size):
-            if other == rank or not shares[other]:
-                continue
-            parts = received[other, : sum(sizes[other])].split(sizes[other])
-            for i, part in zip(shares[other], parts, strict=True):
-                result[i] = part.view(pieces[i].shape)
-    return result
+    made, shares = list(pieces), _shares(owners, size)
+    for i, tensors in zip(shares[rank], work(shares[rank]), strict=True):
+        made[i] = tensors
+    if group is None or not made:
+        return made
+    held = [[t for i in share for t in made[i]] for share in shares]
+    lengths = [sum(map(_room, tensors)) for tensors in held]
+    device = made[0][0].device
+    received = torch.empty(size, max(lengths), dtype=torch.uint8, device=device)
+    received[rank, : lengths[rank]] = _packed(held[rank], device)
+    if dist.get_backend(group) == "gloo":
+        works = [
+            dist.broadcast(
+                received[owner, :length],
+                dist.get_global_rank(group, owner),
+                group=group,
+                async_op=True,
+            )
+            for owner, length in enumerate(lengths)
+            if length
+        ]
+        for pending in works:
+            if pending is not None:
+                pending.wait()
+    else:
+        dist.all_gather(list(received.unbind()), received[rank], group=group)
+    for other, share in enumerate(shares):
+        if other != rank:
+            told = iter(_unpacked(received[other, : lengths[other]], held[other]))
+            for i in share:
+                made[i] = [next(told) for _ in made[i]]
+    return made
+
+
+# ------------------------------------------------------------------ shards
+
+
+def in_rows(tensor: Any) -> Any:
+    """A DTensor that is cut once, along the last dimension of its mesh, as those of FSDP2 are."""
+    *others, last = tensor.placements
+    if last.is_shard() and all(way.is_replicate() for way in others):
+        return tensor
+    from torch.distributed.tensor import Replicate, Shard
+
+    return tensor.redistribute(placements=[*[Replicate()] * len(others), Shard(0)])
 
 
 def collect(shards: Sequence[Any], owners: Sequence[int], group: Any) -> dict[int, Tensor]:
-    """The whole tensors that this process owns, of shards (DTensor) which all processes hold.
+    """The whole tensors that this process owns, of DTensors `in_rows` that all processes share.
 
-    One all-to-all for each dtype: every process sends each of its shards to the owner only. Where
-    the mesh has more than one dimension or other processes than `group`, all tensors are gathered
-    by all.
+    One all-to-all: every process sends each of its shards to the owner only.
     """
     rank, size = rank_and_size(group)
-    if not all(_in_rows(t, size) for t in shards):
-        gathered = [t.full_tensor() for t in shards]  # a collective: all of them, by all
-        return {i: gathered[i] for i, owner in enumerate(owners) if owner == rank}
-    result: dict[int, Tensor] = {}
-    for taken in _shares(shards, owners, size):
-        sent = [[shards[i].to_local() for i in share] for share in taken]
-        shapes = {i: _shapes(shards[i], size) for i in taken[rank]}
-        expected = [[shapes[i][other] for i in taken[rank]] for other in range(size)]
-        received = _all_to_all(sent, expected, group, _of(shards, taken))
-        for place, i in enumerate(taken[rank]):
-            parts = [received[other][place] for other in range(size)]
-            result[i] = torch.cat(parts, shards[i].placements[0].dim)
-    return result
+    shares = _shares(owners, size)
+    sent = [[shards[i].to_local() for i in share] for share in shares]
+    wholes = {
+        i: torch.empty(shards[i].shape, dtype=shards[i].dtype, device="meta") for i in shares[rank]
+    }
+    received = _all_to_all(sent, _cut(wholes, shards, size), group)
+    return {
+        i: torch.cat(rows, _dim(shards[i]))
+        for i, *rows in zip(shares[rank], *received, strict=True)
+    }
 
 
 def hand_out(
     wholes: dict[int, Tensor], shards: Sequence[Any], owners: Sequence[int], group: Any
 ) -> list[Any]:
-    """The shards of whole tensors that their owners hold, laid out as `shards` are.
-
-    The inverse of `collect`: one all-to-all for each dtype of `shards`, which the results take.
-    """
-    rank, size = rank_and_size(group)
-    if not all(_in_rows(t, size) for t in shards):
-        pieces = [
-            wholes[i].to(t.dtype) if i in wholes else t.to_local().new_empty(t.shape)
-            for i, t in enumerate(shards)
-        ]
-        received = exchange(pieces, owners, group)
-        return [_cut(value, t) for value, t in zip(received, shards, strict=True)]
-    result = list(shards)
-    for taken in _shares(shards, owners, size):
-        sent: list[list[Tensor]] = [[] for _ in range(size)]
-        for i in taken[rank]:
-            lengths = [shape[shards[i].placements[0].dim] for shape in _shapes(shards[i], size)]
-            pieces = wholes[i].to(shards[i].dtype).split(lengths, shards[i].placements[0].dim)
-            for other, piece in enumerate(pieces):
-                sent[other].append(piece)
-        shapes = [[shards[i].to_local().shape for i in share] for share in taken]
-        received = _all_to_all(sent, shapes, group, _of(shards, taken))
-        for share, pieces in zip(taken, received, strict=True):
-            for i, piece in zip(share, pieces, strict=True):
-                result[i] = _laid_out(piece, shards[i])
-    return result
-
-
-def _shares(shards: Sequence[Tensor], owners: Sequence[int], size: int) -> list[list[list[int]]]:
-    """For each dtype, what falls to each rank."""
+    """The whole tensors that their owners hold, laid out as `shards` are: undoes `collect`."""
+    shares = _shares(owners, rank_and_size(group)[1])
+    like = [[shards[i].to_local() for i in share] for share in shares]
+    received = _all_to_all(_cut(wholes, shards, len(shares)), like, group)
+    found = dict(zip(itertools.chain(*shares), itertools.chain(*received), strict=True))
     return [
-        [
-            [i for i, owner in enumerate(owners) if owner == rank and shards[i].dtype == dtype]
-            for rank in range(size)
-        ]
-        for dtype in dict.fromkeys(t.dtype for t in shards)
+        type(t).from_local(
+            found[i], t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()
+        )
+        for i, t in enumerate(shards)
     ]
 
 
-def _of(shards: Sequence[Any], taken: list[list[int]]) -> Tensor:
-    """One of these shards, for its dtype and device."""
-    return shards[next(i for share in taken for i in share)].to_local()
+def _dim(shard: Any) -> int:
+    return shard.placements[-1].dim
+
+
+def _cut(wholes: dict[int, Tensor], shards: Sequence[Any], size: int) -> list[list[Tensor]]:
+    """The rows of each rank: equal shares, as far as they go."""
+    cuts = []
+    for i, tensor in wholes.items():
+        rows = tensor.chunk(size, _dim(shards[i]))
+        nothing = tensor.narrow(_dim(shards[i]), 0, 0)
+        cuts.append([*rows, *[nothing] * (size - len(rows))])
+    return [[cut[rank] for cut in cuts] for rank in range(size)]
 
 
 def _all_to_all(
-    sent: list[list[Tensor]], shapes: list[list[torch.Size]], group: Any, like: Tensor
+    sent: list[list[Tensor]], like: list[list[Tensor]], group: Any
 ) -> list[list[Tensor]]:
-    """Lists of tensors for each rank; those of the given shapes from each, all of one kind."""
-    outgoing = torch.cat([like.new_empty(0), *(t.reshape(-1) for row in sent for t in row)])
-    lengths = [[shape.numel() for shape in row] for row in shapes]
-    incoming = like.new_empty(sum(map(sum, lengths)))
-    counts = [sum(row) for row in lengths], [sum(t.numel() for t in row) for row in sent]
-    dist.all_to_all_single(incoming, outgoing, *counts, group=group)
-    pieces = iter(incoming.split([n for row in lengths for n in row]))
-    return [[next(pieces).view(shape) for shape in row] for row in shapes]
+    """Lists of tensors for each rank; those from each have the shapes and dtypes of `like`."""
+    device = next(t.device for t in itertools.chain(*sent, *like) if not t.is_meta)
+    lengths, counts = ([sum(map(_room, row)) for row in rows] for rows in (like, sent))
+    incoming = torch.empty(sum(lengths), dtype=torch.uint8, device=device)
+    outgoing = _packed(list(itertools.chain(*sent)), device)
+    dist.all_to_all_single(incoming, outgoing, lengths, counts, group=group)
+    return [_unpacked(row, t) for row, t in zip(incoming.split(lengths), like, strict=True)]
 
 
-def _laid_out(local: Tensor, like: Any) -> Any:
-    """A DTensor of this shard, with the layout of another one."""
-    return type(like).from_local(
-        local,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+# ------------------------------------------------------------------ tensors of any dtypes, as bytes
 
 
-def _cut(value: Tensor, like: Any) -> Any:
-    """The shard of this process of a tensor that all hold, with the layout of a DTensor."""
-    from torch.distributed.tensor import Replicate
-
-    mesh = like.device_mesh
-    everywhere = type(like).from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=like.placements)
+def _room(tensor: Tensor) -> int:
+    """Its bytes, up to a multiple of 16, where a number of any dtype may begin."""
+    return -(-tensor.nbytes // 16) * 16
 
 
-def _in_rows(tensor: Any, size: int) -> bool:
-    """Whether the tensor is cut along one dimension among as many processes."""
-    mesh, placement = tensor.device_mesh, tensor.placements[0]
-    return mesh.ndim == 1 and mesh.size() == size and placement.is_shard()
+def _packed(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    parts = [torch.empty(0, dtype=torch.uint8, device=device)]
+    for tensor in tensors:
+        flat = tensor.contiguous().view(-1).view(torch.uint8)
+        parts += [flat, flat.new_empty(_room(tensor) - len(flat))]
+    return torch.cat(parts)
 
 
-def _shapes(tensor: Any, size: int) -> list[torch.Size]:
-    """The shapes of the shards: equal ones, as far as the rows go (torch.chunk)."""
-    dim, shape = tensor.placements[0].dim, list(tensor.shape)
-    rows = -(-shape[dim] // size)
-    return [
-        torch.Size([*shape[:dim], max(0, min(rows, shape[dim] - r * rows)), *shape[dim + 1 :]])
-        for r in range(size)
-    ]
+def _unpacked(row: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that were packed, of which those in `like` have the shapes and dtypes."""
+    parts = zip(row.split([_room(t) for t in like]), like, strict=True)
+    return [part[: t.nbytes].view(t.dtype).view(t.shape) for part, t in parts]
+
+
+# ------------------------------------------------------------------ gathered by all
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -216,6 +226,7 @@ def whole(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import Partial
 
     mesh = tensor.device_mesh
+    # not Partial("avg"), which sums on gloo with PyTorch 2.6
     gathered = gather(grad_placements=[Partial()] * mesh.ndim)
     return _Divided.apply(gathered, float(mesh.size()))
 
@@ -235,10 +246,8 @@ class _Divided(torch.autograd.Function):
 
 def put_(tensor: Tensor, value: Tensor) -> None:
     """Copy `value`, which all processes hold, into `tensor` or its shard of this process."""
-    if value is tensor:  # changed in place
-        return
     if not is_shard(tensor):
-        tensor.copy_(value)
+        tensor.copy_(value)  # nothing happens where that is the same memory
         return
     from torch.distributed.tensor import distribute_tensor
 

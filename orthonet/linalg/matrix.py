@@ -97,20 +97,36 @@ def add_identity(a: Tensor, scale: float = 1.0) -> Tensor:
     return a
 
 
-def symmetric_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a^T b where that is symmetric; for large matrices, only the blocks on and above the diagonal.
+def symmetric_product(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor | None = None,
+    *,
+    plus: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> Tensor:
+    """The symmetric alpha a^T b + beta plus; without `plus`, a^T b, which must be symmetric.
 
-    The blocks below are copied, so that ten of sixteen have to be computed.
+    For large matrices, only the blocks on and above the diagonal are computed, ten of sixteen. The
+    blocks below are copied.
     """
     n = b.shape[-1]
     if a.ndim > 2 or n < _BLOCKS_FROM or n % 4 or not a.is_cpu:
-        return torch.matmul(a.mT, b, out=out)
+        if plus is None:
+            return torch.matmul(a.mT, b, out=out)
+        add = torch.addmm if a.ndim == 2 else torch.baddbmm
+        return add(plus, a.mT, b, beta=beta, alpha=alpha, out=out)
     out = _rows_apart(b, n) if out is None else out
+    if plus is None:
+        plus, beta = out, 0.0  # then it is not read
     width = n // 4
     for i in range(0, n, width):
-        torch.mm(a[:, i : i + width].T, b[:, i:], out=out[i : i + width, i:])
+        rows = slice(i, i + width)
+        part = out[rows, i:]
+        torch.addmm(plus[rows, i:], a[:, rows].T, b[:, i:], beta=beta, alpha=alpha, out=part)
         if i:
-            out[i : i + width, :i].copy_(out[:i, i : i + width].T)
+            out[rows, :i].copy_(out[:i, rows].T)
     return out
 
 

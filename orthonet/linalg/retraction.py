@@ -33,7 +33,7 @@ from orthonet.linalg.polar_factor import series
 from orthonet.linalg.polar_factor.gradient import centered_gradient
 from orthonet.linalg.polar_factor.steps import near_pass, recentered_polar
 
-__all__ = ["POLAR", "QR", "CenteredMap", "Moved", "center", "retract"]
+__all__ = ["POLAR", "QR", "CenteredMap", "Moved", "center", "read", "retract"]
 
 
 class _Measured(NamedTuple):
@@ -288,11 +288,11 @@ def retract(
         asked.append(_in_range(_norms(found.e), found.mean))
         if found.square is not None:
             asked.append(_norms(found.square))
-    read = iter(_read(asked))
+    told = iter(read(asked))
     results: list[Moved] = []
     for (_, way), found in zip(batches, measured, strict=True):
-        first = next(read)
-        second = None if found.square is None else next(read)
+        first = next(told)
+        second = None if found.square is None else next(told)
         results.append(_moved(way, found, first, second, move))
     return results
 
@@ -305,7 +305,7 @@ def _in_range(norms: Tensor, mean: Tensor | None) -> Tensor:
     return torch.where(flat == flat.clamp(limits.tiny**0.7, limits.max**0.7), norms, torch.inf)
 
 
-def _read(tensors: list[Tensor]) -> list[list[float]]:
+def read(tensors: list[Tensor]) -> list[list[float]]:
     """The numbers of all tensors: the one place where the host waits."""
     sizes = [len(t) for t in tensors]
     kinds = {(t.dtype, t.device) for t in tensors}
@@ -336,7 +336,7 @@ def _moved(
     if second is None and (squared or unclear):  # a wrong guess, on the CPU
         square = symmetric_product(measured.e, measured.e)
         measured = measured._replace(square=square)
-        (second,) = _read([_norms(square)])
+        (second,) = read([_norms(square)])
     both = first if second is None else _lower(first, second)
     centered = [bound <= low for bound in both]
     for i, bound in enumerate(() if measured.mean is None else both):
@@ -376,7 +376,7 @@ def _bound_in_double(x: Tensor) -> float:
     first, power = _norms(e), e
     for _ in range(3):
         power = symmetric_product(power, power)
-    (found,) = _read([torch.minimum(first, _norms(power) ** 0.125)])
+    (found,) = read([torch.minimum(first, _norms(power) ** 0.125)])
     return found[0] if found[0] == found[0] else math.inf
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -11,21 +12,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from orthonet import _checks
-from orthonet._torch import is_shard
+from orthonet._torch import foreach_norm, is_shard
 from orthonet.errors import NotOnManifoldError
-from orthonet.linalg.distributed import assign, exchange, rank_and_size, whole
-from orthonet.optim._stiefel_steps import Block, blocks, residual, retract
+from orthonet.linalg.distributed import whole
+from orthonet.linalg.matrix import gram_defect
+from orthonet.optim._stiefel_steps import Block, blocks, move_by_ranks, retract
 
-__all__ = [
-    "PointOptimizer",
-    "StiefelOptimizer",
-    "by_ranks",
-    "evaluated",
-    "require_orthogonal",
-]
-
-State = dict[str, Tensor]
-Read = tuple[Block, tuple[Tensor, Tensor, State]]  # a block; its points, gradients and states
+__all__ = ["PointOptimizer", "StiefelOptimizer", "adam_factor", "require_orthogonal"]
 
 
 def require_orthogonal(owner: object, params: Sequence[Tensor]) -> None:
@@ -49,8 +42,10 @@ def require_orthogonal(owner: object, params: Sequence[Tensor]) -> None:
     for p in params:
         if p.is_meta or 0 in p.shape:
             continue
-        x = whole(p.detach())
-        worst = float(residual(x if x.shape[-2] >= x.shape[-1] else x.mT).amax())
+        x = whole(p.detach()).double()
+        x = x if x.shape[-2] >= x.shape[-1] else x.mT
+        # |sigma - 1| <= |sigma^2 - 1|
+        worst = float(gram_defect(x.mT @ x).amax())
         _checks.require(
             worst <= 1e-3,
             owner,
@@ -82,7 +77,7 @@ def _groups_or_tensors(owner: object, params: Any) -> list[Any]:
     return found
 
 
-class PointOptimizer(Optimizer):
+class PointOptimizer(Optimizer, abc.ABC):
     """Base class of optimizers whose parameters are points: their groups, and what a step needs."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
@@ -102,9 +97,9 @@ class PointOptimizer(Optimizer):
         self._check_points([p[1] if isinstance(p, tuple) else p for p in params], group)
         super().add_param_group({**param_group, "params": params})
 
+    @abc.abstractmethod
     def _check_points(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Every parameter must be a point of its space."""
-        _checks.fail(self, "a subclass must define _check_points()", "Define it", TypeError)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """The options that the group has must be in range."""
@@ -133,6 +128,30 @@ class PointOptimizer(Optimizer):
         )
         _checks.in_range(self, 0.0, float("inf"), eps=group.get("eps", 0.0))
 
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step with the gradients of now.
+
+        Args:
+            closure: Evaluates the model and returns the loss; called once, before the step.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError: a gradient is sparse or not finite; nothing has been moved.
+        """
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for params, group in [(self._with_gradients(g), g) for g in self.param_groups]:
+            if params:
+                self._step(params, group)
+        return loss
+
+    @abc.abstractmethod
+    def _step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Move parameters of a group, which have gradients."""
+
     def _with_gradients(self, group: dict[str, Any]) -> list[Tensor]:
         """The parameters of a group that have a gradient, which must be dense."""
         params = [p for p in group["params"] if p.grad is not None]
@@ -146,40 +165,23 @@ class PointOptimizer(Optimizer):
             )
         return params
 
-    def _require_finite(self, grad: Any) -> None:
-        """A gradient must be finite."""
-        _checks.require(
-            bool(grad.isfinite().all()),
-            self,
-            "gradients must be finite",
-            "Skip the step, clip the gradients, or lower the learning rate",
-            shape=tuple(grad.shape),
-        )
+    def _require_finite(self, grads: list[Tensor]) -> None:
+        """Gradients must be finite; their norms are looked at first, which are read fast."""
+        for grad, norm in zip(grads, foreach_norm(grads) if grads else (), strict=True):
+            _checks.require(
+                bool(norm.isfinite()) or bool(grad.isfinite().all()),
+                self,
+                "gradients must be finite",
+                "Skip the step, clip the gradients, or lower the learning rate",
+                shape=tuple(grad.shape),
+            )
 
 
-def by_ranks(
-    group: Any,
-    found: Sequence[Block],
-    here: list[list[Tensor]],
-    move: Callable[[list[int]], list[list[Tensor]]],
-) -> list[list[Tensor]]:
-    """The tensors of each block, `here` before the move, after it; each by one of the group."""
-    rank, size = rank_and_size(group)
-    owners = assign([block.cost for block in found], size)
-    mine = [i for i, owner in enumerate(owners) if owner == rank]
-    for i, moved in zip(mine, move(mine), strict=True):
-        here[i] = moved
-    if group is None:
-        return here
-    whose = [owner for owner, tensors in zip(owners, here, strict=True) for _ in tensors]
-    told = iter(exchange([t for tensors in here for t in tensors], whose, group))
-    return [[next(told) for _ in tensors] for tensors in here]
-
-
-def evaluated(closure: Callable[[], Any] | None) -> Any:
-    """What the closure of a step returns, with gradients enabled; None without one."""
-    with torch.enable_grad():
-        return None if closure is None else closure()
+def adam_factor(v: Tensor, steps: Tensor, group: dict[str, Any]) -> Tensor:
+    """What corrects the bias of the first moment and divides by the root of the second one, `v`."""
+    # in float64, since 1 - 0.999 has four digits in float32
+    first, second = ((1.0 - beta ** steps.double()).to(v) for beta in group["betas"])
+    return ((v / second).sqrt().add_(group["eps"]) * first).reciprocal()
 
 
 class StiefelOptimizer(PointOptimizer):
@@ -192,8 +194,7 @@ class StiefelOptimizer(PointOptimizer):
     """
 
     _step_plain: Callable[[list[Tensor], Any, dict[str, Any]], None]  # of plain parameters
-    _matrices: tuple[str, ...] = ()  # names of states like the parameter
-    _scalars: tuple[str, ...] = ()  # names of states with one number for each matrix
+    _kept: tuple[str, ...] = ("momentum_buffer",)  # names of what is kept of each parameter
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], process_group: Any) -> None:
         self.process_group = process_group
@@ -216,99 +217,48 @@ class StiefelOptimizer(PointOptimizer):
         # a process group cannot be pickled; it is given anew
         return {**super().__getstate__(), "process_group": None}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step with the gradients of now.
-
-        Args:
-            closure: Evaluates the model and returns the loss; called once, before the step.
-
-        Returns:
-            What the closure returned, or None.
-        """
-        loss = evaluated(closure)
-        for group in self.param_groups:
-            params = self._with_gradients(group)
-            if group["stiefel"]:
-                try:
-                    self._step_on_manifold(params, group)
-                except ValueError:
-                    self._refuse_gradients(params)
-                    raise
-            elif params:
-                self._step_plain(params, self.state, group)
-        return loss
-
-    def _refuse_gradients(self, params: list[Tensor]) -> None:
-        """Say so if a gradient that is not finite was the cause; nothing has been moved."""
+    def _step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        if not group["stiefel"]:
+            self._step_plain(params, self.state, group)
+            return
         try:
-            for p in params:
-                grad: Any = p.grad
-                self._require_finite(grad.to_local() if is_shard(grad) else grad)
+            self._step_on_manifold(params, group)
         except ValueError:
-            for p in params:
-                self.state[p]["step"] -= 1
+            grads: list[Any] = [p.grad for p in params]
+            self._require_finite([g.to_local() if is_shard(g) else g for g in grads])
             raise
 
     def _step_on_manifold(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        params = [p for p in params if p.numel()]
-        names = self._kept(group)
-        for p in params:
-            self._start(p, names)
-        found, kept = list(blocks(params)), (*names, *self._scalars)
-        # by all, since to gather the shards of a parameter is a collective
-        read = [self._read(block, names) for block in found]
+        names, found = self._kept if group.get("momentum", True) else (), blocks(params)
+        for block in found:  # by all processes, since shards are gathered
+            block.kept = [self._state_of(p, names) for p in block.params]
+            block.grad = block.gather([cast(Tensor, p.grad) for p in block.params])
+            block.state = {name: block.gather([s[name] for s in block.kept]) for name in names}
+            pairs = zip(block.params, block.kept, strict=True)
+            block.steps = (
+                block.gather([s["step"].expand(*p.shape[:-2], 1, 1) for p, s in pairs]) + 1
+            )
+        move_by_ranks(found, lambda mine: self._move(mine, group), self.process_group)
 
-        def moved(mine: list[int]) -> list[list[Tensor]]:
-            xs = self._move([(found[i], read[i]) for i in mine], group)
-            return [[x, *(read[i][2][n] for n in kept)] for i, x in zip(mine, xs, strict=True)]
-
-        here = [[x, *(state[n] for n in kept)] for x, _, state in read]
-        told = by_ranks(self.process_group, found, here, moved)
-        for block, (x, *states) in zip(found, told, strict=True):
-            self._write(block, x, dict(zip(kept, states, strict=True)))
-
-    def _move(self, mine: list[Read], group: dict[str, Any]) -> list[Tensor]:
-        """The new points of blocks that were read; their states are changed."""
-        ys = [_moved(x, *self._direction(x, g, s, group), group["lr"]) for _, (x, g, s) in mine]
-        return retract(ys)
-
-    def _kept(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The names of the states like the parameter that this group needs."""
-        return self._matrices
-
-    def _start(self, p: Tensor, names: tuple[str, ...]) -> None:
+    def _state_of(self, p: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """The state of a parameter, in which these are present."""
         state = self.state[p]
-        for name in names:
-            if name not in state:
-                state[name] = torch.zeros_like(p)
-        for name in self._scalars:
-            if name not in state:
-                state[name] = torch.zeros(*p.shape[:-2], 1, 1, dtype=p.dtype, device=p.device)
         if "step" not in state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
+        for name in names:
+            if name not in state and name == "exp_avg_sq":  # one number for each matrix
+                state[name] = torch.zeros(*p.shape[:-2], 1, 1, dtype=p.dtype, device=p.device)
+            elif name not in state:
+                state[name] = torch.zeros_like(p)
+        return state
 
-    def _read(self, block: Block, names: tuple[str, ...]) -> tuple[Tensor, Tensor, State]:
-        params = block.params
-        x, grad = block.gather(params), block.gather([cast(Tensor, p.grad) for p in params])
-        kept = (*names, *self._scalars)
-        state = {n: block.gather([self.state[p][n] for p in params]) for n in kept}
-        for p in params:
-            self.state[p]["step"] += 1
-        steps = [self.state[p]["step"].expand(*p.shape[:-2], 1, 1) for p in params]
-        state["step"] = block.gather(steps).double()
-        return x, grad, state
+    def _move(self, found: list[Block], group: dict[str, Any]) -> None:
+        """Move the points of blocks, and change their states."""
+        retract(found, lambda block: _moved(block.x, *self._direction(block, group), group["lr"]))
 
-    def _write(self, block: Block, x: Tensor, state: State) -> None:
-        block.put(block.params, x)
-        for name, value in state.items():
-            block.put([self.state[p][name] for p in block.params], value)
-
-    def _direction(
-        self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The direction D of the step X - lr D and a factor of it; puts new tensors in `state`."""
-        _checks.fail(self, "a subclass must define _direction()", "Define it", TypeError)
+    @abc.abstractmethod
+    def _direction(self, block: Block, group: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The direction D of the step X - lr D and a factor of it; sets the new `block.state`."""
 
 
 def _moved(x: Tensor, d: Tensor, factor: Tensor | None, lr: float | Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,22 +11,21 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from orthonet import _checks, _torch
-from orthonet.optim._base import by_ranks, require_orthogonal
-from orthonet.optim._stiefel_steps import blocks, retract, tangent
+from orthonet.optim._base import require_orthogonal
+from orthonet.optim._stiefel_steps import blocks, move_by_ranks, retract, tangent
 from orthonet.reparametrizers import REEVALUATING_OPTIMIZERS
 
 __all__ = ["retract_after_step"]
 
 
-class _Hooks:
+class _Hooks(NamedTuple):
     """What to remove."""
 
-    def __init__(self, handles: list[RemovableHandle]) -> None:
-        self._handles = handles
+    handles: list[RemovableHandle]
 
     def remove(self) -> None:
         """Let the optimizer be as it was; the parameters stay where they are."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
 
 
@@ -74,14 +73,7 @@ def retract_after_step(
         >>> optimizer = torch.optim.AdamW(layer.parameters(), 1e-2)
         >>> hook = retract_after_step(optimizer, [layer.weight])
     """
-    _checks.require(
-        isinstance(optimizer, Optimizer),
-        "retract_after_step",
-        "optimizer must be an optimizer of PyTorch",
-        "Pass e.g. torch.optim.AdamW(model.parameters())",
-        TypeError,
-        optimizer=optimizer,
-    )
+    _checks.optimizer("retract_after_step", optimizer=optimizer)
     _checks.require(
         not isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)),
         "retract_after_step",
@@ -106,20 +98,14 @@ def retract_after_step(
 
     @torch.no_grad()
     def project(*_: Any) -> None:
-        for block in blocks([p for p in chosen if p.grad is not None and p.numel()]):
+        for block in blocks([p for p in chosen if p.grad is not None]):
             grads: list[Tensor] = [p.grad for p in block.params]  # type: ignore[misc]
-            block.put(grads, tangent(block.gather(block.params), block.gather(grads)))
+            block.put(grads, tangent(block.x, block.gather(grads)))
 
     @torch.no_grad()
     def retract_all(*_: Any) -> None:
-        found = list(blocks([p for p in chosen if p.grad is not None and p.numel()]))
-        here = [[block.gather(block.params)] for block in found]
-
-        def moved(mine: list[int]) -> list[list[Tensor]]:
-            return [[x] for x in retract([here[i][0] for i in mine])]
-
-        for block, (x,) in zip(found, by_ranks(process_group, found, here, moved), strict=True):
-            block.put(block.params, x)
+        found = blocks([p for p in chosen if p.grad is not None])
+        move_by_ranks(found, lambda mine: retract(mine, lambda block: block.x), process_group)
 
     handles = [optimizer.register_step_post_hook(retract_all)]
     if riemannian:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,18 +121,18 @@ class RiemannianLBFGS(RiemannianOptimizer):
             ValueError: the loss or its gradient is not finite at the beginning.
         """
         points = self._points
-        loss, grads = self._evaluate(closure, points)
-        first, evaluations = loss, 1
-        finite = bool(loss.isfinite()) and all(bool(g.isfinite().all()) for g in grads)
+        here = self._evaluate(closure, points)
+        first, left = here.loss, self.max_eval - 1
         _checks.require(
-            finite,
+            here.finite,
             self,
             "the loss and its gradient must be finite where a step begins",
             "Start from another point",
-            loss=float(loss),
+            loss=float(here.loss),
         )
         for _ in range(self.max_iter):
-            if evaluations >= self.max_eval or _largest(grads) <= self.tolerance_grad:
+            grads = here.grads
+            if left <= 0 or _largest(grads) <= self.tolerance_grad:
                 break
             direction = self._direction(points, grads)
             slope = _inner(points, direction, grads)
@@ -144,27 +143,28 @@ class RiemannianLBFGS(RiemannianOptimizer):
             t = float(self.param_groups[0]["lr"])
             if not self._pairs:
                 t *= min(1.0, 1.0 / max(sum(float(g.abs().sum()) for g in grads), 1e-30))
-            budget = self.max_eval - evaluations
-            found = self._search(closure, points, loss, direction, slope, t, budget)
-            evaluations += found.evaluations
-            if found.moved is None:
+            line = _Line(points, [p.clone() for p, _ in points], direction)
+            found, t, count = self._search(closure, line, float(here.loss), slope, t, left)
+            left -= count
+            if found is None:
                 self._pairs = []  # the next call begins with the gradient
                 break
-            change, loss_change = _largest(found.moved), abs(float(found.loss - loss))
-            self._remember(points, found, direction, grads)
-            loss, grads = found.loss, found.grads
+            change = _largest([p - x for (p, _), x in zip(points, line.start, strict=True)])
+            loss_change = abs(float(found.loss - here.loss))
+            self._remember(line, t, found.grads, grads)
+            here = found
             if change <= self.tolerance_change or loss_change <= self.tolerance_change:
                 break
         return first
 
-    def _evaluate(self, closure: Callable[[], Any], points: Points) -> tuple[Tensor, list[Tensor]]:
+    def _evaluate(self, closure: Callable[[], Any], points: Points) -> _Evaluation:
         with torch.enable_grad():
             loss = torch.as_tensor(closure()).detach()
         grads = [
             space.gradient(p, torch.zeros_like(p) if p.grad is None else p.grad).clone()
             for p, space in points
         ]
-        return loss, grads
+        return _Evaluation(loss, grads)
 
     def _direction(self, points: Points, grads: list[Tensor]) -> list[Tensor]:
         """The two-loop recursion at the present point."""
@@ -186,70 +186,44 @@ class RiemannianLBFGS(RiemannianOptimizer):
     def _search(
         self,
         closure: Callable[[], Any],
-        points: Points,
-        loss: Tensor,
-        direction: list[Tensor],
+        line: _Line,
+        loss: float,
         slope: float,
         t: float,
         budget: int,
-    ) -> _Found:
-        """Bisect for the weak Wolfe conditions; on failure the parameters are as they were."""
-        before = [p.clone() for p, _ in points]
-        low, high = 0.0, float("inf")
-        best: _Found | None = None
+    ) -> tuple[_Evaluation | None, float, int]:
+        """Bisect for the weak Wolfe conditions; on failure the parameters are as they were.
+
+        Returns where the parameters stand then, the step length, and the number of evaluations.
+        """
+        low, high, best, best_t = 0.0, float("inf"), None, 0.0
         for count in range(1, max(budget, 1) + 1):
-            for (p, space), x, d in zip(points, before, direction, strict=True):
-                p.copy_(space.retract(x, t * d))
-            new, grads = self._evaluate(closure, points)
-            good = bool(new.isfinite()) and all(bool(g.isfinite().all()) for g in grads)
-            if not good or float(new) > float(loss) + _DECREASE * t * slope:
+            line.go(t)
+            found = self._evaluate(closure, line.points)
+            if not found.finite or float(found.loss) > loss + _DECREASE * t * slope:
                 high = t
             else:
-                moved = [p - x for (p, _), x in zip(points, before, strict=True)]
-                if best is None or float(new) < float(best.loss):
-                    best = _Found(new, grads, t, before, moved, count)
-                carried = [
-                    space.transport(x, p, d)
-                    for (p, space), x, d in zip(points, before, direction, strict=True)
-                ]
-                if _inner(points, carried, grads) >= _CURVATURE * slope:
-                    return best
+                carried = line.carry(line.direction)
+                if _inner(line.points, carried, found.grads) >= _CURVATURE * slope:
+                    return found, t, count
+                if best is None or float(found.loss) < float(best.loss):
+                    best, best_t = found, t
                 low = t
             # the slope along a retraction is known for short steps only: what decreases will do
             if count >= (_TRIALS if best is None else _PATIENCE):
                 break
             t = 2.0 * low if high == float("inf") else 0.5 * (low + high)
-        evaluations = count
-        if best is None:
-            for (p, _), x in zip(points, before, strict=True):
-                p.copy_(x)
-            return _Found(loss, [], 0.0, before, None, evaluations)
-        for (p, space), x, d in zip(points, before, direction, strict=True):
-            p.copy_(space.retract(x, best.t * d))
-        best.evaluations = evaluations
-        return best
+        line.go(best_t)
+        return best, best_t, count
 
-    def _remember(
-        self,
-        points: Points,
-        found: _Found,
-        direction: list[Tensor],
-        grads: list[Tensor],
-    ) -> None:
+    def _remember(self, line: _Line, t: float, grads: list[Tensor], before: list[Tensor]) -> None:
         """Carry all pairs to the new point, and add the one of this step."""
-
-        def carry(vectors: list[Tensor]) -> list[Tensor]:
-            return [
-                space.transport(x, p, v)
-                for (p, space), x, v in zip(points, found.before, vectors, strict=True)
-            ]
-
-        self._pairs = [(carry(s), carry(y)) for s, y in self._pairs]
-        s = carry([found.t * d for d in direction])
-        y = [new - old for new, old in zip(found.grads, carry(grads), strict=True)]
+        points, pairs = line.points, [(line.carry(s), line.carry(y)) for s, y in self._pairs]
+        s = line.carry([t * d for d in line.direction])
+        y = [new - old for new, old in zip(grads, line.carry(before), strict=True)]
         if _inner(points, s, y) > 1e-10 * _inner(points, s, s):
-            self._pairs.append((s, y))
-        pairs = [pair for pair in self._pairs if _inner(points, *pair) > 0.0]
+            pairs.append((s, y))
+        pairs = [pair for pair in pairs if _inner(points, *pair) > 0.0]
         self._pairs = pairs[-self.history_size :]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -259,16 +233,33 @@ class RiemannianLBFGS(RiemannianOptimizer):
 REEVALUATING_OPTIMIZERS.add(RiemannianLBFGS)
 
 
-@dataclass
-class _Found:
-    """The end of a line search: the loss, gradients and step there, and where it began."""
+class _Evaluation(NamedTuple):
+    """The loss and the Riemannian gradients at some points."""
 
     loss: Tensor
     grads: list[Tensor]
-    t: float
-    before: list[Tensor]
-    moved: list[Tensor] | None
-    evaluations: int
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(t.isfinite().all()) for t in (self.loss, *self.grads))
+
+
+class _Line(NamedTuple):
+    """The curve of all points from `start` in `direction`, by their retractions."""
+
+    points: Points
+    start: list[Tensor]
+    direction: list[Tensor]
+
+    def go(self, t: float) -> None:
+        """Move the parameters to the place of t; to that of 0, bit for bit."""
+        for (p, space), x, d in zip(*self, strict=True):
+            p.copy_(space.retract(x, t * d) if t else x)
+
+    def carry(self, vectors: list[Tensor]) -> list[Tensor]:
+        """Transport vectors from the start to where the parameters stand."""
+        moved = zip(self.points, self.start, vectors, strict=True)
+        return [space.transport(x, p, v) for (p, space), x, v in moved]
 
 
 def _inner(points: Points, u: list[Tensor], v: list[Tensor]) -> float:

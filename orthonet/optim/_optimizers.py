@@ -11,11 +11,16 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from orthonet import _checks
-from orthonet._torch import foreach_norm
 from orthonet.linalg.matrix import minus_transpose
-from orthonet.optim._base import Read, State, StiefelOptimizer
+from orthonet.optim._base import StiefelOptimizer, adam_factor
 from orthonet.optim._rotations import EVERY, Turn, Workspace, rotate
-from orthonet.optim._stiefel_steps import Block, newton_schulz_sign, symmetric_part, tangent
+from orthonet.optim._stiefel_steps import (
+    Block,
+    newton_schulz_sign,
+    parts,
+    symmetric_part,
+    tangent,
+)
 
 __all__ = ["StiefelAdam", "StiefelMuon", "StiefelSGD"]
 
@@ -99,7 +104,6 @@ class StiefelSGD(StiefelOptimizer):
         projection (section 8.1.3).
     """
 
-    _matrices = ("momentum_buffer",)
     _step_plain = staticmethod(sgd_step)
 
     def __init__(
@@ -122,20 +126,14 @@ class StiefelSGD(StiefelOptimizer):
         }
         super().__init__(params, defaults, process_group)
 
-    def _kept(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return self._matrices if group["momentum"] else ()
-
-    def _direction(
-        self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        momentum, dampening = group["momentum"], group["dampening"]
-        if not momentum:
-            return tangent(x, grad), None
-        before = state["momentum_buffer"]
-        if dampening:  # not at the first step, where the momentum becomes the gradient
-            grad = torch.where((state["step"] == 1).to(x.device), grad, grad * (1.0 - dampening))
-        state["momentum_buffer"] = m = tangent(x, (before * momentum).add_(grad))
-        return (_ahead(m, before, momentum) if group["nesterov"] else m), None
+    def _direction(self, block: Block, group: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        grad = block.grad
+        if (
+            group["momentum"] and group["dampening"]
+        ):  # not at the first step, where the momentum becomes the gradient
+            first = (block.steps == 1).to(grad.device)
+            grad = torch.where(first, grad, grad * (1.0 - group["dampening"]))
+        return _with_momentum(block, grad, group), None
 
 
 class StiefelAdam(StiefelOptimizer):
@@ -187,7 +185,7 @@ class StiefelAdam(StiefelOptimizer):
         optimization on the Stiefel manifold via the Cayley transform*, ICLR 2020 (Cayley Adam).
     """
 
-    _matrices, _scalars = ("exp_avg",), ("exp_avg_sq",)
+    _kept = ("exp_avg", "exp_avg_sq")
     _step_plain = staticmethod(adam_step)
 
     def __init__(
@@ -204,60 +202,53 @@ class StiefelAdam(StiefelOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, process_group)
 
-    def _direction(
-        self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        (beta1, _), before = group["betas"], state["exp_avg"]
+    def _direction(self, block: Block, group: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        x, grad, before, beta1 = block.x, block.grad, block.state["exp_avg"], group["betas"][0]
         # P_X is linear: the normal parts of gradient and momentum share one product
         normal = symmetric_part(x.mT @ grad)
         both = symmetric_part(x.mT @ before).mul_(beta1).add_(normal, alpha=1.0 - beta1)
-        state["exp_avg"] = m = (before * beta1).add_(grad, alpha=1.0 - beta1).sub_(x @ both)
+        block.state["exp_avg"] = m = (before * beta1).add_(grad, alpha=1.0 - beta1).sub_(x @ both)
         # ||P(G)||^2 = ||G||^2 - ||sym(X^T G)||^2
         square = _mean_square(grad) - _mean_square(normal) * (x.shape[-1] / x.shape[-2])
-        return m, _adam_factor(state, square, group)
+        return m, _second_moment(block, square, group)
 
-    def _move(self, mine: list[Read], group: dict[str, Any]) -> list[Tensor]:
-        eager = not torch.compiler.is_compiling()
-        square = [read for read in mine if read[0].shape[0] == read[0].shape[1]]
-        others = [read for read in mine if read[0].shape[0] != read[0].shape[1]]
-        if eager:
-            grads = [grad for _, (_, grad, _) in square if grad.is_cpu]
-            # before anything is changed in place; norms first, which are read fast
-            for grad, norm in zip(grads, foreach_norm(grads) if grads else (), strict=True):
-                if not bool(norm.isfinite()):
-                    self._require_finite(grad)
-        moved = iter(super()._move(others, group))
+    def _step_on_manifold(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        super()._step_on_manifold(params, group)
+        if not torch.compiler.is_compiling():
+            self._versions.update((p, p._version) for p in params)
+
+    def _move(self, found: list[Block], group: dict[str, Any]) -> None:
+        square = [block for block in found if block.x.shape[-2] == block.x.shape[-1]]
+        if not torch.compiler.is_compiling():  # before anything is changed in place
+            self._require_finite([block.grad for block in square if block.grad.is_cpu])
+        super()._move([b for b in found if b.x.shape[-2] != b.x.shape[-1]], group)
         work = Workspace()
-        turns = (self._turn(read, group, work) for read in square)  # one by one, while all is near
-        turned = iter(rotate(turns if eager else list(turns)))
-        return [next(turned if b.shape[0] == b.shape[1] else moved) for b, _ in mine]
+        for part in parts(square):
+            turned = rotate([self._turn(block, group, work) for block in part])
+            for block, x in zip(part, turned, strict=True):
+                block.x = x
 
-    def _turn(self, read: Read, group: dict[str, Any], work: Workspace) -> Turn:
+    def _turn(self, block: Block, group: dict[str, Any], work: Workspace) -> Turn:
         """The step of square matrices: P_X(G) = X A with A = skew(X^T G), moments of A."""
-        (block, (x, grad, state)), (beta1, _) = read, group["betas"]
+        x, grad, beta1 = block.x, block.grad, group["betas"][0]
         # 0.5 X^T G: the factor costs nothing inside the product
         product = torch.addmm if x.ndim == 2 else torch.baddbmm
         inner = product(grad, x.mT, grad, beta=0.0, alpha=0.5, out=work.take("moved", x))
         a = minus_transpose(inner, work.take("change", x))
-        before = state["exp_avg"]
-        own = before.is_cpu and not torch.compiler.is_compiling()
-        m = before.lerp_(a, 1.0 - beta1) if own else before.lerp(a, 1.0 - beta1)
-        state["exp_avg"] = m
-        factor = _adam_factor(state, _mean_square(a), group) * group["lr"]
+        before = block.state["exp_avg"]
+        in_place = before.is_cpu and not torch.compiler.is_compiling()
+        m = before.lerp_(a, 1.0 - beta1) if in_place else before.lerp(a, 1.0 - beta1)
+        block.state["exp_avg"] = m
+        factor = _second_moment(block, _mean_square(a), group) * group["lr"]
         b = torch.mul(m, factor, out=work.take("b", x))
-        return Turn(x, b, self._looks(block, state), own, work)
+        return Turn(x, b, self._looks(block), work)
 
-    def _looks(self, block: Block, state: State) -> bool:
+    def _looks(self, block: Block) -> bool:
         """Whether it is time to measure the defect, or the points were changed from outside."""
         if torch.compiler.is_compiling():
             return False
         untouched = all(self._versions.get(p) == p._version for p in block.params)
-        return not untouched or int(state["step"].amax()) % EVERY == 0
-
-    def _write(self, block: Block, x: Tensor, state: State) -> None:
-        super()._write(block, x, state)
-        if not torch.compiler.is_compiling():
-            self._versions.update((p, p._version) for p in block.params)
+        return not untouched or int(block.steps.amax()) % EVERY == 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_versions": {}}
@@ -304,7 +295,6 @@ class StiefelMuon(StiefelOptimizer):
         manifold, which this does not solve).
     """
 
-    _matrices = ("momentum_buffer",)
     _step_plain = staticmethod(adam_step)
 
     def __init__(
@@ -340,29 +330,29 @@ class StiefelMuon(StiefelOptimizer):
             self, (torch.bfloat16, torch.float16, torch.float32), ns_dtype=group["ns_dtype"]
         )
 
-    def _direction(
-        self, x: Tensor, grad: Tensor, state: State, group: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        momentum, before = group["momentum"], state["momentum_buffer"]
-        state["momentum_buffer"] = m = tangent(x, (before * momentum).add_(grad))
-        d = _ahead(m, before, momentum) if group["nesterov"] else m
-        dtype = group["ns_dtype"] if x.dtype == torch.float32 else x.dtype
-        return tangent(x, newton_schulz_sign(d, group["ns_steps"], dtype)), None
+    def _direction(self, block: Block, group: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        d = _with_momentum(block, block.grad, group)
+        dtype = group["ns_dtype"] if d.dtype == torch.float32 else d.dtype
+        return tangent(block.x, newton_schulz_sign(d, group["ns_steps"], dtype)), None
 
 
-def _ahead(m: Tensor, before: Tensor, momentum: float) -> Tensor:
-    """P(G) + momentum M, with P(G) = M - momentum M_before up to a normal part."""
-    return (m * (1.0 + momentum)).sub_(before, alpha=momentum)
+def _with_momentum(block: Block, grad: Tensor, group: dict[str, Any]) -> Tensor:
+    """The new momentum M of `block`, or P(G) + momentum M, with which Nesterov's method steps."""
+    momentum = group["momentum"]
+    if not momentum:
+        return tangent(block.x, grad)
+    before = block.state["momentum_buffer"]
+    block.state["momentum_buffer"] = m = tangent(block.x, (before * momentum).add_(grad))
+    # P(G) = M - momentum M_before up to a normal part
+    return (m * (1.0 + momentum)).sub_(before, alpha=momentum) if group["nesterov"] else m
 
 
-def _adam_factor(state: State, square: Tensor, group: dict[str, Any]) -> Tensor:
-    """What corrects the bias of the first moment and divides by the root of the second."""
-    beta1, beta2 = group["betas"]
-    v = state["exp_avg_sq"] * beta2 + square.clamp_min(0.0) * (1.0 - beta2)
-    state["exp_avg_sq"] = v
-    # in float64, since 1 - 0.999 has four digits in float32
-    first_share, second_share = ((1.0 - beta ** state["step"]).to(v) for beta in (beta1, beta2))
-    return ((v / second_share).sqrt().add_(group["eps"]) * first_share).reciprocal()
+def _second_moment(block: Block, square: Tensor, group: dict[str, Any]) -> Tensor:
+    """What the direction of `block` is multiplied by, of the mean `square` of its gradient."""
+    beta2 = group["betas"][1]
+    v = block.state["exp_avg_sq"] * beta2 + square.clamp_min(0.0) * (1.0 - beta2)
+    block.state["exp_avg_sq"] = v
+    return adam_factor(v, block.steps, group)
 
 
 def _mean_square(a: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from orthonet import _checks
 from orthonet.errors import NotOnManifoldError
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.manifolds import Manifold, Rn
-from orthonet.optim._base import PointOptimizer, evaluated
+from orthonet.optim._base import PointOptimizer, adam_factor
 
 __all__ = ["RiemannianAdam", "RiemannianOptimizer", "RiemannianSGD", "check_point"]
 
@@ -55,6 +55,9 @@ class RiemannianOptimizer(PointOptimizer):
     Every group has a `space`, by default `Rn()`; its parameters are points of it.
     """
 
+    # with its Riemannian gradient, its space, its state and its group
+    _move: Callable[[Tensor, Tensor, Manifold, Any, dict[str, Any]], None]
+
     def _check_points(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
             check_point(self, self.space_of(p, group), p)
@@ -63,39 +66,17 @@ class RiemannianOptimizer(PointOptimizer):
         """Return the space of a parameter: that of its group, unless a subclass knows better."""
         return group["space"]
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step with the gradients of now.
+    def _with_gradients(self, group: dict[str, Any]) -> list[Tensor]:
+        params = super()._with_gradients(group)
+        self._require_finite([cast(Tensor, p.grad) for p in params])
+        return params
 
-        Args:
-            closure: Evaluates the model and returns the loss; called once, before the step.
-
-        Returns:
-            What the closure returned, or None.
-
-        Raises:
-            ValueError: a gradient is sparse or not finite; nothing has been moved.
-        """
-        loss = evaluated(closure)
-        found = [
-            (p, cast(Tensor, p.grad), group)
-            for group in self.param_groups
-            for p in self._with_gradients(group)
-        ]
-        for _, grad, _ in found:
-            self._require_finite(grad)
-        for p, grad, group in found:
+    def _step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        for p in params:
+            grad, space = cast(Tensor, p.grad), self.space_of(p, group)
             if group["weight_decay"]:
                 grad = grad.add(p, alpha=group["weight_decay"])
-            space = self.space_of(p, group)
             self._move(p, space.gradient(p, grad), space, self.state[p], group)
-        return loss
-
-    def _move(
-        self, p: Tensor, g: Tensor, space: Manifold, state: Any, group: dict[str, Any]
-    ) -> None:
-        """Move `p`, with the Riemannian gradient `g`."""
-        _checks.fail(self, "a subclass must define _move()", "Define it", TypeError)
 
 
 class RiemannianSGD(RiemannianOptimizer):
@@ -162,19 +143,12 @@ class RiemannianSGD(RiemannianOptimizer):
     def _move(
         self, p: Tensor, g: Tensor, space: Manifold, state: Any, group: dict[str, Any]
     ) -> None:
-        momentum = group["momentum"]
-        if not momentum:
-            p.copy_(space.retract(p, -group["lr"] * g))
-            return
-        buffer = state.get("momentum_buffer")
-        if buffer is None:  # at first the gradient, without dampening
-            m = g.clone()
-            state["momentum_buffer"] = torch.empty_like(m)
-        else:
-            m = buffer * momentum + g * (1.0 - group["dampening"])
-        step = g + m * momentum if group["nesterov"] else m
-        y = space.retract(p, -group["lr"] * step)
-        state["momentum_buffer"].copy_(space.transport(p, y, m))
+        m, momentum = g, group["momentum"]
+        if momentum and "momentum_buffer" in state:  # at first the gradient, without dampening
+            m = state["momentum_buffer"] * momentum + g * (1.0 - group["dampening"])
+        y = space.retract(p, -group["lr"] * (g + m * momentum if group["nesterov"] else m))
+        if momentum:
+            state["momentum_buffer"] = space.transport(p, y, m).clone()
         p.copy_(y)
 
 
@@ -248,11 +222,7 @@ class RiemannianAdam(RiemannianOptimizer):
         v = state["exp_avg_sq"].mul_(beta2).add_(square, alpha=1.0 - beta2)
         if group["amsgrad"]:
             v = state["max_exp_avg_sq"].copy_(torch.maximum(state["max_exp_avg_sq"], v))
-        # in float64, since 1 - 0.999 has four digits in float32
-        count = state["step"].double()
-        first, second = ((1.0 - beta**count).to(v) for beta in (beta1, beta2))
-        factor = group["lr"] / ((v / second).sqrt().add_(group["eps"]) * first)
-        y = space.retract(p, -factor * m)
+        y = space.retract(p, -group["lr"] * adam_factor(v, state["step"], group) * m)
         state["exp_avg"].copy_(space.transport(p, y, m))
         p.copy_(y)
 

@@ -10,7 +10,7 @@ is spent on looking at X in most steps: what rounding leaves there is measured a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from orthonet.linalg import polar
 from orthonet.linalg.matrix import add_identity, symmetric_product
-from orthonet.optim._stiefel_steps import retract
+from orthonet.linalg.retraction import read
+from orthonet.optim._stiefel_steps import retracted
 
 __all__ = ["EVERY", "Turn", "Workspace", "coefficients", "rotate"]
 
@@ -45,22 +46,20 @@ class Turn(NamedTuple):
     """A step of square matrices.
 
     Attributes:
-        x: The points, (n, n) or (count, n, n); changed in place if `own`.
+        x: The points, (n, n) or (count, n, n); changed in place on the CPU.
         b: Skew-symmetric matrices B: the step is X R(B), about X - X B.
         look: Whether to measure the defect of X and take it away.
-        own: Whether `x` may be changed.
-        work: Memory; `b` may lie in it, since a step on the CPU is done before the next is asked.
+        work: Memory; `b` may lie in it where a step is done before the next is made.
     """
 
     x: Tensor
     b: Tensor
     look: bool
-    own: bool
     work: Workspace
 
 
-def rotate(turns: Iterable[Turn]) -> list[Tensor]:
-    r"""The new point of every step.
+def rotate(turns: Sequence[Turn]) -> list[Tensor]:
+    r"""The new point of every step; the host reads once.
 
     Guarantee:
         With R(B) where a polynomial of degree 1 or 2 in \(B^2\) is proved to reach rounding: in
@@ -70,19 +69,12 @@ def rotate(turns: Iterable[Turn]) -> list[Tensor]:
     """
     if torch.compiler.is_compiling():
         return [polar(_taylor(turn.x, turn.b, turn.b.mT @ turn.b)) for turn in turns]
-    done: dict[int, Tensor] = {}
-    waiting: list[tuple[int, Turn, list[Tensor | None], Tensor]] = []
-    for index, turn in enumerate(turns):
-        square, defect, bounds = _measure(turn)
-        if turn.x.is_cpu:  # at once, while all is near
-            done[index] = _turned(turn, square, defect, *bounds.tolist())
-        else:
-            waiting.append((index, turn, [square, defect], bounds))
-    if waiting:  # the host reads once
-        read = torch.stack([bounds.float() for *_, bounds in waiting]).tolist()
-        for (index, turn, (square, defect), _), bounds in zip(waiting, read, strict=True):
-            done[index] = _turned(turn, square, defect, *bounds)  # type: ignore[arg-type]
-    return [done[index] for index in sorted(done)]
+    found = [(turn, *_measure(turn)) for turn in turns]
+    bounds = read([bounds for *_, bounds in found])
+    return [
+        _turned(turn, square, defect, *both)
+        for (turn, square, defect, _), both in zip(found, bounds, strict=True)
+    ]
 
 
 def _measure(turn: Turn) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -152,38 +144,20 @@ def _turned(turn: Turn, square: Tensor, defect: Tensor | None, reach: float, off
     # bound of the defect is that of Frobenius, many times too large for rounding.
     left = off * (off + 0.5 * math.sqrt(max(reach, 0.0)))
     if not p or not left <= 4.0 * torch.finfo(x.dtype).eps:
-        return retract([_taylor(x, b, square)])[0]
+        return retracted([_taylor(x, b, square)])[0]
     if len(p) == 2:
         change = square.mul_(-p[1])
     else:
-        change = _symmetric_sum(square, -p[1], p[2], turn.work.take("change", x))
+        room = turn.work.take("change", x)
+        change = symmetric_product(square, square, room, plus=square, alpha=p[2], beta=-p[1])
     add_identity(change, p[0] - 1.0)
     if defect is not None:
         change.sub_(defect, alpha=0.5)
     change.sub_(b)
-    moved = torch.matmul(x, change, out=turn.work.take("moved", x) if turn.own else None)
-    return x.add_(moved) if turn.own else moved.add_(x)
+    moved = torch.matmul(x, change, out=turn.work.take("moved", x))
+    return x.add_(moved) if x.is_cpu else moved.add_(x)
 
 
 def _taylor(x: Tensor, b: Tensor, square: Tensor) -> Tensor:
     """X (I - B + B^2 / 2)."""
     return x - x @ torch.add(b, square, alpha=0.5)
-
-
-def _symmetric_sum(a: Tensor, linear: float, quadratic: float, out: Tensor | None = None) -> Tensor:
-    """Linear A + quadratic A^2 for symmetric A; of large matrices ten of sixteen blocks."""
-    n = a.shape[-1]
-    if a.ndim > 2:
-        shape = a.shape
-        a = a.flatten(0, -3)
-        return torch.baddbmm(a, a, a, beta=linear, alpha=quadratic).view(shape)
-    if n < 384 or n % 4 or not a.is_cpu:
-        return torch.addmm(a, a, a, beta=linear, alpha=quadratic, out=out)
-    out = torch.empty_like(a) if out is None else out
-    width = n // 4
-    for i in range(0, n, width):
-        rows = slice(i, i + width)
-        torch.addmm(a[rows, i:], a[rows], a[:, i:], beta=linear, alpha=quadratic, out=out[rows, i:])
-        if i:
-            out[rows, :i].copy_(out[:i, rows].T)
-    return out

@@ -169,6 +169,15 @@ def test_lbfgs_on_rn_minimizes_rosenbrocks_function():
     assert len(losses) <= 100  # observed 46
 
 
+def test_lbfgs_goes_on_from_where_its_search_ends():
+    """A longer step meets both conditions, although a shorter one had the smaller loss."""
+    x = nn.Parameter(torch.zeros(1, dtype=double))
+    optimizer = RiemannianLBFGS([x], max_iter=2)
+    losses = descend(optimizer, lambda: (x - 1.2).abs().sum(), 1)
+    assert losses == pytest.approx([1.2, 0.2, 0.8, 0.2])  # at 0, 1, 2, and back at 1
+    assert float(x.detach()) == 1.0
+
+
 def test_a_failed_search_leaves_the_point_and_the_loss_never_rises():
     x = nn.Parameter(torch.tensor([1.0, 0.0], dtype=double))
     optimizer = RiemannianLBFGS([x], max_iter=3, space=Sphere())

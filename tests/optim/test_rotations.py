@@ -23,7 +23,7 @@ def skew(n, scale, dtype=torch.float64):
 
 
 def turn(x, b, look=False):
-    return rotations.Turn(x, b, look, False, rotations.Workspace())
+    return rotations.Turn(x.clone(), b, look, rotations.Workspace())
 
 
 def sigma_error(x) -> float:

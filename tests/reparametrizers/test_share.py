@@ -17,11 +17,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import orthonet
 from orthonet.layers import OrthoConv2d, OrthoLinear
 from orthonet.linalg import retraction
+from orthonet.linalg.distributed import by_ranks, collect, hand_out, in_rows
 from orthonet.reparametrizers import OrthoWeight
 from orthonet.reparametrizers.providers.engine import ENGINE
 from tests.presets import PRESETS
@@ -395,6 +397,66 @@ def shards_are_seen(rank):
     assert all(g is None or bool(g.isfinite().all()) for g in grads)
 
 
+def an_interrupted_step_is_seen(rank):
+    """Fused and foreach steps leave no trace in a shard; one that does not end is seen anyway."""
+    for options in ({"fused": True}, {"foreach": True}):
+        model = shard(build("QR"))
+        optimizer = train(model, batches()[:1, rank], make=lambda p, o=options: adam(p, **o))
+
+        def interrupt(*_):
+            raise RuntimeError("interrupted")
+
+        loss(model, batches()[1, rank]).backward()
+        optimizer.register_step_post_hook(interrupt)
+        optimizer.param_groups[0]["lr"] = 0.3
+        with pytest.raises(RuntimeError, match="interrupted"):
+            optimizer.step()
+        with torch.no_grad():
+            sigma = [torch.linalg.svdvals(w().double()) for w in weights(model)]
+        assert max(float((s - 1).abs().max()) for s in sigma) < 2e-6
+
+
+def adam(parameters, **options):
+    return torch.optim.Adam(parameters, 0.01, eps=1e-2, **options)
+
+
+def layouts(rank):
+    """Matrices of any dtype and layout are collected, moved by their owners, and handed back."""
+    line = distributed.init_device_mesh("cpu", (2,))
+    wide, tall = (distributed.init_device_mesh("cpu", shape) for shape in ((1, 2), (2, 1)))
+    for mesh, ways in (
+        (line, [Shard(0)]),
+        (line, [Shard(1)]),
+        (line, [Replicate()]),
+        (wide, [Replicate(), Shard(1)]),
+        (wide, [Shard(0), Shard(1)]),
+        (tall, [Shard(1), Shard(0)]),
+        (tall, [Shard(0), Replicate()]),
+    ):
+        group = mesh.get_group(mesh.ndim - 1)
+        torch.manual_seed(0)
+        kinds = ((5, 3, torch.float32), (1, 4, torch.float64), (3, 3, torch.float32))
+        wholes = [torch.randn(m, n, dtype=dtype) for m, n, dtype in kinds]
+        parts = [distribute_tensor(w, mesh, ways, src_data_rank=None) for w in wholes]
+        owners = [i % distributed.get_world_size(group) for i in range(3)]
+        rows = [in_rows(t) for t in parts]
+        mine = collect(rows, owners, group)
+        assert list(mine) == [i for i in range(3) if owners[i] == distributed.get_rank(group)]
+        assert all(torch.equal(found, wholes[i]) for i, found in mine.items())
+        handed = hand_out({i: 2 * found for i, found in mine.items()}, rows, owners, group)
+        for part, new in zip(parts, handed, strict=True):
+            back = new.redistribute(placements=part.placements)
+            assert torch.equal(back.to_local(), 2 * part.to_local())
+        made = by_ranks(
+            [[w, w > 0] for w in wholes],
+            owners,
+            lambda m, ws=wholes: [(3 * ws[i], ws[i] < 0) for i in m],
+            group,
+        )
+        for w, (point, mark) in zip(wholes, made, strict=True):
+            assert torch.equal(point, 3 * w) and torch.equal(mark, w < 0)
+
+
 def checkpoints(rank, folder):
     """DCP: saved and loaded in a new model, the next steps have the same bits."""
     model, other = shard(build()), shard(build())
@@ -470,7 +532,10 @@ def mixed_precision(rank):
 
 
 WHOLE = (replicas, each_its_part, unused_layers, two_networks, left_to_each)
-SHARDS = (sharded, shards_are_seen, checkpoints, full_checkpoints, mixed_precision)
+SHARDS = (
+    *(sharded, shards_are_seen, an_interrupted_step_is_seen, layouts),
+    *(checkpoints, full_checkpoints, mixed_precision),
+)
 
 
 def run(rank: int, folder: Path, functions) -> None:

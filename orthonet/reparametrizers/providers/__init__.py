@@ -52,6 +52,7 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
     before_step(optimizer)
     cold_cache.count_step()
     ENGINE.before_step(optimizer)
+    processes.before_step(optimizer)
 
 
 @_torch.not_compiled

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,16 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from orthonet import _checks, _torch
-from orthonet.linalg.distributed import assign, collect, exchange, hand_out, rank_and_size, whole
+from orthonet.linalg.distributed import (
+    assign,
+    by_ranks,
+    collect,
+    cost,
+    hand_out,
+    in_rows,
+    rank_and_size,
+    whole,
+)
 from orthonet.linalg.matrix import stacked
 from orthonet.linalg.retraction import Moved, center, retract
 from orthonet.reparametrizers.providers.computation import attach, given
@@ -104,18 +113,17 @@ def share_among_ranks(
         "Call fully_shard on every part that has orthogonal matrices, or on none",
         parameters=sorted({type(p).__name__ for p in matrices}),
     )
-    for share in list(ENGINE.shares):
+    for share in ENGINE.shares:
         if isinstance(share, Shared):
             share.leave(weights)
     if kinds == {True}:
-        size = rank_and_size(_group(matrices[0]))[1]
-        owners = assign([_cost(p) for p in matrices], size)
+        group = _group(matrices[0])
     else:
         group = dist.new_group() if process_group is None and enabled else process_group
-        size = rank_and_size(group)[1]
-        owners = assign([_cost(p) for p in matrices], size)
-        if enabled:
-            ENGINE.shares.append(Shared(group, weights, owners))
+    size = rank_and_size(group)[1]
+    owners = assign([cost(p) for p in matrices], size)
+    if enabled and kinds != {True}:
+        ENGINE.shares.append(Shared(group, dict(zip(weights, owners, strict=True))))
     pairs = list(zip(named, owners, strict=True))
     return tuple(tuple(name for (name, _), o in pairs if o == rank) for rank in range(size))
 
@@ -123,79 +131,67 @@ def share_among_ranks(
 class Shared:
     """The matrices of a model, each retracted by one process of a group."""
 
-    def __init__(self, group: Any, weights: Sequence[Weight], owners: Sequence[int]) -> None:
-        self.group, self.rank = group, rank_and_size(group)[0]
-        pairs = zip(weights, owners, strict=True)
-        self.members = [(weakref.ref(weight), owner) for weight, owner in pairs]
-
-    def _present(self) -> list[tuple[Weight, int]]:
-        """The matrices that are alive, and who retracts each; the end, if there are none."""
-        found = [(w, owner) for member, owner in self.members if (w := member()) is not None]
-        if not found and self in ENGINE.shares:
-            ENGINE.shares.remove(self)
-        return found
+    def __init__(self, group: Any, owners: dict[Weight, int]) -> None:
+        self.group, self.count = group, len(owners)
+        self.owners = weakref.WeakKeyDictionary(owners)
 
     def leave(self, weights: Iterable[Weight]) -> None:
         """Share these no longer."""
-        gone = set(map(id, weights))
-        self.members = [pair for pair in self.members if id(pair[0]()) not in gone]
-        self._present()
+        for weight in weights:
+            self.count -= self.owners.pop(weight, None) is not None
 
     def __call__(self, owned: set[int], moved: list[Member]) -> list[Member]:
         """Retract all members among the `owned` parameters; the others of `moved` are left.
 
         Which have moved is not asked: all processes must find the same members.
         """
-        present = self._present()
+        present = list(self.owners)
+        if not present:
+            ENGINE.shares.remove(self)
         _checks.require(
-            len(present) in (0, len(self.members)),
+            len(present) in (0, self.count),
             "share_among_ranks",
             "the model must have the matrices that it had when the work was distributed",
             "Call share_among_ranks again in all processes",
             RuntimeError,
         )
-        taken: dict[int, tuple[Member, int]] = {}
-        for weight, owner in present:
-            held = member(weight)
-            if held is not None and id(held.parameter) in owned:
-                p = held.parameter
-                if p.requires_grad and manageable(weight, p):
-                    taken[id(p)] = held, owner
-        if taken:
-            owners = {id(held.weight): owner for held, owner in taken.values()}
-            members = [held for held, _ in taken.values()]
-            ENGINE.serve(members, lambda groups: self._retracted(groups, owners))
+        members = [
+            held
+            for weight in present
+            if (held := member(weight)) is not None
+            and id(held.parameter) in owned
+            and held.parameter.requires_grad
+            and manageable(weight, held.parameter)
+        ]
+        if members:
+            ENGINE.serve(untied(members), self._retracted)
+        taken = {id(held.parameter) for held in members}
         return [m for m in moved if id(m.parameter) not in taken]
 
-    def _retracted(self, groups: Sequence[Sequence[Member]], owners: dict[int, int]) -> list[Moved]:
+    def _retracted(self, groups: Sequence[Sequence[Member]]) -> list[Moved]:
         """The centered matrices of all processes, of which this one has computed its part."""
         members = [m for group in groups for m in group]
-        whose = [owners[id(m.weight)] for m in members]
-        pieces = {i: m.parameter.detach() for i, m in enumerate(members)}
-        mine = {i: p for i, p in pieces.items() if whose[i] == self.rank}
-        marks = _centered(members, mine)
-        both = [*(pieces | mine).values(), *marks]
-        received = exchange(both, whose * 2, self.group)
-        told = iter(zip(received, _flags(received[len(members) :]), strict=False))
+        told = by_ranks(
+            [[m.parameter.detach(), _mark(m)] for m in members],
+            [self.owners[m.weight] for m in members],
+            lambda mine: _centered([members[i] for i in mine]),
+            self.group,
+        )
+        found = zip((point for point, _ in told), _flags([mark for _, mark in told]), strict=True)
         results = []
         for group in groups:
-            points, found = zip(*itertools.islice(told, len(group)), strict=True)
-            written, good = (list(itertools.chain(*some)) for some in zip(*found, strict=True))
+            points, flags = zip(*itertools.islice(found, len(group)), strict=True)
+            written, good = (list(itertools.chain(*some)) for some in zip(*flags, strict=True))
             results.append(Moved(stacked(points), written, good, False))
         return results
 
 
-class _Known:
+class _Known(NamedTuple):
     """The shard of a matrix that stands at the center, and the state in which it does."""
 
-    __slots__ = ("parameter", "stamp", "version")
-
-    def __init__(self, p: Tensor) -> None:
-        self.parameter, self.version, self.stamp = (
-            weakref.ref(p),
-            p._version,
-            _torch.Stamp(_local(p)),
-        )
+    parameter: weakref.ref[Tensor]
+    version: int  # which a step on shards counts up, and `stamp` does not see
+    stamp: _torch.Stamp
 
     def holds(self, p: Tensor) -> bool:
         """Whether `p`, the shard or what a unit has gathered from it, stands at the center."""
@@ -224,11 +220,6 @@ def forget(module: nn.Module | None = None) -> None:
             _known.pop(weight, None)
 
 
-def _cost(p: Tensor) -> float:
-    """What a retraction costs, in operations to a factor."""
-    return float(p.numel() * min(p.shape[-2:]))
-
-
 def _group(p: Any) -> Any:
     """The processes among which a matrix is distributed: those that replicate it work alike."""
     return p.device_mesh.get_group(p.device_mesh.ndim - 1)
@@ -237,33 +228,42 @@ def _group(p: Any) -> Any:
 # ------------------------------------------------------------------ shards, after a step
 
 
+def before_step(optimizer: Optimizer) -> None:
+    """Lose sight of shards that are moved without a trace, should the step not end."""
+    if any(group.get("fused") or group.get("foreach") for group in optimizer.param_groups):
+        _shards_of(optimizer)
+
+
 @torch.no_grad()
 def after_step(optimizer: Optimizer) -> None:
     """Bring to the center what `optimizer` holds in shards: a collective of their processes."""
-    given = _torch.parameters_of(optimizer)
-    places = {id(p): i for i, p in enumerate(given)}
-    found = [held for held in members_of(places) if _torch.is_shard(held.parameter)]
-    for held in found:
-        _known.pop(held.weight, None)
+    found = _shards_of(optimizer)
     if not found or not caching.on or isinstance(optimizer, tuple(REEVALUATING_OPTIMIZERS)):
         return
-    moved = untied(
-        held
-        for held in found
-        if held.parameter.requires_grad and _manageable(held.weight, held.parameter)
-    )
-    moved.sort(key=lambda held: places[id(held.parameter)])  # the same order in all processes
     meshes: dict[Any, list[Member]] = {}
-    for held in moved:
+    for held in untied(held for held in found if _manageable(held.weight, held.parameter)):
         meshes.setdefault(getattr(held.parameter, "device_mesh", None), []).append(held)
     with ENGINE.lock:
         for members in meshes.values():
             _retract(members)
 
 
+def _shards_of(optimizer: Optimizer) -> list[Member]:
+    """The matrices that `optimizer` holds in shards, in its order: the same in all processes.
+
+    From here on it is not known where they stand.
+    """
+    places = {id(p): i for i, p in enumerate(_torch.parameters_of(optimizer))}
+    found = [held for held in members_of(places) if _torch.is_shard(held.parameter)]
+    for held in found:
+        _known.pop(held.weight, None)
+    return sorted(found, key=lambda held: places[id(held.parameter)])
+
+
 def _manageable(weight: Weight, p: Any) -> bool:
     return (
         weight.caching
+        and p.requires_grad
         and p.dtype in (torch.float32, torch.float64)
         and p.numel() > 0
         and _local(p).device.type == p.device_mesh.device_type  # not where they are offloaded
@@ -273,47 +273,54 @@ def _manageable(weight: Weight, p: Any) -> bool:
 
 def _retract(members: list[Member]) -> None:
     parts: list[Any] = [m.parameter.detach() for m in members]
-    group = _group(parts[0])
-    whose = assign([_cost(p) for p in parts], rank_and_size(group)[1])
-    collected = collect(parts, whose, group)
-    marks = _centered(members, collected)
-    handed = hand_out(collected, parts, whose, group)
-    told = _flags(exchange(marks, whose, group))
-    pairs = [
-        (_local(p), _local(new))
-        for p, new, (written, _) in zip(parts, handed, told, strict=True)
-        if any(written) and _local(p).numel()
-    ]
+    group, rows = _group(parts[0]), list(map(in_rows, parts))
+    owners = assign([cost(p) for p in parts], rank_and_size(group)[1])
+    wholes = collect(rows, owners, group)
+
+    def center_mine(mine: list[int]) -> list[list[Tensor]]:
+        found = _centered([members[i]._replace(parameter=wholes[i]) for i in mine])
+        wholes.update((i, point) for i, (point, _) in zip(mine, found, strict=True))
+        return [[mark] for _, mark in found]
+
+    marks = by_ranks([[_mark(m)] for m in members], owners, center_mine, group)
+    flags = _flags([mark for (mark,) in marks])
+    pairs = []
+    for p, new, (written, _) in zip(
+        parts, hand_out(wholes, rows, owners, group), flags, strict=True
+    ):
+        local = _local(new.redistribute(placements=p.placements))
+        if any(written) and local.numel():
+            pairs.append((_local(p), local))
     if pairs:
         _torch.foreach_copy_([p for p, _ in pairs], [new for _, new in pairs])
-    for held, (_, good) in zip(members, told, strict=True):
+    for held, (_, good) in zip(members, flags, strict=True):
         if all(good):
-            _known[held.weight] = _Known(held.parameter)
+            p = held.parameter
+            _known[held.weight] = _Known(weakref.ref(p), p._version, _torch.Stamp(_local(p)))
 
 
-def _centered(members: Sequence[Member], mine: dict[int, Tensor]) -> list[Tensor]:
-    """Bring the matrices of some members to the center, in place of those in `mine`.
-
-    Returns marks for all members: which of their matrices are written, and which are good; filled
-    in for those in `mine`.
-    """
-    marks = [_local(m.parameter).new_empty(2, m.parameter.shape[:-2].numel()) for m in members]
-    places = {id(members[i].weight): i for i in mine}
-    own = [members[i]._replace(parameter=mine[i].contiguous()) for i in sorted(mine)]
-    groups = list(groups_of(own))
-    for group, found in zip(groups, ENGINE.retract(groups), strict=True):
-        for piece in pieces_of(group, found):
-            i = places[id(piece.member.weight)]
-            mine[i], marks[i] = piece.point, found.point.new_tensor([piece.written, piece.good])
-    return marks
+def _mark(held: Member) -> Tensor:
+    """Which matrices of a member are written, and which are good: to be told by another process."""
+    p = held.parameter
+    return torch.empty(2, p.shape[:-2].numel(), dtype=torch.bool, device=p.device)
 
 
-def _flags(marks: Sequence[Tensor]) -> list[tuple[list[bool], list[bool]]]:
-    """What the marks of each parameter say; the host waits once."""
+def _centered(members: Sequence[Member]) -> list[list[Tensor]]:
+    """The matrices of some members at the center, and their marks."""
+    found: dict[int, list[Tensor]] = {}
+    groups = list(groups_of(members))
+    for group, moved in zip(groups, ENGINE.retract(groups), strict=True):
+        for piece in pieces_of(group, moved):
+            marks = torch.tensor([piece.written, piece.good], device=moved.point.device)
+            found[id(piece.member.weight)] = [piece.point, marks]
+    return [found[id(m.weight)] for m in members]
+
+
+def _flags(marks: Sequence[Tensor]) -> list[list[list[bool]]]:
+    """What the marks of each member say; the host waits once."""
     ENGINE.looks += 1
-    numbers = iter(torch.cat([mark.flatten() for mark in marks]).tolist())
-    rows = [[bool(next(numbers)) for _ in range(mark.numel())] for mark in marks]
-    return [(row[: len(row) // 2], row[len(row) // 2 :]) for row in rows]
+    told = [iter(row) for row in torch.cat(list(marks), 1).tolist()]
+    return [[list(itertools.islice(row, mark.shape[1])) for row in told] for mark in marks]
 
 
 # ------------------------------------------------------------------ shards, read
