@@ -31,6 +31,7 @@ __all__ = [
     "message",
     "module",
     "non_negative_int",
+    "numbers",
     "one_of",
     "optimizer",
     "positive_int",
@@ -172,22 +173,41 @@ def integer(owner: object, /, **values: Any) -> None:
         )
 
 
+def numbers(owner: object, name: str, value: Any, /) -> tuple[float, ...]:
+    """Return a real number, or a list, an array or a tensor of them, as a tuple of floats."""
+    try:
+        found = torch.as_tensor(value, device="cpu")
+    except (RuntimeError, TypeError, ValueError):
+        found = None
+    if found is None or found.is_complex():
+        requirement = f"{name} must be a real number, or a list of them"
+        fail(owner, requirement, f"Pass e.g. {name}=0.5", **{name: value})
+    return tuple(found.double().reshape(-1).tolist())
+
+
 def positive_int(owner: object, /, **values: Any) -> None:
     """Every value must be an integer >= 1."""
     for name, value in values.items():
-        good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        require(
-            good, owner, f"{name} must be an integer >= 1", f"Pass {name} >= 1", **{name: value}
-        )
+        _bounded_int(owner, name, value, 1)
 
 
 def non_negative_int(owner: object, /, **values: Any) -> None:
     """Every value must be an integer >= 0."""
     for name, value in values.items():
-        good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        require(
-            good, owner, f"{name} must be an integer >= 0", f"Pass {name} >= 0", **{name: value}
-        )
+        _bounded_int(owner, name, value, 0)
+
+
+def _bounded_int(owner: object, name: str, value: Any, low: int) -> None:
+    """One integer >= low that PyTorch can hold."""
+    number = isinstance(value, int) and not isinstance(value, bool)
+    beyond = number and value >= 2**63
+    require(
+        number and value >= low and not beyond,
+        owner,
+        f"{name} must be an integer >= {low}" + (" and below 2**63" if beyond else ""),
+        f"Pass {name} >= {low}" if not beyond else "Pass a smaller one",
+        **{name: value},
+    )
 
 
 def boolean(owner: object, /, **values: Any) -> None:
@@ -223,6 +243,14 @@ def conv_arguments(owner: object, count: int, /, **values: Any) -> None:
     """What makes the geometry of a convolution with `count` spatial dimensions."""
     for name, value in values.items():
         if name == "padding" and isinstance(value, str):
+            require(
+                "output_padding" not in values,
+                owner,
+                "padding of a transposed convolution must be an integer, or one for each "
+                "spatial dimension",
+                "Pass the number, e.g. padding=kernel_size // 2, or choose padding=0",
+                padding=value,
+            )
             one_of(owner, ("same", "valid"), padding=value)
             stride = values.get("stride", 1)
             require(
@@ -266,8 +294,14 @@ def in_range(owner: object, low: float, high: float, /, **values: Any) -> None:
     for name, value in values.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         good = number and not math.isnan(value) and low <= value <= high
-        requirement = f"{name} must be a number in [{low:g}, {high:g}]"
+        requirement = f"{name} must be a number in [{_number(low)}, {_number(high)}]"
         require(good, owner, requirement, f"Choose {name} inside that interval", **{name: value})
+
+
+def _number(value: float) -> str:
+    """A number in few digits, unless these are those of another number."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def lipschitz_constant(owner: object, lipschitz: Any) -> float:
@@ -281,12 +315,19 @@ def one_of(owner: object, choices: Collection[Any], /, **values: Any) -> None:
     for name, value in values.items():
         listed = ", ".join(repr(choice) for choice in choices)
         require(
-            value in choices,
+            _is_among(value, choices),
             owner,
             f"{name} must be one of {listed}",
             "Choose one of them",
             **{name: value},
         )
+
+
+def _is_among(value: Any, choices: Collection[Any]) -> bool:
+    try:
+        return value in choices
+    except (RuntimeError, TypeError, ValueError):  # no hash, or a comparison entry by entry
+        return False
 
 
 def floating(owner: object, /, **tensors: Tensor) -> None:

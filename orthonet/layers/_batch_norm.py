@@ -216,6 +216,7 @@ class BatchLipNorm(_BatchStatistics):
     ) -> None:
         super().__init__(num_features, momentum, device)
         in_range(self, 1e-12, 1.0, eps=eps)
+        boolean(self, affine=affine)
         self.eps = eps
         learned = ("weight", "bias")
         self._register(("running_mean", "running_var"), learned, affine, device, dtype)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from orthonet._checks import integer, real_input, require
+from orthonet._checks import factory, integer, numbers, real_input, require
 
 __all__ = ["LayerCentering", "Normalize"]
 
@@ -34,9 +35,8 @@ class Normalize(nn.Module):
         a change of dtype or the loading of a checkpoint).
 
     Raises:
-        ValueError: The lengths differ, or a `std` is not positive and finite; when called: the
-            input
-            has another number of channels.
+        ValueError: The lengths differ, `mean` is not finite, or a `std` is not positive and
+            finite; when called: the input has another number of channels.
 
     Examples:
         >>> Normalize(mean=0.5, std=0.25).lipschitz
@@ -55,18 +55,10 @@ class Normalize(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("mean", mean), ("std", std)):
-            require(
-                not isinstance(value, str),
-                self,
-                f"{name} must be a number, or one for each channel",
-                "Pass e.g. mean=0.5, std=0.25",
-                **{name: value},
-            )
-        self._initial = tuple(
-            tuple(torch.as_tensor(value, device="cpu").double().reshape(-1).tolist())
-            for value in (mean, std)
-        )
+        given = {"mean": mean, "std": std}
+        integer(self, dim=dim)
+        factory(self, device, dtype)
+        self._initial = tuple(numbers(self, *entry) for entry in given.items())
         means, stds = self._initial
         sizes = {len(means), len(stds)} - {1}
         require(
@@ -74,15 +66,14 @@ class Normalize(nn.Module):
             self,
             "mean and std must have one entry, or one for each channel",
             "Give both the same length",
-            mean=mean,
-            std=std,
+            **given,
         )
         require(
-            all(0 < value < float("inf") for value in stds),
+            all(map(math.isfinite, means)) and all(0 < value < math.inf for value in stds),
             self,
-            "std must be positive and finite",
-            "Use 1.0 for a channel that is constant",
-            std=std,
+            "mean must be finite and std positive and finite",
+            "Use std=1.0 for a channel that is constant",
+            **given,
         )
         self.dim = dim
         channels = max(len(means), len(stds))

@@ -32,7 +32,7 @@ Size = int | Sequence[int]
 def _dims_of(owner: object, dims: int | None, *sizes: Size | None) -> int:
     """Return the number of spatial dimensions: `dims`, or the length of a size, or 2."""
     if dims is None:
-        lengths = [len(size) for size in sizes if isinstance(size, Sequence)]
+        lengths = [len(size) for size in sizes if isinstance(size, (tuple, list))]
         dims = lengths[0] if lengths else 2
     one_of(owner, (1, 2, 3), dims=dims)
     return dims
@@ -40,7 +40,7 @@ def _dims_of(owner: object, dims: int | None, *sizes: Size | None) -> int:
 
 def _sizes(owner: object, dims: int, name: str, value: Size) -> tuple[int, ...]:
     """Return `value` as one integer for each spatial dimension."""
-    sizes = tuple(value) if isinstance(value, Sequence) else (value,) * dims
+    sizes = tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims
     if len(sizes) != dims:
         requirement = f"{name} must be an integer or {dims} of them"
         advice = "Give one entry for each spatial dimension, or another dims"
@@ -116,7 +116,8 @@ class _GlobalPool(nn.Module):
     def __init__(self, keepdim: bool = False, *, dims: int = 2) -> None:
         super().__init__()
         boolean(self, keepdim=keepdim)
-        self.dims = _dims_of(self, dims)
+        one_of(self, (1, 2, 3), dims=dims)
+        self.dims = dims
         self.keepdim = keepdim
 
     def extra_repr(self) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import torch  # noqa: F401 (for the example)
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from orthonet import _checks
 from orthonet.models._pretrained import PRETRAINED, read_pretrained
 
-__all__ = ["create", "list_models", "register"]
+__all__ = ["arguments_for", "create", "list_models", "register"]
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
@@ -81,16 +82,62 @@ def create(name: str, *, pretrained: bool = False, **arguments: Any) -> nn.Modul
         model: Any = create(known.builder, **known.arguments)
         return read_pretrained(name, model)
     _checks.one_of("create", list_models(), name=name)
+    builder = _MODELS[name]
     try:
-        inspect.signature(_MODELS[name]).bind(**arguments)
+        inspect.signature(builder).bind(**arguments)
     except TypeError as error:
-        _checks.fail(
-            "create",
-            f"arguments must be those of orthonet.models.{name}",
-            f"Write them as keywords, {error}",
-            arguments=arguments,
-        )
-    return _MODELS[name](**arguments)
+        _refuse(name, arguments, error)
+    try:
+        return builder(**arguments)
+    except TypeError as error:
+        if not _passes_on(builder):
+            raise
+        _refuse(name, arguments, error)
+
+
+def _refuse(name: str, arguments: dict[str, Any], error: TypeError) -> NoReturn:
+    _checks.fail(
+        "create",
+        f"arguments must be those of orthonet.models.{name}",
+        f"Write them as keywords, {error}",
+        arguments=arguments,
+    )
+
+
+def _passes_on(builder: Callable[..., nn.Module]) -> bool:
+    """Whether a builder hands keywords on to another one, which its signature does not name."""
+    kinds = (parameter.kind for parameter in inspect.signature(builder).parameters.values())
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def arguments_for(name: str, in_shape: Sequence[int], num_classes: int) -> dict[str, Any]:
+    """Return the arguments with which the model `name` takes such inputs.
+
+    These are `in_shape`, `in_features` and `num_classes`, as far as its builder names them. A model
+    for inputs of one size, such as `convnet_digits`, names none.
+
+    Args:
+        name: One of [`list_models`][orthonet.models.list_models].
+        in_shape: Shape of one input.
+        num_classes: Number of logits.
+
+    Returns:
+        Keywords for [`create`][orthonet.models.create].
+
+    Raises:
+        ValueError: An unknown name.
+
+    Examples:
+        >>> arguments_for("mlp", (1, 8, 8), 10)
+        {'in_features': 64, 'num_classes': 10}
+        >>> arguments_for("convnet_digits", (1, 8, 8), 10)
+        {}
+    """
+    _checks.one_of("arguments_for", list_models(), name=name)
+    shape = tuple(in_shape)
+    known = {"in_shape": shape, "in_features": math.prod(shape), "num_classes": num_classes}
+    named = inspect.signature(_MODELS[name]).parameters
+    return {argument: value for argument, value in known.items() if argument in named}
 
 
 def list_models(*, pretrained: bool = False) -> list[str]:

@@ -14,6 +14,23 @@ from orthonet.layers import OrthoLinear, UnitNormLinear, available
 from orthonet.reparametrizers import QR_ORTHO_PARAMS
 from tests.references import jacobian_reference
 
+
+def test_a_model_is_told_the_sizes_that_its_builder_names():
+    for name in models.list_models():
+        sizes = models.arguments_for(name, (3, 8, 8), 7)
+        if name in ("convnet_digits", "convnet_mnist", "mlp_digits"):
+            assert sizes == {}
+        elif name == "mlp":
+            assert sizes == {"in_features": 192, "num_classes": 7}
+        else:
+            assert sizes == {"in_shape": (3, 8, 8), "num_classes": 7}
+    with pytest.raises(ValueError, match="arguments_for: name must be one of"):
+        models.arguments_for("vgg", (3, 8, 8), 7)
+    expected = r"create: arguments must be those of orthonet.models.mlp_digits, got .*'num_classes'"
+    with pytest.raises(ValueError, match=expected):
+        models.create("mlp_digits", num_classes=3)
+
+
 MODELS = {
     "mlp": ({"in_features": 64, "num_classes": 10, "hidden": (16,)}, (1, 8, 8)),
     "mlp_digits": ({}, (1, 8, 8)),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from orthonet import losses
 from orthonet.layers import OrthoConv2d
+from orthonet.models import list_models
 from orthonet.recipes import (
     ORTHO_PARAMS,
     Images,
@@ -54,6 +56,31 @@ def states(model):
 def equal(first, second):
     assert first.keys() == second.keys()
     return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_every_model_trains_on_the_digits_or_is_refused_by_one_sentence(few):
+    two = Split(Images(few.train.x[:2], few.train.y[:2]), Images(few.test.x[:2], few.test.y[:2]))
+    small = {"convnet_images": {"width": 4}, "convnet_xs": {"width": 2, "depth": 1}}
+    refused = {}
+    for name in list_models():
+        config = digits(model=name, epochs=1, model_arguments=small.get(name, {}))
+        try:
+            model, history = fit(config, two)
+        except ValueError as error:
+            refused[name] = str(error)
+            continue
+        assert model(two.test.x).shape == (2, 10) and len(history) == 1
+    assert refused.keys() == {"convnet_mnist", "convnet_series"}
+    start = r"fit: the model must make \(N, classes\) logits of images \(N, 1, 8, 8\), got model="
+    assert re.match(rf"{start}'convnet_mnist', .*\. Choose a model", refused["convnet_mnist"])
+    assert refused["convnet_series"].startswith("convnet_series: in_shape must be (channels, ")
+    config = digits(model="convnet_mnist", unconstrained=True)
+    with pytest.raises(ValueError, match=start):
+        fit(config, two)
+    with pytest.raises(ValueError, match=start):
+        fit(digits(), two, model=nn.Conv2d(1, 10, 3))
+    wide = digits(model="convnet", model_arguments={"num_classes": 12, "hidden": (8,)})
+    assert fit(dataclasses.replace(wide, epochs=1), two)[0](two.test.x).shape == (2, 12)
 
 
 IMAGES = [r.build for r in registered().values() if issubclass(r.config, TrainConfig)]

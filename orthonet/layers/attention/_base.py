@@ -103,8 +103,16 @@ class SelfAttention(WithoutPlainWeight, nn.Module, abc.ABC):
             embed_dim=embed_dim,
             num_heads=num_heads,
         )
+        _checks.boolean(
+            owner,
+            bias=bias,
+            add_bias_kv=add_bias_kv,
+            add_zero_attn=add_zero_attn,
+            batch_first=batch_first,
+            causal=causal,
+        )
         _checks.require(
-            dropout == 0.0,
+            isinstance(dropout, (int, float)) and dropout == 0.0,
             owner,
             "dropout of attention weights must be 0, since its factor breaks the constant",
             "Put nn.Dropout behind the layer, which is the identity in eval mode",
@@ -119,7 +127,7 @@ class SelfAttention(WithoutPlainWeight, nn.Module, abc.ABC):
             add_zero_attn=add_zero_attn,
         )
         _checks.require(
-            kdim in (None, embed_dim) and vdim in (None, embed_dim),
+            all(n is None or (isinstance(n, int) and n == embed_dim) for n in (kdim, vdim)),
             owner,
             "kdim and vdim must be embed_dim: queries, keys and values come from one sequence",
             "Leave them out",
@@ -133,7 +141,6 @@ class SelfAttention(WithoutPlainWeight, nn.Module, abc.ABC):
             "Use x.transpose(0, 1) in front of the layer and behind it",
             batch_first=batch_first,
         )
-        _checks.boolean(owner, bias=bias, causal=causal)
         _checks.factory(owner, device, dtype)
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.max_length, self.causal = max_length, bool(causal)

@@ -244,10 +244,14 @@ class FinalState(nn.Module):
         >>> model = nn.Sequential(FinalState(OrthoRNN(3, 8, batch_first=True)), nn.Linear(8, 2))
         >>> model(torch.zeros(4, 5, 3)).shape
         torch.Size([4, 2])
+
+    Raises:
+        ValueError: `rnn` is no module.
     """
 
     def __init__(self, rnn: nn.Module) -> None:
         super().__init__()
+        _checks.module(self, rnn=rnn)
         self.rnn = rnn
 
     def forward(self, input: Any) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,9 +134,40 @@ class BROConv2d(FourierConv2d):
     _square = True
     _noise = 0.1
 
-    def __init__(self, *args: Any, rank: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = "same",
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "circular",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: int | None = None,
+        lipschitz: float = 1.0,
+        image_size: int | tuple[int, int] | None = None,
+    ) -> None:
         self._rank = rank
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+            lipschitz=lipschitz,
+            image_size=image_size,
+        )
 
     def _make(
         self,

@@ -73,10 +73,11 @@ class FourierConv2d(LinearMap, WithoutPlainWeight, nn.Module):
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
         nn.Module.__init__(self)
+        owner = type(self)
+        _checks.sizes(owner, 2, 1, stride=stride)
         same = padding == "same" and stride not in (1, (1, 1))
         window = (kernel_size, stride, 0 if same else padding, dilation, groups, padding_mode)
         adopt_conv2d(self, in_channels, out_channels, *window)
-        owner = type(self)
         _checks.lipschitz_constant(owner, lipschitz)
         _checks.factory(owner, device, dtype)
         if same:

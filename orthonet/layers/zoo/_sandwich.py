@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -216,8 +215,39 @@ class SandwichConv2d(FourierConv2d):
     _center = False
     _noise = 0.7
 
-    def __init__(self, *args: Any, activation: str = "relu", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = "same",
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "circular",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "relu",
+        lipschitz: float = 1.0,
+        image_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+            lipschitz=lipschitz,
+            image_size=image_size,
+        )
         owner = type(self)
         _checks.one_of(owner, tuple(ACTIVATIONS), activation=activation)
         self.activation = ACTIVATIONS[activation]()

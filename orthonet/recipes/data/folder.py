@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from orthonet import _checks
+from orthonet.models import arguments_for
 from orthonet.recipes.data.augment import random_affine, random_crop, random_noise
 from orthonet.recipes.data.digits import Images, Split, require_package
 from orthonet.recipes.data.sources import Part
@@ -56,6 +57,7 @@ class ImageFolders:
         self.train = _Pictures(_listed(config, "train"), module.Compose([crop, flat]), config)
         self.val = _Pictures(_listed(config, "val"), module.Compose([*center, flat]), None)
         self.number, self.classes = len(self.train), self.train.files.classes
+        self.shape = (3, size, size)
         _checks.require(
             self.val.files.classes == self.classes,
             _OWNER,
@@ -66,8 +68,7 @@ class ImageFolders:
 
     def completed(self) -> FolderConfig:
         """The configuration with the shape of the images and the number of their classes."""
-        size = self.config.image_size
-        found = {"in_shape": (3, size, size), "num_classes": len(self.classes)}
+        found = arguments_for(self.config.model, self.shape, len(self.classes))
         arguments = {**found, **self.config.model_arguments}
         return dataclasses.replace(self.config, model_arguments=arguments)
 

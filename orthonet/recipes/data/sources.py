@@ -35,6 +35,7 @@ class Source(Protocol):
     """Batches for `size` processes; each of them asks for those of its `rank`."""
 
     number: int  # of training images
+    shape: tuple[int, ...]  # of an image
 
     def batches(
         self, epoch: int, generator: torch.Generator, rank: int, size: int
@@ -53,7 +54,7 @@ class InMemory:
     def __init__(self, config: TrainConfig, data: Split) -> None:
         self.config = config
         self.train, self.test = (Images(*(t.to(config.device) for t in part)) for part in data)
-        self.number = len(self.train.y)
+        self.number, self.shape = len(self.train.y), tuple(self.train.x.shape[1:])
 
     def batches(
         self, epoch: int, generator: torch.Generator, rank: int, size: int

@@ -194,8 +194,7 @@ def cifar100_xs(**changes: Any) -> TrainConfig:
     Raises:
         ValueError: A value out of range.
     """
-    arguments = {"num_classes": 100, **changes.pop("model_arguments", {})}
-    return cifar10_xs(**{"dataset": "cifar100", **changes, "model_arguments": arguments})
+    return cifar10_xs(**{"dataset": "cifar100", **changes})
 
 
 def folder(**changes: Any) -> FolderConfig:

@@ -15,8 +15,9 @@ from orthonet import _checks
 from orthonet.convert import to_plain
 from orthonet.layers import Abs, GroupSort, MaxMin
 from orthonet.losses import EMMALoss, LogitAnnealingLoss, OffsetCrossEntropyLoss
-from orthonet.models import create
+from orthonet.models import arguments_for, create
 from orthonet.recipes.data.digits import Images, Split, require_package
+from orthonet.recipes.data.sets import IMAGE_SETS
 from orthonet.recipes.data.sources import InMemory, Source
 from orthonet.recipes.images.config import TrainConfig
 from orthonet.recipes.running.fitting import seeded
@@ -32,8 +33,11 @@ _POSITIONS = 2000  # of the learning rate in a training of limited time
 
 def build(config: TrainConfig) -> nn.Module:
     """The untrained model of a run; torch's global generators are left as they were."""
+    known = IMAGE_SETS.get(config.dataset)  # a folder says it in model_arguments
+    sizes = arguments_for(config.model, known.shape, known.classes) if known else {}
+    arguments = {**sizes, **config.model_arguments}
     with seeded(config.seed):
-        model = create(config.model, ortho_params=config.preset, **config.model_arguments)
+        model = create(config.model, ortho_params=config.preset, **arguments)
     if config.unconstrained:
         model = _unconstrained(model)
     return model.to(config.device)
@@ -91,6 +95,7 @@ def fit(
     model = build(config) if model is None else model.to(config.device)
     generator = torch.Generator().manual_seed(config.seed)
     source = InMemory(config, data) if isinstance(data, Split) else data
+    _require_logits(model, config, source.shape)
     steps = config.epochs * math.ceil(source.number / config.batch_size)
     steps = steps if not config.cpu_seconds else _POSITIONS
     loss_fn = loss_of(config)
@@ -171,6 +176,24 @@ def fit(
     if bar is not None:
         bar.close()
     return model.eval(), history
+
+
+def _require_logits(model: nn.Module, config: TrainConfig, shape: tuple[int, ...]) -> None:
+    """The model must make a row of logits of an image."""
+    example = torch.zeros(1, *shape, device=config.device)
+    try:
+        with torch.no_grad():
+            found = tuple(model.eval()(example).shape)
+    except (RuntimeError, ValueError) as error:
+        found = " ".join(str(error).partition(". ")[0].split())
+    _checks.require(
+        isinstance(found, tuple) and len(found) == 2 and found[0] == 1,
+        "fit",
+        f"the model must make (N, classes) logits of images (N, {', '.join(map(str, shape))})",
+        "Choose a model that takes the size of the images, such as convnet_images or mlp",
+        model=config.model,
+        found=found,
+    )
 
 
 def loss_of(config: TrainConfig) -> nn.Module:

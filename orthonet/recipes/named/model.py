@@ -51,7 +51,7 @@ def model_named(source: str, owner: str) -> nn.Module:
     module_name, _, attribute = source.partition(":")
     _search_here()
     try:
-        make: Any = importlib.import_module(module_name)
+        module = make = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
         advice = "Install the package, or call from the folder that the file is in"
         if module_name.endswith(".py"):
@@ -70,6 +70,7 @@ def model_named(source: str, owner: str) -> nn.Module:
         f"{module_name} must have a function of that name",
         "Name a function or class that takes no arguments",
         source=source,
+        file=getattr(module, "__file__", None),
     )
     missing = _required(make)
     _checks.require(
