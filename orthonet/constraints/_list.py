@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orthonet import _checks
 from orthonet.manifolds import Parametrization
 from orthonet.reparametrizers import CachedParametrizationList
 from orthonet.reparametrizers.weight import EmptyInCopies, relative_distance
@@ -55,7 +56,7 @@ class ConstrainedList(CachedParametrizationList):
         """Set the tensor to `value`.
 
         Raises:
-            ValueError: `value` has another shape.
+            ValueError: `value` has another shape, or is complex where the tensor is real.
             NotOnManifoldError: `value` does not satisfy the constraints; nothing has been changed.
         """
         memory = self._memory
@@ -63,6 +64,7 @@ class ConstrainedList(CachedParametrizationList):
             self._restore(memory.undo[1])
             memory.undo = None
             return
+        value = self._as_own(value)
         before = [t.clone() for t in self._state()]
         try:
             super().right_inverse(value)
@@ -84,6 +86,20 @@ class ConstrainedList(CachedParametrizationList):
         last = self[len(self) - 1]
         self.right_inverse(last.nearest(value) if isinstance(last, Parametrization) else value)
         return relative_distance(self(), value)
+
+    def _as_own(self, value: Tensor) -> Tensor:
+        """Return `value` in the dtype of the tensor, as a plain parameter takes it."""
+        if value.dtype in {tensor.dtype for tensor in self._state()}:
+            return value
+        dtype = self().dtype
+        _checks.require(
+            value.is_complex() if dtype.is_complex else value.is_floating_point(),
+            self[len(self) - 1],
+            f"the tensor takes {'complex' if dtype.is_complex else 'real floating-point'} values",
+            "Pass its real part" if value.is_complex() else f"Convert it, e.g. value.to({dtype})",
+            value=value,
+        )
+        return value.to(dtype)
 
     def _state(self) -> list[Tensor]:
         return [*self.parameters(), *self.buffers()]

@@ -95,7 +95,9 @@ def grassmannian(
 ) -> M:
     """Constrain a tensor to orthonormal bases of subspaces.
 
-    For functions that depend on the subspace alone: no direction rotates the basis within it. See
+    For functions that depend on the subspace alone: no direction rotates the basis within it. The
+    columns of a square matrix span the whole space, so it does not train; use
+    [`orthogonal`][orthonet.constraints.orthogonal] for it. See
     [`Grassmannian`][orthonet.manifolds.Grassmannian]. The arguments are those of
     [`constrain`][orthonet.constraints.constrain].
 

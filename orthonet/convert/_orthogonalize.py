@@ -106,7 +106,7 @@ def orthogonalize(
             is orthogonal as it stands.
         fallback: A method of the registry for layers that have no orthogonal twin, for example
             "aol" for depthwise convolutions; None leaves them.
-        norm: "centering" (batch norm and layer norm only subtract means), "lip" (batch norm is
+        norm: "centering" (batch, layer and instance norm only subtract means), "lip" (batch norm is
             divided by its largest gain, layer norm centers), or None to keep normalizations.
         activation: "max_min" or "abs" in place of activation modules, None to keep them.
         pool: "l2" or "average" in place of pooling modules, with constant 1; None to keep them.

@@ -75,11 +75,12 @@ def is_channel_norm(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def norm_twin(layer: Any, norm: str, weights: str) -> Twin:
-    """Batch centering or 1-Lipschitz batch norm; layer centering for layer norm."""
+    """Batch centering or 1-Lipschitz batch norm; layer centering for layer and instance norm."""
     name = type(layer).__name__
-    if isinstance(layer, nn.LayerNorm):
-        dims = tuple(range(-len(layer.normalized_shape), 0))
-        dims = (-3,) if is_channel_norm(layer) else dims
+    instance = name.startswith("InstanceNorm") and not layer.track_running_stats
+    if isinstance(layer, nn.LayerNorm) or instance:
+        count = int(name[-2]) if instance else len(layer.normalized_shape)
+        dims = (-3,) if is_channel_norm(layer) else tuple(range(-count, 0))
         remark = "the mean is subtracted, nothing is divided, and there is no gain"
         return Twin(layers.LayerCentering(dims).train(layer.training), remark)
     if not name.startswith("BatchNorm") or not layer.track_running_stats or layer.momentum is None:

@@ -71,7 +71,7 @@ class Normalize(nn.Module):
         require(
             all(map(math.isfinite, means)) and all(0 < value < math.inf for value in stds),
             self,
-            "mean must be finite and std positive and finite",
+            "mean must be finite, and std must be positive and finite",
             "Use std=1.0 for a channel that is constant",
             **given,
         )

@@ -75,7 +75,7 @@ def polar_svd(w: Tensor) -> Tensor:
     [`polar`][orthonet.linalg.polar].
 
     Shape:
-        As of [`polar_svd`][orthonet.linalg.polar_svd].
+        (*batch, m, n), kept.
 
     Raises:
         ValueError: `w` has a NaN or infinite entry.

@@ -479,3 +479,22 @@ def test_an_edit_in_place_is_reported_where_the_tensor_is_read():
     with pytest.warns(InPlaceEditWarning) as record:
         layer(torch.randn(1, 4))
     assert record[0].filename == __file__  # not within torch
+
+
+def test_a_constrained_tensor_is_assigned_values_of_another_dtype():
+    for verb in ("orthogonal", "symmetric", "sphere", "positive_definite", "nonnegative", "sln"):
+        layer = getattr(orthonet.constraints, verb)(nn.Linear(4, 4), "weight")
+        value = layer.weight.detach().double()
+        layer.weight = value
+        assert layer.weight.dtype == torch.float32
+        # a point and its coordinates: 5e-7 was seen at entries below 4
+        torch.testing.assert_close(layer.weight.double(), value, rtol=8e-6, atol=8e-6)
+    for value, way in (
+        (torch.eye(4).long(), r"value.to\(torch.float32\)"),
+        (torch.eye(4) + 0j, "real"),
+    ):
+        with pytest.raises(ValueError, match=rf"the tensor takes real .*\. .*{way}"):
+            layer.weight = value
+    layer = orthonet.unitary(nn.Linear(4, 4, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="the tensor takes complex values"):
+        layer.weight = torch.eye(4)

@@ -186,6 +186,7 @@ def test_a_whole_network_has_constant_one(norm):
         nn.ReLU(),
         nn.MaxPool2d(3, 2, 1),
         nn.Conv2d(8, 16, 1, 2),
+        nn.InstanceNorm2d(16, affine=True),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.LayerNorm(16),
@@ -197,6 +198,8 @@ def test_a_whole_network_has_constant_one(norm):
     new, report = converted(model, norm=norm, activation="max_min", pool="average")
     assert not report.skipped
     assert not new.training
+    centered = new.get_submodule("5")(torch.randn(2, 16, 3, 3))
+    assert centered.mean((-2, -1)).abs().max() < 9 * 2.0**-23  # 9 terms; 6e-8 was seen
     x = torch.randn(2, 3, 12, 12)
     assert new(x).shape == (2, 3)
     assert certify(new, x).constant.value <= 1 + 1e-4  # observed 1 + 4e-6
