@@ -16,7 +16,7 @@ from orthonet.errors import NotOnManifoldError
 from orthonet.linalg import haar
 from orthonet.linalg.kernels.fourier import kernel_symbol
 from orthonet.linalg.matrix import compute_dtype
-from orthonet.reparametrizers.weight import Weight, relative_distance
+from orthonet.reparametrizers.weight import Weight, relative_distance, settled
 
 __all__ = ["FourierWeight", "MappedWeight"]
 
@@ -80,7 +80,7 @@ class MappedWeight(Weight):
 
     def evaluate(self) -> Tensor:
         """Compute the weight, in the dtype of `original`."""
-        return self._compute(self.original).to(self.original.dtype)
+        return self._compute(settled(self.original)).to(self.original.dtype)
 
     def _compute(self, original: Tensor) -> Tensor:
         with without_autocast(original):
@@ -171,7 +171,7 @@ class FourierWeight(MappedWeight):
         return self._blocks(self._size)
 
     def _blocks(self, size: tuple[int, int]) -> Tensor:
-        stored = self.original
+        stored = settled(self.original)
         with without_autocast(stored):
             kernel = stored.to(compute_dtype(stored.dtype))
             return self.function(kernel_symbol(kernel, size, dilation=self.dilation))

@@ -21,7 +21,7 @@ from orthonet.reparametrizers.params import (
     read_params,
 )
 from orthonet.reparametrizers.recorded import RecordedWeight
-from orthonet.reparametrizers.weight import GIVEN
+from orthonet.reparametrizers.weight import GIVEN, settled
 
 __all__ = ["IDENTITY", "OrthoWeight"]
 
@@ -118,7 +118,7 @@ class OrthoWeight(RecordedWeight):
         with _torch.without_autocast(stored):
             # A shard of FSDP2, outside of the forward pass of its unit, is gathered by all
             # processes.
-            w = whole(stored).to(compute_dtype(stored.dtype))
+            w = settled(whole(stored)).to(compute_dtype(stored.dtype))
             # A positive factor changes neither the value nor the exact gradient of such a map.
             exact = self.map is not None and getattr(self.orthogonalizer, "exact", False)
             return self.orthogonalizer(w if exact else self.normalizer(w))

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from orthonet import _checks
 from orthonet._torch import without_autocast
-from orthonet.reparametrizers.weight import Weight, relative_distance
+from orthonet.reparametrizers.weight import Weight, relative_distance, settled
 
 __all__ = ["CachedParametrizationList", "adopt", "bake", "register", "remove"]
 
@@ -31,7 +31,7 @@ class CachedParametrizationList(Weight, ParametrizationList):
 
     def evaluate(self) -> Tensor:
         """Compute the tensor from the originals, in full precision also under autocast."""
-        originals = self._originals()
+        originals = [*map(settled, self._originals())]
         with without_autocast(originals[0]):
             first, *rest = self
             value = first(*originals)

@@ -37,6 +37,7 @@ __all__ = [
     "caching",
     "numbered",
     "relative_distance",
+    "settled",
 ]
 
 GIVEN = "_given"  # the attribute of a part for its value, while something made of it is computed
@@ -79,6 +80,12 @@ PROVIDERS: list[Provider] = []
 
 COMPILED: list[Callable[[Weight], Tensor]] = []
 """At most one function that reads a weight inside of `torch.compile`, set by the providers."""
+
+
+def settled(parameter: Tensor) -> Tensor:
+    """Return a copy of a parameter where another thread may move it: a map must read one point."""
+    alone = torch.compiler.is_compiling() or threading.active_count() == 1
+    return parameter if alone else parameter.clone()
 
 
 def relative_distance(new: Tensor, w: Tensor) -> float:

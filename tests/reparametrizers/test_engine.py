@@ -768,7 +768,7 @@ def test_servers_beside_a_training(x):
 
     def serve():
         while not stop.is_set():
-            time.sleep(1e-3)  # threads that never rest keep the training from its turn
+            time.sleep(1e-4)  # threads that never rest keep the training from its turn
             worst = max(orthogonality_error(w.detach()) for w in weights(net))
             if not worst <= 1e-12:
                 errors.append(worst)

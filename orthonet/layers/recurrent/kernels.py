@@ -18,6 +18,7 @@ from orthonet.reparametrizers import DEFAULT_ORTHO_PARAMS, OrthoParams, OrthoWei
 from orthonet.reparametrizers.orthogonalizers import nearest_semi_orthogonal
 from orthonet.reparametrizers.params import read_params
 from orthonet.reparametrizers.recorded import RecordedWeight, keep_if_refused
+from orthonet.reparametrizers.weight import settled
 
 __all__ = [
     "INITIALIZATIONS",
@@ -66,7 +67,7 @@ class TrivializedWeight(RecordedWeight):
 
     def evaluate(self) -> Tensor:
         """Compute the matrix, in the dtype of `original`."""
-        return self.trivialization(self.original)
+        return self.trivialization(settled(self.original))
 
     def reset_parameters(self) -> None:
         """Draw a matrix from the Haar distribution; nothing happens on the meta device."""

@@ -20,6 +20,7 @@ from orthonet.linalg.kernels.fourier import apply_symbol
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.linalg.unitary import cayley_rectangular
 from orthonet.reparametrizers import Weight
+from orthonet.reparametrizers.weight import settled
 
 __all__ = ["SandwichConv2d", "SandwichLinear"]
 
@@ -48,7 +49,7 @@ class _Pair(Weight):
 
     def evaluate(self) -> Tensor:
         """Return A and B, transposed and one below the other, in float32 at least."""
-        stored = self.original
+        stored = settled(self.original)
         with torch.autocast(stored.device.type, enabled=False):
             return cayley_rectangular(stored.to(compute_dtype(stored.dtype)))
 

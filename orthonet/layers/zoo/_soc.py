@@ -33,6 +33,7 @@ from orthonet.linalg.bounds.rounding import add_up, mul_up, up
 from orthonet.linalg.bounds.sizes import Chained, absolute_convolution
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.linalg.rescaling import convolution_norm_upper
+from orthonet.reparametrizers.weight import settled
 
 __all__ = ["SOCConv2d", "SOCConvTranspose2d", "SkewKernel"]
 
@@ -65,7 +66,7 @@ class SkewKernel(CachedParts):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Return the kernel and an upper bound of its norm, in float32 at least."""
-        stored = self.original
+        stored = settled(self.original)
         with torch.autocast(stored.device.type, enabled=False):
             m = stored.to(compute_dtype(stored.dtype)).unflatten(0, (self.groups, -1))
             skew = (m - m.transpose(1, 2).flip(-2, -1)).flatten(0, 1)

@@ -41,6 +41,7 @@ from orthonet.linalg.bounds.rounding import add_up, mul_up
 from orthonet.linalg.bounds.sizes import Chained, absolute_convolution, absolute_matrix
 from orthonet.linalg.matrix import compute_dtype
 from orthonet.linalg.rescaling import convolution_norm_upper, gershgorin_scale
+from orthonet.reparametrizers.weight import settled
 
 __all__ = ["ACTIVATIONS", "SLOPED", "ResidualConv2d", "ResidualLinear", "SlopedWeight"]
 
@@ -82,7 +83,7 @@ class SlopedWeight(CachedParts):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Return J and 2 / t."""
-        stored = self.original
+        stored = settled(self.original)
         with torch.autocast(stored.device.type, enabled=False):
             weight = stored.to(compute_dtype(stored.dtype))
             largest = weight.abs().amax()  # differentiated, because a bias shows the scale
@@ -91,7 +92,7 @@ class SlopedWeight(CachedParts):
                 bound = convolution_norm_upper(weight, groups=self.groups)
                 t = (bound * bound).expand(weight.shape[0])
             else:
-                log_q = self.log_scale.to(weight.dtype)
+                log_q = settled(self.log_scale).to(weight.dtype)
                 q = (log_q - log_q.detach().amax()).clamp_min(-30.0).exp()
                 t = gershgorin_scale(weight, groups=self.groups, weights=q)
             positive = t > 0

@@ -257,6 +257,8 @@ class Engine:
             return []
         self.looks += 1
         batches = [(stacked([m.parameter.detach() for m in g]), g[0].map) for g in groups]
+        if not move:  # another thread may be about to move them
+            batches = [(x.clone(), way) for x, way in batches]
         kinds = [(*x.shape, x.dtype, way.name) for x, way in batches]
         squares = [self.squares.get(kind, True) for kind in kinds]
         with _torch.without_autocast(batches[0][0]):
