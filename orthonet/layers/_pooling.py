@@ -38,7 +38,7 @@ def _dims_of(owner: object, dims: int | None, *sizes: Size | None) -> int:
     return dims
 
 
-def _sizes(owner: object, dims: int, name: str, value: Size) -> tuple[int, ...]:
+def _sizes(owner: object, dims: int, name: str, value: Any) -> tuple[int, ...]:
     """Return `value` as one integer for each spatial dimension."""
     sizes = tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims
     if len(sizes) != dims:

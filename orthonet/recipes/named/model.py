@@ -51,7 +51,7 @@ def model_named(source: str, owner: str) -> nn.Module:
     module_name, _, attribute = source.partition(":")
     _search_here()
     try:
-        module = make = importlib.import_module(module_name)
+        module = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
         advice = "Install the package, or call from the folder that the file is in"
         if module_name.endswith(".py"):
@@ -62,6 +62,7 @@ def model_named(source: str, owner: str) -> nn.Module:
             advice,
             source=source,
         )
+    make: Any = module
     for name in attribute.split("."):
         make = getattr(make, name, None)
     _checks.require(
