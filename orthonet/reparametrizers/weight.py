@@ -83,9 +83,17 @@ COMPILED: list[Callable[[Weight], Tensor]] = []
 
 
 def settled(parameter: Tensor) -> Tensor:
-    """Return a copy of a parameter where another thread may move it: a map must read one point."""
-    alone = torch.compiler.is_compiling() or threading.active_count() == 1
-    return parameter if alone else parameter.clone()
+    """Return a copy of a parameter where another thread may move it: a map must read one point.
+
+    It shares the version of the parameter, so that autograd refuses an old graph as without it.
+    """
+    if torch.compiler.is_compiling() or threading.active_count() == 1:
+        return parameter
+    if not _torch.eager() or type(parameter) not in (Tensor, nn.Parameter):
+        return parameter.clone()
+    copied = parameter.view_as(parameter)
+    copied.data = parameter.detach().clone()
+    return copied
 
 
 def relative_distance(new: Tensor, w: Tensor) -> float:
