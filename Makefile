@@ -23,7 +23,7 @@ test-slow: $(VENV)/.test     ## the tests that take minutes
 test-processors: $(VENV)/.test  ## the tests under the kernels of other processors
 	$(BIN)/python -m tests.processors -n $(JOBS) --dist worksteal
 
-test-torch:                  ## the tests under another PyTorch, in its own .venv: make test-torch TORCH=2.6.0
+test-torch:                  ## the tests with another PyTorch, in a separate .venv: make test-torch TORCH=2.6.0
 	$(MAKE) VENV=$(VENV)-torch-$(TORCH) $(VENV)-torch-$(TORCH)/.test
 	$(VENV)-torch-$(TORCH)/bin/python -m pytest -n $(JOBS) --dist worksteal
 

@@ -299,7 +299,7 @@ def in_range(owner: object, low: float, high: float, /, **values: Any) -> None:
 
 
 def _number(value: float) -> str:
-    """A number in few digits, unless these are those of another number."""
+    """A number in six digits, or in full where six digits would be another number."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 

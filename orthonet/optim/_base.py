@@ -166,7 +166,7 @@ class PointOptimizer(Optimizer, abc.ABC):
         return params
 
     def _require_finite(self, grads: list[Tensor]) -> None:
-        """Gradients must be finite; their norms are looked at first, which are read fast."""
+        """Gradients must be finite; their norms, which cost less, are checked first."""
         for grad, norm in zip(grads, foreach_norm(grads) if grads else (), strict=True):
             _checks.require(
                 bool(norm.isfinite()) or bool(grad.isfinite().all()),
@@ -235,9 +235,8 @@ class StiefelOptimizer(PointOptimizer):
             block.grad = block.gather([cast(Tensor, p.grad) for p in block.params])
             block.state = {name: block.gather([s[name] for s in block.kept]) for name in names}
             pairs = zip(block.params, block.kept, strict=True)
-            block.steps = (
-                block.gather([s["step"].expand(*p.shape[:-2], 1, 1) for p, s in pairs]) + 1
-            )
+            before = [s["step"].expand(*p.shape[:-2], 1, 1) for p, s in pairs]
+            block.steps = block.gather(before) + 1
         move_by_ranks(found, lambda mine: self._move(mine, group), self.process_group)
 
     def _state_of(self, p: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:

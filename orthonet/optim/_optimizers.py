@@ -128,9 +128,8 @@ class StiefelSGD(StiefelOptimizer):
 
     def _direction(self, block: Block, group: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         grad = block.grad
-        if (
-            group["momentum"] and group["dampening"]
-        ):  # not at the first step, where the momentum becomes the gradient
+        if group["momentum"] and group["dampening"]:
+            # not at the first step, where the momentum becomes the gradient
             first = (block.steps == 1).to(grad.device)
             grad = torch.where(first, grad, grad * (1.0 - group["dampening"]))
         return _with_momentum(block, grad, group), None

@@ -144,7 +144,7 @@ class RiemannianSGD(RiemannianOptimizer):
         self, p: Tensor, g: Tensor, space: Manifold, state: Any, group: dict[str, Any]
     ) -> None:
         m, momentum = g, group["momentum"]
-        if momentum and "momentum_buffer" in state:  # at first the gradient, without dampening
+        if momentum and "momentum_buffer" in state:  # the first is the gradient, not dampened
             m = state["momentum_buffer"] * momentum + g * (1.0 - group["dampening"])
         y = space.retract(p, -group["lr"] * (g + m * momentum if group["nesterov"] else m))
         if momentum:

@@ -81,9 +81,9 @@ class Block:
         params: The parameters.
         x: Their matrices, (m, n) or (count, m, n), with m >= n.
         kept: The state of each parameter in its optimizer.
-        state: What is there beside the number of steps, alike to `x`, by name.
+        state: What the optimizer keeps besides the number of steps, shaped like `x`, by name.
         steps: The number of the present step of each matrix, (1, 1) or (count, 1, 1).
-        grad: The gradients, alike to `x`.
+        grad: The gradients, shaped like `x`.
     """
 
     steps: Tensor

@@ -60,7 +60,7 @@ class OrthoKernel(Weight):
     kernel is orthogonal at every step. Train the scores more slowly than the rest (a parameter
     group with a thirtieth of the learning rate), so that projectors turn before their ranks jump.
 
-    **Which factors a kernel has.** `assign_` reads them off: those of an expanding strided kernel
+    **Assigning a kernel.** `assign_` reads the factors off: those of an expanding strided kernel
     through the Gram matrix of its taps, the projectors from the ranges of the outermost taps (exact
     for `ranks="free"`, see above). Alternating projections polish them, until they compose the
     kernel to relative accuracy \(\sqrt{\mathrm{eps}}\). `project_` only alternates: factor by

@@ -116,8 +116,8 @@ class Kept(abc.ABC):
 class Reading(Kept):
     """What the engine has seen of one weight: where its matrices stand at the center.
 
-    A weight has matrices of its own, or is composed of those of its `parts`. There are no `places`
-    where a matrix does not stand at the center: then there is nothing to look at again.
+    A weight has matrices of its own, or is composed of those of its `parts`. If one of them does
+    not stand at the center, `places` is empty, and nobody looks again until something moves.
     """
 
     __slots__ = ("compose", "inputs", "kind", "made_of", "parts", "places", "stamps")
@@ -141,7 +141,7 @@ class Reading(Kept):
         self.kind = (key, *(centered for centered, _ in places))
 
     def unmoved(self, weight: Weight) -> bool:
-        """Whether its parameters and those of its parts are as they were, and so is its map."""
+        """Whether its map, its parameters and those of its parts are as they were."""
         if not self.made_of.holds(weight):
             return False
         for tensor, stamp in self.stamps:
@@ -257,8 +257,9 @@ class Engine:
             return []
         self.looks += 1
         batches = [(stacked([m.parameter.detach() for m in g]), g[0].map) for g in groups]
-        if not move:  # another thread may be about to move them
-            batches = [(x.clone(), way) for x, way in batches]
+        if not move:  # another thread may be about to move what `stacked` has not copied
+            pairs = zip(groups, batches, strict=True)
+            batches = [(x.clone() if len(g) == 1 else x, way) for g, (x, way) in pairs]
         kinds = [(*x.shape, x.dtype, way.name) for x, way in batches]
         squares = [self.squares.get(kind, True) for kind in kinds]
         with _torch.without_autocast(batches[0][0]):
