@@ -78,13 +78,16 @@ def radius_figure(
         ms=5,
         label="right after a PGD attack of that radius",
     )
-    for radius, value in marked.items():
+    level, before = 0, -math.inf
+    for radius, value in sorted(marked.items()):
+        level = level + 1 if radius - before < 0.11 * limit else 0  # labels would overlap
+        before = radius
         axes.plot([radius, radius], [0, 100 * value], ":", color=BLUE, lw=1.2)
         axes.plot([radius], [100 * value], "s", color=BLUE, ms=5)
         last = radius > 0.85 * limit
         axes.annotate(
-            f"{100 * value:.1f} %\nat {radius:g}",
-            (radius, 3),
+            f"{100 * value:.1f} %\nat {radius:.3g}",
+            (radius, 3 + 11 * level),
             xytext=(-4 if last else 4, 0),
             textcoords="offset points",
             ha="right" if last else "left",
